@@ -1,0 +1,63 @@
+"""The errors that users meet. Everything else that is raised is a bug."""
+
+from __future__ import annotations
+
+
+class KVDistillError(Exception):
+    """Root of every error that kvdistill raises on purpose."""
+
+
+class ConfigError(KVDistillError, ValueError):
+    """A configuration, a flag or a plan holds a value that cannot be used."""
+
+
+class FieldError(ConfigError):
+    """One named field is wrong.
+
+    Args:
+        field: dotted path of the field, as the user wrote it.
+        problem: what is wrong, with the value and the limit.
+    """
+
+    def __init__(self, field: str, problem: str) -> None:
+        super().__init__(f"{field}: {problem}")
+        self.field = field
+        self.problem = problem
+
+
+class UnsupportedModelError(KVDistillError):
+    """The model's architecture is not one whose keys and values can be read exactly."""
+
+
+class ProtocolError(KVDistillError):
+    """The other side sent bytes that break the protocol: truncated, reordered, or failing their hash."""
+
+
+class StoreError(KVDistillError):
+    """A KV store is missing, damaged, or was written for another plan or teacher."""
+
+
+class TeacherError(KVDistillError):
+    """A teacher could not serve.
+
+    Args:
+        teacher: the teacher's name in the configuration.
+        problem: what happened and what to do next.
+    """
+
+    def __init__(self, teacher: str, problem: str) -> None:
+        super().__init__(f"teacher '{teacher}': {problem}")
+        self.teacher = teacher
+        self.problem = problem
+
+
+class TeacherUnavailableError(TeacherError):
+    """No endpoint of the teacher answers."""
+
+
+class TeacherRefusedError(TeacherError):
+    """The teacher answered that it will not serve this request: retrying cannot help."""
+
+
+class TeacherMismatchError(TeacherError):
+    """An endpoint serves other weights, tokenizer or geometry than its replicas did before."""

@@ -1,0 +1,73 @@
+"""The plan: what a student asks of a teacher's K/V, executed at the source. Free of torch."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, model_validator
+
+from kvcore.config import StrictModel
+
+Selector = Literal["full", "right", "r_kv", "uniform"]
+CodecName = Literal["raw", "bf16", "int8"]
+SpanKind = Literal["prompt", "reasoning", "answer"]
+SelectionSpan = Literal["prompt", "reasoning", "answer", "all"]
+Scope = Literal["head", "layer", "sample"]
+
+SELECTORS: tuple[Selector, ...] = ("full", "right", "r_kv", "uniform")
+CODECS: tuple[CodecName, ...] = ("raw", "bf16", "int8")
+
+
+class Selection(StrictModel):
+    """Which tokens leave the teacher.
+
+    `budget` is the most tokens kept, 0 for `full`. `scope` says who chooses: each `head`, each `layer`
+    (its heads together) or the whole `sample`. `importance_weight` is R-KV's lambda (arXiv 2505.24133).
+    """
+
+    selector: Selector = "full"
+    budget: Annotated[int, Field(ge=0)] = 0
+    span: SelectionSpan = "reasoning"
+    scope: Scope = "sample"
+    importance_weight: Annotated[float, Field(ge=0.0, le=1.0)] = 0.1
+
+    @model_validator(mode="after")
+    def _budget_fits_selector(self) -> Self:
+        if self.selector == "full" and self.budget != 0:
+            raise ValueError(f"budget: the selector 'full' keeps all tokens, so it takes no budget; got {self.budget}")
+        if self.selector != "full" and self.budget == 0:
+            raise ValueError(f"budget: the selector '{self.selector}' needs a budget of at least 1")
+        return self
+
+
+class CodecSpec(StrictModel):
+    """How tensors are packed. `group_size`: elements that share a scale in the quantising codecs."""
+
+    name: CodecName = "int8"
+    group_size: Annotated[int, Field(ge=1, le=4096)] = 64
+    max_relative_error: Annotated[float, Field(gt=0.0)] | None = None
+
+
+class KVPlan(StrictModel):
+    """The whole request of a student to one teacher, for every sample alike."""
+
+    layers: tuple[Annotated[int, Field(ge=0)], ...]
+    selection: Selection = Selection()
+    codec: CodecSpec = CodecSpec()
+    keys: bool = True
+    values: bool = True
+
+    @model_validator(mode="after")
+    def _asks_for_something(self) -> Self:
+        if not self.layers or list(self.layers) != sorted(set(self.layers)):
+            raise ValueError(f"layers: need at least one, ascending and without repeats; got {list(self.layers)}")
+        if not (self.keys or self.values):
+            raise ValueError("keys: a plan without keys and without values asks for nothing")
+        return self
+
+    def digest(self) -> str:
+        """Canonical hash: equal plans give equal digests, whatever the order or defaults they were written in."""
+        canonical = json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
+        return hashlib.blake2b(canonical.encode(), digest_size=16).hexdigest()

@@ -1,0 +1,137 @@
+"""What teachers and students exchange.
+
+Shape legend, for names and docstrings everywhere: B batch, N teachers, L layers, H key/value heads (never query
+heads), T tokens, M selected tokens (slots), D head dim, F features (H times D). Keys are content keys: un-rotated.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from kvcore.plan import CodecSpec, KVPlan, SpanKind
+
+Tensor = torch.Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """Half-open range: characters (code points) of a text, or token indices where token ids were given."""
+
+    kind: SpanKind
+    start: int
+    end: int
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One sequence for a teacher to read: `text` or `token_ids`, never both."""
+
+    id: str
+    text: str | None = None
+    token_ids: tuple[int, ...] | None = None
+    spans: tuple[Span, ...] = ()
+
+    def content_key(self, weights_digest: str, plan: KVPlan) -> str:
+        """Names this sample's K/V under one plan and one teacher: same content, same key, on the wire and in the store."""
+        spans = [[span.kind, span.start, span.end] for span in self.spans]
+        content = [weights_digest, plan.digest(), self.text, self.token_ids, spans]
+        canonical = json.dumps(content, separators=(",", ":"), ensure_ascii=True)
+        return hashlib.blake2b(canonical.encode(), digest_size=16).hexdigest()
+
+
+@dataclass(frozen=True, slots=True)
+class TeacherInfo:
+    """What `Describe` answers: a teacher's identity, geometry and limits."""
+
+    model: str
+    weights_digest: str
+    tokenizer_fingerprint: str
+    layers: int
+    kv_heads: int
+    head_dim: int
+    rope: Mapping[str, Any]
+    engine: str
+    dtype: str
+    max_sample_tokens: int
+    max_samples_per_request: int
+    max_frame_bytes: int
+    selectors: tuple[str, ...]
+    codecs: tuple[str, ...]
+
+    def same_teacher(self, other: TeacherInfo) -> bool:
+        """Whether two endpoints are replicas: same weights, tokenizer and geometry."""
+        return self._identity() == other._identity()
+
+    def _identity(self) -> tuple[object, ...]:
+        return (self.weights_digest, self.tokenizer_fingerprint, self.layers, self.kv_heads, self.head_dim)
+
+
+@dataclass(frozen=True, slots=True)
+class Timings:
+    """Seconds one sample spent at each stage of the server, and in transfer as the client saw it."""
+
+    queue: float = 0.0
+    prefill: float = 0.0
+    encode: float = 0.0
+    network: float = 0.0
+
+
+@dataclass(slots=True)
+class EncodedSampleKV:
+    """One sample's selected K/V as it travels and as it is stored: still encoded, all layers stacked.
+
+    `parts` holds the codec's tensors by name (`k.codes`, `k.scale`, `v.codes`, ...), each with a leading L in the
+    order of `layers`; after it H, M (only slots that hold a token) and what the codec needs. `positions` is
+    [L,H,M], [L,1,M] or [1,1,M] int32 by the plan's scope: indices into the teacher's tokens, ascending.
+    `byte_ends_T`: for each teacher token, how many bytes of the sample's UTF-8 text have been read when it has been
+    read; -1 where a token ends inside a character in a way that cannot be told, or where it stands for no text.
+    """
+
+    sample_id: str
+    key: str
+    layers: tuple[int, ...]
+    codec: CodecSpec
+    parts: dict[str, Tensor]
+    positions: Tensor
+    token_ids_T: Tensor
+    byte_ends_T: Tensor
+    relative_error: dict[str, list[float]]
+    timings: Timings = field(default_factory=Timings)
+
+    @property
+    def slots(self) -> int:
+        """M: how many tokens were selected."""
+        return int(self.positions.shape[-1])
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the encoded K/V: codes and scales, without headers."""
+        return sum(part.numel() * part.element_size() for part in self.parts.values())
+
+
+@dataclass(frozen=True, slots=True)
+class MissingKV:
+    """A sample that a teacher has no K/V for, and why."""
+
+    sample_id: str
+    reason: str
+
+
+@dataclass(slots=True)
+class BatchKV:
+    """Decoded content K/V of one teacher for a batch, padded to the batch's largest M.
+
+    `mask_BM` is True where a slot holds a token; elsewhere K/V are zero and must reach no loss.
+    `byte_ends_BLHM` follows the plan's scope like `positions`: [B,L|1,H|1,M], the byte at which each slot's token ends.
+    """
+
+    k_BLHMD: Tensor | None
+    v_BLHMD: Tensor | None
+    mask_BM: Tensor
+    byte_ends_BLHM: Tensor

@@ -1,0 +1,158 @@
+from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
+from google.protobuf import descriptor as _descriptor
+from google.protobuf import message as _message
+from collections.abc import Iterable as _Iterable, Mapping as _Mapping
+from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
+
+DESCRIPTOR: _descriptor.FileDescriptor
+
+class SpanKind(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    SPAN_KIND_UNSPECIFIED: _ClassVar[SpanKind]
+    SPAN_KIND_PROMPT: _ClassVar[SpanKind]
+    SPAN_KIND_REASONING: _ClassVar[SpanKind]
+    SPAN_KIND_ANSWER: _ClassVar[SpanKind]
+    SPAN_KIND_ALL: _ClassVar[SpanKind]
+
+class Scope(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    SCOPE_UNSPECIFIED: _ClassVar[Scope]
+    SCOPE_HEAD: _ClassVar[Scope]
+    SCOPE_LAYER: _ClassVar[Scope]
+    SCOPE_SAMPLE: _ClassVar[Scope]
+SPAN_KIND_UNSPECIFIED: SpanKind
+SPAN_KIND_PROMPT: SpanKind
+SPAN_KIND_REASONING: SpanKind
+SPAN_KIND_ANSWER: SpanKind
+SPAN_KIND_ALL: SpanKind
+SCOPE_UNSPECIFIED: Scope
+SCOPE_HEAD: Scope
+SCOPE_LAYER: Scope
+SCOPE_SAMPLE: Scope
+
+class DescribeRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class DescribeResponse(_message.Message):
+    __slots__ = ("model", "weights_digest", "tokenizer_fingerprint", "layers", "kv_heads", "head_dim", "rope_json", "engine", "dtype", "limits", "selectors", "codecs")
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    WEIGHTS_DIGEST_FIELD_NUMBER: _ClassVar[int]
+    TOKENIZER_FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
+    LAYERS_FIELD_NUMBER: _ClassVar[int]
+    KV_HEADS_FIELD_NUMBER: _ClassVar[int]
+    HEAD_DIM_FIELD_NUMBER: _ClassVar[int]
+    ROPE_JSON_FIELD_NUMBER: _ClassVar[int]
+    ENGINE_FIELD_NUMBER: _ClassVar[int]
+    DTYPE_FIELD_NUMBER: _ClassVar[int]
+    LIMITS_FIELD_NUMBER: _ClassVar[int]
+    SELECTORS_FIELD_NUMBER: _ClassVar[int]
+    CODECS_FIELD_NUMBER: _ClassVar[int]
+    model: str
+    weights_digest: str
+    tokenizer_fingerprint: str
+    layers: int
+    kv_heads: int
+    head_dim: int
+    rope_json: str
+    engine: str
+    dtype: str
+    limits: Limits
+    selectors: _containers.RepeatedScalarFieldContainer[str]
+    codecs: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, model: _Optional[str] = ..., weights_digest: _Optional[str] = ..., tokenizer_fingerprint: _Optional[str] = ..., layers: _Optional[int] = ..., kv_heads: _Optional[int] = ..., head_dim: _Optional[int] = ..., rope_json: _Optional[str] = ..., engine: _Optional[str] = ..., dtype: _Optional[str] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., selectors: _Optional[_Iterable[str]] = ..., codecs: _Optional[_Iterable[str]] = ...) -> None: ...
+
+class Limits(_message.Message):
+    __slots__ = ("max_sample_tokens", "max_samples_per_request", "max_frame_bytes")
+    MAX_SAMPLE_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    MAX_SAMPLES_PER_REQUEST_FIELD_NUMBER: _ClassVar[int]
+    MAX_FRAME_BYTES_FIELD_NUMBER: _ClassVar[int]
+    max_sample_tokens: int
+    max_samples_per_request: int
+    max_frame_bytes: int
+    def __init__(self, max_sample_tokens: _Optional[int] = ..., max_samples_per_request: _Optional[int] = ..., max_frame_bytes: _Optional[int] = ...) -> None: ...
+
+class KVRequest(_message.Message):
+    __slots__ = ("request_id", "plan", "samples")
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    PLAN_FIELD_NUMBER: _ClassVar[int]
+    SAMPLES_FIELD_NUMBER: _ClassVar[int]
+    request_id: str
+    plan: Plan
+    samples: _containers.RepeatedCompositeFieldContainer[Sample]
+    def __init__(self, request_id: _Optional[str] = ..., plan: _Optional[_Union[Plan, _Mapping]] = ..., samples: _Optional[_Iterable[_Union[Sample, _Mapping]]] = ...) -> None: ...
+
+class Sample(_message.Message):
+    __slots__ = ("id", "text", "token_ids", "spans")
+    ID_FIELD_NUMBER: _ClassVar[int]
+    TEXT_FIELD_NUMBER: _ClassVar[int]
+    TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    SPANS_FIELD_NUMBER: _ClassVar[int]
+    id: str
+    text: str
+    token_ids: TokenIds
+    spans: _containers.RepeatedCompositeFieldContainer[Span]
+    def __init__(self, id: _Optional[str] = ..., text: _Optional[str] = ..., token_ids: _Optional[_Union[TokenIds, _Mapping]] = ..., spans: _Optional[_Iterable[_Union[Span, _Mapping]]] = ...) -> None: ...
+
+class TokenIds(_message.Message):
+    __slots__ = ("ids",)
+    IDS_FIELD_NUMBER: _ClassVar[int]
+    ids: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, ids: _Optional[_Iterable[int]] = ...) -> None: ...
+
+class Span(_message.Message):
+    __slots__ = ("kind", "start", "end")
+    KIND_FIELD_NUMBER: _ClassVar[int]
+    START_FIELD_NUMBER: _ClassVar[int]
+    END_FIELD_NUMBER: _ClassVar[int]
+    kind: SpanKind
+    start: int
+    end: int
+    def __init__(self, kind: _Optional[_Union[SpanKind, str]] = ..., start: _Optional[int] = ..., end: _Optional[int] = ...) -> None: ...
+
+class Plan(_message.Message):
+    __slots__ = ("layers", "selection", "codec", "keys", "values")
+    LAYERS_FIELD_NUMBER: _ClassVar[int]
+    SELECTION_FIELD_NUMBER: _ClassVar[int]
+    CODEC_FIELD_NUMBER: _ClassVar[int]
+    KEYS_FIELD_NUMBER: _ClassVar[int]
+    VALUES_FIELD_NUMBER: _ClassVar[int]
+    layers: _containers.RepeatedScalarFieldContainer[int]
+    selection: Selection
+    codec: Codec
+    keys: bool
+    values: bool
+    def __init__(self, layers: _Optional[_Iterable[int]] = ..., selection: _Optional[_Union[Selection, _Mapping]] = ..., codec: _Optional[_Union[Codec, _Mapping]] = ..., keys: _Optional[bool] = ..., values: _Optional[bool] = ...) -> None: ...
+
+class Selection(_message.Message):
+    __slots__ = ("selector", "budget", "span", "scope", "importance_weight")
+    SELECTOR_FIELD_NUMBER: _ClassVar[int]
+    BUDGET_FIELD_NUMBER: _ClassVar[int]
+    SPAN_FIELD_NUMBER: _ClassVar[int]
+    SCOPE_FIELD_NUMBER: _ClassVar[int]
+    IMPORTANCE_WEIGHT_FIELD_NUMBER: _ClassVar[int]
+    selector: str
+    budget: int
+    span: SpanKind
+    scope: Scope
+    importance_weight: float
+    def __init__(self, selector: _Optional[str] = ..., budget: _Optional[int] = ..., span: _Optional[_Union[SpanKind, str]] = ..., scope: _Optional[_Union[Scope, str]] = ..., importance_weight: _Optional[float] = ...) -> None: ...
+
+class Codec(_message.Message):
+    __slots__ = ("name", "group_size", "max_relative_error")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    GROUP_SIZE_FIELD_NUMBER: _ClassVar[int]
+    MAX_RELATIVE_ERROR_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    group_size: int
+    max_relative_error: float
+    def __init__(self, name: _Optional[str] = ..., group_size: _Optional[int] = ..., max_relative_error: _Optional[float] = ...) -> None: ...
+
+class KVFrame(_message.Message):
+    __slots__ = ("header", "body")
+    HEADER_FIELD_NUMBER: _ClassVar[int]
+    BODY_FIELD_NUMBER: _ClassVar[int]
+    header: bytes
+    body: bytes
+    def __init__(self, header: _Optional[bytes] = ..., body: _Optional[bytes] = ...) -> None: ...

@@ -1,0 +1,43 @@
+"""What a KV source is: samples in, encoded K/V out, in the same order. Sources compose by wrapping one another."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from kvcore.plan import KVPlan
+from kvcore.types import EncodedSampleKV, MissingKV, Sample, TeacherInfo
+
+KVResult = EncodedSampleKV | MissingKV
+
+
+class KVSource(Protocol):
+    """One teacher under one plan, as a trainer's rank sees it."""
+
+    @property
+    def info(self) -> TeacherInfo:
+        """The teacher's identity and geometry."""
+        ...
+
+    @property
+    def plan(self) -> KVPlan:
+        """The plan that every fetched sample follows."""
+        ...
+
+    def announce(self, samples: Sequence[Sample]) -> None:
+        """Says that `samples` will be fetched soon, in this grouping. Only prefetching sources act on it."""
+        ...
+
+    def fetch(self, samples: Sequence[Sample]) -> list[KVResult]:
+        """Blocks until every sample is answered; result i belongs to sample i.
+
+        Raises:
+            TeacherUnavailableError: nobody answers within the source's patience.
+            TeacherRefusedError: the teacher will not serve this plan or these samples.
+            ProtocolError: damaged bytes that a retry did not cure.
+        """
+        ...
+
+    def close(self) -> None:
+        """Ends threads, connections and files. Safe to call twice."""
+        ...

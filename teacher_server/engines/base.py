@@ -1,0 +1,69 @@
+"""What a teacher engine is: tokenise, and run a batch while handing over each layer as it finishes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from kvcore.plan import SelectionSpan
+from kvcore.types import Sample, TeacherInfo, Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class TokenizedSample:
+    """A sample as the teacher reads it.
+
+    `span_ids_T`: for each token the index into `SPAN_KINDS` of the span it belongs to (by the token's last
+    character), or -1. `byte_ends_T` as in `kvcore.types.EncodedSampleKV`.
+    """
+
+    sample: Sample
+    token_ids: tuple[int, ...]
+    byte_ends: tuple[int, ...]
+    span_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class LayerOutput:
+    """One layer of a batch, on the engine's device.
+
+    `k_BHTD` content keys and `v_BHTD` values, right-padded. `importance_BHT`: mean attention that the answer's tokens
+    pay to each token (the largest of a KV head's query group), or None where no sample of the batch asked for it.
+    """
+
+    layer: int
+    k_BHTD: Tensor
+    v_BHTD: Tensor
+    importance_BHT: Tensor | None
+
+
+LayerSink = Callable[[LayerOutput], None]
+
+
+class TeacherEngine(Protocol):
+    """One frozen teacher in this process. `prefill` is called from one thread at a time."""
+
+    @property
+    def info(self) -> TeacherInfo:
+        """Identity, geometry and limits, as `Describe` answers them."""
+        ...
+
+    def tokenize(self, sample: Sample) -> TokenizedSample:
+        """Reads a sample's text and spans.
+
+        Raises:
+            FieldError: the text, a token id or a span cannot be read.
+        """
+        ...
+
+    def prefill(self, batch: Sequence[TokenizedSample], layers: Sequence[int], with_importance: bool, sink: LayerSink) -> None:
+        """Runs the batch once and calls `sink` for each of `layers`, in ascending order, as that layer finishes."""
+        ...
+
+    def close(self) -> None:
+        """Frees the model."""
+        ...
+
+
+SPAN_KINDS: tuple[SelectionSpan, ...] = ("prompt", "reasoning", "answer")
