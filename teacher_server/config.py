@@ -1,0 +1,66 @@
+"""The configuration of `kvdistill serve`. Free of torch, so that `--help` and validation are instant."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, model_validator
+
+from kvcore.config import StrictModel
+
+MIB = 1 << 20
+
+Positive = Annotated[int, Field(ge=1)]
+Port = Annotated[int, Field(ge=0, le=65535)]
+Seconds = Annotated[float, Field(ge=0.0)]
+
+
+class ServeConfig(StrictModel):
+    """One teacher replica: what it serves, where it listens, and how much it takes on.
+
+    `model`: a directory or hub id that transformers loads; for the engine `fake` a specification such as
+    `fake:layers=3,heads=2,dim=16,delay_ms=0`. `name`: how the teacher calls itself, the model by default.
+    `dtype: auto` is bf16 on a GPU and fp32 on a CPU. A port of 0 picks a free one.
+    `max_sample_tokens`: the longest sample, the model's own context by default. `max_batch_tokens`: padded tokens that
+    go through the model at once. `max_queued_tokens`: what may wait or run before requests are refused.
+    `max_frame_bytes`: the largest body of one frame. `stream_window_bytes`: what one stream may hold for a slow reader.
+    `drain_seconds`: how long running requests may take after SIGTERM. `threads`: torch's CPU threads.
+    """
+
+    model: Annotated[str, Field(min_length=1)]
+    name: Annotated[str, Field(min_length=1, max_length=256)] | None = None
+    revision: str | None = None
+    engine: Literal["hf", "fake"] = "hf"
+    dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d{1,3})?)$")] = "auto"
+    load_in_8bit: bool = False
+    trust_remote_code: bool = False
+    grpc_host: Annotated[str, Field(min_length=1)] = "127.0.0.1"
+    grpc_port: Port = 0
+    http_host: Annotated[str, Field(min_length=1)] = "127.0.0.1"
+    http_port: Port = 0
+    max_sample_tokens: Positive | None = None
+    max_samples_per_request: Positive = 256
+    max_batch_tokens: Positive = 16384
+    max_queued_tokens: Positive = 1_048_576
+    max_frame_bytes: Annotated[int, Field(ge=4096, le=64 * MIB)] = MIB
+    stream_window_bytes: Annotated[int, Field(ge=65536)] = 64 * MIB
+    drain_seconds: Seconds = 30.0
+    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
+    threads: Positive | None = None
+
+    @property
+    def teacher_name(self) -> str:
+        """The name that clients and logs see."""
+        return self.name or self.model
+
+    @model_validator(mode="after")
+    def _limits_agree(self) -> Self:
+        if self.stream_window_bytes < self.max_frame_bytes:
+            raise ValueError(
+                f"stream_window_bytes: {self.stream_window_bytes} is less than one frame of {self.max_frame_bytes} bytes "
+                "(max_frame_bytes)"
+            )
+        if self.engine == "fake" and not self.model.startswith("fake:"):
+            raise ValueError(f"model: the engine 'fake' takes a specification such as fake:layers=3; got '{self.model}'")
+        return self
