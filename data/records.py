@@ -1,0 +1,122 @@
+"""Training and evaluation samples on disk: JSON Lines with `id`, `prompt`, `reasoning` and `answer`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+
+from kvcore.errors import ConfigError, FieldError
+from kvcore.plan import SpanKind
+from kvcore.types import Sample, Span
+
+_FIELDS = ("id", "prompt", "reasoning", "answer")
+_MAY_BE_EMPTY = frozenset({"reasoning"})
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """One question with its worked reasoning and its answer; the texts are joined as they stand, spaces included."""
+
+    id: str
+    prompt: str
+    reasoning: str
+    answer: str
+
+    @property
+    def text(self) -> str:
+        return self.prompt + self.reasoning + self.answer
+
+    def sample(self) -> Sample:
+        """The whole text as a teacher reads it, with the character range of each part that is not empty."""
+        parts: tuple[tuple[SpanKind, str], ...] = (
+            ("prompt", self.prompt),
+            ("reasoning", self.reasoning),
+            ("answer", self.answer),
+        )
+        spans: list[Span] = []
+        start = 0
+        for kind, part in parts:
+            if part:
+                spans.append(Span(kind, start, start + len(part)))
+            start += len(part)
+        return Sample(self.id, text=self.text, spans=tuple(spans))
+
+
+def load_records(path: Path, limit: int | None = None) -> list[Record]:
+    """Reads the first `limit` records of a file, or all; blank lines are skipped, keys beyond the four are ignored.
+
+    Raises:
+        ConfigError: the file is missing or holds no record.
+        FieldError: a line is not a JSON object, or a field is missing, no text, empty where it may not be, or
+            an id that an earlier line has; names file, line and field.
+    """
+    if not path.is_file():
+        raise ConfigError(f"{path}: no such data file")
+    records: list[Record] = []
+    line_of_id: dict[str, int] = {}
+    for number, line in _lines(path):
+        if limit is not None and len(records) >= limit:
+            break
+        record = _parse(line, f"{path}:{number}")
+        if record.id in line_of_id:
+            raise FieldError(f"{path}:{number}: id", f"'{record.id}' is the id of line {line_of_id[record.id]} already")
+        line_of_id[record.id] = number
+        records.append(record)
+    if not records:
+        raise ConfigError(f"{path}: holds no record")
+    return records
+
+
+def write_records(path: Path, records: Iterable[Record]) -> None:
+    """Writes one record a line, replacing the file."""
+    lines = (json.dumps(asdict(record), ensure_ascii=False) + "\n" for record in records)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", encoding="utf-8", newline="\n") as file:
+        file.writelines(lines)
+
+
+def epoch_order(count: int, seed: int, epoch: int) -> list[int]:
+    """A permutation of `range(count)` that depends on nothing but the arguments."""
+    generator = np.random.default_rng((seed % 2**64, epoch))
+    return generator.permutation(count).tolist()
+
+
+def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
+    # Bytes, so that only \n ends a line: text mode would also end one at characters that JSON strings may hold.
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            if line.strip():
+                yield number, line
+
+
+def _parse(line: bytes, where: str) -> Record:
+    try:
+        raw: object = json.loads(line.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise FieldError(where, f"not valid UTF-8: {error}") from error
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise FieldError(where, f"not valid JSON: {error}") from error
+    if not isinstance(raw, dict):
+        raise FieldError(where, f"expected a JSON object, found {type(raw).__name__}")
+    tree = cast("dict[str, Any]", raw)
+    return Record(**{name: _text(tree, name, where) for name in _FIELDS})
+
+
+def _text(tree: dict[str, Any], name: str, where: str) -> str:
+    if name not in tree:
+        raise FieldError(f"{where}: {name}", f"is missing; a record needs {', '.join(_FIELDS)}")
+    value = tree[name]
+    if not isinstance(value, str):
+        raise FieldError(f"{where}: {name}", f"expected text, found {type(value).__name__} ({value!r:.80})")
+    if not value and name not in _MAY_BE_EMPTY:
+        raise FieldError(f"{where}: {name}", "may not be empty")
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise FieldError(f"{where}: {name}", f"holds half of a surrogate pair at character {error.start}") from error
+    return value

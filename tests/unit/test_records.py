@@ -1,0 +1,97 @@
+"""Reading and writing samples, and the order in which an epoch visits them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from data.records import Record, epoch_order, load_records, write_records
+from kvcore.errors import ConfigError, FieldError
+
+GOOD = {"id": "a", "prompt": "1 +1 =", "reasoning": " 2", "answer": " 2"}
+
+
+def write_lines(path: Path, *lines: str) -> Path:
+    path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+    return path
+
+
+def test_records_survive_the_file_whatever_the_script(tmp_path: Path) -> None:
+    records = [
+        Record("a", "2 +3 =", " 5", " 5"),
+        Record("b", "问题\n第二行", "", " 🙂\u2028é"),
+        Record("c", 'quote " and \\ and tab\t', "\r\n", "x"),
+    ]
+    write_records(tmp_path / "deep" / "r.jsonl", records)
+    assert load_records(tmp_path / "deep" / "r.jsonl") == records
+
+
+def test_limit_reads_the_first_records_only(tmp_path: Path) -> None:
+    path = write_lines(tmp_path / "r.jsonl", json.dumps(GOOD), json.dumps({**GOOD, "id": "b"}), "this is not read")
+    assert [record.id for record in load_records(path, limit=2)] == ["a", "b"]
+
+
+def test_blank_lines_and_further_keys_are_ignored(tmp_path: Path) -> None:
+    path = write_lines(tmp_path / "r.jsonl", "", json.dumps({**GOOD, "source": 7}), "   ")
+    assert load_records(path) == [Record(**GOOD)]
+
+
+@pytest.mark.parametrize(
+    ("line", "field", "problem"),
+    [
+        ("{", "", "not valid JSON"),
+        ("[1]", "", "found list"),
+        (json.dumps({k: v for k, v in GOOD.items() if k != "reasoning"}), "reasoning", "missing"),
+        (json.dumps({**GOOD, "answer": 3}), "answer", "found int (3)"),
+        (json.dumps({**GOOD, "prompt": ""}), "prompt", "empty"),
+        (json.dumps({**GOOD, "answer": "\ud800"}), "answer", "surrogate"),
+        (json.dumps({**GOOD, "id": "first"}), "id", "line 1"),
+    ],
+)
+def test_a_bad_record_is_named_by_file_line_and_field(tmp_path: Path, line: str, field: str, problem: str) -> None:
+    path = write_lines(tmp_path / "bad.jsonl", json.dumps({**GOOD, "id": "first"}), line)
+    with pytest.raises(FieldError) as caught:
+        load_records(path)
+    assert f"{path}:2" in caught.value.field
+    assert caught.value.field.endswith(field)
+    assert problem in caught.value.problem
+
+
+def test_bytes_that_are_no_utf8_are_named_by_line(tmp_path: Path) -> None:
+    path = tmp_path / "latin.jsonl"
+    path.write_bytes(json.dumps(GOOD).encode() + b'\n{"id": "\xe9"}\n')
+    with pytest.raises(FieldError, match=r"latin\.jsonl:2: not valid UTF-8"):
+        load_records(path)
+
+
+def test_a_missing_or_empty_file_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="no such data file"):
+        load_records(tmp_path / "none.jsonl")
+    with pytest.raises(ConfigError, match="holds no record"):
+        load_records(write_lines(tmp_path / "empty.jsonl", ""))
+
+
+@given(prompt=st.text(min_size=1), reasoning=st.text(), answer=st.text(min_size=1))
+def test_spans_cut_the_text_back_into_its_parts(prompt: str, reasoning: str, answer: str) -> None:
+    sample = Record("x", prompt, reasoning, answer).sample()
+    assert sample.text is not None
+    cut = {span.kind: sample.text[span.start : span.end] for span in sample.spans}
+    expected = {"prompt": prompt, "reasoning": reasoning, "answer": answer}
+    assert cut == {kind: part for kind, part in expected.items() if part}
+
+
+def test_epoch_order_visits_everything_once_and_depends_on_seed_and_epoch() -> None:
+    order = epoch_order(1000, seed=3, epoch=5)
+    assert sorted(order) == list(range(1000))
+    assert order == epoch_order(1000, seed=3, epoch=5)
+    others = [epoch_order(1000, 3, 6), epoch_order(1000, 5, 3), epoch_order(1000, 4, 5), list(range(1000))]
+    assert order not in others
+    assert sorted(epoch_order(10, seed=-1, epoch=0)) == list(range(10))
+
+
+def test_epoch_order_is_the_same_in_every_process() -> None:
+    assert epoch_order(8, seed=0, epoch=0) == [2, 4, 3, 6, 5, 0, 1, 7]
