@@ -1,0 +1,110 @@
+"""Chain arithmetic: a start value and a few operations modulo a small prime, written as text.
+
+`3 +4 x2 -5 +1 =` has the running values 0 0 2 3 modulo 7: the last is the answer, those before it the reasoning.
+Every operation is a bijection of the values, so all answers are equally likely and guessing scores 1 / modulus.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+
+from data.records import Record
+from kvcore.errors import FieldError
+
+OPERATORS = ("+", "-", "x")
+_LARGEST_MODULUS = 97
+_LARGEST_COUNT = 2**62
+
+
+@dataclass(frozen=True, slots=True)
+class ChainTask:
+    """The family of questions: `operations` steps with operands 1 to `modulus` - 1.
+
+    Raises:
+        FieldError: the modulus is no prime from 2 to 97, or the number of operations leaves no reasoning or gives
+            more questions than can be numbered.
+    """
+
+    modulus: int = 7
+    operations: int = 4
+
+    def __post_init__(self) -> None:
+        prime = self.modulus >= 2 and all(self.modulus % divisor for divisor in range(2, self.modulus))
+        if not prime or self.modulus > _LARGEST_MODULUS:
+            raise FieldError("modulus", f"{self.modulus} is not a prime from 2 to {_LARGEST_MODULUS}")
+        if self.operations < 2:
+            raise FieldError("operations", f"{self.operations} leaves no reasoning before the answer; the least is 2")
+        if self.questions > _LARGEST_COUNT:
+            raise FieldError("operations", f"{self.operations} gives more than {_LARGEST_COUNT} questions")
+
+    @property
+    def questions(self) -> int:
+        """How many different questions there are."""
+        return self.modulus * self._choices**self.operations
+
+    @property
+    def chance(self) -> float:
+        """The accuracy of guessing."""
+        return 1.0 / self.modulus
+
+    def record(self, question: int) -> Record:
+        """The question of that number, 0 to `questions` - 1, with its reasoning and answer."""
+        assert 0 <= question < self.questions
+        rest, value = divmod(question, self.modulus)
+        prompt, values = [str(value)], []
+        for _ in range(self.operations):
+            rest, choice = divmod(rest, self._choices)
+            operator, operand = OPERATORS[choice % len(OPERATORS)], choice // len(OPERATORS) + 1
+            value = _apply(operator, value, operand) % self.modulus
+            prompt.append(f"{operator}{operand}")
+            values.append(f" {value}")
+        text = " ".join(prompt) + " ="
+        return Record(f"chain{self.modulus}-{question}", text, "".join(values[:-1]), values[-1])
+
+    @property
+    def _choices(self) -> int:
+        return len(OPERATORS) * (self.modulus - 1)
+
+
+@dataclass(frozen=True, slots=True)
+class Splits:
+    """Records that share no question: to learn from, to choose settings by, and to report."""
+
+    train: list[Record]
+    val: list[Record]
+    test: list[Record]
+
+
+def make_splits(task: ChainTask, train: int, val: int, test: int, seed: int) -> Splits:
+    """Draws questions without repeats, the same for the same arguments.
+
+    Raises:
+        FieldError: a count below 1, or more in total than there are questions.
+    """
+    for name, count in (("train", train), ("val", val), ("test", test)):
+        if count < 1:
+            raise FieldError(name, f"{count} is no number of records; the least is 1")
+    total = train + val + test
+    if total > task.questions:
+        raise FieldError("train", f"{total} records in all, but there are only {task.questions} different questions")
+    generator = np.random.default_rng(seed % 2**64)
+    drawn: list[int] = generator.choice(task.questions, size=total, replace=False).tolist()
+    test_end = test + val
+    return Splits(_records(task, drawn[test_end:]), _records(task, drawn[test:test_end]), _records(task, drawn[:test]))
+
+
+def _records(task: ChainTask, questions: Iterable[int]) -> list[Record]:
+    return [task.record(question) for question in questions]
+
+
+def _apply(operator: str, value: int, operand: int) -> int:
+    match operator:
+        case "+":
+            return value + operand
+        case "-":
+            return value - operand
+        case _:
+            return value * operand

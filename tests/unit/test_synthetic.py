@@ -1,0 +1,91 @@
+"""Chain arithmetic: right answers, disjoint splits, chance level."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from data.synthetic import ChainTask, make_splits
+from kvcore.errors import FieldError
+
+
+def solve(prompt: str, modulus: int) -> list[int]:
+    """Running values by reading the text, written apart from the generator."""
+    start, *steps = prompt.removesuffix(" =").split(" ")
+    values = [int(start)]
+    for step in steps:
+        assert re.fullmatch(r"[-+x][1-9]\d*", step)
+        expression = f"{values[-1]}{step}".replace("x", "*")
+        values.append(eval(expression) % modulus)  # noqa: S307
+    return values[1:]
+
+
+@given(st.sampled_from([2, 3, 5, 7, 11]), st.integers(2, 6), st.data())
+def test_reasoning_is_the_running_values_and_answer_the_last(
+    modulus: int, operations: int, data: st.DataObject
+) -> None:
+    task = ChainTask(modulus, operations)
+    record = task.record(data.draw(st.integers(0, task.questions - 1)))
+    values = solve(record.prompt, modulus)
+    assert record.reasoning + record.answer == "".join(f" {value}" for value in values)
+    assert record.answer == f" {values[-1]}"
+    assert len(values) == operations
+
+
+def test_every_question_number_is_another_question_and_all_answers_are_equally_frequent() -> None:
+    task = ChainTask(modulus=5, operations=2)
+    records = [task.record(number) for number in range(task.questions)]
+    assert len({record.prompt for record in records}) == len({record.id for record in records}) == task.questions
+    counts = Counter(record.answer for record in records)
+    assert set(counts.values()) == {task.questions * task.chance}
+
+
+def test_the_documented_example_is_a_question() -> None:
+    task = ChainTask(modulus=7, operations=2)
+    by_prompt = {record.prompt: record for record in map(task.record, range(task.questions))}
+    example = by_prompt["3 x4 -6 ="]
+    assert (example.reasoning, example.answer) == (" 5", " 6")
+
+
+def test_splits_share_no_question_and_repeat_by_seed() -> None:
+    task = ChainTask()
+    splits = make_splits(task, 3000, 200, 500, seed=1)
+    prompts = [{record.prompt for record in part} for part in (splits.train, splits.val, splits.test)]
+    assert [len(part) for part in prompts] == [3000, 200, 500]
+    assert len(set.union(*prompts)) == 3700
+    assert splits == make_splits(task, 3000, 200, 500, seed=1)
+    assert splits != make_splits(task, 3000, 200, 500, seed=2)
+
+
+def test_splits_can_use_up_every_question() -> None:
+    task = ChainTask(5, 2)
+    every = make_splits(task, task.questions - 2, 1, 1, seed=0)
+    assert len({record.id for record in every.train + every.val + every.test}) == task.questions
+
+
+@pytest.mark.parametrize(
+    ("modulus", "operations", "field"),
+    [
+        (1, 4, "modulus"),
+        (9, 4, "modulus"),
+        (101, 4, "modulus"),
+        (-7, 4, "modulus"),
+        (7, 1, "operations"),
+        (7, 60, "operations"),
+    ],
+)
+def test_a_task_that_makes_no_sense_is_refused(modulus: int, operations: int, field: str) -> None:
+    with pytest.raises(FieldError) as caught:
+        ChainTask(modulus, operations)
+    assert caught.value.field == field
+
+
+@pytest.mark.parametrize(("counts", "field"), [((0, 1, 1), "train"), ((1, 1, -1), "test"), ((200, 200, 200), "train")])
+def test_impossible_splits_are_refused(counts: tuple[int, int, int], field: str) -> None:
+    with pytest.raises(FieldError) as caught:
+        make_splits(ChainTask(3, 2), *counts, seed=0)
+    assert caught.value.field == field
