@@ -61,3 +61,16 @@ class TeacherRefusedError(TeacherError):
 
 class TeacherMismatchError(TeacherError):
     """An endpoint serves other weights, tokenizer or geometry than its replicas did before."""
+
+
+class NonFiniteError(KVDistillError):
+    """A teacher's keys, values or scores are NaN, infinite, or beyond what the codec can hold.
+
+    Args:
+        what: what was not finite.
+        rows: the batch items concerned, so that only their samples fail.
+    """
+
+    def __init__(self, what: str, rows: list[int]) -> None:
+        super().__init__(f"{what} is not finite, in batch items {rows}; a model in half precision may have overflowed")
+        self.rows = rows

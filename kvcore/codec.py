@@ -1,0 +1,171 @@
+"""How tensors are packed for wire and disk: `raw` (fp32), `bf16`, `int8` (symmetric, scales in bfloat16).
+
+int8 gives keys one scale per channel and group of `group_size` tokens, since keys have outlier channels, and values one
+scale per token and group of `group_size` channels. A last group may be short. Codes are computed against the rounded
+scale, so |decoded - x| <= scale / 2 for every element whose group has a normal scale (largest magnitude at least
+127 * 2^-126); a group of zeros has scale 0 and decodes to exact zeros.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch.nn import functional
+
+from kvcore.errors import NonFiniteError
+from kvcore.plan import CodecSpec
+from kvcore.types import BatchKV, EncodedSampleKV, Tensor
+
+Kind = Literal["k", "v"]
+KINDS: tuple[Kind, ...] = ("k", "v")
+PartLayout = list[tuple[str, torch.dtype, tuple[int, ...]]]
+
+_LEVELS = 127
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """A packed tensor. `relative_error_B`: ||decoded - x|| / ||x|| of each batch item, fp64, 0 where x is 0."""
+
+    parts: dict[str, Tensor]
+    relative_error_B: Tensor
+
+
+def encode(x_BHMD: Tensor, kind: Kind, spec: CodecSpec) -> Encoded:
+    """Packs keys or values on their device.
+
+    Returns:
+        Parts as `part_layout` lists them, with a leading B, and the error measured by decoding them.
+
+    Raises:
+        NonFiniteError: x holds NaN or infinity, or a value so large that the codec cannot hold it.
+    """
+    x_BHMD = x_BHMD.float()
+    parts = _encode_parts(x_BHMD, kind, spec)
+    return Encoded(parts, _relative_error(x_BHMD, decode(parts, kind, spec)))
+
+
+def decode(parts: Mapping[str, Tensor], kind: Kind, spec: CodecSpec) -> Tensor:
+    """Unpacks parts to fp32, with the leading dimensions that the parts have."""
+    if spec.name != "int8":
+        return parts["data"].float()
+    dim = _group_dim(kind)
+    codes, scale = parts["codes"], parts["scale"].float()
+    return codes.float().mul_(_per_element(scale, codes.shape[dim], spec.group_size, dim))
+
+
+def part_layout(spec: CodecSpec, kind: Kind, heads: int, slots: int, head_dim: int) -> PartLayout:
+    """The parts of one sample's layer: name, dtype and shape, without the kind's prefix."""
+    shape = (heads, slots, head_dim)
+    if spec.name == "raw":
+        return [("data", torch.float32, shape)]
+    if spec.name == "bf16":
+        return [("data", torch.bfloat16, shape)]
+    groups = -(-shape[_group_dim(kind)] // spec.group_size)
+    scale_shape = (heads, groups, head_dim) if kind == "k" else (heads, slots, groups)
+    return [("codes", torch.int8, shape), ("scale", torch.bfloat16, scale_shape)]
+
+
+def decode_batch(samples: Sequence[EncodedSampleKV]) -> BatchKV:
+    """Decodes samples of one teacher and plan into one batch, padded to the largest M.
+
+    Keys or values that the plan left out are None. `byte_ends_BLHM` is int64, -1 in slots without a token.
+    """
+    assert samples, "a batch holds at least one sample"
+    first = samples[0]
+    assert all(s.codec == first.codec and s.layers == first.layers and s.parts.keys() == first.parts.keys() for s in samples)
+    rows_by_slots: dict[int, list[int]] = {}
+    for row, sample in enumerate(samples):
+        rows_by_slots.setdefault(sample.slots, []).append(row)
+    slots_B = torch.tensor([sample.slots for sample in samples])
+    return BatchKV(
+        k_BLHMD=_decode_kind(samples, rows_by_slots, "k"),
+        v_BLHMD=_decode_kind(samples, rows_by_slots, "v"),
+        mask_BM=torch.arange(max(rows_by_slots)) < slots_B[:, None],
+        byte_ends_BLHM=_byte_ends(samples, rows_by_slots),
+    )
+
+
+def _encode_parts(x_BHMD: Tensor, kind: Kind, spec: CodecSpec) -> dict[str, Tensor]:
+    if spec.name == "raw":
+        return {"data": x_BHMD.contiguous()}
+    if spec.name == "bf16":
+        return {"data": x_BHMD.to(torch.bfloat16).contiguous()}
+    dim = _group_dim(kind)
+    scale = (_group_max(x_BHMD, spec.group_size, dim) / _LEVELS).to(torch.bfloat16)
+    divisor = torch.where(scale == 0, 1.0, scale.float())
+    codes = x_BHMD / _per_element(divisor, x_BHMD.shape[dim], spec.group_size, dim)
+    codes = codes.round_().clamp_(-_LEVELS, _LEVELS).to(torch.int8)
+    return {"codes": codes.contiguous(), "scale": scale.contiguous()}
+
+
+def _group_dim(kind: Kind) -> int:
+    """The dimension cut into groups: tokens for keys, channels for values."""
+    return -2 if kind == "k" else -1
+
+
+def _group_max(x: Tensor, group_size: int, dim: int) -> Tensor:
+    """The largest magnitude of each group along `dim`; the last group may be short."""
+    size = x.shape[dim]
+    group = max(1, min(group_size, size))
+    groups = -(-size // group)
+    magnitude = x.abs()
+    short = groups * group - size
+    if short:
+        magnitude = functional.pad(magnitude, (0, short) if dim == -1 else (0, 0, 0, short))
+    return magnitude.unflatten(dim, (groups, group)).amax(dim=dim)
+
+
+def _per_element(scale: Tensor, size: int, group_size: int, dim: int) -> Tensor:
+    """Repeats each group's scale for its elements along `dim`; a single group is left to broadcasting."""
+    if scale.shape[dim] == 1:
+        return scale
+    return scale.repeat_interleave(group_size, dim=dim).narrow(dim, 0, size)
+
+
+def _relative_error(x_BHMD: Tensor, decoded_BHMD: Tensor) -> Tensor:
+    # fp64, since squares of fp32 over- and underflow.
+    norm_B = torch.linalg.vector_norm(x_BHMD.flatten(1), dim=1, dtype=torch.float64)
+    error_B = torch.linalg.vector_norm((decoded_BHMD - x_BHMD).flatten(1), dim=1, dtype=torch.float64)
+    relative_B = torch.where(norm_B == 0, error_B, error_B / norm_B)
+    finite_B = relative_B.isfinite()
+    if not bool(finite_B.all()):
+        raise NonFiniteError("a key or value", finite_B.logical_not().nonzero().flatten().tolist())
+    return relative_B
+
+
+def _decode_kind(samples: Sequence[EncodedSampleKV], rows_by_slots: dict[int, list[int]], kind: Kind) -> Tensor | None:
+    names = [name.removeprefix(f"{kind}.") for name in samples[0].parts if name.startswith(f"{kind}.")]
+    if not names:
+        return None
+    decoded: list[Tensor] = []
+    for rows in rows_by_slots.values():
+        parts = {name: torch.stack([samples[row].parts[f"{kind}.{name}"] for row in rows]) for name in names}
+        decoded.append(decode(parts, kind, samples[0].codec))
+    return _pad_slots(decoded, rows_by_slots, dim=3, fill=0)
+
+
+def _byte_ends(samples: Sequence[EncodedSampleKV], rows_by_slots: dict[int, list[int]]) -> Tensor:
+    ends_by_slots: list[Tensor] = []
+    for rows in rows_by_slots.values():
+        # One gather over the samples' tokens laid end to end.
+        ends = torch.cat([samples[row].byte_ends_T for row in rows]).long()
+        starts_B = torch.tensor([0, *(samples[row].byte_ends_T.numel() for row in rows[:-1])]).cumsum(0)
+        positions_BLHM = torch.stack([samples[row].positions for row in rows]).long()
+        ends_by_slots.append(ends[positions_BLHM + starts_B[:, None, None, None]])
+    return _pad_slots(ends_by_slots, rows_by_slots, dim=3, fill=-1)
+
+
+def _pad_slots(groups: list[Tensor], rows_by_slots: dict[int, list[int]], dim: int, fill: int) -> Tensor:
+    """Puts groups of samples with equal M back in the batch's order, padded along `dim` to the largest M."""
+    if len(groups) == 1:
+        return groups[0]
+    shape = list(groups[0].shape)
+    shape[0], shape[dim] = sum(map(len, rows_by_slots.values())), max(rows_by_slots)
+    padded = groups[0].new_full(shape, fill)
+    for (slots, rows), group in zip(rows_by_slots.items(), groups, strict=True):
+        padded.narrow(dim, 0, slots)[torch.tensor(rows)] = group
+    return padded
