@@ -23,7 +23,9 @@ class ServeConfig(StrictModel):
     `dtype: auto` is bf16 on a GPU and fp32 on a CPU. A port of 0 picks a free one.
     `max_sample_tokens`: the longest sample, the model's own context by default. `max_batch_tokens`: padded tokens that
     go through the model at once. `max_queued_tokens`: what may wait or run before requests are refused.
-    `max_frame_bytes`: the largest body of one frame. `stream_window_bytes`: what one stream may hold for a slow reader.
+    `max_streams`: requests open at once. `max_frame_bytes`: the largest body of one frame. `stream_window_bytes`: what
+    one stream may hold for a slow reader. `max_request_seconds`: the deadline of a call, and the most a caller's own
+    deadline counts.
     `drain_seconds`: how long running requests may take after SIGTERM. `threads`: torch's CPU threads.
     """
 
@@ -43,8 +45,10 @@ class ServeConfig(StrictModel):
     max_samples_per_request: Positive = 256
     max_batch_tokens: Positive = 16384
     max_queued_tokens: Positive = 1_048_576
+    max_streams: Positive = 128
     max_frame_bytes: Annotated[int, Field(ge=4096, le=64 * MIB)] = MIB
     stream_window_bytes: Annotated[int, Field(ge=65536)] = 64 * MIB
+    max_request_seconds: Annotated[float, Field(gt=0.0)] = 600.0
     drain_seconds: Seconds = 30.0
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
     threads: Positive | None = None
