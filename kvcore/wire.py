@@ -1,0 +1,239 @@
+"""Requests, plans and teacher descriptions between protobuf and kvcore's types.
+
+Everything that arrives from the other side is checked here; a wrong value is a `FieldError` with the protobuf field's
+path, so that whoever wrote the request can find it.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from typing import Any, TypeVar, cast, get_args
+
+from kvcore.config import parse
+from kvcore.errors import FieldError
+from kvcore.plan import KVPlan, Scope, SelectionSpan, SpanKind
+from kvcore.types import Sample, Span, TeacherInfo
+from protos import kv_cache_pb2 as pb
+
+NameT = TypeVar("NameT", bound=str)
+
+_SPAN_NUMBERS: dict[SelectionSpan, pb.SpanKind] = {
+    "prompt": pb.SPAN_KIND_PROMPT,
+    "reasoning": pb.SPAN_KIND_REASONING,
+    "answer": pb.SPAN_KIND_ANSWER,
+    "all": pb.SPAN_KIND_ALL,
+}
+_SCOPE_NUMBERS: dict[Scope, pb.Scope] = {
+    "head": pb.SCOPE_HEAD,
+    "layer": pb.SCOPE_LAYER,
+    "sample": pb.SCOPE_SAMPLE,
+}
+_SPANS: dict[int, SelectionSpan] = {number: name for name, number in _SPAN_NUMBERS.items()}
+_SCOPES: dict[int, Scope] = {number: name for name, number in _SCOPE_NUMBERS.items()}
+
+
+def plan_to_proto(plan: KVPlan) -> pb.Plan:
+    """Every field is written out, defaults too, so that both sides compute the same digest."""
+    selection, codec = plan.selection, plan.codec
+    return pb.Plan(
+        layers=plan.layers,
+        selection=pb.Selection(
+            selector=selection.selector,
+            budget=selection.budget,
+            span=_SPAN_NUMBERS[selection.span],
+            scope=_SCOPE_NUMBERS[selection.scope],
+            importance_weight=selection.importance_weight,
+        ),
+        codec=pb.Codec(name=codec.name, group_size=codec.group_size, max_relative_error=codec.max_relative_error),
+        keys=plan.keys,
+        values=plan.values,
+    )
+
+
+def plan_from_proto(proto: pb.Plan, field: str = "plan") -> KVPlan:
+    """Reads a plan.
+
+    Raises:
+        FieldError: such as `plan.selection.budget: Input should be greater than or equal to 0 (got -1)`.
+    """
+    selection: dict[str, Any] = {
+        "selector": proto.selection.selector,
+        "budget": proto.selection.budget,
+        "span": _named(proto.selection.span, _SPANS, f"{field}.selection.span"),
+        "scope": _named(proto.selection.scope, _SCOPES, f"{field}.selection.scope"),
+    }
+    codec: dict[str, Any] = {"name": proto.codec.name}
+    if proto.selection.HasField("importance_weight"):
+        selection["importance_weight"] = _finite(
+            proto.selection.importance_weight, f"{field}.selection.importance_weight"
+        )
+    if proto.codec.HasField("group_size"):
+        codec["group_size"] = proto.codec.group_size
+    if proto.codec.HasField("max_relative_error"):
+        codec["max_relative_error"] = _finite(proto.codec.max_relative_error, f"{field}.codec.max_relative_error")
+    tree = {
+        "layers": list(proto.layers),
+        "selection": selection,
+        "codec": codec,
+        "keys": proto.keys,
+        "values": proto.values,
+    }
+    try:
+        return parse(tree, KVPlan)
+    except FieldError as error:
+        raise _under(field, error) from error
+
+
+def sample_to_proto(sample: Sample) -> pb.Sample:
+    """Writes a sample.
+
+    Raises:
+        FieldError: the text holds lone surrogates, which UTF-8 cannot carry.
+    """
+    spans = [pb.Span(kind=_SPAN_NUMBERS[span.kind], start=span.start, end=span.end) for span in sample.spans]
+    if sample.token_ids is not None:
+        return pb.Sample(id=sample.id, token_ids=pb.TokenIds(ids=sample.token_ids), spans=spans)
+    text = sample.text or ""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise FieldError("text", f"sample '{sample.id}' is not valid Unicode: {error}") from error
+    return pb.Sample(id=sample.id, text=text, spans=spans)
+
+
+def sample_from_proto(proto: pb.Sample, field: str = "sample") -> Sample:
+    """Reads a sample; `field` is its path in the request, such as `samples.3`.
+
+    Raises:
+        FieldError: no id, no content, a negative token id, or a span outside the content or across another.
+    """
+    if not proto.id:
+        raise FieldError(f"{field}.id", "is empty; every sample needs one")
+    content = proto.WhichOneof("content")
+    if content is None:
+        raise FieldError(field, "holds neither text nor token_ids")
+    if content == "text":
+        if not proto.text:
+            raise FieldError(f"{field}.text", "is empty")
+        return Sample(proto.id, text=proto.text, spans=_spans(proto, len(proto.text), field))
+    token_ids = tuple(proto.token_ids.ids)
+    if not token_ids:
+        raise FieldError(f"{field}.token_ids.ids", "is empty")
+    if min(token_ids) < 0:
+        at = next(at for at, token in enumerate(token_ids) if token < 0)
+        raise FieldError(f"{field}.token_ids.ids.{at}", f"must be at least 0 (got {token_ids[at]})")
+    return Sample(proto.id, token_ids=token_ids, spans=_spans(proto, len(token_ids), field))
+
+
+def info_to_proto(info: TeacherInfo) -> pb.DescribeResponse:
+    """What a server answers to `Describe`."""
+    return pb.DescribeResponse(
+        model=info.model,
+        weights_digest=info.weights_digest,
+        tokenizer_fingerprint=info.tokenizer_fingerprint,
+        layers=info.layers,
+        kv_heads=info.kv_heads,
+        head_dim=info.head_dim,
+        rope_json=json.dumps(dict(info.rope), sort_keys=True),
+        engine=info.engine,
+        dtype=info.dtype,
+        limits=pb.Limits(
+            max_sample_tokens=info.max_sample_tokens,
+            max_samples_per_request=info.max_samples_per_request,
+            max_frame_bytes=info.max_frame_bytes,
+        ),
+        selectors=info.selectors,
+        codecs=info.codecs,
+    )
+
+
+def info_from_proto(proto: pb.DescribeResponse) -> TeacherInfo:
+    """Reads a teacher's description.
+
+    Raises:
+        FieldError: an identity is missing, a size is not positive, or `rope_json` is no JSON object.
+    """
+    for name in ("weights_digest", "tokenizer_fingerprint"):
+        if not getattr(proto, name):
+            raise FieldError(name, "is empty; a teacher must say which one it is")
+    limits = proto.limits
+    return TeacherInfo(
+        model=proto.model,
+        weights_digest=proto.weights_digest,
+        tokenizer_fingerprint=proto.tokenizer_fingerprint,
+        layers=_positive(proto.layers, "layers"),
+        kv_heads=_positive(proto.kv_heads, "kv_heads"),
+        head_dim=_positive(proto.head_dim, "head_dim"),
+        rope=_json_object(proto.rope_json, "rope_json"),
+        engine=proto.engine,
+        dtype=proto.dtype,
+        max_sample_tokens=_positive(limits.max_sample_tokens, "limits.max_sample_tokens"),
+        max_samples_per_request=_positive(limits.max_samples_per_request, "limits.max_samples_per_request"),
+        max_frame_bytes=_positive(limits.max_frame_bytes, "limits.max_frame_bytes"),
+        selectors=tuple(proto.selectors),
+        codecs=tuple(proto.codecs),
+    )
+
+
+def _spans(proto: pb.Sample, length: int, field: str) -> tuple[Span, ...]:
+    spans: list[Span] = []
+    for at, span in enumerate(proto.spans):
+        where = f"{field}.spans.{at}"
+        kind = _named(span.kind, _SPANS, f"{where}.kind")
+        if kind == "all":
+            raise FieldError(f"{where}.kind", f"must be one of {', '.join(get_args(SpanKind))} (got all)")
+        if not 0 <= span.start <= length:
+            raise FieldError(
+                f"{where}.start", f"must be between 0 and the content's length {length} (got {span.start})"
+            )
+        if not span.start <= span.end <= length:
+            raise FieldError(
+                f"{where}.end", f"must be between the start {span.start} and the length {length} (got {span.end})"
+            )
+        for before, other in enumerate(spans):
+            if max(span.start, other.start) < min(span.end, other.end):
+                both = f"[{span.start}, {span.end}) overlaps spans.{before} [{other.start}, {other.end})"
+                raise FieldError(where, both)
+        spans.append(Span(kind, span.start, span.end))
+    return tuple(spans)
+
+
+def _named(number: int, names: Mapping[int, NameT], field: str) -> NameT:
+    name = names.get(number)
+    if name is None:
+        known = ", ".join(f"{number} ({name})" for number, name in names.items())
+        raise FieldError(field, f"must be one of {known} (got {number})")
+    return name
+
+
+def _finite(value: float, field: str) -> float:
+    if not math.isfinite(value):
+        raise FieldError(field, f"must be a finite number (got {value})")
+    return value
+
+
+def _positive(value: int, field: str) -> int:
+    if value < 1:
+        raise FieldError(field, f"must be at least 1 (got {value})")
+    return value
+
+
+def _json_object(text: str, field: str) -> dict[str, Any]:
+    try:
+        value: object = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise FieldError(field, f"is not valid JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise FieldError(field, f"must be a JSON object (got a {type(value).__name__})")
+    return cast("dict[str, Any]", value)
+
+
+def _under(prefix: str, error: FieldError) -> FieldError:
+    """A plan's error with the request's path; checks over several fields name theirs at the start of the problem."""
+    path = [prefix] if error.field == KVPlan.__name__ else [prefix, error.field]
+    name, separator, problem = error.problem.partition(": ")
+    if separator and name.isidentifier():
+        return FieldError(".".join([*path, name]), problem)
+    return FieldError(".".join(path), error.problem)
