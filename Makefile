@@ -1,0 +1,40 @@
+# kvdistill runs from a checkout. Everything below installs what it needs into $(VENV) first, once.
+PYTHON ?= python3
+VENV ?= .venv
+DEMO_ARGS ?=
+CHECKS = $(VENV)/bin/python scripts/run_checks.py
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lint format proto docs clean
+
+help: ## Show this help
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@echo
+	@echo "  make demo DEMO_ARGS=--quick      options of kvdistill demo"
+	@echo "  make test PYTHON=python3.12      another Python, 3.11 or later"
+
+setup: ## Make the virtual environment from the pinned files (nothing to do where it matches)
+	@command -v $(PYTHON) >/dev/null || { echo "setup: $(PYTHON) is missing; on Debian: apt-get install python3 python3-venv"; exit 1; }
+	@$(PYTHON) scripts/setup_env.py $(VENV)
+
+demo: setup ## Two teacher servers, one student, a report in outputs/demo
+	@$(VENV)/bin/kvdistill demo $(DEMO_ARGS)
+
+test: setup ## Every check and every test
+	@$(CHECKS)
+
+lint: setup ## Style, types, import layers, proto: the checks without tests
+	@$(CHECKS) lint types imports proto
+
+format: setup ## Mend the style of what can be mended
+	@$(VENV)/bin/ruff check --fix --quiet . ; $(VENV)/bin/ruff format .
+
+proto: setup ## Regenerate the code of protos/kv_cache.proto
+	@$(CHECKS) --write-proto
+
+docs: setup ## Regenerate docs/configuration.md from the configuration models
+	@$(VENV)/bin/python scripts/make_config_reference.py
+
+clean: ## Remove the environment and the caches; outputs/ stays
+	rm -rf $(VENV) build .pytest_cache .ruff_cache .hypothesis .import_linter_cache *.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,160 @@
+"""Every check of the repository, in stages: `python scripts/run_checks.py [STAGE ...]`, all of them by default.
+
+A stage that fails ends the run. The time of each stage and the totals of the tests come last.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+import tempfile
+import time
+import xml.etree.ElementTree as ET
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+BIN = Path(sys.executable).parent
+PROTO = "protos/kv_cache.proto"
+PROTO_OUTPUTS = ("--python_out", "--pyi_out", "--grpc_python_out")
+
+
+@dataclass
+class Totals:
+    """What the tests of a run came to."""
+
+    passed: int = 0
+    failed: int = 0
+    errors: int = 0
+    skipped: int = 0
+
+    def add(self, junit: Path) -> None:
+        """Counts one pytest run by the report that it wrote."""
+        for suite in ET.parse(junit).getroot().iter("testsuite"):  # noqa: S314  (pytest wrote it)
+            failed, errors, skipped = (int(suite.get(name, 0)) for name in ("failures", "errors", "skipped"))
+            self.failed += failed
+            self.errors += errors
+            self.skipped += skipped
+            self.passed += int(suite.get("tests", 0)) - failed - errors - skipped
+
+    def __str__(self) -> str:
+        counts = {"failed": self.failed, "passed": self.passed, "skipped": self.skipped, "errors": self.errors}
+        return ", ".join(f"{count} {name}" for name, count in counts.items() if count) or "no tests ran"
+
+
+@dataclass
+class Run:
+    """One run over some stages."""
+
+    totals: Totals = field(default_factory=Totals)
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    def stages(self) -> dict[str, Callable[[], bool]]:
+        """Every stage by name, in order: the quick ones first."""
+        return {
+            "lint": lambda: call(tool("ruff"), "check", ".") and call(tool("ruff"), "format", "--check", "."),
+            "types": lambda: call(tool("basedpyright"), "--pythonpath", sys.executable),
+            "imports": lambda: call(tool("lint-imports")),
+            "proto": proto_is_fresh_and_clean,
+            "unit": lambda: self.pytest("unit", "-n", "2"),
+            "contract": lambda: self.pytest("contract", "-n", "2"),
+            "integration": lambda: self.pytest("integration"),
+            "e2e": lambda: self.pytest("e2e"),
+        }
+
+    def pytest(self, folder: str, *options: str) -> bool:
+        """Runs the tests of one folder; a folder without tests fails."""
+        with tempfile.TemporaryDirectory() as scratch:
+            junit = Path(scratch) / "junit.xml"
+            passed = call(sys.executable, "-m", "pytest", f"tests/{folder}", "-q", f"--junitxml={junit}", *options)
+            if junit.is_file():
+                self.totals.add(junit)
+        return passed
+
+    def execute(self, names: list[str]) -> bool:
+        """Runs the named stages until one fails, then says how long each took."""
+        stages = self.stages()
+        failed = None
+        for name in names:
+            say(f"\n=== {name}")
+            started = time.monotonic()
+            passed = stages[name]()
+            self.seconds[name] = time.monotonic() - started
+            if not passed:
+                failed = name
+                break
+        self.summarise(failed)
+        return failed is None
+
+    def summarise(self, failed: str | None) -> None:
+        """The times by stage, then one line as pytest would end."""
+        say("\n=== times")
+        for name, seconds in self.seconds.items():
+            say(f"{name:12} {seconds:7.1f} s  {'FAILED' if name == failed else 'passed'}")
+        if failed:
+            say(f"\nstage '{failed}' failed; alone: {Path(sys.executable).name} scripts/run_checks.py {failed}")
+        say(f"===== {self.totals} in {sum(self.seconds.values()):.2f}s =====")
+
+
+def proto_is_fresh_and_clean() -> bool:
+    """The committed generated code is what the .proto makes, and the .proto follows buf's rules."""
+    with tempfile.TemporaryDirectory() as scratch:
+        if not generate_proto(Path(scratch)):
+            return False
+        made = sorted(path.relative_to(scratch) for path in Path(scratch).rglob("*.py*"))
+        stale = [str(path) for path in made if not same_text(Path(scratch) / path, ROOT / path)]
+    for path in stale:
+        say(f"{path}: is not what {PROTO} generates; run: make proto")
+    return not stale and call(tool("buf"), "lint")
+
+
+def generate_proto(output: Path) -> bool:
+    """Writes the Python code of the .proto below `output`."""
+    outputs = [f"{option}={output}" for option in PROTO_OUTPUTS]
+    return call(sys.executable, "-m", "grpc_tools.protoc", "-I.", *outputs, PROTO)
+
+
+def same_text(made: Path, committed: Path) -> bool:
+    """Whether the committed file exists and holds the same bytes."""
+    return committed.is_file() and made.read_bytes() == committed.read_bytes()
+
+
+def tool(name: str) -> str:
+    """The executable of this environment, never another one on the PATH."""
+    return str(BIN / name)
+
+
+def call(*command: str) -> bool:
+    """Runs one command from the repository's root; its output goes to the terminal."""
+    say(f"$ {Path(command[0]).name} {' '.join(command[1:])}")
+    return subprocess.run(command, cwd=ROOT, check=False).returncode == 0
+
+
+def say(message: str) -> None:
+    """One line on the terminal, in order with what the commands write."""
+    print(message, flush=True)
+
+
+def main() -> int:
+    """Entry point."""
+    run = Run()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("stage", nargs="*", help=f"some of: {' '.join(run.stages())}")
+    parser.add_argument("--write-proto", action="store_true", help=f"regenerate the code of {PROTO} and do nothing else")
+    arguments = parser.parse_args()
+    unknown = [name for name in arguments.stage if name not in run.stages()]
+    if unknown:
+        parser.error(f"no stage named {', '.join(unknown)}; there are: {' '.join(run.stages())}")
+    if arguments.write_proto:
+        return 0 if generate_proto(ROOT) else 1
+    try:
+        return 0 if run.execute(arguments.stage or list(run.stages())) else 1
+    except KeyboardInterrupt:
+        say("interrupted")
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())
