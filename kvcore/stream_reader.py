@@ -1,0 +1,429 @@
+"""The student's end of the KV stream: frames in, whole samples out, every byte checked on the way."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, cast
+
+import numpy as np
+import torch
+import xxhash
+from numpy.typing import NDArray
+
+from kvcore.codec import KINDS, part_layout
+from kvcore.errors import ProtocolError
+from kvcore.frames import PROTOCOL_VERSION, dtype_name, unpack_frame
+from kvcore.plan import KVPlan
+from kvcore.types import EncodedSampleKV, Sample, TeacherInfo, Tensor, Timings
+
+_UINT64_MAX = 2**64 - 1
+
+
+@dataclass(frozen=True, slots=True)
+class SampleFailure:
+    """The teacher's own word that one sample has no K/V; the rest of the stream is unharmed."""
+
+    code: str
+    message: str
+
+
+Result = tuple[int, EncodedSampleKV | SampleFailure]
+
+
+class StreamReader:
+    """Reads one request's frames in the order in which they were sent.
+
+    Nothing is allocated by a number that the other side chose alone: token counts, slots, parts and shapes are checked
+    against the plan and the teacher's description first. Samples of one stream may share memory: each one's tensors
+    are views into those of the samples that were sent with it.
+
+    Args:
+        request_id: as sent in the request.
+        plan: as sent in the request; its layers and codec must be the teacher's.
+        samples: as sent in the request, in that order.
+        info: what the teacher answered to `Describe`.
+    """
+
+    def __init__(self, request_id: str, plan: KVPlan, samples: Sequence[Sample], info: TeacherInfo) -> None:
+        self._request_id = request_id
+        self._plan = plan
+        self._info = info
+        self._kinds = [kind for kind, wanted in zip(KINDS, (plan.keys, plan.values), strict=True) if wanted]
+        self._states = [_SampleState(sample) for sample in samples]
+        self._layouts: dict[int, _RowLayout] = {}
+        self._seq = 0
+        self._ended = False
+
+    def feed(self, data: bytes) -> list[Result]:
+        """Takes the next frame and returns the samples that it completed, by their index in the request.
+
+        Raises:
+            ProtocolError: the frame is damaged, out of order, or says what the request did not ask for. Samples that
+                were returned before stay good; the reader is of no further use.
+        """
+        header, body = unpack_frame(data)
+        records = self._check_header(header, body)
+        done: list[Result] = []
+        at = 0
+        for record in records:
+            size = _int(record, "bytes", 0, len(body) - at) if "bytes" in record else 0
+            self._take(record, body[at : at + size], done)
+            at += size
+        if at != len(body):
+            raise ProtocolError(f"frame {self._seq}: {len(body) - at} bytes of the body belong to no record")
+        self._seq += 1
+        return done
+
+    def finish(self) -> None:
+        """Says that no more frames will come.
+
+        Raises:
+            ProtocolError: the stream has not ended, so samples are missing.
+        """
+        if not self._ended:
+            done = sum(state.done for state in self._states)
+            raise ProtocolError(f"the stream broke off after {done} of {len(self._states)} samples")
+
+    def _check_header(self, header: dict[str, Any], body: memoryview) -> list[dict[str, Any]]:
+        if header.get("v") != PROTOCOL_VERSION:
+            raise ProtocolError(f"frame of protocol version {header.get('v')!r}, expected {PROTOCOL_VERSION}")
+        if header.get("request") != self._request_id:
+            raise ProtocolError(f"frame of request {header.get('request')!r}, expected {self._request_id!r}")
+        seq = _int(header, "seq", 0, _UINT64_MAX)
+        if seq != self._seq:
+            raise ProtocolError(f"frame {seq} came where frame {self._seq} was due")
+        if self._ended:
+            raise ProtocolError(f"frame {seq} came after the stream's end")
+        if len(body) > self._info.max_frame_bytes:
+            raise ProtocolError(f"frame {seq}: body of {len(body)} bytes, the limit is {self._info.max_frame_bytes}")
+        if _int(header, "xxh3", 0, _UINT64_MAX) != xxhash.xxh3_64_intdigest(body):
+            raise ProtocolError(f"frame {seq}: the body does not match its xxh3")
+        records = header.get("records")
+        if not isinstance(records, list) or not all(isinstance(record, dict) for record in cast("list[Any]", records)):
+            raise ProtocolError(f"frame {seq}: 'records' is no list of maps")
+        return cast("list[dict[str, Any]]", records)
+
+    def _take(self, record: dict[str, Any], chunk: memoryview, done: list[Result]) -> None:
+        kind = record.get("kind")
+        if self._ended:
+            raise ProtocolError(f"record {kind!r} came after the stream's end")
+        if kind == "layer":
+            self._begin(record, self._open_layer(record), chunk)
+        elif kind == "sample":
+            self._begin(record, self._open_sample(record), chunk)
+        elif kind == "more":
+            self._continue(record, chunk)
+        elif kind == "sample_end":
+            done.append(self._end_sample(record))
+        elif kind == "end":
+            self._end(record)
+        else:
+            raise ProtocolError(f"unknown record kind {kind!r}")
+
+    def _begin(self, record: dict[str, Any], incoming: _Incoming, chunk: memoryview) -> None:
+        size = _int(record, "size", len(chunk), _UINT64_MAX) if "size" in record else len(chunk)
+        if size != incoming.size:
+            raise ProtocolError(f"record {record['kind']!r} of {size} bytes, its shapes need {incoming.size}")
+        if len(chunk) == size:
+            incoming.accept(chunk)
+        elif len(incoming.states) == 1:
+            incoming.chunks.append(chunk)
+            incoming.missing = size - len(chunk)
+            incoming.states[0].incoming = incoming
+        else:
+            raise ProtocolError("a layer record of several samples may not be split")
+
+    def _continue(self, record: dict[str, Any], chunk: memoryview) -> None:
+        state = self._states[_int(record, "index", 0, len(self._states) - 1)]
+        incoming = state.incoming
+        if incoming is None or not 0 < len(chunk) <= incoming.missing:
+            raise ProtocolError(f"sample '{state.sample.id}': {len(chunk)} more bytes that no record waits for")
+        incoming.chunks.append(chunk)
+        incoming.missing -= len(chunk)
+        if incoming.missing == 0:
+            state.incoming = None
+            incoming.accept(memoryview(b"".join(incoming.chunks)))
+
+    def _open_sample(self, record: dict[str, Any]) -> _Incoming:
+        state = self._state(record.get("index"))
+        if state.tokens:
+            raise ProtocolError(f"sample '{state.sample.id}' was opened twice")
+        if record.get("id") != state.sample.id:
+            raise ProtocolError(f"sample id {record.get('id')!r}, expected '{state.sample.id}'")
+        tokens = _int(record, "tokens", 1, self._info.max_sample_tokens)
+        return _Incoming(8 * tokens, [state], partial(self._accept_sample, state))
+
+    def _accept_sample(self, state: _SampleState, body: memoryview) -> None:
+        token_ids_T, byte_ends_T = np.frombuffer(body, "<i4").reshape(2, -1).copy()
+        asked = state.sample.token_ids
+        if asked is not None and token_ids_T.tolist() != list(asked):
+            raise ProtocolError(f"sample '{state.sample.id}' was read as other tokens than those sent")
+        known_T = byte_ends_T[byte_ends_T >= 0]
+        limit = _UINT64_MAX if state.text_bytes is None else state.text_bytes
+        if (
+            byte_ends_T.min() < -1
+            or token_ids_T.min() < 0
+            or (known_T[1:] < known_T[:-1]).any()
+            or (known_T > limit).any()
+        ):
+            raise ProtocolError(f"sample '{state.sample.id}': token ids or byte ends out of range")
+        state.tokens = len(token_ids_T)
+        state.token_ids_T, state.byte_ends_T = torch.as_tensor(token_ids_T), torch.as_tensor(byte_ends_T)
+        state.hash.update(body)
+
+    def _open_layer(self, record: dict[str, Any]) -> _Incoming:
+        indices = record.get("indices")
+        if not isinstance(indices, list) or not indices:
+            raise ProtocolError("layer record without sample indices")
+        states = [self._state(index) for index in cast("list[Any]", indices)]
+        if len(set(cast("list[int]", indices))) != len(states):
+            raise ProtocolError("layer record names a sample twice")
+        at = states[0].layers_done
+        layer = record.get("layer")
+        if at >= len(self._plan.layers) or layer != self._plan.layers[at] or any(s.layers_done != at for s in states):
+            raise ProtocolError(f"layer {layer!r} of sample '{states[0].sample.id}' is not the plan's next")
+        layout = self._layout(record, min(state.tokens for state in states))
+        if at and any(state.group.layout is not layout for state in states):
+            raise ProtocolError(f"sample '{states[0].sample.id}': layer {layer} has another number of slots")
+        accept = partial(self._accept_layer, states, layout, self._errors(record, len(states)))
+        return _Incoming(len(states) * layout.row_bytes, states, accept)
+
+    def _layout(self, record: dict[str, Any], tokens: int) -> _RowLayout:
+        if tokens == 0:
+            raise ProtocolError("layer record of a sample that was not opened")
+        limit = min(tokens, self._plan.selection.budget or tokens)
+        slots = _int(record, "slots", 1, limit)
+        layout = self._layouts.get(slots)
+        if layout is None:
+            layout = self._layouts[slots] = _RowLayout(self._plan, self._kinds, self._info, slots)
+        if record.get("codec") != self._plan.codec.name or record.get("parts") != layout.described:
+            raise ProtocolError(f"layer record of parts {record.get('parts')!r}, the plan gives {layout.described}")
+        return layout
+
+    def _errors(self, record: dict[str, Any], count: int) -> dict[str, list[float]]:
+        errors = record.get("errors")
+        if not isinstance(errors, dict) or list(cast("dict[Any, Any]", errors)) != self._kinds:
+            raise ProtocolError(f"layer record states the errors {errors!r}, expected those of {self._kinds}")
+        for values in cast("dict[str, Any]", errors).values():
+            if not isinstance(values, list) or len(cast("list[Any]", values)) != count:
+                raise ProtocolError(f"layer record does not state one error for each of {count} samples")
+            for value in cast("list[Any]", values):
+                _check_number(value, "errors")
+        return cast("dict[str, list[float]]", errors)
+
+    def _accept_layer(
+        self, states: list[_SampleState], layout: _RowLayout, errors: dict[str, list[float]], body: memoryview
+    ) -> None:
+        at = states[0].layers_done
+        rows = np.frombuffer(body, np.uint8).reshape(len(states), layout.row_bytes)
+        positions_BHM = layout.positions(rows)
+        tokens_B = np.array([state.tokens for state in states])
+        if (positions_BHM[..., 0] < 0).any() or (positions_BHM[..., -1] >= tokens_B[:, None]).any():
+            raise ProtocolError(f"layer {self._plan.layers[at]}: positions outside the sample")
+        if (positions_BHM[..., 1:] <= positions_BHM[..., :-1]).any():
+            raise ProtocolError(f"layer {self._plan.layers[at]}: positions are not ascending")
+        if at == 0:
+            group = _Group(layout, len(states), len(self._plan.layers), self._plan.selection.scope == "sample")
+            for row, state in enumerate(states):
+                state.group, state.row = group, row
+                state.errors = {kind: [] for kind in self._kinds}
+        _store(states, at, rows, positions_BHM)
+        for row, state in enumerate(states):
+            state.layers_done += 1
+            state.hash.update(body[row * layout.row_bytes : (row + 1) * layout.row_bytes])
+            for kind, values in errors.items():
+                state.errors[kind].append(values[row])
+
+    def _end_sample(self, record: dict[str, Any]) -> Result:
+        index = record.get("index")
+        state = self._state(index)
+        status = record.get("status")
+        if not isinstance(status, str) or not status:
+            raise ProtocolError(f"sample '{state.sample.id}' ended with the status {status!r}")
+        if status == "ok":
+            result = self._complete(state, record)
+        else:
+            result = SampleFailure(status, str(record.get("message", "")))
+        state.close()
+        return cast("int", index), result
+
+    def _complete(self, state: _SampleState, record: dict[str, Any]) -> EncodedSampleKV:
+        sample, plan = state.sample, self._plan
+        if state.layers_done != len(plan.layers):
+            missing = list(plan.layers[state.layers_done :])
+            raise ProtocolError(f"sample '{sample.id}' ended without its layers {missing}")
+        sent = {"tokens": state.tokens, "slots": state.group.layout.slots, "layers": state.layers_done}
+        for name, count in sent.items():
+            if record.get(name) != count:
+                raise ProtocolError(f"sample '{sample.id}' ended with {name} {record.get(name)!r}, {count} came")
+        if record.get("digest") != state.hash.intdigest():
+            raise ProtocolError(f"sample '{sample.id}' does not match its digest")
+        parts, positions = state.group.take(state.row)
+        return EncodedSampleKV(
+            sample_id=sample.id,
+            key=sample.content_key(self._info.weights_digest, plan),
+            layers=plan.layers,
+            codec=plan.codec,
+            parts=parts,
+            positions=positions,
+            token_ids_T=state.token_ids_T,
+            byte_ends_T=state.byte_ends_T,
+            relative_error=state.errors,
+            timings=_timings(record.get("timings")),
+        )
+
+    def _end(self, record: dict[str, Any]) -> None:
+        done = sum(state.done for state in self._states)
+        if done != len(self._states) or record.get("samples") != done:
+            raise ProtocolError(
+                f"the stream ended after {done} of {len(self._states)} samples, naming {record.get('samples')!r}"
+            )
+        self._ended = True
+
+    def _state(self, index: object) -> _SampleState:
+        """The sample at an index that the other side named, if a record for it may begin."""
+        if type(index) is not int or not 0 <= index < len(self._states):
+            raise ProtocolError(f"record of sample {index!r}, the request has {len(self._states)}")
+        state = self._states[index]
+        if state.done or state.incoming is not None:
+            raise ProtocolError(f"sample '{state.sample.id}': a record came after its end or inside another")
+        return state
+
+
+class _RowLayout:
+    """How one sample's layer lies in a body: int32 positions [H|1,M], then the parts by name."""
+
+    def __init__(self, plan: KVPlan, kinds: Sequence[Any], info: TeacherInfo, slots: int) -> None:
+        self.slots = slots
+        self.position_heads = info.kv_heads if plan.selection.scope == "head" else 1
+        self.position_bytes = 4 * self.position_heads * slots
+        layouts = [
+            (f"{kind}.{name}", dtype, shape)
+            for kind in kinds
+            for name, dtype, shape in part_layout(plan.codec, kind, info.kv_heads, slots, info.head_dim)
+        ]
+        self.parts = sorted(layouts, key=lambda part: part[0])
+        self.described = [[name, dtype_name(dtype), list(shape)] for name, dtype, shape in self.parts]
+        self.sizes = [math.prod(shape) * dtype.itemsize for _, dtype, shape in self.parts]
+        self.row_bytes = self.position_bytes + sum(self.sizes)
+
+    def positions(self, rows: NDArray[np.uint8]) -> NDArray[np.int32]:
+        """The positions [B,H|1,M] at the head of each row."""
+        head = np.ascontiguousarray(rows[:, : self.position_bytes])
+        return head.view("<i4").reshape(len(rows), self.position_heads, self.slots)
+
+
+class _Group:
+    """Samples that were sent together: one array per part for all of them, so that a record is copied in one go."""
+
+    def __init__(self, layout: _RowLayout, count: int, layers: int, shared_positions: bool) -> None:
+        self.layout = layout
+        self._arrays = [np.empty((count, layers, size), np.uint8) for size in layout.sizes]
+        self._shared_positions = shared_positions
+        position_layers = 1 if shared_positions else layers
+        self._positions_BLHM = np.empty((count, position_layers, layout.position_heads, layout.slots), np.int32)
+        self._views: list[tuple[Tensor, ...]] = []
+
+    def put(self, where: slice | list[int], at: int, rows: NDArray[np.uint8], positions_BHM: NDArray[np.int32]) -> None:
+        """Copies the `at`-th layer of some of the samples to its place."""
+        if not (self._shared_positions and at):
+            self._positions_BLHM[where, at] = positions_BHM
+        elif (self._positions_BLHM[where, 0] != positions_BHM).any():
+            raise ProtocolError("positions differ between the layers of a sample, against the plan's scope 'sample'")
+        start = self.layout.position_bytes
+        for array, size in zip(self._arrays, self.layout.sizes, strict=True):
+            array[where, at] = rows[:, start : start + size]
+            start += size
+
+    def take(self, row: int) -> tuple[dict[str, Tensor], Tensor]:
+        """One sample's parts, each [L, ...], and its positions [L|1,H|1,M]."""
+        if not self._views:
+            self._views = [
+                torch.as_tensor(array).view(dtype).unflatten(-1, shape).unbind()
+                for array, (_, dtype, shape) in zip(self._arrays, self.layout.parts, strict=True)
+            ]
+            self._views.append(torch.as_tensor(self._positions_BLHM).unbind())
+        names = [name for name, _, _ in self.layout.parts]
+        return {name: views[row] for name, views in zip(names, self._views, strict=False)}, self._views[-1][row]
+
+
+@dataclass(slots=True)
+class _SampleState:
+    """What has come of one sample."""
+
+    sample: Sample
+    tokens: int = 0
+    layers_done: int = 0
+    row: int = 0
+    done: bool = False
+    hash: xxhash.xxh3_64 = field(default_factory=xxhash.xxh3_64)
+    errors: dict[str, list[float]] = field(default_factory=dict[str, list[float]])
+    incoming: _Incoming | None = None
+    group: _Group = field(init=False)
+    token_ids_T: Tensor = field(init=False)
+    byte_ends_T: Tensor = field(init=False)
+
+    @property
+    def text_bytes(self) -> int | None:
+        """How long the sample's text is, where it was sent as text."""
+        return None if self.sample.text is None else len(self.sample.text.encode())
+
+    def close(self) -> None:
+        """Ends the sample and lets go of its memory."""
+        self.done = True
+        if self.tokens:
+            del self.token_ids_T, self.byte_ends_T
+        if self.layers_done:
+            del self.group
+
+
+@dataclass(slots=True)
+class _Incoming:
+    """A record whose sizes are known to be right, and what to do with its body."""
+
+    size: int
+    states: list[_SampleState]
+    accept: Callable[[memoryview], None]
+    chunks: list[memoryview] = field(default_factory=list[memoryview])
+    missing: int = 0
+
+
+def _store(states: list[_SampleState], at: int, rows: NDArray[np.uint8], positions_BHM: NDArray[np.int32]) -> None:
+    """Copies a record's rows to their groups: to one, unless the teacher sends layers in other groupings."""
+    members: dict[int, list[int]] = {}
+    for at_row, state in enumerate(states):
+        members.setdefault(id(state.group), []).append(at_row)
+    for at_rows in members.values():
+        where = _as_slice([states[at_row].row for at_row in at_rows])
+        picked = _as_slice(at_rows)
+        states[at_rows[0]].group.put(where, at, rows[picked], positions_BHM[picked])
+
+
+def _as_slice(indices: list[int]) -> slice | list[int]:
+    """Consecutive indices as a slice, which numpy copies through without gathering."""
+    end = indices[0] + len(indices)
+    return slice(indices[0], end) if indices == list(range(indices[0], end)) else indices
+
+
+def _int(record: dict[str, Any], name: str, low: int, high: int) -> int:
+    value = record.get(name)
+    if type(value) is not int or not low <= value <= high:
+        raise ProtocolError(f"'{name}' must be a whole number between {low} and {high}, got {value!r}")
+    return value
+
+
+def _check_number(value: object, name: str) -> float:
+    if not isinstance(value, float | int) or not 0 <= value < math.inf:
+        raise ProtocolError(f"'{name}' must hold finite numbers of at least 0, got {value!r}")
+    return float(value)
+
+
+def _timings(record: object) -> Timings:
+    if not isinstance(record, dict):
+        raise ProtocolError("a sample ended without timings")
+    stages = cast("dict[str, Any]", record)
+    queue, prefill, encode = (_check_number(stages.get(name), name) for name in ("queue", "prefill", "encode"))
+    return Timings(queue, prefill, encode)
