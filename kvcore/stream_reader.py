@@ -11,12 +11,12 @@ from typing import Any, cast
 import numpy as np
 import torch
 import xxhash
-from numpy.typing import NDArray
 
-from kvcore.codec import KINDS, part_layout
+from kvcore.codec import KINDS
 from kvcore.errors import ProtocolError
-from kvcore.frames import PROTOCOL_VERSION, dtype_name, unpack_frame
+from kvcore.frames import PROTOCOL_VERSION, unpack_frame
 from kvcore.plan import KVPlan
+from kvcore.sample_rows import Group, RowLayout, store_rows
 from kvcore.types import EncodedSampleKV, Sample, TeacherInfo, Tensor, Timings
 
 _UINT64_MAX = 2**64 - 1
@@ -53,7 +53,7 @@ class StreamReader:
         self._info = info
         self._kinds = [kind for kind, wanted in zip(KINDS, (plan.keys, plan.values), strict=True) if wanted]
         self._states = [_SampleState(sample) for sample in samples]
-        self._layouts: dict[int, _RowLayout] = {}
+        self._layouts: dict[int, RowLayout] = {}
         self._seq = 0
         self._ended = False
 
@@ -191,14 +191,14 @@ class StreamReader:
         accept = partial(self._accept_layer, states, layout, self._errors(record, len(states)))
         return _Incoming(len(states) * layout.row_bytes, states, accept)
 
-    def _layout(self, record: dict[str, Any], tokens: int) -> _RowLayout:
+    def _layout(self, record: dict[str, Any], tokens: int) -> RowLayout:
         if tokens == 0:
             raise ProtocolError("layer record of a sample that was not opened")
         limit = min(tokens, self._plan.selection.budget or tokens)
         slots = _int(record, "slots", 1, limit)
         layout = self._layouts.get(slots)
         if layout is None:
-            layout = self._layouts[slots] = _RowLayout(self._plan, self._kinds, self._info, slots)
+            layout = self._layouts[slots] = RowLayout(self._plan, self._info, slots)
         if record.get("codec") != self._plan.codec.name or record.get("parts") != layout.described:
             raise ProtocolError(f"layer record of parts {record.get('parts')!r}, the plan gives {layout.described}")
         return layout
@@ -215,7 +215,7 @@ class StreamReader:
         return cast("dict[str, list[float]]", errors)
 
     def _accept_layer(
-        self, states: list[_SampleState], layout: _RowLayout, errors: dict[str, list[float]], body: memoryview
+        self, states: list[_SampleState], layout: RowLayout, errors: dict[str, list[float]], body: memoryview
     ) -> None:
         at = states[0].layers_done
         rows = np.frombuffer(body, np.uint8).reshape(len(states), layout.row_bytes)
@@ -226,11 +226,11 @@ class StreamReader:
         if (positions_BHM[..., 1:] <= positions_BHM[..., :-1]).any():
             raise ProtocolError(f"layer {self._plan.layers[at]}: positions are not ascending")
         if at == 0:
-            group = _Group(layout, len(states), len(self._plan.layers), self._plan.selection.scope == "sample")
+            group = Group(layout, len(states), len(self._plan.layers), self._plan.selection.scope == "sample")
             for row, state in enumerate(states):
                 state.group, state.row = group, row
                 state.errors = {kind: [] for kind in self._kinds}
-        _store(states, at, rows, positions_BHM)
+        store_rows([(state.group, state.row) for state in states], at, rows, positions_BHM)
         for row, state in enumerate(states):
             state.layers_done += 1
             state.hash.update(body[row * layout.row_bytes : (row + 1) * layout.row_bytes])
@@ -293,63 +293,6 @@ class StreamReader:
         return state
 
 
-class _RowLayout:
-    """How one sample's layer lies in a body: int32 positions [H|1,M], then the parts by name."""
-
-    def __init__(self, plan: KVPlan, kinds: Sequence[Any], info: TeacherInfo, slots: int) -> None:
-        self.slots = slots
-        self.position_heads = info.kv_heads if plan.selection.scope == "head" else 1
-        self.position_bytes = 4 * self.position_heads * slots
-        layouts = [
-            (f"{kind}.{name}", dtype, shape)
-            for kind in kinds
-            for name, dtype, shape in part_layout(plan.codec, kind, info.kv_heads, slots, info.head_dim)
-        ]
-        self.parts = sorted(layouts, key=lambda part: part[0])
-        self.described = [[name, dtype_name(dtype), list(shape)] for name, dtype, shape in self.parts]
-        self.sizes = [math.prod(shape) * dtype.itemsize for _, dtype, shape in self.parts]
-        self.row_bytes = self.position_bytes + sum(self.sizes)
-
-    def positions(self, rows: NDArray[np.uint8]) -> NDArray[np.int32]:
-        """The positions [B,H|1,M] at the head of each row."""
-        head = np.ascontiguousarray(rows[:, : self.position_bytes])
-        return head.view("<i4").reshape(len(rows), self.position_heads, self.slots)
-
-
-class _Group:
-    """Samples that were sent together: one array per part for all of them, so that a record is copied in one go."""
-
-    def __init__(self, layout: _RowLayout, count: int, layers: int, shared_positions: bool) -> None:
-        self.layout = layout
-        self._arrays = [np.empty((count, layers, size), np.uint8) for size in layout.sizes]
-        self._shared_positions = shared_positions
-        position_layers = 1 if shared_positions else layers
-        self._positions_BLHM = np.empty((count, position_layers, layout.position_heads, layout.slots), np.int32)
-        self._views: list[tuple[Tensor, ...]] = []
-
-    def put(self, where: slice | list[int], at: int, rows: NDArray[np.uint8], positions_BHM: NDArray[np.int32]) -> None:
-        """Copies the `at`-th layer of some of the samples to its place."""
-        if not (self._shared_positions and at):
-            self._positions_BLHM[where, at] = positions_BHM
-        elif (self._positions_BLHM[where, 0] != positions_BHM).any():
-            raise ProtocolError("positions differ between the layers of a sample, against the plan's scope 'sample'")
-        start = self.layout.position_bytes
-        for array, size in zip(self._arrays, self.layout.sizes, strict=True):
-            array[where, at] = rows[:, start : start + size]
-            start += size
-
-    def take(self, row: int) -> tuple[dict[str, Tensor], Tensor]:
-        """One sample's parts, each [L, ...], and its positions [L|1,H|1,M]."""
-        if not self._views:
-            self._views = [
-                torch.as_tensor(array).view(dtype).unflatten(-1, shape).unbind()
-                for array, (_, dtype, shape) in zip(self._arrays, self.layout.parts, strict=True)
-            ]
-            self._views.append(torch.as_tensor(self._positions_BLHM).unbind())
-        names = [name for name, _, _ in self.layout.parts]
-        return {name: views[row] for name, views in zip(names, self._views, strict=False)}, self._views[-1][row]
-
-
 @dataclass(slots=True)
 class _SampleState:
     """What has come of one sample."""
@@ -362,7 +305,7 @@ class _SampleState:
     hash: xxhash.xxh3_64 = field(default_factory=xxhash.xxh3_64)
     errors: dict[str, list[float]] = field(default_factory=dict[str, list[float]])
     incoming: _Incoming | None = None
-    group: _Group = field(init=False)
+    group: Group = field(init=False)
     token_ids_T: Tensor = field(init=False)
     byte_ends_T: Tensor = field(init=False)
 
@@ -389,23 +332,6 @@ class _Incoming:
     accept: Callable[[memoryview], None]
     chunks: list[memoryview] = field(default_factory=list[memoryview])
     missing: int = 0
-
-
-def _store(states: list[_SampleState], at: int, rows: NDArray[np.uint8], positions_BHM: NDArray[np.int32]) -> None:
-    """Copies a record's rows to their groups: to one, unless the teacher sends layers in other groupings."""
-    members: dict[int, list[int]] = {}
-    for at_row, state in enumerate(states):
-        members.setdefault(id(state.group), []).append(at_row)
-    for at_rows in members.values():
-        where = _as_slice([states[at_row].row for at_row in at_rows])
-        picked = _as_slice(at_rows)
-        states[at_rows[0]].group.put(where, at, rows[picked], positions_BHM[picked])
-
-
-def _as_slice(indices: list[int]) -> slice | list[int]:
-    """Consecutive indices as a slice, which numpy copies through without gathering."""
-    end = indices[0] + len(indices)
-    return slice(indices[0], end) if indices == list(range(indices[0], end)) else indices
 
 
 def _int(record: dict[str, Any], name: str, low: int, high: int) -> int:
