@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch.nn import functional
@@ -76,7 +76,7 @@ def decode_batch(samples: Sequence[EncodedSampleKV]) -> BatchKV:
     """
     assert samples, "a batch holds at least one sample"
     first = samples[0]
-    assert all(s.codec == first.codec and s.layers == first.layers and s.parts.keys() == first.parts.keys() for s in samples)
+    assert all((s.codec, s.layers, s.parts.keys()) == (first.codec, first.layers, first.parts.keys()) for s in samples)
     rows_by_slots: dict[int, list[int]] = {}
     for row, sample in enumerate(samples):
         rows_by_slots.setdefault(sample.slots, []).append(row)
@@ -116,7 +116,7 @@ def _group_max(x: Tensor, group_size: int, dim: int) -> Tensor:
     short = groups * group - size
     if short:
         magnitude = functional.pad(magnitude, (0, short) if dim == -1 else (0, 0, 0, short))
-    return magnitude.unflatten(dim, (groups, group)).amax(dim=dim)
+    return torch.amax(magnitude.unflatten(dim, (groups, group)), dim=dim)
 
 
 def _per_element(scale: Tensor, size: int, group_size: int, dim: int) -> Tensor:
@@ -128,12 +128,12 @@ def _per_element(scale: Tensor, size: int, group_size: int, dim: int) -> Tensor:
 
 def _relative_error(x_BHMD: Tensor, decoded_BHMD: Tensor) -> Tensor:
     # fp64, since squares of fp32 over- and underflow.
-    norm_B = torch.linalg.vector_norm(x_BHMD.flatten(1), dim=1, dtype=torch.float64)
-    error_B = torch.linalg.vector_norm((decoded_BHMD - x_BHMD).flatten(1), dim=1, dtype=torch.float64)
+    norm_B = x_BHMD.flatten(1).double().square().sum(dim=1).sqrt()
+    error_B = (decoded_BHMD - x_BHMD).flatten(1).double().square().sum(dim=1).sqrt()
     relative_B = torch.where(norm_B == 0, error_B, error_B / norm_B)
-    finite_B = relative_B.isfinite()
-    if not bool(finite_B.all()):
-        raise NonFiniteError("a key or value", finite_B.logical_not().nonzero().flatten().tolist())
+    finite: list[bool] = cast("Any", relative_B.isfinite()).tolist()
+    if not all(finite):
+        raise NonFiniteError("a key or value", finite)
     return relative_B
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 
 class KVDistillError(Exception):
     """Root of every error that kvdistill raises on purpose."""
@@ -68,9 +70,9 @@ class NonFiniteError(KVDistillError):
 
     Args:
         what: what was not finite.
-        rows: the batch items concerned, so that only their samples fail.
+        finite: for each batch item whether it was, so that only the samples at fault fail (`rows`).
     """
 
-    def __init__(self, what: str, rows: list[int]) -> None:
-        super().__init__(f"{what} is not finite, in batch items {rows}; a model in half precision may have overflowed")
-        self.rows = rows
+    def __init__(self, what: str, finite: Sequence[bool]) -> None:
+        self.rows = [row for row, good in enumerate(finite) if not good]
+        super().__init__(f"{what} is not finite, in batch items {self.rows}; a model in half precision may overflow")

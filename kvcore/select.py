@@ -1,13 +1,14 @@
 """Which tokens leave the teacher: one small registry, batched over samples, heads and layers.
 
-A selector either goes by place alone (`full`, `right`, `uniform`) or scores every candidate (`r_kv`) and keeps the best;
-equal scores go to the earlier token, so a selection is the same on every machine. Chosen tokens are in time order.
+A selector either goes by place alone (`full`, `right`, `uniform`) or scores every candidate (`r_kv`) and keeps the
+best; equal scores go to the earlier token, so a selection is repeatable. Chosen tokens are in time order.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from torch.nn import functional
@@ -29,7 +30,7 @@ def select(selection: Selection, candidates_BN: Tensor, k_BHTD: Tensor, importan
     Raises:
         NonFiniteError: a score that decides is NaN or infinite.
     """
-    assert selection.scope != "sample" or not needs_keys(selection), "scope 'sample' weighs all layers: use select_sample"
+    assert selection.scope != "sample" or not needs_keys(selection), "scope 'sample' weighs all layers together"
     groups = k_BHTD.shape[1] if selection.scope == "head" else 1
     return _choose(selection, candidates_BN.to(k_BHTD.device), k_BHTD, importance_BHT, groups)
 
@@ -85,10 +86,6 @@ class _Strategy:
     scores: Callable[[Tensor, Tensor | None, float], Tensor] | None = None
 
 
-def _first_places(candidates: int, slots: int) -> list[int]:
-    return list(range(slots))
-
-
 def _last_places(candidates: int, slots: int) -> list[int]:
     return list(range(candidates - slots, candidates))
 
@@ -102,7 +99,7 @@ def _even_places(candidates: int, slots: int) -> list[int]:
 
 
 _REGISTRY: dict[Selector, _Strategy] = {
-    "full": _Strategy(places=_first_places),
+    "full": _Strategy(places=_last_places),
     "right": _Strategy(places=_last_places),
     "uniform": _Strategy(places=_even_places),
     "r_kv": _Strategy(scores=r_kv_scores),
@@ -137,8 +134,8 @@ def _at_candidates(
 
 def _best_places(score_BGN: Tensor, slots: int) -> Tensor:
     """The places of the `slots` highest scores, ascending; ties go to the earlier place."""
-    finite_B = score_BGN.isfinite().flatten(1).all(dim=1)
-    if not bool(finite_B.all()):
-        raise NonFiniteError("a selection score", finite_B.logical_not().nonzero().flatten().tolist())
+    finite: list[bool] = cast("Any", score_BGN.isfinite().flatten(1).all(dim=1)).tolist()
+    if not all(finite):
+        raise NonFiniteError("a selection score", finite)
     # A stable sort, since topk leaves the order of ties to the device.
     return score_BGN.sort(dim=-1, descending=True, stable=True).indices[..., :slots].sort(dim=-1).values
