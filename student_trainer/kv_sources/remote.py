@@ -1,0 +1,258 @@
+"""One endpoint of a teacher over gRPC. The only place where gRPC's errors become ours."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+import uuid
+from collections.abc import Callable, Sequence
+from concurrent.futures import CancelledError
+from typing import Any
+
+import grpc
+from grpc.experimental import ChannelOptions
+
+from kvcore import wire
+from kvcore.errors import KVDistillError, ProtocolError, TeacherRefusedError, TeacherUnavailableError
+from kvcore.plan import KVPlan
+from kvcore.stream_reader import SampleFailure, StreamReader
+from kvcore.types import EncodedSampleKV, MissingKV, Sample, TeacherInfo, Timings
+from protos import kv_cache_pb2 as pb
+from student_trainer.kv_sources.base import KVResult
+
+logger = logging.getLogger(__name__)
+
+PlanFactory = Callable[[TeacherInfo], KVPlan]
+
+DESCRIBE_TIMEOUT_S = 5.0
+DEFAULT_PUSHBACK_S = 0.5
+# A frame's header comes on top of its body: at most 1024 records of a few hundred bytes.
+HEADER_ALLOWANCE_BYTES = 1 << 20
+DEFAULT_RECEIVE_BYTES = 4 << 20
+
+_REFUSALS = {
+    grpc.StatusCode.INVALID_ARGUMENT,
+    grpc.StatusCode.FAILED_PRECONDITION,
+    grpc.StatusCode.OUT_OF_RANGE,
+    grpc.StatusCode.UNIMPLEMENTED,
+    grpc.StatusCode.PERMISSION_DENIED,
+    grpc.StatusCode.UNAUTHENTICATED,
+}
+
+
+class _BusyError(Exception):
+    """The teacher is full and says when to come back."""
+
+    def __init__(self, wait_s: float, details: str) -> None:
+        super().__init__(details)
+        self.wait_s = wait_s
+
+
+class RemoteSource:
+    """Pulls K/V from one server. `connect` comes first: the plan is made from the geometry it learns.
+
+    For one fetching thread; `close` may come from any other.
+
+    Args:
+        teacher: the teacher's name in the configuration.
+        endpoint: host:port of the gRPC service.
+        plan_for: makes the plan for a teacher of this geometry.
+        timeout_s: deadline of one request.
+        patience_s: how long to keep coming back to a teacher that says it is full.
+    """
+
+    def __init__(
+        self, teacher: str, endpoint: str, plan_for: PlanFactory, timeout_s: float = 120.0, patience_s: float = 30.0
+    ) -> None:
+        self.endpoint = endpoint
+        self.retries = 0
+        self._teacher = teacher
+        self._plan_for = plan_for
+        self._timeout_s = timeout_s
+        self._patience_s = patience_s
+        self._info: TeacherInfo | None = None
+        self._plan: KVPlan | None = None
+        self._plan_message: pb.Plan | None = None
+        self._closed = threading.Event()
+        self._open_channel(DEFAULT_RECEIVE_BYTES)
+
+    @property
+    def info(self) -> TeacherInfo:
+        """What the server last said of itself."""
+        assert self._info is not None, "connect() comes first"
+        return self._info
+
+    @property
+    def plan(self) -> KVPlan:
+        """The plan made for this teacher."""
+        assert self._plan is not None, "connect() comes first"
+        return self._plan
+
+    def connect(self, wait_s: float = 0.0) -> TeacherInfo:
+        """Asks who serves there.
+
+        Args:
+            wait_s: how long to wait for a server that is not up yet; by default not at all.
+
+        Raises:
+            TeacherUnavailableError: nobody answers.
+            TeacherRefusedError: what answers is no teacher of this protocol.
+        """
+        try:
+            timeout_s = max(wait_s, DESCRIBE_TIMEOUT_S)
+            response = self._describe(pb.DescribeRequest(), timeout=timeout_s, wait_for_ready=wait_s > 0)
+        except grpc.RpcError as error:
+            raise self._mapped(error) from error
+        except ValueError as error:
+            raise self._closed_error() from error
+        info = wire.info_from_proto(response)
+        self._info, self._plan = info, self._plan_for(info)
+        self._plan_message = wire.plan_to_proto(self._plan)
+        needed = info.max_frame_bytes + HEADER_ALLOWANCE_BYTES
+        if needed > self._receive_bytes:
+            self._channel.close()
+            self._open_channel(needed)
+        return info
+
+    def announce(self, samples: Sequence[Sample]) -> None:
+        """Does nothing: this source does not prefetch."""
+
+    def fetch(self, samples: Sequence[Sample]) -> list[KVResult]:
+        """Asks this endpoint alone, for everything.
+
+        Raises:
+            TeacherUnavailableError: it does not answer.
+            TeacherRefusedError: it will not serve this.
+            ProtocolError: damaged bytes, again after a retry.
+        """
+        answers: list[KVResult | None] = [None] * len(samples)
+        self.fetch_into(samples, answers)
+        return [answer for answer in answers if answer is not None]
+
+    def fetch_into(self, samples: Sequence[Sample], answers: list[KVResult | None]) -> None:
+        """Fills every `answers[i]` that is None with sample i's result; whole samples that came before an error stay.
+
+        Raises:
+            As `fetch`.
+        """
+        missing = [i for i, answer in enumerate(answers) if answer is None]
+        size = self.info.max_samples_per_request
+        for start in range(0, len(missing), size):
+            self._fetch_chunk(samples, missing[start : start + size], answers)
+
+    def close(self) -> None:
+        """Closes the connection; a request under way is cancelled."""
+        self._closed.set()
+        self._channel.close()
+
+    def _fetch_chunk(self, samples: Sequence[Sample], chunk: Sequence[int], answers: list[KVResult | None]) -> None:
+        """One request, repeated while the server is full, and once after damaged bytes."""
+        give_up_at = time.monotonic() + self._patience_s
+        damaged = False
+        while missing := [i for i in chunk if answers[i] is None]:
+            try:
+                self._stream(samples, missing, answers)
+            except _BusyError as busy:
+                self._wait_for_room(busy, give_up_at)
+            except ProtocolError as error:
+                if damaged:
+                    raise
+                damaged = True
+                logger.warning("teacher '%s' at %s: %s; asking once more", self._teacher, self.endpoint, error)
+            self.retries += any(answers[i] is None for i in missing)
+
+    def _stream(self, samples: Sequence[Sample], missing: Sequence[int], answers: list[KVResult | None]) -> None:
+        request_id = uuid.uuid4().hex
+        asked = [samples[i] for i in missing]
+        reader = StreamReader(request_id, self.plan, asked, self.info)
+        request = pb.KVRequest(
+            request_id=request_id, plan=self._plan_message, samples=[wire.sample_to_proto(sample) for sample in asked]
+        )
+        started = time.monotonic()
+        try:
+            call = self._stream_kv(request, timeout=self._timeout_s)
+        except ValueError as error:
+            raise self._closed_error() from error
+        try:
+            for data in call:
+                arrived = reader.feed(data)
+                elapsed = time.monotonic() - started
+                for index, outcome in arrived:
+                    answers[missing[index]] = _result(asked[index], outcome, elapsed)
+            reader.finish()
+        except grpc.RpcError as error:
+            raise self._mapped(error) from error
+        finally:
+            call.cancel()
+
+    def _wait_for_room(self, busy: _BusyError, give_up_at: float) -> None:
+        if time.monotonic() + busy.wait_s > give_up_at:
+            raise self._unavailable(f"still full after {self._patience_s:g} s ({busy})") from busy
+        self._closed.wait(busy.wait_s)
+
+    def _open_channel(self, receive_bytes: int) -> None:
+        self._receive_bytes = receive_bytes
+        self._channel = grpc.insecure_channel(self.endpoint, options=_channel_options(receive_bytes))
+        self._describe = self._channel.unary_unary(
+            "/kvcache.v1.TeacherKV/Describe",
+            request_serializer=pb.DescribeRequest.SerializeToString,
+            response_deserializer=pb.DescribeResponse.FromString,
+        )
+        # Without a deserialiser every message arrives as the bytes that were sent: no protobuf object, no copy.
+        self._stream_kv = self._channel.unary_stream(
+            "/kvcache.v1.TeacherKV/StreamKV", request_serializer=pb.KVRequest.SerializeToString
+        )
+
+    def _mapped(self, error: Any) -> KVDistillError | _BusyError | CancelledError:
+        """The error that a gRPC status means. `error` is a grpc.RpcError that is also a grpc.Call."""
+        code, details = error.code(), error.details() or "no details"
+        if self._closed.is_set():
+            return self._closed_error()
+        if code in _REFUSALS:
+            return TeacherRefusedError(self._teacher, f"{self.endpoint} refused: {details}")
+        if code is grpc.StatusCode.RESOURCE_EXHAUSTED:
+            return self._exhausted(details, dict(error.trailing_metadata() or ()))
+        return self._unavailable(f"{code.name}: {details}")
+
+    def _exhausted(self, details: str, trailers: dict[str, Any]) -> KVDistillError | _BusyError:
+        pushback = trailers.get("grpc-retry-pushback-ms")
+        if pushback is None and "larger than max" in details:
+            return ProtocolError(f"{self.endpoint} sent a frame above its own limit: {details}")
+        try:
+            wait_s = DEFAULT_PUSHBACK_S if pushback is None else int(pushback) / 1000
+        except ValueError:
+            wait_s = -1.0
+        # By gRPC's retry design a pushback that is negative or no number means: do not come back.
+        return _BusyError(wait_s, details) if wait_s >= 0 else self._unavailable(f"full: {details}")
+
+    def _unavailable(self, problem: str) -> TeacherUnavailableError:
+        return TeacherUnavailableError(self._teacher, problem)
+
+    def _closed_error(self) -> CancelledError:
+        return CancelledError(f"teacher '{self._teacher}': the source was closed")
+
+
+def _channel_options(receive_bytes: int) -> list[tuple[str, int]]:
+    return [
+        ("grpc.max_receive_message_length", receive_bytes),
+        # A connection of its own: one does about 1 GB/s, and equal channels of a process would share it.
+        ("grpc.use_local_subchannel_pool", 1),
+        # A peer that vanished without closing is noticed in seconds, also while a long prefill sends nothing.
+        ("grpc.keepalive_time_ms", 5000),
+        ("grpc.keepalive_timeout_ms", 3000),
+        ("grpc.http2.max_pings_without_data", 0),
+        ("grpc.initial_reconnect_backoff_ms", 200),
+        ("grpc.min_reconnect_backoff_ms", 3000),
+        ("grpc.max_reconnect_backoff_ms", 1000),
+        (ChannelOptions.SingleThreadedUnaryStream, 1),
+    ]
+
+
+def _result(sample: Sample, outcome: EncodedSampleKV | SampleFailure, elapsed_s: float) -> KVResult:
+    if isinstance(outcome, SampleFailure):
+        return MissingKV(sample.id, f"{outcome.code}: {outcome.message}")
+    at_server = outcome.timings
+    network = max(0.0, elapsed_s - at_server.queue - at_server.prefill - at_server.encode)
+    outcome.timings = Timings(at_server.queue, at_server.prefill, at_server.encode, network)
+    return outcome
