@@ -142,7 +142,7 @@ def main() -> int:
     run = Run()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("stage", nargs="*", help=f"some of: {' '.join(run.stages())}")
-    parser.add_argument("--write-proto", action="store_true", help=f"regenerate the code of {PROTO} and do nothing else")
+    parser.add_argument("--write-proto", action="store_true", help=f"regenerate the code of {PROTO}, no more")
     arguments = parser.parse_args()
     unknown = [name for name in arguments.stage if name not in run.stages()]
     if unknown:

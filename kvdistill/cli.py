@@ -1,0 +1,114 @@
+"""The command line: arguments only. What a command needs is imported inside it, so that `--help` is instant."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from kvcore.config import load_config
+from kvcore.errors import ConfigError, KVDistillError
+from kvdistill.serve_flags import serve_config, with_serve_flags
+from student_trainer.config import TrainConfig
+
+EXIT_FAILED = 1
+EXIT_USAGE = 2
+EXIT_INTERRUPTED = 130
+
+SERVE_EXAMPLES = """**Examples**
+
+`kvdistill serve --model meta-llama/Llama-3.1-8B-Instruct --grpc-port 50051 --http-port 8001`
+
+`kvdistill serve --model /models/qwen --dtype bf16 --device cuda:1 --grpc-host 0.0.0.0 --grpc-port 50052`
+
+`kvdistill serve --engine fake --model fake:layers=3,heads=2,dim=16`
+"""
+
+TRAIN_EXAMPLES = """**Examples**
+
+`kvdistill train --config run.yaml`
+
+`torchrun --standalone --nproc_per_node 2 -m kvdistill train --config run.yaml --set run.steps=500`
+
+`deepspeed --num_gpus 8 --module kvdistill train --config run.yaml --set run.zero_stage=3`
+
+`kvdistill train --config run.yaml --set kv.mode=offline --set teachers.0.weight=2.0`
+"""
+
+DEMO_EXAMPLES = """**Examples**
+
+`kvdistill demo`
+
+`kvdistill demo --quick --output outputs/quick`
+
+`kvdistill demo --seeds 3`
+"""
+
+app = typer.Typer(
+    no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="markdown"
+)
+
+
+def main() -> None:
+    """Runs the command line. Errors that users meet end in one line on stderr, never in a traceback."""
+    try:
+        app()
+    except KVDistillError as error:
+        typer.echo(f"kvdistill: {_rank()}{error}", err=True)
+        sys.exit(EXIT_USAGE if isinstance(error, ConfigError) else EXIT_FAILED)
+    except KeyboardInterrupt:
+        typer.echo("kvdistill: interrupted", err=True)
+        sys.exit(EXIT_INTERRUPTED)
+
+
+def _rank() -> str:
+    """Says which process of several speaks."""
+    return f"rank {os.environ['RANK']}: " if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
+
+
+@app.callback()
+def launched(
+    local_rank: Annotated[int | None, typer.Option("--local_rank", hidden=True)] = None,
+) -> None:
+    """Train a small student LLM to match the key/value caches of large teachers, pulled live over gRPC."""
+    # The deepspeed launcher passes --local_rank to whatever it starts; the same number is in LOCAL_RANK.
+
+
+@app.command(epilog=SERVE_EXAMPLES)
+@with_serve_flags
+def serve(**flags: Any) -> None:
+    """Serve one teacher's K/V over gRPC until SIGTERM, then drain."""
+    config = serve_config(flags)
+    from teacher_server.app import run
+
+    run(config)
+
+
+@app.command(epilog=TRAIN_EXAMPLES)
+def train(
+    config: Annotated[Path, typer.Option(help="YAML file; docs/configuration.md lists its keys.")],
+    overrides: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Set one key of the file; repeat for more.")
+    ] = None,
+) -> None:
+    """Train a student on its teachers' K/V. Start it with torchrun or deepspeed for several ranks."""
+    overrides = overrides or []
+    load_config(config, overrides, TrainConfig)  # Mistakes show before torch is imported.
+    from student_trainer.trainer import main as run
+
+    run(config, overrides)
+
+
+@app.command(epilog=DEMO_EXAMPLES)
+def demo(
+    quick: Annotated[bool, typer.Option("--quick", help="Fewer steps: under 3 minutes.")] = False,
+    seeds: Annotated[int, typer.Option(min=1, help="Runs of each arm.")] = 1,
+    output: Annotated[Path, typer.Option(help="Where the report and the picture go.")] = Path("outputs/demo"),
+) -> None:
+    """Two tiny teachers, two servers, one student: the whole loop on this machine, with controls."""
+    from experiments.demo.run import main as run
+
+    run(output=output, quick=quick, seeds=seeds)
