@@ -1,0 +1,206 @@
+"""The command line: instant help, flags that mirror the configuration, errors in one line."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from kvcore.errors import TeacherUnavailableError
+from kvdistill.cli import main
+from kvdistill.serve_flags import PANELS
+from teacher_server.config import ServeConfig
+
+HEAVY = {"torch", "transformers", "deepspeed", "grpc", "fastapi", "numpy", "matplotlib"}
+MINIMAL_RUN = """
+student: {path: student}
+data: {train: train.jsonl}
+run: {output_dir: out, steps: 10}
+"""
+
+
+def call(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
+    """Runs the command line in this process and gives its exit status."""
+    monkeypatch.setattr(sys, "argv", ["kvdistill", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    return int(ended.value.code or 0)
+
+
+def put_in_place(monkeypatch: pytest.MonkeyPatch, module: str, function: str, stand_in: Any) -> None:
+    """Puts a function where a command imports it from, so that nothing heavy starts."""
+    made = ModuleType(module)
+    setattr(made, function, stand_in)
+    monkeypatch.setitem(sys.modules, module, made)
+
+
+def test_command_line_and_configurations_load_nothing_heavy() -> None:
+    code = "import sys, kvdistill.cli; print(' '.join(sorted({name.split('.')[0] for name in sys.modules})))"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert "student_trainer" in loaded
+    assert not HEAVY & set(loaded)
+
+
+@pytest.mark.parametrize("command", ["serve", "train", "demo"])
+def test_help_of_each_command_shows_examples(
+    command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert call(monkeypatch, command, "--help") == 0
+    shown = capsys.readouterr().out
+    assert "Examples" in shown
+    assert f"kvdistill {command}" in shown.split("Examples")[1]
+
+
+def test_every_field_of_the_server_is_a_flag_that_explains_itself() -> None:
+    explained = {name: text for fields in PANELS.values() for name, text in fields.items()}
+    assert set(explained) == set(ServeConfig.model_fields)
+    assert all(explained.values())
+
+
+def test_serve_without_flags_takes_the_defaults_of_the_configuration(monkeypatch: pytest.MonkeyPatch) -> None:
+    served: list[ServeConfig] = []
+    put_in_place(monkeypatch, "teacher_server.app", "run", served.append)
+    assert call(monkeypatch, "serve", "--model", "some/model") == 0
+    assert served == [ServeConfig(model="some/model")]
+
+
+def test_serve_flags_reach_the_configuration(monkeypatch: pytest.MonkeyPatch) -> None:
+    served: list[ServeConfig] = []
+    put_in_place(monkeypatch, "teacher_server.app", "run", served.append)
+    flags = "--model m --engine hf --dtype bf16 --device cuda:1 --load-in-8bit --grpc-port 50051 --http-port 8001"
+    assert call(monkeypatch, "serve", *flags.split(), "--drain-seconds", "2.5", "--max-sample-tokens", "100") == 0
+    assert served == [
+        ServeConfig(
+            model="m",
+            dtype="bf16",
+            device="cuda:1",
+            load_in_8bit=True,
+            grpc_port=50051,
+            http_port=8001,
+            drain_seconds=2.5,
+            max_sample_tokens=100,
+        )
+    ]
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        (["--model", "m", "--grpc-port", "70000"], "--grpc-port: Input should be less than or equal to 65535 (got 70000)"),
+        (["--model", "m", "--device", "gpu"], "--device: "),
+        (["--model", "m", "--engine", "fake"], "model: the engine 'fake' takes a specification"),
+    ],
+)
+def test_wrong_serve_flag_is_named_in_one_line(
+    flags: list[str], named: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert call(monkeypatch, "serve", *flags) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"kvdistill: {named}")
+    assert error.count("\n") == 1
+
+
+def test_unknown_engine_is_refused_with_the_choices(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert call(monkeypatch, "serve", "--model", "m", "--engine", "tpu") == 2
+    error = capsys.readouterr().err
+    assert "hf" in error
+    assert "fake" in error
+
+
+def test_train_hands_over_the_file_and_the_overrides(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[tuple[Path, list[str]]] = []
+    put_in_place(monkeypatch, "student_trainer.trainer", "main", lambda path, overrides: started.append((path, overrides)))
+    config = tmp_path / "run.yaml"
+    config.write_text(MINIMAL_RUN, encoding="utf-8")
+    assert call(monkeypatch, "train", "--config", str(config), "--set", "run.steps=5", "--set", "run.seed=1") == 0
+    assert started == [(config, ["run.steps=5", "run.seed=1"])]
+
+
+@pytest.mark.parametrize(
+    ("override", "named"),
+    [
+        ("run.stepz=5", "run.stepz: unknown key; did you mean 'steps'?"),
+        ("run.steps=0", "run.steps: Input should be greater than or equal to 1 (got 0)"),
+        ("run.steps", "--set run.steps: expected key=value"),
+    ],
+)
+def test_mistake_in_a_run_is_named_before_torch_is_loaded(tmp_path: Path, override: str, named: str) -> None:
+    config = tmp_path / "run.yaml"
+    config.write_text(MINIMAL_RUN, encoding="utf-8")
+    code = (
+        "import atexit, sys; from kvdistill.cli import main;"
+        " atexit.register(lambda: print('torch loaded' if 'torch' in sys.modules else 'no torch')); main()"
+    )
+    command = [sys.executable, "-c", code, "train", "--config", str(config), "--set", override]
+    ended = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert ended.returncode == 2
+    assert ended.stderr.startswith(f"kvdistill: {named}")
+    assert ended.stderr.count("\n") == 1
+    assert ended.stdout == "no torch\n"
+
+
+def test_missing_configuration_file_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert call(monkeypatch, "train", "--config", "nowhere.yaml") == 2
+    assert capsys.readouterr().err == "kvdistill: nowhere.yaml: no such configuration file\n"
+
+
+def test_lost_teacher_ends_with_status_1_and_the_rank_that_lost_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def lose_teacher(_path: Path, _overrides: list[str]) -> None:
+        raise TeacherUnavailableError("qwen", "no endpoint answers")
+
+    put_in_place(monkeypatch, "student_trainer.trainer", "main", lose_teacher)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    config = tmp_path / "run.yaml"
+    config.write_text(MINIMAL_RUN, encoding="utf-8")
+    assert call(monkeypatch, "train", "--config", str(config)) == 1
+    assert capsys.readouterr().err == "kvdistill: rank 1: teacher 'qwen': no endpoint answers\n"
+
+
+def test_bug_keeps_its_traceback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stumble(_path: Path, _overrides: list[str]) -> None:
+        raise ZeroDivisionError
+
+    put_in_place(monkeypatch, "student_trainer.trainer", "main", stumble)
+    config = tmp_path / "run.yaml"
+    config.write_text(MINIMAL_RUN, encoding="utf-8")
+    monkeypatch.setattr(sys, "argv", ["kvdistill", "train", "--config", str(config)])
+    with pytest.raises(ZeroDivisionError):
+        main()
+
+
+def test_interrupt_ends_with_status_130(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def interrupt(**_options: object) -> None:
+        raise KeyboardInterrupt
+
+    put_in_place(monkeypatch, "experiments.demo.run", "main", interrupt)
+    assert call(monkeypatch, "demo") == 130
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def test_demo_options_reach_the_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[dict[str, object]] = []
+    put_in_place(monkeypatch, "experiments.demo.run", "main", lambda **options: started.append(options))
+    assert call(monkeypatch, "demo", "--quick", "--seeds", "3", "--output", str(tmp_path)) == 0
+    assert call(monkeypatch, "demo") == 0
+    assert started == [
+        {"output": tmp_path, "quick": True, "seeds": 3},
+        {"output": Path("outputs/demo"), "quick": False, "seeds": 1},
+    ]
+
+
+def test_argument_of_the_deepspeed_launcher_is_accepted(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert call(monkeypatch, "--local_rank=1", "train", "--help") == 0
+
+
+def test_module_runs_like_the_command() -> None:
+    ended = subprocess.run([sys.executable, "-m", "kvdistill", "--help"], capture_output=True, text=True, check=True)
+    assert all(command in ended.stdout for command in ("serve", "train", "demo"))
