@@ -62,9 +62,9 @@ class ServeConfig(StrictModel):
     def _limits_agree(self) -> Self:
         if self.stream_window_bytes < self.max_frame_bytes:
             raise ValueError(
-                f"stream_window_bytes: {self.stream_window_bytes} is less than one frame of {self.max_frame_bytes} bytes "
-                "(max_frame_bytes)"
+                f"stream_window_bytes: {self.stream_window_bytes} is less than one frame, which takes up to "
+                f"{self.max_frame_bytes} bytes (max_frame_bytes)"
             )
         if self.engine == "fake" and not self.model.startswith("fake:"):
-            raise ValueError(f"model: the engine 'fake' takes a specification such as fake:layers=3; got '{self.model}'")
+            raise ValueError(f"model: the engine 'fake' takes one such as fake:layers=3,heads=2; got '{self.model}'")
         return self

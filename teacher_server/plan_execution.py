@@ -72,7 +72,8 @@ def check_plan(plan: KVPlan, info: TeacherInfo) -> None:
     if plan.layers[-1] >= info.layers:
         raise FieldError("plan.layers", f"got {plan.layers[-1]}; this teacher's layers are 0 to {info.layers - 1}")
     if plan.selection.selector not in info.selectors:
-        raise FieldError("plan.selection.selector", f"got '{plan.selection.selector}'; known: {', '.join(info.selectors)}")
+        selector = plan.selection.selector
+        raise FieldError("plan.selection.selector", f"got '{selector}'; known: {', '.join(info.selectors)}")
     if plan.codec.name not in info.codecs:
         raise FieldError("plan.codec.name", f"got '{plan.codec.name}'; known: {', '.join(info.codecs)}")
 
@@ -246,8 +247,8 @@ class _Group:
             except NonFiniteError as error:
                 # What was encoded so far holds the bad rows too, so the others start over without them.
                 layers = "layer " + " to ".join(str(n) for n in sorted({self._held[0].layer, self._held[-1].layer}))
-                problem = f"the teacher's keys, values or attention in {layers} are not finite, or too large for the codec"
-                self._drop({row: problem for row in error.rows}, fail)
+                problem = f"keys, values or attention in {layers} are not finite, or too large for the codec"
+                self._drop(dict.fromkeys(error.rows, problem), fail)
         return []
 
     def _choose(self) -> Tensor:
@@ -255,16 +256,14 @@ class _Group:
         if not self._waits:
             layer = self._held[0]
             return select(self.plan.selection, self._candidates_BN, layer.k_BHTD, layer.importance_BHT)
-        # A model may be spread over devices, layer by layer.
-        device = self._candidates_BN.device
-        k_BLHND = torch.stack([layer.k_BHTD.to(device) for layer in self._held], dim=1)
-        importances = [layer.importance_BHT.to(device) for layer in self._held if layer.importance_BHT is not None]
+        k_BLHND = torch.stack([layer.k_BHTD for layer in self._held], dim=1)
+        importances = [layer.importance_BHT for layer in self._held if layer.importance_BHT is not None]
         importance_BLHN = torch.stack(importances, dim=1) if importances else None
-        places_BN = torch.arange(self._candidates_BN.shape[1], device=device).expand(len(self._rows), -1)
+        places_N = torch.arange(self._candidates_BN.shape[1], device=k_BLHND.device)
+        places_BN = places_N.expand(len(self._rows), -1)
         return select_sample(self.plan.selection, places_BN, k_BLHND, importance_BLHN)
 
     def _encode(self, layer: _Layer, positions_BGM: Tensor) -> LayerResult:
-        positions_BGM = positions_BGM.to(layer.k_BHTD.device)
         tensors: dict[str, Tensor] = {}
         for kind in _kinds(self.plan):
             source_BHTD = layer.k_BHTD if kind == "k" else layer.v_BHTD
@@ -280,8 +279,7 @@ class _Group:
     def _token_indices(self, positions_BGM: Tensor) -> Tensor:
         if not self._waits:
             return positions_BGM
-        candidates_BN = self._candidates_BN.to(positions_BGM.device)
-        candidates_BGN = candidates_BN[:, None].expand(-1, positions_BGM.shape[1], -1)
+        candidates_BGN = self._candidates_BN[:, None].expand(-1, positions_BGM.shape[1], -1)
         return candidates_BGN.gather(2, positions_BGM.long()).to(torch.int32)
 
     def _enforce_error_budget(self, results: Sequence[LayerResult], fail: Fail) -> None:
@@ -293,8 +291,9 @@ class _Group:
             for kind, errors in result.relative_error.items():
                 for row, error in enumerate(errors):
                     if error > limit:
-                        what = f"'{kind}' of layer {result.layer} in codec '{self.plan.codec.name}' has a relative error"
-                        problems.setdefault(row, f"{what} of {error:.3g}; plan.codec.max_relative_error is {limit:.3g}")
+                        where = f"'{kind}' of layer {result.layer} in codec '{self.plan.codec.name}'"
+                        what = f"has a relative error of {error:.3g}; plan.codec.max_relative_error is {limit:.3g}"
+                        problems.setdefault(row, f"{where} {what}")
         self._drop(problems, fail)
 
     def _drop(self, problems: Mapping[int, str], fail: Fail) -> None:
@@ -307,7 +306,7 @@ class _Group:
         index_B = torch.tensor(kept, dtype=torch.long, device=self._candidates_BN.device)
         self._rows = [self._rows[row] for row in kept]
         self._candidates_BN = self._candidates_BN[index_B]
-        self._held = [layer.rows(index_B.to(layer.k_BHTD.device)) for layer in self._held]
+        self._held = [layer.rows(index_B) for layer in self._held]
 
 
 def _only(result: LayerResult, rows: Sequence[int]) -> LayerResult:
@@ -337,5 +336,5 @@ def pack_bytes(tensors: Mapping[str, Tensor]) -> tuple[Tensor, list[str]]:
 def unpack_bytes(packed: Tensor, order: Sequence[str], like: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Undoes `pack_bytes`, on the device of `packed`; `like` has the shapes and dtypes."""
     pieces = packed.split([like[name].nbytes for name in order])
-    unpacked = {name: piece.view(like[name].dtype).view(like[name].shape) for name, piece in zip(order, pieces, strict=True)}
-    return {name: unpacked[name] for name in like}
+    by_name = dict(zip(order, pieces, strict=True))
+    return {name: by_name[name].view(tensor.dtype).view(tensor.shape) for name, tensor in like.items()}

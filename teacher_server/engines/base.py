@@ -57,7 +57,9 @@ class TeacherEngine(Protocol):
         """
         ...
 
-    def prefill(self, batch: Sequence[TokenizedSample], layers: Sequence[int], with_importance: bool, sink: LayerSink) -> None:
+    def prefill(
+        self, batch: Sequence[TokenizedSample], layers: Sequence[int], with_importance: bool, sink: LayerSink
+    ) -> None:
         """Runs the batch once and calls `sink` for each of `layers`, in ascending order, as that layer finishes."""
         ...
 

@@ -1,0 +1,181 @@
+"""A teacher without a model, for tests of the service: keys and values are a hash of token, place and layer."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import signal
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+
+import torch
+
+from kvcore.errors import FieldError
+from kvcore.plan import CODECS, SELECTORS
+from kvcore.types import Sample, TeacherInfo, Tensor
+from teacher_server.config import ServeConfig
+from teacher_server.engines.base import LayerOutput, LayerSink, TokenizedSample
+from teacher_server.engines.reading import read_sample
+
+DEFAULT_CONTEXT = 4096
+BOS = 256
+
+
+@dataclass(frozen=True, slots=True)
+class FakeModel:
+    """Geometry of the fake teacher. `delay_ms`: what each token of a batch costs, spread over the layers."""
+
+    layers: int = 4
+    heads: int = 2
+    dim: int = 16
+    delay_ms: float = 0.0
+
+    @classmethod
+    def parse(cls, specification: str) -> FakeModel:
+        """Reads `fake:layers=3,heads=2,dim=16,delay_ms=0`; what is left out keeps its default.
+
+        Raises:
+            FieldError: a name that there is not, or a value that is no number in range.
+        """
+        types = {entry.name: float if entry.name == "delay_ms" else int for entry in fields(cls)}
+        values: dict[str, float] = {}
+        for item in filter(None, specification.removeprefix("fake:").split(",")):
+            name, _, text = item.partition("=")
+            if name not in types:
+                raise FieldError("model", f"'{name}' in '{specification}' is unknown; known: {', '.join(types)}")
+            try:
+                values[name] = types[name](text)
+            except ValueError as error:
+                raise FieldError("model", f"'{item}' in '{specification}' is no number") from error
+            if values[name] < (0 if name == "delay_ms" else 1):
+                raise FieldError("model", f"'{item}' in '{specification}' is too small")
+        return cls(**values)  # type: ignore[arg-type]
+
+
+class FakeError(RuntimeError):
+    """The fault that `FakeFaults.fail` asks for: an engine that breaks."""
+
+
+@dataclass(frozen=True, slots=True)
+class FakeFaults:
+    """What goes wrong at which sample ids.
+
+    `fail`: the whole batch raises. `not_finite`: the sample's keys hold NaN in every layer. `die`: the process kills
+    itself, as an out-of-memory killer would. `slow`: seconds that the sample's batch waits before its first layer.
+    """
+
+    fail: frozenset[str] = frozenset()
+    not_finite: frozenset[str] = frozenset()
+    die: frozenset[str] = frozenset()
+    slow: Mapping[str, float] = field(default_factory=dict)
+
+
+class ByteReader:
+    """Every UTF-8 byte is a token; a BOS stands in front."""
+
+    vocabulary = BOS + 1
+
+    def read(self, text: str) -> tuple[list[int], list[int]]:
+        """See `TextReader.read`."""
+        data = text.encode()
+        return [BOS, *data], [-1, *range(1, len(data) + 1)]
+
+    def byte_ends(self, token_ids: Sequence[int]) -> list[int]:
+        """See `TextReader.byte_ends`."""
+        ends: list[int] = []
+        read = 0
+        for token_id in token_ids:
+            read += token_id != BOS
+            ends.append(-1 if token_id == BOS else read)
+        return ends
+
+
+class FakeEngine:
+    """A `TeacherEngine` whose output depends on the tokens alone: the same in every process and batch."""
+
+    def __init__(self, config: ServeConfig, model: FakeModel, faults: FakeFaults | None = None) -> None:
+        self._model = model
+        self._faults = faults or FakeFaults()
+        self._reader = ByteReader()
+        geometry = f"fake layers={model.layers} heads={model.heads} dim={model.dim}"
+        self._info = TeacherInfo(
+            model=config.teacher_name,
+            weights_digest=hashlib.blake2b(geometry.encode(), digest_size=16).hexdigest(),
+            tokenizer_fingerprint=hashlib.blake2b(b"fake bytes with BOS", digest_size=16).hexdigest(),
+            layers=model.layers,
+            kv_heads=model.heads,
+            head_dim=model.dim,
+            rope={"rope_type": "default", "rope_theta": 10000.0},
+            engine="fake",
+            dtype="fp32",
+            max_sample_tokens=config.max_sample_tokens or DEFAULT_CONTEXT,
+            max_samples_per_request=config.max_samples_per_request,
+            max_frame_bytes=config.max_frame_bytes,
+            selectors=SELECTORS,
+            codecs=CODECS,
+        )
+
+    @property
+    def info(self) -> TeacherInfo:
+        """See `TeacherEngine.info`."""
+        return self._info
+
+    def tokenize(self, sample: Sample) -> TokenizedSample:
+        """See `TeacherEngine.tokenize`."""
+        return read_sample(sample, self._reader, self._info.max_sample_tokens)
+
+    def prefill(
+        self, batch: Sequence[TokenizedSample], layers: Sequence[int], with_importance: bool, sink: LayerSink
+    ) -> None:
+        """See `TeacherEngine.prefill`."""
+        self._inject_faults([tokens.sample.id for tokens in batch])
+        tokens_BT = _pad([tokens.token_ids for tokens in batch])
+        not_finite_B = torch.tensor([tokens.sample.id in self._faults.not_finite for tokens in batch])
+        delay_s = self._model.delay_ms / 1000.0 * sum(len(tokens.token_ids) for tokens in batch) / self._model.layers
+        for layer in range(max(layers) + 1):
+            if delay_s:
+                time.sleep(delay_s)
+            if layer in layers:
+                k_BHTD = self._noise(tokens_BT, layer, salt=1)
+                k_BHTD[not_finite_B] = torch.nan
+                importance_BHT = self._noise(tokens_BT, layer, salt=3)[..., 0].abs() if with_importance else None
+                sink(LayerOutput(layer, k_BHTD, self._noise(tokens_BT, layer, salt=2), importance_BHT))
+
+    def close(self) -> None:
+        """See `TeacherEngine.close`."""
+
+    def _inject_faults(self, sample_ids: Sequence[str]) -> None:
+        faults = self._faults
+        if not faults.die.isdisjoint(sample_ids):
+            os.kill(os.getpid(), signal.SIGKILL)
+        if not faults.fail.isdisjoint(sample_ids):
+            raise FakeError(f"told to fail at one of the samples {sample_ids}")
+        time.sleep(max((faults.slow.get(sample_id, 0.0) for sample_id in sample_ids), default=0.0))
+
+    def _noise(self, tokens_BT: Tensor, layer: int, salt: int) -> Tensor:
+        """[B,H,T,D] in [-1,1), by an integer hash of (token, place, layer, head, channel)."""
+        heads, dim = self._model.heads, self._model.dim
+        place_T = torch.arange(tokens_BT.shape[1])
+        channel_HD = torch.arange(heads * dim).view(heads, dim)
+        seed_BT = (tokens_BT * 4096 + place_T) * 1024 + layer * 4 + salt
+        x = _mix(seed_BT[:, None, :, None] * 65536 + channel_HD[:, None, :])
+        return (x & 0xFFFF).float() / 32768.0 - 1.0
+
+
+def load(config: ServeConfig) -> FakeEngine:
+    """The fake teacher that `config.model` specifies."""
+    return FakeEngine(config, FakeModel.parse(config.model))
+
+
+def _pad(token_ids: Sequence[Sequence[int]]) -> Tensor:
+    longest = max(len(ids) for ids in token_ids)
+    return torch.tensor([[*ids, *[0] * (longest - len(ids))] for ids in token_ids])
+
+
+def _mix(x: Tensor) -> Tensor:
+    """Two rounds of multiply and shift on 64-bit integers: neighbours end far apart."""
+    for multiplier in (0x5851F42D4C957F2D, 0x14057B7EF767814F):
+        x = x * multiplier
+        x = x ^ ((x >> 29) & 0x7FFFFFFFF)
+    return x >> 7
