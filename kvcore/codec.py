@@ -116,7 +116,9 @@ def _group_max(x: Tensor, group_size: int, dim: int) -> Tensor:
     short = groups * group - size
     if short:
         magnitude = functional.pad(magnitude, (0, short) if dim == -1 else (0, 0, 0, short))
-    return torch.amax(magnitude.unflatten(dim, (groups, group)), dim=dim)
+    shape = list(magnitude.shape)
+    shape[dim : dim + 1 or None] = [groups, group]
+    return magnitude.reshape(shape).amax(dim=dim)
 
 
 def _per_element(scale: Tensor, size: int, group_size: int, dim: int) -> Tensor:
