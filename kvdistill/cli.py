@@ -16,7 +16,6 @@ from student_trainer.config import TrainConfig
 
 EXIT_FAILED = 1
 EXIT_USAGE = 2
-EXIT_INTERRUPTED = 130
 
 SERVE_EXAMPLES = """**Examples**
 
@@ -59,9 +58,6 @@ def main() -> None:
     except KVDistillError as error:
         typer.echo(f"kvdistill: {_rank()}{error}", err=True)
         sys.exit(EXIT_USAGE if isinstance(error, ConfigError) else EXIT_FAILED)
-    except KeyboardInterrupt:
-        typer.echo("kvdistill: interrupted", err=True)
-        sys.exit(EXIT_INTERRUPTED)
 
 
 def _rank() -> str:

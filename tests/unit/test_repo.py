@@ -1,0 +1,222 @@
+"""The repository keeps its own rules: what is tracked, packaged, pinned, documented, and what the checks catch."""
+
+from __future__ import annotations
+
+import ast
+import importlib.metadata
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+ROOT = Path(__file__).resolve().parents[2]
+BIN = Path(sys.executable).parent
+PYPROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+MOST_LINES = 450
+# Import name to distribution name, where they differ.
+DISTRIBUTIONS = {
+    "google": "protobuf",
+    "grpc": "grpcio",
+    "grpc_health": "grpcio-health-checking",
+    "grpc_reflection": "grpcio-reflection",
+    "yaml": "pyyaml",
+    "pydantic_core": "pydantic",
+    "starlette": "fastapi",
+}
+# Imported only where an extra is installed.
+OPTIONAL = {"accelerate", "bitsandbytes", "vllm"}
+
+
+def git(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
+
+
+def tracked(pattern: str) -> list[Path]:
+    """Tracked files, and those about to be: everything that git does not ignore."""
+    listed = git("ls-files", "--cached", "--others", "--exclude-standard", "--", pattern)
+    assert listed.returncode == 0, listed.stderr
+    return [path for path in map(Path, listed.stdout.splitlines()) if (ROOT / path).is_file()]
+
+
+def is_generated(path: Path) -> bool:
+    return "_pb2" in path.name
+
+
+def packages_in_tree() -> set[str]:
+    found = {".".join(path.parent.parts) for path in tracked("*/__init__.py")}
+    return {name for name in found if name.split(".")[0] != "tests"}
+
+
+def top_level() -> list[str]:
+    return sorted({name.split(".")[0] for name in packages_in_tree()})
+
+
+# ------------------------------------------------------------------------------- what is tracked
+
+
+def test_no_source_folder_is_ignored() -> None:
+    folders = [*top_level(), "benchmarks", "configs", "deploy", "docs", "evaluation", "protos", "scripts", "tests/unit"]
+    paths = [f"{folder}/{name}" for folder in folders for name in ("module.py", "file.json", "below/file.yaml", "x.md")]
+    ignored = git("check-ignore", "--no-index", *paths)
+    assert ignored.returncode == 1, f"git ignores {ignored.stdout.split()}"
+
+
+def test_outputs_and_environments_are_ignored() -> None:
+    paths = ["outputs/demo/report.json", ".venv/bin/python", "kvcore/__pycache__/plan.pyc"]
+    assert git("check-ignore", "--no-index", *paths).stdout.splitlines() == paths
+
+
+def test_no_file_is_too_long() -> None:
+    lengths = {path: (ROOT / path).read_text(encoding="utf-8").count("\n") for path in tracked("*.py")}
+    assert {path: lines for path, lines in lengths.items() if lines > MOST_LINES and not is_generated(path)} == {}
+
+
+def test_ci_runs_the_tests_from_any_directory() -> None:
+    script = ROOT / ".ci" / "run"
+    assert script.stat().st_mode & 0o111
+    planned = subprocess.run(["make", "--dry-run", "test"], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert "scripts/run_checks.py" in planned.stdout
+    assert "make test" in script.read_text(encoding="utf-8")
+
+
+# ------------------------------------------------------------------------------- packaging
+
+
+def test_every_package_is_listed_for_packaging() -> None:
+    assert sorted(PYPROJECT["tool"]["setuptools"]["packages"]) == sorted(packages_in_tree())
+
+
+def test_import_contracts_cover_every_package_and_every_configuration() -> None:
+    settings = PYPROJECT["tool"]["importlinter"]
+    assert sorted(settings["root_packages"]) == top_level()
+    contracts = {contract["name"]: contract for contract in settings["contracts"]}
+    layers = {name for layer in contracts["Imports go downward only"]["layers"] for name in re.findall(r"\w+", layer)}
+    assert sorted(layers) == top_level()
+    for name, contract in contracts.items():
+        if name.startswith("Only "):
+            assert sorted(contract["source_modules"]) == top_level()
+    configurations = {".".join(path.with_suffix("").parts) for path in tracked("*/config.py")}
+    assert configurations <= set(contracts["Configuration reaches no torch"]["source_modules"])
+
+
+def imports_of(path: Path) -> Iterator[str]:
+    for node in ast.walk(ast.parse((ROOT / path).read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name.split(".")[0] for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            yield node.module.split(".")[0]
+
+
+def test_every_third_party_import_is_a_declared_dependency() -> None:
+    declared = {canonicalize_name(Requirement(line).name) for line in PYPROJECT["project"]["dependencies"]}
+    known = {*sys.stdlib_module_names, *top_level(), *OPTIONAL}
+    undeclared = {
+        (str(path), name)
+        for package in top_level()
+        for path in tracked(f"{package}/*.py")
+        for name in imports_of(path)
+        if name not in known and canonicalize_name(DISTRIBUTIONS.get(name, name)) not in declared
+    }
+    assert undeclared == set()
+
+
+def requirements_of(name: str) -> list[Requirement]:
+    try:
+        lines = importlib.metadata.requires(name) or []
+    except importlib.metadata.PackageNotFoundError:
+        pytest.fail(f"{name} is not installed; run: make setup")
+    return [requirement for requirement in map(Requirement, lines) if applies(requirement)]
+
+
+def applies(requirement: Requirement) -> bool:
+    return requirement.marker is None or requirement.marker.evaluate({"extra": ""})
+
+
+def test_every_needed_package_is_pinned_as_installed() -> None:
+    lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    pairs = [line.split("==") for line in lines if line and not line.startswith("#")]
+    pins = {str(canonicalize_name(name)): version for name, version in pairs}
+    project = PYPROJECT["project"]
+    waiting = [*map(Requirement, project["dependencies"]), *map(Requirement, project["optional-dependencies"]["dev"])]
+    needed: dict[str, str] = {}
+    while waiting:
+        name = canonicalize_name(waiting.pop().name)
+        # The CUDA build of torch brings libraries that it pins itself.
+        if name in needed or name.startswith(("nvidia-", "cuda-", "triton")):
+            continue
+        waiting += requirements_of(name)
+        needed[name] = importlib.metadata.version(name).partition("+")[0]
+    assert needed == {name: pins.get(name) for name in needed}
+
+
+# ------------------------------------------------------------------------------- documentation
+
+
+def test_configuration_reference_is_fresh() -> None:
+    command = [sys.executable, "-m", "scripts.make_config_reference", "--check"]
+    checked = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert checked.returncode == 0, checked.stdout + checked.stderr
+
+
+def test_links_between_documents_lead_somewhere() -> None:
+    broken = [
+        (str(page), target)
+        for page in tracked("*.md")
+        for target in re.findall(r"\]\(([^)\s#]+)", (ROOT / page).read_text(encoding="utf-8"))
+        if "://" not in target and not (ROOT / page.parent / target).exists()
+    ]
+    assert broken == []
+
+
+# ------------------------------------------------------------------------------- the checks catch what they should
+
+
+@pytest.mark.parametrize(
+    ("line", "rule"),
+    [
+        ("import pickle", "TID251"),
+        ("import torch\n\nMODEL = torch.load('model.pt')", "TID251"),
+        ("from torch import save", "TID251"),
+        ("import sys\n\nsys.path.insert(0, '.')", "TID251"),
+        ("print('loaded')", "T201"),
+        ("try:\n    VALUE = 1\nexcept Exception:\n    VALUE = 2", "BLE001"),
+        ("def half(x):\n    return x / 2", "ANN001"),
+    ],
+)
+def test_linter_refuses_in_library_code(line: str, rule: str) -> None:
+    command = [str(BIN / "ruff"), "check", "--output-format=concise", "--stdin-filename", "kvcore/example.py", "-"]
+    checked = subprocess.run(
+        command, cwd=ROOT, input=f'"""Example."""\n\n{line}\n', capture_output=True, text=True, check=False
+    )
+    assert f" {rule} " in checked.stdout
+
+
+@pytest.mark.parametrize(
+    ("module", "line", "contract"),
+    [
+        ("kvcore/errors.py", "import teacher_server.config", "Imports go downward only"),
+        ("student_trainer/losses.py", "import teacher_server.config", "Imports go downward only"),
+        ("align/layer_map.py", "import fuse", "Imports go downward only"),
+        ("student_trainer/losses.py", "import deepspeed", "Only student_trainer.ds_engine imports deepspeed"),
+        ("teacher_server/app.py", "import vllm", "Only the vLLM engine and its connector import vllm"),
+        ("kvcore/plan.py", "import kvcore.types", "Configuration reaches no torch"),
+    ],
+)
+def test_import_contracts_refuse(module: str, line: str, contract: str, tmp_path: Path) -> None:
+    for package in top_level():
+        shutil.copytree(ROOT / package, tmp_path / package, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    with (tmp_path / module).open("a", encoding="utf-8") as file:
+        file.write(f"\n{line}\n")
+    command = [str(BIN / "lint-imports"), "--no-cache"]
+    checked = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert checked.returncode == 1
+    assert f"{contract} BROKEN" in checked.stdout

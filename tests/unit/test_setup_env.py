@@ -1,0 +1,130 @@
+"""The environment is made once, made anew when the pins change or a build was cut short, and says what is missing."""
+
+from __future__ import annotations
+
+import importlib.util
+import shutil
+from pathlib import Path
+
+import pytest
+
+from scripts import setup_env
+from scripts.setup_env import ROOT, SetupError, check_python, ensure, environment_key, install_commands
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    for name in ("pyproject.toml", "constraints.txt"):
+        shutil.copy(ROOT / name, tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def builds(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """Replaces the minutes of pip by a note that they would have been spent."""
+    made: list[Path] = []
+
+    def build(_root: Path, venv: Path) -> None:
+        venv.mkdir(exist_ok=True)
+        made.append(venv)
+
+    monkeypatch.setattr(setup_env, "build", build)
+    return made
+
+
+def edit(path: Path, old: str, new: str) -> None:
+    text = path.read_text(encoding="utf-8")
+    assert old in text
+    path.write_text(text.replace(old, new), encoding="utf-8")
+
+
+def test_environment_is_built_once(checkout: Path, builds: list[Path]) -> None:
+    venv = checkout / ".venv"
+    assert ensure(checkout, venv)
+    assert not ensure(checkout, venv)
+    assert builds == [venv]
+
+
+@pytest.mark.parametrize(
+    ("name", "old", "new"),
+    [
+        ("constraints.txt", "torch==2.13.0", "torch==2.14.0"),
+        ("pyproject.toml", '"xxhash>=3.5"', '"xxhash>=3.6"'),
+        ("pyproject.toml", 'kvdistill = "kvdistill.cli:main"', 'kvd = "kvdistill.cli:main"'),
+    ],
+)
+def test_changed_pins_and_packaging_build_it_anew(
+    name: str, old: str, new: str, checkout: Path, builds: list[Path]
+) -> None:
+    ensure(checkout, checkout / ".venv")
+    edit(checkout / name, old, new)
+    assert ensure(checkout, checkout / ".venv")
+    assert len(builds) == 2
+
+
+def test_changed_linter_settings_do_not(checkout: Path, builds: list[Path]) -> None:
+    ensure(checkout, checkout / ".venv")
+    edit(checkout / "pyproject.toml", "line-length = 120", "line-length = 100")
+    assert not ensure(checkout, checkout / ".venv")
+    assert len(builds) == 1
+
+
+def test_moved_checkout_builds_it_anew(checkout: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    moved = tmp_path_factory.mktemp("moved")
+    for name in ("pyproject.toml", "constraints.txt"):
+        shutil.copy(checkout / name, moved)
+    assert environment_key(moved) != environment_key(checkout)
+
+
+def test_interrupted_build_starts_over(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    venv = checkout / ".venv"
+
+    def cut_short(_root: Path, venv: Path) -> None:
+        (venv / "bin").mkdir(parents=True)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(setup_env, "build", cut_short)
+    with pytest.raises(KeyboardInterrupt):
+        ensure(checkout, venv)
+    built: list[Path] = []
+    monkeypatch.setattr(setup_env, "build", lambda _root, venv: built.append(venv))
+    assert ensure(checkout, venv)
+    assert built == [venv]
+
+
+def test_build_clears_what_an_earlier_one_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    left = tmp_path / ".venv" / "half-written"
+    left.mkdir(parents=True)
+    (tmp_path / "constraints.txt").write_text("torch==2.13.0\n", encoding="utf-8")
+    python = tmp_path / "python"
+    python.write_text('#!/bin/sh\nmkdir -p "$3/bin" && cp "$0" "$3/bin/python"\n', encoding="utf-8")
+    python.chmod(0o755)
+    monkeypatch.setattr(setup_env.sys, "executable", str(python))
+    setup_env.build(tmp_path, tmp_path / ".venv")
+    assert not left.exists()
+    assert (tmp_path / ".venv" / "bin" / "python").exists()
+
+
+def test_torch_comes_first_and_by_its_exact_version() -> None:
+    constraints = (ROOT / "constraints.txt").read_text(encoding="utf-8")
+    first, second = install_commands("python", constraints)
+    assert f"torch=={setup_env.pinned(constraints, 'torch')}" in first
+    assert all(command[command.index("-c") :][:2] == ["-c", "constraints.txt"] for command in (first, second))
+    assert "--no-build-isolation" in second
+
+
+def test_unpinned_torch_is_an_error() -> None:
+    with pytest.raises(SetupError, match="does not pin torch"):
+        install_commands("python", "torchvision==1.0\n")
+
+
+def test_missing_venv_module_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "ensurepip" else object())
+    with pytest.raises(SetupError, match="ensurepip module; on Debian: apt-get install python3-venv"):
+        check_python()
+
+
+def test_old_python_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(setup_env.sys, "version_info", (3, 9, 2, "final", 0))
+    with pytest.raises(SetupError, match=r"needs Python 3\.11 or later, found 3\.9\.2"):
+        check_python()
