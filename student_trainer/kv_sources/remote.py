@@ -6,7 +6,7 @@ import logging
 import threading
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import CancelledError
 from typing import Any
 
@@ -14,7 +14,7 @@ import grpc
 from grpc.experimental import ChannelOptions
 
 from kvcore import wire
-from kvcore.errors import KVDistillError, ProtocolError, TeacherRefusedError, TeacherUnavailableError
+from kvcore.errors import FieldError, KVDistillError, ProtocolError, TeacherRefusedError, TeacherUnavailableError
 from kvcore.plan import KVPlan
 from kvcore.stream_reader import SampleFailure, StreamReader
 from kvcore.types import EncodedSampleKV, MissingKV, Sample, TeacherInfo, Timings
@@ -30,6 +30,8 @@ DEFAULT_PUSHBACK_S = 0.5
 # A frame's header comes on top of its body: at most 1024 records of a few hundred bytes.
 HEADER_ALLOWANCE_BYTES = 1 << 20
 DEFAULT_RECEIVE_BYTES = 4 << 20
+# Below the 4 MiB that gRPC servers accept unless told otherwise; a single sample may still be larger.
+REQUEST_BYTES = 3 << 20
 
 _REFUSALS = {
     grpc.StatusCode.INVALID_ARGUMENT,
@@ -106,7 +108,10 @@ class RemoteSource:
             raise self._mapped(error) from error
         except ValueError as error:
             raise self._closed_error() from error
-        info = wire.info_from_proto(response)
+        try:
+            info = wire.info_from_proto(response)
+        except FieldError as error:
+            raise TeacherRefusedError(self._teacher, f"{self.endpoint} describes itself wrongly: {error}") from error
         self._info, self._plan = info, self._plan_for(info)
         self._plan_message = wire.plan_to_proto(self._plan)
         needed = info.max_frame_bytes + HEADER_ALLOWANCE_BYTES
@@ -136,39 +141,47 @@ class RemoteSource:
         Raises:
             As `fetch`.
         """
-        missing = [i for i, answer in enumerate(answers) if answer is None]
-        size = self.info.max_samples_per_request
-        for start in range(0, len(missing), size):
-            self._fetch_chunk(samples, missing[start : start + size], answers)
+        rows: dict[str, list[int]] = {}
+        for row, sample in enumerate(samples):
+            if answers[row] is None:
+                rows.setdefault(sample.id, []).append(row)
+        for chunk in _chunks([samples[first] for first, *_ in rows.values()], self.info.max_samples_per_request):
+            got: dict[str, KVResult] = {}
+            try:
+                self._fetch_chunk(chunk, got)
+            finally:
+                for sample_id, result in got.items():
+                    for row in rows[sample_id]:
+                        answers[row] = result
 
     def close(self) -> None:
         """Closes the connection; a request under way is cancelled."""
         self._closed.set()
         self._channel.close()
 
-    def _fetch_chunk(self, samples: Sequence[Sample], chunk: Sequence[int], answers: list[KVResult | None]) -> None:
+    def _fetch_chunk(self, samples: Sequence[Sample], got: dict[str, KVResult]) -> None:
         """One request, repeated while the server is full, and once after damaged bytes."""
         give_up_at = time.monotonic() + self._patience_s
         damaged = False
-        while missing := [i for i in chunk if answers[i] is None]:
+        while missing := [sample for sample in samples if sample.id not in got]:
             try:
-                self._stream(samples, missing, answers)
+                self._stream(missing, got)
             except _BusyError as busy:
                 self._wait_for_room(busy, give_up_at)
+                self.retries += 1
             except ProtocolError as error:
                 if damaged:
                     raise
                 damaged = True
+                self.retries += 1
                 logger.warning("teacher '%s' at %s: %s; asking once more", self._teacher, self.endpoint, error)
-            self.retries += any(answers[i] is None for i in missing)
 
-    def _stream(self, samples: Sequence[Sample], missing: Sequence[int], answers: list[KVResult | None]) -> None:
+    def _stream(self, samples: Sequence[Sample], got: dict[str, KVResult]) -> None:
+        """One request; adds each sample to `got` as soon as it is whole."""
         request_id = uuid.uuid4().hex
-        asked = [samples[i] for i in missing]
-        reader = StreamReader(request_id, self.plan, asked, self.info)
-        request = pb.KVRequest(
-            request_id=request_id, plan=self._plan_message, samples=[wire.sample_to_proto(sample) for sample in asked]
-        )
+        reader = StreamReader(request_id, self.plan, samples, self.info)
+        messages = [wire.sample_to_proto(sample) for sample in samples]
+        request = pb.KVRequest(request_id=request_id, plan=self._plan_message, samples=messages)
         started = time.monotonic()
         try:
             call = self._stream_kv(request, timeout=self._timeout_s)
@@ -178,8 +191,7 @@ class RemoteSource:
             for data in call:
                 arrived = reader.feed(data)
                 elapsed = time.monotonic() - started
-                for index, outcome in arrived:
-                    answers[missing[index]] = _result(asked[index], outcome, elapsed)
+                got.update((samples[i].id, _result(samples[i].id, outcome, elapsed)) for i, outcome in arrived)
             reader.finish()
         except grpc.RpcError as error:
             raise self._mapped(error) from error
@@ -218,7 +230,7 @@ class RemoteSource:
     def _exhausted(self, details: str, trailers: dict[str, Any]) -> KVDistillError | _BusyError:
         pushback = trailers.get("grpc-retry-pushback-ms")
         if pushback is None and "larger than max" in details:
-            return ProtocolError(f"{self.endpoint} sent a frame above its own limit: {details}")
+            return TeacherRefusedError(self._teacher, f"{self.endpoint}: a message was too large: {details}")
         try:
             wait_s = DEFAULT_PUSHBACK_S if pushback is None else int(pushback) / 1000
         except ValueError:
@@ -249,9 +261,25 @@ def _channel_options(receive_bytes: int) -> list[tuple[str, int]]:
     ]
 
 
-def _result(sample: Sample, outcome: EncodedSampleKV | SampleFailure, elapsed_s: float) -> KVResult:
+def _chunks(samples: Sequence[Sample], most: int) -> Iterator[list[Sample]]:
+    """Cuts samples into requests of at most `most`, and of a size that any server takes."""
+    chunk: list[Sample] = []
+    size = 0
+    for sample in samples:
+        # At most 4 bytes for a character in UTF-8, 5 for a token id below 2^35 as a varint.
+        weight = 4 * len(sample.text or "") + 5 * len(sample.token_ids or ())
+        if chunk and (len(chunk) == most or size + weight > REQUEST_BYTES):
+            yield chunk
+            chunk, size = [], 0
+        chunk.append(sample)
+        size += weight
+    if chunk:
+        yield chunk
+
+
+def _result(sample_id: str, outcome: EncodedSampleKV | SampleFailure, elapsed_s: float) -> KVResult:
     if isinstance(outcome, SampleFailure):
-        return MissingKV(sample.id, f"{outcome.code}: {outcome.message}")
+        return MissingKV(sample_id, f"{outcome.code}: {outcome.message}")
     at_server = outcome.timings
     network = max(0.0, elapsed_s - at_server.queue - at_server.prefill - at_server.encode)
     outcome.timings = Timings(at_server.queue, at_server.prefill, at_server.encode, network)

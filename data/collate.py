@@ -1,0 +1,139 @@
+"""Records to padded tensors, as the student reads them.
+
+Prompt, reasoning and answer are tokenised apart, so that the prompt a student is trained on is, token for token, the
+prompt it is given at inference.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from data.records import Record
+from kvcore.errors import FieldError
+from kvcore.offsets import read_text
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from kvcore.types import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class StudentTokens:
+    """One record in the student's tokens. `byte_ends` counts bytes of the record's whole text; -1: no exact end."""
+
+    prompt_ids: tuple[int, ...]
+    reasoning_ids: tuple[int, ...]
+    answer_ids: tuple[int, ...]
+    byte_ends: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class StudentBatch:
+    """What one micro-batch feeds the student.
+
+    `prompt_*_BP` is left-padded, so that whatever follows a prompt starts in one column. `answer_*_BA` (answer and end
+    of sequence) is right-padded. `text_*_BT` is prompt, reasoning, answer and end of sequence, right-padded;
+    `text_target_BT` is True where a token is to be predicted (reasoning onwards).
+    """
+
+    records: tuple[Record, ...]
+    prompt_ids_BP: Tensor
+    prompt_mask_BP: Tensor
+    answer_ids_BA: Tensor
+    answer_mask_BA: Tensor
+    text_ids_BT: Tensor
+    text_mask_BT: Tensor
+    text_target_BT: Tensor
+    text_byte_ends_BT: Tensor
+
+    def to(self, device: torch.device) -> StudentBatch:
+        """The same batch on another device."""
+        tensors = (getattr(self, name).to(device) for name in self.__slots__[1:])
+        return StudentBatch(self.records, *tensors)
+
+
+class Collator:
+    """Tokenises records, remembers what it tokenised, and pads batches.
+
+    Args:
+        tokenizer: the student's fast tokenizer, with an end-of-sequence token.
+        max_tokens: the longest record, in the student's tokens.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, max_tokens: int) -> None:
+        if tokenizer.eos_token_id is None:
+            raise FieldError("student.path", "the student's tokenizer has no end-of-sequence token")
+        self._tokenizer = tokenizer
+        self._max_tokens = max_tokens
+        self._eos = int(tokenizer.eos_token_id)
+        self._pad = self._eos if tokenizer.pad_token_id is None else int(tokenizer.pad_token_id)
+        self._known: dict[str, StudentTokens] = {}
+
+    def tokens(self, record: Record) -> StudentTokens:
+        """Tokenises one record.
+
+        Raises:
+            FieldError: the record is longer than `max_tokens`.
+        """
+        known = self._known.get(record.id)
+        if known is None:
+            known = self._known[record.id] = self._read(record)
+        return known
+
+    def _read(self, record: Record) -> StudentTokens:
+        ids: list[tuple[int, ...]] = []
+        byte_ends: list[int] = []
+        read_bytes = 0
+        for index, part in enumerate((record.prompt, record.reasoning, record.answer)):
+            part_ids, part_ends = read_text(self._tokenizer, part, add_special_tokens=index == 0)
+            ids.append(tuple(part_ids))
+            byte_ends += [end if end < 0 else end + read_bytes for end in part_ends]
+            read_bytes += len(part.encode())
+        length = len(byte_ends) + 1
+        if length > self._max_tokens:
+            raise FieldError(
+                "data.max_tokens",
+                f"record '{record.id}' has {length} student tokens, the limit is {self._max_tokens}; "
+                "raise the limit or leave the record out",
+            )
+        return StudentTokens(ids[0], ids[1], ids[2], tuple(byte_ends))
+
+    def __call__(self, records: Sequence[Record]) -> StudentBatch:
+        """Pads the records' tokens into one batch."""
+        rows = [self.tokens(record) for record in records]
+        prompts = [row.prompt_ids for row in rows]
+        answers = [(*row.answer_ids, self._eos) for row in rows]
+        texts = [(*row.prompt_ids, *row.reasoning_ids, *row.answer_ids, self._eos) for row in rows]
+        targets = [
+            (0,) * len(row.prompt_ids) + (1,) * (len(text) - len(row.prompt_ids))
+            for row, text in zip(rows, texts, strict=True)
+        ]
+        return StudentBatch(
+            tuple(records),
+            _pad(prompts, self._pad, left=True),
+            _pad([(1,) * len(row) for row in prompts], 0, left=True).bool(),
+            _pad(answers, self._pad),
+            _pad([(1,) * len(row) for row in answers], 0).bool(),
+            _pad(texts, self._pad),
+            _pad([(1,) * len(row) for row in texts], 0).bool(),
+            _pad(targets, 0).bool(),
+            _pad([(*row.byte_ends, -1) for row in rows], -1),
+        )
+
+    def prompts(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """Left-padded ids and mask [B,P] of prompts alone."""
+        rows = [read_text(self._tokenizer, text, add_special_tokens=True)[0] for text in texts]
+        return _pad(rows, self._pad, left=True), _pad([[1] * len(row) for row in rows], 0, left=True).bool()
+
+
+def _pad(rows: Sequence[Sequence[int]], value: int, *, left: bool = False) -> Tensor:
+    width = max(len(row) for row in rows)
+    padded = [
+        [value] * (width - len(row)) + list(row) if left else list(row) + [value] * (width - len(row)) for row in rows
+    ]
+    return torch.tensor(padded, dtype=torch.long)

@@ -1,0 +1,254 @@
+"""Makes everything that a run needs from its configuration."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+
+from align.aligner import Aligner
+from align.head_dim_adapter import KVGeometry
+from data.collate import Collator
+from data.records import Record, load_records
+from kvcore.errors import ConfigError, KVDistillError, TeacherRefusedError
+from kvcore.plan import KVPlan
+from kvcore.projections import kv_projections
+from kvcore.types import BatchKV, TeacherInfo
+from student_trainer import checkpoint, ds_engine
+from student_trainer.calibrate import calibrate
+from student_trainer.checkpoint import Checkpoint
+from student_trainer.config import AlignConfig, KVConfig, StudentConfig, TeacherConfig, TrainConfig
+from student_trainer.kv_batch import receive
+from student_trainer.kv_sources import build_source
+from student_trainer.kv_sources.base import KVSource
+from student_trainer.latent import LatentStudent, load_reasoning, new_reasoning
+from student_trainer.model import DistillModel, TrainBatch
+from student_trainer.sampling import Sampling
+from student_trainer.window import Window
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Teacher:
+    """One teacher of the run, connected."""
+
+    name: str
+    source: KVSource
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """A run, ready to train."""
+
+    config: TrainConfig
+    tokenizer: PreTrainedTokenizerBase
+    collator: Collator
+    train: Sequence[Record]
+    val: Sequence[Record]
+    teachers: tuple[Teacher, ...]
+    model: DistillModel
+    sampling: Sampling
+    resumed: Checkpoint | None
+    identity: dict[str, Any]
+
+    def batch(self, records: Sequence[Record], window: Window) -> TrainBatch:
+        """Tokens and every teacher's K/V for records, on this rank's device; waiting and sizes are added to `window`."""
+        samples = [record.sample() for record in records]
+        caches: list[BatchKV] = []
+        slots = self.config.student.latents if self.config.student.mode == "latent" else None
+        for teacher in self.teachers:
+            began = time.monotonic()
+            results = teacher.source.fetch(samples)
+            fetched = time.monotonic()
+            received = receive(
+                teacher.name, results, teacher.source.info, teacher.source.plan, slots, self.config.kv.on_missing
+            )
+            caches.append(_to_device(received.kv, ds_engine.device()))
+            window.receive(received, waited_s=fetched - began, decode_s=time.monotonic() - fetched)
+        return TrainBatch(self.collator(records).to(ds_engine.device()), tuple(caches))
+
+    def close(self) -> None:
+        """Ends every source's threads, connections and files."""
+        for teacher in self.teachers:
+            teacher.source.close()
+
+
+def build(config: TrainConfig, rank: int, world_size: int) -> Parts:
+    """Loads data and student, connects to the teachers, and calibrates or takes alignments from a checkpoint.
+
+    Raises:
+        ConfigError: a path or a setting cannot be used.
+        TeacherError: a teacher cannot be reached or refuses the plan.
+    """
+    train = load_records(config.data.train)
+    val = load_records(config.data.val, config.data.val_samples) if config.data.val else []
+    sampling = Sampling(config.run, len(train), rank, world_size)
+    lm, tokenizer = _load_student(config.student)
+    student = _with_latents(lm, config)
+    teachers: list[Teacher] = []
+    try:
+        aligners = [_connect(teacher, config, lm, teachers, rank, world_size) for teacher in config.teachers]
+        weights = {teacher.name: teacher.weight for teacher in config.teachers}
+        model = DistillModel(student, aligners, weights, config.student, config.loss).to(ds_engine.device())
+        identity = _identity(config, len(train), teachers)
+        resumed = _resume(config, identity, rank)
+        collator = Collator(tokenizer, config.data.max_tokens)
+        parts = Parts(config, tokenizer, collator, train, val, tuple(teachers), model, sampling, resumed, identity)
+        if teachers:
+            _align(parts, rank, world_size)
+    except BaseException:
+        for teacher in teachers:
+            teacher.source.close()
+        raise
+    return parts
+
+
+def _load_student(settings: StudentConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    dtype = torch.bfloat16 if settings.dtype == "bf16" else torch.float32
+    try:
+        lm = AutoModelForCausalLM.from_pretrained(settings.path, dtype=dtype, attn_implementation="sdpa")
+        tokenizer = AutoTokenizer.from_pretrained(settings.path)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"student.path: cannot load '{settings.path}': {error}") from error
+    kv_projections(lm)
+    if settings.gradient_checkpointing:
+        lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return lm, tokenizer
+
+
+def _with_latents(lm: PreTrainedModel, config: TrainConfig) -> LatentStudent:
+    settings = config.student
+    reasoning = load_reasoning(lm, Path(settings.path), settings.latents, settings.passes)
+    if reasoning is None:
+        reasoning = new_reasoning(lm, settings.latents, settings.passes, config.run.seed)
+    # Parameters that never get a gradient would stop ZeRO from reducing the others.
+    reasoning.requires_grad_(settings.mode == "latent")
+    return LatentStudent(lm, reasoning.to(lm.dtype))
+
+
+def _connect(
+    teacher: TeacherConfig,
+    config: TrainConfig,
+    lm: PreTrainedModel,
+    connected: list[Teacher],
+    rank: int,
+    world_size: int,
+) -> Aligner:
+    """Opens a teacher's source and makes its (not yet calibrated) alignment; the source is appended to `connected`."""
+    projections = kv_projections(lm)
+    heads = int(getattr(lm.config, "num_key_value_heads", None) or lm.config.num_attention_heads)
+    geometry = KVGeometry(len(projections), heads, projections[0].head_dim)
+
+    def plan_for(info: TeacherInfo) -> KVPlan:
+        return plan(_aligner(info, geometry, config.align), config.kv)
+
+    source = build_source(teacher, config.kv, plan_for, rank, world_size)
+    connected.append(Teacher(teacher.name, source))
+    info = source.info
+    if config.kv.selection.selector not in info.selectors:
+        raise TeacherRefusedError(
+            teacher.name, f"offers the selectors {', '.join(info.selectors)}, not '{config.kv.selection.selector}'"
+        )
+    if rank == 0:
+        logger.info(
+            "teacher '%s': %s, %d layers, %d KV heads of %d",
+            teacher.name,
+            info.model,
+            info.layers,
+            info.kv_heads,
+            info.head_dim,
+        )
+    return _aligner(info, geometry, config.align).to(ds_engine.device())
+
+
+def _aligner(info: TeacherInfo, student: KVGeometry, align: AlignConfig) -> Aligner:
+    teacher = KVGeometry(info.layers, info.kv_heads, info.head_dim)
+    return Aligner(
+        teacher, student, direction=align.direction, layer_map=align.layer_map, head_adapter=align.head_adapter
+    )
+
+
+def plan(aligner: Aligner, kv: KVConfig) -> KVPlan:
+    """What a teacher is asked for: the layers that the alignment needs, and the selection and codec of the run.
+
+    Raises:
+        FieldError: the selection's scope does not fit the alignment.
+    """
+    aligner.check_scope(kv.selection.scope)
+    return KVPlan(layers=aligner.layers_needed, selection=kv.selection, codec=kv.codec)
+
+
+def _identity(config: TrainConfig, count: int, teachers: Sequence[Teacher]) -> dict[str, Any]:
+    """What must not change when a run goes on. Where K/V come from may: online, offline and record are one run."""
+    settings = config.model_dump(mode="json", include={"student", "align", "loss", "optim"})
+    run = config.run.model_dump(mode="json", include={"seed", "steps", "epochs", "global_batch"})
+    plans = {teacher.name: [teacher.source.info.weights_digest, teacher.source.plan.digest()] for teacher in teachers}
+    weights = {teacher.name: teacher.weight for teacher in config.teachers}
+    data = [count, hashlib.blake2b(config.data.train.read_bytes(), digest_size=16).hexdigest()]
+    return settings | {"run": run, "teachers": plans, "weights": weights, "control": config.kv.control, "data": data}
+
+
+def _resume(config: TrainConfig, identity: dict[str, Any], rank: int) -> Checkpoint | None:
+    directory = config.run.output_dir / "checkpoints"
+    if config.run.resume == "never":
+        if rank == 0:
+            checkpoint.forget(directory)
+        dist.barrier()
+        return None
+    found = checkpoint.latest(directory)
+    if found is not None:
+        checkpoint.check_same_run(found, identity)
+        if rank == 0:
+            logger.info("resuming from %s", found.path)
+    return found
+
+
+def _align(parts: Parts, rank: int, world_size: int) -> None:
+    if parts.resumed is not None:
+        parts.model.load_frozen(parts.resumed.frozen())
+        return
+    config = parts.config
+    indices = parts.sampling.first(config.align.calibration_samples)
+    numbers = [rank + world_size * position for position in range(len(indices))]
+    records = [parts.train[index] for index in indices]
+    calibrate(
+        parts.model,
+        records,
+        numbers,
+        lambda chosen: parts.batch(chosen, Window()),
+        config.run.micro_batch,
+        fail_together,
+    )
+    if rank == 0:
+        for name, report in parts.model.report().items():
+            logger.info("alignment with '%s': explained variance %s", name, report["explained_variance"])
+
+
+def fail_together(failure: KVDistillError | None) -> None:
+    """Raises this rank's error, or one that says another rank failed: no rank is left waiting in a collective."""
+    failed = torch.tensor(int(failure is not None), device=ds_engine.device())
+    dist.all_reduce(failed, op=dist.ReduceOp.MAX)
+    if failure is not None:
+        raise failure
+    if int(failed):
+        raise KVDistillError("another rank failed; its message says why")
+
+
+def _to_device(kv: BatchKV, device: torch.device) -> BatchKV:
+    if device.type == "cpu":
+        return kv
+    move = lambda tensor: None if tensor is None else tensor.to(device, non_blocking=True)  # noqa: E731
+    return BatchKV(move(kv.k_BLHMD), move(kv.v_BLHMD), kv.mask_BM.to(device), kv.byte_ends_BLHM.to(device))

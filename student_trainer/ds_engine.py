@@ -1,0 +1,227 @@
+"""The one place that touches DeepSpeed: start-up, the engine, and its full state without pickle."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from kvcore.types import Tensor
+from student_trainer.config import TrainConfig
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+def start(seed: int) -> tuple[int, int]:
+    """Joins the process group that torchrun or deepspeed launched (or makes one of a single process).
+
+    Returns:
+        rank and world size.
+    """
+    deepspeed = _import_deepspeed()
+    for name, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1"), ("MASTER_ADDR", "127.0.0.1")):
+        os.environ.setdefault(name, value)
+    os.environ.setdefault("MASTER_PORT", _free_port())
+    if not dist.is_initialized():
+        deepspeed.init_distributed(dist_backend="nccl" if torch.cuda.is_available() else "gloo", verbose=False)
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    torch.manual_seed(seed)
+    return dist.get_rank(), dist.get_world_size()
+
+
+def stop() -> None:
+    """Leaves the process group."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def device() -> torch.device:
+    """This rank's device."""
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def _import_deepspeed() -> Any:
+    os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    import deepspeed
+    import deepspeed.ops
+    from deepspeed.utils import logger
+
+    logger.setLevel(logging.WARNING)
+    # Otherwise start-up on CPU compiles a shared-memory op for minutes, and fails without a compiler.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    return deepspeed
+
+
+def _free_port() -> str:
+    import socket
+
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return str(listener.getsockname()[1])
+
+
+class Engine:
+    """A module under DeepSpeed ZeRO.
+
+    Args:
+        module: what is trained; its forward returns a dict of scalar losses with the key `loss`.
+        config: the run.
+        accumulation: micro-batches per optimiser step on this rank.
+    """
+
+    def __init__(self, module: nn.Module, config: TrainConfig, accumulation: int) -> None:
+        deepspeed = _import_deepspeed()
+        trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+        optimizer = torch.optim.AdamW(
+            trained, lr=config.optim.lr, betas=config.optim.betas, weight_decay=config.optim.weight_decay
+        )
+        self._stage = config.run.zero_stage
+        self._engine, *_ = deepspeed.initialize(
+            model=module, optimizer=optimizer, model_parameters=trained, config=_settings(config, accumulation, trained)
+        )
+        self.module: nn.Module = self._engine.module
+
+    def micro_step(self, batch: Any) -> dict[str, Tensor]:
+        """Forward, backward, and at an accumulation boundary the optimiser's step."""
+        losses = self._engine(batch)
+        self._engine.backward(losses["loss"])
+        self._engine.step()
+        return losses
+
+    def set_lr(self, lr: float) -> None:
+        """Sets the learning rate of every parameter."""
+        for group in self._inner().param_groups:
+            group["lr"] = lr
+
+    def _inner(self) -> torch.optim.Optimizer:
+        optimizer = self._engine.optimizer
+        return getattr(optimizer, "optimizer", optimizer)
+
+    def trained_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Names and parameters that the optimiser holds, in a fixed order."""
+        return ((name, p) for name, p in self.module.named_parameters() if p.requires_grad)
+
+    def weights(self) -> dict[str, Tensor]:
+        """Every trained parameter in fp32, whole, on CPU. All ranks must call it; rank 0 gets the tensors, others {}."""
+        return self._gather(None)
+
+    def moments(self) -> dict[str, Tensor]:
+        """The optimiser's moments as `<parameter>/<moment>`, whole, on CPU, on rank 0. All ranks must call it."""
+        gathered: dict[str, Tensor] = {}
+        for moment in MOMENTS:
+            gathered |= {f"{name}/{moment}": tensor for name, tensor in self._gather(moment).items()}
+        return gathered
+
+    def _gather(self, moment: str | None) -> dict[str, Tensor]:
+        gathered: dict[str, Tensor] = {}
+        for name, parameter in self.trained_parameters():
+            full = self._full(parameter, moment)
+            if dist.get_rank() == 0:
+                gathered[name] = full.detach().float().cpu().clone()
+        return gathered
+
+    def _full(self, parameter: nn.Parameter, moment: str | None) -> Tensor:
+        from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+        if hasattr(parameter, "ds_id") or hasattr(parameter, "_hp_mapping"):
+            full = (
+                safe_get_full_fp32_param(parameter)
+                if moment is None
+                else safe_get_full_optimizer_state(parameter, moment)
+            )
+            assert full is not None
+            return full
+        return parameter if moment is None else self._inner().state[parameter][moment]
+
+    def restore(self, weights: dict[str, Tensor], moments: dict[str, Tensor], steps: int) -> None:
+        """Sets parameters and optimiser to a saved state, after `steps` optimiser steps, on any number of ranks."""
+        self._prime_optimizer(steps)
+        for name, parameter in self.trained_parameters():
+            self._set(parameter, None, weights[name])
+            for moment in MOMENTS:
+                self._set(parameter, moment, moments[f"{name}/{moment}"])
+
+    def _prime_optimizer(self, steps: int) -> None:
+        """Makes the state that AdamW would only make at its first step, so that there is something to set."""
+        inner = self._inner()
+        for group in inner.param_groups:
+            for held in group["params"]:
+                inner.state[held] = {"step": torch.tensor(float(steps))} | {
+                    name: torch.zeros_like(held) for name in MOMENTS
+                }
+        link = getattr(self._engine.optimizer, "_lazy_init_hp_params_optimizer_state", None)
+        if link is not None:
+            link()
+
+    def _set(self, parameter: nn.Parameter, moment: str | None, value: Tensor) -> None:
+        from deepspeed.utils import (
+            safe_set_full_fp32_param,
+            safe_set_full_optimizer_state,
+            safe_set_local_fp32_param,
+            safe_set_local_optimizer_state,
+        )
+
+        value = value.to(parameter.device)
+        if hasattr(parameter, "ds_id"):
+            part = self._partition(parameter, value)
+            if moment is None:
+                safe_set_local_fp32_param(parameter, part)
+            else:
+                safe_set_local_optimizer_state(parameter, part, moment)
+        elif hasattr(parameter, "_hp_mapping"):
+            if moment is None:
+                safe_set_full_fp32_param(parameter, value)
+            else:
+                safe_set_full_optimizer_state(parameter, value, moment)
+        elif moment is None:
+            parameter.data.copy_(value)
+        else:
+            self._inner().state[parameter][moment].copy_(value)
+
+    def _partition(self, parameter: nn.Parameter, value: Tensor) -> Tensor:
+        """This rank's share of a ZeRO-3 parameter, padded as DeepSpeed pads the last one."""
+        size: int = parameter.partition_numel()  # type: ignore[attr-defined]
+        flat = value.flatten()
+        padded = torch.nn.functional.pad(flat, (0, size * dist.get_world_size() - flat.numel()))
+        return padded[size * dist.get_rank() : size * (dist.get_rank() + 1)]
+
+    @contextmanager
+    def gathered(self, module: nn.Module) -> Iterator[None]:
+        """Inside the block every parameter of `module` is whole on every rank (ZeRO-3; otherwise it is already)."""
+        if self._stage < 3:
+            yield
+            return
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters(list(module.parameters())):
+            yield
+
+
+def _settings(config: TrainConfig, accumulation: int, trained: list[nn.Parameter]) -> dict[str, Any]:
+    # DeepSpeed allocates whole buckets up front; its default of 5e8 elements is for far larger models.
+    bucket = max(2**16, min(2**28, sum(parameter.numel() for parameter in trained)))
+    return {
+        "train_batch_size": config.run.global_batch,
+        "train_micro_batch_size_per_gpu": config.run.micro_batch,
+        "gradient_accumulation_steps": accumulation,
+        "gradient_clipping": config.optim.max_grad_norm,
+        "bf16": {"enabled": config.student.dtype == "bf16"},
+        "zero_optimization": {
+            "stage": config.run.zero_stage,
+            "reduce_bucket_size": bucket,
+            "allgather_bucket_size": bucket,
+            "overlap_comm": torch.cuda.is_available(),
+        },
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": 2**31,
+        "wall_clock_breakdown": False,
+    }

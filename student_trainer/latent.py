@@ -1,0 +1,171 @@
+"""A student that thinks in latents instead of text (PCCoT, arXiv 2506.18582; KaVa, arXiv 2510.02312).
+
+The sequence is prompt, <bot>, M latents, <eot>, answer. Each Jacobi pass replaces the input of latent i by a projection
+of the last hidden state one position before it; after `passes` of them the answer is read off. Markers and latents
+are embeddings of their own, so the student's vocabulary stays as it is.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.nn import functional
+
+from kvcore.errors import ConfigError
+from kvcore.types import Tensor
+from student_trainer.capture import KVCapture, capture_kv
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+LATENT_WEIGHTS = "latent.safetensors"
+LATENT_CONFIG = "latent_config.json"
+
+
+class LatentReasoning(nn.Module):
+    """The parameters that latent reasoning adds to a student: markers, latents, projection.
+
+    Args:
+        hidden: the student's hidden size.
+        latents: M.
+        passes: T, the Jacobi passes.
+        embedding_rms: root mean square of the student's embeddings; inputs start at that scale.
+    """
+
+    def __init__(self, hidden: int, latents: int, passes: int, embedding_rms: float) -> None:
+        super().__init__()
+        self.latents = latents
+        self.passes = passes
+        self.markers_2E = nn.Parameter(torch.randn(2, hidden) * embedding_rms)
+        self.latents_ME = nn.Parameter(torch.randn(latents, hidden) * embedding_rms)
+        norm = nn.LayerNorm(hidden)
+        nn.init.constant_(norm.weight, embedding_rms)
+        self.projection = nn.Sequential(nn.Linear(hidden, hidden), nn.GELU(), nn.Linear(hidden, hidden), norm)
+
+
+class LatentStudent(nn.Module):
+    """A causal language model with latent reasoning."""
+
+    def __init__(self, lm: PreTrainedModel, reasoning: LatentReasoning) -> None:
+        super().__init__()
+        self.lm = lm
+        self.reasoning = reasoning
+
+    def think(self, prompt_ids_BP: Tensor, prompt_mask_BP: Tensor) -> tuple[Tensor, Tensor]:
+        """Refines the latents.
+
+        Returns:
+            inputs [B,P+1+M+1,E] (prompt, <bot>, latents, <eot>) and their mask.
+        """
+        batch = prompt_ids_BP.shape[0]
+        prompt_BPE = self.lm.get_input_embeddings()(prompt_ids_BP)
+        bot_B1E, eot_B1E = (marker.expand(batch, 1, -1) for marker in self.reasoning.markers_2E)
+        head_BPE = torch.cat([prompt_BPE, bot_B1E.to(prompt_BPE.dtype)], dim=1)
+        latents_BME = self.reasoning.latents_ME.expand(batch, -1, -1).to(prompt_BPE.dtype)
+        extra = prompt_mask_BP.new_ones(batch, self.reasoning.latents + 2)
+        mask_BT = torch.cat([prompt_mask_BP, extra], dim=1)
+        first = head_BPE.shape[1] - 1
+        for _ in range(self.reasoning.passes):
+            hidden_BTE = self._hidden(torch.cat([head_BPE, latents_BME], dim=1), mask_BT[:, :-1])
+            latents_BME = self.reasoning.projection(hidden_BTE[:, first : first + self.reasoning.latents])
+        return torch.cat([head_BPE, latents_BME, eot_B1E.to(prompt_BPE.dtype)], dim=1), mask_BT
+
+    def answer_logits(
+        self, prompt_ids_BP: Tensor, prompt_mask_BP: Tensor, answer_ids_BA: Tensor, answer_mask_BA: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Thinks, then reads the answer.
+
+        Returns:
+            logits [B,A,V] that predict each answer token, and k_BLHMD, v_BLHMD of the latents in the last pass.
+        """
+        inputs_BTE, mask_BT = self.think(prompt_ids_BP, prompt_mask_BP)
+        answer_BAE = self.lm.get_input_embeddings()(answer_ids_BA[:, :-1])
+        start = inputs_BTE.shape[1] - 1
+        with capture_kv(self.lm) as capture:
+            hidden_BTE = self._hidden(
+                torch.cat([inputs_BTE, answer_BAE], dim=1), torch.cat([mask_BT, answer_mask_BA[:, :-1]], dim=1)
+            )
+        k_BLHMD, v_BLHMD = capture.columns(start - self.reasoning.latents, start)
+        return self.lm.get_output_embeddings()(hidden_BTE[:, start:]), k_BLHMD, v_BLHMD
+
+    def text_logits(self, ids_BT: Tensor, mask_BT: Tensor) -> tuple[Tensor, KVCapture]:
+        """Reads text as any language model: logits [B,T-1,V] that predict tokens 1..T-1, and the pass's K/V."""
+        with capture_kv(self.lm) as capture:
+            hidden_BTE = self._hidden(self.lm.get_input_embeddings()(ids_BT), mask_BT)
+        return self.lm.get_output_embeddings()(hidden_BTE[:, :-1]), capture
+
+    def _hidden(self, inputs_BTE: Tensor, mask_BT: Tensor) -> Tensor:
+        positions_BT = (mask_BT.long().cumsum(dim=1) - 1).clamp(min=0)
+        output = self.lm.base_model(
+            inputs_embeds=inputs_BTE, attention_mask=mask_BT.long(), position_ids=positions_BT, use_cache=False
+        )
+        return output.last_hidden_state
+
+    @torch.no_grad()
+    def generate(self, prompt_ids_BP: Tensor, prompt_mask_BP: Tensor, max_new_tokens: int, *, latent: bool) -> Tensor:
+        """Greedy continuation [B,max_new_tokens] after the latents (`latent`) or straight after the prompt.
+
+        It always takes `max_new_tokens` steps, so that ranks that share parameters stay in step; cut at the first end
+        of sequence.
+        """
+        if latent:
+            inputs_BTE, mask_BT = self.think(prompt_ids_BP, prompt_mask_BP)
+        else:
+            inputs_BTE, mask_BT = self.lm.get_input_embeddings()(prompt_ids_BP), prompt_mask_BP
+        cache = None
+        tokens: list[Tensor] = []
+        for _ in range(max_new_tokens):
+            positions_BT = (mask_BT.long().cumsum(dim=1) - 1).clamp(min=0)[:, -inputs_BTE.shape[1] :]
+            output = self.lm.base_model(
+                inputs_embeds=inputs_BTE,
+                attention_mask=mask_BT.long(),
+                position_ids=positions_BT,
+                past_key_values=cache,
+                use_cache=True,
+            )
+            cache = output.past_key_values
+            next_B = self.lm.get_output_embeddings()(output.last_hidden_state[:, -1]).argmax(dim=-1)
+            tokens.append(next_B)
+            inputs_BTE = self.lm.get_input_embeddings()(next_B[:, None])
+            mask_BT = functional.pad(mask_BT, (0, 1), value=True)
+        return torch.stack(tokens, dim=1)
+
+
+def new_reasoning(lm: PreTrainedModel, latents: int, passes: int, seed: int) -> LatentReasoning:
+    """Fresh latent parameters for a student, the same on every rank."""
+    weight = lm.get_input_embeddings().weight
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        rms = float(weight.detach().float().pow(2).mean().sqrt())
+        return LatentReasoning(int(weight.shape[1]), latents, passes, rms)
+
+
+def save_reasoning(reasoning: LatentReasoning, tensors: dict[str, Tensor], directory: Path) -> None:
+    """Writes latent parameters beside a student's own weights. `tensors`: the module's state, gathered."""
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, directory / LATENT_WEIGHTS)
+    settings = {"latents": reasoning.latents, "passes": reasoning.passes}
+    (directory / LATENT_CONFIG).write_text(json.dumps(settings), encoding="utf-8")
+
+
+def load_reasoning(lm: PreTrainedModel, directory: Path, latents: int, passes: int) -> LatentReasoning | None:
+    """Latent parameters saved beside a student, or None where there are none.
+
+    Raises:
+        ConfigError: they were saved for another number of latents.
+    """
+    weights = directory / LATENT_WEIGHTS
+    if not weights.is_file():
+        return None
+    saved = json.loads((directory / LATENT_CONFIG).read_text(encoding="utf-8"))
+    if saved["latents"] != latents:
+        raise ConfigError(
+            f"student.latents: {directory} was trained with {saved['latents']} latents, the configuration says {latents}"
+        )
+    reasoning = new_reasoning(lm, latents, passes, seed=0)
+    reasoning.load_state_dict(load_file(weights))
+    return reasoning

@@ -1,0 +1,82 @@
+"""Where figures go: TensorBoard, JSON Lines, and a progress line."""
+
+from __future__ import annotations
+
+import json
+import logging
+import resource
+import time
+from pathlib import Path
+from typing import Any
+
+logger = logging.getLogger(__name__)
+
+
+class Tracker:
+    """Writes metrics of rank 0; on other ranks it does nothing."""
+
+    def __init__(self, output_dir: Path, steps: int, *, enabled: bool, first_step: int) -> None:
+        self._enabled = enabled
+        self._steps = steps
+        self._first_step = first_step
+        self._started = time.monotonic()
+        if not enabled:
+            return
+        from torch.utils.tensorboard import SummaryWriter
+
+        output_dir.mkdir(parents=True, exist_ok=True)
+        self._board = SummaryWriter(str(output_dir / "tensorboard"), purge_step=first_step)
+        self._lines_path = output_dir / "metrics.jsonl"
+        _drop_lines_after(self._lines_path, first_step)
+        self._lines = self._lines_path.open("a", encoding="utf-8")
+
+    def log(self, step: int, metrics: dict[str, float]) -> None:
+        """Records metrics under the names of docs/metrics.md."""
+        if not self._enabled:
+            return
+        for name, value in metrics.items():
+            self._board.add_scalar(name, value, step)
+        self._lines.write(json.dumps({"step": step} | metrics) + "\n")
+        self._lines.flush()
+
+    def progress(self, step: int, metrics: dict[str, float]) -> None:
+        """One line for people: step, losses, stall, time left."""
+        if not self._enabled:
+            return
+        elapsed = time.monotonic() - self._started
+        left = elapsed / max(1, step - self._first_step) * (self._steps - step)
+        parts = [f"step {step}/{self._steps}"]
+        for name, label in (("train/loss", "loss"), ("train/ce_loss", "ce"), ("train/kv_loss", "kv")):
+            if name in metrics:
+                parts.append(f"{label} {metrics[name]:.4f}")
+        if "kv/stall_fraction" in metrics:
+            parts.append(f"stall {metrics['kv/stall_fraction']:.0%}")
+        parts.append(f"{metrics['train/samples_per_second']:.0f} samples/s")
+        parts.append(f"ETA {int(left // 60)}:{int(left % 60):02d}")
+        logger.info("  ".join(parts))
+
+    def close(self) -> None:
+        """Flushes and closes the files."""
+        if self._enabled:
+            self._board.close()
+            self._lines.close()
+
+
+def _drop_lines_after(path: Path, step: int) -> None:
+    """A run that resumes at `step` repeats what an interrupted one had logged beyond it."""
+    if not path.is_file():
+        return
+    lines = [line for line in path.read_text(encoding="utf-8").splitlines() if json.loads(line)["step"] <= step]
+    path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+
+
+def peak_memory_mb() -> float:
+    """This process's peak resident memory, in MiB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes JSON so that a reader sees the old file or the new one, never half of it."""
+    temporary = path.with_suffix(path.suffix + ".tmp")
+    temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+    temporary.replace(path)

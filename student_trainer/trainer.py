@@ -1,0 +1,277 @@
+"""The training loop: one process per rank, the same collectives on each whatever a teacher did."""
+
+from __future__ import annotations
+
+import logging
+import math
+import signal
+import time
+from collections import deque
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from kvcore.config import load_config
+from kvcore.errors import KVDistillError
+from kvcore.types import Tensor
+from student_trainer import checkpoint, ds_engine
+from student_trainer.build import Parts, build
+from student_trainer.config import OptimConfig, TrainConfig
+from student_trainer.evaluate import answer, is_correct, mean_over_ranks, rank_batches
+from student_trainer.export import save_model
+from student_trainer.model import TrainBatch
+from student_trainer.tracking import Tracker, peak_memory_mb, write_json
+from student_trainer.window import Window
+
+logger = logging.getLogger(__name__)
+
+
+class Interrupted(KVDistillError):
+    """The run was told to stop; its checkpoint lets it go on."""
+
+
+def main(config_path: Path, overrides: list[str]) -> None:
+    """What `kvdistill train` runs on every rank."""
+    config = load_config(config_path, overrides, TrainConfig)
+    try:
+        run(config)
+    finally:
+        ds_engine.stop()
+
+
+def run(config: TrainConfig) -> dict[str, Any]:
+    """Trains to the end, or on from the newest checkpoint, and returns what `summary.json` holds."""
+    rank, world_size = ds_engine.start(config.run.seed)
+    parts = build(config, rank, world_size)
+    try:
+        return Trainer(config, parts, rank, world_size).train()
+    finally:
+        parts.close()
+
+
+def learning_rate(optim: OptimConfig, step: int, steps: int) -> float:
+    """The rate of the step that comes after `step` steps: linear warm-up, then the schedule down to 0."""
+    warmup = round(optim.warmup_ratio * steps)
+    if step < warmup:
+        return optim.lr * (step + 1) / warmup
+    if optim.schedule == "constant":
+        return optim.lr
+    done = (step - warmup) / max(1, steps - warmup)
+    return optim.lr * (1 - done if optim.schedule == "linear" else (1 + math.cos(math.pi * done)) / 2)
+
+
+class Trainer:
+    """Runs one configuration on one rank."""
+
+    def __init__(self, config: TrainConfig, parts: Parts, rank: int, world_size: int) -> None:
+        self.config, self.parts, self.rank, self.world_size = config, parts, rank, world_size
+        self.out = config.run.output_dir
+        self.device = ds_engine.device()
+        self.engine = ds_engine.Engine(parts.model, config, parts.sampling.accumulation)
+        self.best: dict[str, float] | None = None
+        self.step = 0
+        self.window, self.total = Window(), Window()
+        self._stop_requested = False
+        if parts.resumed is not None:
+            parts.resumed.restore(self.engine)
+            self.step, self.best = parts.resumed.step, parts.resumed.state["best"]
+
+    def train(self) -> dict[str, Any]:
+        """The whole run."""
+        signal.signal(signal.SIGTERM, lambda *_: setattr(self, "_stop_requested", True))
+        tracker = Tracker(self.out, self.parts.sampling.steps, enabled=self.rank == 0, first_step=self.step)
+        started = time.monotonic()
+        try:
+            self._loop(tracker)
+        finally:
+            tracker.close()
+        return self._finish(time.monotonic() - started)
+
+    def _loop(self, tracker: Tracker) -> None:
+        batches = self._announced(self.parts.sampling.micro_batches(self.step))
+        while self.step < self.parts.sampling.steps:
+            self._one_step(batches)
+            if self.step % self.config.run.log_every == 0 or self.step == self.parts.sampling.steps:
+                self._log(tracker)
+            if self._due(self.config.run.eval_every):
+                self._evaluate(tracker)
+            if self._due(self.config.run.save_every):
+                self._save()
+
+    def _due(self, every: int) -> bool:
+        return self.step == self.parts.sampling.steps or (every > 0 and self.step % every == 0)
+
+    def _announced(self, micro_batches: Iterator[list[int]]) -> Iterator[list[int]]:
+        """Tells the sources about each micro-batch `prefetch` of them before it is used."""
+        ahead: deque[list[int]] = deque()
+        for indices in micro_batches:
+            ahead.append(indices)
+            samples = [self.parts.train[index].sample() for index in indices]
+            for teacher in self.parts.teachers:
+                teacher.source.announce(samples)
+            if len(ahead) > self.config.kv.prefetch:
+                yield ahead.popleft()
+        yield from ahead
+
+    def _one_step(self, batches: Iterator[list[int]]) -> None:
+        began = time.monotonic()
+        torch.manual_seed(hash((self.config.run.seed, self.step, self.rank)) % 2**63)
+        self.engine.set_lr(learning_rate(self.config.optim, self.step, self.parts.sampling.steps))
+        self.engine.module.train()
+        for _ in range(self.parts.sampling.accumulation):
+            batch = self._fetch(next(batches))
+            for name, value in self.engine.micro_step(batch).items():
+                self.window.losses[name] = self.window.losses.get(name, 0.0) + float(value.detach())
+            self.window.micro_batches += 1
+        self.step += 1
+        self.window.samples += self.config.run.global_batch
+        self.window.seconds += time.monotonic() - began
+
+    def _fetch(self, indices: list[int]) -> TrainBatch:
+        """One micro-batch with its teachers' K/V; if any rank cannot go on, all of them stop here together."""
+        failure: KVDistillError | None = None
+        batch: TrainBatch | None = None
+        try:
+            batch = self.parts.batch([self.parts.train[index] for index in indices], self.window)
+        except KVDistillError as error:
+            failure = error
+        # 2: a rank failed, 1: a rank was told to stop. One small collective before any other of the micro-batch.
+        status = torch.tensor(2 if failure else int(self._stop_requested), device=self.device)
+        dist.all_reduce(status, op=dist.ReduceOp.MAX)
+        if int(status) == 0:
+            assert batch is not None
+            return batch
+        path = self._save()
+        if failure is not None:
+            failure.add_note(f"checkpoint saved: {path}; run the same command again to go on from step {self.step}")
+            raise failure
+        why = "another rank failed" if int(status) == 2 else "told to stop"
+        raise Interrupted(f"{why} at step {self.step}; checkpoint saved: {path}; run the same command again to go on")
+
+    def _log(self, tracker: Tracker) -> None:
+        window, self.window = self.window, Window()
+        self.total.add(window)
+        names = sorted(window.losses)
+        sums = torch.tensor(
+            [window.losses[name] for name in names]
+            + [window.stall_s, window.encoded_bytes, window.received, window.missing],
+            dtype=torch.float64,
+            device=self.device,
+        )
+        dist.all_reduce(sums)
+        *losses, stall_s, encoded_bytes, received, missing = sums.tolist()
+        per_loss = window.micro_batches * self.world_size
+        metrics = {f"train/{name}": value / per_loss for name, value in zip(names, losses, strict=True)}
+        metrics["train/lr"] = learning_rate(self.config.optim, self.step - 1, self.parts.sampling.steps)
+        metrics["train/epoch"] = self.parts.sampling.epoch(self.step)
+        metrics["train/samples_per_second"] = window.samples / window.seconds
+        if self.parts.teachers:
+            metrics["kv/stall_fraction"] = stall_s / self.world_size / window.seconds
+            metrics["kv/bytes_per_sample"] = encoded_bytes / max(received, 1.0) * len(self.parts.teachers)
+            metrics["kv/missing_samples"] = missing
+            metrics |= {
+                f"kv/{stage}_s": seconds / max(1, window.micro_batches) for stage, seconds in window.stages.items()
+            }
+            for name, weight in self.parts.model.weights.items():
+                metrics[f"routing/weights_mean/{name}"] = weight
+        tracker.log(self.step, metrics)
+        tracker.progress(self.step, metrics)
+
+    @torch.no_grad()
+    def _evaluate(self, tracker: Tracker) -> None:
+        records = self.parts.val
+        if not records:
+            return
+        self.engine.module.eval()
+        latent = self.config.student.mode == "latent"
+        totals: dict[str, float] = {"count": 0.0, "accuracy": 0.0, "loss": 0.0, "kv_loss": 0.0}
+        for indices, counted in rank_batches(len(records), self.config.run.micro_batch, self.rank, self.world_size):
+            chosen = [records[index] for index in indices]
+            losses = self.engine.module(self.parts.batch(chosen, Window()))
+            written = answer(
+                self.parts.model.student,
+                self.parts.collator,
+                self.parts.tokenizer,
+                chosen,
+                self.config.data.answer_tokens,
+                self.device,
+                latent=latent,
+            )
+            totals["count"] += counted
+            totals["accuracy"] += sum(
+                is_correct(text, record, latent=latent)
+                for text, record in zip(written[:counted], chosen[:counted], strict=True)
+            )
+            for name in ("loss", "kv_loss"):
+                totals[name] += float(losses[name]) * counted if name in losses else 0.0
+        means = mean_over_ranks(totals, self.device)
+        metrics = {"val/loss": means["loss"], "val/task_metrics/accuracy": means["accuracy"]}
+        if self.parts.teachers:
+            metrics["val/kv_loss"] = means["kv_loss"]
+        tracker.log(self.step, metrics)
+        if self.rank == 0:
+            logger.info(
+                "step %d  validation: accuracy %.1f %%, %s",
+                self.step,
+                100 * means["accuracy"],
+                ", ".join(f"{k} {v:.4f}" for k, v in metrics.items() if k.endswith("loss")),
+            )
+        self._keep_best(metrics)
+
+    def _keep_best(self, metrics: dict[str, float]) -> None:
+        current = metrics | {"step": float(self.step)}
+
+        def quality(of: dict[str, float]) -> tuple[float, float]:
+            return of["val/task_metrics/accuracy"], -of["val/loss"]
+
+        if self.best is None or quality(current) > quality(self.best):
+            self.best = current
+            save_model(self.engine, self.parts, self.out / "best_model")
+
+    def _save(self) -> Path:
+        state = {"step": self.step, "best": self.best, "identity": self.parts.identity}
+        return checkpoint.save(
+            self.out / "checkpoints",
+            self.engine,
+            self.parts.model.frozen_state(),
+            state,
+            self.config.run.keep_checkpoints,
+        )
+
+    def _finish(self, seconds: float) -> dict[str, Any]:
+        if not self.parts.val:
+            save_model(self.engine, self.parts, self.out / "best_model")
+        peaks_R = torch.zeros(self.world_size, dtype=torch.float64, device=self.device)
+        peaks_R[self.rank] = peak_memory_mb()
+        dist.all_reduce(peaks_R)
+        total = self.total
+        sums: Tensor = torch.tensor(
+            [total.stall_s, total.encoded_bytes, total.raw_bytes, total.received, total.teacher_tokens],
+            dtype=torch.float64,
+            device=self.device,
+        )
+        dist.all_reduce(sums)
+        stall_s, encoded, raw, received, teacher_tokens = sums.tolist()
+        teachers = len(self.parts.teachers)
+        best = self.best or {}
+        summary = {
+            "steps": self.step,
+            "best_step": int(best["step"]) if best else self.step,
+            "val_task_metrics": {"accuracy": best["val/task_metrics/accuracy"]} if best else {},
+            "val_kv_loss": best.get("val/kv_loss"),
+            "stall_fraction": stall_s / self.world_size / max(total.seconds, 1e-9) if teachers else 0.0,
+            "samples_per_second": total.samples / max(total.seconds, 1e-9),
+            "bytes_per_sample": encoded / max(received, 1.0) * teachers,
+            "raw_bf16_bytes_per_sample": raw / max(received, 1.0) * teachers,
+            "teacher_tokens_per_second": teacher_tokens / max(total.seconds, 1e-9),
+            "peak_memory_mb": {f"rank{index}": peak for index, peak in enumerate(peaks_R.tolist())},
+            "alignment": self.parts.model.report(),
+            "seconds": seconds,
+        }
+        if self.rank == 0:
+            write_json(self.out / "summary.json", summary)
+        dist.barrier()
+        return summary
