@@ -1,0 +1,260 @@
+"""A teacher server's life: HTTP first, then the model, a self-test, requests, and an orderly end."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+import threading
+import time
+from collections.abc import AsyncIterator, Callable
+from typing import TypeVar
+
+import grpc
+import grpc.aio
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_health.v1.health import SERVICE_NAME as HEALTH_SERVICE
+from grpc_health.v1.health import aio as health_aio  # pyright: ignore[reportAttributeAccessIssue]
+from grpc_reflection.v1alpha.reflection import SERVICE_NAME as REFLECTION_SERVICE
+from grpc_reflection.v1alpha.reflection import enable_server_reflection
+
+from kvcore.errors import FieldError, KVDistillError
+from teacher_server import logs
+from teacher_server.config import MIB, ServeConfig
+from teacher_server.engines import load_engine
+from teacher_server.engines.base import TeacherEngine
+from teacher_server.http import HttpServer, bind, build_app
+from teacher_server.interceptors import CallInterceptor
+from teacher_server.logs import log_event
+from teacher_server.sample_queue import BusyError, SampleQueue
+from teacher_server.scheduler import Scheduler
+from teacher_server.self_test import SelfTestError, self_test
+from teacher_server.service import SERVICE, TeacherKVService
+from teacher_server.state import Backend, ServerState
+
+log = logging.getLogger(__name__)
+
+MAX_REQUEST_BYTES = 16 * MIB
+RETEST_SECONDS = 10.0
+LAST_WORDS_SECONDS = 2.0
+
+GRPC_OPTIONS: tuple[tuple[str, int], ...] = (
+    ("grpc.max_receive_message_length", MAX_REQUEST_BYTES),
+    # Two servers on one port would each get half of the calls.
+    ("grpc.so_reuseport", 0),
+    # Clients ping every 5 s to notice a dead server; ours notice dead clients, whose streams would hold their window.
+    ("grpc.http2.min_recv_ping_interval_without_data_ms", 4000),
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.keepalive_time_ms", 20_000),
+    ("grpc.keepalive_timeout_ms", 10_000),
+)
+
+ResultT = TypeVar("ResultT")
+
+
+class LoadError(KVDistillError):
+    """The model could not be loaded, for a reason that its libraries know."""
+
+
+def run(config: ServeConfig) -> None:
+    """Serves until SIGTERM or SIGINT, then drains; a second signal ends at once. Logs go to stderr as JSON Lines.
+
+    Raises:
+        KVDistillError: a port, the model or the self-test failed.
+    """
+    logs.configure(config.log_level)
+    if not asyncio.run(TeacherServer(config).serve()):
+        # A thread still runs the model, and tearing the interpreter down under it can crash or hang.
+        logging.shutdown()
+        os._exit(0)
+
+
+class TeacherServer:
+    """One teacher replica in this process."""
+
+    def __init__(self, config: ServeConfig) -> None:
+        self.state = ServerState(config)
+        self._config = config
+        self._service = TeacherKVService(self.state)
+        self._health = health_aio.HealthServicer()
+        self._stop = asyncio.Event()
+        self._engine_broke = asyncio.Event()
+
+    async def serve(self) -> bool:
+        """Runs from start to end; False if a thread of the engine still runs.
+
+        Raises:
+            KVDistillError: a port, the model or the self-test failed.
+        """
+        self._catch_signals()
+        async with self._http(), self._grpc():
+            log_event(log, "listening", grpc_port=self.state.grpc_port, http_port=self.state.http_port)
+            start = asyncio.create_task(self._start())
+            if not await self._finished_before_stop(start):
+                return False
+            watch = asyncio.create_task(self._watch_engine())
+            await self._stop.wait()
+            watch.cancel()
+            await self._drain()
+        return self._end_engine()
+
+    def request_stop(self) -> None:
+        """Begins to drain; ends the process if it drains already."""
+        if self._stop.is_set():
+            log.warning("second signal: ending at once")
+            logging.shutdown()
+            os._exit(1)
+        self._stop.set()
+
+    def _catch_signals(self) -> None:
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self.request_stop)
+
+    async def _start(self) -> None:
+        config, started = self._config, time.monotonic()
+        engine = await _in_daemon_thread(lambda: _load(config))
+        queue = SampleQueue(config.max_queued_tokens, config.max_batch_tokens, config.stream_window_bytes)
+        scheduler = Scheduler(engine, queue, self.state.metrics, self._engine_broke.set)
+        self.state.backend = Backend(engine, scheduler)
+        self.state.set_ready("the self-test is running")
+        await self_test(self._service, engine.info)
+        await self._serve_from_now()
+        log_event(
+            log,
+            "ready",
+            grpc_port=self.state.grpc_port,
+            http_port=self.state.http_port,
+            teacher=config.teacher_name,
+            weights_digest=engine.info.weights_digest,
+            seconds=round(time.monotonic() - started, 3),
+        )
+
+    async def _serve_from_now(self) -> None:
+        self.state.set_ready(None)
+        await self._set_health(health_pb2.HealthCheckResponse.SERVING)
+
+    async def _set_health(self, status: health_pb2.HealthCheckResponse.ServingStatus) -> None:
+        for service in ("", SERVICE):
+            await self._health.set(service, status)
+
+    async def _finished_before_stop(self, task: asyncio.Task[None]) -> bool:
+        stopped = asyncio.create_task(self._stop.wait())
+        await asyncio.wait({task, stopped}, return_when=asyncio.FIRST_COMPLETED)
+        stopped.cancel()
+        if not task.done():
+            task.cancel()
+            return False
+        await task
+        return True
+
+    async def _watch_engine(self) -> None:
+        """After a batch that failed, finds out whether the engine still works, and stops serving until it does."""
+        while True:
+            await self._engine_broke.wait()
+            self._engine_broke.clear()
+            if not await self._engine_works():
+                await asyncio.sleep(RETEST_SECONDS)
+                self._engine_broke.set()
+
+    async def _engine_works(self) -> bool:
+        try:
+            await self_test(self._service, self.state.loaded().engine.info)
+        except BusyError:
+            return True
+        except SelfTestError as error:
+            self.state.set_ready(str(error))
+            await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
+            log_event(log, "engine_broken", level=logging.ERROR, problem=str(error))
+            return False
+        if self.state.not_ready is not None:
+            await self._serve_from_now()
+            log_event(log, "engine_works_again")
+        return True
+
+    @contextlib.asynccontextmanager
+    async def _http(self) -> AsyncIterator[None]:
+        listener = bind(self._config.http_host, self._config.http_port)
+        self.state.http_port = listener.getsockname()[1]
+        server = HttpServer(build_app(self.state))
+        task = asyncio.create_task(server.serve(sockets=[listener]))
+        try:
+            yield
+        finally:
+            server.should_exit = True
+            await task
+
+    @contextlib.asynccontextmanager
+    async def _grpc(self) -> AsyncIterator[None]:
+        await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
+        server = grpc.aio.server(interceptors=(CallInterceptor(SERVICE, self.state.metrics),), options=GRPC_OPTIONS)
+        server.add_generic_rpc_handlers((self._service.handler(),))
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
+        enable_server_reflection((SERVICE, HEALTH_SERVICE, REFLECTION_SERVICE), server)
+        self.state.grpc_port = _listen(server, self._config.grpc_host, self._config.grpc_port)
+        await server.start()
+        try:
+            yield
+        finally:
+            await server.stop(LAST_WORDS_SECONDS)
+            self._service.close()
+
+    async def _drain(self) -> None:
+        self.state.set_ready("the server is draining")
+        await self._health.enter_graceful_shutdown()
+        log_event(log, "draining", open_streams=self.state.open_streams, seconds=self._config.drain_seconds)
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self.state.idle.wait(), self._config.drain_seconds)
+        log_event(log, "drained", cut_off_streams=self.state.open_streams)
+
+    def _end_engine(self) -> bool:
+        backend = self.state.loaded()
+        if not backend.scheduler.close(LAST_WORDS_SECONDS):
+            return False
+        backend.engine.close()
+        return True
+
+
+def _load(config: ServeConfig) -> TeacherEngine:
+    try:
+        return load_engine(config)
+    except KVDistillError:
+        raise
+    except Exception as error:
+        log_event(log, "load_failed", level=logging.ERROR, error=error, model=config.model)
+        raise LoadError(f"model: '{config.model}' cannot be loaded: {type(error).__name__}: {error}") from error
+
+
+def _listen(server: grpc.aio.Server, host: str, port: int) -> int:
+    address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+    try:
+        return server.add_insecure_port(address)
+    except RuntimeError as error:
+        raise FieldError("grpc_port", f"cannot listen on {address}: {error}") from error
+
+
+async def _in_daemon_thread(function: Callable[[], ResultT]) -> ResultT:
+    """Awaits a function in a thread that does not keep a stopping process alive."""
+    loop = asyncio.get_running_loop()
+    future: asyncio.Future[ResultT] = loop.create_future()
+
+    def settle(result: ResultT | None, error: BaseException | None) -> None:
+        if future.cancelled():
+            return
+        if error is not None:
+            future.set_exception(error)
+        else:
+            future.set_result(result)  # type: ignore[arg-type]
+
+    def work() -> None:
+        try:
+            result, error = function(), None
+        except BaseException as caught:  # noqa: BLE001  it is raised again where the future is awaited
+            result, error = None, caught
+        with contextlib.suppress(RuntimeError):  # the loop has ended: nobody waits any more
+            loop.call_soon_threadsafe(settle, result, error)
+
+    threading.Thread(target=work, name="loader", daemon=True).start()
+    return await future

@@ -1,0 +1,172 @@
+"""Around every TeacherKV call: errors become gRPC statuses, and its end becomes a log line and metrics."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+import uuid
+from collections.abc import Awaitable, Callable
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any, NoReturn, cast
+
+import grpc
+import grpc.aio
+
+from kvcore.errors import FieldError, KVDistillError
+from teacher_server.logs import log_event
+from teacher_server.metrics import Metrics
+from teacher_server.sample_queue import BusyError
+from teacher_server.state import NotReadyError
+
+log = logging.getLogger(__name__)
+
+PUSHBACK = "grpc-retry-pushback-ms"
+Method = Callable[[Any, grpc.aio.ServicerContext], Awaitable[Any]]
+
+
+@dataclass(slots=True)
+class Call:
+    """What is known of a call when it ends."""
+
+    method: str
+    peer: str
+    started: float = field(default_factory=time.perf_counter)
+    request_id: str = ""
+    codec: str = ""
+    samples: int = 0
+    failed_samples: int = 0
+    tokens: int = 0
+    frames: int = 0
+    sent_bytes: int = 0
+    first_frame_s: float | None = None
+    code: str = grpc.StatusCode.OK.name
+    problem: str = ""
+
+
+_current: ContextVar[Call] = ContextVar("call")
+
+
+def current_call() -> Call:
+    """The call that this task answers; a fresh one outside of any."""
+    return _current.get(Call("", ""))
+
+
+@dataclass(frozen=True, slots=True)
+class Status:
+    """How a call ends that failed."""
+
+    code: grpc.StatusCode
+    details: str
+    pushback_ms: int | None = None
+
+    @property
+    def trailers(self) -> tuple[tuple[str, str], ...]:
+        """Trailing metadata: when a retry is welcome."""
+        return () if self.pushback_ms is None else ((PUSHBACK, str(self.pushback_ms)),)
+
+
+def status_of(error: Exception) -> Status:
+    """The status that a caller sees. Errors that nobody raised on purpose show an id alone; the log has the rest."""
+    if isinstance(error, FieldError):
+        return Status(grpc.StatusCode.INVALID_ARGUMENT, str(error))
+    if isinstance(error, BusyError):
+        return Status(grpc.StatusCode.RESOURCE_EXHAUSTED, str(error), error.retry_ms)
+    if isinstance(error, NotReadyError):
+        return Status(grpc.StatusCode.UNAVAILABLE, str(error))
+    if isinstance(error, TimeoutError):
+        return Status(
+            grpc.StatusCode.DEADLINE_EXCEEDED, "the request ran longer than this server's max_request_seconds"
+        )
+    if isinstance(error, KVDistillError):
+        return Status(grpc.StatusCode.FAILED_PRECONDITION, str(error))
+    error_id = uuid.uuid4().hex[:12]
+    log_event(log, "internal_error", level=logging.ERROR, error=error, error_id=error_id)
+    return Status(grpc.StatusCode.INTERNAL, f"internal error {error_id}; the server's log has the details")
+
+
+class CallInterceptor(grpc.aio.ServerInterceptor):
+    """Wraps the methods of one service.
+
+    Args:
+        service: its full name; other services pass through.
+        metrics: of the server.
+    """
+
+    def __init__(self, service: str, metrics: Metrics) -> None:
+        self._prefix = f"/{service}/"
+        self._metrics = metrics
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler[Any, Any] | None]],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> grpc.RpcMethodHandler[Any, Any] | None:
+        """Called by gRPC for every call."""
+        handler = await continuation(handler_call_details)
+        path = handler_call_details.method
+        if handler is None or not path.startswith(self._prefix):
+            return handler
+        streams = handler.response_streaming
+        make = grpc.unary_stream_rpc_method_handler if streams else grpc.unary_unary_rpc_method_handler
+        method = cast("Method", handler.unary_stream if streams else handler.unary_unary)
+        return make(
+            self._watched(method, path.removeprefix(self._prefix)),
+            request_deserializer=handler.request_deserializer,
+            response_serializer=handler.response_serializer,
+        )
+
+    def _watched(self, method: Method, name: str) -> Method:
+        async def watched(request: Any, context: grpc.aio.ServicerContext) -> Any:
+            call = Call(name, context.peer())
+            _current.set(call)
+            try:
+                return await method(request, context)
+            except asyncio.CancelledError:
+                call.code = _why_cancelled(context).name
+                raise
+            except Exception as error:  # noqa: BLE001  the boundary where every error becomes a status
+                await _abort(call, error, context)
+            finally:
+                self._record(call)
+
+        return watched
+
+    def _record(self, call: Call) -> None:
+        seconds = time.perf_counter() - call.started
+        metrics = self._metrics
+        metrics.requests.labels(call.method, call.code).inc()
+        if call.codec:
+            metrics.sent_bytes.labels(call.codec).inc(call.sent_bytes)
+            metrics.duration.observe(seconds)
+            if call.first_frame_s is not None:
+                metrics.first_frame.observe(call.first_frame_s)
+        log_event(
+            log,
+            "call",
+            method=call.method,
+            request=call.request_id,
+            peer=call.peer,
+            code=call.code,
+            problem=call.problem,
+            seconds=round(seconds, 6),
+            samples=call.samples,
+            failed_samples=call.failed_samples,
+            tokens=call.tokens,
+            frames=call.frames,
+            sent_bytes=call.sent_bytes,
+        )
+
+
+async def _abort(call: Call, error: Exception, context: grpc.aio.ServicerContext) -> NoReturn:
+    status = status_of(error)
+    call.code, call.problem = status.code.name, status.details
+    await context.abort(status.code, status.details, status.trailers)
+
+
+def _why_cancelled(context: grpc.aio.ServicerContext) -> grpc.StatusCode:
+    remaining = context.time_remaining()
+    if remaining is not None and remaining <= 0:
+        return grpc.StatusCode.DEADLINE_EXCEEDED
+    return grpc.StatusCode.CANCELLED

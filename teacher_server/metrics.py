@@ -1,0 +1,49 @@
+"""What Prometheus reads from a teacher server. Every server has a registry of its own."""
+
+from __future__ import annotations
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.process_collector import ProcessCollector
+
+SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)
+SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
+TOKENS = tuple(4.0**exponent for exponent in range(1, 11))
+
+
+class Metrics:
+    """The server's counters, gauges and histograms. Names carry their unit."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        ProcessCollector(registry=self.registry)
+        self.requests = self._counter("requests_total", "Finished calls.", "method", "code")
+        self.samples = self._counter("samples_total", "Finished samples, by their own status.", "status")
+        self.tokens = self._counter("tokens_total", "Tokens that went through the model, padding not counted.")
+        self.sent_bytes = self._counter("sent_bytes_total", "Bytes of frames sent, headers included.", "codec")
+        self.model_seconds = self._counter("prefill_seconds_total", "Time batches spent in the model.")
+        self.encode_seconds = self._counter("encode_seconds_total", "Time batches spent selecting, encoding, copying.")
+        self.engine_errors = self._counter("engine_errors_total", "Batches that the engine failed on.")
+        self.ready = self._gauge("ready", "1 while requests are taken, else 0.")
+        self.streams = self._gauge("open_streams", "StreamKV calls in progress.")
+        self.queued_samples = self._gauge("queued_samples", "Samples that wait for the engine.")
+        self.queued_tokens = self._gauge(
+            "queued_tokens", "Tokens of the samples that wait for the engine or run in it."
+        )
+        self.queue_wait = self._histogram("queue_wait_seconds", "From a sample's turn to queue until it runs.", SECONDS)
+        self.first_frame = self._histogram("first_frame_seconds", "From a call's start to its first frame.", SECONDS)
+        self.duration = self._histogram("request_seconds", "Duration of StreamKV calls.", SECONDS)
+        self.batch_samples = self._histogram("batch_samples", "Samples that ran together.", SIZES)
+        self.batch_tokens = self._histogram("batch_tokens", "Tokens that ran together, padding not counted.", TOKENS)
+
+    def render(self) -> bytes:
+        """The text exposition format."""
+        return generate_latest(self.registry)
+
+    def _counter(self, name: str, text: str, *labels: str) -> Counter:
+        return Counter(name, text, labels, namespace="kvdistill", registry=self.registry)
+
+    def _gauge(self, name: str, text: str) -> Gauge:
+        return Gauge(name, text, namespace="kvdistill", registry=self.registry)
+
+    def _histogram(self, name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
+        return Histogram(name, text, namespace="kvdistill", registry=self.registry, buckets=buckets)

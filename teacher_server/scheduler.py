@@ -1,0 +1,141 @@
+"""Runs the engine in one thread on batches of all callers' samples, and hands results to the event loop."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+import time
+import uuid
+from collections.abc import Callable, Sequence
+
+from kvcore.types import Timings
+from teacher_server.engines.base import TeacherEngine
+from teacher_server.logs import log_event
+from teacher_server.metrics import Metrics
+from teacher_server.plan_execution import ExecutionTimings, LayerResult, SampleFailure, execute
+from teacher_server.sample_queue import Job, Lane, SampleQueue
+
+log = logging.getLogger(__name__)
+
+
+class Scheduler:
+    """The engine's thread and what feeds it. Made, and told of requests, on the event loop's thread.
+
+    Args:
+        engine: called from this scheduler's thread alone.
+        queue: what waits for the engine.
+        metrics: of the server.
+        on_engine_error: called on the event loop after a batch that the engine failed on.
+    """
+
+    def __init__(
+        self, engine: TeacherEngine, queue: SampleQueue, metrics: Metrics, on_engine_error: Callable[[], None]
+    ) -> None:
+        self.queue = queue
+        self._engine = engine
+        self._metrics = metrics
+        self._on_engine_error = on_engine_error
+        self._loop = asyncio.get_running_loop()
+        # A daemon: a model that hangs must not keep a process alive that was told to end.
+        self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
+        self._thread.start()
+
+    def close(self, timeout_s: float) -> bool:
+        """Ends the engine's thread; False if a batch still runs after `timeout_s`."""
+        self.queue.close()
+        self._thread.join(timeout_s)
+        return not self._thread.is_alive()
+
+    def _work(self) -> None:
+        while batch := self.queue.take():
+            self._run(batch)
+
+    def _run(self, batch: list[Job]) -> None:
+        started = time.perf_counter()
+        error: Exception | None = None
+        timings = ExecutionTimings(0.0, 0.0)
+        try:
+            timings = execute(
+                self._engine,
+                [job.planned for job in batch],
+                lambda result: self._post(self._hand_over, batch, result),
+                lambda failure: self._post(self._fail_one, batch, failure),
+            )
+        except Exception as caught:  # noqa: BLE001  a model and its libraries raise anything; the server stays up
+            error = caught
+        self.queue.done(batch, time.perf_counter() - started)
+        if error is None:
+            self._post(self._finish, batch, timings)
+        else:
+            self._post(self._fail_batch, batch, error)
+
+    def _post(self, callback: Callable[..., None], *arguments: object) -> None:
+        try:
+            self._loop.call_soon_threadsafe(callback, *arguments)
+        except RuntimeError:
+            log.warning("results of a batch came after the server had ended")
+
+    def _hand_over(self, batch: list[Job], result: LayerResult) -> None:
+        by_lane: dict[Lane, tuple[list[Job], list[int]]] = {}
+        for row, index in enumerate(result.indices):
+            jobs, rows = by_lane.setdefault(batch[index].lane, ([], []))
+            jobs.append(batch[index])
+            rows.append(row)
+        for lane, (jobs, rows) in by_lane.items():
+            _tell(lane, lane.sink.on_layer, jobs, rows, result)
+
+    def _fail_one(self, batch: list[Job], failure: SampleFailure) -> None:
+        job = batch[failure.index]
+        job.failed = True
+        _tell(job.lane, job.lane.sink.on_failed, job, "FAILED_PRECONDITION", failure.problem)
+
+    def _finish(self, batch: list[Job], timings: ExecutionTimings) -> None:
+        self._observe(batch, timings)
+        for lane, jobs in _by_lane(batch).items():
+            done = [job for job in jobs if not job.failed]
+            spent = [Timings(job.waited, timings.prefill_s, timings.encode_s) for job in done]
+            _tell(lane, lane.sink.on_batch_end, done, spent, sum(job.nbytes for job in jobs))
+
+    def _fail_batch(self, batch: list[Job], error: Exception) -> None:
+        error_id = uuid.uuid4().hex[:12]
+        self._metrics.engine_errors.inc()
+        tokens = sum(job.tokens for job in batch)
+        log_event(
+            log, "engine_failed", level=logging.ERROR, error=error, error_id=error_id, samples=len(batch), tokens=tokens
+        )
+        for lane, jobs in _by_lane(batch).items():
+            for job in jobs:
+                if not job.failed:
+                    problem = f"the engine failed on this sample's batch (error {error_id})"
+                    _tell(lane, lane.sink.on_failed, job, "INTERNAL", problem)
+            _tell(lane, lane.sink.on_batch_end, [], [], sum(job.nbytes for job in jobs))
+        self._on_engine_error()
+
+    def _observe(self, batch: Sequence[Job], timings: ExecutionTimings) -> None:
+        metrics = self._metrics
+        tokens = sum(job.tokens for job in batch)
+        metrics.tokens.inc(tokens)
+        metrics.batch_tokens.observe(tokens)
+        metrics.batch_samples.observe(len(batch))
+        metrics.model_seconds.inc(timings.prefill_s)
+        metrics.encode_seconds.inc(timings.encode_s)
+        for job in batch:
+            metrics.queue_wait.observe(job.waited)
+
+
+def _by_lane(batch: Sequence[Job]) -> dict[Lane, list[Job]]:
+    lanes: dict[Lane, list[Job]] = {}
+    for job in batch:
+        lanes.setdefault(job.lane, []).append(job)
+    return lanes
+
+
+def _tell(lane: Lane, callback: Callable[..., None], *arguments: object) -> None:
+    """Calls a stream back unless it is gone; what goes wrong there ends that stream alone."""
+    if lane.gone:
+        return
+    try:
+        callback(*arguments)
+    except Exception as error:  # noqa: BLE001  the event loop would swallow it and leave the caller waiting
+        lane.sink.on_crash(error)
