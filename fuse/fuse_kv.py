@@ -28,7 +28,7 @@ def fuse_fixed(x_NBLHMD: Tensor, mask_NBM: Tensor, weights_N: Tensor) -> tuple[T
         raise FieldError("weights", f"need one per teacher ({len(x_NBLHMD)}); got {list(weights_N.shape)}")
     if not bool((torch.isfinite(weights_N) & (weights_N > 0)).all()):
         raise FieldError("weights", f"must be finite and above 0; got {weights_N.tolist()}")
-    present_NBM = mask_NBM * weights_N.float()[:, None, None]
+    present_NBM = mask_NBM * weights_N.to(mask_NBM.device, torch.float32)[:, None, None]
     mask_BM = mask_NBM.any(dim=0)
     share_NBM = present_NBM / present_NBM.sum(dim=0).masked_fill(~mask_BM, 1.0)
     fused = x_NBLHMD.new_zeros(x_NBLHMD.shape[1:], dtype=torch.float32)
