@@ -70,8 +70,8 @@ class Collator:
             raise FieldError("student.path", "the student's tokenizer has no end-of-sequence token")
         self._tokenizer = tokenizer
         self._max_tokens = max_tokens
-        self._eos = int(tokenizer.eos_token_id)
-        self._pad = self._eos if tokenizer.pad_token_id is None else int(tokenizer.pad_token_id)
+        self._eos: int = tokenizer.eos_token_id  # pyright: ignore[reportAttributeAccessIssue]
+        self._pad: int = self._eos if tokenizer.pad_token_id is None else tokenizer.pad_token_id  # pyright: ignore[reportAttributeAccessIssue]
         self._known: dict[str, StudentTokens] = {}
 
     def tokens(self, record: Record) -> StudentTokens:

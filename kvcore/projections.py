@@ -26,9 +26,8 @@ class KVProjection:
 
     def heads_first(self, x: Tensor) -> Tensor:
         """[B,T,H*D] or [B,T,H,D] to [B,H,T,D]."""
-        if x.dim() == 3:
-            x = x.unflatten(-1, (-1, self.head_dim))
-        return x.transpose(1, 2)
+        batch, tokens = x.shape[:2]
+        return x.reshape(batch, tokens, -1, self.head_dim).transpose(1, 2)
 
 
 def kv_projections(model: nn.Module) -> list[KVProjection]:

@@ -63,7 +63,7 @@ class Parts:
     identity: dict[str, Any]
 
     def batch(self, records: Sequence[Record], window: Window) -> TrainBatch:
-        """Tokens and every teacher's K/V for records, on this rank's device; waiting and sizes are added to `window`."""
+        """Tokens and every teacher's K/V for records, on this rank's device; what it took is added to `window`."""
         samples = [record.sample() for record in records]
         caches: list[BatchKV] = []
         slots = self.config.student.latents if self.config.student.mode == "latent" else None
@@ -115,7 +115,7 @@ def build(config: TrainConfig, rank: int, world_size: int) -> Parts:
 
 
 def _load_student(settings: StudentConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: PLC0415 - slow to import
 
     dtype = torch.bfloat16 if settings.dtype == "bf16" else torch.float32
     try:

@@ -35,7 +35,7 @@ def calibrate(
         records: this rank's share of the calibration samples.
         numbers: each record's number among all ranks' calibration samples.
         batcher: fetches the teachers' K/V for records.
-        fail_together: called after this rank's own work, with its error if there was one; raises on every rank if any had one.
+        fail_together: called with this rank's error or None; raises on every rank if any had one.
 
     Raises:
         FieldError: too few samples to fit on.
@@ -73,7 +73,7 @@ def _read(model: DistillModel, batch: TrainBatch) -> StudentRead:
 
 
 def _fused_scale(model: DistillModel, batches: Sequence[TrainBatch]) -> tuple[Tensor, Tensor]:
-    """Standard deviation and variance [L,K] of the fused targets; of the only teacher's where there is nothing to fuse."""
+    """Standard deviation and variance [L,K] of the fused targets, or of the first teacher's where nothing is fused."""
     first = model.aligners[0]
     if len(model.aligners) == 1 or first.direction == "to_teacher":
         return first.scale_LK.clone(), first.variance_LK.clone()

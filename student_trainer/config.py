@@ -90,7 +90,11 @@ class LossConfig(StrictModel):
 
 
 class DataConfig(StrictModel):
-    """JSON Lines with `id`, `prompt`, `reasoning` and `answer`. `answer_tokens`: the longest answer generated in validation."""
+    """Training and validation samples: JSON Lines with `id`, `prompt`, `reasoning` and `answer`.
+
+    `max_tokens`: the longest sample, in the student's tokens. `answer_tokens`: how many the student may write in
+    validation (in token mode its reasoning counts too). `val_samples`: only the first so many of `val`.
+    """
 
     train: Path
     val: Path | None = None
@@ -161,7 +165,7 @@ class TrainConfig(StrictModel):
             selection = self.kv.selection
             if selection.selector == "full" or selection.budget != self.student.latents:
                 raise ValueError(
-                    f"kv.selection: latent mode matches {self.student.latents} latents (student.latents), so it needs a "
-                    f"selector with that budget; got '{selection.selector}' with budget {selection.budget}"
+                    f"kv.selection: latent mode matches {self.student.latents} latents (student.latents), so it "
+                    f"needs a selector with that budget; got '{selection.selector}' with budget {selection.budget}"
                 )
         return self

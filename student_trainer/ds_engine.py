@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -61,8 +62,6 @@ def _import_deepspeed() -> Any:
 
 
 def _free_port() -> str:
-    import socket
-
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return str(listener.getsockname()[1])
@@ -110,7 +109,7 @@ class Engine:
         return ((name, p) for name, p in self.module.named_parameters() if p.requires_grad)
 
     def weights(self) -> dict[str, Tensor]:
-        """Every trained parameter in fp32, whole, on CPU. All ranks must call it; rank 0 gets the tensors, others {}."""
+        """Every trained parameter in fp32, whole, on CPU, on rank 0 ({} elsewhere). All ranks must call it."""
         return self._gather(None)
 
     def moments(self) -> dict[str, Tensor]:

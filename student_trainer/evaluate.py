@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -23,7 +24,7 @@ def rank_batches(count: int, micro_batch: int, rank: int, world_size: int) -> li
     is filled up with the first record, which then doesn't count.
     """
     share = list(range(rank, count, world_size))
-    batches = -(-(-(-count // world_size)) // micro_batch)
+    batches = math.ceil(math.ceil(count / world_size) / micro_batch)
     padded = share + [0] * (batches * micro_batch - len(share))
     return [
         (padded[start : start + micro_batch], max(0, min(micro_batch, len(share) - start)))

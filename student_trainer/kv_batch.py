@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,7 +10,7 @@ import torch
 from kvcore.codec import decode_batch
 from kvcore.errors import TeacherRefusedError
 from kvcore.plan import KVPlan
-from kvcore.types import BatchKV, EncodedSampleKV, MissingKV, Tensor, TeacherInfo
+from kvcore.types import BatchKV, EncodedSampleKV, MissingKV, TeacherInfo, Tensor
 from student_trainer.kv_sources.base import KVResult
 
 
@@ -24,7 +24,7 @@ class Received:
     encoded_bytes: int
     raw_bf16_bytes: int
     teacher_tokens: int
-    seconds: dict[str, float]
+    seconds: Mapping[str, float]
 
 
 def receive(

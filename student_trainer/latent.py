@@ -63,7 +63,7 @@ class LatentStudent(nn.Module):
             inputs [B,P+1+M+1,E] (prompt, <bot>, latents, <eot>) and their mask.
         """
         batch = prompt_ids_BP.shape[0]
-        prompt_BPE = self.lm.get_input_embeddings()(prompt_ids_BP)
+        prompt_BPE = self._embed(prompt_ids_BP)
         bot_B1E, eot_B1E = (marker.expand(batch, 1, -1) for marker in self.reasoning.markers_2E)
         head_BPE = torch.cat([prompt_BPE, bot_B1E.to(prompt_BPE.dtype)], dim=1)
         latents_BME = self.reasoning.latents_ME.expand(batch, -1, -1).to(prompt_BPE.dtype)
@@ -84,20 +84,28 @@ class LatentStudent(nn.Module):
             logits [B,A,V] that predict each answer token, and k_BLHMD, v_BLHMD of the latents in the last pass.
         """
         inputs_BTE, mask_BT = self.think(prompt_ids_BP, prompt_mask_BP)
-        answer_BAE = self.lm.get_input_embeddings()(answer_ids_BA[:, :-1])
+        answer_BAE = self._embed(answer_ids_BA[:, :-1])
         start = inputs_BTE.shape[1] - 1
         with capture_kv(self.lm) as capture:
             hidden_BTE = self._hidden(
                 torch.cat([inputs_BTE, answer_BAE], dim=1), torch.cat([mask_BT, answer_mask_BA[:, :-1]], dim=1)
             )
         k_BLHMD, v_BLHMD = capture.columns(start - self.reasoning.latents, start)
-        return self.lm.get_output_embeddings()(hidden_BTE[:, start:]), k_BLHMD, v_BLHMD
+        return self._logits(hidden_BTE[:, start:]), k_BLHMD, v_BLHMD
 
     def text_logits(self, ids_BT: Tensor, mask_BT: Tensor) -> tuple[Tensor, KVCapture]:
         """Reads text as any language model: logits [B,T-1,V] that predict tokens 1..T-1, and the pass's K/V."""
         with capture_kv(self.lm) as capture:
-            hidden_BTE = self._hidden(self.lm.get_input_embeddings()(ids_BT), mask_BT)
-        return self.lm.get_output_embeddings()(hidden_BTE[:, :-1]), capture
+            hidden_BTE = self._hidden(self._embed(ids_BT), mask_BT)
+        return self._logits(hidden_BTE[:, :-1]), capture
+
+    def _embed(self, ids: Tensor) -> Tensor:
+        return self.lm.get_input_embeddings()(ids)
+
+    def _logits(self, hidden: Tensor) -> Tensor:
+        head = self.lm.get_output_embeddings()
+        assert head is not None, "a causal language model has a head"
+        return head(hidden)
 
     def _hidden(self, inputs_BTE: Tensor, mask_BT: Tensor) -> Tensor:
         positions_BT = (mask_BT.long().cumsum(dim=1) - 1).clamp(min=0)
@@ -116,7 +124,7 @@ class LatentStudent(nn.Module):
         if latent:
             inputs_BTE, mask_BT = self.think(prompt_ids_BP, prompt_mask_BP)
         else:
-            inputs_BTE, mask_BT = self.lm.get_input_embeddings()(prompt_ids_BP), prompt_mask_BP
+            inputs_BTE, mask_BT = self._embed(prompt_ids_BP), prompt_mask_BP
         cache = None
         tokens: list[Tensor] = []
         for _ in range(max_new_tokens):
@@ -129,16 +137,16 @@ class LatentStudent(nn.Module):
                 use_cache=True,
             )
             cache = output.past_key_values
-            next_B = self.lm.get_output_embeddings()(output.last_hidden_state[:, -1]).argmax(dim=-1)
+            next_B = self._logits(output.last_hidden_state[:, -1]).argmax(dim=-1)
             tokens.append(next_B)
-            inputs_BTE = self.lm.get_input_embeddings()(next_B[:, None])
+            inputs_BTE = self._embed(next_B[:, None])
             mask_BT = functional.pad(mask_BT, (0, 1), value=True)
         return torch.stack(tokens, dim=1)
 
 
 def new_reasoning(lm: PreTrainedModel, latents: int, passes: int, seed: int) -> LatentReasoning:
     """Fresh latent parameters for a student, the same on every rank."""
-    weight = lm.get_input_embeddings().weight
+    weight: Tensor = lm.get_input_embeddings().weight  # pyright: ignore[reportAssignmentType]
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         rms = float(weight.detach().float().pow(2).mean().sqrt())
@@ -164,7 +172,7 @@ def load_reasoning(lm: PreTrainedModel, directory: Path, latents: int, passes: i
     saved = json.loads((directory / LATENT_CONFIG).read_text(encoding="utf-8"))
     if saved["latents"] != latents:
         raise ConfigError(
-            f"student.latents: {directory} was trained with {saved['latents']} latents, the configuration says {latents}"
+            f"student.latents: {directory} was trained with {saved['latents']}, the configuration says {latents}"
         )
     reasoning = new_reasoning(lm, latents, passes, seed=0)
     reasoning.load_state_dict(load_file(weights))

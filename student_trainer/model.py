@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from align.aligner import Aligner, gather_slots, slots_of_tokens
-from align.head_dim_adapter import TENSORS, TensorKind
+from align.head_dim_adapter import TENSORS
 from data.collate import StudentBatch
 from fuse.fuse_kv import fuse_fixed
 from kvcore.types import BatchKV, Tensor
@@ -75,7 +75,7 @@ class DistillModel(nn.Module):
         self._frozen: dict[str, Tensor] = {}
 
     def forward(self, batch: TrainBatch) -> dict[str, Tensor]:
-        """Scalar losses: `loss` to minimise, and what it is made of (`kv_loss` normalised: 1.0 is predicting the mean)."""
+        """Scalar losses: `loss` to minimise and its parts; `kv_loss` is normalised: 1.0 is predicting the mean."""
         losses = self._latent_losses(batch) if self._settings.mode == "latent" else self._token_losses(batch)
         losses["loss"] = losses["ce_loss"]
         if "kv_objective" in losses:
@@ -110,7 +110,8 @@ class DistillModel(nn.Module):
             return {}
         objective = error = k_BLHMD.new_zeros(())
         for aligner, target, weight in self._targets(teachers):
-            for tensor, own, wanted in (("k", k_BLHMD, target.k_BLHMD), ("v", v_BLHMD, target.v_BLHMD)):
+            for tensor in TENSORS:
+                own, wanted = (k_BLHMD, target.k_BLHMD) if tensor == "k" else (v_BLHMD, target.v_BLHMD)
                 view_BLHMD = aligner.student_view(own, tensor)
                 column = TENSORS.index(tensor)
                 scale_L, variance_L = target.scale_LK[:, column].float(), target.variance_LK[:, column].float()

@@ -1,4 +1,4 @@
-"""Which samples every step, micro-batch and rank gets: a function of seed and step alone, so that any run can resume."""
+"""Which samples each step, micro-batch and rank gets: a function of seed and step alone, so that runs can resume."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Sampling:
         if run.global_batch % share:
             raise FieldError(
                 "run.global_batch",
-                f"{run.global_batch} is no multiple of run.micro_batch x ranks = {run.micro_batch} x {world_size} = {share}",
+                f"{run.global_batch} is no multiple of run.micro_batch x ranks = {run.micro_batch} x {world_size}",
             )
         self._run, self._count, self._rank, self._world_size = run, count, rank, world_size
         self.accumulation = run.global_batch // share

@@ -22,7 +22,7 @@ class Tracker:
         self._started = time.monotonic()
         if not enabled:
             return
-        from torch.utils.tensorboard import SummaryWriter
+        from torch.utils.tensorboard import SummaryWriter  # noqa: PLC0415 - slow to import
 
         output_dir.mkdir(parents=True, exist_ok=True)
         self._board = SummaryWriter(str(output_dir / "tensorboard"), purge_step=first_step)

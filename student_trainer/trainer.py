@@ -29,7 +29,7 @@ from student_trainer.window import Window
 logger = logging.getLogger(__name__)
 
 
-class Interrupted(KVDistillError):
+class InterruptedRunError(KVDistillError):
     """The run was told to stop; its checkpoint lets it go on."""
 
 
@@ -149,7 +149,7 @@ class Trainer:
             failure.add_note(f"checkpoint saved: {path}; run the same command again to go on from step {self.step}")
             raise failure
         why = "another rank failed" if int(status) == 2 else "told to stop"
-        raise Interrupted(f"{why} at step {self.step}; checkpoint saved: {path}; run the same command again to go on")
+        raise InterruptedRunError(f"{why} at step {self.step}; checkpoint saved: {path}; run the same command to go on")
 
     def _log(self, tracker: Tracker) -> None:
         window, self.window = self.window, Window()

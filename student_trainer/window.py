@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from student_trainer.kv_batch import Received
@@ -43,7 +44,7 @@ class Window:
         self.encoded_bytes += received.encoded_bytes
         self.raw_bytes += received.raw_bf16_bytes
         self.teacher_tokens += received.teacher_tokens
-        _add(self.stages, received.seconds | {"decode": decode_s, "stall": waited_s})
+        _add(self.stages, {**received.seconds, "decode": decode_s, "stall": waited_s})
 
     def add(self, other: Window) -> None:
         """Adds another window's sums."""
@@ -53,6 +54,6 @@ class Window:
         _add(self.stages, other.stages)
 
 
-def _add(mine: dict[str, float], theirs: dict[str, float]) -> None:
+def _add(mine: dict[str, float], theirs: Mapping[str, float]) -> None:
     for name, value in theirs.items():
         mine[name] = mine.get(name, 0.0) + value
