@@ -1,0 +1,162 @@
+"""What a frame costs on the wire: identity handlers against protobuf objects, over loopback.
+
+Prints one JSON object as its last line. A server process streams frames of one size both ways; this process reads
+them. The two ways take turns, and the medians over the rounds are reported: MB/s as the client saw it, and the CPU
+seconds of client and server together for each GB.
+
+    python benchmarks/transport.py [--frame-bytes 1048576] [--megabytes 256] [--rounds 5]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import grpc
+import psutil
+from grpc.experimental import ChannelOptions
+
+from kvcore.frames import pack_frame, unpack_frame
+from protos import kv_cache_pb2 as pb
+
+WAYS = ("identity", "protobuf")
+HEADER = {"v": 1, "request": "0" * 32, "seq": 0, "xxh3": 0, "records": [{"kind": "more", "index": 0}]}
+HEADER_ALLOWANCE = 1 << 20
+ROOT = Path(__file__).resolve().parent.parent
+
+ReadFrame = Callable[[bytes], int]
+
+
+@dataclass(frozen=True, slots=True)
+class Round:
+    """One pass over the stream."""
+
+    megabytes_per_s: float
+    cpu_s_per_gb: float
+
+
+def serve(frame_bytes: int) -> None:
+    """Serves both ways until standard input closes; the port is the first line of standard output."""
+    body = os.urandom(frame_bytes)
+
+    def identity(request: bytes, _context: grpc.ServicerContext) -> Iterator[bytes]:
+        for _ in range(int(request)):
+            yield pack_frame(HEADER, body)
+
+    def protobuf(request: bytes, _context: grpc.ServicerContext) -> Iterator[pb.KVFrame]:
+        header = unpack_frame_header()
+        for _ in range(int(request)):
+            yield pb.KVFrame(header=header, body=body)
+
+    server = grpc.server(ThreadPoolExecutor(2))
+    handlers = {
+        "identity": grpc.unary_stream_rpc_method_handler(identity),
+        "protobuf": grpc.unary_stream_rpc_method_handler(protobuf, response_serializer=pb.KVFrame.SerializeToString),
+    }
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("bench", handlers),))
+    port = server.add_insecure_port("127.0.0.1:0")
+    server.start()
+    sys.stdout.write(f"{port}\n")
+    sys.stdout.flush()
+    sys.stdin.read()
+    server.stop(None).wait()
+
+
+def unpack_frame_header() -> bytes:
+    """The header's bytes as every frame carries them."""
+    return pb.KVFrame.FromString(pack_frame(HEADER, b"")).header
+
+
+@contextmanager
+def server_process(frame_bytes: int) -> Iterator[tuple[psutil.Process, int]]:
+    """The server in a process of its own, and its port."""
+    command = [sys.executable, "-m", "benchmarks.transport", "--serve", "--frame-bytes", str(frame_bytes)]
+    with subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        yield psutil.Process(process.pid), int(process.stdout.readline())
+
+
+def read_identity(data: bytes) -> int:
+    """Reads a frame as the student does: the body is a view into what gRPC handed over."""
+    return len(unpack_frame(data)[1])
+
+
+def read_protobuf(data: bytes) -> int:
+    """Reads a frame as a generated client does."""
+    return len(pb.KVFrame.FromString(data).body)
+
+
+def measure(way: str, channel: grpc.Channel, server: psutil.Process, frames: int) -> Round:
+    """Streams `frames` frames once."""
+    read: ReadFrame = read_identity if way == "identity" else read_protobuf
+    call = channel.unary_stream(f"/bench/{way}")
+    cpu_before = cpu_seconds(server)
+    started = time.perf_counter()
+    size = sum(read(data) for data in call(str(frames).encode()))
+    elapsed = time.perf_counter() - started
+    return Round(size / 1e6 / elapsed, (cpu_seconds(server) - cpu_before) / (size / 1e9))
+
+
+def cpu_seconds(server: psutil.Process) -> float:
+    """CPU time of this process and the server's so far."""
+    times = server.cpu_times()
+    return time.process_time() + times.user + times.system
+
+
+def run(frame_bytes: int, megabytes: int, rounds: int) -> dict[str, object]:
+    """Measures both ways in turn; the first round of each only warms up."""
+    frames = max(1, megabytes * 1_000_000 // frame_bytes)
+    measured: dict[str, list[Round]] = {way: [] for way in WAYS}
+    options = [
+        ("grpc.max_receive_message_length", frame_bytes + HEADER_ALLOWANCE),
+        (ChannelOptions.SingleThreadedUnaryStream, 1),
+    ]
+    with (
+        server_process(frame_bytes) as (server, port),
+        grpc.insecure_channel(f"127.0.0.1:{port}", options=options) as channel,
+    ):
+        for _ in range(rounds + 1):
+            for way in WAYS:
+                measured[way].append(measure(way, channel, server, frames))
+    return {
+        "frame_bytes": frame_bytes,
+        "megabytes_per_round": round(frames * frame_bytes / 1e6, 1),
+        "rounds": rounds,
+        **{way: medians(results[1:]) for way, results in measured.items()},
+    }
+
+
+def medians(results: list[Round]) -> dict[str, float]:
+    """What is reported of one way."""
+    return {
+        "megabytes_per_s": round(statistics.median(result.megabytes_per_s for result in results), 1),
+        "cpu_s_per_gb": round(statistics.median(result.cpu_s_per_gb for result in results), 3),
+    }
+
+
+def main() -> None:
+    """Reads the arguments, measures, prints."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--frame-bytes", type=int, default=1 << 20)
+    parser.add_argument("--megabytes", type=int, default=256, help="payload of one round")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.serve:
+        serve(arguments.frame_bytes)
+        return
+    sys.stdout.write(json.dumps(run(arguments.frame_bytes, arguments.megabytes, arguments.rounds)) + "\n")
+
+
+if __name__ == "__main__":
+    main()
