@@ -96,10 +96,11 @@ def test_the_mapping_handed_out_can_be_changed_without_harm() -> None:
 
 @pytest.mark.parametrize(
     ("arguments", "field"),
-    [((0, 2), "teacher_layers"), ((2, -1), "student_layers"), ((2, 2, "cka2"), "strategy")],
+    [((0, 2, "ratio"), "teacher_layers"), ((2, -1, "ratio"), "student_layers"), ((2, 2, "nearby"), "strategy")],
 )
-def test_bad_arguments_are_refused_by_name(arguments: tuple[int, int] | tuple[int, int, str], field: str) -> None:
+def test_bad_arguments_are_refused_by_name(arguments: tuple[int, int, str], field: str) -> None:
     with pytest.raises(FieldError) as caught:
         LayerMapper(*arguments)
     assert caught.value.field == field
-    assert str(arguments[-1] if field != "teacher_layers" else 0) in str(caught.value)
+    wrong = dict(zip(("teacher_layers", "student_layers", "strategy"), arguments, strict=True))[field]
+    assert str(wrong) in str(caught.value)

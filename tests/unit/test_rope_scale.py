@@ -95,7 +95,8 @@ def content_and_cache(
         model(input_ids=ids, position_ids=positions_BT, past_key_values=cache, use_cache=True)
     for handle in handles:
         handle.remove()
-    return content, [layer.keys for layer in cache.layers]
+    layers: list[Any] = list(cache.layers)
+    return content, [layer.keys for layer in layers]
 
 
 @pytest.mark.parametrize("name", MODELS)
