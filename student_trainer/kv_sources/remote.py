@@ -16,7 +16,7 @@ from grpc.experimental import ChannelOptions
 from kvcore import wire
 from kvcore.errors import FieldError, KVDistillError, ProtocolError, TeacherRefusedError, TeacherUnavailableError
 from kvcore.plan import KVPlan
-from kvcore.stream_reader import SampleFailure, StreamReader
+from kvcore.stream_reader import StreamReader
 from kvcore.types import EncodedSampleKV, MissingKV, Sample, TeacherInfo, Timings
 from protos import kv_cache_pb2 as pb
 from student_trainer.kv_sources.base import KVResult
@@ -41,6 +41,9 @@ _REFUSALS = {
     grpc.StatusCode.PERMISSION_DENIED,
     grpc.StatusCode.UNAUTHENTICATED,
 }
+
+# Statuses of single samples that say nothing about the sample.
+_PASSING_FAILURES = {"INTERNAL", "UNAVAILABLE", "RESOURCE_EXHAUSTED", "ABORTED", "DEADLINE_EXCEEDED", "UNKNOWN"}
 
 
 class _BusyError(Exception):
@@ -160,24 +163,29 @@ class RemoteSource:
         self._channel.close()
 
     def _fetch_chunk(self, samples: Sequence[Sample], got: dict[str, KVResult]) -> None:
-        """One request, repeated while the server is full, and once after damaged bytes."""
+        """One request, repeated while the server is full, and once after damaged bytes.
+
+        A sample that failed for no reason of its own (the engine broke on its batch) is asked for once more, alone.
+        """
         give_up_at = time.monotonic() + self._patience_s
         damaged = False
+        excused: set[str] = set()
         while missing := [sample for sample in samples if sample.id not in got]:
+            asked = [sample for sample in missing if sample.id not in excused] or missing[:1]
             try:
-                self._stream(missing, got)
+                self._stream(asked, got, excused)
             except _BusyError as busy:
                 self._wait_for_room(busy, give_up_at)
-                self.retries += 1
             except ProtocolError as error:
                 if damaged:
                     raise
                 damaged = True
-                self.retries += 1
                 logger.warning("teacher '%s' at %s: %s; asking once more", self._teacher, self.endpoint, error)
+            if any(sample.id not in got for sample in asked):
+                self.retries += 1
 
-    def _stream(self, samples: Sequence[Sample], got: dict[str, KVResult]) -> None:
-        """One request; adds each sample to `got` as soon as it is whole."""
+    def _stream(self, samples: Sequence[Sample], got: dict[str, KVResult], excused: set[str]) -> None:
+        """One request; adds each sample to `got` as soon as it is whole, or to `excused` for its first such failure."""
         request_id = uuid.uuid4().hex
         reader = StreamReader(request_id, self.plan, samples, self.info)
         messages = [wire.sample_to_proto(sample) for sample in samples]
@@ -191,7 +199,14 @@ class RemoteSource:
             for data in call:
                 arrived = reader.feed(data)
                 elapsed = time.monotonic() - started
-                got.update((samples[i].id, _result(samples[i].id, outcome, elapsed)) for i, outcome in arrived)
+                for index, outcome in arrived:
+                    sample_id = samples[index].id
+                    if isinstance(outcome, EncodedSampleKV):
+                        got[sample_id] = _timed(outcome, elapsed)
+                    elif outcome.code in _PASSING_FAILURES and sample_id not in excused:
+                        excused.add(sample_id)
+                    else:
+                        got[sample_id] = MissingKV(sample_id, f"{outcome.code}: {outcome.message}")
             reader.finish()
         except grpc.RpcError as error:
             raise self._mapped(error) from error
@@ -277,10 +292,9 @@ def _chunks(samples: Sequence[Sample], most: int) -> Iterator[list[Sample]]:
         yield chunk
 
 
-def _result(sample_id: str, outcome: EncodedSampleKV | SampleFailure, elapsed_s: float) -> KVResult:
-    if isinstance(outcome, SampleFailure):
-        return MissingKV(sample_id, f"{outcome.code}: {outcome.message}")
-    at_server = outcome.timings
+def _timed(kv: EncodedSampleKV, elapsed_s: float) -> EncodedSampleKV:
+    """Counts as network what the server's stages do not account for."""
+    at_server = kv.timings
     network = max(0.0, elapsed_s - at_server.queue - at_server.prefill - at_server.encode)
-    outcome.timings = Timings(at_server.queue, at_server.prefill, at_server.encode, network)
-    return outcome
+    kv.timings = Timings(at_server.queue, at_server.prefill, at_server.encode, network)
+    return kv

@@ -21,7 +21,7 @@ Script = Callable[[int, grpc.ServicerContext], None]
 class ScriptedTeacher:
     """Answers one frame per sample. Before each frame `script(frames sent in this request, context)` runs.
 
-    `failing`: ids of samples that end with a failure of their own. `damage`: changes the bytes of each frame.
+    `failing`: ids of samples that end with the failure `failure_code`. `damage`: changes the bytes of each frame.
     """
 
     def __init__(self, info: TeacherInfo = INFO, port: int = 0) -> None:
@@ -29,6 +29,7 @@ class ScriptedTeacher:
         self.requests: list[list[str]] = []
         self.describes = 0
         self.failing: set[str] = set()
+        self.failure_code = "not finite"
         self.script: Script = lambda _frames, _context: None
         self.damage: Callable[[bytes], bytes] = lambda frame: frame
         self.released = threading.Event()
@@ -78,7 +79,7 @@ class ScriptedTeacher:
         kv = kv_of(sample, self.info, plan)
         frames = writer.sample(index, sample.id, kv.token_ids_T.tolist(), kv.byte_ends_T.tolist())
         if sample.id in self.failing:
-            return [*frames, *writer.sample_failed(index, "not finite", "a key of layer 1"), *writer.flush()]
+            return [*frames, *writer.sample_failed(index, self.failure_code, "a key of layer 1"), *writer.flush()]
         for at, layer in enumerate(plan.layers):
             parts = {name: part[at] for name, part in kv.parts.items()}
             errors = {kind: values[at] for kind, values in kv.relative_error.items()}
