@@ -168,7 +168,11 @@ class HFEngine:
         """
         taps: dict[int, LayerTap] = {}
         tokens = [place % self._reader.vocabulary for place in range(4)]
-        self._forward([tokens], self._projections, lambda tap: taps.setdefault(tap.layer, tap))
+
+        def receive(tap: LayerTap) -> None:
+            taps[tap.layer] = tap
+
+        self._forward([tokens], self._projections, receive)
         name = type(self._base).__name__
         if len(taps) != len(self._projections):
             missing = sorted(set(range(len(self._projections))) - taps.keys())
@@ -256,8 +260,10 @@ def _load_model(directory: Path, config: ServeConfig, device: torch.device, dtyp
         "dtype": dtype,
         "use_safetensors": True,
         "output_loading_info": True,
-        "device_map": {"": device},
     }
+    if device.type == "cuda":
+        # Straight onto the GPU: the host need not have room for the model.
+        options["device_map"] = {"": device}
     if config.load_in_8bit:
         options["quantization_config"] = BitsAndBytesConfig(load_in_8bit=True)
     try:
@@ -265,11 +271,12 @@ def _load_model(directory: Path, config: ServeConfig, device: torch.device, dtyp
     except (OSError, ValueError) as error:
         raise FieldError("model", f"the configuration of '{config.model}' cannot be read: {error}") from error
     try:
-        model, report = AutoModelForCausalLM.from_pretrained(directory, **options)
+        loaded = AutoModelForCausalLM.from_pretrained(directory, **options)
     except ValueError as error:
         raise UnsupportedModelError(f"'{config.model}': {error}") from error
-    except (OSError, SafetensorError, ImportError) as error:
+    except (OSError, SafetensorError, ImportError, RuntimeError) as error:
         raise FieldError("model", f"the weights of '{config.model}' cannot be loaded: {error}") from error
+    model, report = cast("tuple[PreTrainedModel, dict[str, Any]]", loaded)
     # transformers fills in random values for weights that a checkpoint lacks.
     prefix = f"{model.base_model_prefix}."
     missing = sorted(name for name in report["missing_keys"] if name.startswith(prefix))

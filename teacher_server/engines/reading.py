@@ -56,7 +56,10 @@ def _read_text(sample: Sample, text: str, reader: TextReader, max_tokens: int, f
         raise FieldError(f"{field}.text", f"character {error.start} is a lone surrogate: not valid text") from error
     spans = _checked_spans(sample.spans, len(text), "characters", field)
     token_ids, byte_ends = reader.read(text)
+    if not token_ids:
+        raise FieldError(f"{field}.text", "reads as no token at all")
     _check_length(len(token_ids), max_tokens, f"{field}.text")
+    _check_vocabulary(token_ids, reader.vocabulary, f"{field}.text")
     placed = [_Placed(span.kind, _bytes_before(text, span.start), _bytes_before(text, span.end)) for span in spans]
     # A token's last byte decides; where it is not known, the token is in no span.
     span_ids = [_span_of(end - 1, placed) if end > 0 else NO_SPAN for end in byte_ends]
@@ -69,10 +72,7 @@ def _read_token_ids(
     if not token_ids:
         raise FieldError(f"{field}.token_ids", "is empty")
     _check_length(len(token_ids), max_tokens, f"{field}.token_ids")
-    for place, token_id in enumerate(token_ids):
-        if not 0 <= token_id < reader.vocabulary:
-            limit = reader.vocabulary - 1
-            raise FieldError(f"{field}.token_ids[{place}]", f"got {token_id}; the vocabulary is 0 to {limit}")
+    _check_vocabulary(token_ids, reader.vocabulary, f"{field}.token_ids")
     spans = _checked_spans(sample.spans, len(token_ids), "tokens", field)
     placed = [_Placed(span.kind, span.start, span.end) for span in spans]
     span_ids = [_span_of(place, placed) for place in range(len(token_ids))]
@@ -82,6 +82,12 @@ def _read_token_ids(
 def _check_length(tokens: int, max_tokens: int, field: str) -> None:
     if tokens > max_tokens:
         raise FieldError(field, f"has {tokens} tokens; this teacher takes at most {max_tokens} (max_sample_tokens)")
+
+
+def _check_vocabulary(token_ids: Sequence[int], vocabulary: int, field: str) -> None:
+    for place, token_id in enumerate(token_ids):
+        if not 0 <= token_id < vocabulary:
+            raise FieldError(field, f"token {place} has the id {token_id}; the model knows 0 to {vocabulary - 1}")
 
 
 def _checked_spans(spans: Sequence[Span], length: int, unit: str, field: str) -> list[Span]:

@@ -119,7 +119,7 @@ def _randomise(model: PreTrainedModel, seed: int) -> None:
             if parameter.dim() == 1:
                 parameter.copy_(parameter + 0.3 * noise)
             else:
-                parameter.copy_(1.5 * noise / parameter.shape[-1] ** 0.5)
+                parameter.copy_(noise / parameter.shape[-1] ** 0.5)
 
 
 def build_tokenizer(family: Family, vocabulary: int = 384) -> PreTrainedTokenizerFast:
