@@ -196,16 +196,15 @@ class FrameWriter:
         """
         slots = positions_BHM.shape[-1]
         assert slots > 0
-        names = sorted(parts)
-        columns = [_bytes_of(positions_BHM.to(torch.int32)), *(_bytes_of(parts[name]) for name in names)]
-        rows = np.concatenate(columns, axis=1)
+        columns = [("positions", positions_BHM.to(torch.int32)), *sorted(parts.items())]
+        rows = np.concatenate([_bytes_of(column) for _, column in columns], axis=1)
         record: dict[str, Any] = {
             "kind": "layer",
             "indices": list(indices),
             "layer": layer,
             "slots": slots,
             "codec": self._plan.codec.name,
-            "parts": [[name, dtype_name(parts[name].dtype), list(parts[name].shape[1:])] for name in names],
+            "parts": [[name, dtype_name(column.dtype), list(column.shape[1:])] for name, column in columns],
             "errors": {kind: list(errors) for kind, errors in relative_error.items()},
         }
         flat = rows.reshape(-1).data
@@ -276,7 +275,7 @@ class FrameWriter:
         if len(body) <= self._max_body:
             return self._add_record({**record, "bytes": len(body)}, body)
         frames = self.flush()
-        record = {**record, "bytes": self._max_body, "size": len(body)}
+        record = {**record, "index": index, "bytes": self._max_body, "size": len(body)}
         for start in range(0, len(body), self._max_body):
             piece = body[start : start + self._max_body]
             frames += self._add_record(record, piece)

@@ -30,7 +30,8 @@ class RowLayout:
             for name, dtype, shape in part_layout(plan.codec, kind, info.kv_heads, slots, info.head_dim)
         ]
         self.parts = sorted(layouts, key=lambda part: part[0])
-        self.described = [[name, dtype_name(dtype), list(shape)] for name, dtype, shape in self.parts]
+        described = [("positions", torch.int32, (self.position_heads, slots)), *self.parts]
+        self.described = [[name, dtype_name(dtype), list(shape)] for name, dtype, shape in described]
         self.sizes = [math.prod(shape) * dtype.itemsize for _, dtype, shape in self.parts]
         self.row_bytes = self.position_bytes + sum(self.sizes)
 

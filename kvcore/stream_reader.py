@@ -205,7 +205,7 @@ class StreamReader:
 
     def _errors(self, record: dict[str, Any], count: int) -> dict[str, list[float]]:
         errors = record.get("errors")
-        if not isinstance(errors, dict) or list(cast("dict[Any, Any]", errors)) != self._kinds:
+        if not isinstance(errors, dict) or set(cast("dict[Any, Any]", errors)) != set(self._kinds):
             raise ProtocolError(f"layer record states the errors {errors!r}, expected those of {self._kinds}")
         for values in cast("dict[str, Any]", errors).values():
             if not isinstance(values, list) or len(cast("list[Any]", values)) != count:

@@ -1,0 +1,220 @@
+"""Frames: the bytes are those of protobuf, both ways, and the writer fills, splits and coalesces them."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import msgpack
+import pytest
+import torch
+import xxhash
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kvcore.errors import ProtocolError
+from kvcore.frames import MAX_RECORDS, FrameWriter, pack_frame, unpack_frame
+from kvcore.types import Timings
+from protos import kv_cache_pb2 as pb
+from tests.support.streams import PLAN, REQUEST, sample_kv, write_layer, write_sample, write_stream
+
+PROTOCOL = Path(__file__).resolve().parents[2] / "docs" / "protocol.md"
+
+plain = st.integers(-(2**63), 2**64 - 1) | st.text() | st.booleans() | st.floats(allow_nan=False) | st.none()
+headers = st.dictionaries(st.text(), plain | st.lists(plain), max_size=5)
+
+
+@given(headers, st.binary(max_size=300))
+def test_packed_frames_are_the_bytes_that_protobuf_writes(header, body):
+    frame = pack_frame(header, body)
+    assert type(frame) is bytes
+    assert frame == pb.KVFrame(header=msgpack.packb(header), body=body).SerializeToString()
+
+
+@given(headers, st.binary(max_size=300))
+def test_frames_of_a_foreign_writer_are_read(header, body):
+    read, read_body = unpack_frame(pb.KVFrame(header=msgpack.packb(header), body=body).SerializeToString())
+    assert read == header
+    assert read_body == body
+
+
+@pytest.mark.parametrize("size", [127, 128, 16383, 16384, 2**21 - 1, 2**21])
+def test_lengths_at_the_edges_of_varints_are_read_by_protobuf(size):
+    body = bytes(range(256)) * (size // 256) + bytes(size % 256)
+    assert pb.KVFrame.FromString(pack_frame({}, body)).body == body
+
+
+def varint(value: int) -> bytes:
+    return bytes([value & 0x7F | 0x80]) + varint(value >> 7) if value > 0x7F else bytes([value])
+
+
+def field(number: int, wire_type: int, content: bytes | int) -> bytes:
+    tag = varint(number << 3 | wire_type)
+    if isinstance(content, int):
+        return tag + varint(content)
+    return tag + (varint(len(content)) if wire_type == 2 else b"") + content
+
+
+unknown_fields = st.one_of(
+    st.builds(field, st.integers(3, 2**29 - 1), st.just(0), st.integers(0, 2**64 - 1)),
+    st.builds(field, st.integers(3, 2**29 - 1), st.just(1), st.binary(min_size=8, max_size=8)),
+    st.builds(field, st.integers(3, 2**29 - 1), st.just(2), st.binary(max_size=20)),
+    st.builds(field, st.integers(3, 2**29 - 1), st.just(5), st.binary(min_size=4, max_size=4)),
+    # Our numbers under other wire types are unknown fields too.
+    st.builds(field, st.sampled_from([1, 2]), st.just(0), st.integers(0, 2**64 - 1)),
+)
+known_fields = st.builds(field, st.just(1), st.just(2), headers.map(msgpack.packb)) | st.builds(
+    field, st.just(2), st.just(2), st.binary(max_size=50)
+)
+
+
+@given(st.lists(unknown_fields | known_fields, max_size=6), headers)
+def test_any_order_repeats_and_unknown_fields_are_read_as_protobuf_reads_them(fields, header):
+    data = b"".join([field(1, 2, msgpack.packb(header)), *fields])
+    by_protobuf = pb.KVFrame.FromString(data)
+    read, body = unpack_frame(data)
+    assert read == msgpack.unpackb(by_protobuf.header)
+    assert body == by_protobuf.body
+
+
+@given(st.binary(max_size=80))
+def test_arbitrary_bytes_are_refused_or_read_as_protobuf_reads_them(data):
+    try:
+        header, body = unpack_frame(data)
+    except ProtocolError:
+        return
+    by_protobuf = pb.KVFrame.FromString(data)
+    assert msgpack.unpackb(by_protobuf.header) == header
+    assert by_protobuf.body == body
+
+
+def test_a_frame_cut_anywhere_inside_a_field_is_refused():
+    header = {"seq": 300, "records": ["x" * 200]}
+    frame = pack_frame(header, b"b" * 200)
+    whole_header = len(pack_frame(header, b""))
+    for length in set(range(len(frame))) - {whole_header}:
+        with pytest.raises(ProtocolError, match=r"truncated|MessagePack"):
+            unpack_frame(frame[:length])
+
+
+@pytest.mark.parametrize(
+    ("data", "problem"),
+    [
+        (b"", "not valid MessagePack"),
+        (field(0, 2, b""), "field number 0"),
+        (b"\x0a" + b"\xff" * 10 + b"\x01", "more than 10 bytes"),
+        (field(1, 2, b"\xc1"), "not valid MessagePack"),
+        (field(1, 2, b"\x80\x80"), "not valid MessagePack"),
+        (field(1, 2, b"\xa1\xff"), "not valid MessagePack"),
+        (field(1, 2, b"\x81\x01\x01"), "not valid MessagePack"),
+        (field(1, 2, b"\x91" * 5000 + b"\xc0"), "not valid MessagePack"),
+        (field(1, 2, b"\xdf\xff\xff\xff\xff"), "not valid MessagePack"),
+        (field(1, 2, msgpack.packb([1])), "expected a map"),
+        (b"\x0b" + field(1, 2, msgpack.packb({})), "wire type 3"),
+    ],
+)
+def test_malformed_frames_say_what_is_wrong(data, problem):
+    with pytest.raises(ProtocolError, match=problem):
+        unpack_frame(data)
+
+
+def records_of(frame: bytes) -> list[dict[str, Any]]:
+    return unpack_frame(frame)[0]["records"]
+
+
+def test_small_samples_of_one_layer_share_a_frame():
+    sent = [sample_kv(i) for i in range(20)]
+    frames = write_stream(sent)
+    assert len(frames) == len(PLAN.layers) + 1
+    assert [[r["kind"] for r in records_of(frame)] for frame in frames] == [
+        ["sample"] * 20 + ["layer"],
+        ["layer"],
+        ["layer"],
+        ["sample_end"] * 20 + ["end"],
+    ]
+
+
+def test_one_sample_at_a_time_or_a_batch_at_a_time_carry_the_same_bytes():
+    sent = [sample_kv(i) for i in range(3)]
+    batched, single = FrameWriter(REQUEST, PLAN, 1 << 20), FrameWriter(REQUEST, PLAN, 1 << 20)
+    for index, kv in enumerate(sent):
+        write_sample(batched, index, kv)
+        write_sample(single, index, kv)
+    write_layer(batched, [0, 1, 2], 0, sent)
+    for index, kv in enumerate(sent):
+        parts = {name: part[0] for name, part in kv.parts.items()}
+        errors = {kind: values[0] for kind, values in kv.relative_error.items()}
+        single.layer(index, 0, parts, kv.positions[0], errors)
+    (left,), (right,) = batched.flush(), single.flush()
+    assert unpack_frame(left)[1] == unpack_frame(right)[1]
+    assert [r["indices"] for r in records_of(right) if r["kind"] == "layer"] == [[0], [1], [2]]
+
+
+@pytest.mark.parametrize("max_body", [1, 7, 60, 61, 500, 4096])
+def test_no_body_passes_the_limit_and_every_byte_is_accounted_for(max_body):
+    sent = [sample_kv(i) for i in range(6)]
+    frames = write_stream(sent, max_body=max_body)
+    sizes = [sum(record.get("bytes", 0) for record in records_of(frame)) for frame in frames]
+    bodies = [unpack_frame(frame)[1] for frame in frames]
+    assert sizes == [len(body) for body in bodies]
+    assert max(sizes) <= max_body
+    whole = b"".join(unpack_frame(frame)[1] for frame in write_stream(sent))
+    assert b"".join(bodies) == whole
+
+
+def test_a_body_is_filled_before_the_next_begins():
+    sent = [sample_kv(i) for i in range(40)]
+    row_bytes = records_of(write_stream(sent[:1])[1])[0]["bytes"]
+    layer_frames = [f for f in write_stream(sent, max_body=10 * row_bytes) if records_of(f)[0]["kind"] == "layer"]
+    counts = [sum(len(r["indices"]) for r in records_of(f) if r["kind"] == "layer") for f in layer_frames]
+    # The first layer shares its frames with the samples' openings.
+    assert counts[-8:] == [10] * 8
+
+
+def test_frames_are_numbered_and_carry_the_hash_of_their_body():
+    for seq, frame in enumerate(write_stream([sample_kv(i) for i in range(3)], max_body=100)):
+        header, body = unpack_frame(frame)
+        assert (header["v"], header["request"], header["seq"]) == (1, REQUEST, seq)
+        assert header["xxh3"] == xxhash.xxh3_64_intdigest(body)
+
+
+def test_records_without_a_body_do_not_grow_a_header_without_bound():
+    writer = FrameWriter(REQUEST, PLAN, 1 << 20)
+    frames = [frame for i in range(3 * MAX_RECORDS) for frame in writer.sample_failed(i, "nonfinite", "x")]
+    assert [len(records_of(frame)) for frame in frames] == [MAX_RECORDS, MAX_RECORDS]
+
+
+def test_nothing_buffered_flushes_to_nothing():
+    writer = FrameWriter(REQUEST, PLAN, 1 << 20)
+    assert writer.flush() == []
+    assert writer.sample_failed(0, "nonfinite", "x") == []
+    assert len(writer.flush()) == 1
+    assert writer.flush() == []
+
+
+def test_the_foreign_client_of_the_documentation_decodes_the_same_tensors():
+    (example,) = re.findall(r"```python\n(.*?)```", PROTOCOL.read_text(encoding="utf-8"), re.DOTALL)
+    scope: dict[str, Any] = {}
+    exec(compile(example, PROTOCOL, "exec"), scope)
+    sent = [sample_kv(i) for i in range(5)]
+    decoded = scope["decode"](pb.KVFrame.FromString(frame) for frame in write_stream(sent, max_body=300))
+    assert decoded.keys() == {
+        (i, layer, name) for i in range(5) for layer in PLAN.layers for name in ("positions", *sent[0].parts)
+    }
+    for (index, layer, name), array in decoded.items():
+        kv = sent[index]
+        tensor = (kv.positions if name == "positions" else kv.parts[name])[PLAN.layers.index(layer)]
+        if name.endswith("scale"):
+            assert array.tolist() == tensor.view(torch.uint16).tolist()
+        else:
+            assert array.tolist() == tensor.tolist()
+
+
+def test_timings_reach_the_wire():
+    writer = FrameWriter(REQUEST, PLAN.model_copy(update={"layers": (0,)}), 1 << 20)
+    write_sample(writer, 0, sample_kv(0))
+    write_layer(writer, [0], 0, [sample_kv(0)])
+    writer.sample_end(0, Timings(0.5, 1.5, 2.5, network=9.0))
+    (frame,) = writer.end()
+    assert records_of(frame)[-2]["timings"] == {"queue": 0.5, "prefill": 1.5, "encode": 2.5}

@@ -1,0 +1,299 @@
+"""What a broken or hostile server could say under a right hash: every lie is refused, before memory is spent on it."""
+
+from __future__ import annotations
+
+import re
+import struct
+import tracemalloc
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from kvcore.errors import ProtocolError
+from kvcore.frames import FrameWriter, unpack_frame
+from kvcore.plan import Selection
+from tests.support.streams import (
+    PLAN,
+    REQUEST,
+    SENT,
+    Forged,
+    forge,
+    read_stream,
+    sample_kv,
+    stream,
+    write_layer,
+    write_sample,
+    write_stream,
+)
+
+Change = Callable[[list[Forged]], object]
+
+
+def edit(kind: str, /, **fields: object) -> Change:
+    """Changes fields of the first record of a kind."""
+    return lambda frames: next(
+        record for frame in frames for record in frame.header["records"] if record["kind"] == kind
+    ).update(fields)
+
+
+def resize(kind: str, size: int) -> Change:
+    """Says that the first record of a kind has another size in this frame."""
+    return edit(kind, bytes=size)
+
+
+def write_position(value: int, slot: int) -> Change:
+    """Overwrites a position of the first sample's first layer; the digest is left as it was."""
+
+    def change(frames: list[Forged]) -> None:
+        start = sum(r["bytes"] for r in frames[0].header["records"] if r["kind"] == "sample")
+        struct.pack_into("<i", frames[0].body, start + 4 * slot, value)
+
+    return change
+
+
+def drop(kind: str) -> Change:
+    """Removes the first record of a kind, with its bytes."""
+
+    def change(frames: list[Forged]) -> None:
+        for frame in frames:
+            at = 0
+            for record in frame.header["records"]:
+                if record["kind"] == kind:
+                    frame.header["records"].remove(record)
+                    del frame.body[at : at + record.get("bytes", 0)]
+                    return
+                at += record.get("bytes", 0)
+
+    return change
+
+
+def repeat(kind: str) -> Change:
+    """Sends the first record of a kind twice in a row."""
+
+    def change(frames: list[Forged]) -> None:
+        for frame in frames:
+            at = 0
+            for place, record in enumerate(frame.header["records"]):
+                end = at + record.get("bytes", 0)
+                if record["kind"] == kind:
+                    frame.header["records"].insert(place, record)
+                    frame.body[end:end] = frame.body[at:end]
+                    return
+                at = end
+
+    return change
+
+
+def swap_layers(frames: list[Forged]) -> None:
+    frames[1], frames[2] = frames[2], frames[1]
+
+
+PARTS = unpack_frame(stream()[1])[0]["records"][0]["parts"]
+
+
+LIES = [
+    (lambda frames: frames[0].header.update(v=2), "protocol version 2"),
+    (lambda frames: frames[0].header.pop("v"), "protocol version None"),
+    (lambda frames: frames[0].header.update(request="another"), "request 'another'"),
+    (lambda frames: frames[0].header.update(records={"kind": "end"}), "no list of maps"),
+    (lambda frames: frames[0].header.update(records=[1]), "no list of maps"),
+    (lambda frames: frames[0].body.extend(b"x"), "belong to no record"),
+    (lambda frames: frames[0].body.pop(), "'bytes' must be"),
+    (edit("sample", kind="prompt"), "unknown record kind 'prompt'"),
+    (edit("sample", kind=[]), r"unknown record kind \[\]"),
+    (edit("sample", index=3), "sample 3, the request has 3"),
+    (edit("sample", index=-1), "sample -1, the request has 3"),
+    (edit("sample", index="0"), "sample '0', the request has 3"),
+    (edit("sample", index=None), "sample None"),
+    (edit("sample", id="s1"), "sample id 's1', expected 's0'"),
+    (edit("sample", tokens=0), "'tokens' must be"),
+    (edit("sample", tokens=65), "'tokens' must be a whole number between 1 and 64, got 65"),
+    (edit("sample", tokens=8), "of 72 bytes, its shapes need 64"),
+    (edit("sample", tokens=9.0), "'tokens' must be"),
+    (repeat("sample"), "opened twice"),
+    (drop("sample"), "sample that was not opened"),
+    (resize("sample", 71), "its shapes need 72"),
+    (resize("sample", 10**12), "'bytes' must be a whole number"),
+    (resize("sample", -1), "'bytes' must be a whole number"),
+    (edit("sample", size=10**15), "its shapes need 72"),
+    (edit("layer", indices=[]), "without sample indices"),
+    (edit("layer", indices={}), "without sample indices"),
+    (edit("layer", indices=[0, 0]), "twice"),
+    (edit("layer", indices=[0, 7]), "sample 7"),
+    (edit("layer", indices=[0], errors={"k": [0.0], "v": [0.0]}), "its shapes need"),
+    (edit("layer", indices=[0, 1, 2]), "one error for each of 3"),
+    (edit("layer", layer=2), "layer 2 of sample 's0' is not the plan's next"),
+    (edit("layer", layer=1), "layer 1 of sample 's0' is not the plan's next"),
+    (edit("layer", layer=None), "layer None"),
+    (swap_layers, "layer 4 of sample 's0' is not the plan's next"),
+    (repeat("layer"), "layer 0 of sample 's0' is not the plan's next"),
+    (drop("layer"), "layer 2 of sample 's0' is not the plan's next"),
+    (edit("layer", slots=4), "'slots' must be a whole number between 1 and 3, got 4"),
+    (edit("layer", slots=0), "'slots' must be"),
+    (edit("layer", slots=2), "the plan gives"),
+    (edit("layer", codec="raw"), "the plan gives"),
+    (edit("layer", parts=PARTS[:-1]), "the plan gives"),
+    (edit("layer", parts=[*PARTS[:-1], ["v.scale", "float32", [2, 3, 2]]]), "the plan gives"),
+    (edit("layer", parts=[*PARTS[:-1], ["v.scale", "bfloat16", [2, 2, 3]]]), "the plan gives"),
+    (edit("layer", parts=[PARTS[0], *PARTS[:0:-1]]), "the plan gives"),
+    (edit("layer", parts=None), "the plan gives"),
+    (edit("layer", errors={"k": [0.0, 0.0]}), "states the errors"),
+    (edit("layer", errors=None), "states the errors"),
+    (edit("layer", errors={"k": [0.0, 0.0], "v": [0.0]}), "one error for each of 2"),
+    (edit("layer", errors={"k": [0.0, 0.0], "v": [0.0, float("nan")]}), "finite numbers"),
+    (edit("layer", errors={"k": [0.0, 0.0], "v": [0.0, -1.0]}), "finite numbers"),
+    (edit("layer", errors={"k": [0.0, 0.0], "v": [0.0, "0"]}), "finite numbers"),
+    (write_position(-1, 0), "outside the sample"),
+    (write_position(9, 2), "outside the sample"),
+    (write_position(2**31 - 1, 1), "not ascending"),
+    (write_position(-(2**31), 2), "not ascending"),
+    (write_position(int(SENT[0].positions[0, 0, 0]), 1), "not ascending"),
+    (edit("sample_end", digest=0), "does not match its digest"),
+    (edit("sample_end", digest=None), "does not match its digest"),
+    (edit("sample_end", tokens=8), "tokens 8, 9 came"),
+    (edit("sample_end", slots=2), "slots 2, 3 came"),
+    (edit("sample_end", layers=2), "layers 2, 3 came"),
+    (edit("sample_end", status=""), "ended with the status ''"),
+    (edit("sample_end", status=None), "ended with the status None"),
+    (edit("sample_end", timings=None), "without timings"),
+    (edit("sample_end", timings={"queue": 0.0}), "'prefill' must hold finite"),
+    (
+        edit("sample_end", timings={"queue": 0.0, "prefill": float("inf"), "encode": 0.0}),
+        "'prefill' must hold finite",
+    ),
+    (repeat("sample_end"), "after its end"),
+    (drop("sample_end"), "ended after 2 of 3 samples"),
+    (repeat("end"), "after the stream's end"),
+    (drop("end"), "broke off after 3 of 3"),
+    (edit("end", samples=2), "naming 2"),
+    (
+        lambda frames: frames.append(Forged(dict(frames[0].header, records=[]), bytearray())),
+        "after the stream's end",
+    ),
+    (edit("layer", kind="more"), "'index' must be"),
+]
+
+
+@pytest.mark.parametrize(("change", "problem"), LIES, ids=range(len(LIES)))
+def test_what_a_server_must_not_say_is_refused(change, problem):
+    with pytest.raises(ProtocolError, match=problem):
+        read_stream(forge(stream(), change), 3)
+
+
+def test_a_sample_that_ends_without_a_layer_is_refused():
+    with pytest.raises(ProtocolError, match=r"sample 's0' ended without its layers \[2, 4\]"):
+        read_stream(forge(stream(), lambda frames: frames.__delitem__(slice(1, 3))), 3)
+
+
+def sample_body(change: Callable[[torch.Tensor], object]) -> Change:
+    """Changes the first sample's token ids and byte ends [2, T]."""
+
+    def apply(frames: list[Forged]) -> None:
+        values = torch.frombuffer(frames[0].body, dtype=torch.int32, count=18).view(2, 9)
+        change(values)
+
+    return apply
+
+
+@pytest.mark.parametrize(("row", "value"), [(0, -1), (1, -2), (1, 1), (1, 10)])
+def test_tokens_that_no_text_has_are_refused(row, value):
+    with pytest.raises(ProtocolError, match="token ids or byte ends out of range"):
+        read_stream(forge(stream(), sample_body(lambda values: values[row, 4].fill_(value))), 3)
+
+
+def test_byte_ends_that_cannot_be_told_are_taken():
+    frames = forge(stream(), sample_body(lambda values: values[1, 4].fill_(-1)))
+    with pytest.raises(ProtocolError, match="does not match its digest"):
+        read_stream(frames, 3)
+
+
+def test_positions_of_the_scope_sample_must_agree_between_layers():
+    plan = PLAN.model_copy(update={"selection": Selection(selector="right", budget=3, scope="sample")})
+    sent = [sample_kv(0, plan)]
+    frames = write_stream(sent, plan)
+    first = [int(p) for p in sent[0].positions[0, 0]]
+    other = next([a, b, c] for a in range(9) for b in range(a + 1, 9) for c in range(b + 1, 9) if [a, b, c] != first)
+    with pytest.raises(ProtocolError, match="differ between the layers"):
+        read_stream(forge(frames, lambda frames: struct.pack_into("<3i", frames[1].body, 0, *other)), 1, plan)
+
+
+def test_a_number_of_slots_that_changes_between_layers_is_refused():
+    sent = [sample_kv(0), sample_kv(0, slots=2)]
+    writer = FrameWriter(REQUEST, PLAN, 1 << 20)
+    write_sample(writer, 0, sent[0])
+    write_layer(writer, [0], 0, sent)
+    write_layer(writer, [0], 1, sent[1:])
+    with pytest.raises(ProtocolError, match="layer 2 has another number of slots"):
+        read_stream(writer.flush(), 1)
+
+
+def split_frames() -> list[bytes]:
+    """One sample whose records are larger than a body: pieces of 40 bytes."""
+    return write_stream([sample_kv(0)], max_body=40)
+
+
+MISFITS = [
+    (lambda frames: frames.pop(1), "inside another"),
+    (lambda frames: frames.insert(1, frames[1]), "bytes that no record waits for|inside another"),
+    (lambda frames: frames.insert(2, frames[0]), "opened twice"),
+    (lambda frames: frames.insert(1, frames[0]), "inside another"),
+    (lambda frames: frames.pop(0), "bytes that no record waits for"),
+    (lambda frames: frames[0].header["records"][0].update(size=73), "its shapes need 72"),
+    (lambda frames: frames[0].header["records"][0].update(size=2**62), "its shapes need 72"),
+    (lambda frames: frames[0].header["records"][0].update(size=39), "'size' must be"),
+    (lambda frames: frames[1].header["records"][0].update(index=9), "'index' must be"),
+    (lambda frames: frames[1].header["records"][0].update(bytes=0), "no record waits for"),
+]
+
+
+@pytest.mark.parametrize(("change", "problem"), MISFITS, ids=range(len(MISFITS)))
+def test_pieces_that_do_not_fit_are_refused(change, problem):
+    with pytest.raises(ProtocolError, match=problem):
+        read_stream(forge(split_frames(), change), 1)
+
+
+def test_a_layer_of_several_samples_cannot_be_split():
+    def change(frames: list[Forged]) -> None:
+        record = frames[1].header["records"][0]
+        record["size"] = record["bytes"]
+        record["bytes"] -= 10
+        frames[1].header["records"].insert(1, {"kind": "more", "index": 0, "bytes": 10})
+
+    with pytest.raises(ProtocolError, match="may not be split"):
+        read_stream(forge(stream(), change), 3)
+
+
+def test_a_body_above_the_limit_that_the_teacher_stated_is_refused():
+    frames = forge(stream(), lambda frames: frames[0].body.extend(bytes(1 << 20)))
+    with pytest.raises(ProtocolError, match=re.escape("the limit is 1048576")):
+        read_stream(frames, 3)
+
+
+HOSTILE = [
+    edit("sample", tokens=2**31 - 1, size=8 * (2**31 - 1)),
+    edit("sample", tokens=64, size=2**50),
+    edit("layer", slots=2**40),
+    edit("layer", size=2**60),
+    edit("layer", parts=[["positions", "int32", [2**30, 2**30]]]),
+    edit("layer", indices=list(range(100000))),
+    edit("sample", bytes=2**63),
+]
+
+
+@pytest.mark.parametrize("change", HOSTILE, ids=range(len(HOSTILE)))
+def test_hostile_sizes_allocate_nothing(change):
+    frames = forge(stream(), change)
+    tracemalloc.start()
+    try:
+        with pytest.raises(ProtocolError):
+            read_stream(frames, 3)
+        assert tracemalloc.get_traced_memory()[1] < 10 * 2**20
+    finally:
+        tracemalloc.stop()
+
+
+def test_a_hostile_protobuf_length_allocates_nothing():
+    frame = b"\x0a" + b"\xff" * 8 + b"\x7f" + b"x" * 10
+    with pytest.raises(ProtocolError, match="truncated"):
+        read_stream([frame], 3)

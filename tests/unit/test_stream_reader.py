@@ -1,0 +1,200 @@
+"""The stream's reader: whole samples bit for bit from any order of frames, and an error for every kind of damage."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kvcore.errors import ProtocolError
+from kvcore.frames import FrameWriter, unpack_frame
+from kvcore.plan import CODECS, CodecSpec, KVPlan, Selection
+from kvcore.stream_reader import SampleFailure, StreamReader
+from kvcore.types import EncodedSampleKV, Sample, Timings
+from tests.support.streams import (
+    INFO,
+    PLAN,
+    REQUEST,
+    SENT,
+    assert_same,
+    read_stream,
+    sample_kv,
+    stream,
+    text_sample,
+    write_layer,
+    write_sample,
+    write_shuffled,
+    write_stream,
+)
+
+plans = st.builds(
+    lambda layers, scope, codec, group_size, kinds: KVPlan(
+        layers=tuple(sorted(layers)),
+        selection=Selection(selector="right", budget=5, scope=scope),
+        codec=CodecSpec(name=codec, group_size=group_size),
+        keys=kinds[0],
+        values=kinds[1],
+    ),
+    st.sets(st.integers(0, 4), min_size=1),
+    st.sampled_from(["head", "layer", "sample"]),
+    st.sampled_from(CODECS),
+    st.integers(1, 5),
+    st.sampled_from([(True, True), (True, False), (False, True)]),
+)
+shapes = st.lists(st.tuples(st.integers(1, 5), st.integers(5, 12)), min_size=1, max_size=6)
+
+
+@settings(max_examples=60, deadline=None)
+@given(plans, shapes, st.integers(1, 700), st.sets(st.integers(0, 5)), st.randoms(use_true_random=False))
+def test_every_split_grouping_and_interleaving_gives_back_the_samples(plan, shapes, max_body, failing, rng):
+    sent = [sample_kv(i, plan, slots, tokens) for i, (slots, tokens) in enumerate(shapes)]
+    frames = write_shuffled(sent, plan, max_body, failing, rng)
+    got = read_stream(frames, len(sent), plan, [tokens for _, tokens in shapes])
+    assert got.keys() == set(range(len(sent)))
+    for index, result in got.items():
+        if index in failing:
+            assert result == SampleFailure("nonfinite", f"sample {index}")
+        else:
+            assert_same(result, sent[index])
+
+
+def test_samples_are_returned_with_the_frame_that_completes_them():
+    sent = [sample_kv(i) for i in range(2)]
+    writer = FrameWriter(REQUEST, PLAN, 1 << 20)
+    reader = StreamReader(REQUEST, PLAN, [text_sample(0), text_sample(1)], INFO)
+    for index in (1, 0):
+        write_sample(writer, index, sent[index])
+        for at in range(3):
+            write_layer(writer, [index], at, sent)
+        writer.sample_end(index, sent[index].timings)
+        (frame,) = writer.flush()
+        ((returned, kv),) = reader.feed(frame)
+        assert returned == index
+        assert_same(kv, sent[index])
+    assert reader.feed(writer.end()[0]) == []
+    reader.finish()
+
+
+def test_a_sample_of_token_ids_must_be_read_as_those():
+    kv = sample_kv(0)
+    frames = write_stream([kv])
+    ids = tuple(kv.token_ids_T.tolist())
+    assert feed_all(Sample("s0", token_ids=ids), frames)
+    with pytest.raises(ProtocolError, match="other tokens"):
+        feed_all(Sample("s0", token_ids=(*ids[:-1], 5000)), frames)
+
+
+def feed_all(sample: Sample, frames: list[bytes]) -> list[object]:
+    reader = StreamReader(REQUEST, PLAN, [sample], INFO)
+    return [result for frame in frames for result in reader.feed(frame)]
+
+
+def test_a_sample_that_fails_before_it_is_opened_or_midway_leaves_the_others_whole():
+    sent = [sample_kv(i) for i in range(3)]
+    writer = FrameWriter(REQUEST, PLAN, 1 << 20)
+    frames = writer.sample_failed(0, "nonfinite", "never opened")
+    for index in (1, 2):
+        frames += write_sample(writer, index, sent[index])
+    frames += write_layer(writer, [1, 2], 0, sent)
+    frames += writer.sample_failed(1, "max_relative_error", "0.2 passes 0.1")
+    frames += write_layer(writer, [2], 1, sent) + write_layer(writer, [2], 2, sent)
+    frames += writer.sample_end(2, sent[2].timings) + writer.end()
+    got = read_stream(frames, 3)
+    assert got[0] == SampleFailure("nonfinite", "never opened")
+    assert got[1] == SampleFailure("max_relative_error", "0.2 passes 0.1")
+    assert_same(got[2], sent[2])
+
+
+def test_the_undamaged_stream_is_read():
+    for max_body in (50, 1 << 20):
+        got = read_stream(stream(max_body), 3)
+        for index, kv in enumerate(SENT):
+            assert_same(got[index], kv)
+
+
+def test_every_flipped_byte_of_a_body_is_noticed():
+    frames = stream()
+    for at, frame in enumerate(frames):
+        body = unpack_frame(frame)[1]
+        for offset in range(len(frame) - len(body), len(frame)):
+            damaged = bytearray(frame)
+            damaged[offset] ^= 1 << offset % 8
+            with pytest.raises(ProtocolError, match="does not match its xxh3"):
+                read_stream([*frames[:at], bytes(damaged)], 3)
+
+
+def test_no_flipped_byte_of_a_header_changes_a_tensor():
+    frames = stream()
+    noticed = total = 0
+    for at, frame in enumerate(frames):
+        for offset in range(len(frame) - len(unpack_frame(frame)[1])):
+            damaged = bytearray(frame)
+            damaged[offset] ^= 1 << offset % 8
+            total += 1
+            try:
+                got = read_stream([*frames[:at], bytes(damaged), *frames[at + 1 :]], 3)
+            except ProtocolError:
+                noticed += 1
+                continue
+            for index, kv in enumerate(SENT):
+                assert_same_tensors(got[index], kv)
+    # What the hashes and checks leave open are measurements: stated errors and timings.
+    assert noticed > total / 2
+
+
+def assert_same_tensors(got: EncodedSampleKV | SampleFailure, sent: EncodedSampleKV) -> None:
+    if isinstance(got, EncodedSampleKV):
+        got.relative_error, got.timings = sent.relative_error, sent.timings
+        assert_same(got, sent)
+
+
+@pytest.mark.parametrize("max_body", [50, 1 << 20])
+def test_dropped_repeated_and_swapped_frames_are_noticed(max_body):
+    frames = stream(max_body)
+    for at in range(len(frames)):
+        dropped = frames[:at] + frames[at + 1 :]
+        repeated = frames[: at + 1] + frames[at:]
+        swapped = [*frames[:at], *frames[at + 1 : at + 2], frames[at], *frames[at + 2 :]]
+        for damaged in (dropped, repeated, swapped):
+            if damaged != frames:
+                with pytest.raises(ProtocolError, match=r"was due|broke off|after the stream's end"):
+                    read_stream(damaged, 3)
+
+
+def test_a_stream_cut_anywhere_is_noticed():
+    frames = stream()
+    for at, frame in enumerate(frames):
+        with pytest.raises(ProtocolError, match="broke off after"):
+            read_stream(frames[:at], 3)
+        for length in range(len(frame)):
+            with pytest.raises(ProtocolError):
+                read_stream([*frames[:at], frame[:length]], 3)
+
+
+def test_samples_that_were_complete_before_the_damage_stay_good():
+    writer = FrameWriter(REQUEST, PLAN, 1 << 20)
+    frames = []
+    for index in range(2):
+        frames += write_sample(writer, index, SENT[index])
+        for at in range(3):
+            frames += write_layer(writer, [index], at, SENT)
+        frames += writer.sample_end(index, Timings()) + writer.flush()
+    reader = StreamReader(REQUEST, PLAN, [text_sample(0), text_sample(1)], INFO)
+    ((_, kv),) = reader.feed(frames[0])
+    with pytest.raises(ProtocolError):
+        reader.feed(frames[1][:-1])
+    assert isinstance(kv, EncodedSampleKV)
+    assert_same(kv, SENT[0], timings=False)
+
+
+def test_tensors_of_a_sample_are_contiguous_and_typed_as_the_codec_says():
+    got = read_stream(stream(), 3)[1]
+    assert isinstance(got, EncodedSampleKV)
+    assert {name: part.dtype for name, part in got.parts.items()} == {
+        "k.codes": torch.int8,
+        "k.scale": torch.bfloat16,
+        "v.codes": torch.int8,
+        "v.scale": torch.bfloat16,
+    }
+    assert all(part.is_contiguous() for part in [*got.parts.values(), got.positions])
