@@ -1,0 +1,140 @@
+"""Teachers trained from scratch and the student warmed up, by the trainer itself, cached by all that determines them."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+
+from data.records import Record
+from experiments.demo.processes import check, end, start_logged
+from experiments.demo.settings import Layout, ModelName, pretrain_config
+
+MODELS: tuple[ModelName, ...] = ("teacher_a", "teacher_b", "student")
+_REPORT_SECONDS = 15.0
+_PACKAGES = ("torch", "transformers", "tokenizers", "deepspeed", "numpy")
+# Sources whose change may change the weights.
+_SOURCES = (
+    "data/*.py",
+    "student_trainer/*.py",
+    "experiments/demo/make_models.py",
+    "experiments/demo/tokenizers.py",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Pretrained:
+    """A trained model: its directory and its accuracy on validation items when it writes its reasoning."""
+
+    path: Path
+    accuracy: float
+
+
+@dataclass(slots=True)
+class _Job:
+    name: ModelName
+    command: list[str]
+    log: Path
+    work: Path
+    process: subprocess.Popen[str]
+
+
+def pretrain(layout: Layout, records: Sequence[Record], say: Callable[[str], None]) -> dict[ModelName, Pretrained]:
+    """Takes each model from the cache, or trains those that are missing side by side.
+
+    Raises:
+        DemoError: a training failed; with the end of its log.
+    """
+    homes = {name: layout.cache / f"{name}-{_key(name, layout)}" for name in MODELS}
+    missing = [name for name in MODELS if not homes[name].is_dir()]
+    for name in MODELS:
+        if name not in missing:
+            say(f"{name}: from the cache")
+    if missing:
+        _train(missing, homes, layout, records, say)
+    return {name: Pretrained(home / "model", _accuracy(home)) for name, home in homes.items()}
+
+
+def _train(
+    names: Sequence[ModelName],
+    homes: dict[ModelName, Path],
+    layout: Layout,
+    records: Sequence[Record],
+    say: Callable[[str], None],
+) -> None:
+    with ExitStack() as stack:
+        running = [_start(name, homes[name], layout, records) for name in names]
+        for job in running:
+            stack.callback(shutil.rmtree, job.work, ignore_errors=True)
+            stack.callback(end, job.process)
+        said = time.monotonic()
+        while running:
+            time.sleep(0.2)
+            for job in [job for job in running if job.process.poll() is not None]:
+                check(job.process, job.command, job.log)
+                _keep(job, homes[job.name])
+                running.remove(job)
+                say(f"{job.name}: trained, solves {_accuracy(homes[job.name]):.1%} of the validation items")
+            if running and time.monotonic() - said > _REPORT_SECONDS:
+                said = time.monotonic()
+                say(", ".join(f"{job.name}: {_progress(job)}" for job in running))
+
+
+def _start(name: ModelName, home: Path, layout: Layout, records: Sequence[Record]) -> _Job:
+    # Slow to import, and not needed where everything is cached.
+    from experiments.demo.make_models import make_model  # noqa: PLC0415
+    from experiments.demo.tokenizers import build_tokenizer  # noqa: PLC0415
+
+    work = home.with_name(f".{home.name}.tmp")
+    shutil.rmtree(work, ignore_errors=True)
+    make_model(name, build_tokenizer(name, records), work / "start")
+    config = pretrain_config(name, work / "start", layout, work / "run")
+    config_path = work / "config.yaml"
+    config_path.write_text(yaml.safe_dump(config), encoding="utf-8")
+    command = [sys.executable, "-m", "kvdistill", "train", "--config", str(config_path)]
+    log = layout.logs / f"train_{name}.log"
+    return _Job(name, command, log, work, start_logged(command, log))
+
+
+def _keep(job: _Job, home: Path) -> None:
+    """Puts a finished training into the cache in one step, so that what is there is whole."""
+    finished = job.work / "finished"
+    finished.mkdir()
+    (job.work / "run" / "best_model").rename(finished / "model")
+    (job.work / "run" / "summary.json").rename(finished / "summary.json")
+    finished.rename(home)
+
+
+def _accuracy(home: Path) -> float:
+    summary = json.loads((home / "summary.json").read_text(encoding="utf-8"))
+    return float(summary["val_task_metrics"]["accuracy"])
+
+
+def _progress(job: _Job) -> str:
+    metrics = job.work / "run" / "metrics.jsonl"
+    lines = metrics.read_text(encoding="utf-8").splitlines() if metrics.is_file() else []
+    if not lines or not lines[-1].endswith("}"):
+        return "starting"
+    last = json.loads(lines[-1])
+    return f"step {last['step']}" + (f", loss {last['train/loss']:.3f}" if "train/loss" in last else "")
+
+
+def _key(name: ModelName, layout: Layout) -> str:
+    """Digest of all that determines a model: data, training settings, source text (shapes and seeds are in it), library versions."""
+    root = Path(__file__).resolve().parents[2]
+    config = pretrain_config(name, Path("model"), Layout(Path()), Path("run"))
+    sources = {str(path.relative_to(root)): path.read_text("utf-8") for glob in _SOURCES for path in root.glob(glob)}
+    data = [hashlib.blake2b(layout.split(split).read_bytes()).hexdigest() for split in ("train", "val")]
+    versions = {package: importlib.metadata.version(package) for package in _PACKAGES}
+    content = [name, config, sorted(sources.items()), data, versions]
+    return hashlib.blake2b(json.dumps(content, sort_keys=True).encode(), digest_size=8).hexdigest()

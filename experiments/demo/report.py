@@ -1,0 +1,105 @@
+"""The demo's report: report.json, a table on the terminal, one picture, and one page that stands on its own."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from experiments.demo.page import render_page
+from experiments.demo.picture import draw_picture
+from experiments.demo.results import Arm, Results
+from experiments.demo.settings import CONTROLS, ArmName
+
+HEADINGS = ("arm", "accuracy", "KV loss", "what the student learns from")
+WHAT_IS: dict[ArmName, str] = {
+    "kv_two_teachers": "answer, reasoning text, K/V of both teachers fused",
+    "kv_one_teacher": "answer, reasoning text, K/V of teacher_a",
+    "no_kv": "answer, reasoning text",
+    "shuffled_kv": "answer, reasoning text, other samples' K/V of both teachers",
+}
+
+
+def write_report(results: Results, output: Path) -> list[Path]:
+    """Writes report.json, report.png and report.html, prints the table and the verdict, and returns the paths."""
+    output.mkdir(parents=True, exist_ok=True)
+    paths = [output / name for name in ("report.json", "report.png", "report.html")]
+    rows, said = table_rows(results), verdict(results)
+    _replace(paths[0], (json.dumps(results.as_json(), indent=2) + "\n").encode())
+    _replace(paths[1], draw_picture(results))
+    _replace(paths[2], render_page(results, HEADINGS, rows, said).encode())
+    show(rows, said, Console())
+    return paths
+
+
+def table_rows(results: Results) -> list[tuple[str, ...]]:
+    """The table's rows: one per arm, then chance."""
+    rows = [(name, _accuracy(arm), _kv_loss(arm), WHAT_IS[name]) for name, arm in results.arms.items()]
+    return [*rows, ("chance", f"{results.chance:.1%}", "", "guessing among all answers")]
+
+
+def verdict(results: Results) -> list[str]:
+    """What came out, in sentences; misses first and by name."""
+    misses = results.misses()
+    if misses:
+        return ["NOT as expected:", *misses, "So this run does not show what the demo is meant to show."]
+    return [
+        f"With the same student, data, steps and seeds, the paired K/V of the teachers lift the accuracy without any "
+        f"reasoning text from {_mean(results.arms['no_kv']):.1%} to {_mean(results.arms['kv_two_teachers']):.1%}; "
+        f"K/V of other samples do not ({_mean(results.arms['shuffled_kv']):.1%}; chance is {results.chance:.1%}).",
+        f"The epoch replayed from the store repeats the recorded one: {results.replay.steps} steps, losses differ by at "
+        f"most {results.replay.largest_difference:.1e}.",
+        f"Per sample {results.bytes_per_sample:.0f} bytes travelled, where the teachers' whole bf16 caches have "
+        f"{results.raw_bf16_bytes_per_sample:.0f}; waiting for K/V took {results.stall_fraction:.1%} of the time.",
+    ]
+
+
+def show(rows: Sequence[tuple[str, ...]], said: Sequence[str], console: Console) -> None:
+    """Prints table and verdict: with lines and colour on a terminal, else plain columns."""
+    if console.is_terminal:
+        _show_rich(rows, console)
+    else:
+        for line in plain_table([HEADINGS, *rows]):
+            console.file.write(line + "\n")
+    for sentence in said:
+        if console.is_terminal:
+            console.print(sentence, markup=False, highlight=False)
+        else:
+            console.file.write(sentence + "\n")
+    console.file.flush()
+
+
+def plain_table(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Columns aligned by spaces."""
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+
+
+def _show_rich(rows: Sequence[tuple[str, ...]], console: Console) -> None:
+    table = Table(*HEADINGS, title="Accuracy on held-out items, no reasoning text at inference")
+    for row in rows:
+        style = "dim" if row[0] in CONTROLS or row[0] == "chance" else "bold"
+        table.add_row(*row, style=style)
+    console.print(table)
+
+
+def _accuracy(arm: Arm) -> str:
+    return " / ".join(f"{value:.1%}" for value in arm.accuracy)
+
+
+def _kv_loss(arm: Arm) -> str:
+    return " / ".join("-" if value is None else f"{value:.3f}" for value in arm.kv_loss)
+
+
+def _mean(arm: Arm) -> float:
+    return sum(arm.accuracy) / len(arm.accuracy)
+
+
+def _replace(path: Path, content: bytes) -> None:
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_bytes(content)
+    os.replace(temporary, path)

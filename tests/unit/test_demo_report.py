@@ -1,0 +1,216 @@
+"""The demo's figures, verdict, table, picture and page, from made-up runs."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import re
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from experiments.demo import results as gather
+from experiments.demo.page import render_page
+from experiments.demo.picture import draw_picture
+from experiments.demo.report import HEADINGS, plain_table, show, table_rows, verdict, write_report
+from experiments.demo.results import Arm, Curve, Replay, ResultError, Results
+from experiments.demo.settings import ARMS, Layout
+
+REPORT_KEYS = {
+    "arms",
+    "chance",
+    "bytes_per_sample",
+    "raw_bf16_bytes_per_sample",
+    "stall_fraction",
+    "samples_per_second",
+    "teacher_tokens_per_second",
+    "peak_memory_mb",
+    "offline_matches_online",
+    "seconds",
+}
+
+
+def arm(*accuracy: float, kv_loss: float | None) -> Arm:
+    steps = [100, 200, 300]
+    curve = Curve(steps, [0.15, 0.5 * accuracy[0] + 0.07, accuracy[0]])
+    losses = Curve([], []) if kv_loss is None else Curve(steps, [1.1, 0.5 + kv_loss / 2, kv_loss])
+    return Arm(list(accuracy), [kv_loss] * len(accuracy), curve, losses)
+
+
+@pytest.fixture
+def results() -> Results:
+    return Results(
+        arms={
+            "kv_two_teachers": arm(1.0, 0.99, kv_loss=0.12),
+            "kv_one_teacher": arm(0.98, 0.97, kv_loss=0.15),
+            "no_kv": arm(0.15, 0.14, kv_loss=None),
+            "shuffled_kv": arm(0.13, 0.16, kv_loss=0.98),
+        },
+        chance=1 / 7,
+        bytes_per_sample=2345.0,
+        raw_bf16_bytes_per_sample=19456.0,
+        stall_fraction=0.034,
+        samples_per_second=412.0,
+        teacher_tokens_per_second=9000.0,
+        peak_memory_mb={"trainer_rank0": 700.0, "trainer_rank1": 690.0, "teacher_a": 610.0, "teacher_b": 605.0},
+        replay=Replay(steps=64, largest_difference=0.0, same_steps=True),
+        seconds={"data": 1.2, "kv_two_teachers seed 0": 80.0},
+        stages_ms={"queue": 1.0, "prefill": 4.0, "encode": 2.0, "network": 3.0, "decode": 2.0, "stall": 1.5},
+        facts={"Question": "3 +4 x2 -5 +1 ="},
+    )
+
+
+def test_the_report_holds_exactly_the_agreed_keys(results: Results, tmp_path: Path) -> None:
+    paths = write_report(results, tmp_path / "out")
+    assert [path.name for path in paths] == ["report.json", "report.png", "report.html"]
+    report = json.loads(paths[0].read_text(encoding="utf-8"))
+    assert set(report) == REPORT_KEYS
+    assert set(report["arms"]) == set(ARMS)
+    assert report["arms"]["kv_two_teachers"] == {"accuracy": [1.0, 0.99], "kv_loss": [0.12, 0.12]}
+    assert report["arms"]["no_kv"]["kv_loss"] == [None, None]
+    assert report["offline_matches_online"] is True
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == sorted(path.name for path in paths)
+
+
+def test_a_good_run_is_summed_up_with_its_own_figures(results: Results) -> None:
+    assert results.misses() == []
+    said = " ".join(verdict(results))
+    for figure in ("14.5%", "99.5%", "14.3%", "2345", "19456", "3.4%", "64 steps"):
+        assert figure in said
+
+
+def test_every_arm_that_misses_its_limit_is_named(results: Results) -> None:
+    bad = replace(
+        results,
+        arms=results.arms
+        | {"kv_one_teacher": arm(0.97, 0.949, kv_loss=0.3), "shuffled_kv": arm(0.25, 0.31, kv_loss=0.9)},
+    )
+    misses = bad.misses()
+    assert len(misses) == 2
+    assert misses[0].startswith("kv_one_teacher, seed 1: 94.9%")
+    assert misses[1].startswith("shuffled_kv, seed 1: 31.0%")
+    said = verdict(bad)
+    assert said[0] == "NOT as expected:"
+    assert not any("lift the accuracy" in sentence for sentence in said)
+
+
+@pytest.mark.parametrize(
+    ("replay", "matches"),
+    [
+        (Replay(64, 9e-7, same_steps=True), True),
+        (Replay(64, 2e-6, same_steps=True), False),
+        (Replay(64, float("nan"), same_steps=True), False),
+        (Replay(63, 0.0, same_steps=False), False),
+        (Replay(0, float("inf"), same_steps=True), False),
+    ],
+)
+def test_the_replay_matches_only_with_the_same_losses_at_the_same_steps(
+    results: Results, replay: Replay, *, matches: bool
+) -> None:
+    compared = replace(results, replay=replay)
+    assert compared.as_json()["offline_matches_online"] is matches
+    assert any("from the store" in miss for miss in compared.misses()) is not matches
+
+
+class Outside(HTMLParser):
+    """Collects what a page would load from elsewhere."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.addresses: list[str] = []
+        self.tags: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.addresses += [value or "" for name, value in attrs if name in {"src", "srcset", "href", "data"}]
+
+
+def test_the_page_loads_nothing_from_outside_and_fits_phones_and_dark_screens(results: Results) -> None:
+    page = render_page(results, HEADINGS, table_rows(results), verdict(results))
+    parser = Outside()
+    parser.feed(page)
+    assert len(parser.addresses) == 10
+    assert all(address.startswith("data:image/svg+xml;base64,") for address in parser.addresses)
+    assert not {"script", "link", "iframe"} & set(parser.tags)
+    assert "@import" not in page
+    assert "url(" not in page
+    assert 'name="viewport"' in page
+    assert "prefers-color-scheme: dark" in page
+    for name in ARMS:
+        assert f"<td>{name}</td>" in page
+
+
+def test_text_in_the_page_is_escaped(results: Results) -> None:
+    page = render_page(replace(results, facts={"<b>": "a & b"}), HEADINGS, [], ["1 < 2"])
+    assert "&lt;b&gt;" in page
+    assert "a &amp; b" in page
+    assert "1 &lt; 2" in page
+
+
+def test_the_picture_is_a_png_even_where_no_arm_has_a_kv_loss(results: Results) -> None:
+    bare = {name: arm(0.5, kv_loss=None) for name in ARMS}
+    for drawn in (draw_picture(results), draw_picture(replace(results, arms=bare, stages_ms={}))):
+        assert drawn.startswith(b"\x89PNG\r\n\x1a\n")
+
+
+def test_off_a_terminal_the_table_is_plain_columns(results: Results) -> None:
+    stream = io.StringIO()
+    show(table_rows(results), ["said"], Console(file=stream, force_terminal=False))
+    lines = stream.getvalue().splitlines()
+    assert lines == [*plain_table([HEADINGS, *table_rows(results)]), "said"]
+    assert re.match(r"kv_two_teachers\s+100\.0% / 99\.0%\s+0\.120 / 0\.120\s+answer", lines[1])
+    assert stream.getvalue().isascii()
+
+
+def test_on_a_terminal_the_table_is_drawn(results: Results) -> None:
+    stream = io.StringIO()
+    show(table_rows(results), ["[said]"], Console(file=stream, force_terminal=True, width=120))
+    assert "┏" in stream.getvalue()
+    assert "[said]" in stream.getvalue()
+
+
+def write_run(run: Path, metrics: list[dict[str, float]], accuracy: float | None, kv_loss: float | None) -> None:
+    run.mkdir(parents=True)
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in metrics), encoding="utf-8")
+    (run / "summary.json").write_text(json.dumps({"val_kv_loss": kv_loss}), encoding="utf-8")
+    (run / "result.json").write_text(json.dumps({"test_accuracy": accuracy, "seconds": 1.0}), encoding="utf-8")
+
+
+def test_an_arm_is_read_from_its_runs(tmp_path: Path) -> None:
+    layout = Layout(tmp_path)
+    lines = [
+        {"step": 20, "train/loss": 3.0, "train/kv_loss": 1.0},
+        {"step": 40, "train/loss": 2.0, "train/kv_loss": 0.5},
+        {"step": 40, "val/task_metrics/accuracy": 0.75},
+    ]
+    write_run(layout.run("kv_one_teacher-seed0"), lines, 0.9, 0.4)
+    write_run(layout.run("kv_one_teacher-seed1"), [], 0.8, None)
+    found = gather.gather_arm("kv_one_teacher", 2, layout)
+    assert found == Arm([0.9, 0.8], [0.4, None], Curve([40], [0.75]), Curve([20, 40], [1.0, 0.5]))
+    with pytest.raises(ResultError, match=r"kv_one_teacher-seed2.*missing"):
+        gather.gather_arm("kv_one_teacher", 3, layout)
+
+
+@pytest.mark.parametrize(
+    ("offline", "expected"),
+    [
+        ([(1, 2.0, 0.5), (2, 1.5, 0.25)], Replay(2, 0.0, same_steps=True)),
+        ([(1, 2.0, 0.5), (2, 1.5, 0.75)], Replay(2, 0.5, same_steps=True)),
+        ([(1, 2.0, 0.5)], Replay(1, 0.0, same_steps=False)),
+        ([(1, 9.0, 9.0), (2, 1.5, math.nan)], Replay(2, math.nan, same_steps=True)),
+    ],
+)
+def test_the_replay_is_compared_step_by_step(
+    tmp_path: Path, offline: list[tuple[int, float, float]], expected: Replay
+) -> None:
+    layout = Layout(tmp_path)
+    for mode, losses in (("record", [(1, 2.0, 0.5), (2, 1.5, 0.25)]), ("offline", offline)):
+        lines = [{"step": step, "train/loss": loss, "train/kv_loss": kv} for step, loss, kv in losses]
+        write_run(layout.run(mode), lines, None, None)
+    found = gather.gather_replay(layout)
+    assert (found.steps, found.same_steps) == (expected.steps, expected.same_steps)
+    assert found.largest_difference == pytest.approx(expected.largest_difference, abs=0.0, nan_ok=True)
