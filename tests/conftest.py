@@ -8,11 +8,16 @@ from pathlib import Path
 
 import psutil
 import pytest
+from hypothesis import settings
 
 # Before torch and transformers are imported, here and in every process that a test starts.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+# A busy machine is no failure.
+settings.register_profile("kvdistill", deadline=None)
+settings.load_profile("kvdistill")
 
 TESTS = Path(__file__).resolve().parent
 FOLDERS = ("unit", "contract", "integration", "e2e")

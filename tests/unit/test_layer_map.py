@@ -102,5 +102,5 @@ def test_bad_arguments_are_refused_by_name(arguments: tuple[int, int, str], fiel
     with pytest.raises(FieldError) as caught:
         LayerMapper(*arguments)
     assert caught.value.field == field
-    wrong = dict(zip(("teacher_layers", "student_layers", "strategy"), arguments, strict=True))[field]
+    wrong = arguments[("teacher_layers", "student_layers", "strategy").index(field)]
     assert str(wrong) in str(caught.value)
