@@ -19,6 +19,9 @@ from protos import kv_cache_pb2 as pb
 
 NameT = TypeVar("NameT", bound=str)
 
+# Initial metadata of every StreamKV answer: which teacher it comes from. An address may come to stand for another one.
+TEACHER_METADATA = "kvdistill-teacher"
+
 _SPAN_NUMBERS: dict[SelectionSpan, pb.SpanKind] = {
     "prompt": pb.SPAN_KIND_PROMPT,
     "reasoning": pb.SPAN_KIND_REASONING,
@@ -175,6 +178,11 @@ def info_from_proto(proto: pb.DescribeResponse) -> TeacherInfo:
         selectors=tuple(proto.selectors),
         codecs=tuple(proto.codecs),
     )
+
+
+def teacher_metadata(info: TeacherInfo) -> str:
+    """The value of `TEACHER_METADATA`: equal for replicas of one teacher."""
+    return f"{info.weights_digest}.{info.tokenizer_fingerprint}"
 
 
 def _spans(proto: pb.Sample, length: int, field: str) -> tuple[Span, ...]:

@@ -16,7 +16,7 @@ from kvcore.errors import FieldError
 from kvcore.frames import FrameWriter
 from kvcore.plan import KVPlan
 from kvcore.types import Sample
-from kvcore.wire import info_to_proto, plan_from_proto, sample_from_proto
+from kvcore.wire import TEACHER_METADATA, info_to_proto, plan_from_proto, sample_from_proto, teacher_metadata
 from protos import kv_cache_pb2 as pb
 from teacher_server.engines.base import TeacherEngine, TokenizedSample
 from teacher_server.interceptors import Call, current_call
@@ -81,6 +81,8 @@ class TeacherKVService:
         current_call().request_id = request.request_id[:MAX_ID_LENGTH]
         with self._state.open_stream():
             query = read_query(request, self._state)
+            info = self._state.loaded().engine.info
+            await context.send_initial_metadata(((TEACHER_METADATA, teacher_metadata(info)),))
             async with asyncio.timeout(self._state.config.max_request_seconds):
                 await self.answer(query, context.write)
 

@@ -196,7 +196,9 @@ class RemoteSource:
         except ValueError as error:
             raise self._closed_error() from error
         try:
-            for data in call:
+            for number, data in enumerate(call):
+                if number == 0:
+                    self._check_teacher(dict(call.initial_metadata()))
                 arrived = reader.feed(data)
                 elapsed = time.monotonic() - started
                 for index, outcome in arrived:
@@ -212,6 +214,14 @@ class RemoteSource:
             raise self._mapped(error) from error
         finally:
             call.cancel()
+
+    def _check_teacher(self, metadata: dict[str, Any]) -> None:
+        """An endpoint may be restarted, or balanced over servers, behind a channel that reconnects by itself."""
+        answering = metadata.get(wire.TEACHER_METADATA)
+        if answering is None:
+            raise ProtocolError(f"{self.endpoint} does not say which teacher answers")
+        if answering != wire.teacher_metadata(self.info):
+            raise self._unavailable("another teacher answers there than the one that was connected to")
 
     def _wait_for_room(self, busy: _BusyError, give_up_at: float) -> None:
         if time.monotonic() + busy.wait_s > give_up_at:
@@ -268,6 +278,8 @@ def _channel_options(receive_bytes: int) -> list[tuple[str, int]]:
         # A peer that vanished without closing is noticed in seconds, also while a long prefill sends nothing.
         ("grpc.keepalive_time_ms", 5000),
         ("grpc.keepalive_timeout_ms", 3000),
+        # A ping that measures bandwidth may be on its way already; then no keepalive ping is sent until it times out.
+        ("grpc.http2.ping_timeout_ms", 10_000),
         ("grpc.http2.max_pings_without_data", 0),
         ("grpc.initial_reconnect_backoff_ms", 200),
         ("grpc.min_reconnect_backoff_ms", 3000),

@@ -66,6 +66,7 @@ class ScriptedTeacher:
         plan = wire.plan_from_proto(request.plan)
         self.requests.append([sample.id for sample in asked])
         writer = FrameWriter(request.request_id, plan, self.info.max_frame_bytes)
+        context.send_initial_metadata(((wire.TEACHER_METADATA, wire.teacher_metadata(self.info)),))
         sent = 0
         for index, sample in enumerate(asked):
             self.script(sent, context)
