@@ -10,6 +10,7 @@ import fcntl
 import json
 import logging
 import os
+import secrets
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -158,13 +159,18 @@ def write_index(directory: Path, index: Index) -> None:
 
 def replace_file(path: Path, content: bytes) -> None:
     """Writes a file so that a crash leaves the old or the new one, never a mixture."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    write_beside(path, content).replace(path)
+    sync_directory(path.parent)
+
+
+def write_beside(path: Path, content: bytes) -> Path:
+    """Writes a temporary file next to `path`, under a name that no other process or machine uses, and syncs it."""
+    temporary = path.with_name(f"{path.name}.{secrets.token_hex(8)}.tmp")
     with temporary.open("wb") as file:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())
-    temporary.replace(path)
-    sync_directory(path.parent)
+    return temporary
 
 
 def sync_directory(directory: Path) -> None:

@@ -12,7 +12,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from kvcore.errors import StoreError
 from kvcore.plan import KVPlan
-from kvcore.store_journal import FORMAT, seal, sync_directory, unseal
+from kvcore.store_journal import FORMAT, seal, sync_directory, unseal, write_beside
 from kvcore.types import TeacherInfo
 
 MANIFEST_NAME = "manifest.json"
@@ -71,11 +71,7 @@ def claim(directory: Path, manifest: Manifest) -> None:
 def _create(path: Path, manifest: Manifest) -> None:
     """Of several writers that start at once, one wins: a link, unlike a rename, never replaces."""
     teacher, plan = asdict(manifest.teacher), manifest.plan.model_dump(mode="json")
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    with temporary.open("wb") as file:
-        file.write(seal({"format": FORMAT, "teacher": teacher, "plan": plan}))
-        file.flush()
-        os.fsync(file.fileno())
+    temporary = write_beside(path, seal({"format": FORMAT, "teacher": teacher, "plan": plan}))
     try:
         os.link(temporary, path)
     except FileExistsError:

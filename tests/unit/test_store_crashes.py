@@ -1,0 +1,192 @@
+"""What a crash or a bad disk does to a store: recovered, ignored, or an error that names the file; never wrong data."""
+
+from __future__ import annotations
+
+import errno
+import json
+import multiprocessing
+import os
+import re
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from kvcore.errors import StoreError
+from kvcore.store import KVStoreReader, KVStoreWriter, merge_index
+from tests.support.stores import SENT, SMALL, assert_holds, fill
+from tests.support.streams import INFO, PLAN, sample_kv
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Path:
+    return fill(tmp_path / "store")
+
+
+def test_a_journal_cut_at_any_byte_loses_only_what_follows(store, tmp_path):
+    journal = store / "rank0.jsonl"
+    whole = journal.read_bytes()
+    ends = [match.end() for match in re.finditer(b"\n", whole)]
+    for length in sorted(
+        {*range(0, len(whole), 97), *ends, *(end - 1 for end in ends), *(end + 1 for end in ends[:-1])}
+    ):
+        journal.write_bytes(whole[:length])
+        assert_holds(store, SENT[: sum(end <= length for end in ends)])
+    journal.write_bytes(whole[: ends[2] + 40])
+    fill(store)
+    assert_holds(store)
+    journal_lines = journal.read_bytes().splitlines()
+    assert len({json.loads(line)["key"] for line in journal_lines}) == len(journal_lines) == len(SENT)
+
+
+@pytest.mark.parametrize("tail", [b"\0" * 300, b"\0" * 300 + b"\n", b'{"key":"x"}\n', b"garbage\ngarbage\n"])
+def test_garbage_that_a_crash_left_at_the_end_is_ignored_and_removed(store, tail, caplog):
+    journal = store / "rank0.jsonl"
+    whole = journal.read_bytes()
+    journal.write_bytes(whole + tail)
+    assert_holds(store)
+    assert f"ignoring {len(tail)} bytes" in caplog.text
+    fill(store, [sample_kv(50)])
+    assert_holds(store, [*SENT, sample_kv(50)])
+    assert journal.read_bytes().startswith(whole + b'{"key":')
+
+
+def test_a_flipped_byte_before_the_last_line_of_a_journal_is_an_error(store):
+    journal = store / "rank0.jsonl"
+    whole = damaged = journal.read_bytes()
+    for offset in range(0, whole.rindex(b"\n", 0, -1) + 1, 13):
+        damaged = bytearray(whole)
+        damaged[offset] ^= 1 << offset % 8
+        journal.write_bytes(damaged)
+        with pytest.raises(StoreError, match=r"rank0\.jsonl: damaged at byte \d+"):
+            KVStoreReader(store)
+    with pytest.raises(StoreError, match=r"rank0\.jsonl: damaged at byte \d+"):
+        KVStoreWriter(store, INFO, PLAN, "rank0")
+    assert journal.read_bytes() == damaged
+
+
+def test_leftovers_of_a_crash_are_ignored_and_their_numbers_not_used_again(store):
+    count = len(list(store.glob("*.safetensors")))
+    orphan = store / f"rank0-{count:05d}.safetensors"
+    orphan.write_bytes((store / "rank0-00000.safetensors").read_bytes())
+    leftover = store / f"rank0-{count + 1:05d}.safetensors.tmp"
+    leftover.write_bytes(b"half")
+    foreign = store / "rank1-00000.safetensors.tmp"
+    foreign.write_bytes(b"in work")
+    assert_holds(store)
+    before = orphan.read_bytes()
+    fill(store, [sample_kv(50)])
+    assert_holds(store, [*SENT, sample_kv(50)])
+    assert orphan.read_bytes() == before
+    assert not leftover.exists()
+    assert foreign.exists()
+
+
+@pytest.mark.parametrize("merged", [False, True])
+def test_a_missing_shard_is_named(store, merged):
+    if merged:
+        merge_index(store)
+    (store / "rank0-00001.safetensors").unlink()
+    with pytest.raises(StoreError, match=r"rank0-00001\.safetensors: missing"):
+        KVStoreReader(store)
+
+
+@pytest.mark.parametrize("merged", [False, True])
+def test_a_shard_cut_anywhere_is_named(store, merged):
+    if merged:
+        merge_index(store)
+    shard = store / "rank0-00001.safetensors"
+    whole = shard.read_bytes()
+    for length in {*range(0, len(whole), 101), len(whole) - 1}:
+        shard.write_bytes(whole[:length])
+        with pytest.raises(StoreError, match=r"rank0-00001\.safetensors: truncated"):
+            KVStoreReader(store)
+
+
+def test_a_shard_that_vanishes_or_shrinks_while_it_is_read_is_named(store):
+    shard = store / "rank0-00001.safetensors"
+    lines = [json.loads(line) for line in (store / "rank0.jsonl").read_bytes().splitlines()]
+    key = next(line["key"] for line in lines if line["shard"] == shard.name)
+    with KVStoreReader(store) as reader:
+        os.truncate(shard, 100)
+        with pytest.raises(StoreError, match=r"rank0-00001\.safetensors: truncated"):
+            reader.get(key)
+        reader.close()
+        shard.unlink()
+        with pytest.raises(StoreError, match=r"rank0-00001\.safetensors: cannot read"):
+            reader.get(key)
+
+
+def test_every_flipped_byte_of_a_tensor_is_named(store):
+    lines = [json.loads(line) for line in (store / "rank0.jsonl").read_bytes().splitlines()]
+    shard = store / lines[0]["shard"]
+    whole = shard.read_bytes()
+    with KVStoreReader(store) as reader:
+        for name, entry in lines[0]["tensors"].items():
+            for offset in range(entry["offset"], entry["offset"] + entry["size"], 7):
+                damaged = bytearray(whole)
+                damaged[offset] ^= 1 << offset % 8
+                shard.write_bytes(damaged)
+                with pytest.raises(StoreError, match=rf"{shard.name}: tensor '.*/{name}' does not match its xxh3"):
+                    reader.get(lines[0]["key"])
+
+
+@pytest.mark.parametrize(
+    "damage", [lambda c: c[:-9], lambda c: c.replace(b"fake", b"fale"), lambda c: b"{}"], ids=range(3)
+)
+def test_a_damaged_manifest_is_named(store, damage):
+    manifest = store / "manifest.json"
+    manifest.write_bytes(damage(manifest.read_bytes()))
+    with pytest.raises(StoreError, match=r"manifest\.json: damaged"):
+        KVStoreReader(store)
+
+
+@pytest.mark.parametrize("failing_call", [1, 2])
+def test_a_full_disk_loses_nothing_that_was_added(tmp_path, monkeypatch, failing_call):
+    fill(tmp_path, SENT[:2])
+    store = KVStoreWriter(tmp_path, INFO, PLAN, "rank0")
+    for kv in SENT[2:]:
+        store.add(kv)
+    real, calls = os.fsync, []
+
+    def full(handle: int) -> None:
+        calls.append(handle)
+        # The first call of a flush is the shard's, the second the directory's, the third the journal's.
+        if len(calls) == {1: 1, 2: 3}[failing_call]:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(handle)
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(StoreError, match="No space left"):
+        store.flush()
+    assert_holds(tmp_path, SENT[:2])
+    assert not list(tmp_path.glob("*.tmp"))
+    store.close()
+    assert_holds(tmp_path)
+
+
+def write_forever(directory: Path) -> None:
+    with KVStoreWriter(directory, INFO, PLAN, "rank0", SMALL) as store:
+        index = 0
+        while True:
+            store.add(sample_kv(index))
+            index += 1
+
+
+def test_a_killed_writer_leaves_a_sound_store_that_it_can_continue(tmp_path):
+    journal, count = tmp_path / "rank0.jsonl", 0
+    for round_number in range(4):
+        process = multiprocessing.get_context("fork").Process(target=write_forever, args=(tmp_path,))
+        process.start()
+        assert process.pid is not None
+        target = count + 2 + round_number
+        while not journal.exists() or journal.read_bytes().count(b"\n") < target:
+            time.sleep(0.003 * (round_number + 1))
+        os.kill(process.pid, signal.SIGKILL)
+        process.join()
+        with KVStoreReader(tmp_path) as reader:
+            count = len(reader)
+            assert count >= target
+            assert_holds(tmp_path, [sample_kv(index) for index in range(count)])
+    assert merge_index(tmp_path) == count
