@@ -49,6 +49,9 @@ _INEXACT_ARGUMENTS = ("softcap", "s_aux", "position_bias")
 _SAME = 0.02
 
 
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tekken.json")
+
+
 class _LastLayerReadError(Exception):
     """Ends a forward pass: nothing beyond the last layer asked for is computed. Never leaves this module."""
 
@@ -247,6 +250,9 @@ def _dtype(config: ServeConfig, device: torch.device) -> DtypeName:
 
 
 def _load_tokenizer(directory: Path, config: ServeConfig) -> PreTrainedTokenizerBase:
+    # Without one, transformers makes up an empty tokenizer for some models.
+    if not any((directory / name).is_file() for name in TOKENIZER_FILES):
+        raise FieldError("model", f"'{config.model}' has no tokenizer: none of {', '.join(TOKENIZER_FILES)}")
     try:
         return AutoTokenizer.from_pretrained(directory, trust_remote_code=config.trust_remote_code)
     except (OSError, ValueError, ImportError) as error:

@@ -1,0 +1,368 @@
+"""What leaves the teacher is what the plan asks for, sample by sample, whatever else is in the batch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import pytest
+import torch
+from torch import Tensor
+
+from kvcore.codec import decode
+from kvcore.errors import FieldError
+from kvcore.plan import CodecSpec, KVPlan, Scope, Selection
+from kvcore.types import Sample, Span
+from teacher_server.config import ServeConfig
+from teacher_server.engines.base import SPAN_KINDS, LayerOutput, LayerSink, TokenizedSample
+from teacher_server.engines.fake import FakeEngine, FakeFaults, FakeModel
+from teacher_server.plan_execution import (
+    LayerResult,
+    PlannedSample,
+    SampleFailure,
+    candidate_tokens,
+    check_plan,
+    check_sample,
+    encoded_bytes,
+    execute,
+    pack_bytes,
+    unpack_bytes,
+)
+
+LAYERS, HEADS, DIM = 4, 2, 16
+RAW = CodecSpec(name="raw")
+R_KV = Selection(selector="r_kv", budget=3)
+
+
+def make_engine(faults: FakeFaults | None = None) -> FakeEngine:
+    config = ServeConfig(model="fake:", engine="fake", max_sample_tokens=256)
+    return FakeEngine(config, FakeModel(layers=LAYERS, heads=HEADS, dim=DIM), faults)
+
+
+def make_sample(name: str, prompt: str = "ask", reasoning: str = "1+1=2", answer: str = "2") -> Sample:
+    bounds = [0, len(prompt), len(prompt + reasoning), len(prompt + reasoning + answer)]
+    spans = (
+        Span("prompt", bounds[0], bounds[1]),
+        Span("reasoning", bounds[1], bounds[2]),
+        Span("answer", bounds[2], bounds[3]),
+    )
+    return Sample(name, text=prompt + reasoning + answer, spans=spans)
+
+
+@dataclass
+class Outcome:
+    """Everything one execution handed over, in order."""
+
+    results: list[LayerResult] = field(default_factory=list)
+    failures: list[SampleFailure] = field(default_factory=list)
+
+    def of(self, index: int) -> list[tuple[LayerResult, int]]:
+        """The results of one sample and its row in each."""
+        return [(result, result.indices.index(index)) for result in self.results if index in result.indices]
+
+
+def run(samples: Sequence[tuple[Sample, KVPlan]], faults: FakeFaults | None = None) -> Outcome:
+    engine, outcome = make_engine(faults), Outcome()
+    batch = [PlannedSample(engine.tokenize(sample), plan) for sample, plan in samples]
+    execute(engine, batch, outcome.results.append, outcome.failures.append)
+    return outcome
+
+
+def layers_of(sample: Sample, layers: Sequence[int]) -> list[LayerOutput]:
+    """What the engine computes for one sample alone."""
+    engine, outputs = make_engine(), list[LayerOutput]()
+    engine.prefill([engine.tokenize(sample)], layers, True, outputs.append)
+    return outputs
+
+
+# ---------------------------------------------------------------------------------------------------- naive references
+
+
+def naive_scores(k_ND: Tensor, importance_N: Tensor, weight: float) -> list[float]:
+    """R-KV of one head, in plain Python: weight x I + (1 - weight) x softmax of minus the mean cosine to the others."""
+    keys = [[float(x) for x in row] for row in k_ND]
+
+    def cosine(a: list[float], b: list[float]) -> float:
+        return sum(x * y for x, y in zip(a, b, strict=True)) / (math.hypot(*a) * math.hypot(*b))
+
+    means = [sum(cosine(a, b) for j, b in enumerate(keys) if j != i) / len(keys) for i, a in enumerate(keys)]
+    exponentials = [math.exp(-mean) for mean in means]
+    total = sum(exponentials)
+    importance = [float(x) for x in importance_N]
+    return [weight * i + (1 - weight) * e / total for i, e in zip(importance, exponentials, strict=True)]
+
+
+def naive_positions(plan: KVPlan, sample: Sample, layer: int) -> list[list[int]]:
+    """The tokens chosen for each head of one layer (one list where the scope is wider), by definition."""
+    selection = plan.selection
+    tokens = make_engine().tokenize(sample)
+    kind = -1 if selection.span == "all" else SPAN_KINDS.index(selection.span)
+    candidates = [
+        place
+        for place, (span, end) in enumerate(zip(tokens.span_ids, tokens.byte_ends, strict=True))
+        if (end >= 0 if selection.span == "all" else span == kind)
+    ]
+    budget = min(selection.budget, len(candidates)) if selection.budget else len(candidates)
+    if selection.selector != "r_kv":
+        assert selection.selector in ("full", "right")
+        return [candidates[-budget:]] * (HEADS if selection.scope == "head" else 1)
+    rated = [
+        [
+            naive_scores(output.k_BHTD[0, head, candidates], output.importance_BHT[0, head, candidates], 0.1)
+            for head in range(HEADS)
+            if output.importance_BHT is not None
+        ]
+        for output in layers_of(sample, plan.layers)
+    ]
+    place = plan.layers.index(layer)
+    voters = {
+        "head": [[h] for h in rated[place]],
+        "layer": [rated[place]],
+        "sample": [[h for lay in rated for h in lay]],
+    }
+    return [
+        _best([sum(column) for column in zip(*group, strict=True)], candidates, budget)
+        for group in voters[selection.scope]
+    ]
+
+
+def _best(scores: list[float], candidates: list[int], budget: int) -> list[int]:
+    order = sorted(range(len(scores)), key=lambda index: -scores[index])
+    return sorted(candidates[index] for index in order[:budget])
+
+
+def assert_as_alone(outcome: Outcome, index: int, sample: Sample, plan: KVPlan) -> None:
+    """A sample's results are its plan's layers in order, with the naive choice and the engine's own numbers."""
+    found = outcome.of(index)
+    assert [result.layer for result, _ in found] == list(plan.layers)
+    for (result, row), output in zip(found, layers_of(sample, plan.layers), strict=True):
+        positions = naive_positions(plan, sample, result.layer)
+        assert result.positions.dtype == torch.int32
+        assert result.positions[row].tolist() == positions
+        for kind, source in (("k", output.k_BHTD), ("v", output.v_BHTD)):
+            expected = [source[0, head, positions[head % len(positions)]] for head in range(HEADS)]
+            parts = {name[2:]: part[row] for name, part in result.parts.items() if name.startswith(kind)}
+            decoded = decode(parts, "k" if kind == "k" else "v", plan.codec)
+            error = float((decoded - torch.stack(expected)).norm() / torch.stack(expected).norm())
+            assert result.relative_error[kind][row] == pytest.approx(error, abs=1e-6)
+            assert error == 0.0 if plan.codec.name == "raw" else error < 0.02
+
+
+# ---------------------------------------------------------------------------------------------------- what is emitted
+
+
+@pytest.mark.parametrize("scope", ["head", "layer", "sample"])
+@pytest.mark.parametrize("selector", ["full", "right", "r_kv"])
+@pytest.mark.parametrize("codec", ["raw", "int8"])
+def test_each_sample_gets_its_plans_tokens_and_layers(selector: str, scope: str, codec: str) -> None:
+    selection = Selection.model_validate(
+        {"selector": selector, "budget": 0 if selector == "full" else 3, "scope": scope}
+    )
+    plan = KVPlan(layers=(0, 2, 3), selection=selection, codec=CodecSpec.model_validate({"name": codec}))
+    samples = [
+        make_sample("a"),
+        make_sample("b", reasoning="2*3=6 so 6"),
+        make_sample("c", prompt="something longer", reasoning="7-2=5"),
+        make_sample("d", reasoning="思考 ok"),
+        make_sample("e", reasoning="ab"),
+    ]
+    outcome = run([(sample, plan) for sample in samples])
+    assert not outcome.failures
+    for index, sample in enumerate(samples):
+        assert_as_alone(outcome, index, sample, plan)
+
+
+def test_plans_mix_in_one_batch() -> None:
+    plans = [
+        KVPlan(layers=(1,), selection=R_KV, codec=RAW),
+        KVPlan(layers=(0, 3), selection=Selection(selector="right", budget=2, span="prompt"), codec=RAW),
+        KVPlan(layers=(0, 1, 2, 3), selection=Selection(span="all", scope="head")),
+        KVPlan(layers=(1,), selection=R_KV, codec=RAW),
+        KVPlan(layers=(2, 3), selection=Selection(selector="r_kv", budget=4, scope="head"), codec=RAW),
+    ]
+    samples = [(make_sample(f"s{index}", prompt="p" * (index + 2)), plan) for index, plan in enumerate(plans)]
+    outcome = run(samples)
+    for index, (sample, plan) in enumerate(samples):
+        assert_as_alone(outcome, index, sample, plan)
+
+
+def test_samples_of_equal_plan_and_length_share_one_result() -> None:
+    plans = [KVPlan(layers=(0, 1), selection=Selection(selector="right", budget=2)) for _ in range(4)]
+    samples = [(make_sample(f"s{index}", reasoning="1" * (5 + index % 2)), plan) for index, plan in enumerate(plans)]
+    assert [result.indices for result in run(samples).results] == [[0, 2], [1, 3]] * 2
+
+
+def test_keys_or_values_alone_leave_alone() -> None:
+    for keys in (True, False):
+        plan = KVPlan(layers=(0,), selection=R_KV, codec=RAW, keys=keys, values=not keys)
+        (result,) = run([(make_sample("a"), plan)]).results
+        kind = "k" if keys else "v"
+        assert list(result.parts) == [f"{kind}.data"]
+        assert list(result.relative_error) == [kind]
+
+
+class RecordingEngine(FakeEngine):
+    """Notes in `events` when each layer is computed."""
+
+    def __init__(self, events: list[str]) -> None:
+        super().__init__(ServeConfig(model="fake:", engine="fake"), FakeModel(LAYERS, HEADS, DIM))
+        self._events = events
+
+    def prefill(
+        self, batch: Sequence[TokenizedSample], layers: Sequence[int], with_importance: bool, sink: LayerSink
+    ) -> None:
+        def noting(output: LayerOutput) -> None:
+            self._events.append(f"computed {output.layer}")
+            sink(output)
+
+        super().prefill(batch, layers, with_importance, noting)
+
+
+@pytest.mark.parametrize(
+    ("scope", "expected"),
+    [
+        ("head", ["computed 0", "emitted 0", "computed 1", "emitted 1"]),
+        ("layer", ["computed 0", "emitted 0", "computed 1", "emitted 1"]),
+        ("sample", ["computed 0", "computed 1", "emitted 0", "emitted 1"]),
+    ],
+)
+def test_a_layer_leaves_as_soon_as_its_tokens_can_be_chosen(scope: Scope, expected: list[str]) -> None:
+    events: list[str] = []
+    engine = RecordingEngine(events)
+    plan = KVPlan(layers=(0, 1), selection=Selection(selector="r_kv", budget=2, scope=scope))
+    batch = [PlannedSample(engine.tokenize(make_sample("a")), plan)]
+    execute(
+        engine,
+        batch,
+        lambda result: events.append(f"emitted {result.layer}"),
+        lambda failure: pytest.fail(failure.problem),
+    )
+    assert events == expected
+
+
+def test_encoded_bytes_foretells_what_is_sent() -> None:
+    selections = [R_KV, Selection(span="all", scope="head"), Selection(selector="uniform", budget=99, scope="layer")]
+    for selection in selections:
+        for codec in (RAW, CodecSpec(name="bf16"), CodecSpec(group_size=3)):
+            plan = KVPlan(layers=(0, 2), selection=selection, codec=codec)
+            engine = make_engine()
+            foretold = encoded_bytes(plan, engine.tokenize(make_sample("a")), engine.info)
+            results = run([(make_sample("a"), plan)]).results
+            sent = [tensor for result in results for tensor in (*result.parts.values(), result.positions)]
+            assert foretold == sum(tensor.nbytes for tensor in sent)
+
+
+def test_tensors_come_through_one_copy_unchanged() -> None:
+    tensors = {
+        "codes": torch.randint(-127, 127, (2, 3, 5), dtype=torch.int8),
+        "error": torch.rand(2, dtype=torch.float64),
+        "scale": torch.rand(2, 3, 1).to(torch.bfloat16),
+        "positions": torch.arange(6, dtype=torch.int32).view(2, 3),
+        "strided": torch.rand(4, 3).T,
+    }
+    packed, order = pack_bytes(tensors)
+    unpacked = unpack_bytes(packed, order, tensors)
+    assert list(unpacked) == list(tensors)
+    for name, tensor in tensors.items():
+        assert torch.equal(unpacked[name], tensor)
+
+
+# ---------------------------------------------------------------------------------------------------- what fails alone
+
+
+@pytest.mark.parametrize("scope", ["head", "layer", "sample"])
+@pytest.mark.parametrize("selector", ["right", "r_kv"])
+def test_a_sample_with_kv_that_are_not_finite_fails_alone(selector: str, scope: str) -> None:
+    selection = Selection.model_validate({"selector": selector, "budget": 3, "scope": scope})
+    plan = KVPlan(layers=(0, 1, 2), selection=selection, codec=RAW)
+    samples = [make_sample("a", reasoning="11111"), make_sample("bad"), make_sample("c", reasoning="33333")]
+    outcome = run([(sample, plan) for sample in samples], FakeFaults(not_finite=frozenset({"bad"})))
+    assert [failure.index for failure in outcome.failures] == [1]
+    assert "not finite" in outcome.failures[0].problem
+    assert not outcome.of(1)
+    for index in (0, 2):
+        assert_as_alone(outcome, index, samples[index], plan)
+
+
+def test_a_batch_of_which_all_samples_fail_ends_without_results() -> None:
+    plan = KVPlan(layers=(0, 1), selection=R_KV)
+    outcome = run([(make_sample("bad"), plan)], FakeFaults(not_finite=frozenset({"bad"})))
+    assert [failure.index for failure in outcome.failures] == [0]
+    assert not outcome.results
+
+
+@pytest.mark.parametrize("scope", ["layer", "sample"])
+def test_a_sample_past_the_error_budget_fails_with_both_numbers(scope: Scope) -> None:
+    selection = Selection(selector="r_kv", budget=3, scope=scope)
+    samples = [make_sample(f"s{index}", reasoning=f"{index}+{index}={2 * index}") for index in range(4)]
+    free = KVPlan(layers=(0, 1), selection=selection)
+    worst = [
+        max(
+            result.relative_error[kind][row]
+            for result, row in run([(s, free) for s in samples]).of(index)
+            for kind in "kv"
+        )
+        for index, s in enumerate(samples)
+    ]
+    limit = sorted(worst)[1]
+    tight = KVPlan(layers=(0, 1), selection=selection, codec=CodecSpec(max_relative_error=limit))
+    outcome = run([(sample, tight) for sample in samples])
+    failed = {failure.index: failure.problem for failure in outcome.failures}
+    assert sorted(failed) == [index for index, error in enumerate(worst) if error > limit]
+    for index, sample in enumerate(samples):
+        if index not in failed:
+            assert_as_alone(outcome, index, sample, tight)
+    for problem in failed.values():
+        assert f"plan.codec.max_relative_error is {limit:.3g}" in problem
+        assert "has a relative error of 0.0" in problem
+
+
+def test_an_engine_that_breaks_is_the_callers_to_handle() -> None:
+    with pytest.raises(RuntimeError, match="told to fail"):
+        run([(make_sample("a"), KVPlan(layers=(0,)))], FakeFaults(fail=frozenset({"a"})))
+
+
+# ---------------------------------------------------------------------------------------------------- what is refused
+
+
+def test_a_plan_beyond_the_teacher_is_refused_by_field() -> None:
+    info = make_engine().info
+    check_plan(KVPlan(layers=(0, LAYERS - 1), selection=R_KV), info)
+    with pytest.raises(FieldError, match=r"plan\.layers: got 4; this teacher's layers are 0 to 3"):
+        check_plan(KVPlan(layers=(0, LAYERS)), info)
+
+
+def test_a_teacher_that_lacks_a_selector_or_codec_says_which_it_has() -> None:
+    config = ServeConfig(model="fake:", engine="fake")
+    info = FakeEngine(config, FakeModel()).info
+    poor = type(info)(
+        **{**{name: getattr(info, name) for name in info.__slots__}, "selectors": ("full",), "codecs": ("raw",)}
+    )
+    with pytest.raises(FieldError, match=r"plan\.selection\.selector: got 'r_kv'; known: full"):
+        check_plan(KVPlan(layers=(0,), selection=R_KV), poor)
+    with pytest.raises(FieldError, match=r"plan\.codec\.name: got 'int8'; known: raw"):
+        check_plan(KVPlan(layers=(0,)), poor)
+
+
+def test_a_sample_without_tokens_to_choose_from_is_refused() -> None:
+    tokens = make_engine().tokenize(make_sample("q1", reasoning=""))
+    with pytest.raises(FieldError, match=r"samples\[q1\]\.spans: no token lies in the span 'reasoning'"):
+        check_sample(tokens, KVPlan(layers=(0,)), "samples[q1]")
+    check_sample(tokens, KVPlan(layers=(0,), selection=Selection(span="prompt")), "samples[q1]")
+
+
+def test_r_kv_needs_an_answer_unless_importance_weighs_nothing() -> None:
+    tokens = make_engine().tokenize(make_sample("q1", answer=""))
+    with pytest.raises(FieldError, match=r"samples\[q1\]\.spans: .*no token lies in the span 'answer'"):
+        check_sample(tokens, KVPlan(layers=(0,), selection=R_KV), "samples[q1]")
+    by_keys = Selection(selector="r_kv", budget=3, importance_weight=0.0)
+    check_sample(tokens, KVPlan(layers=(0,), selection=by_keys), "samples[q1]")
+
+
+def test_the_span_all_leaves_out_tokens_that_stand_for_no_text() -> None:
+    plan = KVPlan(layers=(0,), selection=Selection(span="all"))
+    tokens = make_engine().tokenize(Sample("a", text="abc"))
+    assert candidate_tokens(tokens, plan).tolist() == [1, 2, 3]
+    unknown = TokenizedSample(tokens.sample, tokens.token_ids, (-1,) * 4, tokens.span_ids)
+    assert candidate_tokens(unknown, plan).tolist() == [0, 1, 2, 3]
