@@ -242,3 +242,11 @@ def test_a_description_that_makes_no_sense_is_refused(teacher):
     with pytest.raises(TeacherRefusedError, match="describes itself wrongly: layers"):
         remote.connect()
     remote.close()
+
+
+def test_an_answer_of_another_teacher_than_was_connected_to_is_not_taken(teacher, source):
+    teacher.info = dataclasses.replace(INFO, weights_digest="ff" * 16)
+    answers: list[KVResult | None] = [None] * len(SAMPLES)
+    with pytest.raises(TeacherUnavailableError, match="another teacher answers"):
+        source.fetch_into(SAMPLES, answers)
+    assert answers == [None] * len(SAMPLES)
