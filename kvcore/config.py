@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import difflib
 import json
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar, cast, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -33,7 +34,7 @@ def load_config(path: Path, overrides: Iterable[str], model: type[ModelT]) -> Mo
     if not path.is_file():
         raise ConfigError(f"{path}: no such configuration file")
     try:
-        raw: object = yaml.safe_load(path.read_text(encoding="utf-8"))
+        raw = _load_yaml(path.read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
         raise ConfigError(f"{path}: not valid YAML: {error}") from error
     if not isinstance(raw, dict):
@@ -56,14 +57,30 @@ def apply_override(tree: dict[str, Any], override: str) -> None:
         if isinstance(node, list):
             node = cast("list[Any]", node)[_list_index(cast("list[Any]", node), name, where)]
         else:
-            node = node.setdefault(name, {})
+            node = cast("dict[str, Any]", node).setdefault(name, {})
         if not isinstance(node, dict | list):
             raise FieldError(where, f"is a plain value, so --set {override} cannot go below it")
-    value = yaml.safe_load(text)
+    try:
+        value = _load_yaml(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--set {override}: the value is not valid YAML: {error}") from error
     if isinstance(node, list):
         node[_list_index(cast("list[Any]", node), last, key)] = value
     else:
         node[last] = value
+
+
+class _Yaml(yaml.SafeLoader):
+    """Safe YAML in which 1e-3 is a number, as YAML 1.2 and people have it; YAML 1.1 wants 1.0e-3."""
+
+
+_Yaml.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+)
+
+
+def _load_yaml(text: str) -> object:
+    return yaml.load(text, Loader=_Yaml)  # noqa: S506, the loader is a safe one
 
 
 def _list_index(items: list[Any], name: str, where: str) -> int:
@@ -114,7 +131,7 @@ def _names_beside(model: type[StrictModel], location: tuple[int | str, ...]) -> 
 def _model_in(annotation: Any) -> type[BaseModel] | None:
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation
-    for argument in getattr(annotation, "__args__", ()):
+    for argument in get_args(annotation):
         found = _model_in(argument)
         if found is not None:
             return found

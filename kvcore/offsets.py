@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -79,10 +80,14 @@ class _Source:
     def piece(self, start: int, end: int) -> bytes:
         return self.text[start:end].encode()
 
-    def normalised(self, start: int, end: int) -> bytes | None:
-        if self.normalise is None:
-            return None
-        return self.normalise(self.text[start:end]).replace(_SPACE_MARK, " ").encode()
+    def normalised(self, start: int, end: int) -> bytes:
+        piece = self.text[start:end]
+        return (self.normalise(piece) if self.normalise else piece).replace(_SPACE_MARK, " ").encode()
+
+    def is_changed(self) -> bool:
+        """Whether normalising changes more than spaces."""
+        unchanged = self.text.replace(_SPACE_MARK, " ").encode()
+        return self.normalised(0, len(self.text)).lstrip(b" ") != unchanged.lstrip(b" ")
 
 
 def _byte_ends(tokenizer: PreTrainedTokenizerBase, encoding: Encoding, text: str, byte_at: Sequence[int]) -> list[int]:
@@ -93,7 +98,7 @@ def _byte_ends(tokenizer: PreTrainedTokenizerBase, encoding: Encoding, text: str
         return ends
     normaliser = _backend(tokenizer).normalizer
     source = _Source(text, byte_at, None if normaliser is None else normaliser.normalize_str)
-    found = _exact_ends(tokens, text.encode(), 0) or _ends_by_run(tokens, source)
+    found = _exact_ends(tokens, source.piece(0, len(text)), 0) or _ends_by_run(tokens, source)
     reached = 0
     for token, end in zip(tokens, found, strict=True):
         if end > 0 and end >= reached:
@@ -117,33 +122,41 @@ def _exact_ends(tokens: Sequence[_Token], original: bytes, start: int) -> list[i
 
 def _ends_by_run(tokens: Sequence[_Token], source: _Source) -> list[int]:
     """As `_exact_ends`, run by run, for a text that normalising changed or that holds unknown characters."""
+    changed = source.is_changed()
     runs = list(_runs(tokens))
     limits = [following[0].start for _, following in pairwise(runs)] + [len(source.text)]
-    return [end for run, limit in zip(runs, limits, strict=True) for end in _run_ends(run, limit, source)]
+    return [end for run, limit in zip(runs, limits, strict=True) for end in _run_ends(run, limit, source, changed)]
 
 
-def _run_ends(run: Sequence[_Token], limit: int, source: _Source) -> list[int]:
+def _run_ends(run: Sequence[_Token], limit: int, source: _Source, changed: bool) -> list[int]:
     """Ends of the tokens of one run, which may have read up to character `limit`, where the next run starts."""
-    start, end = run[0].start, max(token.end for token in run)
+    start, end = min(token.start for token in run), max(token.end for token in run)
     unknown = [UNKNOWN] * (len(run) - 1)
     if start == end:
-        return [*unknown, _end_of_spaces(run, end, source)]
+        return [*unknown, _end_of_trimmed(run, end, source)]
     # Past the end as given lie marks that the normaliser composed into the run, or spaces trimmed from it.
     for reach in range(end, max(end, limit) + 1):
+        if changed and _begins_with_mark(source.text[reach : reach + 1]):
+            continue
         exact = _exact_ends(run, source.piece(start, reach), source.byte_at[start])
         if exact is not None:
             return [own if own > source.byte_at[start] else UNKNOWN for own in exact]
         if _reads_as(run, source.normalised(start, reach)):
             return [*unknown, source.byte_at[reach]]
-    skipped = source.text[end:limit].strip()
-    return [*unknown, UNKNOWN if skipped else source.byte_at[end]]
+    # An unknown character: its place is right unless normalising moved things.
+    return [*unknown, UNKNOWN if changed else source.byte_at[end]]
 
 
-def _end_of_spaces(run: Sequence[_Token], end: int, source: _Source) -> int:
-    """The end of a run whose characters were all trimmed: known if they are the spaces just before it."""
-    spaces = (b"".join(pieces) for pieces in _readings(run))
+def _begins_with_mark(text: str) -> bool:
+    """Whether normalising may have put what stands on the two sides of the cut before `text` in another order."""
+    return unicodedata.combining(text or " ") != 0
+
+
+def _end_of_trimmed(run: Sequence[_Token], end: int, source: _Source) -> int:
+    """The end of a run whose characters were all trimmed from its offsets: known if it is spelt just before it."""
     read = source.piece(0, end)
-    return source.byte_at[end] if any(not s.strip(b" ") and read.endswith(s) for s in spaces) else UNKNOWN
+    spelt = (b"".join(pieces) for pieces in _readings(run))
+    return source.byte_at[end] if any(read.endswith(piece.lstrip(b" ") or piece) for piece in spelt) else UNKNOWN
 
 
 def _runs(tokens: Sequence[_Token]) -> Iterator[list[_Token]]:
@@ -159,9 +172,7 @@ def _runs(tokens: Sequence[_Token]) -> Iterator[list[_Token]]:
     yield run
 
 
-def _reads_as(tokens: Sequence[_Token], normalised: bytes | None) -> bool:
-    if normalised is None:
-        return False
+def _reads_as(tokens: Sequence[_Token], normalised: bytes) -> bool:
     return any(b"".join(pieces).lstrip(b" ") == normalised.lstrip(b" ") for pieces in _readings(tokens))
 
 
@@ -200,12 +211,15 @@ def _byte_level_alphabet() -> dict[str, int]:
 _BYTE_OF = _byte_level_alphabet()
 
 
-def _byte_positions(text: str) -> list[int]:
+def _byte_positions(text: str) -> Sequence[int]:
     """The byte at which each character starts, and the number of bytes at the end."""
+    if text.isascii():
+        return range(len(text) + 1)
     try:
-        return [0, *accumulate(len(character.encode()) for character in text)]
+        text.encode()
     except UnicodeEncodeError as error:
         raise FieldError("text", f"character {error.start} is a lone surrogate, which has no UTF-8 form") from error
+    return [0, *accumulate(len(character.encode()) for character in text)]
 
 
 def _require_offsets(tokenizer: PreTrainedTokenizerBase) -> None:

@@ -209,7 +209,8 @@ POSITION_SHAPES = {"head": (3, 2), "layer": (3, 1), "sample": (1, 1)}
 
 
 def encoded_sample(slots, spec, generator, scope="head", kinds=KINDS):
-    layers, heads, head_dim, tokens = 3, 2, 5, 12 + slots
+    layers, heads, head_dim = 3, 2, 5
+    tokens = int(torch.randint(slots, 16, (), generator=generator)) + 1
     parts = {}
     for kind in kinds:
         packed = encode(torch.randn(layers, heads, slots, head_dim, generator=generator), kind, spec)
