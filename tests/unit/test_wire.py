@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any, cast
 
 import pytest
 from hypothesis import given
@@ -85,7 +86,7 @@ def test_a_weight_of_zero_is_not_taken_for_a_missing_one():
     assert plan_from_proto(through_bytes(plan_to_proto(plan))).selection.importance_weight == 0.0
 
 
-def bad_plan(**changes: object) -> pb.Plan:
+def bad_plan(**changes: Any) -> pb.Plan:
     message = plan_to_proto(KVPlan(layers=(0, 2), selection=Selection(selector="r_kv", budget=3)))
     for path, value in changes.items():
         *parents, name = path.split("__")
@@ -161,7 +162,9 @@ def test_a_sample_and_its_content_key_survive_the_wire(sample):
 
 
 def spans(*ranges: tuple[int, int, int]) -> pb.Sample:
-    return pb.Sample(id="a", text="héllo", spans=[pb.Span(kind=k, start=s, end=e) for k, s, e in ranges])
+    return pb.Sample(
+        id="a", text="héllo", spans=[pb.Span(kind=cast("pb.SpanKind", k), start=s, end=e) for k, s, e in ranges]
+    )
 
 
 @pytest.mark.parametrize(
