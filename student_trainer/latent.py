@@ -1,8 +1,9 @@
 """A student that thinks in latents instead of text (PCCoT, arXiv 2506.18582; KaVa, arXiv 2510.02312).
 
-The sequence is prompt, <bot>, M latents, <eot>, answer. Each Jacobi pass replaces the input of latent i by a projection
-of the last hidden state one position before it; after `passes` of them the answer is read off. Markers and latents
-are embeddings of their own, so the student's vocabulary stays as it is.
+The sequence is prompt, M latents, answer. Each Jacobi pass replaces the input of latent i by a projection of the last
+hidden state one position before it; after `passes` of them the answer is read off. No markers stand around the latents:
+they take the places of reasoning tokens, so that what a student knows from written reasoning carries over. The first
+inputs are embeddings of their own, and the student's vocabulary stays as it is.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ LATENT_CONFIG = "latent_config.json"
 
 
 class LatentReasoning(nn.Module):
-    """The parameters that latent reasoning adds to a student: markers, latents, projection.
+    """The parameters that latent reasoning adds to a student: first inputs and projection.
 
     Args:
         hidden: the student's hidden size.
@@ -41,7 +42,6 @@ class LatentReasoning(nn.Module):
         super().__init__()
         self.latents = latents
         self.passes = passes
-        self.markers_2E = nn.Parameter(torch.randn(2, hidden) * embedding_rms)
         self.latents_ME = nn.Parameter(torch.randn(latents, hidden) * embedding_rms)
         norm = nn.LayerNorm(hidden)
         nn.init.constant_(norm.weight, embedding_rms)
@@ -60,20 +60,16 @@ class LatentStudent(nn.Module):
         """Refines the latents.
 
         Returns:
-            inputs [B,P+1+M+1,E] (prompt, <bot>, latents, <eot>) and their mask.
+            inputs [B,P+M,E] (prompt, latents) and their mask.
         """
-        batch = prompt_ids_BP.shape[0]
         prompt_BPE = self._embed(prompt_ids_BP)
-        bot_B1E, eot_B1E = (marker.expand(batch, 1, -1) for marker in self.reasoning.markers_2E)
-        head_BPE = torch.cat([prompt_BPE, bot_B1E.to(prompt_BPE.dtype)], dim=1)
-        latents_BME = self.reasoning.latents_ME.expand(batch, -1, -1).to(prompt_BPE.dtype)
-        extra = prompt_mask_BP.new_ones(batch, self.reasoning.latents + 2)
-        mask_BT = torch.cat([prompt_mask_BP, extra], dim=1)
-        first = head_BPE.shape[1] - 1
+        latents_BME = self.reasoning.latents_ME.expand(len(prompt_BPE), -1, -1)
+        mask_BT = functional.pad(prompt_mask_BP, (0, self.reasoning.latents), value=True)
+        before_first = prompt_BPE.shape[1] - 1
         for _ in range(self.reasoning.passes):
-            hidden_BTE = self._hidden(torch.cat([head_BPE, latents_BME], dim=1), mask_BT[:, :-1])
-            latents_BME = self.reasoning.projection(hidden_BTE[:, first : first + self.reasoning.latents])
-        return torch.cat([head_BPE, latents_BME, eot_B1E.to(prompt_BPE.dtype)], dim=1), mask_BT
+            hidden_BTE = self._hidden(torch.cat([prompt_BPE, latents_BME], dim=1), mask_BT)
+            latents_BME = self.reasoning.projection(hidden_BTE[:, before_first:-1])
+        return torch.cat([prompt_BPE, latents_BME], dim=1), mask_BT
 
     def answer_logits(
         self, prompt_ids_BP: Tensor, prompt_mask_BP: Tensor, answer_ids_BA: Tensor, answer_mask_BA: Tensor
@@ -85,13 +81,13 @@ class LatentStudent(nn.Module):
         """
         inputs_BTE, mask_BT = self.think(prompt_ids_BP, prompt_mask_BP)
         answer_BAE = self._embed(answer_ids_BA[:, :-1])
-        start = inputs_BTE.shape[1] - 1
+        end = inputs_BTE.shape[1]
         with capture_kv(self.lm) as capture:
             hidden_BTE = self._hidden(
                 torch.cat([inputs_BTE, answer_BAE], dim=1), torch.cat([mask_BT, answer_mask_BA[:, :-1]], dim=1)
             )
-        k_BLHMD, v_BLHMD = capture.columns(start - self.reasoning.latents, start)
-        return self._logits(hidden_BTE[:, start:]), k_BLHMD, v_BLHMD
+        k_BLHMD, v_BLHMD = capture.columns(end - self.reasoning.latents, end)
+        return self._logits(hidden_BTE[:, end - 1 :]), k_BLHMD, v_BLHMD
 
     def text_logits(self, ids_BT: Tensor, mask_BT: Tensor) -> tuple[Tensor, KVCapture]:
         """Reads text as any language model: logits [B,T-1,V] that predict tokens 1..T-1, and the pass's K/V."""
