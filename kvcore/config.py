@@ -74,7 +74,7 @@ class _Yaml(yaml.SafeLoader):
     """Safe YAML in which 1e-3 is a number, as YAML 1.2 and people have it; YAML 1.1 wants 1.0e-3."""
 
 
-_Yaml.add_implicit_resolver(
+cast("Any", _Yaml).add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
 )
 
