@@ -19,6 +19,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers.utils.import_utils import is_bitsandbytes_available
+from transformers.utils.logging import disable_progress_bar
 
 from kvcore.errors import FieldError, UnsupportedModelError
 from kvcore.offsets import fingerprint, read_text
@@ -215,6 +216,8 @@ def load(config: ServeConfig) -> HFEngine:
         FieldError: a field names a model, device or option that cannot be had here.
         UnsupportedModelError: the model's attention is not one whose keys and values can be read exactly.
     """
+    # A server's log is read by machines.
+    disable_progress_bar()
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     device = _device(config.device)
