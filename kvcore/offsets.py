@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate, pairwise
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from kvcore.errors import FieldError
 
@@ -59,11 +59,9 @@ def fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     return hashlib.blake2b(canonical.encode(), digest_size=16).hexdigest()
 
 
-@dataclass(frozen=True, slots=True)
-class _Token:
-    """A token that stands for text: its place in the encoding, its spelling, and the characters it is said to cover."""
+class _Token(NamedTuple):
+    """A token's spelling, and the characters that the tokenizer says it covers."""
 
-    index: int
     spelling: str
     start: int
     end: int
@@ -91,32 +89,36 @@ class _Source:
 
 
 def _byte_ends(tokenizer: PreTrainedTokenizerBase, encoding: Encoding, text: str, byte_at: Sequence[int]) -> list[int]:
-    columns = zip(encoding.tokens, encoding.offsets, encoding.special_tokens_mask, strict=True)
-    tokens = [_Token(index, spelling, *span) for index, (spelling, span, special) in enumerate(columns) if not special]
-    ends = [UNKNOWN] * len(encoding.ids)
-    if not tokens:
+    spellings = encoding.tokens
+    for_text = [place for place, special in enumerate(encoding.special_tokens_mask) if not special]
+    ends = [UNKNOWN] * len(spellings)
+    if not for_text:
         return ends
-    normaliser = _backend(tokenizer).normalizer
-    source = _Source(text, byte_at, None if normaliser is None else normaliser.normalize_str)
-    found = _exact_ends(tokens, source.piece(0, len(text)), 0) or _ends_by_run(tokens, source)
+    found = _exact_ends([spellings[place] for place in for_text], text.encode(), 0)
+    if found is None:
+        normaliser = _backend(tokenizer).normalizer
+        source = _Source(text, byte_at, None if normaliser is None else normaliser.normalize_str)
+        offsets = encoding.offsets
+        found = _ends_by_run([_Token(spellings[place], *offsets[place]) for place in for_text], source)
     reached = 0
-    for token, end in zip(tokens, found, strict=True):
+    for place, end in zip(for_text, found, strict=True):
         if end > 0 and end >= reached:
-            ends[token.index] = reached = end
+            ends[place] = reached = end
     return ends
 
 
-def _exact_ends(tokens: Sequence[_Token], original: bytes, start: int) -> list[int] | None:
+def _exact_ends(spellings: Sequence[str], original: bytes, start: int) -> list[int] | None:
     """Each token's end where their bytes are `original`, which begins at byte `start`; None where they are not.
 
     Spaces ahead of `original` are let pass: a tokenizer puts one of its own before a text, or trims them from offsets.
-    A token that lies wholly in them ends at `start` or before.
+    A token that lies wholly in them has no end.
     """
-    for pieces in _readings(tokens):
+    for pieces in _readings(spellings):
         joined = b"".join(pieces)
         surplus = len(joined) - len(original)
         if surplus >= 0 and joined.endswith(original) and not joined[:surplus].strip(b" "):
-            return [max(start + end - surplus, UNKNOWN) for end in accumulate(map(len, pieces))]
+            own = accumulate(map(len, pieces))
+            return [start + end - surplus if end > surplus else UNKNOWN for end in own]
     return None
 
 
@@ -131,17 +133,18 @@ def _ends_by_run(tokens: Sequence[_Token], source: _Source) -> list[int]:
 def _run_ends(run: Sequence[_Token], limit: int, source: _Source, changed: bool) -> list[int]:
     """Ends of the tokens of one run, which may have read up to character `limit`, where the next run starts."""
     start, end = min(token.start for token in run), max(token.end for token in run)
+    spellings = [token.spelling for token in run]
     unknown = [UNKNOWN] * (len(run) - 1)
     if start == end:
-        return [*unknown, _end_of_trimmed(run, end, source)]
+        return [*unknown, _end_of_trimmed(spellings, end, source)]
     # Past the end as given lie marks that the normaliser composed into the run, or spaces trimmed from it.
     for reach in range(end, max(end, limit) + 1):
         if changed and _begins_with_mark(source.text[reach : reach + 1]):
             continue
-        exact = _exact_ends(run, source.piece(start, reach), source.byte_at[start])
+        exact = _exact_ends(spellings, source.piece(start, reach), source.byte_at[start])
         if exact is not None:
-            return [own if own > source.byte_at[start] else UNKNOWN for own in exact]
-        if _reads_as(run, source.normalised(start, reach)):
+            return exact
+        if _reads_as(spellings, source.normalised(start, reach)):
             return [*unknown, source.byte_at[reach]]
     # An unknown character: its place is right unless normalising moved things.
     return [*unknown, UNKNOWN if changed else source.byte_at[end]]
@@ -152,10 +155,10 @@ def _begins_with_mark(text: str) -> bool:
     return unicodedata.combining(text or " ") != 0
 
 
-def _end_of_trimmed(run: Sequence[_Token], end: int, source: _Source) -> int:
+def _end_of_trimmed(spellings: Sequence[str], end: int, source: _Source) -> int:
     """The end of a run whose characters were all trimmed from its offsets: known if it is spelt just before it."""
     read = source.piece(0, end)
-    spelt = (b"".join(pieces) for pieces in _readings(run))
+    spelt = (b"".join(pieces) for pieces in _readings(spellings))
     return source.byte_at[end] if any(read.endswith(piece.lstrip(b" ") or piece) for piece in spelt) else UNKNOWN
 
 
@@ -172,17 +175,17 @@ def _runs(tokens: Sequence[_Token]) -> Iterator[list[_Token]]:
     yield run
 
 
-def _reads_as(tokens: Sequence[_Token], normalised: bytes) -> bool:
-    return any(b"".join(pieces).lstrip(b" ") == normalised.lstrip(b" ") for pieces in _readings(tokens))
+def _reads_as(spellings: Sequence[str], normalised: bytes) -> bool:
+    return any(b"".join(pieces).lstrip(b" ") == normalised.lstrip(b" ") for pieces in _readings(spellings))
 
 
-def _readings(tokens: Sequence[_Token]) -> Iterator[list[bytes]]:
+def _readings(spellings: Sequence[str]) -> Iterator[list[bytes]]:
     """The bytes that tokens may stand for: spelt in the byte-level alphabet, or as SentencePiece spells them.
 
     Both are tried, since a definition does not say plainly which it is, and the text shows which was right.
     """
-    yield [_byte_level_bytes(token.spelling) for token in tokens]
-    yield [_sentencepiece_bytes(token.spelling) for token in tokens]
+    yield list(map(_byte_level_bytes, spellings))
+    yield list(map(_sentencepiece_bytes, spellings))
 
 
 @lru_cache(maxsize=1 << 16)
