@@ -46,8 +46,8 @@ def pair_ends_batch(teacher_ends_BM: Tensor, student_ends_BT: Tensor) -> Tensor:
     at_BT = torch.searchsorted(read_BM.contiguous(), wanted_BT, right=True) - 1
     found_BT = teller_BM.gather(1, at_BT.clamp(min=0))
     ends_BT = teacher_ends_BM.long().gather(1, found_BT.clamp(min=0))
-    paired_BT = (wanted_BT >= 0) & (ends_BT == wanted_BT)
-    return torch.where(paired_BT, found_BT, -1)
+    # An end of -1 can only meet another before any slot has told, where nothing is found.
+    return torch.where(ends_BT == wanted_BT, found_BT, -1)
 
 
 def overlap_rows(teacher_ends: Sequence[int], student_ends: Sequence[int]) -> Rows:

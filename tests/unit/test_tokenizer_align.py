@@ -92,6 +92,7 @@ def test_overlap_weighs_by_the_bytes_shared(teacher: list[int], student: list[in
     for row, expected in zip(rows, naive_overlap(teacher, student), strict=True):
         dense = [0.0] * len(teacher)
         for t, weight in row:
+            assert weight > 0
             dense[t] += weight
         assert dense == pytest.approx(expected)
         assert sum(dense) == pytest.approx(1.0 if row else 0.0)
