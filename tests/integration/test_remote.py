@@ -101,9 +101,10 @@ def test_frames_that_stay_damaged_are_reported(teacher, source):
 
 
 def test_a_stream_that_ends_early_without_an_error_is_no_success(teacher, source):
-    teacher._frames = lambda writer, plan, index, sample: []
-    with pytest.raises(ProtocolError, match="0 of 6 samples"):
+    teacher.frames_at_most = 2
+    with pytest.raises(ProtocolError, match="broke off after 2 of 4 samples"):
         source.fetch(SAMPLES)
+    assert teacher.requests == [IDS, IDS[2:]]
 
 
 def test_a_full_server_is_asked_again_after_the_time_it_names(teacher, source):

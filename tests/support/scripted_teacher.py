@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -22,6 +23,7 @@ class ScriptedTeacher:
     """Answers one frame per sample. Before each frame `script(frames sent in this request, context)` runs.
 
     `failing`: ids of samples that end with the failure `failure_code`. `damage`: changes the bytes of each frame.
+    `frames_at_most`: every answer ends after so many, as if all was well.
     """
 
     def __init__(self, info: TeacherInfo = INFO, port: int = 0) -> None:
@@ -30,6 +32,7 @@ class ScriptedTeacher:
         self.describes = 0
         self.failing: set[str] = set()
         self.failure_code = "not finite"
+        self.frames_at_most = sys.maxsize
         self.script: Script = lambda _frames, _context: None
         self.damage: Callable[[bytes], bytes] = lambda frame: frame
         self.released = threading.Event()
@@ -71,6 +74,8 @@ class ScriptedTeacher:
         for index, sample in enumerate(asked):
             self.script(sent, context)
             for frame in self._frames(writer, plan, index, sample):
+                if sent == self.frames_at_most:
+                    return
                 yield self.damage(frame)
                 sent += 1
         self.script(sent, context)
