@@ -125,7 +125,7 @@ def _exact_ends(spellings: Sequence[str], original: bytes, start: int) -> list[i
 def _ends_by_run(tokens: Sequence[_Token], source: _Source) -> list[int]:
     """As `_exact_ends`, run by run, for a text that normalising changed or that holds unknown characters."""
     changed = source.is_changed()
-    runs = list(_runs(tokens))
+    runs = list(_runs(tokens, source.text if changed else ""))
     limits = [following[0].start for _, following in pairwise(runs)] + [len(source.text)]
     return [end for run, limit in zip(runs, limits, strict=True) for end in _run_ends(run, limit, source, changed)]
 
@@ -139,7 +139,7 @@ def _run_ends(run: Sequence[_Token], limit: int, source: _Source, changed: bool)
         return [*unknown, _end_of_trimmed(spellings, end, source)]
     # Past the end as given lie marks that the normaliser composed into the run, or spaces trimmed from it.
     for reach in range(end, max(end, limit) + 1):
-        if changed and _begins_with_mark(source.text[reach : reach + 1]):
+        if changed and _is_mark_at(source.text, reach):
             continue
         exact = _exact_ends(spellings, source.piece(start, reach), source.byte_at[start])
         if exact is not None:
@@ -150,9 +150,9 @@ def _run_ends(run: Sequence[_Token], limit: int, source: _Source, changed: bool)
     return [*unknown, UNKNOWN if changed else source.byte_at[end]]
 
 
-def _begins_with_mark(text: str) -> bool:
-    """Whether normalising may have put what stands on the two sides of the cut before `text` in another order."""
-    return unicodedata.combining(text or " ") != 0
+def _is_mark_at(text: str, index: int) -> bool:
+    """Whether a combining mark stands there, which a normaliser may compose with what is before it, or move."""
+    return unicodedata.combining(text[index : index + 1] or " ") != 0
 
 
 def _end_of_trimmed(spellings: Sequence[str], end: int, source: _Source) -> int:
@@ -162,12 +162,12 @@ def _end_of_trimmed(spellings: Sequence[str], end: int, source: _Source) -> int:
     return source.byte_at[end] if any(read.endswith(piece.lstrip(b" ") or piece) for piece in spelt) else UNKNOWN
 
 
-def _runs(tokens: Sequence[_Token]) -> Iterator[list[_Token]]:
-    """Cuts tokens where one starts at or after the end of all before it: the tokens of a run share characters."""
+def _runs(tokens: Sequence[_Token], changed_text: str) -> Iterator[list[_Token]]:
+    """Cuts tokens where one starts at or after the end of all before it, but not ahead of a mark in a changed text."""
     run: list[_Token] = []
     reached = 0
     for token in tokens:
-        if run and token.start >= reached:
+        if run and token.start >= reached and not _is_mark_at(changed_text, token.start):
             yield run
             run = []
         run.append(token)
