@@ -115,8 +115,9 @@ def build(config: TrainConfig, rank: int, world_size: int) -> Parts:
 
 
 def _load_student(settings: StudentConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: PLC0415 - slow to import
+    from transformers import AutoModelForCausalLM, AutoTokenizer, logging  # noqa: PLC0415 - slow to import
 
+    logging.disable_progress_bar()
     dtype = torch.bfloat16 if settings.dtype == "bf16" else torch.float32
     try:
         lm = AutoModelForCausalLM.from_pretrained(settings.path, dtype=dtype, attn_implementation="sdpa")

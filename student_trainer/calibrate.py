@@ -59,8 +59,9 @@ def calibrate(
         for tensor in calibration.tensors():
             dist.all_reduce(tensor)
         calibration.finish()
-    for name, aligner in zip(model.weights, model.aligners, strict=True):
-        aligner.warn_if_poor(name=name)
+    if dist.get_rank() == 0:
+        for name, aligner in zip(model.weights, model.aligners, strict=True):
+            aligner.warn_if_poor(name=name)
     model.freeze(*_fused_scale(model, kept))
 
 

@@ -42,7 +42,9 @@ class LatentReasoning(nn.Module):
         super().__init__()
         self.latents = latents
         self.passes = passes
-        self.latents_ME = nn.Parameter(torch.randn(latents, hidden) * embedding_rms)
+        # An embedding rather than a bare parameter: ZeRO-3 gathers what a module's own forward reads.
+        self.first_inputs = nn.Embedding(latents, hidden)
+        nn.init.normal_(self.first_inputs.weight, std=embedding_rms)
         norm = nn.LayerNorm(hidden)
         nn.init.constant_(norm.weight, embedding_rms)
         self.projection = nn.Sequential(nn.Linear(hidden, hidden), nn.GELU(), nn.Linear(hidden, hidden), norm)
@@ -63,7 +65,8 @@ class LatentStudent(nn.Module):
             inputs [B,P+M,E] (prompt, latents) and their mask.
         """
         prompt_BPE = self._embed(prompt_ids_BP)
-        latents_BME = self.reasoning.latents_ME.expand(len(prompt_BPE), -1, -1)
+        places_M = torch.arange(self.reasoning.latents, device=prompt_ids_BP.device)
+        latents_BME = self.reasoning.first_inputs(places_M).expand(len(prompt_BPE), -1, -1)
         mask_BT = functional.pad(prompt_mask_BP, (0, self.reasoning.latents), value=True)
         before_first = prompt_BPE.shape[1] - 1
         for _ in range(self.reasoning.passes):
