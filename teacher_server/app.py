@@ -65,18 +65,31 @@ def run(config: ServeConfig) -> None:
         KVDistillError: a port, the model or the self-test failed.
     """
     logs.configure(config.log_level)
-    if not asyncio.run(TeacherServer(config).serve()):
+    if not asyncio.run(_serve_until_signalled(config)):
         # A thread still runs the model, and tearing the interpreter down under it can crash or hang.
         logging.shutdown()
         os._exit(0)
 
 
-class TeacherServer:
-    """One teacher replica in this process."""
+async def _serve_until_signalled(config: ServeConfig) -> bool:
+    server = TeacherServer(config)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, server.request_stop)
+    return await server.serve()
 
-    def __init__(self, config: ServeConfig) -> None:
+
+class TeacherServer:
+    """One teacher replica in this process. Made on a running event loop.
+
+    Args:
+        config: what to serve, where, and its limits.
+        load: makes the engine, in a thread of its own.
+    """
+
+    def __init__(self, config: ServeConfig, load: Callable[[ServeConfig], TeacherEngine] = load_engine) -> None:
         self.state = ServerState(config)
         self._config = config
+        self._load = load
         self._service = TeacherKVService(self.state)
         self._health = health_aio.HealthServicer()
         self._stop = asyncio.Event()
@@ -88,7 +101,6 @@ class TeacherServer:
         Raises:
             KVDistillError: a port, the model or the self-test failed.
         """
-        self._catch_signals()
         async with self._http(), self._grpc():
             log_event(log, "listening", grpc_port=self.state.grpc_port, http_port=self.state.http_port)
             start = asyncio.create_task(self._start())
@@ -108,14 +120,9 @@ class TeacherServer:
             os._exit(1)
         self._stop.set()
 
-    def _catch_signals(self) -> None:
-        loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, self.request_stop)
-
     async def _start(self) -> None:
         config, started = self._config, time.monotonic()
-        engine = await _in_daemon_thread(lambda: _load(config))
+        engine = await _in_daemon_thread(lambda: _load(self._load, config))
         queue = SampleQueue(config.max_queued_tokens, config.max_batch_tokens, config.stream_window_bytes)
         scheduler = Scheduler(engine, queue, self.state.metrics, self._engine_broke.set)
         self.state.backend = Backend(engine, scheduler)
@@ -217,9 +224,9 @@ class TeacherServer:
         return True
 
 
-def _load(config: ServeConfig) -> TeacherEngine:
+def _load(load: Callable[[ServeConfig], TeacherEngine], config: ServeConfig) -> TeacherEngine:
     try:
-        return load_engine(config)
+        return load(config)
     except KVDistillError:
         raise
     except Exception as error:

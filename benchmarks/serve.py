@@ -1,0 +1,186 @@
+"""What serving K/V costs: a real server process, one client, int8 against raw in turns.
+
+Prints one JSON object as its last line. Every round sends the same requests in each codec, one after the other; the
+medians over the rounds are reported. `overhead_cpu_ms` is the server's CPU per request beyond the model's own time.
+
+    python -m benchmarks.serve [--model PATH] [--samples 64] [--operations 4] [--budget 3] [--requests 20] [--rounds 5]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import tempfile
+import time
+import uuid
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from data.synthetic import ChainTask
+from kvcore.plan import CodecName, CodecSpec, KVPlan, Selection
+from kvcore.stream_reader import StreamReader
+from kvcore.types import EncodedSampleKV, Sample
+from tests.support.servers import TeacherClient, TeacherProcess, running_teacher
+from tests.support.tiny_models import save_tiny_model, tiny_spec
+
+CODECS: tuple[CodecName, ...] = ("int8", "raw")
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """One round of one codec, or the medians of several. Milliseconds and CPU are per request."""
+
+    tokens_per_s: float
+    samples_per_s: float
+    bytes_per_s: float
+    bytes_per_sample: float
+    request_ms: float
+    first_frame_ms: float
+    model_ms: float
+    encode_ms: float
+    server_cpu_ms: float
+    overhead_cpu_ms: float
+    client_cpu_ms: float
+
+
+@dataclass(slots=True)
+class Answer:
+    """What one request gave."""
+
+    seconds: float
+    first_frame_s: float
+    nbytes: int
+    frames: int
+    samples: list[EncodedSampleKV]
+
+
+def ask(client: TeacherClient, plan: KVPlan, samples: Sequence[Sample]) -> Answer:
+    """One request, read and verified as a student does."""
+    request_id = uuid.uuid4().hex
+    reader = StreamReader(request_id, plan, samples, client.info)
+    answer = Answer(0.0, 0.0, 0, 0, [])
+    started = time.perf_counter()
+    for frame in client.call(plan, samples, request_id):
+        if not answer.frames:
+            answer.first_frame_s = time.perf_counter() - started
+        answer.frames += 1
+        answer.nbytes += len(frame)
+        for _, outcome in reader.feed(frame):
+            if not isinstance(outcome, EncodedSampleKV):
+                raise SystemExit(f"a sample failed: {outcome}")
+            answer.samples.append(outcome)
+    reader.finish()
+    answer.seconds = time.perf_counter() - started
+    return answer
+
+
+def measure(teacher: TeacherProcess, client: TeacherClient, plan: KVPlan, requests: list[list[Sample]]) -> Measured:
+    """One round: the requests, one after the other."""
+    own = psutil.Process()
+    server_before, client_before = teacher.cpu_seconds(), sum(own.cpu_times()[:2])
+    answers = [ask(client, plan, samples) for samples in requests]
+    server_s = (teacher.cpu_seconds() - server_before) / len(answers)
+    client_s = (sum(own.cpu_times()[:2]) - client_before) / len(answers)
+    seconds = sum(answer.seconds for answer in answers)
+    samples = [sample for answer in answers for sample in answer.samples]
+    # Every sample of a batch states its batch's time, and small requests are one batch.
+    model_s = statistics.mean(answer.samples[0].timings.prefill for answer in answers)
+    encode_s = statistics.mean(answer.samples[0].timings.encode for answer in answers)
+    return Measured(
+        tokens_per_s=sum(len(sample.token_ids_T) for sample in samples) / seconds,
+        samples_per_s=len(samples) / seconds,
+        bytes_per_s=sum(answer.nbytes for answer in answers) / seconds,
+        bytes_per_sample=sum(answer.nbytes for answer in answers) / len(samples),
+        request_ms=1e3 * seconds / len(answers),
+        first_frame_ms=1e3 * statistics.mean(answer.first_frame_s for answer in answers),
+        model_ms=1e3 * model_s,
+        encode_ms=1e3 * encode_s,
+        server_cpu_ms=1e3 * server_s,
+        overhead_cpu_ms=1e3 * (server_s - model_s),
+        client_cpu_ms=1e3 * client_s,
+    )
+
+
+def medians(rounds: Sequence[Measured]) -> dict[str, float]:
+    """Each number's median over the rounds."""
+    return {
+        entry.name: round(statistics.median(getattr(measured, entry.name) for measured in rounds), 3)
+        for entry in fields(Measured)
+    }
+
+
+def chain_requests(count: int, samples: int, operations: int) -> list[list[Sample]]:
+    """Requests of chain arithmetic, no sample twice."""
+    task = ChainTask(operations=operations)
+    records = [task.record(question * 7919 % task.questions) for question in range(count * samples)]
+    return [
+        [record.sample() for record in records[start : start + samples]] for start in range(0, len(records), samples)
+    ]
+
+
+def run(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Starts the server and measures."""
+    with tempfile.TemporaryDirectory() as scratch:
+        model = arguments.model
+        if model is None:
+            spec = tiny_spec("qwen2", hidden=64, heads=4, kv_heads=2, head_dim=16, vocabulary=384)
+            model = save_tiny_model(Path(scratch) / "model", spec)
+        with (
+            running_teacher(
+                model, Path(scratch) / "server.log", dtype=arguments.dtype, device=arguments.device
+            ) as teacher,
+            TeacherClient(teacher.endpoint) as client,
+        ):
+            rounds = _rounds(arguments, teacher, client)
+            return {
+                "benchmark": "serve",
+                **{name: value for name, value in vars(arguments).items() if name != "model"},
+                "model": client.info.model if arguments.model else "tiny random Qwen2",
+                "layers": client.info.layers,
+                "server_memory_mb": round(teacher.memory_mb(), 1),
+                **{codec: medians(results) for codec, results in rounds.items()},
+                "int8_bytes_over_raw": round(
+                    medians(rounds["int8"])["bytes_per_sample"] / medians(rounds["raw"])["bytes_per_sample"], 4
+                ),
+            }
+
+
+def _rounds(
+    arguments: argparse.Namespace, teacher: TeacherProcess, client: TeacherClient
+) -> dict[CodecName, list[Measured]]:
+    requests = chain_requests(arguments.requests, arguments.samples, arguments.operations)
+    selection = Selection(selector="r_kv", budget=arguments.budget) if arguments.budget else Selection()
+    layers = tuple(range(client.info.layers))
+    rounds: dict[CodecName, list[Measured]] = {codec: [] for codec in CODECS}
+    for number in range(arguments.rounds + 1):
+        for codec in CODECS:
+            plan = KVPlan(layers=layers, selection=selection, codec=CodecSpec(name=codec))
+            measured = measure(teacher, client, plan, requests)
+            if number:  # The first round warms both processes up.
+                rounds[codec].append(measured)
+                sys.stderr.write(f"{number} {codec} {json.dumps(asdict(measured))}\n")
+    return rounds
+
+
+def main() -> None:
+    """Reads the arguments, measures, prints."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--model", help="a directory or hub id; a tiny random model by default")
+    parser.add_argument("--dtype", default="fp32")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--samples", type=int, default=64, help="samples of one request")
+    parser.add_argument("--operations", type=int, default=4, help="length of a sample's chain of operations")
+    parser.add_argument("--budget", type=int, default=3, help="R-KV's budget; 0 asks for the whole reasoning")
+    parser.add_argument("--requests", type=int, default=20, help="requests of one round and codec")
+    parser.add_argument("--rounds", type=int, default=5)
+    sys.stdout.write(json.dumps(run(parser.parse_args())) + "\n")
+
+
+if __name__ == "__main__":
+    main()

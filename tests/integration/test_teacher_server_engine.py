@@ -1,0 +1,333 @@
+"""A whole teacher server around an engine that the test controls: it waits, breaks, or hands over too much."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
+from typing import Any
+
+import grpc
+import httpx
+import pytest
+from grpc_health.v1 import health_pb2
+
+from kvcore.errors import UnsupportedModelError
+from kvcore.frames import unpack_frame
+from kvcore.plan import CodecSpec, KVPlan, Selection
+from kvcore.stream_reader import SampleFailure
+from kvcore.types import EncodedSampleKV, Sample
+from teacher_server import app
+from teacher_server.config import ServeConfig
+from teacher_server.engines.base import LayerOutput, LayerSink, TeacherEngine, TokenizedSample
+from teacher_server.engines.fake import FakeEngine, FakeFaults, FakeModel
+from tests.support.servers import TeacherClient, health, refused, wait_until
+
+CONFIG = ServeConfig(model="fake:layers=2", engine="fake", drain_seconds=0.2, max_queued_tokens=2000)
+PLAN = KVPlan(layers=(0, 1), selection=Selection(selector="full", span="all"), codec=CodecSpec(name="raw"))
+
+
+class ServerInThread:
+    """A whole server on an event loop of its own, with an engine that the test can reach."""
+
+    def __init__(self, load: Callable[[ServeConfig], TeacherEngine], config: ServeConfig = CONFIG) -> None:
+        self.server: app.TeacherServer
+        self.ended: Future[bool] = Future()
+        self._made = threading.Event()
+        self._loop: asyncio.AbstractEventLoop
+        self._config = config
+        self._load = load
+        self._thread = threading.Thread(target=self._run, name="server")
+        self._thread.start()
+        self._made.wait()
+        wait_until(lambda: bool(self.server.state.grpc_port) or self.ended.done())
+
+    @property
+    def endpoint(self) -> str:
+        return f"127.0.0.1:{self.server.state.grpc_port}"
+
+    def get(self, path: str) -> httpx.Response:
+        return httpx.get(f"http://127.0.0.1:{self.server.state.http_port}{path}", timeout=10)
+
+    def health(self) -> int:
+        return health(self.endpoint)
+
+    def wait_ready(self) -> None:
+        wait_until(lambda: self.get("/readyz").status_code == 200)
+
+    def stop(self) -> None:
+        if not self.ended.done():
+            self._loop.call_soon_threadsafe(self.server.request_stop)
+        self._thread.join(20)
+        assert not self._thread.is_alive()
+
+    def _run(self) -> None:
+        async def serve() -> bool:
+            self._loop = asyncio.get_running_loop()
+            self.server = app.TeacherServer(self._config, self._load)
+            self._made.set()
+            return await self.server.serve()
+
+        try:
+            self.ended.set_result(asyncio.run(serve()))
+        except Exception as error:  # noqa: BLE001  it is raised again where the result is asked for
+            self.ended.set_exception(error)
+
+
+@pytest.fixture
+def start() -> Iterator[Callable[..., ServerInThread]]:
+    servers: list[ServerInThread] = []
+
+    def start_one(*arguments: Any) -> ServerInThread:
+        servers.append(ServerInThread(*arguments))
+        return servers[-1]
+
+    yield start_one
+    for server in servers:
+        server.stop()
+
+
+class GatedEngine(FakeEngine):
+    """Computes layer 0, then waits for its gate; the self-test passes by."""
+
+    def __init__(self, config: ServeConfig) -> None:
+        super().__init__(config, FakeModel(layers=2))
+        self.gate = threading.Event()
+
+    def prefill(
+        self, batch: Sequence[TokenizedSample], layers: Sequence[int], with_importance: bool, sink: LayerSink
+    ) -> None:
+        def gated(output: LayerOutput) -> None:
+            if output.layer > 0 and batch[0].sample.id != "self-test":
+                assert self.gate.wait(60)
+            sink(output)
+
+        super().prefill(batch, layers, with_importance, gated)
+
+
+class BreakableEngine(FakeEngine):
+    """Works until `broken` is set."""
+
+    def __init__(self) -> None:
+        super().__init__(CONFIG, FakeModel(layers=2))
+        self.broken = threading.Event()
+
+    def prefill(
+        self, batch: Sequence[TokenizedSample], layers: Sequence[int], with_importance: bool, sink: LayerSink
+    ) -> None:
+        if self.broken.is_set():
+            raise RuntimeError("CUDA error: secret internals")
+        super().prefill(batch, layers, with_importance, sink)
+
+
+def load_of(server: ServerInThread) -> dict[str, int]:
+    return server.get("/info").json()["load"]
+
+
+IDLE = {"open_streams": 0, "queued_samples": 0, "queued_tokens": 0}
+
+
+def samples(*names: str) -> list[Sample]:
+    return [Sample(name, token_ids=(1, 2, 3, 4)) for name in names]
+
+
+def test_probes_follow_loading_then_ready_then_draining(start: Callable[..., ServerInThread]) -> None:
+    may_load = threading.Event()
+
+    def load(config: ServeConfig) -> TeacherEngine:
+        may_load.wait(20)
+        return FakeEngine(config, FakeModel(layers=2, delay_ms=20))
+
+    server = start(load)
+    assert server.get("/healthz").status_code == 200
+    assert (server.get("/readyz").status_code, server.get("/readyz").text) == (503, "the model is loading\n")
+    assert server.health() == health_pb2.HealthCheckResponse.NOT_SERVING
+    assert server.get("/info").json()["teacher"] is None
+    with grpc.insecure_channel(server.endpoint) as channel:
+        early = refused(lambda: channel.unary_unary("/kvcache.v1.TeacherKV/Describe")(b"", timeout=10))
+    assert early.code is grpc.StatusCode.UNAVAILABLE
+    assert "loading" in early.details
+    may_load.set()
+    server.wait_ready()
+    assert server.health() == health_pb2.HealthCheckResponse.SERVING
+    assert "kvdistill_ready 1.0" in server.get("/metrics").text
+    server.stop()
+    assert server.ended.result() is True
+
+
+def test_loading_that_fails_ends_the_server_with_that_error(start: Callable[..., ServerInThread]) -> None:
+    def load(_config: ServeConfig) -> TeacherEngine:
+        raise UnsupportedModelError("no such attention")
+
+    with pytest.raises(UnsupportedModelError, match="no such attention"):
+        start(load).ended.result(20)
+
+    def crash(_config: ServeConfig) -> TeacherEngine:
+        raise OSError("disk on fire")
+
+    with pytest.raises(app.LoadError, match=r"model: 'fake:layers=2' cannot be loaded: OSError: disk on fire"):
+        start(crash).ended.result(20)
+
+
+def test_a_teacher_that_fails_its_self_test_never_serves(start: Callable[..., ServerInThread]) -> None:
+    def load(config: ServeConfig) -> TeacherEngine:
+        return FakeEngine(config, FakeModel(layers=2), FakeFaults(not_finite=frozenset({"self-test"})))
+
+    with pytest.raises(app.SelfTestError, match="not finite"):
+        start(load).ended.result(20)
+
+
+def test_a_batch_that_the_engine_fails_on_fails_its_samples_and_nothing_else(
+    start: Callable[..., ServerInThread],
+) -> None:
+    faults = FakeFaults(fail=frozenset({"poison"}), not_finite=frozenset({"nan"}))
+    server = start(lambda config: FakeEngine(config, FakeModel(layers=2), faults))
+    server.wait_ready()
+    with TeacherClient(server.endpoint) as client:
+        poisoned = client.fetch(PLAN, samples("a", "poison"))
+        assert [outcome.code for outcome in poisoned if isinstance(outcome, SampleFailure)] == ["INTERNAL", "INTERNAL"]
+        assert all("told to fail" not in outcome.message for outcome in poisoned if isinstance(outcome, SampleFailure))
+        mixed = client.fetch(PLAN, samples("a", "nan", "b"))
+        assert [isinstance(outcome, EncodedSampleKV) for outcome in mixed] == [True, False, True]
+        assert isinstance(mixed[1], SampleFailure)
+        assert mixed[1].code == "FAILED_PRECONDITION"
+    assert server.get("/readyz").status_code == 200
+    metrics = server.get("/metrics").text
+    assert "kvdistill_engine_errors_total 1.0" in metrics
+    assert 'kvdistill_samples_total{status="INTERNAL"} 2.0' in metrics
+    wait_until(lambda: load_of(server) == IDLE)
+
+
+def test_a_broken_engine_stops_being_ready_until_it_works_again(
+    start: Callable[..., ServerInThread], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(app, "RETEST_SECONDS", 0.05)
+    engine = BreakableEngine()
+    server = start(lambda _config: engine)
+    server.wait_ready()
+    with TeacherClient(server.endpoint) as client:
+        engine.broken.set()
+        assert isinstance(client.fetch(PLAN, samples("a"))[0], SampleFailure)
+        wait_until(lambda: server.get("/readyz").status_code == 503)
+        assert "self-test failed" in server.get("/readyz").text
+        assert server.health() == health_pb2.HealthCheckResponse.NOT_SERVING
+        refusal = refused(lambda: client.fetch(PLAN, samples("b")))
+        assert refusal.code is grpc.StatusCode.UNAVAILABLE
+        assert "secret" not in refusal.details
+        engine.broken.clear()
+        server.wait_ready()
+        assert isinstance(client.fetch(PLAN, samples("c"))[0], EncodedSampleKV)
+
+
+def test_an_error_that_nobody_foresaw_shows_an_id_and_no_internals(
+    start: Callable[..., ServerInThread], caplog: pytest.LogCaptureFixture
+) -> None:
+    class Bug(FakeEngine):
+        def tokenize(self, sample: Sample) -> TokenizedSample:
+            if sample.id == "bug":
+                raise KeyError("secret internals")
+            return super().tokenize(sample)
+
+    server = start(lambda config: Bug(config, FakeModel(layers=2)))
+    server.wait_ready()
+    with TeacherClient(server.endpoint) as client:
+        broken = refused(lambda: client.fetch(PLAN, samples("bug")))
+        assert broken.code is grpc.StatusCode.INTERNAL
+        assert "secret" not in broken.details
+        error_id = broken.details.split()[2].rstrip(";")
+        logged = next(record for record in caplog.records if getattr(record, "fields", {}).get("error_id") == error_id)
+        assert logged.exc_info is not None
+        assert isinstance(client.fetch(PLAN, samples("fine"))[0], EncodedSampleKV)
+
+
+def test_results_that_no_frame_can_hold_end_their_stream_alone(start: Callable[..., ServerInThread]) -> None:
+    class OddLayers(FakeEngine):
+        """Hands layer 0 over twice, which no plan asked for."""
+
+        def prefill(
+            self, batch: Sequence[TokenizedSample], layers: Sequence[int], with_importance: bool, sink: LayerSink
+        ) -> None:
+            super().prefill(batch, layers, with_importance, sink)
+            if batch[0].sample.id == "twice":
+                super().prefill(batch, layers, with_importance, sink)
+
+    server = start(lambda config: OddLayers(config, FakeModel(layers=2)))
+    server.wait_ready()
+    with TeacherClient(server.endpoint) as client:
+        broken = refused(lambda: list(client.call(PLAN, samples("twice"))))
+        assert broken.code is grpc.StatusCode.INTERNAL
+        assert isinstance(client.fetch(PLAN, samples("fine"))[0], EncodedSampleKV)
+    wait_until(lambda: load_of(server) == IDLE)
+
+
+def start_gated(start: Callable[..., ServerInThread], **limits: object) -> tuple[ServerInThread, GatedEngine]:
+    config = CONFIG.model_copy(update=limits)
+    engine = GatedEngine(config)
+    server = start(lambda _config: engine, config)
+    server.wait_ready()
+    return server, engine
+
+
+def test_layers_leave_while_later_ones_are_computed(start: Callable[..., ServerInThread]) -> None:
+    server, engine = start_gated(start)
+    with TeacherClient(server.endpoint) as client:
+        stream = client.call(PLAN, samples("a", "b"))
+        records = unpack_frame(next(stream))[0]["records"]
+        assert [record["kind"] for record in records] == ["sample", "sample", "layer"]
+        assert (records[2]["indices"], records[2]["layer"]) == ([0, 1], 0)
+        engine.gate.set()
+        rest = [record for frame in stream for record in unpack_frame(frame)[0]["records"]]
+    assert [record["kind"] for record in rest] == ["layer", "sample_end", "sample_end", "end"]
+
+
+def test_a_full_queue_says_when_to_come_back_and_a_cancelled_call_makes_room(
+    start: Callable[..., ServerInThread],
+) -> None:
+    server, engine = start_gated(start, max_queued_tokens=12, max_batch_tokens=8)
+    with TeacherClient(server.endpoint) as client:
+        first = client.call(PLAN, samples("a", "b", "c"))
+        wait_until(lambda: load_of(server) == {"open_streams": 1, "queued_samples": 1, "queued_tokens": 12})
+        refusal = refused(lambda: list(client.call(PLAN, samples("d"))))
+        assert refusal.code is grpc.StatusCode.RESOURCE_EXHAUSTED
+        assert (refusal.pushback_ms or 0) >= 50
+        first.cancel()
+        # What runs still counts until the engine is through with it; what waited is gone.
+        wait_until(lambda: load_of(server) == {"open_streams": 0, "queued_samples": 0, "queued_tokens": 8})
+        second = client.call(PLAN, samples("d"))
+        wait_until(lambda: load_of(server)["queued_tokens"] == 12)
+        engine.gate.set()
+        assert len(list(second)) > 0
+    wait_until(lambda: load_of(server) == IDLE)
+
+
+def test_a_passed_deadline_frees_the_slot(start: Callable[..., ServerInThread]) -> None:
+    server, engine = start_gated(start, max_batch_tokens=4)
+    with TeacherClient(server.endpoint) as client:
+        late = refused(lambda: list(client.call(PLAN, samples("a", "b"), timeout=0.3)))
+        assert late.code is grpc.StatusCode.DEADLINE_EXCEEDED
+        engine.gate.set()
+        wait_until(lambda: load_of(server) == IDLE)
+        assert len(client.fetch(PLAN, samples("c"))) == 1
+    assert 'code="DEADLINE_EXCEEDED",method="StreamKV"} 1.0' in server.get("/metrics").text
+
+
+def test_a_call_without_a_deadline_gets_the_servers_own(start: Callable[..., ServerInThread]) -> None:
+    server, engine = start_gated(start, max_request_seconds=0.3)
+    with TeacherClient(server.endpoint) as client:
+        late = refused(lambda: list(client.call(PLAN, samples("a"), timeout=None)))
+        assert late.code is grpc.StatusCode.DEADLINE_EXCEEDED
+        assert "max_request_seconds" in late.details
+    engine.gate.set()
+
+
+def test_more_open_streams_than_allowed_are_told_to_come_back(start: Callable[..., ServerInThread]) -> None:
+    server, engine = start_gated(start, max_streams=1)
+    with TeacherClient(server.endpoint) as client:
+        first = client.call(PLAN, samples("a"))
+        wait_until(lambda: load_of(server)["open_streams"] == 1)
+        refusal = refused(lambda: client.fetch(PLAN, samples("b")))
+        assert refusal.code is grpc.StatusCode.RESOURCE_EXHAUSTED
+        assert refusal.pushback_ms == 200
+        engine.gate.set()
+        assert len(list(first)) > 0

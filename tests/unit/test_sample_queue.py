@@ -1,0 +1,176 @@
+"""The queue before the engine: fair between streams, batches by padded tokens, bounded by tokens and windows."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from typing import cast
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kvcore.plan import KVPlan
+from kvcore.types import Sample
+from teacher_server.engines.base import TokenizedSample
+from teacher_server.plan_execution import PlannedSample
+from teacher_server.sample_queue import BusyError, Job, Lane, SampleQueue, Sink
+
+PLAN = KVPlan(layers=(0,))
+NOBODY = cast("Sink", None)
+
+
+def lane_of(tokens: Sequence[int], nbytes: int = 10) -> tuple[Lane, list[Job]]:
+    """A stream of samples of these lengths."""
+    lane = Lane(NOBODY)
+    return lane, [Job(lane, index, PlannedSample(read(count), PLAN), nbytes) for index, count in enumerate(tokens)]
+
+
+def read(tokens: int) -> TokenizedSample:
+    ids = tuple(range(tokens))
+    return TokenizedSample(Sample("x", token_ids=ids), ids, ids, ids)
+
+
+def queue_of(max_tokens: int = 1000, max_batch_tokens: int = 1000, window_bytes: int = 1000) -> SampleQueue:
+    return SampleQueue(max_tokens, max_batch_tokens, window_bytes)
+
+
+def indices(batch: Sequence[Job], lane: Lane) -> list[int]:
+    return [job.index for job in batch if job.lane is lane]
+
+
+def test_streams_take_turns_and_keep_their_own_order() -> None:
+    queue = queue_of(max_batch_tokens=4)
+    big, small = lane_of([1] * 6), lane_of([1] * 2)
+    queue.admit(*big)
+    queue.admit(*small)
+    first, second = queue.take(), queue.take()
+    assert (indices(first, big[0]), indices(first, small[0])) == ([0, 1], [0, 1])
+    assert indices(second, big[0]) == [2, 3, 4, 5]
+
+
+def test_a_batch_counts_its_padding() -> None:
+    queue = queue_of(max_batch_tokens=20)
+    queue.admit(*lane_of([5, 5, 10, 1]))
+    # Three samples padded to 10 tokens would be 30; the fourth would fit but does not overtake.
+    assert [job.tokens for job in queue.take()] == [5, 5]
+    assert [job.tokens for job in queue.take()] == [10, 1]
+
+
+def test_a_sample_longer_than_a_batch_runs_alone() -> None:
+    queue = queue_of(max_batch_tokens=4)
+    queue.admit(*lane_of([9, 1]))
+    assert [job.tokens for job in queue.take()] == [9]
+    assert [job.tokens for job in queue.take()] == [1]
+
+
+def test_a_full_queue_refuses_and_estimates_from_the_measured_speed() -> None:
+    queue = queue_of(max_tokens=100, max_batch_tokens=50)
+    queue.admit(*lane_of([50, 50]))
+    with pytest.raises(BusyError) as unmeasured:
+        queue.admit(*lane_of([50]))
+    assert unmeasured.value.retry_ms == 1000
+    queue.done(queue.take(), seconds=0.1)
+    queue.admit(*lane_of([50]))
+    with pytest.raises(BusyError) as measured:
+        queue.admit(*lane_of([100]))
+    assert measured.value.retry_ms == 200  # 100 tokens too many at 500 tokens a second
+
+
+def test_an_idle_server_takes_a_request_of_any_size_in_portions() -> None:
+    queue = queue_of(max_tokens=10)
+    queue.admit(*lane_of([6, 6, 6]))
+    assert (queue.tokens, queue.ready_samples) == (6, 1)
+    batch = queue.take()
+    assert (queue.tokens, queue.ready_samples) == (6, 0)
+    queue.done(batch, 0.1)
+    assert [job.index for job in queue.take()] == [1]
+
+
+def test_a_stream_waits_until_its_answers_were_sent_and_holds_up_nobody() -> None:
+    queue = queue_of(window_bytes=25)
+    stalled, other = lane_of([1] * 4, nbytes=10), lane_of([1] * 2, nbytes=10)
+    queue.admit(*stalled)
+    queue.done(queue.take(), 0.1)
+    assert (stalled[0].unsent, queue.ready_samples) == (20, 0)
+    queue.admit(*other)
+    assert indices(queue.take(), other[0]) == [0, 1]
+    queue.release(stalled[0], 10)
+    assert indices(queue.take(), stalled[0]) == [2]
+
+
+def test_an_answer_larger_than_the_window_goes_alone() -> None:
+    queue = queue_of(window_bytes=25)
+    lane, jobs = lane_of([1, 1], nbytes=100)
+    queue.admit(lane, jobs)
+    assert len(queue.take()) == 1
+    queue.release(lane, 100)
+    assert len(queue.take()) == 1
+
+
+def test_a_stream_that_leaves_takes_its_waiting_samples_along() -> None:
+    queue = queue_of(max_tokens=10, max_batch_tokens=4)
+    leaving, staying = lane_of([4, 4, 4]), lane_of([2])
+    queue.admit(*leaving)
+    batch = queue.take()
+    queue.remove(leaving[0])
+    assert leaving[0].gone
+    assert (queue.tokens, queue.ready_samples) == (4, 0)  # what runs still counts
+    queue.admit(*staying)
+    assert indices(queue.take(), staying[0]) == [0]
+    queue.done(batch, 0.1)
+    assert queue.tokens == 2
+
+
+def test_a_stream_that_leaves_makes_room_for_those_that_wait() -> None:
+    queue = queue_of(max_tokens=10, max_batch_tokens=2)
+    waiting, leaving = lane_of([2, 9]), lane_of([3])
+    queue.admit(*waiting)
+    queue.admit(*leaving)
+    queue.done(queue.take(), 0.1)
+    assert (queue.tokens, queue.ready_samples) == (3, 1)
+    queue.remove(leaving[0])
+    assert indices(queue.take(), waiting[0]) == [1]
+
+
+def test_closing_wakes_whoever_waits_for_a_batch() -> None:
+    queue = queue_of()
+    taken: list[list[Job]] = []
+    waiting = threading.Thread(target=lambda: taken.append(queue.take()))
+    waiting.start()
+    queue.close()
+    waiting.join(10)
+    assert taken == [[]]
+
+
+@given(
+    requests=st.lists(st.lists(st.integers(1, 12), min_size=1, max_size=6), min_size=1, max_size=6),
+    max_tokens=st.integers(12, 40),
+    max_batch_tokens=st.integers(1, 40),
+    window_bytes=st.integers(1, 60),
+)
+def test_every_admitted_sample_runs_once_within_all_limits(
+    requests: list[list[int]], max_tokens: int, max_batch_tokens: int, window_bytes: int
+) -> None:
+    queue = queue_of(max_tokens, max_batch_tokens, window_bytes)
+    ran: dict[Lane, list[int]] = {}
+    admitted: dict[Lane, int] = {}
+    for lengths in requests:
+        lane, jobs = lane_of(lengths, nbytes=7)
+        try:
+            queue.admit(lane, jobs)
+        except BusyError:
+            continue
+        admitted[lane], ran[lane] = len(jobs), []
+    while queue.ready_samples:
+        batch = queue.take()
+        assert len(batch) == 1 or len(batch) * max(job.tokens for job in batch) <= max_batch_tokens
+        assert queue.tokens <= max_tokens
+        for job in batch:
+            ran[job.lane].append(job.index)
+            assert job.lane.unsent <= max(window_bytes, 7)
+        queue.done(batch, 0.01)
+        for job in batch:
+            queue.release(job.lane, job.nbytes)
+    assert {lane: list(range(count)) for lane, count in admitted.items()} == ran
+    assert queue.tokens == 0
