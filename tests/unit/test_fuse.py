@@ -70,11 +70,13 @@ def test_what_stands_in_an_absent_slot_is_never_read() -> None:
     assert (fused[(~present)[:, None, None, :, None].expand_as(fused)] == 0).all()
 
 
-def test_half_precision_is_fused_in_fp32() -> None:
+def test_whatever_comes_in_is_fused_in_fp32() -> None:
     x = torch.tensor([1.0, 1.0078125]).view(2, 1, 1, 1, 1, 1)
     fused, _ = fuse_fixed(x.bfloat16(), torch.ones(2, 1, 1, dtype=torch.bool), torch.tensor([1.0, 1.0]))
     assert fused.dtype == torch.float32
     assert fused.item() == 1.00390625  # halfway, which bfloat16 can't hold
+    double, _ = fuse_fixed(x.double(), torch.ones(2, 1, 1, dtype=torch.bool), torch.tensor([1.0, 1.0]))
+    assert double.dtype == torch.float32
 
 
 def test_gradients_reach_each_teacher_by_its_share() -> None:
@@ -88,7 +90,9 @@ def test_gradients_reach_each_teacher_by_its_share() -> None:
     torch.testing.assert_close(x.grad, share[:, :, None, None, :, None].expand(SHAPE))
 
 
-@pytest.mark.parametrize("weights", [[1.0, 2.0], [1.0, 0.0, 1.0], [1.0, -1.0, 1.0], [1.0, math.nan, 1.0]])
+@pytest.mark.parametrize(
+    "weights", [[1.0, 2.0], [1.0, 0.0, 1.0], [1.0, -1.0, 1.0], [1.0, math.nan, 1.0], [math.inf, 1.0, 1.0]]
+)
 def test_bad_weights_are_refused(weights: list[float]) -> None:
     x, mask = case(4)
     with pytest.raises(FieldError, match="weights"):

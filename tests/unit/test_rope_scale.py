@@ -71,6 +71,7 @@ MODELS = {
     "qwen3": lambda: family_model("qwen3"),
     "mistral": lambda: family_model("mistral"),
     "partial": lambda: tiny(StableLmModel, StableLmConfig, partial_rotary_factor=0.25),
+    "partial-yarn": lambda: tiny(StableLmModel, StableLmConfig, rope_parameters={**YARN, "partial_rotary_factor": 0.5}),
     "interleaved": lambda: tiny(CohereModel, CohereConfig),
     "partial-interleaved": lambda: tiny(GlmModel, GlmConfig, head_dim=16, partial_rotary_factor=0.5),
 }
@@ -182,11 +183,15 @@ def test_no_selected_token_is_no_problem() -> None:
     assert scaler.unrotate(torch.zeros(2, 2, 0, 16), torch.zeros(2, 0, dtype=torch.int32)).shape == (2, 2, 0, 16)
 
 
-def test_the_configuration_is_left_as_it_was() -> None:
+def test_a_scaler_and_the_configuration_it_was_made_from_do_not_change_each_other() -> None:
     config = family_model("llama", LLAMA3).config
     before = config.to_dict()
-    RoPEScaler.from_config(config).rotate(torch.zeros(1, 1, 1, 16), torch.zeros(1, 1))
+    scaler = RoPEScaler.from_config(config)
+    k_BHTD, positions_BT = torch.ones(1, 1, 1, 16), torch.tensor([[700]])
+    turned = scaler.rotate(k_BHTD, positions_BT)
     assert config.to_dict() == before
+    config.rope_parameters["rope_theta"] = 100.0
+    assert torch.equal(scaler.rotate(k_BHTD, positions_BT), turned)
 
 
 def test_models_without_a_rotary_embedding_we_can_undo_are_refused() -> None:
