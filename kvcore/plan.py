@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 from typing import Annotated, Literal, Self
@@ -69,5 +70,11 @@ class KVPlan(StrictModel):
 
     def digest(self) -> str:
         """Canonical hash: equal plans give equal digests, whatever the order or defaults they were written in."""
-        canonical = json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
-        return hashlib.blake2b(canonical.encode(), digest_size=16).hexdigest()
+        return _digest(self)  # pyright: ignore[reportArgumentType]  frozen models have a hash
+
+
+# Asked for with every sample's content key, of the one or two plans that a process uses.
+@functools.lru_cache(maxsize=64)
+def _digest(plan: KVPlan) -> str:
+    canonical = json.dumps(plan.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
+    return hashlib.blake2b(canonical.encode(), digest_size=16).hexdigest()
