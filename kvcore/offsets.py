@@ -80,12 +80,12 @@ class _Source:
 
     def normalised(self, start: int, end: int) -> bytes:
         piece = self.text[start:end]
-        return (self.normalise(piece) if self.normalise else piece).replace(_SPACE_MARK, " ").encode()
+        return (self.normalise(piece) if self.normalise else piece).encode()
 
     def is_changed(self) -> bool:
         """Whether normalising changes more than spaces."""
-        unchanged = self.text.replace(_SPACE_MARK, " ").encode()
-        return self.normalised(0, len(self.text)).lstrip(b" ") != unchanged.lstrip(b" ")
+        whole = len(self.text)
+        return _but_for_spaces(self.normalised(0, whole)) != _but_for_spaces(self.piece(0, whole))
 
 
 def _byte_ends(tokenizer: PreTrainedTokenizerBase, encoding: Encoding, text: str, byte_at: Sequence[int]) -> list[int]:
@@ -176,7 +176,13 @@ def _runs(tokens: Sequence[_Token], changed_text: str) -> Iterator[list[_Token]]
 
 
 def _reads_as(spellings: Sequence[str], normalised: bytes) -> bool:
-    return any(b"".join(pieces).lstrip(b" ") == normalised.lstrip(b" ") for pieces in _readings(spellings))
+    wanted = _but_for_spaces(normalised)
+    return any(_but_for_spaces(b"".join(pieces)) == wanted for pieces in _readings(spellings))
+
+
+def _but_for_spaces(text: bytes) -> bytes:
+    """A text without the spaces ahead of it, and with one spelling of those inside."""
+    return text.replace(_SPACE_MARK.encode(), b" ").lstrip(b" ")
 
 
 def _readings(spellings: Sequence[str]) -> Iterator[list[bytes]]:
