@@ -68,7 +68,7 @@ def test_overrides_are_yaml_and_the_last_one_wins(tmp_path):
     assert config.output is None
 
 
-@pytest.mark.parametrize("number", ["1e-3", "1E-03", "+1.e-3", "0.1e-2", "0.001", "10e-4"])
+@pytest.mark.parametrize("number", ["1e-3", "1E-03", "+1.e-3", "0.1e-2", "0.001", "10e-4", "01e-3"])
 def test_numbers_may_have_an_exponent(tmp_path, number):
     assert load(tmp_path, f"train: {{learning_rate: {number}}}").train.learning_rate == 1e-3
     assert load(tmp_path, "{}", f"train.learning_rate={number}").train.learning_rate == 1e-3
