@@ -26,7 +26,7 @@ from student_trainer.calibrate import calibrate
 from student_trainer.checkpoint import Checkpoint
 from student_trainer.config import AlignConfig, KVConfig, StudentConfig, TeacherConfig, TrainConfig
 from student_trainer.kv_batch import receive
-from student_trainer.kv_sources import build_source
+from student_trainer.kv_sources import build_source, flush
 from student_trainer.kv_sources.base import KVSource
 from student_trainer.latent import LatentStudent, load_reasoning, new_reasoning
 from student_trainer.model import DistillModel, TrainBatch
@@ -77,6 +77,11 @@ class Parts:
             caches.append(_to_device(received.kv, ds_engine.device()))
             window.receive(received, waited_s=fetched - began, decode_s=time.monotonic() - fetched)
         return TrainBatch(self.collator(records).to(ds_engine.device()), tuple(caches))
+
+    def flush(self) -> None:
+        """Puts on disk what was recorded so far."""
+        for teacher in self.teachers:
+            flush(teacher.source)
 
     def close(self) -> None:
         """Ends every source's threads, connections and files."""

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 from kvcore.errors import ConfigError
 from kvcore.types import Tensor
@@ -35,8 +36,13 @@ class Checkpoint:
         """What was fitted before the first step and never trains: adapters and scales."""
         return load_file(self.path / FROZEN)
 
+    def load_weights(self, module: nn.Module) -> None:
+        """Puts the weights into a module that no engine holds yet: an engine copies its parameters when it is made."""
+        _, unexpected = module.load_state_dict(load_file(self.path / WEIGHTS), strict=False)
+        assert not unexpected, f"weights of another model: {unexpected}"
+
     def restore(self, engine: Engine) -> None:
-        """Puts weights and optimiser state into a fresh engine."""
+        """Puts fp32 weights and optimiser state into an engine made after `load_weights`."""
         engine.restore(load_file(self.path / WEIGHTS), load_file(self.path / MOMENTS), self.step)
 
 

@@ -144,7 +144,10 @@ class Engine:
         return parameter if moment is None else self._inner().state[parameter][moment]
 
     def restore(self, weights: dict[str, Tensor], moments: dict[str, Tensor], steps: int) -> None:
-        """Sets parameters and optimiser to a saved state, after `steps` optimiser steps, on any number of ranks."""
+        """Sets the fp32 parameters and the optimiser to a saved state, after `steps` steps, on any number of ranks.
+
+        The module must have been given the same weights before this engine was made.
+        """
         self._prime_optimizer(steps)
         for name, parameter in self.trained_parameters():
             self._set(parameter, None, weights[name])
@@ -154,7 +157,9 @@ class Engine:
     def _prime_optimizer(self, steps: int) -> None:
         """Makes the state that AdamW would only make at its first step, so that there is something to set."""
         inner = self._inner()
-        for group in inner.param_groups:
+        # ZeRO-3 hands its partitions to the optimizer only while it steps; the other stages keep them there.
+        partitions = getattr(self._engine.optimizer, "fp32_partitioned_groups_flat", None)
+        for group in [{"params": partitions}] if partitions else inner.param_groups:
             for held in group["params"]:
                 inner.state[held] = {"step": torch.tensor(float(steps))} | {
                     name: torch.zeros_like(held) for name in MOMENTS

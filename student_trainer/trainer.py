@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import signal
 import time
 from collections import deque
@@ -36,6 +37,8 @@ class InterruptedRunError(KVDistillError):
 def main(config_path: Path, overrides: list[str]) -> None:
     """What `kvdistill train` runs on every rank."""
     config = load_config(config_path, overrides, TrainConfig)
+    level = logging.INFO if os.environ.get("RANK", "0") == "0" else logging.WARNING
+    logging.basicConfig(level=level, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", force=True)
     try:
         run(config)
     finally:
@@ -70,6 +73,8 @@ class Trainer:
         self.config, self.parts, self.rank, self.world_size = config, parts, rank, world_size
         self.out = config.run.output_dir
         self.device = ds_engine.device()
+        if parts.resumed is not None:
+            parts.resumed.load_weights(parts.model)
         self.engine = ds_engine.Engine(parts.model, config, parts.sampling.accumulation)
         self.best: dict[str, float] | None = None
         self.step = 0
@@ -232,6 +237,7 @@ class Trainer:
             save_model(self.engine, self.parts, self.out / "best_model")
 
     def _save(self) -> Path:
+        self.parts.flush()
         state = {"step": self.step, "best": self.best, "identity": self.parts.identity}
         return checkpoint.save(
             self.out / "checkpoints",
@@ -242,6 +248,7 @@ class Trainer:
         )
 
     def _finish(self, seconds: float) -> dict[str, Any]:
+        self.parts.flush()
         if not self.parts.val:
             save_model(self.engine, self.parts, self.out / "best_model")
         peaks_R = torch.zeros(self.world_size, dtype=torch.float64, device=self.device)
