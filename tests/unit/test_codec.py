@@ -241,7 +241,8 @@ def test_a_batch_holds_what_its_samples_decode_to(scope, spec, slots):
     assert batch.mask_BM.tolist() == [[slot < count for slot in range(widest)] for count in slots]
     assert batch.byte_ends_BLHM.dtype == torch.int64
     assert batch.byte_ends_BLHM.shape == (len(slots), *POSITION_SHAPES[scope], widest)
-    for kind, x_BLHMD in (("k", batch.k_BLHMD), ("v", batch.v_BLHMD)):
+    for kind, x_BLHMD in zip(KINDS, (batch.k_BLHMD, batch.v_BLHMD), strict=True):
+        assert x_BLHMD is not None
         assert x_BLHMD.shape == (len(slots), 3, 2, widest, 5)
         assert x_BLHMD.dtype == torch.float32
         for row, (sample, count) in enumerate(zip(samples, slots, strict=True)):

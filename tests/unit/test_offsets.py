@@ -52,7 +52,7 @@ def byte_level(pattern, normalizer=None, *, trim=False, bos=False, prefix_space=
     tokenizer.decoder = decoders.ByteLevel()
     special = ["<|begin|>", "<|end|>", "<｜User｜>"]
     train(tokenizer, special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
-    post = [processors.ByteLevel(trim_offsets=trim, add_prefix_space=prefix_space)]
+    post: list[processors.PostProcessor] = [processors.ByteLevel(trim_offsets=trim, add_prefix_space=prefix_space)]
     if bos:
         post.append(processors.TemplateProcessing(single="<|begin|> $A", special_tokens=[("<|begin|>", 0)]))
     tokenizer.post_processor = processors.Sequence(post)
@@ -256,7 +256,9 @@ def test_a_text_without_utf8_form_is_refused():
 class SlowTokenizer(PreTrainedTokenizer):
     """A tokenizer in plain Python, as transformers lets people write them."""
 
-    vocab_size = 256
+    @property
+    def vocab_size(self):
+        return 256
 
     def get_vocab(self):
         return {chr(byte): byte for byte in range(256)}

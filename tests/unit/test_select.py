@@ -9,13 +9,13 @@ import pytest
 import torch
 
 from kvcore.errors import NonFiniteError
-from kvcore.plan import SELECTORS, Selection
+from kvcore.plan import SELECTORS, Selection, Selector
 from kvcore.select import needs_importance, needs_keys, r_kv_scores, select, select_sample
 
 LAYERS, HEADS, TOKENS, HEAD_DIM = 3, 2, 14, 8
 
 
-def selection(selector="r_kv", budget=3, **fields):
+def selection(selector: Selector = "r_kv", budget=3, **fields):
     return Selection(selector=selector, budget=0 if selector == "full" else budget, **fields)
 
 
