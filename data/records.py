@@ -29,6 +29,7 @@ class Record:
 
     @property
     def text(self) -> str:
+        """All parts, one after the other."""
         return self.prompt + self.reasoning + self.answer
 
     def sample(self) -> Sample:

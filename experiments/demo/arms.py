@@ -72,9 +72,7 @@ def _test_accuracy(config: TrainConfig, test: Path) -> float:
     totals = {"count": 0.0, "accuracy": 0.0}
     for indices, counted in rank_batches(len(records), _TEST_BATCH, dist.get_rank(), dist.get_world_size()):
         chosen = [records[index] for index in indices]
-        written = answer(
-            model, collator, tokenizer, chosen, config.data.answer_tokens, ds_engine.device(), latent=True
-        )
+        written = answer(model, collator, tokenizer, chosen, config.data.answer_tokens, ds_engine.device(), latent=True)
         right = [is_correct(text, record, latent=True) for text, record in zip(written, chosen, strict=True)]
         totals["count"] += counted
         totals["accuracy"] += sum(right[:counted])

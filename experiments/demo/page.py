@@ -23,6 +23,7 @@ p { max-width: 46rem; margin: .4rem 0; }
 .wide { overflow-x: auto; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 th, td { text-align: left; padding: .35rem .9rem .35rem 0; border-bottom: 1px solid var(--line); vertical-align: top; }
+td { min-width: 4.5rem; } td:last-child { min-width: 10rem; }
 th { color: var(--soft); font-weight: 600; }
 .charts { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fit, minmax(min(100%, 25rem), 1fr)); }
 figure { margin: 0; }
@@ -97,7 +98,7 @@ def _figure(title: str, chart: Chart, results: Results) -> str:
     dark, light = (_data_uri(draw_chart(chart, results, THEMES[theme])) for theme in ("dark", "light"))
     return (
         f'<figure><picture><source media="(prefers-color-scheme: dark)" srcset="{dark}">'
-        f'<img src="{light}" alt="{escape(title)}" width="640" height="380"></picture></figure>\n'
+        f'<img src="{light}" alt="{escape(title)}" width="594" height="374"></picture></figure>\n'
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from matplotlib import rc_context
 from matplotlib.axes import Axes
@@ -54,7 +54,7 @@ def draw_accuracy(axes: Axes, results: Results, theme: Theme) -> None:
         seeds = results.arms[name].accuracy
         if len(seeds) > 1:
             axes.plot(seeds, [row] * len(seeds), "o", color=theme.ink, markersize=4)
-        axes.text(means[row] + 0.02, row, f"{means[row]:.1%}", va="center")
+        axes.text(max(*seeds, means[row]) + 0.02, row, f"{means[row]:.1%}", va="center")
     axes.axvline(results.chance, color=theme.ink, linestyle="--", linewidth=1)
     axes.text(results.chance + 0.01, -0.62, f"chance {results.chance:.1%}", fontsize="small")
     axes.set_ylim(len(names) - 0.5, -0.9)
@@ -66,7 +66,7 @@ def draw_accuracy(axes: Axes, results: Results, theme: Theme) -> None:
 
 def draw_learning(axes: Axes, results: Results, theme: Theme) -> None:
     """Validation accuracy over steps."""
-    curves = {name: arm.accuracy_curve for name, arm in results.arms.items()}
+    curves: dict[ArmName, Curve] = {name: arm.accuracy_curve for name, arm in results.arms.items()}
     _curves(axes, curves, theme)
     axes.axhline(results.chance, color=theme.ink, linestyle="--", linewidth=1)
     axes.set_ylim(0, 1.05)
@@ -76,7 +76,8 @@ def draw_learning(axes: Axes, results: Results, theme: Theme) -> None:
 
 def draw_kv_loss(axes: Axes, results: Results, theme: Theme) -> None:
     """The normalised KV loss over steps."""
-    _curves(axes, {name: arm.kv_loss_curve for name, arm in results.arms.items()}, theme)
+    curves: dict[ArmName, Curve] = {name: arm.kv_loss_curve for name, arm in results.arms.items()}
+    _curves(axes, curves, theme)
     axes.axhline(1.0, color=theme.ink, linestyle="--", linewidth=1)
     axes.set_ylim(bottom=0)
     axes.set_title("KV loss in training (1.0: predicting the mean)")
@@ -131,7 +132,7 @@ def draw_picture(results: Results) -> bytes:
 def draw_chart(chart: Chart, results: Results, theme: Theme) -> bytes:
     """One chart as SVG."""
     with rc_context(_style(theme)):
-        figure = Figure(figsize=(6.4, 3.8), layout="constrained")
+        figure = Figure(figsize=(5.4, 3.4), layout="constrained")
         chart(figure.subplots(), results, theme)
         return _bytes(figure, "svg")
 
@@ -146,7 +147,7 @@ def _curves(axes: Axes, curves: dict[ArmName, Curve], theme: Theme) -> None:
         axes.legend(frameon=False, fontsize="small")
 
 
-def _style(theme: Theme) -> dict[str, object]:
+def _style(theme: Theme) -> dict[Any, Any]:
     return {
         "font.size": 11,
         "axes.titlesize": 12,

@@ -1,10 +1,11 @@
-"""Teachers trained from scratch and the student warmed up, by the trainer itself, cached by all that determines them."""
+"""Teachers trained from scratch, the student warmed up; by the trainer itself, cached by what determines them."""
 
 from __future__ import annotations
 
 import hashlib
 import importlib.metadata
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -17,7 +18,7 @@ from pathlib import Path
 import yaml
 
 from data.records import Record
-from experiments.demo.processes import check, end, start_logged
+from experiments.demo.processes import CPU_ONLY, check, end, start_logged
 from experiments.demo.settings import Layout, ModelName, pretrain_config
 
 MODELS: tuple[ModelName, ...] = ("teacher_a", "teacher_b", "student")
@@ -55,14 +56,14 @@ def pretrain(layout: Layout, records: Sequence[Record], say: Callable[[str], Non
     Raises:
         DemoError: a training failed; with the end of its log.
     """
-    homes = {name: layout.cache / f"{name}-{_key(name, layout)}" for name in MODELS}
-    missing = [name for name in MODELS if not homes[name].is_dir()]
+    homes: dict[ModelName, Path] = {name: layout.cache / f"{name}-{_key(name, layout)}" for name in MODELS}
+    missing: list[ModelName] = [name for name in MODELS if not homes[name].is_dir()]
     for name in MODELS:
         if name not in missing:
             say(f"{name}: from the cache")
     if missing:
         _train(missing, homes, layout, records, say)
-    return {name: Pretrained(home / "model", _accuracy(home)) for name, home in homes.items()}
+    return {name: Pretrained(homes[name] / "model", _accuracy(homes[name])) for name in MODELS}
 
 
 def _train(
@@ -72,8 +73,9 @@ def _train(
     records: Sequence[Record],
     say: Callable[[str], None],
 ) -> None:
+    _make_starts(names, homes, records)
     with ExitStack() as stack:
-        running = [_start(name, homes[name], layout, records) for name in names]
+        running = [_start(name, homes[name], layout) for name in names]
         for job in running:
             stack.callback(shutil.rmtree, job.work, ignore_errors=True)
             stack.callback(end, job.process)
@@ -90,14 +92,28 @@ def _train(
                 say(", ".join(f"{job.name}: {_progress(job)}" for job in running))
 
 
-def _start(name: ModelName, home: Path, layout: Layout, records: Sequence[Record]) -> _Job:
+def _make_starts(names: Sequence[ModelName], homes: dict[ModelName, Path], records: Sequence[Record]) -> None:
+    """Writes the random-initialised models and their tokenizers."""
+    os.environ.update(CPU_ONLY)
     # Slow to import, and not needed where everything is cached.
+    from transformers.utils import logging as transformers_logging  # noqa: PLC0415
+
     from experiments.demo.make_models import make_model  # noqa: PLC0415
     from experiments.demo.tokenizers import build_tokenizer  # noqa: PLC0415
 
-    work = home.with_name(f".{home.name}.tmp")
-    shutil.rmtree(work, ignore_errors=True)
-    make_model(name, build_tokenizer(name, records), work / "start")
+    transformers_logging.disable_progress_bar()
+    for name in names:
+        work = _work(homes[name])
+        shutil.rmtree(work, ignore_errors=True)
+        make_model(name, build_tokenizer(name, records), work / "start")
+
+
+def _work(home: Path) -> Path:
+    return home.with_name(f".{home.name}.tmp")
+
+
+def _start(name: ModelName, home: Path, layout: Layout) -> _Job:
+    work = _work(home)
     config = pretrain_config(name, work / "start", layout, work / "run")
     config_path = work / "config.yaml"
     config_path.write_text(yaml.safe_dump(config), encoding="utf-8")
@@ -130,7 +146,7 @@ def _progress(job: _Job) -> str:
 
 
 def _key(name: ModelName, layout: Layout) -> str:
-    """Digest of all that determines a model: data, training settings, source text (shapes and seeds are in it), library versions."""
+    """Digest of all that determines a model: data, settings, sources (with shapes and seeds), library versions."""
     root = Path(__file__).resolve().parents[2]
     config = pretrain_config(name, Path("model"), Layout(Path()), Path("run"))
     sources = {str(path.relative_to(root)): path.read_text("utf-8") for glob in _SOURCES for path in root.glob(glob)}

@@ -18,6 +18,14 @@ from kvcore.errors import KVDistillError
 READY_SECONDS = 180.0
 STOP_SECONDS = 20.0
 _TAIL_LINES = 25
+# The same on every machine: no accelerator, and one thread a process, as there are as many processes as cores.
+CPU_ONLY = {
+    "CUDA_VISIBLE_DEVICES": "",
+    "DS_ACCELERATOR": "cpu",
+    "OMP_NUM_THREADS": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "PYTHONUNBUFFERED": "1",
+}
 
 
 class DemoError(KVDistillError):
@@ -53,7 +61,7 @@ def start_logged(command: list[str], log: Path, *, pipe: bool = False) -> subpro
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE if pipe else file,
             stderr=subprocess.STDOUT,
-            env=_environment(),
+            env=os.environ | CPU_ONLY,
             text=True,
             encoding="utf-8",
             errors="replace",
@@ -162,8 +170,3 @@ class TeacherServer:
 
     def _last_words(self) -> str:
         return f"the end of {self._log}:\n{tail(self._log)}"
-
-
-def _environment() -> dict[str, str]:
-    # One thread a process: the demo runs as many processes as it needs cores.
-    return os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1"}

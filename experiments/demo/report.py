@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,7 +11,7 @@ from rich.table import Table
 
 from experiments.demo.page import render_page
 from experiments.demo.picture import draw_picture
-from experiments.demo.results import Arm, Results
+from experiments.demo.results import Arm, Replay, Results
 from experiments.demo.settings import CONTROLS, ArmName
 
 HEADINGS = ("arm", "accuracy", "KV loss", "what the student learns from")
@@ -47,15 +46,30 @@ def verdict(results: Results) -> list[str]:
     misses = results.misses()
     if misses:
         return ["NOT as expected:", *misses, "So this run does not show what the demo is meant to show."]
-    return [
+    return [_gain(results), _replay(results.replay), _costs(results)]
+
+
+def _gain(results: Results) -> str:
+    without, taught, shuffled = (_mean(results.arms[name]) for name in ("no_kv", "kv_two_teachers", "shuffled_kv"))
+    return (
         f"With the same student, data, steps and seeds, the paired K/V of the teachers lift the accuracy without any "
-        f"reasoning text from {_mean(results.arms['no_kv']):.1%} to {_mean(results.arms['kv_two_teachers']):.1%}; "
-        f"K/V of other samples do not ({_mean(results.arms['shuffled_kv']):.1%}; chance is {results.chance:.1%}).",
-        f"The epoch replayed from the store repeats the recorded one: {results.replay.steps} steps, losses differ by at "
-        f"most {results.replay.largest_difference:.1e}.",
+        f"reasoning text from {without:.1%} to {taught:.1%}; K/V of other samples do not ({shuffled:.1%}; chance is "
+        f"{results.chance:.1%})."
+    )
+
+
+def _replay(replay: Replay) -> str:
+    return (
+        f"The epoch replayed from the store repeats the recorded one: {replay.steps} steps, losses differ by at most "
+        f"{replay.largest_difference:.1e}."
+    )
+
+
+def _costs(results: Results) -> str:
+    return (
         f"Per sample {results.bytes_per_sample:.0f} bytes travelled, where the teachers' whole bf16 caches have "
-        f"{results.raw_bf16_bytes_per_sample:.0f}; waiting for K/V took {results.stall_fraction:.1%} of the time.",
-    ]
+        f"{results.raw_bf16_bytes_per_sample:.0f}; waiting for K/V took {results.stall_fraction:.1%} of the time."
+    )
 
 
 def show(rows: Sequence[tuple[str, ...]], said: Sequence[str], console: Console) -> None:
@@ -102,4 +116,4 @@ def _mean(arm: Arm) -> float:
 def _replace(path: Path, content: bytes) -> None:
     temporary = path.with_name(f".{path.name}.tmp")
     temporary.write_bytes(content)
-    os.replace(temporary, path)
+    temporary.replace(path)

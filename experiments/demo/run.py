@@ -75,11 +75,13 @@ class Demo:
             models = pretrain(self.layout, train, self.say)
         with ExitStack() as stack:
             with self._stage("teacher servers"):
-                servers = {name: stack.enter_context(self._server(name, models)) for name in TEACHERS}
+                servers: dict[ModelName, TeacherServer] = {
+                    name: stack.enter_context(self._server(name, models)) for name in TEACHERS
+                }
                 for server in servers.values():
                     server.wait_ready()
             self._train(models["student"], servers)
-        memory = {name: server.peak_memory_mb for name, server in servers.items()}
+        memory: dict[ModelName, float] = {name: server.peak_memory_mb for name, server in servers.items()}
         self.seconds["total"] = time.monotonic() - self._started
         return self._results(models, memory)
 
@@ -116,7 +118,9 @@ class Demo:
         launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(RANKS)]
         began = time.monotonic()
         try:
-            run_logged([*launcher, "-m", "experiments.demo.arms", str(plan_path)], self.layout.logs / "arms.log", self._show)
+            run_logged(
+                [*launcher, "-m", "experiments.demo.arms", str(plan_path)], self.layout.logs / "arms.log", self._show
+            )
         except DemoError:
             for server in servers.values():
                 server.check_alive()
@@ -131,7 +135,11 @@ class Demo:
     def _plan(self, student: Path, ports: dict[str, int]) -> list[dict[str, Any]]:
         test = str(self.layout.split("test"))
         arms = [
-            {"name": f"{arm} seed {seed}", "config": arm_config(arm, seed, self.settings, self.layout, student, ports), "test": test}
+            {
+                "name": f"{arm} seed {seed}",
+                "config": arm_config(arm, seed, self.settings, self.layout, student, ports),
+                "test": test,
+            }
             for arm in ARMS
             for seed in range(self.seeds)
         ]
@@ -172,7 +180,9 @@ class Demo:
             "Question": f"{example.prompt}  (reasoning{example.reasoning}, answer{example.answer})",
             "Training records": f"{settings.train}, none of them among the {settings.test} test items",
             "Steps of an arm": f"{settings.arm_steps} at 64 samples, {RANKS} DeepSpeed ranks, ZeRO-2",
-            "Accuracy with written reasoning": ", ".join(f"{name} {model.accuracy:.1%}" for name, model in models.items()),
+            "Accuracy with written reasoning": ", ".join(
+                f"{name} {model.accuracy:.1%}" for name, model in models.items()
+            ),
             "Recorded epoch": f"{settings.record} records",
         }
 

@@ -39,7 +39,7 @@ class Settings:
     val: int = 256
     test: int = 1000
     record: int = 4096
-    arm_steps: int = 800
+    arm_steps: int = 400
     evaluations: int = 8
     data_seed: int = 0
     modulus: int = 7
@@ -47,8 +47,8 @@ class Settings:
 
 
 FULL = Settings()
-QUICK = Settings(test=500, record=1024, arm_steps=300, evaluations=3)
-PRETRAIN_STEPS: dict[ModelName, int] = {"teacher_a": 1200, "teacher_b": 1000, "student": 1200}
+QUICK = Settings(test=500, record=1024, arm_steps=240, evaluations=3)
+PRETRAIN_STEPS: dict[ModelName, int] = {"teacher_a": 1000, "teacher_b": 800, "student": 1200}
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,17 +58,21 @@ class Layout:
     output: Path
 
     def split(self, name: str) -> Path:
+        """The records of train, val, test or record."""
         return self.output / "data" / f"{name}.jsonl"
 
     def run(self, name: str) -> Path:
+        """The output directory of one training run."""
         return self.output / "runs" / name
 
     @property
     def cache(self) -> Path:
+        """Models by the digest of what determines them."""
         return self.output / "cache"
 
     @property
     def logs(self) -> Path:
+        """Output of the child processes."""
         return self.output / "logs"
 
 
@@ -94,7 +98,9 @@ def pretrain_config(name: ModelName, model: Path, layout: Layout, output_dir: Pa
     }
 
 
-def arm_config(arm: ArmName, seed: int, settings: Settings, layout: Layout, student: Path, ports: dict[str, int]) -> Config:
+def arm_config(
+    arm: ArmName, seed: int, settings: Settings, layout: Layout, student: Path, ports: dict[str, int]
+) -> Config:
     """One arm: the student thinks in latents; arms differ in nothing but the teachers and the control."""
     config = _latent_config(layout.run(f"{arm}-seed{seed}"), seed, layout.split("train"), student)
     config["data"]["val"] = str(layout.split("val"))

@@ -14,7 +14,6 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast, Qwen2Tokenizer
 
 from data.records import Record
-
 from experiments.demo.settings import ModelName
 
 _QWEN2_SPLIT = (

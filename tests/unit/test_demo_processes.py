@@ -1,0 +1,90 @@
+"""The demo's child processes: output in logs, failures with the log's end, nothing left running."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from experiments.demo.processes import DemoError, TeacherServer, end, free_ports, run_logged, start_logged
+from experiments.demo.run import main
+from kvcore.errors import FieldError
+
+
+def python(code: str) -> list[str]:
+    return [sys.executable, "-c", code]
+
+
+def test_output_reaches_the_log_and_the_caller_line_by_line(tmp_path: Path) -> None:
+    lines: list[str] = []
+    run_logged(
+        python("import sys; print('one'); print('two', file=sys.stderr)"), tmp_path / "l" / "x.log", lines.append
+    )
+    assert sorted(lines) == ["one", "two"]
+    assert sorted((tmp_path / "l" / "x.log").read_text(encoding="utf-8").split()) == ["one", "two"]
+
+
+def test_a_failed_command_is_reported_with_the_end_of_its_log(tmp_path: Path) -> None:
+    code = "import sys\nfor i in range(99): print('line', i)\nsys.exit('the reason')"
+    with pytest.raises(DemoError, match="code 1") as caught:
+        run_logged(python(code), tmp_path / "x.log")
+    assert "the reason" in str(caught.value)
+    assert "line 98" in str(caught.value)
+    assert "line 3\n" not in str(caught.value)
+
+
+def test_a_caller_that_gives_up_leaves_no_process(tmp_path: Path) -> None:
+    def give_up(line: str) -> None:
+        raise KeyboardInterrupt(line)
+
+    with pytest.raises(KeyboardInterrupt) as caught:
+        run_logged(
+            python("import os, time; print(os.getpid(), flush=True); time.sleep(60)"), tmp_path / "x.log", give_up
+        )
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(str(caught.value)), 0)
+
+
+def test_a_process_that_ignores_sigterm_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("experiments.demo.processes.STOP_SECONDS", 0.2)
+    code = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('on', flush=True); time.sleep(60)"
+    process = start_logged(python(code), tmp_path / "x.log")
+    while "on" not in (tmp_path / "x.log").read_text(encoding="utf-8"):
+        time.sleep(0.01)
+    end(process)
+    assert process.returncode == -signal.SIGKILL
+
+
+def test_a_server_that_dies_is_reported_with_the_end_of_its_log(tmp_path: Path) -> None:
+    nowhere = tmp_path / "nowhere"
+    server = TeacherServer("teacher_x", nowhere, tmp_path / "serve.log")
+    with server, pytest.raises(DemoError, match="teacher_x's server ended") as caught:
+        server.wait_ready()
+    assert str(nowhere) in str(caught.value)
+
+
+def test_free_ports_differ_and_can_be_listened_on() -> None:
+    ports = free_ports(4)
+    assert len(set(ports)) == 4
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", ports[0]))
+
+
+def test_the_demo_does_not_empty_a_folder_that_is_not_its_own(tmp_path: Path) -> None:
+    theirs = tmp_path / "runs" / "precious.txt"
+    theirs.parent.mkdir()
+    theirs.touch()
+    with pytest.raises(FieldError, match="was not made by the demo"):
+        main(tmp_path, quick=True)
+    assert theirs.exists()
+
+
+def test_progress_of_pretraining_needs_no_torch() -> None:
+    code = "import sys, experiments.demo.settings, experiments.demo.processes; sys.exit('torch' in sys.modules)"
+    assert subprocess.run(python(code), check=False).returncode == 0
