@@ -172,6 +172,19 @@ def test_a_body_is_filled_before_the_next_begins():
     assert counts[-8:] == [10] * 8
 
 
+def test_a_body_may_be_exactly_full():
+    sent = [sample_kv(i) for i in range(2)]
+    sample_bytes = records_of(write_stream(sent)[0])[0]["bytes"]
+    row_bytes = records_of(write_stream(sent)[1])[0]["bytes"] // 2
+    writer = FrameWriter(REQUEST, PLAN, max_body=sample_bytes)
+    assert write_sample(writer, 0, sent[0]) == []
+    assert [(r["kind"], "size" in r) for r in records_of(*writer.flush())] == [("sample", False)]
+    writer = FrameWriter(REQUEST, PLAN, max_body=2 * sample_bytes)
+    assert write_sample(writer, 0, sent[0]) + write_sample(writer, 1, sent[1]) == []
+    writer = FrameWriter(REQUEST, PLAN, max_body=sample_bytes + row_bytes)
+    assert write_sample(writer, 0, sent[0]) + write_layer(writer, [0], 0, sent) == []
+
+
 def test_frames_are_numbered_and_carry_the_hash_of_their_body():
     for seq, frame in enumerate(write_stream([sample_kv(i) for i in range(3)], max_body=100)):
         header, body = unpack_frame(frame)

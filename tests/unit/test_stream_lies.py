@@ -119,6 +119,7 @@ LIES = [
     (edit("sample", size=10**15), "its shapes need 72"),
     (edit("layer", indices=[]), "without sample indices"),
     (edit("layer", indices={}), "without sample indices"),
+    (edit("layer", indices="01"), "without sample indices"),
     (edit("layer", indices=[0, 0]), "twice"),
     (edit("layer", indices=[0, 7]), "sample 7"),
     (edit("layer", indices=[0], errors={"k": [0.0], "v": [0.0]}), "its shapes need"),
@@ -156,6 +157,7 @@ LIES = [
     (edit("sample_end", layers=2), "layers 2, 3 came"),
     (edit("sample_end", status=""), "ended with the status ''"),
     (edit("sample_end", status=None), "ended with the status None"),
+    (edit("sample_end", status=5), "ended with the status 5"),
     (edit("sample_end", timings=None), "without timings"),
     (edit("sample_end", timings={"queue": 0.0}), "'prefill' must hold finite"),
     (
@@ -196,16 +198,35 @@ def sample_body(change: Callable[[torch.Tensor], object]) -> Change:
     return apply
 
 
-@pytest.mark.parametrize(("row", "value"), [(0, -1), (1, -2), (1, 1), (1, 10)])
-def test_tokens_that_no_text_has_are_refused(row, value):
+@pytest.mark.parametrize(("row", "token", "value"), [(0, 4, -1), (1, 4, -2), (1, 4, 0), (1, 4, 1), (1, 8, 10)])
+def test_tokens_that_no_text_has_are_refused(row, token, value):
     with pytest.raises(ProtocolError, match="token ids or byte ends out of range"):
-        read_stream(forge(stream(), sample_body(lambda values: values[row, 4].fill_(value))), 3)
+        read_stream(forge(stream(), sample_body(lambda values: values[row, token].fill_(value))), 3)
 
 
-def test_byte_ends_that_cannot_be_told_are_taken():
-    frames = forge(stream(), sample_body(lambda values: values[1, 4].fill_(-1)))
-    with pytest.raises(ProtocolError, match="does not match its digest"):
+def test_a_layer_past_the_plans_last_is_refused():
+    frames = forge(stream(), lambda frames: frames.insert(3, frames[2]))
+    with pytest.raises(ProtocolError, match="layer 4 of sample 's0' is not the plan's next"):
         read_stream(frames, 3)
+
+
+def test_samples_at_different_layers_cannot_share_a_record():
+    writer = FrameWriter(REQUEST, PLAN, 1 << 20)
+    for index in range(2):
+        write_sample(writer, index, SENT[index])
+    write_layer(writer, [0], 0, SENT)
+    write_layer(writer, [0, 1], 1, SENT)
+    with pytest.raises(ProtocolError, match="is not the plan's next"):
+        read_stream(writer.flush(), 2)
+
+
+def test_an_end_that_counts_too_few_samples_is_refused():
+    def change(frames: list[Forged]) -> None:
+        drop("sample_end")(frames)
+        edit("end", samples=2)(frames)
+
+    with pytest.raises(ProtocolError, match="ended after 2 of 3 samples, naming 2"):
+        read_stream(forge(stream(), change), 3)
 
 
 def test_positions_of_the_scope_sample_must_agree_between_layers():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -186,6 +188,20 @@ def test_samples_that_were_complete_before_the_damage_stay_good():
         reader.feed(frames[1][:-1])
     assert isinstance(kv, EncodedSampleKV)
     assert_same(kv, SENT[0], timings=False)
+
+
+def test_the_token_zero_and_byte_ends_that_cannot_be_told_are_taken():
+    kv = sample_kv(0)
+    kv.token_ids_T[0] = 0
+    kv.byte_ends_T[4] = kv.byte_ends_T[8] = -1
+    assert_same(read_stream(write_stream([kv]), 1)[0], kv)
+
+
+def test_a_body_may_be_as_large_as_the_teacher_stated():
+    frames = stream()
+    info = dataclasses.replace(INFO, max_frame_bytes=max(len(unpack_frame(frame)[1]) for frame in frames))
+    reader = StreamReader(REQUEST, PLAN, [text_sample(i) for i in range(3)], info)
+    assert sum(len(reader.feed(frame)) for frame in frames) == 3
 
 
 def test_tensors_of_a_sample_are_contiguous_and_typed_as_the_codec_says():
