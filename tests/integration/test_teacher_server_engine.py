@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import grpc
 import httpx
 import pytest
+import torch
 from grpc_health.v1 import health_pb2
 
 from kvcore.errors import UnsupportedModelError
@@ -94,10 +96,13 @@ class GatedEngine(FakeEngine):
     def __init__(self, config: ServeConfig) -> None:
         super().__init__(config, FakeModel(layers=2))
         self.gate = threading.Event()
+        self.largest_batch = 0
 
     def prefill(
         self, batch: Sequence[TokenizedSample], layers: Sequence[int], with_importance: bool, sink: LayerSink
     ) -> None:
+        self.largest_batch = max(self.largest_batch, len(batch))
+
         def gated(output: LayerOutput) -> None:
             if output.layer > 0 and batch[0].sample.id != "self-test":
                 assert self.gate.wait(60)
@@ -279,6 +284,25 @@ def test_layers_leave_while_later_ones_are_computed(start: Callable[..., ServerI
         engine.gate.set()
         rest = [record for frame in stream for record in unpack_frame(frame)[0]["records"]]
     assert [record["kind"] for record in rest] == ["layer", "sample_end", "sample_end", "end"]
+
+
+def test_streams_that_share_a_batch_get_each_their_own_samples(start: Callable[..., ServerInThread]) -> None:
+    server, engine = start_gated(start)
+    requests = [[Sample(f"{turn}-{i}", token_ids=(turn, i, 3, 4)) for i in range(3)] for turn in range(2)]
+    with TeacherClient(server.endpoint) as client, ThreadPoolExecutor(2) as pool:
+        first = client.call(PLAN, samples("first"))
+        next(first)
+        together = [pool.submit(client.fetch, PLAN, request) for request in requests]
+        wait_until(lambda: load_of(server)["queued_samples"] == 6)
+        engine.gate.set()
+        shared = [future.result(60) for future in together]
+        alone = [client.fetch(PLAN, request) for request in requests]
+    assert engine.largest_batch == 6
+    for got, wanted in zip(itertools.chain(*shared), itertools.chain(*alone), strict=True):
+        assert isinstance(got, EncodedSampleKV)
+        assert isinstance(wanted, EncodedSampleKV)
+        assert got.sample_id == wanted.sample_id
+        assert all(torch.equal(got.parts[name], wanted.parts[name]) for name in wanted.parts)
 
 
 def test_a_full_queue_says_when_to_come_back_and_a_cancelled_call_makes_room(
