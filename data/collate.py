@@ -7,7 +7,7 @@ prompt it is given at inference.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING
 
 import torch
@@ -53,7 +53,7 @@ class StudentBatch:
 
     def to(self, device: torch.device) -> StudentBatch:
         """The same batch on another device."""
-        tensors = (getattr(self, name).to(device) for name in self.__slots__[1:])
+        tensors = (getattr(self, field.name).to(device) for field in fields(self)[1:])
         return StudentBatch(self.records, *tensors)
 
 

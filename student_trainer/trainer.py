@@ -150,11 +150,13 @@ class Trainer:
             assert batch is not None
             return batch
         path = self._save()
+        if self.rank == 0:
+            logger.warning("checkpoint saved: %s; run the same command again to go on from step %d", path, self.step)
         if failure is not None:
-            failure.add_note(f"checkpoint saved: {path}; run the same command again to go on from step {self.step}")
             raise failure
-        why = "another rank failed" if int(status) == 2 else "told to stop"
-        raise InterruptedRunError(f"{why} at step {self.step}; checkpoint saved: {path}; run the same command to go on")
+        raise InterruptedRunError(
+            f"{'another rank failed' if int(status) == 2 else 'told to stop'} at step {self.step}"
+        )
 
     def _log(self, tracker: Tracker) -> None:
         window, self.window = self.window, Window()

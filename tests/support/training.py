@@ -6,7 +6,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ class World:
     train: Path
     val: Path
 
-    def config(self, name: str, endpoints: dict[str, Sequence[str]], **changes: Any) -> dict[str, Any]:
+    def config(self, name: str, endpoints: Mapping[str, Sequence[str]], **changes: Any) -> dict[str, Any]:
         """A short latent run; `changes` are sections, merged one level deep."""
         config: dict[str, Any] = {
             "student": {"path": str(self.student), "mode": "latent", "latents": LATENTS, "passes": 2},

@@ -1,0 +1,84 @@
+"""Teachers that die, and runs that are told to stop, in the middle of training."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.support.servers import running_teacher, start_teacher, wait_until
+from tests.support.training import World, make_world, metrics, start_cli
+
+STEPS = 60
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    return make_world(tmp_path_factory.mktemp("world"))
+
+
+def ran_at_least(output: Path, steps: int, process: subprocess.Popen[bytes], log: Path) -> bool:
+    assert process.poll() is None, log.read_text(encoding="utf-8")[-4000:]
+    return (output / "metrics.jsonl").is_file() and len(metrics(output, "train/loss")) >= steps
+
+
+def last_step(output: Path) -> int:
+    newest = max((output / "checkpoints").glob("step-*"))
+    return json.loads((newest / "state.json").read_text(encoding="utf-8"))["step"]
+
+
+def test_a_killed_replica_costs_no_step(world: World, tmp_path: Path) -> None:
+    a, b = (start_teacher(world.teachers["ada"], tmp_path / f"{name}.log") for name in "ab")
+    try:
+        endpoints = [a.wait_ready().endpoint, b.wait_ready().endpoint]
+        config = world.config("replica", {"ada": endpoints}, run={"steps": STEPS})
+        process, log = start_cli(config, 2, tmp_path)
+        output = Path(config["run"]["output_dir"])
+        wait_until(lambda: ran_at_least(output, 5, process, log), 120)
+        a.kill()
+        assert process.wait(300) == 0, log.read_text(encoding="utf-8")[-4000:]
+    finally:
+        a.stop()
+        b.stop()
+    assert sorted(metrics(output, "train/loss")) == list(range(1, STEPS + 1))
+    assert sum(metrics(output, "kv/missing_samples").values()) == 0
+    assert a.endpoint in log.read_text(encoding="utf-8"), "the switch is logged"
+
+
+def test_losing_the_only_replica_ends_the_run_with_a_checkpoint_and_the_teachers_name(
+    world: World, tmp_path: Path
+) -> None:
+    teacher = start_teacher(world.teachers["ada"], tmp_path / "ada.log")
+    try:
+        config = world.config("lost", {"ada": [teacher.wait_ready().endpoint]}, run={"steps": 5000})
+        process, log = start_cli(config, 2, tmp_path)
+        output = Path(config["run"]["output_dir"])
+        wait_until(lambda: ran_at_least(output, 5, process, log), 120)
+        teacher.kill()
+        assert process.wait(120) != 0
+    finally:
+        teacher.stop()
+    said = log.read_text(encoding="utf-8")
+    assert "teacher 'ada'" in said
+    assert teacher.endpoint in said
+    assert last_step(output) >= 5
+    assert f"step-{last_step(output):08d}" in said
+
+
+def test_a_run_told_to_stop_saves_and_goes_on_later(world: World, tmp_path: Path) -> None:
+    with running_teacher(world.teachers["ada"], tmp_path / "ada.log") as teacher:
+        config = world.config("stopped", {"ada": [teacher.endpoint]}, run={"steps": STEPS})
+        output = Path(config["run"]["output_dir"])
+        process, log = start_cli(config, 2, tmp_path)
+        wait_until(lambda: ran_at_least(output, 3, process, log), 120)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(120) != 0
+        stopped_at = last_step(output)
+        assert stopped_at < STEPS
+        process, log = start_cli(config, 2, tmp_path)
+        assert process.wait(300) == 0, log.read_text(encoding="utf-8")[-4000:]
+    assert f"step-{stopped_at:08d}" in log.read_text(encoding="utf-8"), "it says where it goes on"
+    assert sorted(metrics(output, "train/loss")) == list(range(1, STEPS + 1))
