@@ -1,7 +1,8 @@
 """What serving K/V costs: a real server process, one client, int8 against raw in turns.
 
 Prints one JSON object as its last line. Every round sends the same requests in each codec, one after the other; the
-medians over the rounds are reported. `overhead_cpu_ms` is the server's CPU per request beyond the model's own time.
+medians over the rounds are reported. For the built-in tiny model, `overhead_cpu_ms` is the server's CPU per request
+beyond the model's forward, whose CPU is measured in this process once the server has ended.
 
     python -m benchmarks.serve [--model PATH] [--samples 64] [--operations 4] [--budget 3] [--requests 20] [--rounds 5]
 """
@@ -21,15 +22,19 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import torch
 
 from data.synthetic import ChainTask
 from kvcore.plan import CodecName, CodecSpec, KVPlan, Selection
 from kvcore.stream_reader import StreamReader
 from kvcore.types import EncodedSampleKV, Sample
+from teacher_server.config import ServeConfig
+from teacher_server.engines import load_engine
 from tests.support.servers import TeacherClient, TeacherProcess, running_teacher
 from tests.support.tiny_models import save_tiny_model, tiny_spec
 
 CODECS: tuple[CodecName, ...] = ("int8", "raw")
+TINY = tiny_spec("qwen2", hidden=64, heads=4, kv_heads=2, head_dim=16)
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +50,6 @@ class Measured:
     model_ms: float
     encode_ms: float
     server_cpu_ms: float
-    overhead_cpu_ms: float
     client_cpu_ms: float
 
 
@@ -102,7 +106,6 @@ def measure(teacher: TeacherProcess, client: TeacherClient, plan: KVPlan, reques
         model_ms=1e3 * model_s,
         encode_ms=1e3 * encode_s,
         server_cpu_ms=1e3 * server_s,
-        overhead_cpu_ms=1e3 * (server_s - model_s),
         client_cpu_ms=1e3 * client_s,
     )
 
@@ -124,37 +127,50 @@ def chain_requests(count: int, samples: int, operations: int) -> list[list[Sampl
     ]
 
 
+def model_cpu_ms(model: str, requests: list[list[Sample]]) -> float:
+    """CPU of one request's forward pass alone, with importance, as R-KV needs it."""
+    torch.set_num_threads(1)
+    engine = load_engine(ServeConfig(model=model, device="cpu", dtype="fp32"))
+    read = [[engine.tokenize(sample) for sample in samples] for samples in requests]
+    layers = range(engine.info.layers)
+    spent: list[float] = []
+    for batch in read:
+        before = time.process_time()
+        engine.prefill(batch, layers, True, lambda _output: None)
+        spent.append(time.process_time() - before)
+    return 1e3 * statistics.median(spent)
+
+
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
     """Starts the server and measures."""
+    requests = chain_requests(arguments.requests, arguments.samples, arguments.operations)
     with tempfile.TemporaryDirectory() as scratch:
-        model = arguments.model
-        if model is None:
-            spec = tiny_spec("qwen2", hidden=64, heads=4, kv_heads=2, head_dim=16, vocabulary=384)
-            model = save_tiny_model(Path(scratch) / "model", spec)
+        model = arguments.model or str(save_tiny_model(Path(scratch) / "model", TINY))
         with (
-            running_teacher(
-                model, Path(scratch) / "server.log", dtype=arguments.dtype, device=arguments.device
-            ) as teacher,
+            running_teacher(model, Path(scratch) / "log", dtype=arguments.dtype, device=arguments.device) as teacher,
             TeacherClient(teacher.endpoint) as client,
         ):
-            rounds = _rounds(arguments, teacher, client)
-            return {
-                "benchmark": "serve",
-                **{name: value for name, value in vars(arguments).items() if name != "model"},
-                "model": client.info.model if arguments.model else "tiny random Qwen2",
-                "layers": client.info.layers,
-                "server_memory_mb": round(teacher.memory_mb(), 1),
-                **{codec: medians(results) for codec, results in rounds.items()},
-                "int8_bytes_over_raw": round(
-                    medians(rounds["int8"])["bytes_per_sample"] / medians(rounds["raw"])["bytes_per_sample"], 4
-                ),
-            }
+            rounds = _rounds(arguments, teacher, client, requests)
+            layers, memory_mb = client.info.layers, teacher.memory_mb()
+        results = {codec: medians(measured) for codec, measured in rounds.items()}
+        if arguments.model is None and arguments.budget:
+            alone_ms = model_cpu_ms(model, requests)
+            for result in results.values():
+                result["overhead_cpu_ms"] = round(result["server_cpu_ms"] - alone_ms, 3)
+    return {
+        "benchmark": "serve",
+        **vars(arguments),
+        "model": arguments.model or "tiny random Qwen2",
+        "layers": layers,
+        "server_memory_mb": round(memory_mb, 1),
+        **results,
+        "int8_bytes_over_raw": round(results["int8"]["bytes_per_sample"] / results["raw"]["bytes_per_sample"], 4),
+    }
 
 
 def _rounds(
-    arguments: argparse.Namespace, teacher: TeacherProcess, client: TeacherClient
+    arguments: argparse.Namespace, teacher: TeacherProcess, client: TeacherClient, requests: list[list[Sample]]
 ) -> dict[CodecName, list[Measured]]:
-    requests = chain_requests(arguments.requests, arguments.samples, arguments.operations)
     selection = Selection(selector="r_kv", budget=arguments.budget) if arguments.budget else Selection()
     layers = tuple(range(client.info.layers))
     rounds: dict[CodecName, list[Measured]] = {codec: [] for codec in CODECS}

@@ -81,10 +81,20 @@ class TeacherKVService:
         current_call().request_id = request.request_id[:MAX_ID_LENGTH]
         with self._state.open_stream():
             query = read_query(request, self._state)
-            info = self._state.loaded().engine.info
-            await context.send_initial_metadata(((TEACHER_METADATA, teacher_metadata(info)),))
             async with asyncio.timeout(self._state.config.max_request_seconds):
-                await self.answer(query, context.write)
+                await self.answer(query, self._writer(context))
+
+    def _writer(self, context: grpc.aio.ServicerContext) -> Write:
+        metadata = ((TEACHER_METADATA, teacher_metadata(self._state.loaded().engine.info)),)
+        call = current_call()
+
+        async def write(frame: bytes) -> None:
+            # Not before the first frame: gRPC retries a refused call by itself only if nothing had been answered.
+            if not call.frames:
+                await context.send_initial_metadata(metadata)
+            await context.write(frame)
+
+        return write
 
     async def answer(self, query: KVQuery, write: Write) -> None:
         """Runs a query and writes its frames.

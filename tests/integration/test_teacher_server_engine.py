@@ -20,6 +20,7 @@ from kvcore.frames import unpack_frame
 from kvcore.plan import CodecSpec, KVPlan, Selection
 from kvcore.stream_reader import SampleFailure
 from kvcore.types import EncodedSampleKV, Sample
+from kvcore.wire import TEACHER_METADATA, teacher_metadata
 from teacher_server import app
 from teacher_server.config import ServeConfig
 from teacher_server.engines.base import LayerOutput, LayerSink, TeacherEngine, TokenizedSample
@@ -312,7 +313,10 @@ def test_a_full_queue_says_when_to_come_back_and_a_cancelled_call_makes_room(
     with TeacherClient(server.endpoint) as client:
         first = client.call(PLAN, samples("a", "b", "c"))
         wait_until(lambda: load_of(server) == {"open_streams": 1, "queued_samples": 1, "queued_tokens": 12})
-        refusal = refused(lambda: list(client.call(PLAN, samples("d"))))
+        full = client.call(PLAN, samples("d"))
+        refusal = refused(lambda: list(full))
+        # gRPC's own retry policy passes over a call that had an answer, be it metadata alone.
+        assert not full.initial_metadata()
         assert refusal.code is grpc.StatusCode.RESOURCE_EXHAUSTED
         assert (refusal.pushback_ms or 0) >= 50
         first.cancel()
@@ -322,6 +326,7 @@ def test_a_full_queue_says_when_to_come_back_and_a_cancelled_call_makes_room(
         wait_until(lambda: load_of(server)["queued_tokens"] == 12)
         engine.gate.set()
         assert len(list(second)) > 0
+        assert dict(second.initial_metadata())[TEACHER_METADATA] == teacher_metadata(client.info)
     wait_until(lambda: load_of(server) == IDLE)
 
 
