@@ -26,6 +26,7 @@ CORPUS = [
     "שלום עולם",
     "👩‍👩‍👧 e\u0301",
 ] * 3
+SMALL_CORPUS = ["hello world  the quick brown fox  x = 314 + 4", "שלום עולם"] * 3
 SINGLE_BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
 
 TEXTS = {
@@ -68,7 +69,8 @@ def sentencepiece(*, prepend=False, normalizer=None, bos=False):
         tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
         tokenizer.normalizer = normalizer
     tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
-    train(tokenizer, ["<unk>", "<s>", "</s>", *SINGLE_BYTES], limit_alphabet=40)
+    # Few characters have a token of their own, always the same ones, so that the others fall back to bytes.
+    train(tokenizer, ["<unk>", "<s>", "</s>", *SINGLE_BYTES], corpus=SMALL_CORPUS)
     definition = json.loads(tokenizer.to_str())
     definition["added_tokens"] = [
         token for token in definition["added_tokens"] if not token["content"].startswith("<0x")
@@ -79,9 +81,9 @@ def sentencepiece(*, prepend=False, normalizer=None, bos=False):
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
 
 
-def train(tokenizer, special, **options):
+def train(tokenizer, special, corpus=None, **options):
     trainer = trainers.BpeTrainer(vocab_size=460, special_tokens=special, show_progress=False, **options)
-    tokenizer.train_from_iterator(CORPUS, trainer)
+    tokenizer.train_from_iterator(corpus or CORPUS, trainer)
 
 
 BUILDERS = {
