@@ -31,14 +31,15 @@ from tests.support.streams import (
 )
 
 plans = st.builds(
-    lambda layers, scope, codec, group_size, kinds: KVPlan(
+    lambda layers, selector, scope, codec, group_size, kinds: KVPlan(
         layers=tuple(sorted(layers)),
-        selection=Selection(selector="right", budget=5, scope=scope),
+        selection=Selection(selector=selector, budget=5 if selector == "right" else 0, scope=scope),
         codec=CodecSpec(name=codec, group_size=group_size),
         keys=kinds[0],
         values=kinds[1],
     ),
     st.sets(st.integers(0, 4), min_size=1),
+    st.sampled_from(["right", "full"]),
     st.sampled_from(["head", "layer", "sample"]),
     st.sampled_from(CODECS),
     st.integers(1, 5),
@@ -190,10 +191,13 @@ def test_samples_that_were_complete_before_the_damage_stay_good():
     assert_same(kv, SENT[0], timings=False)
 
 
-def test_the_token_zero_and_byte_ends_that_cannot_be_told_are_taken():
+def test_every_byte_end_that_a_tokenizer_can_have_is_taken():
     kv = sample_kv(0)
     kv.token_ids_T[0] = 0
-    kv.byte_ends_T[4] = kv.byte_ends_T[8] = -1
+    kv.byte_ends_T[4] = -1
+    kv.byte_ends_T[3] = kv.byte_ends_T[2]
+    # The text has nine bytes.
+    kv.byte_ends_T[8] = 9
     assert_same(read_stream(write_stream([kv]), 1)[0], kv)
 
 
