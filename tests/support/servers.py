@@ -200,6 +200,11 @@ def kv_request(plan: KVPlan, samples: Sequence[Sample], request_id: str = "") ->
     )
 
 
+def token_samples(count: int, tokens: int, prefix: str = "n") -> list[Sample]:
+    """Samples of equally many tokens, all different."""
+    return [Sample(f"{prefix}{i}", token_ids=tuple((i * 31 + j) % 250 for j in range(tokens))) for i in range(count)]
+
+
 @dataclass(frozen=True)
 class Refusal:
     """How a call ended that did not succeed."""
