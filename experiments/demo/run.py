@@ -68,6 +68,12 @@ class Demo:
 
     def run(self) -> results.Results:
         """All stages up to the report."""
+        models, servers_mb = self.train_arms()
+        self.seconds["total"] = time.monotonic() - self._started
+        return self._results(models, servers_mb)
+
+    def train_arms(self) -> tuple[dict[ModelName, Pretrained], dict[ModelName, float]]:
+        """Data, models, servers, and every arm. Returns the models and each server's peak memory in MiB."""
         _empty(self.layout.output / "runs")
         with self._stage("data"):
             train = self._write_data()
@@ -81,9 +87,7 @@ class Demo:
                 for server in servers.values():
                     server.wait_ready()
             self._train(models["student"], servers)
-        memory: dict[ModelName, float] = {name: server.peak_memory_mb for name, server in servers.items()}
-        self.seconds["total"] = time.monotonic() - self._started
-        return self._results(models, memory)
+        return models, {name: server.peak_memory_mb for name, server in servers.items()}
 
     def say(self, line: str) -> None:
         """One line of progress, with the time since the start."""
