@@ -63,7 +63,7 @@ def claim(directory: Path, manifest: Manifest) -> None:
         _create(path, manifest)
     stored = read_manifest(directory)
     if not stored.teacher.same_teacher(manifest.teacher):
-        raise StoreError(_difference(path, "teacher", asdict(stored.teacher), asdict(manifest.teacher)))
+        raise StoreError(_difference(path, "teacher", _identity(stored.teacher), _identity(manifest.teacher)))
     if stored.plan.digest() != manifest.plan.digest():
         raise StoreError(_difference(path, "plan", stored.plan.model_dump(), manifest.plan.model_dump()))
 
@@ -81,12 +81,18 @@ def _create(path: Path, manifest: Manifest) -> None:
     sync_directory(path.parent)
 
 
+def _identity(info: TeacherInfo) -> dict[str, Any]:
+    """What makes two endpoints the same teacher, by name."""
+    names = ("weights_digest", "tokenizer_fingerprint", "layers", "kv_heads", "head_dim")
+    return {name: getattr(info, name) for name in names}
+
+
 def _difference(path: Path, what: str, stored: dict[str, Any], asked: dict[str, Any]) -> str:
     """Names the first field that differs, with both values."""
     for name, value in stored.items():
-        if isinstance(value, dict) and isinstance(asked[name], dict):
-            if value != asked[name]:
-                return _difference(path, f"{what}.{name}", cast("dict[str, Any]", value), asked[name])
-        elif value != asked[name]:
-            return f"{path}: the store was written for another {what}.{name}: {value!r}, not {asked[name]!r}"
+        if value == asked[name]:
+            continue
+        if isinstance(value, dict):
+            return _difference(path, f"{what}.{name}", cast("dict[str, Any]", value), asked[name])
+        return f"{path}: the store was written for another {what}.{name}: {value!r}, not {asked[name]!r}"
     raise AssertionError(f"{what} do not differ")

@@ -98,12 +98,12 @@ def sample_to_proto(sample: Sample) -> pb.Sample:
     spans = [pb.Span(kind=_SPAN_NUMBERS[span.kind], start=span.start, end=span.end) for span in sample.spans]
     if sample.token_ids is not None:
         return pb.Sample(id=sample.id, token_ids=pb.TokenIds(ids=sample.token_ids), spans=spans)
-    text = sample.text or ""
+    assert sample.text is not None
     try:
-        text.encode()
+        sample.text.encode()
     except UnicodeEncodeError as error:
         raise FieldError("text", f"sample '{sample.id}' is not valid Unicode: {error}") from error
-    return pb.Sample(id=sample.id, text=text, spans=spans)
+    return pb.Sample(id=sample.id, text=sample.text, spans=spans)
 
 
 def sample_from_proto(proto: pb.Sample, field: str = "sample") -> Sample:
@@ -241,7 +241,7 @@ def _json_object(text: str, field: str) -> dict[str, Any]:
 def _under(prefix: str, error: FieldError) -> FieldError:
     """A plan's error with the request's path; checks over several fields name theirs at the start of the problem."""
     path = [prefix] if error.field == KVPlan.__name__ else [prefix, error.field]
-    name, separator, problem = error.problem.partition(": ")
-    if separator and name.isidentifier():
+    name, _, problem = error.problem.partition(": ")
+    if name.isidentifier():
         return FieldError(".".join([*path, name]), problem)
     return FieldError(".".join(path), error.problem)

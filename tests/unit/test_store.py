@@ -74,6 +74,29 @@ def test_shards_are_cut_by_size_and_numbered_by_writer(store):
     assert len(list(store.glob("*.safetensors"))) >= 3
 
 
+def test_a_shard_is_written_when_it_holds_the_bytes_it_was_given(tmp_path):
+    kv = sample_kv(0)
+    size = kv.nbytes + sum(tensor.nbytes for tensor in (kv.positions, kv.token_ids_T, kv.byte_ends_T))
+    with KVStoreWriter(tmp_path, INFO, PLAN, "rank0", shard_bytes=size) as store:
+        store.add(kv)
+        assert_holds(tmp_path, [kv])
+    with KVStoreWriter(tmp_path, INFO, PLAN, "rank1", shard_bytes=size + 1) as store:
+        store.add(sample_kv(1))
+        assert sample_kv(1).key in store
+        store.add(sample_kv(1))
+        assert_holds(tmp_path, [kv])
+
+
+def test_a_reader_keeps_few_files_open(store, monkeypatch):
+    monkeypatch.setattr("kvcore.store_shards._OPEN_FILES", 2)
+    with KVStoreReader(store) as reader:
+        before = len(list(Path("/proc/self/fd").iterdir()))
+        for kv in SENT * 3:
+            assert_same(reader.get(kv.key), kv, timings=False)
+            assert len(list(Path("/proc/self/fd").iterdir())) <= before + 2
+    assert len(list(Path("/proc/self/fd").iterdir())) == before
+
+
 def test_several_writers_share_a_directory(tmp_path):
     with (
         KVStoreWriter(tmp_path, INFO, PLAN, "rank0", SMALL) as left,
@@ -146,7 +169,7 @@ OTHER_PLAN = PLAN.model_copy(update={"selection": Selection(selector="right", bu
         (INFO, PLAN.model_copy(update={"layers": (0, 2)}), r"another plan.layers: \(0, 2, 4\), not \(0, 2\)"),
         (dataclasses.replace(INFO, weights_digest="ff"), PLAN, "another teacher.weights_digest: 'a1.*', not 'ff'"),
         (dataclasses.replace(INFO, tokenizer_fingerprint="ff"), PLAN, "teacher.tokenizer_fingerprint"),
-        (dataclasses.replace(INFO, engine="hf", head_dim=8), PLAN, "teacher.head_dim: 4, not 8"),
+        (dataclasses.replace(INFO, model="other", engine="hf", head_dim=8), PLAN, "teacher.head_dim: 4, not 8"),
     ],
     ids=range(5),
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import json
 import multiprocessing
@@ -9,14 +10,17 @@ import os
 import re
 import signal
 import time
+import tracemalloc
 from pathlib import Path
 
 import pytest
 
 from kvcore.errors import StoreError
 from kvcore.store import KVStoreReader, KVStoreWriter, merge_index
+from kvcore.store_journal import TensorEntry, build_index, seal, write_index
+from kvcore.store_shards import ShardFiles
 from tests.support.stores import SENT, SMALL, assert_holds, fill
-from tests.support.streams import INFO, PLAN, sample_kv
+from tests.support.streams import INFO, PLAN, assert_same, sample_kv
 
 
 @pytest.fixture
@@ -130,6 +134,60 @@ def test_every_flipped_byte_of_a_tensor_is_named(store):
                 shard.write_bytes(damaged)
                 with pytest.raises(StoreError, match=rf"{shard.name}: tensor '.*/{name}' does not match its xxh3"):
                     reader.get(lines[0]["key"])
+
+
+def test_a_journal_damaged_while_it_is_read_is_named(store):
+    journal = store / "rank0.jsonl"
+    with KVStoreReader(store) as reader:
+        content = bytearray(journal.read_bytes())
+        content[200] ^= 1
+        journal.write_bytes(content)
+        with pytest.raises(StoreError, match=rf"rank0\.jsonl: no entry of '{SENT[0].key}' at byte 0"):
+            reader.get(SENT[0].key)
+        assert_same(reader.get(SENT[-1].key), SENT[-1], timings=False)
+
+
+def test_an_index_that_points_to_another_sample_is_noticed(store):
+    index = build_index(store)
+    first, second = SENT[0].key, SENT[1].key
+    index.samples[first], index.samples[second] = index.samples[second], index.samples[first]
+    write_index(store, index)
+    with KVStoreReader(store) as reader, pytest.raises(StoreError, match=rf"rank0\.jsonl: no entry of '{first}'"):
+        reader.get(first)
+
+
+ENTRY = TensorEntry("int8", (2, 3), offset=0, size=6, xxh3="0" * 16)
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        dataclasses.replace(ENTRY, dtype="object"),
+        dataclasses.replace(ENTRY, shape=(2**40, 2**20)),
+        dataclasses.replace(ENTRY, size=2**60),
+        dataclasses.replace(ENTRY, shape=(3, 2**30), size=3 * 2**30),
+    ],
+    ids=range(4),
+)
+def test_an_entry_with_impossible_sizes_allocates_nothing(store, entry):
+    files = ShardFiles(store)
+    tracemalloc.start()
+    try:
+        with pytest.raises(StoreError, match=r"is entered as|truncated"):
+            files.tensor("rank0-00000.safetensors", "key/part", entry)
+        assert tracemalloc.get_traced_memory()[1] < 2**20
+    finally:
+        tracemalloc.stop()
+        files.close()
+
+
+def test_a_store_of_another_format_is_refused(store):
+    manifest = store / "manifest.json"
+    content = json.loads(manifest.read_bytes())
+    del content["check"]
+    manifest.write_bytes(seal(content | {"format": 2}))
+    with pytest.raises(StoreError, match=r"manifest\.json: store format 2, this version reads 1"):
+        KVStoreReader(store)
 
 
 @pytest.mark.parametrize(

@@ -174,7 +174,7 @@ def spans(*ranges: tuple[int, int, int]) -> pb.Sample:
         (pb.Sample(id="a"), "samples.3", "neither text nor token_ids"),
         (pb.Sample(id="a", text=""), "samples.3.text", "is empty"),
         (pb.Sample(id="a", token_ids=pb.TokenIds()), "samples.3.token_ids.ids", "is empty"),
-        (pb.Sample(id="a", token_ids=pb.TokenIds(ids=[4, -2])), "samples.3.token_ids.ids.1", "at least 0 (got -2)"),
+        (pb.Sample(id="a", token_ids=pb.TokenIds(ids=[0, -2])), "samples.3.token_ids.ids.1", "at least 0 (got -2)"),
         (spans((1, 0, 2), (0, 2, 3)), "samples.3.spans.1.kind", "(got 0)"),
         (spans((9, 0, 2)), "samples.3.spans.0.kind", "(got 9)"),
         (spans((4, 0, 2)), "samples.3.spans.0.kind", "prompt, reasoning, answer (got all)"),
@@ -201,6 +201,12 @@ def test_text_that_utf8_cannot_carry_is_refused():
 def test_a_description_survives_the_wire():
     info = dataclasses.replace(INFO, rope={"rope_type": "yarn", "factor": 2.5, "scaling": {"a": [1, 2]}})
     assert info_from_proto(through_bytes(info_to_proto(info))) == info
+
+
+def test_the_smallest_teacher_is_taken():
+    ones = dict.fromkeys(POSITIVE, 1)
+    info = dataclasses.replace(INFO, **ones)
+    assert info_from_proto(info_to_proto(info)) == info
 
 
 POSITIVE = ["layers", "kv_heads", "head_dim", "max_sample_tokens", "max_samples_per_request", "max_frame_bytes"]
