@@ -38,7 +38,7 @@ class Sample:
     spans: tuple[Span, ...] = ()
 
     def content_key(self, weights_digest: str, plan: KVPlan) -> str:
-        """Names this sample's K/V under one plan and one teacher: same content, same key, on the wire and in the store."""
+        """Names this sample's K/V under one plan and one teacher: same content, same key, on wire and in store."""
         spans = [[span.kind, span.start, span.end] for span in self.spans]
         content = [weights_digest, plan.digest(), self.text, self.token_ids, spans]
         canonical = json.dumps(content, separators=(",", ":"), ensure_ascii=True)
