@@ -72,7 +72,7 @@ class Collator:
         self._max_tokens = max_tokens
         self._eos: int = tokenizer.eos_token_id  # pyright: ignore[reportAttributeAccessIssue]
         self._pad: int = self._eos if tokenizer.pad_token_id is None else tokenizer.pad_token_id  # pyright: ignore[reportAttributeAccessIssue]
-        self._known: dict[str, StudentTokens] = {}
+        self._known: dict[Record, StudentTokens] = {}
 
     def tokens(self, record: Record) -> StudentTokens:
         """Tokenises one record.
@@ -80,9 +80,10 @@ class Collator:
         Raises:
             FieldError: the record is longer than `max_tokens`.
         """
-        known = self._known.get(record.id)
+        # By the whole record: an id is unique in one file, not among training and validation data.
+        known = self._known.get(record)
         if known is None:
-            known = self._known[record.id] = self._read(record)
+            known = self._known[record] = self._read(record)
         return known
 
     def _read(self, record: Record) -> StudentTokens:

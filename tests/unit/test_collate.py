@@ -1,0 +1,120 @@
+"""Records become padded token batches."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from data.collate import Collator
+from data.records import Record
+from kvcore.errors import FieldError
+from tests.support.tiny_models import build_tokenizer
+
+LLAMA = build_tokenizer("llama")
+EOS, PAD, BOS = 2, 0, 1
+SHORT = Record("a", "Start 3.", " Add 4: 0.", " 0")
+LONG = Record("b", "思考:Größe 3, then add 4 🙂.", " 3 + 4 = 7, so 0; naïve café.", " The answer is 0.")
+UNREASONED = Record("c", "Start 3.", "", " 3")
+RECORDS = (SHORT, LONG, UNREASONED)
+
+
+def collator(max_tokens: int = 512) -> Collator:
+    return Collator(LLAMA, max_tokens)
+
+
+def plain_ids(record: Record) -> tuple[list[int], list[int], list[int]]:
+    prompt, reasoning, answer = (
+        LLAMA(part, add_special_tokens=False)["input_ids"] for part in (record.prompt, record.reasoning, record.answer)
+    )
+    return [BOS, *prompt], reasoning, answer
+
+
+def test_prompts_are_padded_on_the_left_and_answers_and_texts_on_the_right() -> None:
+    batch = collator()(RECORDS)
+    for row, record in enumerate(RECORDS):
+        prompt, reasoning, answer = plain_ids(record)
+        text = [*prompt, *reasoning, *answer, EOS]
+        expected = {
+            "prompt_ids_BP": [PAD] * (batch.prompt_ids_BP.shape[1] - len(prompt)) + prompt,
+            "prompt_mask_BP": [False] * (batch.prompt_ids_BP.shape[1] - len(prompt)) + [True] * len(prompt),
+            "answer_ids_BA": [*answer, EOS] + [PAD] * (batch.answer_ids_BA.shape[1] - len(answer) - 1),
+            "answer_mask_BA": [True] * (len(answer) + 1) + [False] * (batch.answer_ids_BA.shape[1] - len(answer) - 1),
+            "text_ids_BT": text + [PAD] * (batch.text_ids_BT.shape[1] - len(text)),
+            "text_mask_BT": [True] * len(text) + [False] * (batch.text_ids_BT.shape[1] - len(text)),
+            "text_target_BT": [len(prompt) <= place < len(text) for place in range(batch.text_ids_BT.shape[1])],
+        }
+        for name, values in expected.items():
+            assert getattr(batch, name)[row].tolist() == values, (record.id, name)
+    assert batch.records == RECORDS
+
+
+def test_no_padding_is_wider_than_the_longest_row() -> None:
+    batch = collator()([SHORT])
+    assert batch.prompt_mask_BP.all()
+    assert batch.answer_mask_BA.all()
+    assert batch.text_mask_BT.all()
+
+
+def test_byte_ends_count_the_bytes_of_the_whole_text_across_parts() -> None:
+    batch = collator()(RECORDS)
+    for row, record in enumerate(RECORDS):
+        ends = batch.text_byte_ends_BT[row].tolist()
+        count = int(batch.text_mask_BT[row].sum())
+        assert ends[count - 1 :] == [-1] * (len(ends) - count + 1), "neither the end of sequence nor padding is text"
+        told = [end for end in ends if end >= 0]
+        assert told == sorted(told)
+        text = record.text.encode()
+        parts = [len(record.prompt.encode()), len((record.prompt + record.reasoning).encode()), len(text)]
+        assert set(parts) <= set(told), "every part ends with a token"
+        for place, end in enumerate(ends[: count - 1]):
+            if end > 0 and LLAMA.decode(batch.text_ids_BT[row, place : place + 1]).isascii():
+                token = LLAMA.decode(batch.text_ids_BT[row, place : place + 1]).encode()
+                assert text[:end].endswith(token), (record.id, place)
+
+
+def test_a_prompt_is_tokenised_alike_for_training_and_for_inference() -> None:
+    maker = collator()
+    batch = maker(RECORDS)
+    ids_BP, mask_BP = maker.prompts([record.prompt for record in RECORDS])
+    assert ids_BP.equal(batch.prompt_ids_BP)
+    assert mask_BP.equal(batch.prompt_mask_BP)
+
+
+def test_a_record_beyond_the_limit_is_refused_by_name_and_length() -> None:
+    length = sum(map(len, plain_ids(LONG))) + 1
+    assert collator(length)([LONG]).text_ids_BT.shape == (1, length)
+    with pytest.raises(FieldError, match=rf"data\.max_tokens: record 'b' has {length} .* limit is {length - 1}"):
+        collator(length - 1)([SHORT, LONG])
+
+
+def test_records_that_share_an_id_keep_their_own_text() -> None:
+    maker = collator()
+    training = maker([SHORT])
+    validation = maker([Record(SHORT.id, "Start 5.", " Add 1: 6.", " 6")])
+    assert not validation.text_ids_BT.equal(training.text_ids_BT)
+    assert maker([SHORT]).text_ids_BT.equal(training.text_ids_BT)
+
+
+def test_padding_is_the_end_of_sequence_where_a_tokenizer_has_no_padding() -> None:
+    tokenizer = build_tokenizer("qwen2")
+    tokenizer.pad_token = None
+    batch = Collator(tokenizer, 512)([SHORT, LONG])
+    assert batch.prompt_ids_BP[0, 0] == EOS
+    assert not batch.prompt_mask_BP[0, 0]
+
+
+def test_a_tokenizer_without_an_end_of_sequence_is_refused() -> None:
+    tokenizer = build_tokenizer("qwen2")
+    tokenizer.eos_token = None
+    with pytest.raises(FieldError, match=r"student\.path: .*end-of-sequence"):
+        Collator(tokenizer, 512)
+
+
+def test_a_batch_moves_to_a_device_whole() -> None:
+    moved = collator()(RECORDS).to(torch.device("meta"))
+    assert moved.records == RECORDS
+    assert all(
+        getattr(moved, name).is_meta
+        for name in ("prompt_ids_BP", "prompt_mask_BP", "answer_ids_BA", "answer_mask_BA", "text_ids_BT")
+        + ("text_mask_BT", "text_target_BT", "text_byte_ends_BT")
+    )
