@@ -1,0 +1,194 @@
+"""Latent reasoning against loops that run one unpadded prompt at a time."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.nn.functional import pad
+from transformers import DynamicCache
+
+from kvcore.errors import ConfigError
+from kvcore.types import Tensor
+from student_trainer.latent import LATENT_CONFIG, LatentStudent, load_reasoning, new_reasoning, save_reasoning
+from tests.support.tiny_models import FAMILIES, Family, build_model, tiny_spec
+
+LATENTS, PASSES = 4, 2
+PROMPTS = ([7, 30, 41, 12, 9], [88, 5], [101])
+ANSWERS = ([60, 2], [33, 34, 2], [19, 2])
+
+
+def student_of(family: Family = "qwen3", passes: int = PASSES, latents: int = LATENTS) -> LatentStudent:
+    lm = build_model(tiny_spec(family, layers=2))
+    reasoning = new_reasoning(lm, latents, passes, seed=5)
+    with torch.no_grad():
+        for parameter in reasoning.projection.parameters():
+            parameter.add_(0.2 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(6)))
+    return LatentStudent(lm, reasoning).eval()
+
+
+def left_padded(rows: tuple[list[int], ...], extra: int = 0) -> tuple[Tensor, Tensor]:
+    width = max(map(len, rows)) + extra
+    ids = torch.stack([pad(torch.tensor(row), (width - len(row), 0)) for row in rows])
+    mask = torch.stack([torch.arange(width) >= width - len(row) for row in rows])
+    return ids, mask
+
+
+def right_padded(rows: tuple[list[int], ...]) -> tuple[Tensor, Tensor]:
+    width = max(map(len, rows))
+    ids = torch.stack([pad(torch.tensor(row), (0, width - len(row))) for row in rows])
+    return ids, torch.stack([torch.arange(width) < len(row) for row in rows])
+
+
+def embed(student: LatentStudent, ids: list[int]) -> list[Tensor]:
+    table: Any = student.lm.get_input_embeddings()
+    return list(table.weight.detach()[ids])
+
+
+def naive_latents(student: LatentStudent, prompt: list[int]) -> list[Tensor]:
+    """Jacobi by hand: latent i's next input is the projected last hidden state of the position before it."""
+    latents = list(student.reasoning.first_inputs.weight.detach())
+    for _ in range(student.reasoning.passes):
+        inputs = torch.stack(embed(student, prompt) + latents)[None]
+        hidden_TE = student.lm.base_model(inputs_embeds=inputs).last_hidden_state[0]
+        latents = [student.reasoning.projection(hidden_TE[len(prompt) + i - 1]) for i in range(len(latents))]
+    return latents
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_a_padded_batch_reads_like_its_prompts_one_by_one(family: Family) -> None:
+    student = student_of(family)
+    answer_ids_BA, answer_mask_BA = right_padded(ANSWERS)
+    logits_BAV, k_BLHMD, v_BLHMD = student.answer_logits(*left_padded(PROMPTS), answer_ids_BA, answer_mask_BA)
+    assert k_BLHMD.shape == v_BLHMD.shape == (3, 2, 2, LATENTS, 16)
+    for row, (prompt, answer) in enumerate(zip(PROMPTS, ANSWERS, strict=True)):
+        before = embed(student, prompt) + naive_latents(student, prompt)
+        cache = DynamicCache()
+        output: Any = student.lm(
+            inputs_embeds=torch.stack(before + embed(student, answer[:-1]))[None], past_key_values=cache
+        )
+        for place in range(len(answer)):
+            expected = output.logits[0, len(before) - 1 + place]
+            torch.testing.assert_close(logits_BAV[row, place], expected, atol=1e-5, rtol=1e-5)
+        for number, layer in enumerate(cache.layers):
+            cached: Any = layer
+            expected = cached.values[0, :, len(prompt) : len(before)]
+            torch.testing.assert_close(v_BLHMD[row, number], expected, atol=1e-5, rtol=1e-5)
+        # Layer 0 sees the inputs as they are.
+        first: Any = student.lm.get_submodule("model.layers.0")
+        x_ME = first.input_layernorm(torch.stack(before[-LATENTS:]))
+        k_MHD = first.self_attn.k_proj(x_ME).unflatten(-1, (-1, 16))
+        if family == "qwen3":
+            k_MHD = first.self_attn.k_norm(k_MHD)
+        torch.testing.assert_close(k_BLHMD[row, 0], k_MHD.transpose(0, 1), atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_what_stands_in_padding_changes_nothing() -> None:
+    student = student_of()
+    ids_BP, mask_BP = left_padded(PROMPTS)
+    answers = right_padded(ANSWERS)
+    filled = (torch.where(mask_BP, ids_BP, 77), mask_BP, torch.where(answers[1], answers[0], 78), answers[1])
+    logits, k, v = student.answer_logits(ids_BP, mask_BP, *answers)
+    other_logits, other_k, other_v = student.answer_logits(*filled)
+    torch.testing.assert_close((other_k, other_v), (k, v))
+    torch.testing.assert_close(other_logits[answers[1]], logits[answers[1]])
+
+
+@pytest.mark.parametrize("passes", [1, 2, 3])
+@torch.no_grad()
+def test_each_pass_settles_one_more_latent(passes: int) -> None:
+    """After T passes the first T latents are what reading them one at a time gives, whatever the first inputs were."""
+    student = student_of(passes=passes)
+    ids_BP, mask_BP = left_padded(PROMPTS)
+    inputs, _ = student.think(ids_BP, mask_BP)
+    student.reasoning.first_inputs.weight.mul_(-3.0)
+    changed, _ = student.think(ids_BP, mask_BP)
+    settled = ids_BP.shape[1] + passes
+    torch.testing.assert_close(changed[:, :settled], inputs[:, :settled])
+    assert (changed[:, settled] - inputs[:, settled]).abs().amax(dim=1).min() > 1e-3
+
+
+def test_gradients_pass_through_every_pass_to_all_latent_parameters() -> None:
+    student = student_of()
+    answers = right_padded(ANSWERS)
+    _, k_BLHMD, v_BLHMD = student.answer_logits(*left_padded(PROMPTS), *answers)
+    (k_BLHMD.square().sum() + v_BLHMD.square().sum()).backward()
+    for name, parameter in student.reasoning.named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.abs().sum() > 0, name
+
+
+def slow_greedy(student: LatentStudent, prompt: list[int], count: int, *, latent: bool) -> list[int]:
+    """Reads everything anew for every token, without a cache."""
+    inputs = embed(student, prompt) + (naive_latents(student, prompt) if latent else [])
+    written: list[int] = []
+    for _ in range(count):
+        output: Any = student.lm(inputs_embeds=torch.stack(inputs + embed(student, written))[None])
+        written.append(int(output.logits[0, -1].argmax()))
+    return written
+
+
+@pytest.mark.parametrize("latent", [True, False])
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_generation_is_greedy_decoding_of_each_prompt_alone(family: Family, latent: bool) -> None:
+    student = student_of(family)
+    expected = [slow_greedy(student, prompt, 6, latent=latent) for prompt in PROMPTS]
+    assert len(set(map(tuple, expected))) == 3
+    assert student.generate(*left_padded(PROMPTS), 6, latent=latent).tolist() == expected
+    assert student.generate(*left_padded(PROMPTS, extra=9), 6, latent=latent).tolist() == expected
+
+
+@torch.no_grad()
+def test_text_is_read_as_by_the_plain_model() -> None:
+    student = student_of()
+    ids_BT, mask_BT = right_padded(PROMPTS)
+    logits_BTV, capture = student.text_logits(ids_BT, mask_BT)
+    assert len(capture.k_BHTD) == 2
+    for row, ids in enumerate(PROMPTS):
+        output: Any = student.lm(torch.tensor([ids]))
+        torch.testing.assert_close(logits_BTV[row, : len(ids) - 1], output.logits[0, :-1], atol=1e-5, rtol=1e-5)
+
+
+def test_new_parameters_start_at_the_scale_of_the_embeddings_alike_on_every_rank() -> None:
+    lm = build_model(tiny_spec("qwen2"))
+    table: Any = lm.get_input_embeddings()
+    rms = float(table.weight.detach().square().mean().sqrt())
+    torch.manual_seed(1)
+    one = new_reasoning(lm, 64, 3, seed=0)
+    after_one = torch.rand(1)
+    torch.manual_seed(2)
+    two, other = new_reasoning(lm, 64, 3, seed=0), new_reasoning(lm, 64, 3, seed=1)
+    assert all(a.equal(b) for a, b in zip(one.parameters(), two.parameters(), strict=True))
+    assert not one.first_inputs.weight.equal(other.first_inputs.weight)
+    torch.manual_seed(1)
+    assert torch.rand(1) == after_one, "the run's own random numbers are left alone"
+    for inputs in (one.first_inputs.weight, one.projection(torch.randn(64, 48))):
+        assert float(inputs.detach().square().mean().sqrt()) == pytest.approx(rms, rel=0.1)
+
+
+def test_latent_parameters_come_back_from_disk(tmp_path: Path) -> None:
+    student = student_of()
+    save_reasoning(student.reasoning, dict(student.reasoning.state_dict()), tmp_path)
+    loaded = load_reasoning(student.lm, tmp_path, LATENTS, passes=7)
+    assert loaded is not None
+    saved = student.reasoning.state_dict()
+    assert saved.keys() == loaded.state_dict().keys()
+    assert all(tensor.equal(saved[name]) for name, tensor in loaded.state_dict().items())
+    assert (loaded.latents, loaded.passes) == (LATENTS, 7), "passes are the configuration's to choose"
+    assert (tmp_path / LATENT_CONFIG).read_text() == '{"latents": 4, "passes": 2}'
+
+
+def test_a_student_without_latent_parameters_has_none_to_load(tmp_path: Path) -> None:
+    assert load_reasoning(build_model(tiny_spec("qwen2")), tmp_path, LATENTS, PASSES) is None
+
+
+def test_another_number_of_latents_is_refused_with_both_numbers(tmp_path: Path) -> None:
+    student = student_of()
+    save_reasoning(student.reasoning, dict(student.reasoning.state_dict()), tmp_path)
+    with pytest.raises(ConfigError, match=r"student\.latents: .* trained with 4, the configuration says 5"):
+        load_reasoning(student.lm, tmp_path, 5, PASSES)
