@@ -47,7 +47,8 @@ def calibrate(
     try:
         for start in range(0, len(records), micro_batch):
             batch = batcher(records[start : start + micro_batch])
-            kept.append(batch)
+            if model.fuses:
+                kept.append(batch)
             read = _read(model, batch)
             sample_B = torch.tensor(numbers[start : start + micro_batch])
             for calibration, kv in zip(calibrations, batch.teachers, strict=True):
@@ -76,7 +77,7 @@ def _read(model: DistillModel, batch: TrainBatch) -> StudentRead:
 def _fused_scale(model: DistillModel, batches: Sequence[TrainBatch]) -> tuple[Tensor, Tensor]:
     """Standard deviation and variance [L,K] of the fused targets, or of the first teacher's where nothing is fused."""
     first = model.aligners[0]
-    if len(model.aligners) == 1 or first.direction == "to_teacher":
+    if not model.fuses:
         return first.scale_LK.clone(), first.variance_LK.clone()
     layers, features = first.student.layers, first.student.features
     device = first.scale_LK.device

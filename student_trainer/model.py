@@ -74,6 +74,11 @@ class DistillModel(nn.Module):
         self._weights_N = torch.tensor(list(self.weights.values()))
         self._frozen: dict[str, Tensor] = {}
 
+    @property
+    def fuses(self) -> bool:
+        """Whether several teachers become one target: those that meet in the student's space."""
+        return len(self.aligners) > 1 and self.aligners[0].direction == "to_student"
+
     def forward(self, batch: TrainBatch) -> dict[str, Tensor]:
         """Scalar losses: `loss` to minimise and its parts; `kv_loss` is normalised: 1.0 is predicting the mean."""
         losses = self._latent_losses(batch) if self._settings.mode == "latent" else self._token_losses(batch)
@@ -123,14 +128,13 @@ class DistillModel(nn.Module):
         return {"kv_objective": objective, "kv_loss": error}
 
     def _targets(self, teachers: Sequence[BatchKV]) -> list[tuple[Aligner, Target, float]]:
-        first = self.aligners[0]
-        if first.direction == "to_teacher" or len(self.aligners) == 1:
+        if not self.fuses:
             return [
                 (aligner, Target(*aligner.targets(kv), kv.mask_BM, aligner.scale_LK, aligner.variance_LK), weight)
                 for aligner, kv, weight in zip(self.aligners, teachers, self.weights.values(), strict=True)
             ]
         k_BLHMD, v_BLHMD, mask_BM = self.fused(teachers)
-        return [(first, Target(k_BLHMD, v_BLHMD, mask_BM, self.fused_scale_LK, self.fused_variance_LK), 1.0)]
+        return [(self.aligners[0], Target(k_BLHMD, v_BLHMD, mask_BM, self.fused_scale_LK, self.fused_variance_LK), 1.0)]
 
     def fused(self, teachers: Sequence[BatchKV]) -> tuple[Tensor, Tensor, Tensor]:
         """k_BLHMD, v_BLHMD and mask_BM of the teachers' aligned K/V, averaged with their weights."""
@@ -144,9 +148,9 @@ class DistillModel(nn.Module):
     def freeze(self, fused_scale_LK: Tensor, fused_variance_LK: Tensor) -> None:
         """Takes the fused targets' scale, and remembers all that calibration fitted, for checkpoints."""
         self.load_frozen(
-            {"fused.scale_LK": fused_scale_LK, "fused.variance_LK": fused_variance_LK}
+            {"fused/scale_LK": fused_scale_LK, "fused/variance_LK": fused_variance_LK}
             | {
-                f"{name}.{key}": tensor
+                f"teacher/{name}/{key}": tensor
                 for name, aligner in zip(self.weights, self.aligners, strict=True)
                 for key, tensor in aligner.state_tensors().items()
             }
@@ -160,10 +164,11 @@ class DistillModel(nn.Module):
         """Puts back what `frozen_state` gave."""
         self._frozen = dict(tensors)
         device = next(self.student.parameters()).device
-        self.fused_scale_LK = tensors["fused.scale_LK"].to(device)
-        self.fused_variance_LK = tensors["fused.variance_LK"].to(device)
+        self.fused_scale_LK = tensors["fused/scale_LK"].to(device)
+        self.fused_variance_LK = tensors["fused/variance_LK"].to(device)
         for name, aligner in zip(self.weights, self.aligners, strict=True):
-            prefix = f"{name}."
+            # A teacher's name may begin with another's and a dot, but holds no slash.
+            prefix = f"teacher/{name}/"
             mine = {key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)}
             aligner.load_state_tensors(mine)
 
