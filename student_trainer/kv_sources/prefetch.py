@@ -25,10 +25,6 @@ class _Job:
     future: Future[list[KVResult]] = field(default_factory=Future)
     claimed: bool = False
 
-    @property
-    def ids(self) -> tuple[str, ...]:
-        return tuple(sample.id for sample in self.samples)
-
 
 class Prefetch:
     """Keeps up to `depth` announced batches fetched ahead, in the order of their announcement.
@@ -43,7 +39,8 @@ class Prefetch:
         self.stall_seconds = 0.0
         self._depth = depth
         self._waiting: deque[_Job] = deque()
-        self._announced: dict[tuple[str, ...], deque[_Job]] = {}
+        # By content, as training and validation may share ids.
+        self._announced: dict[tuple[Sample, ...], deque[_Job]] = {}
         self._ahead = 0
         self._closed = False
         self._changed = threading.Condition()
@@ -61,13 +58,13 @@ class Prefetch:
         return self.source.plan
 
     def announce(self, samples: Sequence[Sample]) -> None:
-        """Queues a batch; never blocks. The matching `fetch` is the one with the same sample ids in the same order."""
+        """Queues a batch; never blocks. The matching `fetch` is the one with the same samples in the same order."""
         job = _Job(tuple(samples))
         with self._changed:
             if self._closed:
                 return
             self._waiting.append(job)
-            self._announced.setdefault(job.ids, deque()).append(job)
+            self._announced.setdefault(job.samples, deque()).append(job)
             self._changed.notify()
 
     def fetch(self, samples: Sequence[Sample]) -> list[KVResult]:
@@ -103,11 +100,11 @@ class Prefetch:
         """The announced job of this batch, or one of its own; the thread turns to it before any other."""
         job = _Job(samples)
         with self._changed:
-            announced = self._announced.get(job.ids)
+            announced = self._announced.get(job.samples)
             if announced:
                 job = announced.popleft()
                 if not announced:
-                    del self._announced[job.ids]
+                    del self._announced[job.samples]
             if self._closed:
                 job.future.cancel()
                 return job

@@ -34,7 +34,7 @@ class Record:
         self._merges_index = merges_index
         self._writer = KVStoreWriter(directory, source.info, source.plan, writer)
         self._reader = KVStoreReader(directory)
-        self._announced: dict[tuple[str, ...], deque[list[Sample]]] = {}
+        self._announced: dict[tuple[Sample, ...], deque[list[Sample]]] = {}
         self._closed = False
 
     @property
@@ -51,7 +51,7 @@ class Record:
         """Passes on what is not stored yet."""
         wanted = [sample for sample in samples if self._key(sample) not in self._writer]
         # The batch is asked for later exactly as announced, whatever is stored by then.
-        self._announced.setdefault(_ids(samples), deque()).append(wanted)
+        self._announced.setdefault(tuple(samples), deque()).append(wanted)
         if wanted:
             self.source.announce(wanted)
 
@@ -65,7 +65,8 @@ class Record:
         wanted = self._wanted(samples)
         fetched: dict[str, KVResult] = {}
         if wanted:
-            fetched = dict(zip(_ids(wanted), self.source.fetch(wanted), strict=True))
+            answers = self.source.fetch(wanted)
+            fetched = {sample.id: answer for sample, answer in zip(wanted, answers, strict=True)}
         for result in fetched.values():
             if isinstance(result, EncodedSampleKV):
                 self._writer.add(result)
@@ -89,12 +90,12 @@ class Record:
             merge_index(self._directory)
 
     def _wanted(self, samples: Sequence[Sample]) -> list[Sample]:
-        announced = self._announced.get(_ids(samples))
+        announced = self._announced.get(tuple(samples))
         if announced is None:
             return [sample for sample in samples if self._key(sample) not in self._writer]
         wanted = announced.popleft()
         if not announced:
-            del self._announced[_ids(samples)]
+            del self._announced[tuple(samples)]
         return wanted
 
     def _read(self, sample: Sample) -> KVResult:
@@ -112,7 +113,3 @@ class Record:
 
     def _key(self, sample: Sample) -> str:
         return sample.content_key(self.info.weights_digest, self.plan)
-
-
-def _ids(samples: Sequence[Sample]) -> tuple[str, ...]:
-    return tuple(sample.id for sample in samples)

@@ -8,8 +8,9 @@ from concurrent.futures import CancelledError, ThreadPoolExecutor
 import pytest
 
 from kvcore.errors import KVDistillError, TeacherRefusedError
+from kvcore.types import Sample
 from student_trainer.kv_sources.prefetch import Prefetch
-from tests.support.kv_fakes import MemorySource, same_result, samples
+from tests.support.kv_fakes import MemorySource, kv_of, same_result, samples
 
 
 @pytest.fixture
@@ -108,9 +109,17 @@ def test_an_error_in_the_background_is_raised_by_the_fetch_it_belongs_to(prefetc
     assert prefetch.fetch(samples(2, "c"))[0].sample_id == "c0"
 
 
+def test_a_batch_with_the_ids_of_an_announced_one_gets_its_own_content(prefetch):
+    training = samples(1, "a")
+    validation = [Sample(sample.id, token_ids=(7, 8, 9)) for sample in training]
+    prefetch.announce(training)
+    assert prefetch.fetch(validation)[0].key == kv_of(validation[0]).key
+    assert prefetch.fetch(training)[0].key == kv_of(training[0]).key
+
+
 def test_stall_counts_the_time_that_fetch_blocked(prefetch, inner):
     prefetch.announce(samples(2, "a"))
-    assert eventually(lambda: prefetch._announced[tuple(ids("a"))][0].future.done())
+    assert eventually(lambda: prefetch._announced[tuple(samples(2, "a"))][0].future.done())
     prefetch.fetch(samples(2, "a"))
     at_once = prefetch.stall_seconds
     inner.gate.clear()
