@@ -20,6 +20,8 @@ logger = logging.getLogger(__name__)
 
 FIRST_BACKOFF_SECONDS = 0.5
 LONGEST_BACKOFF_SECONDS = 8.0
+# Enough to reach the longest; without a limit a power of two would one day be no float.
+MOST_DOUBLINGS = 16
 
 
 class Replica(Protocol):
@@ -82,7 +84,8 @@ class _Endpoint:
         self.verified = False
         self.last_error = error
         self.failed_at = time.monotonic()
-        self.retry_at = self.failed_at + min(LONGEST_BACKOFF_SECONDS, FIRST_BACKOFF_SECONDS * 2**self.failures)
+        doublings = min(self.failures, MOST_DOUBLINGS)
+        self.retry_at = self.failed_at + min(LONGEST_BACKOFF_SECONDS, FIRST_BACKOFF_SECONDS * 2**doublings)
         self.failures += 1
 
     def recover(self) -> None:
