@@ -1,0 +1,102 @@
+"""A trainer's parts in one process: a tiny student, teachers' K/V made from nothing but the text, and one rank."""
+
+from __future__ import annotations
+
+import contextlib
+import zlib
+from collections.abc import Iterator, Sequence
+
+import torch
+import torch.distributed as dist
+from transformers import PreTrainedTokenizerFast
+
+from align.aligner import Aligner
+from align.head_dim_adapter import KVGeometry
+from data.collate import Collator
+from data.records import Record
+from data.synthetic import ChainTask, make_splits
+from kvcore.offsets import read_text
+from kvcore.types import BatchKV
+from student_trainer.config import LossConfig, StudentConfig
+from student_trainer.latent import LatentStudent, new_reasoning
+from student_trainer.model import DistillModel, TrainBatch
+from tests.support.tiny_models import build_model, build_tokenizer, tiny_spec
+
+LATENTS, PASSES = 3, 2
+STUDENT = KVGeometry(2, 1, 16)
+TEACHERS = {"ada": KVGeometry(3, 2, 8), "ben": KVGeometry(2, 2, 4)}
+TOKENIZER: PreTrainedTokenizerFast = build_tokenizer("qwen2")
+RECORDS: tuple[Record, ...] = tuple(make_splits(ChainTask(), 60, 1, 1, seed=0).train)
+
+
+@contextlib.contextmanager
+def one_rank() -> Iterator[None]:
+    """A process group of this process alone."""
+    store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
+    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def collator() -> Collator:
+    return Collator(TOKENIZER, 512)
+
+
+def tiny_student() -> LatentStudent:
+    lm = build_model(tiny_spec("qwen3", layers=2, kv_heads=1, seed=3))
+    return LatentStudent(lm, new_reasoning(lm, LATENTS, PASSES, seed=0))
+
+
+def aligner_of(teacher: str, direction: str = "to_student", head_adapter: str = "ridge") -> Aligner:
+    return Aligner(TEACHERS[teacher], STUDENT, direction=direction, head_adapter=head_adapter)
+
+
+def distill_model(
+    weights: dict[str, float],
+    *,
+    mode: str = "latent",
+    direction: str = "to_student",
+    student: LatentStudent | None = None,
+    loss: LossConfig | None = None,
+) -> DistillModel:
+    """A model with one alignment per teacher in `weights`, not calibrated."""
+    settings = StudentConfig.model_validate({"path": "tiny", "mode": mode, "latents": LATENTS, "passes": PASSES})
+    aligners = [aligner_of(name, direction) for name in weights]
+    return DistillModel(student or tiny_student(), aligners, weights, settings, loss or LossConfig())
+
+
+def _generator(seed: str) -> torch.Generator:
+    return torch.Generator().manual_seed(zlib.crc32(seed.encode()))
+
+
+def teacher_kv(teacher: str, records: Sequence[Record], slots: int | None = LATENTS) -> BatchKV:
+    """K/V that a map of the student's can explain in part: they depend on teacher and last byte, with noise by text.
+
+    `slots`: only so many of the last tokens, else every token that ends at a known byte.
+    """
+    geometry = TEACHERS[teacher]
+    ends_of = [
+        [end for end in read_text(TOKENIZER, record.text, add_special_tokens=True)[1] if end > 0] for record in records
+    ]
+    kept = [ends if slots is None else ends[-slots:] for ends in ends_of]
+    width = max(map(len, kept))
+    shape = (len(aligner_of(teacher).layers_needed), geometry.heads, width, geometry.head_dim)
+    k_BLHMD, v_BLHMD = torch.zeros(len(records), *shape), torch.zeros(len(records), *shape)
+    mask_BM, ends_BM = torch.zeros(len(records), width, dtype=torch.bool), torch.full((len(records), width), -1)
+    by_last_byte = 2 * torch.randn(2, 256, *shape[:2], shape[3], generator=_generator(teacher)) + 1
+    for row, (record, ends) in enumerate(zip(records, kept, strict=True)):
+        mask_BM[row, : len(ends)] = True
+        ends_BM[row, : len(ends)] = torch.tensor(ends)
+        last_bytes = [record.text.encode()[end - 1] for end in ends]
+        generator = _generator(f"{teacher}/{record.text}")
+        for x, table in zip((k_BLHMD, v_BLHMD), by_last_byte, strict=True):
+            known_LHMD = table[last_bytes].permute(1, 2, 0, 3)
+            x[row, :, :, : len(ends)] = known_LHMD + 0.3 * torch.randn(known_LHMD.shape, generator=generator)
+    return BatchKV(k_BLHMD, v_BLHMD, mask_BM, ends_BM[:, None, None])
+
+
+def train_batch(model: DistillModel, records: Sequence[Record], slots: int | None = LATENTS) -> TrainBatch:
+    """What the trainer feeds the model, with K/V of all its teachers."""
+    return TrainBatch(collator()(records), tuple(teacher_kv(name, records, slots) for name in model.weights))

@@ -1,0 +1,215 @@
+"""The losses of a student against its teachers, put together from parts that have tests of their own."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from align.head_dim_adapter import TENSORS
+from kvcore.types import BatchKV, Tensor
+from student_trainer.calibrate import calibrate
+from student_trainer.config import LossConfig
+from student_trainer.losses import cross_entropy, kv_distance, normalised_error
+from student_trainer.model import DistillModel, TrainBatch
+from tests.support.training_parts import LATENTS, RECORDS, TEACHERS, distill_model, one_rank, train_batch
+
+BATCH = RECORDS[40:44]
+WEIGHTS = {"ada": 3.0, "ben": 1.0}
+LOSS = LossConfig(kv_weight=5.0, reasoning_ce_weight=0.5, kv_loss="mse")
+
+
+def model_of(
+    weights: dict[str, float], *, mode: str = "latent", direction: str = "to_student", loss: LossConfig = LOSS
+) -> DistillModel:
+    """A model in training mode, its alignments fitted on records that no test reads."""
+    model = distill_model(weights, mode=mode, direction=direction, loss=loss)
+    with one_rank():
+        calibrate(model, RECORDS[:40], range(40), lambda chosen: train_batch(model, chosen, None), 40, lambda _: None)
+    return model.train()
+
+
+def losses_of(model: DistillModel, batch: TrainBatch) -> dict[str, float]:
+    return {name: float(value.detach()) for name, value in model(batch).items()}
+
+
+def without(kv: BatchKV, row: int, fill: float = 0.0) -> BatchKV:
+    """A teacher that has nothing for one sample."""
+    assert kv.k_BLHMD is not None
+    assert kv.v_BLHMD is not None
+    k_BLHMD, v_BLHMD, mask_BM = kv.k_BLHMD.clone(), kv.v_BLHMD.clone(), kv.mask_BM.clone()
+    k_BLHMD[row], v_BLHMD[row], mask_BM[row] = fill, fill, False
+    return BatchKV(k_BLHMD, v_BLHMD, mask_BM, kv.byte_ends_BLHM)
+
+
+def latent_kv(model: DistillModel, batch: TrainBatch) -> tuple[Tensor, Tensor, Tensor]:
+    tokens = batch.tokens
+    return model.student.answer_logits(
+        tokens.prompt_ids_BP, tokens.prompt_mask_BP, tokens.answer_ids_BA, tokens.answer_mask_BA
+    )
+
+
+def test_latent_losses_are_the_weighted_sum_of_their_parts() -> None:
+    model = model_of({"ada": 1.0})
+    batch = train_batch(model, BATCH)
+    tokens, (kv,), (aligner,) = batch.tokens, batch.teachers, model.aligners
+    logits_BAV, k_BLHMD, v_BLHMD = latent_kv(model, batch)
+    logits_BTV, _ = model.student.text_logits(tokens.text_ids_BT, tokens.text_mask_BT)
+    answer = cross_entropy(logits_BAV, tokens.answer_ids_BA, tokens.answer_mask_BA)
+    reasoning = cross_entropy(logits_BTV, tokens.text_ids_BT[:, 1:], tokens.text_target_BT[:, 1:])
+    sides = list(zip((k_BLHMD, v_BLHMD), aligner.targets(kv), TENSORS, strict=True))
+    objective = sum(float(kv_distance(a, b, aligner.scale(t), kv.mask_BM, "mse").detach()) for a, b, t in sides) / 2
+    error = sum(float(normalised_error(a, b, aligner.variance(t), kv.mask_BM)) for a, b, t in sides) / 2
+    expected = {
+        "answer_ce": float(answer.detach()),
+        "reasoning_ce": float(reasoning.detach()),
+        "ce_loss": float((answer + 0.5 * reasoning).detach()),
+        "kv_objective": objective,
+        "kv_loss": error,
+        "loss": float((answer + 0.5 * reasoning).detach()) + 5.0 * objective,
+    }
+    assert losses_of(model, batch) == pytest.approx(expected, rel=1e-5)
+
+
+def test_reasoning_is_not_scored_in_validation_nor_where_it_has_no_weight() -> None:
+    model = model_of({"ada": 1.0}).eval()
+    assert "reasoning_ce" not in losses_of(model, train_batch(model, BATCH))
+    unscored = model_of({"ada": 1.0}, loss=LossConfig(reasoning_ce_weight=0.0))
+    assert "reasoning_ce" not in losses_of(unscored, train_batch(unscored, BATCH))
+
+
+def test_without_teachers_there_is_cross_entropy_alone() -> None:
+    for mode, names in (("latent", {"answer_ce", "reasoning_ce", "ce_loss", "loss"}), ("token", {"ce_loss", "loss"})):
+        model = distill_model({}, mode=mode).train()
+        losses = losses_of(model, train_batch(model, BATCH))
+        assert losses.keys() == names
+        assert losses["loss"] == losses["ce_loss"]
+
+
+def test_teachers_in_the_students_space_are_fused_with_normalised_weights() -> None:
+    model = model_of(WEIGHTS)
+    batch = train_batch(model, BATCH)
+    (ada_k, ada_v), (ben_k, ben_v) = (
+        aligner.targets(kv) for aligner, kv in zip(model.aligners, batch.teachers, strict=True)
+    )
+    k_BLHMD, v_BLHMD, mask_BM = model.fused(batch.teachers)
+    torch.testing.assert_close(k_BLHMD, 0.75 * ada_k + 0.25 * ben_k)
+    assert (ada_k - ben_k).abs().mean() > 0.1
+    torch.testing.assert_close(v_BLHMD, 0.75 * ada_v + 0.25 * ben_v)
+    _, own_k, own_v = latent_kv(model, batch)
+    parts = [
+        kv_distance(own, wanted, model.fused_scale_LK[:, column].float(), mask_BM, "mse")
+        for column, (own, wanted) in enumerate(((own_k, k_BLHMD), (own_v, v_BLHMD)))
+    ]
+    assert losses_of(model, batch)["kv_objective"] == pytest.approx(float(torch.stack(parts).mean().detach()), rel=1e-5)
+    assert model.weights == {"ada": 0.75, "ben": 0.25}
+
+
+def test_where_one_teacher_has_nothing_the_other_is_the_whole_target() -> None:
+    model = model_of(WEIGHTS)
+    ada, ben = train_batch(model, BATCH).teachers
+    k_BLHMD, _, mask_BM = model.fused((without(ada, 1, fill=1e6), ben))
+    assert mask_BM.equal(ben.mask_BM)
+    torch.testing.assert_close(k_BLHMD[1], model.aligners[1].targets(ben)[0][1])
+    torch.testing.assert_close(k_BLHMD[0], model.fused((ada, ben))[0][0])
+
+
+def test_in_the_teachers_spaces_each_ones_loss_counts_by_its_weight() -> None:
+    both = model_of(WEIGHTS, direction="to_teacher")
+    batch = train_batch(both, BATCH)
+    losses = losses_of(both, batch)
+    alone: list[dict[str, float]] = []
+    for name, kv in zip(WEIGHTS, batch.teachers, strict=True):
+        single = model_of({name: 1.0}, direction="to_teacher")
+        alone.append(losses_of(single, TrainBatch(batch.tokens, (kv,))))
+    for name in ("kv_objective", "kv_loss"):
+        assert losses[name] == pytest.approx(0.75 * alone[0][name] + 0.25 * alone[1][name], rel=1e-4)
+    assert alone[0]["kv_objective"] != pytest.approx(alone[1]["kv_objective"], rel=1e-2)
+
+
+@pytest.mark.parametrize("direction", ["to_student", "to_teacher"])
+def test_only_regressors_into_a_teachers_space_train(direction: str) -> None:
+    model = model_of(WEIGHTS, direction=direction)
+    model(train_batch(model, BATCH))["kv_objective"].backward()
+    trained = {name: p.grad for name, p in model.named_parameters() if name.startswith("trained_aligners.")}
+    assert bool(trained) == (direction == "to_teacher")
+    assert all(gradient is not None and gradient.abs().sum() > 0 for gradient in trained.values())
+    frozen = [p for aligner in model.aligners for p in aligner.parameters() if p.requires_grad]
+    assert len(frozen) == len(trained)
+
+
+@pytest.mark.parametrize("mode", ["latent", "token"])
+@pytest.mark.parametrize("weights", [{"ada": 1.0}, WEIGHTS])
+def test_a_sample_without_kv_keeps_its_cross_entropy_and_has_no_kv_loss(mode: str, weights: dict[str, float]) -> None:
+    model = model_of(weights, mode=mode)
+    batch = train_batch(model, BATCH, LATENTS if mode == "latent" else None)
+    missing = replace(batch, teachers=tuple(without(kv, 2) for kv in batch.teachers))
+    others = [row for row in range(4) if row != 2]
+    reduced = train_batch(model, [BATCH[row] for row in others], LATENTS if mode == "latent" else None)
+    with_all, with_three, three = losses_of(model, batch), losses_of(model, missing), losses_of(model, reduced)
+    assert with_three["ce_loss"] == with_all["ce_loss"]
+    for name in ("kv_objective", "kv_loss"):
+        assert with_three[name] == pytest.approx(three[name], rel=1e-4)
+        assert with_three[name] != pytest.approx(with_all[name], rel=1e-4)
+    nothing = replace(batch, teachers=tuple(kv for kv in batch.teachers))
+    for row in range(4):
+        nothing = replace(nothing, teachers=tuple(without(kv, row) for kv in nothing.teachers))
+    assert losses_of(model, nothing)["kv_objective"] == 0
+    assert losses_of(model, nothing)["loss"] == with_all["ce_loss"]
+
+
+def test_token_mode_compares_tokens_that_end_at_the_same_byte() -> None:
+    model = model_of({"ada": 1.0}, mode="token")
+    batch = train_batch(model, BATCH, None)
+    # A teacher with other tokens: only every third of the student's ends is one of its own.
+    (kv,) = batch.teachers
+    kept = torch.arange(kv.mask_BM.shape[1]) % 3 == 1
+    assert kv.k_BLHMD is not None
+    assert kv.v_BLHMD is not None
+    sparse = BatchKV(
+        kv.k_BLHMD[:, :, :, kept], kv.v_BLHMD[:, :, :, kept], kv.mask_BM[:, kept], kv.byte_ends_BLHM[..., kept]
+    )
+    (aligner,) = model.aligners
+    tokens = batch.tokens
+    _, capture = model.student.text_logits(tokens.text_ids_BT, tokens.text_mask_BT)
+    own = capture.columns(0, tokens.text_ids_BT.shape[1])
+    errors: list[float] = []
+    for own_x, target_x, tensor in zip(own, aligner.targets(sparse), TENSORS, strict=True):
+        samples: list[float] = []
+        for b in range(len(BATCH)):
+            ends = [
+                int(end) for end, there in zip(sparse.byte_ends_BLHM[b, 0, 0], sparse.mask_BM[b], strict=True) if there
+            ]
+            pairs = [(ends.index(int(end)), t) for t, end in enumerate(tokens.text_byte_ends_BT[b]) if int(end) in ends]
+            assert 2 <= len(pairs) < int(tokens.text_mask_BT[b].sum())
+            differences = [
+                ((own_x[b, :, :, t] - target_x[b, :, :, m]) / aligner.scale(tensor)[:, None, None]).square().mean()
+                for m, t in pairs
+            ]
+            samples.append(float(torch.stack(differences).mean().detach()))
+        errors.append(sum(samples) / len(samples))
+    losses = losses_of(model, TrainBatch(tokens, (sparse,)))
+    assert losses["kv_objective"] == pytest.approx(sum(errors) / 2, rel=1e-4)
+    assert losses["loss"] == pytest.approx(losses["ce_loss"] + 5.0 * losses["kv_objective"], rel=1e-5)
+
+
+@pytest.mark.parametrize("direction", ["to_student", "to_teacher"])
+def test_a_calibration_comes_back_from_its_tensors(direction: str) -> None:
+    model = model_of(WEIGHTS, direction=direction)
+    other = distill_model(WEIGHTS, direction=direction, loss=LOSS).train()
+    other.load_frozen(model.frozen_state())
+    batch = train_batch(model, BATCH)
+    assert losses_of(other, batch) == losses_of(model, batch)
+    assert other.frozen_state().keys() == model.frozen_state().keys()
+    assert other.report() == model.report()
+    assert other.report().keys() == TEACHERS.keys()
+
+
+def test_what_calibration_fitted_is_kept_as_it_was_while_regressors_train() -> None:
+    model = model_of({"ada": 1.0}, direction="to_teacher")
+    before = {name: tensor.clone() for name, tensor in model.frozen_state().items()}
+    with torch.no_grad():
+        for parameter in model.trained_aligners.parameters():
+            parameter.add_(1.0)
+    assert all(tensor.equal(before[name]) for name, tensor in model.frozen_state().items())
