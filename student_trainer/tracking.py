@@ -66,8 +66,9 @@ def _drop_lines_after(path: Path, step: int) -> None:
     """A run that resumes at `step` repeats what an interrupted one had logged beyond it."""
     if not path.is_file():
         return
-    lines = [line for line in path.read_text(encoding="utf-8").splitlines() if json.loads(line)["step"] <= step]
-    path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+    # A line without its end was cut off as it was written, after the checkpoint that the run resumes from.
+    lines = [line for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
+    path.write_text("".join(line for line in lines if json.loads(line)["step"] <= step), encoding="utf-8")
 
 
 def peak_memory_mb() -> float:

@@ -1,0 +1,79 @@
+"""Figures on disk and on the progress line."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+
+import pytest
+
+from student_trainer.tracking import Tracker, peak_memory_mb, write_json
+
+LINES = "metrics.jsonl"
+
+
+def tracked(output: Path, steps: list[int], *, first_step: int = 0, enabled: bool = True) -> None:
+    tracker = Tracker(output, 10, enabled=enabled, first_step=first_step)
+    for step in steps:
+        tracker.log(step, {"train/loss": step / 2})
+    tracker.close()
+
+
+def logged(output: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (output / LINES).read_text(encoding="utf-8").splitlines()]
+
+
+def test_metrics_become_json_lines_and_tensorboard_events(tmp_path: Path) -> None:
+    tracked(tmp_path, [1, 2])
+    assert logged(tmp_path) == [{"step": 1, "train/loss": 0.5}, {"step": 2, "train/loss": 1.0}]
+    assert list((tmp_path / "tensorboard").glob("events.*"))
+
+
+def test_a_resumed_run_replaces_what_was_logged_beyond_its_first_step(tmp_path: Path) -> None:
+    tracked(tmp_path, [1, 2, 3, 4])
+    tracked(tmp_path, [3, 4, 5], first_step=2)
+    assert [line["step"] for line in logged(tmp_path)] == [1, 2, 3, 4, 5]
+
+
+def test_a_run_that_starts_over_drops_all_lines(tmp_path: Path) -> None:
+    tracked(tmp_path, [1, 2])
+    tracked(tmp_path, [1], first_step=0)
+    assert [line["step"] for line in logged(tmp_path)] == [1]
+
+
+def test_a_line_that_was_cut_off_does_not_stop_a_run_from_resuming(tmp_path: Path) -> None:
+    tracked(tmp_path, [1, 2, 3])
+    whole = (tmp_path / LINES).read_text(encoding="utf-8")
+    (tmp_path / LINES).write_text(whole[:-9], encoding="utf-8")
+    tracked(tmp_path, [3], first_step=2)
+    assert [line["step"] for line in logged(tmp_path)] == [1, 2, 3]
+
+
+def test_other_ranks_write_nothing(tmp_path: Path) -> None:
+    tracked(tmp_path / "out", [1], enabled=False)
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_progress_line_shows_losses_stall_speed_and_time_left(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    tracker = Tracker(tmp_path, 10, enabled=True, first_step=2)
+    figures = {"train/loss": 1.5, "train/ce_loss": 1.0, "train/kv_loss": 0.5, "train/samples_per_second": 64.0}
+    with caplog.at_level(logging.INFO):
+        tracker.progress(10, figures | {"kv/stall_fraction": 0.25})
+    tracker.close()
+    assert caplog.messages == ["step 10/10  loss 1.5000  ce 1.0000  kv 0.5000  stall 25%  64 samples/s  ETA 0:00"]
+
+
+def test_json_replaces_a_file_whole(tmp_path: Path) -> None:
+    path = tmp_path / "summary.json"
+    write_json(path, {"steps": 1})
+    with pytest.raises(TypeError):
+        write_json(path, {"steps": object()})
+    assert json.loads(path.read_text(encoding="utf-8")) == {"steps": 1}
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_peak_memory_is_in_mebibytes() -> None:
+    assert 10 < peak_memory_mb() < 2**20
