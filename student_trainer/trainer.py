@@ -8,18 +8,19 @@ import os
 import signal
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from data.records import Record
 from kvcore.config import load_config
 from kvcore.errors import KVDistillError
 from kvcore.types import Tensor
 from student_trainer import checkpoint, ds_engine
-from student_trainer.build import Parts, build
+from student_trainer.build import Parts, build, fail_together
 from student_trainer.config import OptimConfig, TrainConfig
 from student_trainer.evaluate import answer, is_correct, mean_over_ranks, rank_batches
 from student_trainer.export import save_model
@@ -77,12 +78,13 @@ class Trainer:
             parts.resumed.load_weights(parts.model)
         self.engine = ds_engine.Engine(parts.model, config, parts.sampling.accumulation)
         self.best: dict[str, float] | None = None
-        self.step = 0
+        self.step = self.evaluated = 0
         self.window, self.total = Window(), Window()
         self._stop_requested = False
         if parts.resumed is not None:
             parts.resumed.restore(self.engine)
             self.step, self.best = parts.resumed.step, parts.resumed.state["best"]
+            self.evaluated = parts.resumed.state["evaluated"]
 
     def train(self) -> dict[str, Any]:
         """The whole run."""
@@ -96,6 +98,8 @@ class Trainer:
         return self._finish(time.monotonic() - started)
 
     def _loop(self, tracker: Tracker) -> None:
+        if self.step > self.evaluated and self._due(self.config.run.eval_every):
+            self._evaluate(tracker)  # The run ended while it did.
         batches = self._announced(self.parts.sampling.micro_batches(self.step))
         while self.step < self.parts.sampling.steps:
             self._one_step(batches)
@@ -127,7 +131,7 @@ class Trainer:
         self.engine.set_lr(learning_rate(self.config.optim, self.step, self.parts.sampling.steps))
         self.engine.module.train()
         for _ in range(self.parts.sampling.accumulation):
-            batch = self._fetch(next(batches))
+            batch = self._fetch([self.parts.train[index] for index in next(batches)], self.window)
             for name, value in self.engine.micro_step(batch).items():
                 self.window.losses[name] = self.window.losses.get(name, 0.0) + float(value.detach())
             self.window.micro_batches += 1
@@ -135,12 +139,12 @@ class Trainer:
         self.window.samples += self.config.run.global_batch
         self.window.seconds += time.monotonic() - began
 
-    def _fetch(self, indices: list[int]) -> TrainBatch:
+    def _fetch(self, records: Sequence[Record], window: Window) -> TrainBatch:
         """One micro-batch with its teachers' K/V; if any rank cannot go on, all of them stop here together."""
         failure: KVDistillError | None = None
         batch: TrainBatch | None = None
         try:
-            batch = self.parts.batch([self.parts.train[index] for index in indices], self.window)
+            batch = self.parts.batch(records, window)
         except KVDistillError as error:
             failure = error
         # 2: a rank failed, 1: a rank was told to stop. One small collective before any other of the micro-batch.
@@ -191,13 +195,14 @@ class Trainer:
     def _evaluate(self, tracker: Tracker) -> None:
         records = self.parts.val
         if not records:
+            self.evaluated = self.step
             return
         self.engine.module.eval()
         latent = self.config.student.mode == "latent"
         totals: dict[str, float] = {"count": 0.0, "accuracy": 0.0, "loss": 0.0, "kv_loss": 0.0}
         for indices, counted in rank_batches(len(records), self.config.run.micro_batch, self.rank, self.world_size):
             chosen = [records[index] for index in indices]
-            losses = self.engine.module(self.parts.batch(chosen, Window()))
+            losses = self.engine.module(self._fetch(chosen, Window()))
             written = answer(
                 self.parts.model.student,
                 self.parts.collator,
@@ -227,6 +232,7 @@ class Trainer:
                 ", ".join(f"{k} {v:.4f}" for k, v in metrics.items() if k.endswith("loss")),
             )
         self._keep_best(metrics)
+        self.evaluated = self.step
 
     def _keep_best(self, metrics: dict[str, float]) -> None:
         current = metrics | {"step": float(self.step)}
@@ -238,9 +244,22 @@ class Trainer:
             self.best = current
             save_model(self.engine, self.parts, self.out / "best_model")
 
+    def _flush(self) -> None:
+        failure: KVDistillError | None = None
+        try:
+            self.parts.flush()
+        except KVDistillError as error:
+            failure = error
+        fail_together(failure)
+
     def _save(self) -> Path:
-        self.parts.flush()
-        state = {"step": self.step, "best": self.best, "identity": self.parts.identity}
+        self._flush()
+        state = {
+            "step": self.step,
+            "evaluated": self.evaluated,
+            "best": self.best,
+            "identity": self.parts.identity,
+        }
         return checkpoint.save(
             self.out / "checkpoints",
             self.engine,
@@ -250,7 +269,7 @@ class Trainer:
         )
 
     def _finish(self, seconds: float) -> dict[str, Any]:
-        self.parts.flush()
+        self._flush()
         if not self.parts.val:
             save_model(self.engine, self.parts, self.out / "best_model")
         peaks_R = torch.zeros(self.world_size, dtype=torch.float64, device=self.device)
