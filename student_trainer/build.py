@@ -26,7 +26,7 @@ from student_trainer.calibrate import calibrate
 from student_trainer.checkpoint import Checkpoint
 from student_trainer.config import AlignConfig, KVConfig, StudentConfig, TeacherConfig, TrainConfig
 from student_trainer.kv_batch import receive
-from student_trainer.kv_sources import build_source, flush
+from student_trainer.kv_sources import build_source, flush, unshuffled
 from student_trainer.kv_sources.base import KVSource
 from student_trainer.latent import LatentStudent, load_reasoning, new_reasoning
 from student_trainer.model import DistillModel, TrainBatch
@@ -69,7 +69,9 @@ class Parts:
         slots = self.config.student.latents if self.config.student.mode == "latent" else None
         for teacher in self.teachers:
             began = time.monotonic()
-            results = teacher.source.fetch(samples)
+            # A control breaks the pairs that training learns from; alignment and validation keep the true ones.
+            source = teacher.source if self.model.training else unshuffled(teacher.source)
+            results = source.fetch(samples)
             fetched = time.monotonic()
             received = receive(
                 teacher.name, results, teacher.source.info, teacher.source.plan, slots, self.config.kv.on_missing
@@ -125,10 +127,18 @@ def _load_student(settings: StudentConfig) -> tuple[PreTrainedModel, PreTrainedT
     logging.disable_progress_bar()
     dtype = torch.bfloat16 if settings.dtype == "bf16" else torch.float32
     try:
-        lm = AutoModelForCausalLM.from_pretrained(settings.path, dtype=dtype, attn_implementation="sdpa")
+        lm, report = AutoModelForCausalLM.from_pretrained(
+            settings.path, dtype=dtype, attn_implementation="sdpa", use_safetensors=True, output_loading_info=True
+        )
         tokenizer = AutoTokenizer.from_pretrained(settings.path)
     except (OSError, ValueError) as error:
         raise ConfigError(f"student.path: cannot load '{settings.path}': {error}") from error
+    if report["missing_keys"]:
+        # transformers fills them with random values.
+        missing = sorted(report["missing_keys"])
+        raise ConfigError(
+            f"student.path: '{settings.path}' lacks {len(missing)} weights of its model: {missing[0]}, ..."
+        )
     kv_projections(lm)
     if settings.gradient_checkpointing:
         lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -201,7 +211,14 @@ def _identity(config: TrainConfig, count: int, teachers: Sequence[Teacher]) -> d
     """What must not change when a run goes on. Where K/V come from may: online, offline and record are one run."""
     settings = config.model_dump(mode="json", include={"student", "align", "loss", "optim"})
     run = config.run.model_dump(mode="json", include={"seed", "steps", "epochs", "global_batch"})
-    plans = {teacher.name: [teacher.source.info.weights_digest, teacher.source.plan.digest()] for teacher in teachers}
+    plans = {
+        teacher.name: [
+            teacher.source.info.weights_digest,
+            teacher.source.info.tokenizer_fingerprint,
+            teacher.source.plan.digest(),
+        ]
+        for teacher in teachers
+    }
     weights = {teacher.name: teacher.weight for teacher in config.teachers}
     data = [count, hashlib.blake2b(config.data.train.read_bytes(), digest_size=16).hexdigest()]
     return settings | {"run": run, "teachers": plans, "weights": weights, "control": config.kv.control, "data": data}

@@ -32,9 +32,12 @@ class StudentConfig(StrictModel):
 
 
 class TeacherConfig(StrictModel):
-    """One teacher: replicas behind `endpoints` (host:port), and its weight in the fusion."""
+    """One teacher: replicas behind `endpoints` (host:port), and its weight in the fusion.
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,64}$")]
+    Its store is the folder `name` under `kv.store`.
+    """
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-][A-Za-z0-9_.-]{0,63}$")]
     endpoints: tuple[Annotated[str, Field(pattern=r"^[^\s/]+:\d{1,5}$")], ...] = ()
     weight: Annotated[float, Field(gt=0.0)] = 1.0
 
@@ -46,7 +49,7 @@ class KVConfig(StrictModel):
     `store` alone. `prefetch`: batches fetched ahead, 0 for none. `patience_s`: how long a teacher may be unreachable
     before it counts as lost. `on_missing`: a sample whose K/V a teacher cannot give ends the run (`fail`) or keeps
     its cross-entropy and is masked out of the KV loss, counted and logged (`mask`). `control: shuffled` hands
-    each sample another one's K/V: an experiment's control.
+    each sample another one's K/V in training (alignment and validation keep the true pairs): an experiment's control.
     """
 
     mode: Literal["online", "offline", "record"] = "online"
@@ -71,8 +74,9 @@ class AlignConfig(StrictModel):
 
     `direction`: `to_student` maps the teacher's K/V into the student's space and keeps that map frozen; `to_teacher`
     maps the student's K/V into each teacher's space with a regressor that trains.
-    `head_adapter`: `ridge` (closed form) or `identity` (same geometry). `calibration_samples`: how many training
-    samples the map and the targets' scale are measured on before the first step.
+    `head_adapter`: `ridge` (closed form), `linear` (starts from ridge and trains) or `identity` (same geometry).
+    `calibration_samples`: how many training samples the map and the targets' scale are measured on before the first
+    step.
     """
 
     direction: Literal["to_student", "to_teacher"] = "to_student"
@@ -82,7 +86,11 @@ class AlignConfig(StrictModel):
 
 
 class LossConfig(StrictModel):
-    """Loss = answer CE + `reasoning_ce_weight` x reasoning CE + `kv_weight` x KV."""
+    """What is minimised.
+
+    Latent mode: answer CE + `reasoning_ce_weight` x text CE + `kv_weight` x KV, where the text is reasoning and answer,
+    read without latents. Token mode: text CE + `kv_weight` x KV.
+    """
 
     kv_weight: NonNegative = 1.0
     kv_loss: Literal["mse", "smooth_l1"] = "smooth_l1"
@@ -161,11 +169,19 @@ class TrainConfig(StrictModel):
         for teacher in self.teachers:
             if self.kv.mode != "offline" and not teacher.endpoints:
                 raise ValueError(f"teachers: '{teacher.name}' has no endpoints, which kv.mode '{self.kv.mode}' needs")
-        if self.teachers and self.student.mode == "latent":
-            selection = self.kv.selection
-            if selection.selector == "full" or selection.budget != self.student.latents:
-                raise ValueError(
-                    f"kv.selection: latent mode matches {self.student.latents} latents (student.latents), so it "
-                    f"needs a selector with that budget; got '{selection.selector}' with budget {selection.budget}"
-                )
+        if self.teachers:
+            self._check_selection(self.kv.selection)
         return self
+
+    def _check_selection(self, selection: Selection) -> None:
+        latents = self.student.latents
+        if self.student.mode == "token" and selection.scope != "sample":
+            raise ValueError(
+                "kv.selection.scope: token mode compares one token in all layers and heads, so it needs 'sample'; "
+                f"got '{selection.scope}'"
+            )
+        if self.student.mode == "latent" and (selection.selector == "full" or selection.budget != latents):
+            raise ValueError(
+                f"kv.selection: latent mode matches {latents} latents (student.latents), so it "
+                f"needs a selector with that budget; got '{selection.selector}' with budget {selection.budget}"
+            )

@@ -17,7 +17,7 @@ from student_trainer.kv_sources.record import Record
 from student_trainer.kv_sources.remote import RemoteSource
 from student_trainer.kv_sources.shuffled import ShuffledControl
 
-__all__ = ["KVResult", "KVSource", "build_source", "counters", "flush"]
+__all__ = ["KVResult", "KVSource", "build_source", "counters", "flush", "unshuffled"]
 
 logger = logging.getLogger(__name__)
 
@@ -75,6 +75,11 @@ def flush(source: KVSource) -> None:
     for part in _parts(source):
         if isinstance(part, Record):
             part.flush()
+
+
+def unshuffled(source: KVSource) -> KVSource:
+    """The source that gives every sample its own K/V, whatever the control."""
+    return source.source if isinstance(source, ShuffledControl) else source
 
 
 def _core(

@@ -12,7 +12,7 @@ from kvcore.errors import FieldError, StoreError, TeacherMismatchError
 from kvcore.plan import CodecSpec
 from kvcore.types import MissingKV, Sample
 from student_trainer.config import KVConfig, TeacherConfig
-from student_trainer.kv_sources import build_source, counters, flush
+from student_trainer.kv_sources import build_source, counters, flush, unshuffled
 from student_trainer.kv_sources.base import KVSource
 from student_trainer.kv_sources.failover import FailoverSource
 from student_trainer.kv_sources.offline import OfflineSource
@@ -193,6 +193,13 @@ def test_shuffled_control_goes_around_everything_else(bench):
     source.close()
     straight = OfflineSource(bench.directory / TEACHER, lambda _: PLAN)
     assert all(same_result(result, kv_of(SAMPLES[i])) for i, result in enumerate(straight.fetch(SAMPLES[:3])))
+
+
+def test_the_true_pairs_stay_within_reach_of_a_shuffled_source(bench):
+    source = bench.built(control="shuffled")
+    own = [kv_of(sample) for sample in SAMPLES[:3]]
+    assert all(same_result(*pair) for pair in zip(unshuffled(source).fetch(SAMPLES[:3]), own, strict=True))
+    assert not any(same_result(*pair) for pair in zip(source.fetch(SAMPLES[:3]), own, strict=True))
 
 
 def test_a_resumed_recording_asks_only_for_what_is_missing(bench):
