@@ -105,16 +105,16 @@ class Aligner(nn.Module):
         Raises:
             FieldError: naming the scope that fits.
         """
-        mixes_heads = self.adapter.kind != "identity"
         if self.mapper.mixes_layers and scope != "sample":
             raise FieldError(
                 "kv.selection.scope",
                 f"the layer map mixes layers, which need the same tokens: use 'sample', not '{scope}'",
             )
-        if mixes_heads and scope == "head":
+        if self.needs_student and scope != "sample":
             raise FieldError(
                 "kv.selection.scope",
-                "the head adapter mixes heads, which need the same tokens: use 'sample', not 'head'",
+                "the head adapter mixes heads, and is fitted on the same tokens in all layers: use 'sample', not "
+                f"'{scope}'",
             )
 
     def map_layers(self, x_BLHMD: Tensor) -> Tensor:

@@ -49,7 +49,7 @@ def apply_override(tree: dict[str, Any], override: str) -> None:
     """Sets one `a.b.c=value` in a nested mapping; a number in the path indexes a list."""
     key, separator, text = override.partition("=")
     if not separator or not key:
-        raise ConfigError(f"--set {override}: expected key=value, for example train.steps=500")
+        raise ConfigError(f"--set {override}: expected key=value, for example run.steps=500")
     *parents, last = key.split(".")
     node: Any = tree
     for index, name in enumerate(parents):

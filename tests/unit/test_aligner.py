@@ -281,7 +281,7 @@ def test_the_report_is_json_and_says_what_was_done() -> None:
     [
         (KVGeometry(3, 3, 2), "identity", ()),
         (KVGeometry(4, 3, 2), "identity", ("head", "layer")),
-        (KVGeometry(3, 3, 2), "ridge", ("head",)),
+        (KVGeometry(3, 3, 2), "ridge", ("head", "layer")),
         (KVGeometry(4, 3, 2), "ridge", ("head", "layer")),
     ],
 )
