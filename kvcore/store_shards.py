@@ -98,6 +98,8 @@ class ShardFiles:
                 rest = memoryview(content)
                 while rest:
                     count = os.preadv(handle, [rest], offset + size - len(rest))
+                    if not count:
+                        raise StoreError(f"{self._directory / name}: truncated while it was being read")
                     rest = rest[count:]
         except OSError as error:
             raise StoreError(f"{self._directory / name}: cannot read: {error}") from error
@@ -106,6 +108,8 @@ class ShardFiles:
     def _open(self, name: str) -> int:
         handle = self._handles.get(name)
         if handle is None:
+            if Path(name).name != name:
+                raise StoreError(f"{self._directory}: a journal or index names '{name}', which is no file of the store")
             handle = self._handles[name] = os.open(self._directory / name, os.O_RDONLY)
             if len(self._handles) > _OPEN_FILES:
                 os.close(self._handles.popitem(last=False)[1])
