@@ -25,7 +25,7 @@ class Tracker:
         from torch.utils.tensorboard import SummaryWriter  # noqa: PLC0415 - slow to import
 
         output_dir.mkdir(parents=True, exist_ok=True)
-        self._board = SummaryWriter(str(output_dir / "tensorboard"), purge_step=first_step)
+        self._board = SummaryWriter(str(output_dir / "tensorboard"), purge_step=first_step + 1)
         self._lines_path = output_dir / "metrics.jsonl"
         _drop_lines_after(self._lines_path, first_step)
         self._lines = self._lines_path.open("a", encoding="utf-8")
@@ -68,7 +68,7 @@ def _drop_lines_after(path: Path, step: int) -> None:
         return
     # A line without its end was cut off as it was written, after the checkpoint that the run resumes from.
     lines = [line for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
-    path.write_text("".join(line for line in lines if json.loads(line)["step"] <= step), encoding="utf-8")
+    _replace(path, "".join(line for line in lines if json.loads(line)["step"] <= step))
 
 
 def peak_memory_mb() -> float:
@@ -78,6 +78,10 @@ def peak_memory_mb() -> float:
 
 def write_json(path: Path, value: Any) -> None:
     """Writes JSON so that a reader sees the old file or the new one, never half of it."""
+    _replace(path, json.dumps(value, indent=2) + "\n")
+
+
+def _replace(path: Path, text: str) -> None:
     temporary = path.with_suffix(path.suffix + ".tmp")
-    temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+    temporary.write_text(text, encoding="utf-8")
     temporary.replace(path)
