@@ -146,7 +146,8 @@ class LatentStudent(nn.Module):
 def new_reasoning(lm: PreTrainedModel, latents: int, passes: int, seed: int) -> LatentReasoning:
     """Fresh latent parameters for a student, the same on every rank."""
     weight: Tensor = lm.get_input_embeddings().weight  # pyright: ignore[reportAssignmentType]
-    with torch.random.fork_rng():
+    # No devices: each rank would else open a context on every GPU of its machine.
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         rms = float(weight.detach().float().pow(2).mean().sqrt())
         return LatentReasoning(int(weight.shape[1]), latents, passes, rms)
