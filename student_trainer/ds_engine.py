@@ -7,7 +7,6 @@ import os
 import socket
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -85,7 +84,6 @@ class Engine:
         optimizer = torch.optim.AdamW(
             trained, lr=config.optim.lr, betas=config.optim.betas, weight_decay=config.optim.weight_decay
         )
-        self._stage = config.run.zero_stage
         self._engine, *_ = deepspeed.initialize(
             model=module, optimizer=optimizer, model_parameters=trained, config=_settings(config, accumulation, trained)
         )
@@ -199,17 +197,6 @@ class Engine:
         flat = value.flatten()
         padded = torch.nn.functional.pad(flat, (0, size * dist.get_world_size() - flat.numel()))
         return padded[size * dist.get_rank() : size * (dist.get_rank() + 1)]
-
-    @contextmanager
-    def gathered(self, module: nn.Module) -> Iterator[None]:
-        """Inside the block every parameter of `module` is whole on every rank (ZeRO-3; otherwise it is already)."""
-        if self._stage < 3:
-            yield
-            return
-        import deepspeed
-
-        with deepspeed.zero.GatheredParameters(list(module.parameters())):
-            yield
 
 
 def _settings(config: TrainConfig, accumulation: int, trained: list[nn.Parameter]) -> dict[str, Any]:
