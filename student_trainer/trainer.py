@@ -153,9 +153,10 @@ class Trainer:
         if int(status) == 0:
             assert batch is not None
             return batch
-        path = self._save()
-        if self.rank == 0:
-            logger.warning("checkpoint saved: %s; run the same command again to go on from step %d", path, self.step)
+        if self.step > 0:  # Before its first step the optimiser has no state to save, and nothing is lost.
+            path = self._save()
+            if self.rank == 0:
+                logger.warning("checkpoint saved: %s; the same command goes on from step %d", path, self.step)
         if failure is not None:
             raise failure
         raise InterruptedRunError(

@@ -1,0 +1,172 @@
+"""The training loop on one rank, with sources in memory and an engine without DeepSpeed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from data.records import Record
+from kvcore.errors import TeacherUnavailableError
+from student_trainer import checkpoint, ds_engine
+from student_trainer.build import Parts
+from student_trainer.calibrate import calibrate
+from student_trainer.config import OptimConfig, TrainConfig
+from student_trainer.model import TrainBatch
+from student_trainer.sampling import Sampling
+from student_trainer.trainer import InterruptedRunError, Trainer, learning_rate
+from student_trainer.window import Window
+from tests.support.plain_engine import PlainEngine
+from tests.support.training_parts import (
+    LATENTS,
+    PASSES,
+    RECORDS,
+    TOKENIZER,
+    collator,
+    distill_model,
+    one_rank,
+    train_batch,
+)
+
+TRAIN, VAL = RECORDS[:40], RECORDS[40:45]
+STEPS, GLOBAL_BATCH = 4, 4
+
+
+class MemoryParts(Parts):
+    """Parts whose teachers answer from memory; `fails_at`: the batch, counted from 0, for which one does not."""
+
+    fails_at: int = -1
+    batches: int = 0
+
+    def batch(self, records: Sequence[Record], window: Window) -> TrainBatch:
+        type(self).batches += 1
+        if type(self).batches - 1 == type(self).fails_at:
+            raise TeacherUnavailableError("ada", "no endpoint answers")
+        return train_batch(self.model, records)
+
+
+@pytest.fixture(autouse=True)
+def one_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(ds_engine, "Engine", PlainEngine)
+    monkeypatch.setattr(ds_engine, "device", lambda: torch.device("cpu"))
+    monkeypatch.setattr("signal.signal", lambda *_: None)
+    with one_rank():
+        yield
+
+
+def trainer_in(output: Path, *, micro_batch: int = 2, fails_at: int = -1, val: Sequence[Record] = VAL) -> Trainer:
+    settings: dict[str, Any] = {
+        "student": {"path": "tiny", "latents": LATENTS, "passes": PASSES},
+        "data": {"train": "t.jsonl", "answer_tokens": 2},
+        "optim": {"lr": 0.01},
+        "loss": {"kv_weight": 5.0},
+        "run": {
+            "output_dir": str(output),
+            "steps": STEPS,
+            "global_batch": GLOBAL_BATCH,
+            "micro_batch": micro_batch,
+            "log_every": 1,
+        },
+    }
+    config = TrainConfig.model_validate_json(json.dumps(settings))
+    model = distill_model({"ada": 1.0, "ben": 1.0}, loss=config.loss)
+    resumed = checkpoint.latest(output / "checkpoints")
+    if resumed is None:
+        calibrate(model, TRAIN, range(40), lambda chosen: train_batch(model, chosen), 40, lambda _: None)
+    else:
+        model.load_frozen(resumed.frozen())
+    MemoryParts.batches, MemoryParts.fails_at = 0, fails_at
+    sampling = Sampling(config.run, len(TRAIN), 0, 1)
+    parts = MemoryParts(config, TOKENIZER, collator(), TRAIN, val, (), model, sampling, resumed, {"run": "a"})
+    return Trainer(config, parts, 0, 1)
+
+
+def logged(output: Path, name: str) -> dict[int, float]:
+    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    return {line["step"]: line[name] for line in lines if name in line}
+
+
+@pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])
+def test_the_learning_rate_warms_up_in_a_line_and_follows_its_schedule(schedule: str) -> None:
+    optim = OptimConfig.model_validate({"lr": 0.5, "warmup_ratio": 0.2, "schedule": schedule})
+    rates = [learning_rate(optim, step, 20) for step in range(21)]
+    assert rates[:5] == pytest.approx([0.125, 0.25, 0.375, 0.5, 0.5])
+    middle = {"constant": 0.5, "linear": 0.25, "cosine": 0.25}
+    assert rates[12] == pytest.approx(middle[schedule])
+    assert rates[20] == pytest.approx(0.5 if schedule == "constant" else 0.0, abs=1e-12)
+    assert all(later <= earlier for earlier, later in pairwise(rates[4:]))
+    if schedule == "cosine":
+        assert rates[8] > 0.5 * (1 - 4 / 16), "slow at first"
+
+
+@pytest.mark.parametrize(("warmup", "steps"), [(0.0, 1), (0.0, 7), (1.0, 1), (1.0, 7)])
+def test_a_run_may_be_all_or_no_warm_up(warmup: float, steps: int) -> None:
+    optim = OptimConfig.model_validate({"lr": 0.5, "warmup_ratio": warmup, "schedule": "linear"})
+    rates = [learning_rate(optim, step, steps) for step in range(steps)]
+    assert all(0 < rate <= 0.5 for rate in rates)
+    assert rates[-1 if warmup else 0] == 0.5
+
+
+@pytest.mark.parametrize("fails_at", [3, 5])
+def test_a_lost_teacher_ends_the_run_with_a_checkpoint_from_which_it_goes_on(tmp_path: Path, fails_at: int) -> None:
+    trainer_in(tmp_path / "whole").train()
+    with pytest.raises(TeacherUnavailableError, match="'ada'"):
+        trainer_in(tmp_path / "lost", fails_at=fails_at).train()
+    found = checkpoint.latest(tmp_path / "lost" / "checkpoints")
+    assert found is not None
+    assert found.step == fails_at // 2
+    trainer_in(tmp_path / "lost").train()
+    assert logged(tmp_path / "lost", "train/loss") == logged(tmp_path / "whole", "train/loss")
+    assert logged(tmp_path / "lost", "val/loss") == logged(tmp_path / "whole", "val/loss")
+
+
+@pytest.mark.parametrize("micro_batches_read", [0, 1])
+def test_a_teacher_lost_before_the_first_step_is_what_the_user_is_told(tmp_path: Path, micro_batches_read: int) -> None:
+    with pytest.raises(TeacherUnavailableError, match="teacher 'ada': no endpoint answers"):
+        trainer_in(tmp_path, fails_at=micro_batches_read).train()
+    assert checkpoint.latest(tmp_path / "checkpoints") is None
+
+
+def test_a_run_told_to_stop_before_its_first_step_stops(tmp_path: Path) -> None:
+    trainer = trainer_in(tmp_path)
+    trainer._stop_requested = True
+    with pytest.raises(InterruptedRunError, match="told to stop at step 0"):
+        trainer.train()
+
+
+def test_a_run_that_lost_a_teacher_in_validation_validates_when_it_goes_on(tmp_path: Path) -> None:
+    trainer_in(tmp_path / "whole").train()
+    with pytest.raises(TeacherUnavailableError):
+        trainer_in(tmp_path / "lost", fails_at=STEPS * 2 + 1).train()
+    trainer_in(tmp_path / "lost").train()
+    assert logged(tmp_path / "lost", "val/loss") == logged(tmp_path / "whole", "val/loss")
+
+
+def test_without_validation_the_last_model_is_the_best(tmp_path: Path) -> None:
+    summary = trainer_in(tmp_path, val=[]).train()
+    assert (summary["best_step"], summary["val_task_metrics"]) == (STEPS, {})
+    assert (tmp_path / "best_model" / "latent.safetensors").is_file()
+    assert json.loads((tmp_path / "summary.json").read_text(encoding="utf-8"))["steps"] == STEPS
+
+
+def test_the_best_model_is_the_most_accurate_then_the_one_with_the_least_loss(tmp_path: Path) -> None:
+    trainer = trainer_in(tmp_path)
+    trainer.step = 0
+    for accuracy, loss, best in [(0.5, 2.0, 1), (0.5, 1.0, 2), (0.4, 0.1, 2), (0.5, 1.0, 2), (0.6, 9.0, 5)]:
+        trainer.step += 1
+        trainer._keep_best({"val/task_metrics/accuracy": accuracy, "val/loss": loss})
+        assert trainer.best is not None
+        assert trainer.best["step"] == best
+
+
+def test_windows_add_up() -> None:
+    total = Window()
+    for losses, samples in (({"loss": 1.0}, 4), ({"loss": 2.0, "kv": 1.0}, 8)):
+        total.add(Window(samples=samples, seconds=0.5, losses=losses, stages={"queue": 0.25}))
+    assert (total.samples, total.seconds, total.losses) == (12, 1.0, {"loss": 3.0, "kv": 1.0})
+    assert total.stages == {"queue": 0.5}
