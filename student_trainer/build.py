@@ -8,7 +8,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.distributed as dist
@@ -127,12 +127,13 @@ def _load_student(settings: StudentConfig) -> tuple[PreTrainedModel, PreTrainedT
     logging.disable_progress_bar()
     dtype = torch.bfloat16 if settings.dtype == "bf16" else torch.float32
     try:
-        lm, report = AutoModelForCausalLM.from_pretrained(
+        loaded = AutoModelForCausalLM.from_pretrained(
             settings.path, dtype=dtype, attn_implementation="sdpa", use_safetensors=True, output_loading_info=True
         )
         tokenizer = AutoTokenizer.from_pretrained(settings.path)
     except (OSError, ValueError) as error:
         raise ConfigError(f"student.path: cannot load '{settings.path}': {error}") from error
+    lm, report = cast("tuple[PreTrainedModel, dict[str, Any]]", loaded)
     if report["missing_keys"]:
         # transformers fills them with random values.
         missing = sorted(report["missing_keys"])
