@@ -56,6 +56,11 @@ class StudentBatch:
         tensors = (getattr(self, field.name).to(device) for field in fields(self)[1:])
         return StudentBatch(self.records, *tensors)
 
+    def first(self, count: int) -> StudentBatch:
+        """Only the first `count` records, padded as they are."""
+        tensors = (getattr(self, field.name)[:count] for field in fields(self)[1:])
+        return StudentBatch(self.records[:count], *tensors)
+
 
 class Collator:
     """Tokenises records, remembers what it tokenised, and pads batches.

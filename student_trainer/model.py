@@ -26,6 +26,19 @@ class TrainBatch:
     tokens: StudentBatch
     teachers: tuple[BatchKV, ...]
 
+    def first(self, count: int) -> TrainBatch:
+        """Only the first `count` samples."""
+        teachers = tuple(
+            BatchKV(
+                None if kv.k_BLHMD is None else kv.k_BLHMD[:count],
+                None if kv.v_BLHMD is None else kv.v_BLHMD[:count],
+                kv.mask_BM[:count],
+                kv.byte_ends_BLHM[:count],
+            )
+            for kv in self.teachers
+        )
+        return TrainBatch(self.tokens.first(count), teachers)
+
 
 @dataclass(frozen=True, slots=True)
 class Target:

@@ -203,7 +203,8 @@ class Trainer:
         totals: dict[str, float] = {"count": 0.0, "accuracy": 0.0, "loss": 0.0, "kv_loss": 0.0}
         for indices, counted in rank_batches(len(records), self.config.run.micro_batch, self.rank, self.world_size):
             chosen = [records[index] for index in indices]
-            losses = self.engine.module(self._fetch(chosen, Window()))
+            # What fills a batch up enters no mean; every rank runs its pass all the same.
+            losses = self.engine.module(self._fetch(chosen, Window()).first(max(1, counted)))
             written = answer(
                 self.parts.model.student,
                 self.parts.collator,

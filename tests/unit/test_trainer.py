@@ -112,6 +112,27 @@ def test_a_run_may_be_all_or_no_warm_up(warmup: float, steps: int) -> None:
     assert rates[-1 if warmup else 0] == 0.5
 
 
+@pytest.mark.parametrize("micro_batch", [1, 4])
+def test_losses_depend_on_no_micro_batch_in_training_or_validation(tmp_path: Path, micro_batch: int) -> None:
+    trainer_in(tmp_path / "two").train()
+    trainer_in(tmp_path / "other", micro_batch=micro_batch).train()
+    for name in ("train/loss", "train/kv_loss", "val/loss", "val/task_metrics/accuracy"):
+        ours, theirs = logged(tmp_path / "other", name), logged(tmp_path / "two", name)
+        assert ours.keys() == theirs.keys()
+        assert ours
+        for step, value in ours.items():
+            assert value == pytest.approx(theirs[step], rel=1e-4), (name, step)
+
+
+def test_validation_is_the_mean_over_its_records(tmp_path: Path) -> None:
+    trainer = trainer_in(tmp_path)
+    trainer.train()
+    model = trainer.parts.model.eval()
+    with torch.no_grad():
+        losses = [float(model(train_batch(model, [record]))["loss"]) for record in VAL]
+    assert logged(tmp_path, "val/loss") == {STEPS: pytest.approx(sum(losses) / len(losses), rel=1e-4)}
+
+
 @pytest.mark.parametrize("fails_at", [3, 5])
 def test_a_lost_teacher_ends_the_run_with_a_checkpoint_from_which_it_goes_on(tmp_path: Path, fails_at: int) -> None:
     trainer_in(tmp_path / "whole").train()
