@@ -148,11 +148,12 @@ def _load_student(settings: StudentConfig) -> tuple[PreTrainedModel, PreTrainedT
 
 def _with_latents(lm: PreTrainedModel, config: TrainConfig) -> LatentStudent:
     settings = config.student
-    reasoning = load_reasoning(lm, Path(settings.path), settings.latents, settings.passes)
+    latent = settings.mode == "latent"
+    reasoning = load_reasoning(lm, Path(settings.path), settings.latents, settings.passes) if latent else None
     if reasoning is None:
         reasoning = new_reasoning(lm, settings.latents, settings.passes, config.run.seed)
     # Parameters that never get a gradient would stop ZeRO from reducing the others.
-    reasoning.requires_grad_(settings.mode == "latent")
+    reasoning.requires_grad_(latent)
     return LatentStudent(lm, reasoning.to(lm.dtype))
 
 
@@ -232,11 +233,21 @@ def _resume(config: TrainConfig, identity: dict[str, Any], rank: int) -> Checkpo
             checkpoint.forget(directory)
         dist.barrier()
         return None
-    found = checkpoint.latest(directory)
-    if found is not None:
+    newest = checkpoint.latest(directory) if rank == 0 else None
+    step = torch.tensor(newest.step if newest else -1, device=ds_engine.device())
+    dist.broadcast(step, 0)
+    if int(step) < 0:
+        return None
+    found: Checkpoint | None = None
+    failure: KVDistillError | None = None
+    try:
+        found = checkpoint.at(directory, int(step))
         checkpoint.check_same_run(found, identity)
-        if rank == 0:
-            logger.info("resuming from %s", found.path)
+    except KVDistillError as error:
+        failure = error
+    fail_together(failure)
+    if found is not None and rank == 0:
+        logger.info("resuming from %s", found.path)
     return found
 
 

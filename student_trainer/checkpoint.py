@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,9 +50,27 @@ class Checkpoint:
 def latest(directory: Path) -> Checkpoint | None:
     """The newest complete checkpoint under a run's `checkpoints/`, or None."""
     found = sorted(path for path in directory.glob("step-*") if (path / STATE).is_file())
-    if not found:
-        return None
-    return Checkpoint(found[-1], json.loads((found[-1] / STATE).read_text(encoding="utf-8")))
+    return _read(found[-1]) if found else None
+
+
+def at(directory: Path, step: int) -> Checkpoint:
+    """The checkpoint of one step.
+
+    Raises:
+        ConfigError: it is not there.
+    """
+    path = directory / _name(step)
+    if not (path / STATE).is_file():
+        raise ConfigError(f"run.output_dir: {path} cannot be read on this node; every rank needs the same directory")
+    return _read(path)
+
+
+def _read(path: Path) -> Checkpoint:
+    return Checkpoint(path, json.loads((path / STATE).read_text(encoding="utf-8")))
+
+
+def _name(step: int) -> str:
+    return f"step-{step:08d}"
 
 
 def check_same_run(checkpoint: Checkpoint, identity: dict[str, Any]) -> None:
@@ -73,8 +92,10 @@ def check_same_run(checkpoint: Checkpoint, identity: dict[str, Any]) -> None:
 def save(directory: Path, engine: Engine, frozen: dict[str, Tensor], state: dict[str, Any], keep: int) -> Path:
     """Writes a checkpoint that appears under its name only when complete. All ranks must call it."""
     weights, moments = engine.weights(), engine.moments()
-    final = directory / f"step-{state['step']:08d}"
-    if dist.get_rank() == 0:
+    final = directory / _name(state["step"])
+    if dist.get_rank() == 0 and (final / STATE).is_file():
+        write_json(final / STATE, state)  # The tensors of one step are the same each time.
+    elif dist.get_rank() == 0:
         temporary = directory / f".{final.name}.tmp"
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
@@ -82,12 +103,24 @@ def save(directory: Path, engine: Engine, frozen: dict[str, Tensor], state: dict
         save_file(moments, temporary / MOMENTS)
         save_file({name: tensor.contiguous() for name, tensor in frozen.items()}, temporary / FROZEN)
         write_json(temporary / STATE, state)
+        for path in (*temporary.iterdir(), temporary):
+            _sync(path)
         shutil.rmtree(final, ignore_errors=True)
         temporary.rename(final)
+        _sync(directory)
         for old in sorted(directory.glob("step-*"))[:-keep]:
             shutil.rmtree(old)
     dist.barrier()
     return final
+
+
+def _sync(path: Path) -> None:
+    """Returns when the disk has a file's or a directory's content."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def forget(directory: Path) -> None:

@@ -37,6 +37,10 @@ def save_model(engine: Engine, parts: Parts, directory: Path) -> None:
                 if name.startswith(REASONING_PREFIX)
             }
             save_reasoning(parts.model.student.reasoning, latent, temporary)
-        shutil.rmtree(directory, ignore_errors=True)
+        aside = directory.with_name(f".{directory.name}.old")
+        shutil.rmtree(aside, ignore_errors=True)
+        if directory.exists():
+            directory.rename(aside)
         temporary.rename(directory)
+        shutil.rmtree(aside, ignore_errors=True)
     dist.barrier()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 import os
@@ -10,6 +11,7 @@ import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import torch
@@ -24,6 +26,7 @@ from student_trainer.build import Parts, build, fail_together
 from student_trainer.config import OptimConfig, TrainConfig
 from student_trainer.evaluate import answer, is_correct, mean_over_ranks, rank_batches
 from student_trainer.export import save_model
+from student_trainer.kv_sources import counters
 from student_trainer.model import TrainBatch
 from student_trainer.tracking import Tracker, peak_memory_mb, write_json
 from student_trainer.window import Window
@@ -88,7 +91,10 @@ class Trainer:
 
     def train(self) -> dict[str, Any]:
         """The whole run."""
-        signal.signal(signal.SIGTERM, lambda *_: setattr(self, "_stop_requested", True))
+        if self.step == self.parts.sampling.steps == self.evaluated and self.parts.resumed is not None:
+            return self._already_done()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._request_stop)
         tracker = Tracker(self.out, self.parts.sampling.steps, enabled=self.rank == 0, first_step=self.step)
         started = time.monotonic()
         try:
@@ -96,6 +102,18 @@ class Trainer:
         finally:
             tracker.close()
         return self._finish(time.monotonic() - started)
+
+    def _already_done(self) -> dict[str, Any]:
+        """A finished run keeps its model and its figures."""
+        if self.rank == 0:
+            logger.info("all %d steps are done; choose another run.output_dir, or run.resume=never", self.step)
+        summary = self.out / "summary.json"
+        return json.loads(summary.read_text(encoding="utf-8")) if summary.is_file() else {}
+
+    def _request_stop(self, number: int, _frame: FrameType | None) -> None:
+        """Asks for an end at the next micro-batch; a second signal ends at once."""
+        self._stop_requested = True
+        signal.signal(number, signal.SIG_DFL)
 
     def _loop(self, tracker: Tracker) -> None:
         if self.step > self.evaluated and self._due(self.config.run.eval_every):
@@ -187,6 +205,9 @@ class Trainer:
             metrics |= {
                 f"kv/{stage}_s": seconds / max(1, window.micro_batches) for stage, seconds in window.stages.items()
             }
+            for teacher in self.parts.teachers:
+                counted = counters(teacher.source)
+                metrics |= {f"kv/{name}/{teacher.name}": counted.get(name, 0) for name in ("switches", "retries")}
             for name, weight in self.parts.model.weights.items():
                 metrics[f"routing/weights_mean/{name}"] = weight
         tracker.log(self.step, metrics)
