@@ -96,7 +96,7 @@ def draw_costs(axes: Axes, results: Results, theme: Theme) -> None:
 
 
 def draw_stages(axes: Axes, results: Results, theme: Theme) -> None:
-    """Where the time between asking and having goes, and what of it the trainer waited for."""
+    """Where the time of one request goes, and what of it the training thread waited for."""
     names = list(results.stages_ms)
     values = [results.stages_ms[name] for name in names]
     colors = [theme.arms["shuffled_kv" if name == "stall" else "kv_two_teachers"] for name in names]
@@ -105,7 +105,7 @@ def draw_stages(axes: Axes, results: Results, theme: Theme) -> None:
         axes.text(value + max(values) * 0.02, row, f"{value:.1f}", va="center")
     axes.invert_yaxis()
     axes.set_xlim(0, max(values, default=1.0) * 1.25 or 1.0)
-    axes.set_title(f"Milliseconds per micro-batch (stall {results.stall_fraction:.1%} of the time)")
+    axes.set_title(f"Milliseconds per request (stall: {results.stall_fraction:.1%} of the time)")
 
 
 CHARTS: dict[str, Chart] = {
@@ -113,7 +113,7 @@ CHARTS: dict[str, Chart] = {
     "Validation accuracy over steps": draw_learning,
     "KV loss over steps": draw_kv_loss,
     "Bytes per sample": draw_costs,
-    "Time per micro-batch by stage": draw_stages,
+    "Time per request by stage": draw_stages,
 }
 
 

@@ -21,6 +21,7 @@ from kvcore.errors import KVDistillError
 # Online and offline read the same encoded K/V in the same order; only rounding in reductions may differ.
 SAME_LOSS = 1e-6
 STAGES = ("queue", "prefill", "encode", "network", "decode", "stall")
+TRAINER_STAGES = frozenset({"decode", "stall"})
 Metrics = list[dict[str, float]]
 
 
@@ -144,13 +145,20 @@ def gather_replay(layout: Layout) -> Replay:
     return Replay(len(shared), largest, online.keys() == offline.keys())
 
 
-def stages_ms(metrics: Metrics) -> dict[str, float]:
-    """Milliseconds a sample spent in each stage, on average over the log, or {} where none was logged."""
+def stages_ms(metrics: Metrics, samples: int, teachers: int) -> dict[str, float]:
+    """Milliseconds of each stage for one request, on average over the log; {} where none was logged.
+
+    Args:
+        metrics: of a run with teachers.
+        samples: how many one request holds: each of them logs the whole request's time at the teacher.
+        teachers: how many are asked: what is logged is their sum.
+    """
     found: dict[str, float] = {}
     for stage in STAGES:
         values = [line[f"kv/{stage}_s"] for line in metrics if f"kv/{stage}_s" in line]
         if values:
-            found[stage] = 1000 * sum(values) / len(values)
+            share = teachers if stage in TRAINER_STAGES else teachers * samples
+            found[stage] = 1000 * sum(values) / len(values) / share
     return found
 
 

@@ -21,6 +21,7 @@ from experiments.demo.report import write_report
 from experiments.demo.settings import (
     ARMS,
     FULL,
+    MICRO_BATCH,
     PROGRESS,
     QUICK,
     RANKS,
@@ -173,7 +174,7 @@ class Demo:
             peak_memory_mb={f"trainer_{rank}": mb for rank, mb in summary["peak_memory_mb"].items()} | dict(servers_mb),
             replay=results.gather_replay(self.layout),
             seconds=dict(self.seconds),
-            stages_ms=results.stages_ms(results.read_metrics(kv_run)),
+            stages_ms=results.stages_ms(results.read_metrics(kv_run), MICRO_BATCH, len(TEACHERS)),
             facts=self._facts(models),
         )
 

@@ -195,6 +195,17 @@ def test_an_arm_is_read_from_its_runs(tmp_path: Path) -> None:
         gather.gather_arm("kv_one_teacher", 3, layout)
 
 
+def test_stages_are_those_of_one_request_to_one_teacher() -> None:
+    lines = [
+        {"step": 20, "kv/prefill_s": 0.8, "kv/stall_s": 0.03},
+        {"step": 20, "val/loss": 1.0},
+        {"step": 40, "kv/prefill_s": 0.4, "kv/stall_s": 0.01},
+    ]
+    found = gather.stages_ms(lines, samples=30, teachers=2)
+    assert found == pytest.approx({"prefill": 10.0, "stall": 10.0})
+    assert gather.stages_ms([{"step": 1}], samples=30, teachers=2) == {}
+
+
 @pytest.mark.parametrize(
     ("offline", "expected"),
     [
