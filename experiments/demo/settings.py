@@ -53,7 +53,7 @@ class Settings:
 
 FULL = Settings()
 QUICK = Settings(test=500, record=1024, arm_steps=200, arm_lr=4e-3, evaluations=4)
-PRETRAIN_STEPS: dict[ModelName, int] = {"teacher_a": 800, "teacher_b": 500, "student": 1000}
+PRETRAIN_STEPS: dict[ModelName, int] = {"teacher_a": 700, "teacher_b": 400, "student": 850}
 
 
 @dataclass(frozen=True, slots=True)
