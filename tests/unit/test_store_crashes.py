@@ -166,8 +166,12 @@ ENTRY = TensorEntry("int8", (2, 3), offset=0, size=6, xxh3="0" * 16)
         dataclasses.replace(ENTRY, shape=(2**40, 2**20)),
         dataclasses.replace(ENTRY, size=2**60),
         dataclasses.replace(ENTRY, shape=(3, 2**30), size=3 * 2**30),
+        dataclasses.replace(ENTRY, shape=(-2, -3)),
+        dataclasses.replace(ENTRY, shape=(-1,), size=-1),
+        dataclasses.replace(ENTRY, shape=(0,), size=0),
+        dataclasses.replace(ENTRY, offset=-1),
     ],
-    ids=range(4),
+    ids=range(8),
 )
 def test_an_entry_with_impossible_sizes_allocates_nothing(store, entry):
     files = ShardFiles(store)
@@ -179,6 +183,20 @@ def test_an_entry_with_impossible_sizes_allocates_nothing(store, entry):
     finally:
         tracemalloc.stop()
         files.close()
+
+
+@pytest.mark.parametrize("name", ["../secret", "/etc/hostname", "a/b"])
+def test_a_journal_cannot_name_a_file_outside_the_store(store, name):
+    (store.parent / "secret").write_bytes(bytes(100))
+    with pytest.raises(StoreError, match=f"names '{name}', which is no file of the store"):
+        ShardFiles(store).tensor(name, "key/part", ENTRY)
+
+
+def test_a_file_that_shrinks_during_a_read_ends_the_read(store, monkeypatch):
+    with KVStoreReader(store) as reader:
+        monkeypatch.setattr(os, "preadv", lambda *_: 0)
+        with pytest.raises(StoreError, match="truncated while it was being read"):
+            reader.get(SENT[0].key)
 
 
 def test_a_store_of_another_format_is_refused(store):
