@@ -14,7 +14,7 @@ from typing import Any
 
 from experiments.demo.results import read_metrics
 from experiments.demo.run import Demo
-from experiments.demo.settings import FULL, ArmName, arm_config
+from experiments.demo.settings import FULL, QUICK, ArmName, arm_config
 
 ARMS: tuple[ArmName, ...] = ("kv_two_teachers", "kv_one_teacher")
 DIRECTIONS = ("to_student", "to_teacher")
@@ -54,8 +54,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output", type=Path, default=Path("outputs/directions"))
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--quick", action="store_true", help="the steps of kvdistill demo --quick")
     arguments = parser.parse_args()
-    found = Directions(arguments.output, FULL, arguments.seeds).compare()
+    found = Directions(arguments.output, QUICK if arguments.quick else FULL, arguments.seeds).compare()
     sys.stdout.write(json.dumps(found) + "\n")
 
 
