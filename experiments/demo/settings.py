@@ -52,7 +52,7 @@ class Settings:
 
 
 FULL = Settings()
-QUICK = Settings(test=500, record=1024, arm_steps=200, arm_lr=4e-3, evaluations=4)
+QUICK = Settings(test=500, record=512, arm_steps=180, arm_lr=4e-3, evaluations=3)
 PRETRAIN_STEPS: dict[ModelName, int] = {"teacher_a": 700, "teacher_b": 400, "student": 850}
 
 
