@@ -200,6 +200,7 @@ def test_the_true_pairs_stay_within_reach_of_a_shuffled_source(bench):
     own = [kv_of(sample) for sample in SAMPLES[:3]]
     assert all(same_result(*pair) for pair in zip(unshuffled(source).fetch(SAMPLES[:3]), own, strict=True))
     assert not any(same_result(*pair) for pair in zip(source.fetch(SAMPLES[:3]), own, strict=True))
+    source.close()
 
 
 def test_a_resumed_recording_asks_only_for_what_is_missing(bench):
