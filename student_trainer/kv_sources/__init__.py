@@ -9,7 +9,7 @@ from contextlib import ExitStack
 from kvcore.plan import KVPlan
 from kvcore.types import TeacherInfo
 from student_trainer.config import KVConfig, TeacherConfig
-from student_trainer.kv_sources.base import KVResult, KVSource
+from student_trainer.kv_sources.base import KVResult, KVSource, WrappingSource
 from student_trainer.kv_sources.failover import FailoverSource
 from student_trainer.kv_sources.offline import OfflineSource
 from student_trainer.kv_sources.prefetch import Prefetch
@@ -104,7 +104,7 @@ def _core(
 def _parts(source: KVSource) -> list[KVSource]:
     """The source and everything it wraps, outermost first."""
     parts = [source]
-    while isinstance(source, Prefetch | Record | ShuffledControl):
+    while isinstance(source, WrappingSource):
         source = source.source
         parts.append(source)
     return parts

@@ -41,3 +41,20 @@ class KVSource(Protocol):
     def close(self) -> None:
         """Ends threads, connections and files. Safe to call twice."""
         ...
+
+
+class WrappingSource:
+    """What every wrapper shares: it speaks for the same teacher under the same plan as the source inside."""
+
+    def __init__(self, source: KVSource) -> None:
+        self.source = source
+
+    @property
+    def info(self) -> TeacherInfo:
+        """The wrapped source's teacher."""
+        return self.source.info
+
+    @property
+    def plan(self) -> KVPlan:
+        """The wrapped source's plan."""
+        return self.source.plan

@@ -10,9 +10,8 @@ from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 
-from kvcore.plan import KVPlan
-from kvcore.types import Sample, TeacherInfo
-from student_trainer.kv_sources.base import KVResult, KVSource
+from kvcore.types import Sample
+from student_trainer.kv_sources.base import KVResult, KVSource, WrappingSource
 
 logger = logging.getLogger(__name__)
 
@@ -26,7 +25,7 @@ class _Job:
     claimed: bool = False
 
 
-class Prefetch:
+class Prefetch(WrappingSource):
     """Keeps up to `depth` announced batches fetched ahead, in the order of their announcement.
 
     One thread makes every call of the wrapped source, so that source need not be safe for threads. A batch that
@@ -35,7 +34,7 @@ class Prefetch:
 
     def __init__(self, source: KVSource, depth: int) -> None:
         assert depth >= 1, "a depth of 0 means no Prefetch at all"
-        self.source = source
+        super().__init__(source)
         self.stall_seconds = 0.0
         self._depth = depth
         self._waiting: deque[_Job] = deque()
@@ -46,16 +45,6 @@ class Prefetch:
         self._changed = threading.Condition()
         self._thread = threading.Thread(target=self._run, name="kv-prefetch", daemon=True)
         self._thread.start()
-
-    @property
-    def info(self) -> TeacherInfo:
-        """The wrapped source's teacher."""
-        return self.source.info
-
-    @property
-    def plan(self) -> KVPlan:
-        """The wrapped source's plan."""
-        return self.source.plan
 
     def announce(self, samples: Sequence[Sample]) -> None:
         """Queues a batch; never blocks. The matching `fetch` is the one with the same samples in the same order."""

@@ -6,13 +6,12 @@ from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
 
-from kvcore.plan import KVPlan
 from kvcore.store import KVStoreReader, KVStoreWriter, merge_index
-from kvcore.types import EncodedSampleKV, Sample, TeacherInfo
-from student_trainer.kv_sources.base import KVResult, KVSource
+from kvcore.types import EncodedSampleKV, Sample
+from student_trainer.kv_sources.base import KVResult, KVSource, WrappingSource
 
 
-class Record:
+class Record(WrappingSource):
     """Writes each sample once, and reads from the store what is there already instead of asking the teacher.
 
     So a recording that was interrupted asks only for the rest. What a sample lacks (`MissingKV`) is not stored.
@@ -29,23 +28,13 @@ class Record:
     """
 
     def __init__(self, source: KVSource, directory: Path, writer: str, merges_index: bool) -> None:
-        self.source = source
+        super().__init__(source)
         self._directory = directory
         self._merges_index = merges_index
         self._writer = KVStoreWriter(directory, source.info, source.plan, writer)
         self._reader = KVStoreReader(directory)
         self._announced: dict[tuple[Sample, ...], deque[list[Sample]]] = {}
         self._closed = False
-
-    @property
-    def info(self) -> TeacherInfo:
-        """The wrapped source's teacher."""
-        return self.source.info
-
-    @property
-    def plan(self) -> KVPlan:
-        """The wrapped source's plan."""
-        return self.source.plan
 
     def announce(self, samples: Sequence[Sample]) -> None:
         """Passes on what is not stored yet."""

@@ -6,36 +6,25 @@ import logging
 from collections.abc import Sequence
 
 from kvcore.errors import FieldError
-from kvcore.plan import KVPlan
-from kvcore.types import Sample, TeacherInfo
-from student_trainer.kv_sources.base import KVResult, KVSource
+from kvcore.types import Sample
+from student_trainer.kv_sources.base import KVResult, KVSource, WrappingSource
 
 logger = logging.getLogger(__name__)
 
 
-class ShuffledControl:
+class ShuffledControl(WrappingSource):
     """Hands sample i of a fetched batch what belongs to sample i-1 (the first gets the last's).
 
     Missing K/V move along. What a result says about itself (`sample_id`, `key`) stays its own.
     """
 
     def __init__(self, source: KVSource) -> None:
-        self.source = source
+        super().__init__(source)
         logger.warning(
             "kv.control is 'shuffled': every sample is trained on ANOTHER sample's K/V of teacher %s. "
             "This run is an experiment's control; its student must not be used.",
             source.info.model,
         )
-
-    @property
-    def info(self) -> TeacherInfo:
-        """The wrapped source's teacher."""
-        return self.source.info
-
-    @property
-    def plan(self) -> KVPlan:
-        """The wrapped source's plan."""
-        return self.source.plan
 
     def announce(self, samples: Sequence[Sample]) -> None:
         """Passed on."""
