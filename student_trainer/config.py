@@ -70,31 +70,73 @@ class KVConfig(StrictModel):
 
 
 class AlignConfig(StrictModel):
-    """How a teacher's geometry meets the student's.
+    """How a teacher's geometry meets the student's; docs/alignment.md has the formulas.
 
     `direction`: `to_student` maps the teacher's K/V into the student's space and keeps that map frozen; `to_teacher`
     maps the student's K/V into each teacher's space with a regressor that trains.
-    `head_adapter`: `ridge` (closed form), `linear` (starts from ridge and trains) or `identity` (same geometry).
+    `tokens`: how tokens of two tokenizers pair, `boundary` or `overlap` (token mode, whole text).
+    `time`: resamples the slots that a teacher sent to the student's latents; `none` needs as many.
+    `layer_map`: `cka` compares the layers on the calibration samples; `learned` starts from `ratio` and trains.
+    `head_adapter`: `ridge` (closed form), `procrustes` (a rotation), `pool` (averages heads and dims), `linear` (starts
+    from ridge and trains) or `identity` (same geometry). With `to_student`, what trains on the teacher's side
+    (`linear`, `learned`) is trained by the router loss alone, since the KV loss would empty its own target.
     `calibration_samples`: how many training samples the map and the targets' scale are measured on before the first
-    step.
+    step. `sink_tokens`: the first tokens of a text, on which models park attention, left out of calibration and of
+    token mode's KV loss. `min_explained_variance`: layers that the map explains less of are warned about.
     """
 
     direction: Literal["to_student", "to_teacher"] = "to_student"
-    layer_map: Literal["ratio"] = "ratio"
-    head_adapter: Literal["ridge", "linear", "identity"] = "ridge"
+    tokens: Literal["boundary", "overlap"] = "boundary"
+    time: Literal["none", "linear", "nearest", "segment"] = "none"
+    layer_map: Literal["ratio", "uniform", "last", "skip", "cka", "learned"] = "ratio"
+    head_adapter: Literal["ridge", "procrustes", "pool", "linear", "identity"] = "ridge"
     calibration_samples: Positive = 512
+    sink_tokens: Annotated[int, Field(ge=0)] = 1
+    min_explained_variance: Fraction = 0.2
+
+
+class FuseConfig(StrictModel):
+    """How several teachers become one target.
+
+    `kind`: `fixed` takes the teachers' `weight`; `similarity` weighs each teacher, sample by sample, by how near its
+    aligned K/V are to what the student's own are on the same text (`metric`); `learnable` asks a `router`
+    that sees the prompt and is trained by the answer's cross-entropy with the fused K/V in the student's cache.
+    `router_width`: its hidden size. `per_layer`: weights for each layer. `choose`: `soft` mixes, `top1` takes the best.
+    The temperature of the softmax is max(`temperature_floor`, `temperature` - `temperature_decay` x epoch).
+    `entropy_weight`: how much an even distribution is rewarded (`learnable`). `collapse_at`: a mean weight above it is
+    warned about.
+    """
+
+    kind: Literal["fixed", "similarity", "learnable"] = "fixed"
+    metric: Literal["cosine", "dot", "euclidean"] = "cosine"
+    router: Literal["mlp", "gate", "attention"] = "mlp"
+    router_width: Positive = 256
+    router_loss_weight: Annotated[float, Field(gt=0.0)] = 1.0
+    per_layer: bool = False
+    choose: Literal["soft", "top1"] = "soft"
+    temperature: Annotated[float, Field(gt=0.0)] = 1.0
+    temperature_decay: NonNegative = 0.1
+    temperature_floor: Annotated[float, Field(gt=0.0)] = 0.5
+    entropy_weight: NonNegative = 0.01
+    collapse_at: Annotated[float, Field(gt=0.5, le=1.0)] = 0.95
 
 
 class LossConfig(StrictModel):
     """What is minimised.
 
-    Latent mode: answer CE + `reasoning_ce_weight` x text CE + `kv_weight` x KV, where the text is reasoning and answer,
-    read without latents. Token mode: text CE + `kv_weight` x KV.
+    Latent mode: answer CE + `reasoning_ce_weight` x text CE + `kv_weight` x KV + `codi_weight` x CODI, where the text
+    is reasoning and answer, read without latents. Token mode: text CE + `kv_weight` x KV.
+
+    `kv_weight: auto` is set before the first step, so that the KV loss's gradient is `kv_gradient_ratio` times as long
+    as the cross-entropy's. `kv_loss`: `mse` and `smooth_l1` of K/V in units of the targets' deviation, `cosine`
+    per head, or `cka` over a batch's slots. `codi_weight`: CODI's loss on the hidden states before the answer.
     """
 
-    kv_weight: NonNegative = 1.0
-    kv_loss: Literal["mse", "smooth_l1"] = "smooth_l1"
+    kv_weight: NonNegative | Literal["auto"] = 1.0
+    kv_gradient_ratio: Annotated[float, Field(gt=0.0)] = 1.0
+    kv_loss: Literal["mse", "smooth_l1", "cosine", "cka"] = "smooth_l1"
     reasoning_ce_weight: NonNegative = 1.0
+    codi_weight: NonNegative = 0.0
 
 
 class DataConfig(StrictModel):
@@ -156,6 +198,7 @@ class TrainConfig(StrictModel):
     teachers: tuple[TeacherConfig, ...] = ()
     kv: KVConfig = KVConfig()
     align: AlignConfig = AlignConfig()
+    fuse: FuseConfig = FuseConfig()
     loss: LossConfig = LossConfig()
     data: DataConfig
     optim: OptimConfig = OptimConfig()
@@ -171,17 +214,49 @@ class TrainConfig(StrictModel):
                 raise ValueError(f"teachers: '{teacher.name}' has no endpoints, which kv.mode '{self.kv.mode}' needs")
         if self.teachers:
             self._check_selection(self.kv.selection)
+            self._check_training_maps()
+        if self.loss.codi_weight > 0 and (self.student.mode != "latent" or self.loss.reasoning_ce_weight == 0):
+            raise ValueError("loss.codi_weight: CODI needs student.mode 'latent' and loss.reasoning_ce_weight above 0")
         return self
 
+    def _check_training_maps(self) -> None:
+        align, routed = self.align, self.fuse.kind == "learnable"
+        if self.fuse.kind != "fixed" and align.direction != "to_student":
+            raise ValueError(
+                f"fuse.kind: '{self.fuse.kind}' fuses in the student's space: set align.direction to_student"
+            )
+        if align.direction == "to_student" and align.head_adapter == "linear" and not routed:
+            raise ValueError(
+                "align.head_adapter: nothing but the router loss may train a target's map: 'linear' needs fuse.kind "
+                "'learnable' or align.direction 'to_teacher'"
+            )
+        if align.layer_map == "learned" and not routed:
+            raise ValueError("align.layer_map: 'learned' is trained by the router loss: it needs fuse.kind 'learnable'")
+
     def _check_selection(self, selection: Selection) -> None:
-        latents = self.student.latents
+        latents, align = self.student.latents, self.align
         if self.student.mode == "token" and selection.scope != "sample":
             raise ValueError(
                 "kv.selection.scope: token mode compares one token in all layers and heads, so it needs 'sample'; "
                 f"got '{selection.scope}'"
             )
-        if self.student.mode == "latent" and (selection.selector == "full" or selection.budget != latents):
+        if self.student.mode == "token" and align.time != "none":
             raise ValueError(
-                f"kv.selection: latent mode matches {latents} latents (student.latents), so it "
-                f"needs a selector with that budget; got '{selection.selector}' with budget {selection.budget}"
+                f"align.time: token mode compares tokens, so there is nothing to resample; got '{align.time}'"
+            )
+        if align.tokens == "overlap" and (self.student.mode, selection.selector, selection.span) != (
+            "token",
+            "full",
+            "all",
+        ):
+            raise ValueError(
+                "align.tokens: 'overlap' needs every token's first byte: student.mode 'token' and a kv.selection with "
+                "selector 'full' and span 'all'"
+            )
+        resamples = align.time != "none"
+        fits = selection.selector != "full" and selection.budget == latents
+        if self.student.mode == "latent" and not fits and not resamples:
+            raise ValueError(
+                f"kv.selection: latent mode matches {latents} latents (student.latents), so it needs a selector with "
+                f"that budget, or align.time to resample; got '{selection.selector}' with budget {selection.budget}"
             )
