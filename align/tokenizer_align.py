@@ -74,6 +74,33 @@ def overlap_rows(teacher_ends: Sequence[int], student_ends: Sequence[int]) -> Ro
     return rows
 
 
+def overlap_weights_batch(teacher_ends_BM: Tensor, student_ends_BT: Tensor) -> tuple[Tensor, Tensor]:
+    """`overlap_rows` for a padded batch of whole texts, in one go.
+
+    Args:
+        teacher_ends_BM: every token of each text, ascending where not -1; -1 in empty slots.
+        student_ends_BT: likewise.
+
+    Returns:
+        fp32 [B,T,M] and a mask [B,T]: rows sum to 1 where it is True and are zero elsewhere.
+    """
+    t_start_BM, t_end_BM = _byte_ranges_batch(teacher_ends_BM)
+    s_start_BT, s_end_BT = _byte_ranges_batch(student_ends_BT)
+    end_BTM = torch.minimum(s_end_BT[:, :, None], t_end_BM[:, None, :])
+    shared_BTM = (end_BTM - torch.maximum(s_start_BT[:, :, None], t_start_BM[:, None, :])).clamp(min=0)
+    total_BT = shared_BTM.sum(dim=2)
+    return shared_BTM.float() / total_BT.clamp(min=1)[:, :, None].float(), total_BT > 0
+
+
+def _byte_ranges_batch(ends_BT: Tensor) -> tuple[Tensor, Tensor]:
+    """First byte, and byte after the last, of every token: the same where it stands for no byte."""
+    if ends_BT.shape[1] == 0:
+        return ends_BT.long(), ends_BT.long()
+    read_BT = ends_BT.long().clamp(min=0).cummax(dim=1).values
+    before_BT = torch.cat([torch.zeros_like(read_BT[:, :1]), read_BT[:, :-1]], dim=1)
+    return before_BT, read_BT
+
+
 def _byte_ranges(ends: Sequence[int]) -> list[tuple[int, int, int]]:
     """(token, first byte, byte after the last) of every token that stands for at least one byte."""
     ranges: list[tuple[int, int, int]] = []

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
-from align.tokenizer_align import TokenizerAligner, overlap_rows, pair_ends, pair_ends_batch
+from align.tokenizer_align import TokenizerAligner, overlap_rows, overlap_weights_batch, pair_ends, pair_ends_batch
 from kvcore.errors import FieldError
 from kvcore.offsets import read_text
 from tests.support.tiny_models import build_tokenizer
@@ -60,6 +60,11 @@ def naive_overlap(teacher: list[int], student: list[int]) -> list[list[float]]:
     return [[count / sum(row) if sum(row) else 0.0 for count in row] for row in counts]
 
 
+def padded(rows: list[list[int]]) -> torch.Tensor:
+    width = max(map(len, rows))
+    return torch.tensor([row + [-1] * (width - len(row)) for row in rows], dtype=torch.int32).view(len(rows), width)
+
+
 @given(byte_ends(), byte_ends())
 def test_a_token_pairs_with_the_last_teacher_token_that_ends_at_its_byte(
     teacher: list[int], student: list[int]
@@ -73,10 +78,6 @@ def test_unknown_ends_never_pair() -> None:
 
 @given(st.lists(st.tuples(byte_ends(), byte_ends()), min_size=1, max_size=5))
 def test_a_padded_batch_pairs_as_its_samples_do(batch: list[tuple[list[int], list[int]]]) -> None:
-    def padded(rows: list[list[int]]) -> torch.Tensor:
-        width = max(map(len, rows))
-        return torch.tensor([row + [-1] * (width - len(row)) for row in rows], dtype=torch.int32).view(len(rows), width)
-
     teachers, students = [t for t, _ in batch], [s for _, s in batch]
     index_BT = pair_ends_batch(padded(teachers), padded(students))
     assert index_BT.dtype == torch.int64
@@ -96,6 +97,19 @@ def test_overlap_weighs_by_the_bytes_shared(teacher: list[int], student: list[in
             dense[t] += weight
         assert dense == pytest.approx(expected)
         assert sum(dense) == pytest.approx(1.0 if row else 0.0)
+
+
+@given(st.lists(st.tuples(byte_ends(), byte_ends()), min_size=1, max_size=4))
+def test_a_padded_batch_overlaps_as_its_samples_do(batch: list[tuple[list[int], list[int]]]) -> None:
+    teacher_BM, student_BT = padded([teacher for teacher, _ in batch]), padded([student for _, student in batch])
+    weights_BTM, mask_BT = overlap_weights_batch(teacher_BM, student_BT)
+    assert weights_BTM.dtype == torch.float32
+    assert weights_BTM.shape == (len(batch), student_BT.shape[1], teacher_BM.shape[1])
+    for b in range(len(batch)):
+        expected = naive_overlap(teacher_BM[b].tolist(), student_BT[b].tolist())
+        for t, row in enumerate(expected):
+            assert weights_BTM[b, t].tolist() == pytest.approx(row, abs=1e-7)
+            assert bool(mask_BT[b, t]) == (sum(row) > 0)
 
 
 @pytest.mark.parametrize("text", TEXTS)
