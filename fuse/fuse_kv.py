@@ -7,33 +7,77 @@ import torch
 from kvcore.errors import FieldError
 from kvcore.types import Tensor
 
+# A softmax's weight below this is as good as 0; dividing by one would overflow the gradients.
+LEAST_WEIGHT = 1e-20
 
-def fuse_fixed(x_NBLHMD: Tensor, mask_NBM: Tensor, weights_N: Tensor) -> tuple[Tensor, Tensor]:
-    """The weighted mean of the teachers that are present at each slot, in fp32.
 
-    Only K/V that each teacher's own adapter has brought into one basis may be averaged.
+def fuse(x_NBLHMD: Tensor, mask_NBM: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    """The weighted mean of the teachers that are present at each slot, in at least fp32.
+
+    Only K/V that each teacher's own adapter has brought into one basis may be averaged. At each slot the weights are
+    normalised over the teachers present there. A slot is present if a teacher of weight above 0, in some layer, fills
+    it. Where weights differ by layer and none of a layer's own teachers fills a present slot, the teachers that the
+    other layers chose stand in by their summed weights: a target is K/V of teachers in every layer, or masked.
+
+    Differentiable in `x_NBLHMD` and `weights`, a weight of 0 included.
 
     Args:
         x_NBLHMD: keys or values.
-        mask_NBM: True where a teacher has a token in the slot; what stands elsewhere is never read.
-        weights_N: above 0; need not sum to 1. At each slot they are normalised over the teachers present.
+        mask_NBM: True where a teacher has a token in the slot; what stands elsewhere (NaN too) is never read.
+        weights: [N], [B,N] or [B,L,N]; need not sum to 1. [N] are settings and above 0; the others may be 0, and
+            below 1e-20 count as 0.
 
     Returns:
-        fused_BLHMD and mask_BM, True where at least one teacher was present; zeros elsewhere.
+        fused_BLHMD and mask_BM, True where a teacher was present; zeros elsewhere.
 
     Raises:
-        FieldError: a weight that is not finite and above 0, or not one weight per teacher.
+        FieldError: weights of another shape, negative, or not finite; or one of [N] that counts as 0.
     """
-    if weights_N.shape != x_NBLHMD.shape[:1]:
-        raise FieldError("weights", f"need one per teacher ({len(x_NBLHMD)}); got {list(weights_N.shape)}")
-    if not bool((torch.isfinite(weights_N) & (weights_N > 0)).all()):
-        raise FieldError("weights", f"must be finite and above 0; got {weights_N.tolist()}")
-    present_NBM = mask_NBM * weights_N.to(mask_NBM.device, torch.float32)[:, None, None]
-    mask_BM = mask_NBM.any(dim=0)
-    share_NBM = present_NBM / present_NBM.sum(dim=0).masked_fill(~mask_BM, 1.0)
-    fused = x_NBLHMD.new_zeros(x_NBLHMD.shape[1:], dtype=torch.float32)
-    for x_BLHMD, slots_BM, share_BM in zip(x_NBLHMD, mask_NBM, share_NBM, strict=True):
-        # An empty slot may hold anything, NaN too, which a weight of 0 would let through.
-        kept = x_BLHMD.float().masked_fill(~slots_BM[:, None, None, :, None], 0.0)
-        fused = fused + kept * share_BM[:, None, None, :, None]
-    return fused, mask_BM
+    _check(x_NBLHMD, weights)
+    dtype = torch.promote_types(x_NBLHMD.dtype, torch.float32)
+    share_NBLM, mask_BM = _shares(mask_NBM, weights.to(mask_NBM.device, dtype), x_NBLHMD.shape[2])
+    fused_BLHMD = x_NBLHMD.new_zeros(x_NBLHMD.shape[1:], dtype=dtype)
+    for x_BLHMD, slots_BM, share_BLM in zip(x_NBLHMD, mask_NBM, share_NBLM, strict=True):
+        # An empty slot may hold anything, NaN too, which a share of 0 would let through.
+        kept_BLHMD = x_BLHMD.to(dtype).masked_fill(~slots_BM[:, None, None, :, None], 0.0)
+        fused_BLHMD = fused_BLHMD + kept_BLHMD * share_BLM[:, :, None, :, None]
+    return fused_BLHMD, mask_BM
+
+
+def fuse_fixed(x_NBLHMD: Tensor, mask_NBM: Tensor, weights_N: Tensor) -> tuple[Tensor, Tensor]:
+    """`fuse` with one weight per teacher."""
+    return fuse(x_NBLHMD, mask_NBM, weights_N)
+
+
+def _shares(mask_NBM: Tensor, weights: Tensor, layers: int) -> tuple[Tensor, Tensor]:
+    """Each teacher's share of each slot, [N,B,L,M], 0 where nobody is present; and who is, [B,M]."""
+    # Subtracted, not replaced: a straight-through weight of 0 keeps its gradient.
+    weights = weights - weights.detach().where(weights <= LEAST_WEIGHT, 0.0)
+    weights_NBL = _by_layer(weights, mask_NBM.shape[1], layers)
+    own_NBLM = weights_NBL[..., None] * mask_NBM[:, :, None]
+    of_any_layer_NBLM = own_NBLM.sum(dim=2, keepdim=True)
+    present_NBLM = torch.where(own_NBLM.sum(dim=0) > 0, own_NBLM, of_any_layer_NBLM)
+    total_BLM = present_NBLM.sum(dim=0)
+    empty_BLM = total_BLM <= 0
+    share_NBLM = (present_NBLM / total_BLM.masked_fill(empty_BLM, 1.0)).masked_fill(empty_BLM, 0.0)
+    return share_NBLM, ~empty_BLM[:, 0]
+
+
+def _by_layer(weights: Tensor, batch: int, layers: int) -> Tensor:
+    """[N], [B,N] or [B,L,N] as [N,B,L]."""
+    weights_BN = weights.expand(batch, -1) if weights.dim() == 1 else weights
+    weights_BLN = weights_BN[:, None].expand(-1, layers, -1) if weights_BN.dim() == 2 else weights_BN
+    return weights_BLN.movedim(-1, 0)
+
+
+def _check(x_NBLHMD: Tensor, weights: Tensor) -> None:
+    teachers, batch, layers = x_NBLHMD.shape[:3]
+    shapes = ([teachers], [batch, teachers], [batch, layers, teachers])
+    if list(weights.shape) not in shapes:
+        raise FieldError("weights", f"must be one of {', '.join(map(str, shapes))} in shape; got {list(weights.shape)}")
+    fixed = weights.dim() == 1
+    good = torch.isfinite(weights) & ((weights > LEAST_WEIGHT) if fixed else (weights >= 0))
+    if not bool(good.all()):
+        limit = f"above {LEAST_WEIGHT}" if fixed else "not below 0"
+        bad = weights.detach()[~good].flatten()[:4].tolist()
+        raise FieldError("weights", f"must be finite and {limit}; got {bad}")

@@ -1,0 +1,68 @@
+"""The router: which teacher to listen to, seen from the prompt alone."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal, get_args
+
+from torch import nn
+
+from kvcore.errors import FieldError
+from kvcore.types import Tensor
+
+RouterKind = Literal["mlp", "gate", "attention"]
+
+
+class Router(nn.Module):
+    """Logits over teachers. It starts at equal weights: its last layer is zero.
+
+    `mlp`: Linear, GELU, Linear on the prompt. `gate`: one Linear on the prompt. `attention`: a query from the prompt
+    against a key from each teacher's K/V summary, as a scaled dot product (arXiv 1706.03762); its parameters do not
+    depend on how many teachers there are, nor on their order.
+
+    Args:
+        kind: see above.
+        teachers: N.
+        prompt_width: E, of the prompt's representation.
+        layers: L, for weights of each layer; None for the same weights in all.
+        width: of the hidden layer (`mlp`) or of query and key (`attention`).
+        summary_width: F, of a teacher's summary (`attention`).
+
+    Raises:
+        FieldError: an unknown kind.
+    """
+
+    def __init__(
+        self, kind: RouterKind, teachers: int, prompt_width: int, layers: int | None, width: int, summary_width: int
+    ) -> None:
+        super().__init__()
+        if kind not in get_args(RouterKind):
+            raise FieldError("fuse.router", f"must be one of {', '.join(get_args(RouterKind))}; got '{kind}'")
+        self.layers = layers
+        repeats = layers or 1
+        self.key: nn.Linear | None = None
+        if kind == "mlp":
+            last = nn.Linear(width, repeats * teachers)
+            self.from_prompt: nn.Module = nn.Sequential(nn.Linear(prompt_width, width), nn.GELU(), last)
+        elif kind == "gate":
+            self.from_prompt = last = nn.Linear(prompt_width, repeats * teachers)
+        else:
+            self.from_prompt = last = nn.Linear(prompt_width, repeats * width)
+            self.key = nn.Linear(summary_width, width)
+        nn.init.zeros_(last.weight)
+        nn.init.zeros_(last.bias)
+
+    def forward(self, prompt_BE: Tensor, summary_BNF: Tensor) -> Tensor:
+        """Logits, [B,N] or with `layers` [B,L,N], fp32.
+
+        Args:
+            prompt_BE: the student's representation of the prompt.
+            summary_BNF: a summary of each teacher's K/V (`attention` alone reads it). An absent teacher's must be
+                finite, zeros say: its logit is masked later, but NaN would reach the key's gradient.
+        """
+        dtype = next(self.parameters()).dtype
+        out_BLX = self.from_prompt(prompt_BE.to(dtype)).float().unflatten(-1, (self.layers or 1, -1))
+        if self.key is not None:
+            key_BNW = self.key(summary_BNF.to(dtype)).float()
+            out_BLX = out_BLX @ key_BNW.mT / math.sqrt(key_BNW.shape[-1])
+        return out_BLX if self.layers else out_BLX[:, 0]

@@ -1,0 +1,109 @@
+"""From logits to teachers' weights, and what is watched about them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal, get_args
+
+import torch
+
+from kvcore.errors import FieldError
+from kvcore.types import Tensor
+
+Choose = Literal["soft", "top1"]
+
+
+def to_weights(logits: Tensor, present_BN: Tensor, temperature: float, choose: Choose = "soft") -> Tensor:
+    """The teachers' weights: a softmax over those present, in at least fp32.
+
+    `top1` gives 1 to the best teacher present (of equals the first) and 0 to the others; its gradient is that of the
+    soft weights (straight-through, arXiv 1308.3432).
+
+    Args:
+        logits: [B,N] or [B,L,N]; an absent teacher's may be anything, NaN too.
+        present_BN: which teachers have K/V of a sample.
+        temperature: above 0; the lower, the nearer to a choice of one.
+        choose: `soft` or `top1`.
+
+    Returns:
+        Weights of the logits' shape: 0 for absent teachers, summing to 1 over the others; all 0 if nobody is present.
+
+    Raises:
+        FieldError: a temperature that is not above 0, or an unknown choice.
+    """
+    if choose not in get_args(Choose):
+        raise FieldError("fuse.choose", f"must be one of {', '.join(get_args(Choose))}; got '{choose}'")
+    if not temperature > 0:
+        raise FieldError("fuse.temperature", f"must be above 0; got {temperature}")
+    absent = ~_like(present_BN, logits)
+    scaled = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
+    # The lowest number rather than -inf, whose softmax is NaN where nobody is present.
+    scaled = scaled.masked_fill(absent, torch.finfo(scaled.dtype).min)
+    soft = scaled.softmax(dim=-1).masked_fill(absent, 0.0)
+    if choose == "soft":
+        return soft
+    best = torch.zeros_like(soft).scatter(-1, scaled.argmax(dim=-1, keepdim=True), 1.0).masked_fill(absent, 0.0)
+    # In this order the difference is exactly 0, so what comes out is exactly 0 or 1.
+    return best + (soft - soft.detach())
+
+
+def temperature(epoch: float, start: float, decay: float, floor: float) -> float:
+    """max(`floor`, `start` - `decay` x `epoch`)."""
+    return max(floor, start - decay * epoch)
+
+
+def entropy(weights: Tensor, present_BN: Tensor) -> Tensor:
+    """How evenly soft weights are spread, in nats: log N for N equal ones, 0 for a choice of one.
+
+    The mean over layers and over the samples that a teacher is present for; 0 if there are none. Its gradient is finite
+    at a weight of 0. Straight-through weights (`top1`) have no entropy to reward: give the soft ones.
+
+    Args:
+        weights: [B,N] or [B,L,N] as `to_weights` gives them.
+        present_BN: which teachers have K/V of a sample.
+    """
+    weights = weights.masked_fill(~_like(present_BN, weights), 0.0)
+    entropy_B = -(weights * weights.clamp(min=torch.finfo(weights.dtype).tiny).log()).sum(dim=-1)
+    if entropy_B.dim() == 2:
+        entropy_B = entropy_B.mean(dim=1)
+    any_B = present_BN.any(dim=-1)
+    return entropy_B.masked_fill(~any_B, 0.0).sum() / any_B.sum().clamp(min=1)
+
+
+class CollapseDetector:
+    """Says once when the weights collapse onto one teacher, and again only after they had recovered.
+
+    Args:
+        names: the teachers' names, in the weights' order. A teacher on its own can't collapse.
+        threshold: the mean weight above which a teacher has taken all.
+    """
+
+    def __init__(self, names: Sequence[str], threshold: float) -> None:
+        self._names = tuple(names)
+        self._threshold = threshold
+        self._collapsed: str | None = None
+
+    def check(self, mean_weights: Sequence[float] | Tensor) -> str | None:
+        """A warning that names teacher, mean weight and cures; None if there is nothing new to say.
+
+        Args:
+            mean_weights: [N], over the samples since the last check.
+        """
+        weights = [float(weight) for weight in mean_weights]
+        assert len(weights) == len(self._names), "one weight per teacher"
+        weight, name = max(zip(weights, self._names, strict=True))
+        collapsed = name if len(weights) > 1 and weight > self._threshold else None
+        known, self._collapsed = self._collapsed, collapsed
+        if collapsed is None or collapsed == known:
+            return None
+        return (
+            f"routing has collapsed onto teacher '{name}': its mean weight is {weight:.3f}, above fuse.collapse_at "
+            f"{self._threshold:g}. Raise fuse.entropy_weight towards 0.05, raise fuse.temperature or "
+            "fuse.temperature_floor, lower fuse.router_loss_weight or optim.lr, and check the other teachers: that "
+            "their alignment explains enough variance, and that they answer"
+        )
+
+
+def _like(present_BN: Tensor, weights: Tensor) -> Tensor:
+    """[B,N] broadcast to [B,N] or [B,L,N]."""
+    return (present_BN[:, None] if weights.dim() == 3 else present_BN).expand_as(weights)
