@@ -3,24 +3,38 @@
 from __future__ import annotations
 
 import torch
+from torch import nn
 
+from align.layer_similarity import monotone_path
 from kvcore.errors import FieldError
 from kvcore.types import Tensor
 
-STRATEGIES = ("ratio",)
+STRATEGIES = ("ratio", "uniform", "last", "skip", "cka", "learned")
+
+Row = list[tuple[int, float]]
 
 
 class LayerMapper:
     """A row-stochastic map from teacher layers to student layers.
 
-    `ratio`: student layer s stands at teacher depth s (L_t - 1) / (L_s - 1), so that first meets first and last meets
-    last exactly; between two teacher layers it takes both, weighted linearly. A student of one layer takes the
-    teacher's last. A teacher with fewer layers than the student is shared among neighbouring student layers.
+    | strategy | student layer s takes | layers mixed | first to first | last to last |
+    |---|---|---|---|---|
+    | `ratio` | depth p = s (L_t - 1) / (L_s - 1), between two layers both, weighted linearly | yes | yes | yes |
+    | `uniform` | the teacher layer nearest to p, the earlier of two | no | yes | yes |
+    | `last` | layer L_t - L_s + s: the teacher's last L_s | no | only if L_t = L_s | yes |
+    | `skip` | layer s k, k = floor((L_t - 1) / (L_s - 1)); the last student layer the last | no | yes | yes |
+    | `cka` | the path through the measured similarities, see `fit_cka` | no | yes | yes |
+    | `learned` | its start, which is `ratio`; `LearnedLayerMap` trains it | yes | at the start | at the start |
+
+    A student of one layer takes the teacher's last. A teacher with fewer layers than the student is shared among
+    neighbouring student layers; `last` and `skip` then do as `ratio`.
+
+    Sources: `last` and `skip` from PKD (arXiv 1908.09355); linear CKA from arXiv 1905.00414.
 
     Args:
         teacher_layers: L_t.
         student_layers: L_s.
-        strategy: `ratio`.
+        strategy: one of `STRATEGIES`.
 
     Raises:
         FieldError: a number of layers below 1, or an unknown strategy.
@@ -35,37 +49,142 @@ class LayerMapper:
         self.teacher_layers = teacher_layers
         self.student_layers = student_layers
         self.strategy = strategy
-        self._mapping = {s: _ratio_row(s, teacher_layers, student_layers) for s in range(student_layers)}
+        self._rows = None if strategy == "cka" else _fixed_rows(strategy, teacher_layers, student_layers)
 
-    def get_mapping(self) -> dict[int, list[tuple[int, float]]]:
-        """For each student layer the teacher layers it draws on, ascending, with weights above 0 that sum to 1."""
-        return {s: list(row) for s, row in self._mapping.items()}
+    def fit_cka(self, cka_ST: Tensor) -> None:
+        """Gives each student layer one teacher layer, so that their summed similarity is the largest possible.
+
+        Depth never goes back, first meets first and last meets last. `layers_needed` are from then on only those used.
+
+        Args:
+            cka_ST: similarities [L_s,L_t], as `CKAStatistics` measures them.
+
+        Raises:
+            FieldError: the strategy is another, or the similarities have another shape or are not finite.
+        """
+        if self.strategy != "cka":
+            raise FieldError("align.layer_map", f"only 'cka' is fitted to similarities; got '{self.strategy}'")
+        if cka_ST.shape != (self.student_layers, self.teacher_layers):
+            raise FieldError(
+                "align.layer_map",
+                f"expected similarities of {self.student_layers} student layers with {self.teacher_layers} teacher "
+                f"layers; got {list(cka_ST.shape)}",
+            )
+        if not bool(cka_ST.isfinite().all()):
+            student, teacher = (~cka_ST.isfinite()).nonzero()[0].tolist()
+            raise FieldError(
+                "align.layer_map",
+                f"'cka' cannot compare student layer {student} with teacher layer {teacher}: one of them never varies "
+                "in the calibration samples; raise align.calibration_samples or choose 'ratio'",
+            )
+        self._rows = [[(t, 1.0)] for t in monotone_path(cka_ST.double().tolist())]
+
+    @property
+    def fitted(self) -> bool:
+        """Whether the map is known; only `cka` has to be fitted."""
+        return self._rows is not None
+
+    def get_mapping(self) -> dict[int, Row]:
+        """For each student layer the teacher layers it draws on, ascending, with weights above 0 that sum to 1.
+
+        Raises:
+            FieldError: `cka` before `fit_cka`.
+        """
+        return {s: list(row) for s, row in enumerate(self._known_rows())}
 
     def matrix(self) -> Tensor:
-        """The same as a row-stochastic fp32 tensor [L_s,L_t]."""
+        """The same as a row-stochastic fp32 tensor [L_s,L_t].
+
+        Raises:
+            FieldError: `cka` before `fit_cka`.
+        """
         matrix = torch.zeros(self.student_layers, self.teacher_layers)
-        for s, row in self._mapping.items():
+        for s, row in enumerate(self._known_rows()):
             for t, weight in row:
                 matrix[s, t] = weight
         return matrix
 
+    def _known_rows(self) -> list[Row]:
+        if self._rows is None:
+            raise FieldError("align.layer_map", "'cka' has to be fitted to measured similarities before it maps layers")
+        return self._rows
+
     @property
     def layers_needed(self) -> tuple[int, ...]:
-        """The teacher layers with a weight above 0, ascending: what the plan asks for."""
-        return tuple(sorted({t for row in self._mapping.values() for t, _ in row}))
+        """The teacher layers that may get a weight above 0, ascending: what the plan asks for.
+
+        All of them for `learned`, and for `cka` until it is fitted.
+        """
+        if self._rows is None or self.strategy == "learned":
+            return tuple(range(self.teacher_layers))
+        return tuple(sorted({t for row in self._rows for t, _ in row}))
 
     @property
     def mixes_layers(self) -> bool:
-        """Whether a student layer draws on several teacher layers, which then need the same tokens in their slots."""
-        return any(len(row) > 1 for row in self._mapping.values())
+        """Whether a student layer may draw on several teacher layers, whose slots must then hold the same tokens."""
+        if self.strategy == "learned":
+            return self.teacher_layers > 1
+        return self._rows is not None and any(len(row) > 1 for row in self._rows)
 
 
-def _ratio_row(s: int, teacher_layers: int, student_layers: int) -> list[tuple[int, float]]:
+class LearnedLayerMap(nn.Module):
+    """A layer map that trains: each student layer mixes all teacher layers with weights that sum to 1.
+
+    Args:
+        mapper: where it starts (`ratio`, under the strategy `learned`).
+        floor: share of the start that is spread evenly over all teacher layers, in (0,1]: a softmax cannot start at a
+            weight of exactly 0, and learns the slower the nearer to it.
+
+    Raises:
+        FieldError: `floor` outside (0,1].
+    """
+
+    logits_SL: nn.Parameter
+
+    def __init__(self, mapper: LayerMapper, floor: float = 0.01) -> None:
+        super().__init__()
+        if not 0.0 < floor <= 1.0:
+            raise FieldError("floor", f"expected a share above 0 and at most 1; got {floor}")
+        start_SL = (1.0 - floor) * mapper.matrix() + floor / mapper.teacher_layers
+        self.logits_SL = nn.Parameter(start_SL.log())
+
+    def forward(self, x_BLHMD: Tensor) -> Tensor:
+        """All teacher layers [B,L_t,H,M,D] to one per student layer [B,L_s,H,M,D], in fp32."""
+        assert x_BLHMD.shape[1] == self.logits_SL.shape[1], "a learned layer map needs every teacher layer"
+        return torch.einsum("sl,blhmd->bshmd", self.logits_SL.float().softmax(dim=1), x_BLHMD.float())
+
+    def weights(self) -> Tensor:
+        """[L_s,L_t] fp32, rows sum to 1, without gradient: for reports."""
+        return self.logits_SL.detach().float().softmax(dim=1)
+
+
+def _fixed_rows(strategy: str, teacher_layers: int, student_layers: int) -> list[Row]:
     if student_layers == 1:
-        return [(teacher_layers - 1, 1.0)]
+        return [[(teacher_layers - 1, 1.0)]]
+    if strategy in {"ratio", "learned"} or (strategy in {"last", "skip"} and teacher_layers < student_layers):
+        return [_ratio_row(s, teacher_layers, student_layers) for s in range(student_layers)]
+    choose = {"uniform": _nearest, "last": _last, "skip": _skip}[strategy]
+    return [[(choose(s, teacher_layers, student_layers), 1.0)] for s in range(student_layers)]
+
+
+def _ratio_row(s: int, teacher_layers: int, student_layers: int) -> Row:
     # Whole numbers, so that no rounding moves a layer that falls exactly on a teacher layer.
     below, remainder = divmod(s * (teacher_layers - 1), student_layers - 1)
     if remainder == 0:
         return [(below, 1.0)]
     share = remainder / (student_layers - 1)
     return [(below, 1.0 - share), (below + 1, share)]
+
+
+def _nearest(s: int, teacher_layers: int, student_layers: int) -> int:
+    below, remainder = divmod(s * (teacher_layers - 1), student_layers - 1)
+    return below + (2 * remainder > student_layers - 1)
+
+
+def _last(s: int, teacher_layers: int, student_layers: int) -> int:
+    return teacher_layers - student_layers + s
+
+
+def _skip(s: int, teacher_layers: int, student_layers: int) -> int:
+    stride = (teacher_layers - 1) // (student_layers - 1)
+    return teacher_layers - 1 if s == student_layers - 1 else s * stride
