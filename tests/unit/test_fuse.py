@@ -3,46 +3,107 @@
 from __future__ import annotations
 
 import math
+from itertools import permutations
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fuse.fuse_kv import fuse
 from kvcore.errors import FieldError
 
-SHAPE = (3, 4, 2, 2, 5, 3)  # N, B, L, H, M, D: no two axes that matter are equal
+N, B, L, H, M, D = 3, 4, 2, 2, 5, 3  # no two axes that matter are equal
+SHAPE = (N, B, L, H, M, D)
+FORMS = {"one per teacher": (N,), "per sample": (B, N), "per layer": (B, L, N)}
 
 
 def naive(x: np.ndarray, mask: np.ndarray, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """`weights` [B,L,N]. Slot by slot, layer by layer."""
     teachers, batch, layers, heads, slots, dims = x.shape
     fused, present = np.zeros((batch, layers, heads, slots, dims)), np.zeros((batch, slots), dtype=bool)
     for b in range(batch):
         for m in range(slots):
-            here = [n for n in range(teachers) if mask[n, b, m]]
-            present[b, m] = bool(here)
-            total = sum(weights[n] for n in here)
-            for n in here:
-                fused[b, :, :, m] += weights[n] / total * x[n, b, :, :, m]
+            for layer in range(layers):
+                weight = {n: weights[b, layer, n] for n in range(teachers) if mask[n, b, m]}
+                if not any(weight.values()):  # this layer's own choice is absent: the other layers' stands in
+                    weight = {n: sum(weights[b, other, n] for other in range(layers)) for n in weight}
+                total = sum(weight.values())
+                if total == 0:
+                    continue
+                present[b, m] = True
+                for n, value in weight.items():
+                    fused[b, layer, :, m] += value / total * x[n, b, layer, :, m]
     return fused, present
 
 
-def case(seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+def case(seed: int, density: float = 0.6) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys, and a mask whose empty slots hold NaN in the keys."""
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(SHAPE, generator=generator)
-    mask = torch.rand(SHAPE[0], SHAPE[1], SHAPE[4], generator=generator) < 0.6
-    return x, mask
+    mask = torch.rand(N, B, M, generator=generator) < density
+    return x.masked_fill(~mask[:, :, None, None, :, None], math.nan), mask
 
 
-@given(st.integers(0, 50), st.lists(st.floats(0.01, 50.0), min_size=3, max_size=3))
-def test_fusing_is_the_weighted_mean_over_the_teachers_present(seed: int, weights: list[float]) -> None:
-    x, mask = case(seed)
-    fused, present = fuse(x, mask, torch.tensor(weights))
-    expected, expected_present = naive(x.double().numpy(), mask.numpy(), np.array(weights))
+def random_weights(seed: int, form: str, zeros: float = 0.0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(1000 + seed)
+    weights = torch.rand(FORMS[form], generator=generator) + 0.01
+    return weights.masked_fill(torch.rand(FORMS[form], generator=generator) < zeros, 0.0)
+
+
+def by_layer(weights: torch.Tensor) -> np.ndarray:
+    full = {1: lambda w: w[None, None], 2: lambda w: w[:, None], 3: lambda w: w}[weights.dim()](weights)
+    return full.expand(B, L, N).double().numpy()
+
+
+def check_against_naive(x: torch.Tensor, mask: torch.Tensor, weights: torch.Tensor) -> None:
+    fused, present = fuse(x, mask, weights)
+    expected, expected_present = naive(np.nan_to_num(x.double().numpy()), mask.numpy(), by_layer(weights))
     assert np.array_equal(present.numpy(), expected_present)
     np.testing.assert_allclose(fused.numpy(), expected, rtol=0, atol=2e-6)
+
+
+@settings(max_examples=60)
+@given(st.integers(0, 9999), st.sampled_from([0.0, 0.3, 0.7, 1.0]), st.sampled_from(sorted(FORMS)))
+def test_fusing_is_the_weighted_mean_over_the_teachers_present(seed: int, density: float, form: str) -> None:
+    x, mask = case(seed, density)
+    check_against_naive(x, mask, random_weights(seed, form))
+
+
+@settings(max_examples=60)
+@given(st.integers(0, 9999), st.sampled_from(["per sample", "per layer"]), st.sampled_from([0.3, 0.6, 1.0]))
+def test_a_teacher_of_weight_0_counts_as_absent(seed: int, form: str, zeros: float) -> None:
+    x, mask = case(seed)
+    check_against_naive(x, mask, random_weights(seed, form, zeros))
+
+
+@settings(max_examples=30)
+@given(st.integers(0, 9999), st.sampled_from(sorted(FORMS)))
+def test_the_order_of_the_teachers_does_not_matter(seed: int, form: str) -> None:
+    x, mask = case(seed)
+    weights = random_weights(seed, form, 0.0 if form == "one per teacher" else 0.3)
+    fused, present = fuse(x, mask, weights)
+    for order in permutations(range(N)):
+        other, other_present = fuse(x[list(order)], mask[list(order)], weights[..., list(order)])
+        assert torch.equal(other_present, present)
+        torch.testing.assert_close(other, fused)
+
+
+def test_a_layer_whose_choice_is_absent_takes_the_other_layers_choice() -> None:
+    x = torch.tensor([3.0, 7.0]).view(2, 1, 1, 1, 1, 1).expand(2, 1, 2, 1, 2, 1)
+    mask = torch.tensor([[[True, True]], [[True, False]]])
+    weights = torch.tensor([[[1.0, 0.0], [0.0, 1.0]]])  # layer 0 asks the first teacher, layer 1 the second
+    fused, present = fuse(x, mask, weights)
+    assert present.all()
+    assert fused[0, :, 0, :, 0].tolist() == [[3.0, 3.0], [7.0, 3.0]]
+
+
+def test_a_slot_that_only_unchosen_teachers_fill_is_masked() -> None:
+    mask = torch.tensor([[[True, False]], [[True, True]]])
+    fused, present = fuse(torch.ones(2, 1, 1, 1, 2, 1), mask, torch.tensor([[1.0, 0.0]]))
+    assert present.tolist() == [[True, False]]
+    assert fused.flatten().tolist() == [1.0, 0.0]
 
 
 def test_only_the_ratio_of_weights_matters() -> None:
@@ -52,44 +113,92 @@ def test_only_the_ratio_of_weights_matters() -> None:
     assert torch.equal(one, other)
 
 
-def test_a_lone_teacher_passes_through_exactly_whatever_its_weight() -> None:
-    x, _ = case(1)
-    mask = torch.ones(1, SHAPE[1], SHAPE[4], dtype=torch.bool)
-    fused, present = fuse(x[:1], mask, torch.tensor([0.3]))
+@pytest.mark.parametrize("weights", [torch.tensor([0.3]), torch.full((B, 1), 0.3), torch.full((B, L, 1), 1e-6)])
+def test_a_lone_teacher_passes_through_exactly_whatever_its_weight(weights: torch.Tensor) -> None:
+    x, _ = case(1, 1.0)
+    fused, present = fuse(x[:1], torch.ones(1, B, M, dtype=torch.bool), weights)
     assert torch.equal(fused, x[0])
     assert present.all()
 
 
-def test_what_stands_in_an_absent_slot_is_never_read() -> None:
-    x, mask = case(2)
-    spoiled = x.masked_fill(~mask[:, :, None, None, :, None], math.nan)
-    weights = torch.tensor([1.0, 2.0, 3.0])
-    fused, present = fuse(spoiled, mask, weights)
-    assert torch.equal(fused, fuse(x, mask, weights)[0])
-    assert not mask.any(dim=0).all(), "the case has no slot without a teacher"
-    assert (fused[(~present)[:, None, None, :, None].expand_as(fused)] == 0).all()
+def test_without_any_slot_the_target_is_empty() -> None:
+    fused, present = fuse(torch.zeros(N, B, L, H, 0, D), torch.zeros(N, B, 0, dtype=torch.bool), torch.ones(N))
+    assert fused.shape == (B, L, H, 0, D)
+    assert present.shape == (B, 0)
 
 
-def test_whatever_comes_in_is_fused_in_fp32() -> None:
+def test_low_precision_is_fused_in_fp32() -> None:
     x = torch.tensor([1.0, 1.0078125]).view(2, 1, 1, 1, 1, 1)
-    fused, _ = fuse(x.bfloat16(), torch.ones(2, 1, 1, dtype=torch.bool), torch.tensor([1.0, 1.0]))
+    fused, _ = fuse(x.bfloat16(), torch.ones(2, 1, 1, dtype=torch.bool), torch.tensor([1.0, 1.0]).bfloat16())
     assert fused.dtype == torch.float32
     assert fused.item() == 1.00390625  # halfway, which bfloat16 can't hold
 
 
-def test_gradients_reach_each_teacher_by_its_share() -> None:
+@pytest.mark.parametrize("form", sorted(FORMS))
+def test_gradients_are_those_of_the_formula(form: str) -> None:
     x, mask = case(3)
+    # As in training, what fills the empty slots was made from parameters: keep it finite for the finite differences.
+    x = torch.nan_to_num(x.double(), nan=5.0)[:, :2].requires_grad_()
+    weights = random_weights(3, form).double()
+    weights = (weights if form == "one per teacher" else weights[:2]).requires_grad_()
+    assert torch.autograd.gradcheck(lambda x, w: fuse(x, mask[:, :2], w)[0], (x, weights), fast_mode=True)
+
+
+@settings(max_examples=30)
+@given(st.integers(0, 9999), st.sampled_from([0.0, 0.3, 0.7]), st.sampled_from(sorted(FORMS)))
+def test_nan_in_empty_slots_reaches_no_gradient(seed: int, density: float, form: str) -> None:
+    x, mask = case(seed, density)
+    weights = random_weights(seed, form, 0.0 if form == "one per teacher" else 0.4)
     x.requires_grad_()
-    weights = torch.tensor([1.0, 2.0, 5.0])
-    fuse(x, mask, weights)[0].sum().backward()
-    present = mask * weights[:, None, None]
-    share = torch.nan_to_num(present / present.sum(dim=0))
+    weights.requires_grad_()
+    fuse(x, mask, weights)[0].square().sum().backward()
     assert x.grad is not None
-    torch.testing.assert_close(x.grad, share[:, :, None, None, :, None].expand(SHAPE))
+    assert weights.grad is not None
+    assert torch.isfinite(weights.grad).all()
+    assert torch.isfinite(x.grad).all()
+    assert (x.grad[~mask[:, :, None, None, :, None].expand(SHAPE)] == 0).all()
+
+
+def test_an_unchosen_teacher_learns_what_choosing_it_would_have_changed() -> None:
+    x = torch.tensor([2.0, 5.0]).view(2, 1, 1, 1, 1, 1)
+    weights = torch.tensor([[1.0, 0.0]], requires_grad=True)
+    fuse(x, torch.ones(2, 1, 1, dtype=torch.bool), weights)[0].sum().backward()
+    assert weights.grad is not None
+    assert weights.grad.tolist() == [[0.0, 3.0]]
+
+
+def test_no_gradient_comes_from_a_slot_that_is_masked() -> None:
+    mask = torch.tensor([[[False]], [[True]]])
+    weights = torch.tensor([[1.0, 0.0]], requires_grad=True)
+    fuse(torch.ones(2, 1, 1, 1, 1, 1), mask, weights)[0].sum().backward()
+    assert weights.grad is not None
+    assert weights.grad.tolist() == [[0.0, 0.0]]
+
+
+def test_a_vanishing_weight_counts_as_0_and_keeps_gradients_finite() -> None:
+    logits = torch.tensor([[0.0, -95.0]], requires_grad=True)
+    x, mask = torch.ones(2, 1, 1, 1, 2, 1), torch.tensor([[[True, False]], [[True, True]]])
+    fused, present = fuse(x, mask, logits.softmax(-1))
+    fused.sum().backward()
+    assert present.tolist() == [[True, False]]
+    assert logits.grad is not None
+    assert torch.isfinite(logits.grad).all()
 
 
 @pytest.mark.parametrize(
-    "weights", [[1.0, 2.0], [1.0, 0.0, 1.0], [1.0, -1.0, 1.0], [1.0, math.nan, 1.0], [math.inf, 1.0, 1.0]]
+    "weights",
+    [
+        [1.0, 2.0],
+        [1.0, 0.0, 1.0],
+        [1.0, -1.0, 1.0],
+        [1.0, math.nan, 1.0],
+        [math.inf, 1.0, 1.0],
+        [[1.0, 1.0, 1.0]],
+        [[1.0, 1.0, -0.1]] * B,
+        [[1.0, 1.0, math.nan]] * B,
+        [[[1.0, math.inf, 1.0]] * L] * B,
+        [[[1.0, 1.0, 1.0]] * B] * L,
+    ],
 )
 def test_bad_weights_are_refused(weights: list[float]) -> None:
     x, mask = case(4)

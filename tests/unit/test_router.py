@@ -1,0 +1,139 @@
+"""The router starts even, learns which teacher fits a prompt, and keeps its axes apart."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch.nn import functional
+
+from fuse.router import Router
+from fuse.routing import to_weights
+from kvcore.errors import FieldError
+
+N, B, L, E, F, WIDTH = 3, 64, 2, 6, 5, 16
+KINDS = ("mlp", "gate", "attention")
+every_kind = pytest.mark.parametrize("kind", KINDS)
+per_layer_or_not = pytest.mark.parametrize("layers", [None, L])
+
+
+def router(kind: str, layers: int | None = None, *, teachers: int = N) -> Router:
+    torch.manual_seed(0)
+    return Router(kind, teachers, E, layers, WIDTH, F)
+
+
+def inputs(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    summary = torch.randn(1, N, F, generator=generator) + 0.1 * torch.randn(B, N, F, generator=generator)
+    return torch.randn(B, E, generator=generator), summary
+
+
+def trained(kind: str, layers: int | None, wanted: torch.Tensor, steps: int = 60) -> tuple[Router, torch.Tensor]:
+    """A router fitted to `wanted` teachers, [B] or [B,L], and its accuracy on the same prompts."""
+    module, (prompt, summary) = router(kind, layers), inputs()
+    optimizer = torch.optim.Adam(module.parameters(), lr=0.05)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        functional.cross_entropy(module(prompt, summary).flatten(0, -2), wanted.flatten()).backward()
+        optimizer.step()
+    return module, (module(prompt, summary).argmax(dim=-1) == wanted).float().mean(dim=0)
+
+
+def randomised(module: Router) -> Router:
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.normal_(generator=torch.Generator().manual_seed(7))
+    return module
+
+
+@every_kind
+@per_layer_or_not
+@pytest.mark.parametrize("teachers", [1, N])
+def test_a_router_starts_at_exactly_equal_weights(kind: str, layers: int | None, teachers: int) -> None:
+    prompt, summary = inputs()
+    logits = router(kind, layers, teachers=teachers)(prompt, summary[:, :teachers])
+    assert logits.shape == ((B, L, teachers) if layers else (B, teachers))
+    assert logits.dtype == torch.float32
+    weights = to_weights(logits, torch.ones(B, teachers, dtype=torch.bool), 0.5)
+    assert (weights == weights.flatten()[0]).all()
+
+
+@every_kind
+@per_layer_or_not
+def test_a_router_learns_which_teacher_fits_a_prompt(kind: str, layers: int | None) -> None:
+    prompt, _ = inputs()
+    wanted = prompt[:, :N].argmax(dim=-1)
+    if layers:
+        wanted = torch.stack([wanted, (wanted + 1) % N], dim=1)  # each layer another teacher
+    _, accuracy = trained(kind, layers, wanted)
+    assert accuracy.min() > 0.9
+
+
+def test_only_a_hidden_layer_separates_what_is_not_linear() -> None:
+    prompt, _ = inputs()
+    wanted = (prompt[:, 0] * prompt[:, 1] > 0).long()
+    assert trained("mlp", None, wanted, steps=100)[1] > 0.95
+    assert trained("gate", None, wanted, steps=100)[1] < 0.85
+
+
+@every_kind
+def test_every_parameter_learns(kind: str) -> None:
+    prompt, _ = inputs()
+    module, _ = trained(kind, L, prompt[:, : N - 1].argmax(dim=-1)[:, None].expand(-1, L), steps=3)
+    start = dict(router(kind, L).named_parameters())
+    unmoved = [name for name, parameter in module.named_parameters() if torch.equal(parameter, start[name])]
+    assert not unmoved
+
+
+@every_kind
+@per_layer_or_not
+def test_each_sample_is_routed_on_its_own(kind: str, layers: int | None) -> None:
+    module, (prompt, summary) = randomised(router(kind, layers)), inputs()
+    together = module(prompt, summary)
+    alone = torch.cat([module(prompt[b : b + 1], summary[b : b + 1]) for b in range(B)])
+    torch.testing.assert_close(together, alone)
+
+
+@pytest.mark.parametrize("layers", [None, L])
+def test_attention_follows_the_teachers_wherever_they_stand_and_however_many(layers: int | None) -> None:
+    module, (prompt, summary) = randomised(router("attention", layers)), inputs()
+    logits, order = module(prompt, summary), [2, 0, 1]
+    torch.testing.assert_close(module(prompt, summary[:, order]), logits[..., order])
+    torch.testing.assert_close(module(prompt, summary[:, :2]), logits[..., :2])
+
+
+def test_attention_is_a_scaled_dot_product_per_layer() -> None:
+    module, (prompt, summary) = randomised(router("attention", L)).double(), inputs()
+    weight = {name: parameter.detach().tolist() for name, parameter in module.named_parameters()}
+    b, prompt_E = 3, prompt[3].tolist()
+    expected = torch.zeros(L, N, dtype=torch.float64)
+    for layer in range(L):
+        for n in range(N):
+            for w in range(WIDTH):
+                row = layer * WIDTH + w
+                query = weight["from_prompt.bias"][row]
+                query += sum(weight["from_prompt.weight"][row][e] * prompt_E[e] for e in range(E))
+                key = weight["key.bias"][w]
+                key += sum(weight["key.weight"][w][f] * float(summary[b, n, f]) for f in range(F))
+                expected[layer, n] += query * key / math.sqrt(WIDTH)
+    torch.testing.assert_close(module(prompt, summary)[b].double(), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["mlp", "gate"])
+def test_without_attention_only_the_prompt_is_read(kind: str) -> None:
+    module, (prompt, summary) = randomised(router(kind)), inputs()
+    logits = module(prompt, torch.full_like(summary, math.nan))
+    assert torch.equal(logits, module(prompt, summary))
+    assert not torch.equal(logits, module(prompt + 1, summary))
+
+
+@every_kind
+def test_a_router_in_bf16_still_gives_fp32_logits(kind: str) -> None:
+    prompt, summary = inputs()
+    assert randomised(router(kind)).bfloat16()(prompt, summary).dtype == torch.float32
+
+
+def test_an_unknown_kind_is_refused() -> None:
+    with pytest.raises(FieldError, match=r"fuse\.router: .*'oracle'"):
+        router("oracle")

@@ -1,0 +1,223 @@
+"""From logits to weights: softmax over the teachers present, top-1, temperature, entropy, collapse."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fuse.routing import CollapseDetector, entropy, temperature, to_weights
+from kvcore.errors import FieldError
+
+B, L = 5, 2
+
+
+def naive_weights(logits: np.ndarray, present: np.ndarray, heat: float, choose: str) -> np.ndarray:
+    """`logits` [B,L,N]."""
+    out = np.zeros(logits.shape)
+    for b, layer in np.ndindex(*logits.shape[:2]):
+        here = [n for n in range(logits.shape[2]) if present[b, n]]
+        if not here:
+            continue
+        best = here[0]
+        for n in here:
+            best = n if logits[b, layer, n] > logits[b, layer, best] else best
+        if choose == "top1":
+            out[b, layer, best] = 1.0
+            continue
+        power = {n: math.exp((float(logits[b, layer, n]) - float(logits[b, layer, best])) / heat) for n in here}
+        for n in here:
+            out[b, layer, n] = power[n] / sum(power.values())
+    return out
+
+
+def naive_entropy(weights: np.ndarray, present: np.ndarray) -> float:
+    """`weights` [B,L,N]."""
+    rows = []
+    for b, layer in np.ndindex(*weights.shape[:2]):
+        if present[b].any():
+            rows.append(-sum(float(w) * math.log(float(w)) for w in weights[b, layer] if w > 0))
+    return sum(rows) / len(rows) if rows else 0.0
+
+
+@st.composite
+def cases(draw: st.DrawFn) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits [B,N] or [B,L,N] with NaN for absent teachers, and who is present: any pattern."""
+    teachers = draw(st.integers(1, 4))
+    row = st.lists(st.booleans(), min_size=teachers, max_size=teachers)
+    present = torch.tensor(draw(st.lists(row, min_size=B, max_size=B)))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 9999)))
+    layers = (L,) if draw(st.booleans()) else ()
+    logits = torch.randn(B, *layers, teachers, generator=generator) * draw(st.sampled_from([0.0, 1.0, 30.0, 1e4]))
+    return logits.masked_fill(~spread(present, logits), math.nan), present
+
+
+def spread(present: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    return (present[:, None] if like.dim() == 3 else present).expand(like.shape)
+
+
+def rows(x: torch.Tensor) -> np.ndarray:
+    return (x if x.dim() == 3 else x[:, None]).detach().double().numpy()
+
+
+@settings(max_examples=60)
+@given(cases(), st.sampled_from([0.1, 0.5, 1.0, 3.0]), st.sampled_from(["soft", "top1"]))
+def test_weights_are_a_softmax_over_the_teachers_present(
+    case: tuple[torch.Tensor, torch.Tensor], heat: float, choose: str
+) -> None:
+    logits, present = case
+    weights = to_weights(logits, present, heat, choose)
+    assert weights.shape == logits.shape
+    expected = naive_weights(rows(logits), present.numpy(), heat, choose)
+    np.testing.assert_allclose(rows(weights), expected, rtol=1e-4, atol=1e-6)
+    assert (weights[~spread(present, weights)] == 0).all()
+
+
+@settings(max_examples=40)
+@given(cases(), st.sampled_from(["soft", "top1"]))
+def test_absent_teachers_reach_no_gradient(case: tuple[torch.Tensor, torch.Tensor], choose: str) -> None:
+    logits, present = case
+    logits.requires_grad_()
+    weights = to_weights(logits, present, 0.5, choose)
+    steps = torch.arange(1.0, logits.numel() + 1).view(logits.shape)
+    (weights * steps).sum().backward()
+    assert logits.grad is not None
+    assert torch.isfinite(logits.grad).all()
+    assert (logits.grad[~spread(present, logits)] == 0).all()
+
+
+@pytest.mark.parametrize("shape", [(B, 3), (B, L, 3)])
+def test_gradients_are_those_of_the_formula(shape: tuple[int, ...]) -> None:
+    logits = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64).requires_grad_()
+    present = torch.tensor([[1, 1, 1], [1, 0, 1], [0, 0, 1], [0, 0, 0], [0, 1, 1]]).bool()
+    assert torch.autograd.gradcheck(lambda x: to_weights(x, present, 0.7), (logits,))
+    assert torch.autograd.gradcheck(lambda x: entropy(to_weights(x, present, 0.7), present), (logits,))
+
+
+@settings(max_examples=40)
+@given(cases())
+def test_top1_is_exactly_one_hot_with_the_gradient_of_the_soft_weights(
+    case: tuple[torch.Tensor, torch.Tensor],
+) -> None:
+    logits, present = case
+    steps = torch.arange(1.0, logits.numel() + 1).view(logits.shape)
+    gradients = []
+    for choose in ("soft", "top1"):
+        own = logits.clone().requires_grad_()
+        weights = to_weights(own, present, 0.5, choose)
+        (weights * steps).sum().backward()
+        gradients.append(own.grad)
+    assert set(weights.flatten().tolist()) <= {0.0, 1.0}
+    assert torch.equal(weights.sum(dim=-1), spread(present, weights).any(dim=-1).float())
+    assert torch.equal(*gradients)
+
+
+@pytest.mark.parametrize("choose", ["soft", "top1"])
+def test_the_order_of_the_teachers_goes_with_the_weights(choose: str) -> None:
+    logits = torch.randn(B, L, 4, generator=torch.Generator().manual_seed(1))
+    present = torch.rand(B, 4, generator=torch.Generator().manual_seed(2)) < 0.6
+    order = [3, 1, 0, 2]
+    moved = to_weights(logits[..., order], present[:, order], 0.5, choose)
+    torch.testing.assert_close(moved, to_weights(logits, present, 0.5, choose)[..., order])
+
+
+def test_equal_logits_make_exactly_equal_weights() -> None:
+    present = torch.tensor([[True, True, True, True], [True, False, True, False]])
+    weights = to_weights(torch.zeros(2, 4), present, 0.5)
+    assert weights.tolist() == [[0.25] * 4, [0.5, 0.0, 0.5, 0.0]]
+
+
+def test_low_precision_logits_make_fp32_weights() -> None:
+    assert to_weights(torch.zeros(1, 3).bfloat16(), torch.ones(1, 3, dtype=torch.bool), 1.0).dtype == torch.float32
+
+
+@pytest.mark.parametrize("heat", [0.0, -1.0, math.nan])
+def test_a_temperature_that_is_not_above_0_is_refused(heat: float) -> None:
+    with pytest.raises(FieldError, match=r"fuse\.temperature: must be above 0"):
+        to_weights(torch.zeros(1, 2), torch.ones(1, 2, dtype=torch.bool), heat)
+
+
+def test_an_unknown_choice_is_refused() -> None:
+    with pytest.raises(FieldError, match=r"fuse\.choose: .*'top2'"):
+        to_weights(torch.zeros(1, 2), torch.ones(1, 2, dtype=torch.bool), 1.0, "top2")
+
+
+def test_the_temperature_falls_by_epoch_down_to_its_floor() -> None:
+    schedule = [temperature(epoch, start=1.0, decay=0.1, floor=0.5) for epoch in range(8)]
+    assert schedule == pytest.approx([1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.5, 0.5])
+    assert temperature(2.5, start=2.0, decay=0.4, floor=0.5) == pytest.approx(1.0)
+    assert temperature(100, start=3.0, decay=0.0, floor=0.5) == 3.0
+
+
+@settings(max_examples=60)
+@given(cases(), st.sampled_from([0.5, 2.0]))
+def test_entropy_is_the_mean_in_nats_over_the_samples_with_a_teacher(
+    case: tuple[torch.Tensor, torch.Tensor], heat: float
+) -> None:
+    logits, present = case
+    weights = to_weights(logits, present, heat)
+    expected = naive_entropy(rows(weights), present.numpy())
+    assert entropy(weights, present).item() == pytest.approx(expected, rel=1e-4, abs=1e-6)
+
+
+@pytest.mark.parametrize("teachers", [1, 2, 3, 7])
+def test_equal_weights_have_the_entropy_log_n(teachers: int) -> None:
+    present = torch.ones(B, teachers, dtype=torch.bool)
+    weights = to_weights(torch.zeros(B, L, teachers), present, 1.0)
+    assert entropy(weights, present).item() == pytest.approx(math.log(teachers), abs=1e-6)
+
+
+def test_samples_without_a_teacher_do_not_dilute_the_entropy() -> None:
+    present = torch.tensor([[True, True], [False, False], [False, False]])
+    weights = to_weights(torch.zeros(3, 2), present, 1.0)
+    assert entropy(weights, present).item() == pytest.approx(math.log(2))
+    assert entropy(weights[1:], present[1:]).item() == 0
+
+
+def test_entropy_of_a_saturated_choice_has_a_finite_gradient() -> None:
+    logits = torch.tensor([[0.0, 1000.0], [0.0, -1000.0]], requires_grad=True)
+    present = torch.ones(2, 2, dtype=torch.bool)
+    weights = to_weights(logits, present, 0.5)
+    assert (weights == 0).any()
+    entropy(weights, present).backward()
+    assert logits.grad is not None
+    assert torch.isfinite(logits.grad).all()
+
+
+def test_rewarding_entropy_evens_the_weights_out() -> None:
+    logits = torch.tensor([[2.0, 0.0, -1.0]], requires_grad=True)
+    present = torch.ones(1, 3, dtype=torch.bool)
+    before = entropy(to_weights(logits, present, 1.0), present)
+    before.backward()
+    assert logits.grad is not None
+    after = entropy(to_weights(logits + 0.1 * logits.grad, present, 1.0), present)
+    assert after > before
+
+
+def test_a_collapse_is_said_once_with_teacher_weight_and_cures() -> None:
+    detector = CollapseDetector(["math", "code"], 0.95)
+    assert detector.check([0.5, 0.5]) is None
+    assert detector.check([0.05, 0.95]) is None  # at the limit, not above it
+    warning = detector.check(torch.tensor([0.03, 0.97]))
+    assert warning is not None
+    for word in ("'code'", "0.970", "0.95", "fuse.entropy_weight", "0.05", "fuse.temperature_floor"):
+        assert word in warning
+    for word in ("fuse.router_loss_weight", "optim.lr", "alignment"):
+        assert word in warning
+    assert detector.check([0.01, 0.99]) is None
+
+
+def test_a_collapse_is_said_again_after_a_recovery_or_onto_another_teacher() -> None:
+    detector = CollapseDetector(["math", "code"], 0.95)
+    assert "'math'" in (detector.check([0.99, 0.01]) or "")
+    assert "'code'" in (detector.check([0.01, 0.99]) or "")
+    assert detector.check([0.6, 0.4]) is None
+    assert "'code'" in (detector.check([0.01, 0.99]) or "")
+
+
+def test_a_lone_teacher_is_no_collapse() -> None:
+    assert CollapseDetector(["math"], 0.95).check([1.0]) is None

@@ -1,0 +1,130 @@
+"""How near teachers' K/V are to the student's own."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fuse.similarity import teacher_similarity
+from kvcore.errors import FieldError
+
+N, B, L, H, M, D = 3, 4, 2, 5, 6, 7
+METRICS = ("cosine", "dot", "euclidean")
+
+
+def naive(student: np.ndarray, teacher: np.ndarray, mask: np.ndarray, metric: str) -> np.ndarray:
+    """`mask` [N,B,L,H,M]. One feature after the other."""
+    teachers, batch, layers, heads, slots, dims = student.shape
+    out = np.zeros((batch, layers, teachers))
+    for n in range(teachers):
+        for b in range(batch):
+            for layer in range(layers):
+                dot = own = theirs = apart = 0.0
+                count = 0
+                for h in range(heads):
+                    for m in range(slots):
+                        if not mask[n, b, layer, h, m]:
+                            continue
+                        for d in range(dims):
+                            x, y = float(student[n, b, layer, h, m, d]), float(teacher[n, b, layer, h, m, d])
+                            dot, own, theirs = dot + x * y, own + x * x, theirs + y * y
+                            apart, count = apart + (x - y) ** 2, count + 1
+                if count == 0:
+                    continue
+                value = {"dot": dot / count, "euclidean": -apart / count}
+                out[b, layer, n] = value[metric] if metric in value else dot / math.sqrt(own * theirs)
+    return out
+
+
+def case(seed: int, density: float, *, per_head: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Both sides, correlated, NaN in the empty slots."""
+    generator = torch.Generator().manual_seed(seed)
+    student = torch.randn(N, B, L, H, M, D, generator=generator)
+    teacher = student * torch.linspace(-1, 1, N).view(N, 1, 1, 1, 1, 1)
+    teacher = teacher + torch.randn(student.shape, generator=generator)
+    mask = torch.rand((N, B, L, H, M) if per_head else (N, B, M), generator=generator) < density
+    empty = ~full(mask)[..., None]
+    return student.masked_fill(empty, math.nan), teacher.masked_fill(empty, math.nan), mask
+
+
+def full(mask: torch.Tensor) -> torch.Tensor:
+    return mask if mask.dim() == 5 else mask[:, :, None, None].expand(N, B, L, H, M)
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("per_head", [False, True])
+@settings(max_examples=6)
+@given(st.integers(0, 9999), st.sampled_from([0.0, 0.1, 0.6, 1.0]))
+def test_similarity_is_that_of_the_slots_both_have(metric: str, per_head: bool, seed: int, density: float) -> None:
+    student, teacher, mask = case(seed, density, per_head=per_head)
+    sim = teacher_similarity(student, teacher, mask, metric)
+    assert sim.shape == (B, L, N)
+    expected = naive(student.numpy(), teacher.numpy(), full(mask).numpy(), metric)
+    np.testing.assert_allclose(sim.numpy(), expected, rtol=2e-5, atol=2e-6)
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_the_order_of_the_teachers_goes_with_the_result(metric: str) -> None:
+    student, teacher, mask = case(1, 0.5, per_head=False)
+    order = [2, 0, 1]
+    moved = teacher_similarity(student[order], teacher[order], mask[order], metric)
+    assert torch.equal(moved, teacher_similarity(student, teacher, mask, metric)[..., order])
+
+
+def test_the_students_own_cache_is_at_the_top_of_every_metric() -> None:
+    student, _, mask = case(2, 1.0, per_head=False)
+    best = {metric: teacher_similarity(student, student, mask, metric) for metric in METRICS}
+    torch.testing.assert_close(best["cosine"], torch.ones(B, L, N))
+    torch.testing.assert_close(best["dot"], student.square().mean(dim=(3, 4, 5)).movedim(0, -1))
+    assert (best["euclidean"] == 0).all()
+
+
+def test_only_cosine_ignores_the_length() -> None:
+    student, teacher, mask = case(3, 1.0, per_head=False)
+    once = {metric: teacher_similarity(student, teacher, mask, metric) for metric in METRICS}
+    twice = {metric: teacher_similarity(student, 2 * teacher, mask, metric) for metric in METRICS}
+    torch.testing.assert_close(twice["cosine"], once["cosine"])
+    torch.testing.assert_close(twice["dot"], 2 * once["dot"])
+    assert (twice["euclidean"] < once["euclidean"]).all()
+
+
+def test_low_precision_is_compared_in_fp32() -> None:
+    x = torch.full((1, 1, 1, 1, 1024, 1), 1.0078125, dtype=torch.bfloat16)
+    sim = teacher_similarity(x, x, torch.ones(1, 1, 1024, dtype=torch.bool), "dot")
+    assert sim.dtype == torch.float32
+    assert sim.item() == pytest.approx(1.0078125**2, rel=1e-6)
+
+
+def test_a_cache_of_zeros_is_like_nothing_and_its_gradient_is_finite() -> None:
+    student = torch.zeros(1, 1, 1, 1, 2, 2, requires_grad=True)
+    teacher = torch.ones(1, 1, 1, 1, 2, 2)
+    sim = teacher_similarity(student, teacher, torch.ones(1, 1, 2, dtype=torch.bool), "cosine")
+    sim.sum().backward()
+    assert sim.item() == 0
+    assert student.grad is not None
+    assert torch.isfinite(student.grad).all()
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_gradients_are_those_of_the_formula_and_free_of_nan(metric: str) -> None:
+    student, teacher, mask = case(4, 0.5, per_head=False)
+    mask[:, 0] = False  # a sample that no teacher has
+    student, teacher = (x[:, :2, :1, :2, :3, :2].double() for x in (student, teacher))
+    mask = mask[:, :2, :3]
+    teacher.requires_grad_()
+    teacher_similarity(student, teacher, mask, metric).sum().backward()
+    assert teacher.grad is not None
+    assert torch.isfinite(teacher.grad).all()
+    filled = torch.nan_to_num(teacher.detach(), nan=3.0).requires_grad_()
+    assert torch.autograd.gradcheck(lambda x: teacher_similarity(student, x, mask, metric), (filled,), fast_mode=True)
+
+
+def test_an_unknown_metric_is_refused() -> None:
+    student, teacher, mask = case(5, 1.0, per_head=False)
+    with pytest.raises(FieldError, match=r"fuse\.metric: .*'manhattan'"):
+        teacher_similarity(student, teacher, mask, "manhattan")
