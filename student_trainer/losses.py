@@ -1,6 +1,7 @@
-"""The losses, each a mean over samples of a mean over that sample's own tokens or slots.
+"""The losses. Unless one says otherwise, each is a mean over samples of a mean over that sample's own tokens or slots.
 
 Averaging inside a sample first keeps the gradient the same however a batch is split over ranks and micro-batches.
+Slots that a mask leaves out may hold anything, NaN included: they reach neither a value nor a gradient.
 """
 
 from __future__ import annotations
@@ -12,8 +13,6 @@ from torch.nn import functional
 
 from kvcore.types import Tensor
 
-KV_LOSSES: dict[str, Callable[..., Tensor]] = {"mse": functional.mse_loss, "smooth_l1": functional.smooth_l1_loss}
-
 
 def cross_entropy(logits_BTV: Tensor, targets_BT: Tensor, mask_BT: Tensor) -> Tensor:
     """Mean over samples of the mean cross-entropy of a sample's masked-in tokens (natural logarithm)."""
@@ -24,32 +23,128 @@ def cross_entropy(logits_BTV: Tensor, targets_BT: Tensor, mask_BT: Tensor) -> Te
     return ((loss_BT * mask_BT).sum(dim=1) / counts_B).mean()
 
 
+def codi_loss(student_hidden_BSE: Tensor, teacher_hidden_BSE: Tensor) -> Tensor:
+    """CODI's distillation of hidden states at the token before the answer (arXiv 2502.21074).
+
+    Mean over layers of smooth L1(student, teacher) / std(teacher), where both are over all of a layer's elements in
+    the batch: its samples and its features. So the loss, not the states, is in units of the deviation. The deviation
+    is the micro-batch's own, as in CODI: unlike the cross-entropy, the loss depends on how a batch is cut.
+
+    Args:
+        student_hidden_BSE: S hidden states of E features (embeddings and layers), read after the latents.
+        teacher_hidden_BSE: the same of the text with its reasoning; taken as a constant, which learns from its own
+            cross-entropy.
+
+    Returns:
+        scalar; infinite where a layer's teacher states are all equal.
+    """
+    student, teacher = _at_least_fp32(student_hidden_BSE), _at_least_fp32(teacher_hidden_BSE.detach())
+    loss_S = functional.smooth_l1_loss(student, teacher, reduction="none").mean(dim=(0, 2))
+    return (loss_S / teacher.std(dim=(0, 2))).mean()
+
+
 def kv_distance(student_BLHMD: Tensor, target_BLHMD: Tensor, scale_L: Tensor, mask_BM: Tensor, kind: str) -> Tensor:
     """The KV objective of one tensor (keys or values): both sides divided by the target's per-layer deviation.
 
+    `mse` and `smooth_l1` are over elements, `cosine` is 1 - cosine over D of each head and slot (0 for a zero vector's
+    cosine), all averaged over layers and heads. `cka` is 1 - linear CKA (arXiv 1905.00414) of each layer, with all
+    the batch's slots as centred rows of H x D features, averaged over layers: it asks for the same similarities
+    between slots, in any rotation. A layer with fewer than two slots, or with a side that never varies, adds 0.
+    Unlike the others `cka` depends on how a batch is cut into micro-batches, and with far fewer slots than features
+    it is near 0 for any pair.
+
     Args:
         student_BLHMD: with gradient.
-        target_BLHMD: without.
-        scale_L: standard deviation of the targets, per layer.
+        target_BLHMD: taken as a constant.
+        scale_L: standard deviation of the targets, per layer; `cosine` and `cka` do not change with it.
         mask_BM: slots that hold a target; samples without any are left out of the mean.
-        kind: `mse` or `smooth_l1`.
+        kind: `mse`, `smooth_l1`, `cosine` or `cka`.
 
     Returns:
         scalar; 0 where no sample has a target, still attached to the graph.
     """
     scale = scale_L[None, :, None, None, None]
-    loss_BLHMD = KV_LOSSES[kind](student_BLHMD / scale, target_BLHMD / scale, reduction="none")
-    return _mean_over_slots(loss_BLHMD.mean(dim=(1, 2, 4)), mask_BM)
+    student = _only_masked_in(student_BLHMD, mask_BM) / scale
+    target = _only_masked_in(target_BLHMD.detach(), mask_BM) / scale
+    if kind == "cka":
+        return _cka_distance(_slots_as_rows(student, mask_BM), _slots_as_rows(target, mask_BM))
+    return _mean_over_slots(_SLOT_LOSSES[kind](student, target), mask_BM).mean()
 
 
 @torch.no_grad()
+def error_by_layer_and_head(student_BLHMD: Tensor, target_BLHMD: Tensor, variance_L: Tensor, mask_BM: Tensor) -> Tensor:
+    """Squared error over the variance of the target's layer, as [L,H]; 0 where no sample has a target.
+
+    Over a layer's heads it averages to 1.0 for predicting the mean; a head that varies less than others has less to
+    lose, and scores below that.
+    """
+    student, target = _only_masked_in(student_BLHMD, mask_BM), _only_masked_in(target_BLHMD, mask_BM)
+    error_BLHM = (student - target).pow(2).mean(dim=-1) / variance_L[None, :, None, None]
+    return _mean_over_slots(error_BLHM, mask_BM)
+
+
 def normalised_error(student_BLHMD: Tensor, target_BLHMD: Tensor, variance_L: Tensor, mask_BM: Tensor) -> Tensor:
     """Squared error over the target's variance, averaged over layers: 1.0 is what predicting the mean scores."""
-    error_BLHMD = (student_BLHMD - target_BLHMD).pow(2) / variance_L[None, :, None, None, None]
-    return _mean_over_slots(error_BLHMD.mean(dim=(1, 2, 4)), mask_BM)
+    return error_by_layer_and_head(student_BLHMD, target_BLHMD, variance_L, mask_BM).mean()
 
 
-def _mean_over_slots(loss_BM: Tensor, mask_BM: Tensor) -> Tensor:
+def _at_least_fp32(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def _only_masked_in(x_BLHMD: Tensor, mask_BM: Tensor) -> Tensor:
+    # Before any arithmetic: a NaN times a mask's 0 is NaN, forward and backward.
+    return _at_least_fp32(x_BLHMD.masked_fill(~mask_BM[:, None, None, :, None], 0.0))
+
+
+def _mean_over_slots(loss_BLHM: Tensor, mask_BM: Tensor) -> Tensor:
+    """[L,H]: mean over samples of the mean over a sample's masked-in slots."""
     counts_B = mask_BM.sum(dim=1)
-    per_sample_B = (loss_BM * mask_BM).sum(dim=1) / counts_B.clamp(min=1)
-    return per_sample_B.sum() / (counts_B > 0).sum().clamp(min=1)
+    per_sample_BLH = (loss_BLHM * mask_BM[:, None, None]).sum(dim=3) / counts_B.clamp(min=1)[:, None, None]
+    return per_sample_BLH.sum(dim=0) / (counts_B > 0).sum().clamp(min=1)
+
+
+def _mse(x_BLHMD: Tensor, y_BLHMD: Tensor) -> Tensor:
+    return functional.mse_loss(x_BLHMD, y_BLHMD, reduction="none").mean(dim=-1)
+
+
+def _smooth_l1(x_BLHMD: Tensor, y_BLHMD: Tensor) -> Tensor:
+    return functional.smooth_l1_loss(x_BLHMD, y_BLHMD, reduction="none").mean(dim=-1)
+
+
+def _cosine(x_BLHMD: Tensor, y_BLHMD: Tensor) -> Tensor:
+    dot, xx, yy = ((a * b).sum(dim=-1) for a, b in ((x_BLHMD, y_BLHMD), (x_BLHMD, x_BLHMD), (y_BLHMD, y_BLHMD)))
+    return 1 - _correlation(dot, xx, yy)
+
+
+_SLOT_LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"mse": _mse, "smooth_l1": _smooth_l1, "cosine": _cosine}
+
+
+def _correlation(xy: Tensor, xx: Tensor, yy: Tensor) -> Tensor:
+    """`xy / sqrt(xx yy)`, and 0 with a gradient of 0 where either side has no length."""
+    defined = (xx > 0) & (yy > 0)
+    x_length, y_length = (torch.where(defined, square, 1.0).sqrt() for square in (xx, yy))
+    return torch.where(defined, xy, 0.0) / x_length / y_length
+
+
+def _slots_as_rows(x_BLHMD: Tensor, mask_BM: Tensor) -> Tensor:
+    """x_LNF: the N masked-in slots of all samples, centred over them."""
+    x_NLHD = x_BLHMD.permute(0, 3, 1, 2, 4)[mask_BM]
+    x_LNF = x_NLHD.flatten(2).transpose(0, 1)
+    # Seen from the first row, rows that are all equal are exactly 0, which their distance to a rounded mean is not.
+    x_LNF = x_LNF - x_LNF[:, :1].detach()
+    return x_LNF - x_LNF.sum(dim=1, keepdim=True) / max(1, x_LNF.shape[1])
+
+
+def _cka_distance(x_LNF: Tensor, y_LNF: Tensor) -> Tensor:
+    """Mean over layers of 1 - linear CKA of centred rows, by whichever of NxN and FxF matrices is smaller."""
+    if x_LNF.shape[1] < x_LNF.shape[2]:
+        x_LNN, y_LNN = x_LNF @ x_LNF.mT, y_LNF @ y_LNF.mT
+        xy_L, xx_L, yy_L = (_inner(a, b) for a, b in ((x_LNN, y_LNN), (x_LNN, x_LNN), (y_LNN, y_LNN)))
+    else:
+        xy_L, xx_L, yy_L = (_inner(a_LFF, a_LFF) for a_LFF in (x_LNF.mT @ y_LNF, x_LNF.mT @ x_LNF, y_LNF.mT @ y_LNF))
+    return torch.where((xx_L > 0) & (yy_L > 0), 1 - _correlation(xy_L, xx_L, yy_L), 0.0).mean()
+
+
+def _inner(a_LXY: Tensor, b_LXY: Tensor) -> Tensor:
+    return (a_LXY * b_LXY).sum(dim=(1, 2))

@@ -1,142 +1,95 @@
-"""The losses against loops over elements in double precision."""
+"""Losses on logits and hidden states against loops over elements in double precision."""
 
 from __future__ import annotations
 
 import math
+import statistics
 
 import pytest
 import torch
 
 from kvcore.types import Tensor
-from student_trainer.losses import cross_entropy, kv_distance, normalised_error
+from student_trainer.losses import codi_loss, cross_entropy
 
-BATCH, LAYERS, HEADS, SLOTS, DIM = 4, 3, 2, 5, 4
-# Full, ragged, with a gap, and without any target.
-MASK_BM = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 0, 0, 0], [0, 1, 0, 1, 1], [0, 0, 0, 0, 0]], dtype=torch.bool)
-SCALE_L = torch.tensor([0.5, 2.0, 7.0])
-
-
-def kv(seed: int) -> Tensor:
-    return 2 * torch.randn(BATCH, LAYERS, HEADS, SLOTS, DIM, generator=torch.Generator().manual_seed(seed))
-
-
-def element_loss(difference: float, kind: str) -> float:
-    if kind == "mse":
-        return difference**2
-    return 0.5 * difference**2 if abs(difference) < 1 else abs(difference) - 0.5
-
-
-def naive_distance(a: Tensor, b: Tensor, scale: list[float], mask_BM: Tensor, kind: str) -> float:
-    samples: list[float] = []
-    for s in range(len(a)):
-        slots: list[float] = []
-        for m in range(a.shape[3]):
-            if mask_BM[s, m]:
-                elements = [
-                    element_loss((float(a[s, layer, h, m, d]) - float(b[s, layer, h, m, d])) / scale[layer], kind)
-                    for layer in range(a.shape[1])
-                    for h in range(a.shape[2])
-                    for d in range(a.shape[4])
-                ]
-                slots.append(sum(elements) / len(elements))
-        if slots:
-            samples.append(sum(slots) / len(slots))
-    return sum(samples) / len(samples)
-
-
-@pytest.mark.parametrize("kind", ["mse", "smooth_l1"])
-def test_the_kv_objective_is_scaled_by_layer_and_averaged_by_sample(kind: str) -> None:
-    expected = naive_distance(kv(1), kv(2), SCALE_L.tolist(), MASK_BM, kind)
-    assert float(kv_distance(kv(1), kv(2), SCALE_L, MASK_BM, kind)) == pytest.approx(expected, rel=1e-5)
-
-
-def test_the_reported_error_is_squared_over_the_targets_variance_by_layer() -> None:
-    expected = naive_distance(kv(1), kv(2), SCALE_L.sqrt().tolist(), MASK_BM, "mse")
-    assert float(normalised_error(kv(1), kv(2), SCALE_L, MASK_BM)) == pytest.approx(expected, rel=1e-5)
-
-
-def test_masked_slots_reach_neither_the_loss_nor_the_gradient() -> None:
-    student, other = kv(1).requires_grad_(), kv(2)
-    hidden = ~MASK_BM[:, None, None, :, None].expand_as(other)
-    changed = torch.where(hidden, torch.full_like(other, 1e6), other)
-    loss = kv_distance(student, other, SCALE_L, MASK_BM, "mse")
-    assert kv_distance(student, changed, SCALE_L, MASK_BM, "mse") == loss
-    assert normalised_error(student, changed, SCALE_L, MASK_BM) == normalised_error(student, other, SCALE_L, MASK_BM)
-    loss.backward()
-    assert student.grad is not None
-    assert (student.grad[hidden] == 0).all()
-    assert (student.grad[~hidden] != 0).all()
-
-
-def test_samples_without_a_target_do_not_thin_the_mean() -> None:
-    everyone = kv_distance(kv(1), kv(2), SCALE_L, MASK_BM, "smooth_l1")
-    with_target = kv_distance(kv(1)[:3], kv(2)[:3], SCALE_L, MASK_BM[:3], "smooth_l1")
-    assert everyone == pytest.approx(float(with_target), rel=1e-6)
-
-
-def test_a_batch_without_any_target_gives_zero_that_can_be_differentiated() -> None:
-    student = kv(1).requires_grad_()
-    loss = kv_distance(student, kv(2), SCALE_L, torch.zeros_like(MASK_BM), "mse")
-    assert float(loss.detach()) == 0
-    loss.backward()
-    assert student.grad is not None
-    assert (student.grad == 0).all()
-    assert float(normalised_error(student, kv(2), SCALE_L, torch.zeros_like(MASK_BM))) == 0
-
-
-def test_predicting_each_features_mean_scores_one() -> None:
-    generator = torch.Generator().manual_seed(5)
-    feature_scale = 1 + 4 * torch.rand(LAYERS, HEADS, 1, DIM, generator=generator)
-    target = 3 + feature_scale * torch.randn(64, LAYERS, HEADS, SLOTS, DIM, generator=generator)
-    mask_BM = torch.ones(64, SLOTS, dtype=torch.bool)
-    mean = target.mean(dim=(0, 3), keepdim=True)
-    variance_L = (target - mean).square().mean(dim=(0, 2, 3, 4))
-    assert float(normalised_error(mean.expand_as(target), target, variance_L, mask_BM)) == pytest.approx(1.0, rel=1e-5)
-    assert float(normalised_error(target, target, variance_L, mask_BM)) == 0
+BATCH, TOKENS, STATES, WIDTH = 4, 5, 3, 6
+# Full, ragged, with a gap, and with a single token.
+MASK_BT = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 0, 0, 0], [0, 1, 0, 1, 1], [0, 0, 1, 0, 0]], dtype=torch.bool)
 
 
 def text(seed: int) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(seed)
-    return 3 * torch.randn(BATCH, SLOTS, 7, generator=generator), torch.randint(7, (BATCH, SLOTS), generator=generator)
+    return 3 * torch.randn(BATCH, TOKENS, 7, generator=generator), torch.randint(
+        7, (BATCH, TOKENS), generator=generator
+    )
+
+
+def hidden(seed: int) -> Tensor:
+    """States of layers and samples that differ in size and offset."""
+    generator = torch.Generator().manual_seed(seed)
+    x_BSE = torch.randn(BATCH, STATES, WIDTH, generator=generator, dtype=torch.float64)
+    return x_BSE * torch.tensor([0.3, 1.0, 9.0])[:, None] + torch.arange(BATCH)[:, None, None]
 
 
 def test_cross_entropy_averages_inside_a_sample_first() -> None:
     logits, targets = text(3)
-    mask = MASK_BM.clone()
-    mask[3, 2] = True
     samples: list[float] = []
     for b in range(BATCH):
         tokens = [
             math.log(sum(math.exp(x) for x in logits[b, t].tolist())) - float(logits[b, t, targets[b, t]])
-            for t in range(SLOTS)
-            if mask[b, t]
+            for t in range(TOKENS)
+            if MASK_BT[b, t]
         ]
         samples.append(sum(tokens) / len(tokens))
-    assert float(cross_entropy(logits, targets, mask)) == pytest.approx(sum(samples) / BATCH, rel=1e-5)
+    assert float(cross_entropy(logits, targets, MASK_BT)) == pytest.approx(sum(samples) / BATCH, rel=1e-5)
 
 
 def test_cross_entropy_is_computed_in_single_precision_from_half() -> None:
     logits, targets = text(3)
     halved = logits.bfloat16()
-    loss = cross_entropy(halved, targets, MASK_BM)
+    loss = cross_entropy(halved, targets, MASK_BT)
     assert loss.dtype == torch.float32
-    assert loss == cross_entropy(halved.float(), targets, MASK_BM)
+    assert loss == cross_entropy(halved.float(), targets, MASK_BT)
 
 
 def test_two_halves_of_a_batch_have_the_mean_and_gradient_of_the_whole() -> None:
-    mask_BM = MASK_BM.clone()
-    mask_BM[3, 0] = True
-    student, (logits, targets) = kv(1).requires_grad_(), text(3)
+    logits, targets = text(3)
     logits.requires_grad_()
 
     def loss(rows: slice) -> Tensor:
-        distance = kv_distance(student[rows], kv(2)[rows], SCALE_L, mask_BM[rows], "smooth_l1")
-        return distance + cross_entropy(logits[rows], targets[rows], mask_BM[rows])
+        return cross_entropy(logits[rows], targets[rows], MASK_BT[rows])
 
-    def gradients(of: Tensor) -> tuple[Tensor, ...]:
-        return torch.autograd.grad(of, (student, logits))
-
-    whole = loss(slice(None))
-    halves = (loss(slice(0, 2)) + loss(slice(2, 4))) / 2
+    whole, halves = loss(slice(None)), (loss(slice(0, 2)) + loss(slice(2, 4))) / 2
     torch.testing.assert_close(halves, whole)
-    torch.testing.assert_close(gradients(halves), gradients(whole))
+    torch.testing.assert_close(torch.autograd.grad(halves, logits), torch.autograd.grad(whole, logits))
+
+
+def naive_codi(student: Tensor, teacher: Tensor) -> float:
+    layers: list[float] = []
+    for s in range(STATES):
+        elements: list[float] = []
+        for b in range(BATCH):
+            for x, y in zip(student[b, s].tolist(), teacher[b, s].tolist(), strict=True):
+                difference = abs(x - y)
+                elements.append(0.5 * difference**2 if difference < 1 else difference - 0.5)
+        deviation = statistics.stdev(y for b in range(BATCH) for y in teacher[b, s].tolist())
+        layers.append(sum(elements) / len(elements) / deviation)
+    return sum(layers) / len(layers)
+
+
+def test_codi_divides_each_layers_loss_by_the_deviation_of_its_teacher_states() -> None:
+    student, teacher = hidden(1), hidden(2)
+    assert float(codi_loss(student, teacher)) == pytest.approx(naive_codi(student, teacher), rel=1e-12)
+
+
+def test_codis_gradient_is_that_of_finite_differences_and_the_students_alone() -> None:
+    student, teacher = hidden(1).requires_grad_(), hidden(2).requires_grad_()
+    codi_loss(student, teacher).backward()
+    assert teacher.grad is None
+    assert torch.autograd.gradcheck(lambda x: codi_loss(x, hidden(2)), (student,), fast_mode=True)
+
+
+def test_codi_is_computed_in_single_precision_from_half() -> None:
+    student, teacher = hidden(1).bfloat16(), hidden(2).bfloat16()
+    loss = codi_loss(student, teacher)
+    assert loss.dtype == torch.float32
+    assert loss == codi_loss(student.float(), teacher.float())

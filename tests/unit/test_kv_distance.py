@@ -1,0 +1,271 @@
+"""The KV objective and the reported errors against loops over elements in double precision."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kvcore.types import Tensor
+from student_trainer.losses import error_by_layer_and_head, kv_distance, normalised_error
+
+BATCH, LAYERS, HEADS, SLOTS, DIM = 4, 3, 2, 5, 4
+KINDS = ("mse", "smooth_l1", "cosine", "cka")
+PER_SLOT = KINDS[:3]
+# Full, ragged, with a gap, and without any target.
+MASK_BM = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 0, 0, 0], [0, 1, 0, 1, 1], [0, 0, 0, 0, 0]], dtype=torch.bool)
+HIDDEN = ~MASK_BM[:, None, None, :, None].expand(-1, LAYERS, HEADS, -1, DIM)
+SCALE_L = torch.tensor([0.5, 2.0, 7.0])
+
+
+def kv(seed: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return 2 * torch.randn(BATCH, LAYERS, HEADS, SLOTS, DIM, generator=generator, dtype=torch.float64).to(dtype)
+
+
+def with_nan(x_BLHMD: Tensor) -> Tensor:
+    return x_BLHMD.masked_fill(HIDDEN, math.nan)
+
+
+# ---------------------------------------------------------------------------------------------------- references
+Vector = list[float]
+
+
+def vector_loss(a: Vector, b: Vector, scale: float, kind: str) -> float:
+    """One head's vector in one slot."""
+    if kind == "cosine":
+        lengths = math.sqrt(sum(x * x for x in a)) * math.sqrt(sum(y * y for y in b))
+        return 1 - (sum(x * y for x, y in zip(a, b, strict=True)) / lengths if lengths else 0.0)
+    total = 0.0
+    for x, y in zip(a, b, strict=True):
+        difference = abs(x - y) / scale
+        if kind == "mse":
+            total += difference**2
+        else:
+            total += 0.5 * difference**2 if difference < 1 else difference - 0.5
+    return total / len(a)
+
+
+def naive_head(a: Tensor, b: Tensor, mask_BM: Tensor, scale: float, kind: str) -> float:
+    """Mean over samples of the mean over slots, for one head of one layer: a and b are [B,M,D]."""
+    samples: list[float] = []
+    for s in range(len(a)):
+        slots = [
+            vector_loss(a[s, m].tolist(), b[s, m].tolist(), scale, kind) for m in range(a.shape[1]) if mask_BM[s, m]
+        ]
+        if slots:
+            samples.append(sum(slots) / len(slots))
+    return sum(samples) / len(samples) if samples else 0.0
+
+
+def centred(x: Tensor, mask_BM: Tensor, layer: int) -> list[Vector]:
+    """Features of a layer as columns over all masked-in slots, each around its mean."""
+    columns: list[Vector] = []
+    for h in range(x.shape[2]):
+        for d in range(x.shape[4]):
+            column = [
+                float(x[s, layer, h, m, d]) for s in range(len(x)) for m in range(x.shape[3]) if bool(mask_BM[s, m])
+            ]
+            columns.append([value - sum(column) / len(column) for value in column])
+    return columns
+
+
+def squared_products(a: list[Vector], b: list[Vector]) -> float:
+    return sum(sum(x * y for x, y in zip(column, other, strict=True)) ** 2 for column in a for other in b)
+
+
+def naive_cka(a: Tensor, b: Tensor, mask_BM: Tensor, layer: int) -> float:
+    x, y = centred(a, mask_BM, layer), centred(b, mask_BM, layer)
+    lengths = math.sqrt(squared_products(x, x)) * math.sqrt(squared_products(y, y))
+    return 1 - squared_products(x, y) / lengths if lengths else 0.0
+
+
+def naive_distance(a: Tensor, b: Tensor, scale: Vector, mask_BM: Tensor, kind: str) -> float:
+    layers = range(a.shape[1])
+    if kind == "cka":
+        return sum(naive_cka(a, b, mask_BM, layer) for layer in layers) / len(layers)
+    parts = [
+        naive_head(a[:, layer, head], b[:, layer, head], mask_BM, scale[layer], kind)
+        for layer in layers
+        for head in range(a.shape[2])
+    ]
+    return sum(parts) / len(parts)
+
+
+# ---------------------------------------------------------------------------------------------------- the objective
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_kv_objective_is_scaled_by_layer_and_averaged_by_sample(kind: str) -> None:
+    expected = naive_distance(kv(1), kv(2), SCALE_L.tolist(), MASK_BM, kind)
+    assert float(kv_distance(kv(1), kv(2), SCALE_L, MASK_BM, kind)) == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("rows", [2, 3, 7, 8, 10])
+def test_cka_is_the_same_by_either_of_its_matrices(rows: int) -> None:
+    """Fewer slots than the 8 features, as many, and more."""
+    mask_BM = MASK_BM & (MASK_BM.flatten().cumsum(0).view_as(MASK_BM) <= rows)
+    assert int(mask_BM.sum()) == rows
+    a, b = kv(1, torch.float64), kv(1, torch.float64) + kv(2, torch.float64)
+    expected = naive_distance(a, b, SCALE_L.tolist(), mask_BM, "cka")
+    assert float(kv_distance(a, b, SCALE_L.double(), mask_BM, "cka")) == pytest.approx(expected, rel=1e-10)
+
+
+@st.composite
+def small_kv(draw: st.DrawFn) -> tuple[Tensor, Tensor, Tensor]:
+    """Few and small integers: equal slots, zero vectors and sides that never vary are common."""
+    batch, layers, heads, slots, dim = (draw(st.integers(1, most)) for most in (3, 2, 2, 3, 3))
+    shape = (batch, layers, heads, slots, dim)
+    elements = st.lists(st.integers(-2, 2), min_size=math.prod(shape), max_size=math.prod(shape))
+    a, b = (torch.tensor(draw(elements), dtype=torch.float64).view(shape) for _ in range(2))
+    mask = draw(st.lists(st.booleans(), min_size=batch * slots, max_size=batch * slots))
+    return a, b, torch.tensor(mask).view(batch, slots)
+
+
+@given(small_kv(), st.sampled_from(KINDS))
+def test_any_values_and_any_mask_give_what_the_loops_give(values: tuple[Tensor, Tensor, Tensor], kind: str) -> None:
+    a, b, mask_BM = values
+    student = a.clone().requires_grad_()
+    scale_L = torch.tensor([0.5, 2.0], dtype=torch.float64)[: a.shape[1]]
+    loss = kv_distance(student, b, scale_L, mask_BM, kind)
+    assert float(loss.detach()) == pytest.approx(naive_distance(a, b, scale_L.tolist(), mask_BM, kind), abs=1e-12)
+    (gradient,) = torch.autograd.grad(loss, student)
+    assert gradient.isfinite().all()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("samples", [2, 4])
+def test_gradients_are_those_of_finite_differences(kind: str, samples: int) -> None:
+    student = with_nan(kv(1, torch.float64))[:samples].requires_grad_()
+    target, mask_BM, scale_L = with_nan(kv(2, torch.float64))[:samples], MASK_BM[:samples], SCALE_L.double()
+    assert torch.autograd.gradcheck(
+        lambda x: kv_distance(x, target, scale_L, mask_BM, kind), (student,), fast_mode=True
+    )
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_masked_slots_reach_neither_the_loss_nor_the_gradient_even_as_nan(kind: str) -> None:
+    clean, empty = kv(1).requires_grad_(), with_nan(kv(1)).requires_grad_()
+    loss, from_empty = (
+        kv_distance(clean, kv(2), SCALE_L, MASK_BM, kind),
+        kv_distance(empty, with_nan(kv(2)), SCALE_L, MASK_BM, kind),
+    )
+    assert from_empty == loss
+    for student, of in ((clean, loss), (empty, from_empty)):
+        (gradient,) = torch.autograd.grad(of, student)
+        assert (gradient[HIDDEN] == 0).all()
+        assert (gradient[~HIDDEN] != 0).all()
+        assert gradient.isfinite().all()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_target_is_never_moved_towards_the_student(kind: str) -> None:
+    student, target = kv(1).requires_grad_(), kv(2).requires_grad_()
+    kv_distance(student, target, SCALE_L, MASK_BM, kind).backward()
+    assert target.grad is None
+
+
+@pytest.mark.parametrize("kind", PER_SLOT)
+def test_samples_without_a_target_do_not_thin_the_mean(kind: str) -> None:
+    everyone = kv_distance(kv(1), kv(2), SCALE_L, MASK_BM, kind)
+    with_target = kv_distance(kv(1)[:3], kv(2)[:3], SCALE_L, MASK_BM[:3], kind)
+    assert everyone == pytest.approx(float(with_target), rel=1e-6)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_batch_without_any_target_gives_zero_that_can_be_differentiated(kind: str) -> None:
+    student = kv(1).requires_grad_()
+    loss = kv_distance(student, kv(2), SCALE_L, torch.zeros_like(MASK_BM), kind)
+    assert float(loss.detach()) == 0
+    loss.backward()
+    assert student.grad is not None
+    assert (student.grad == 0).all()
+
+
+@pytest.mark.parametrize("kind", PER_SLOT)
+def test_two_halves_of_a_batch_have_the_mean_and_gradient_of_the_whole(kind: str) -> None:
+    mask_BM = MASK_BM.clone()
+    mask_BM[3, 0] = True
+    student = kv(1).requires_grad_()
+
+    def loss(rows: slice) -> Tensor:
+        return kv_distance(student[rows], kv(2)[rows], SCALE_L, mask_BM[rows], kind)
+
+    whole, halves = loss(slice(None)), (loss(slice(0, 2)) + loss(slice(2, 4))) / 2
+    torch.testing.assert_close(halves, whole)
+    torch.testing.assert_close(torch.autograd.grad(halves, student), torch.autograd.grad(whole, student))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_half_precision_is_compared_in_single(kind: str) -> None:
+    student, target = kv(1).bfloat16(), kv(2).bfloat16()
+    loss = kv_distance(student, target, SCALE_L, MASK_BM, kind)
+    assert loss.dtype == torch.float32
+    assert loss == kv_distance(student.float(), target.float(), SCALE_L, MASK_BM, kind)
+
+
+def test_cosine_sees_directions_alone_and_a_zero_vector_has_none() -> None:
+    lengths = 0.1 + torch.rand(BATCH, LAYERS, HEADS, SLOTS, 1, generator=torch.Generator().manual_seed(4))
+    longer = (kv(2) * lengths).requires_grad_()
+    assert float(kv_distance(longer, kv(2), SCALE_L, MASK_BM, "cosine").detach()) == pytest.approx(0, abs=1e-6)
+    assert float(kv_distance(-longer, kv(2), SCALE_L, MASK_BM, "cosine").detach()) == pytest.approx(2)
+    nothing = torch.zeros_like(longer, requires_grad=True)
+    loss = kv_distance(nothing, kv(2), SCALE_L, MASK_BM, "cosine")
+    assert float(loss.detach()) == 1
+    assert (torch.autograd.grad(loss, nothing)[0] == 0).all()
+
+
+def test_cka_sees_neither_rotation_nor_length_nor_offset() -> None:
+    features = HEADS * DIM
+    turn, _ = torch.linalg.qr(torch.randn(features, features, generator=torch.Generator().manual_seed(6)))
+    flat = kv(2).transpose(2, 3).flatten(3) @ turn
+    turned = (3 * flat + 5).view(BATCH, LAYERS, SLOTS, HEADS, DIM).transpose(2, 3)
+    assert float(kv_distance(turned, kv(2), SCALE_L, MASK_BM, "cka")) == pytest.approx(0, abs=1e-5)
+    assert float(kv_distance(turned, kv(1), SCALE_L, MASK_BM, "cka")) > 0.1
+
+
+@pytest.mark.parametrize("side", ["student", "target"])
+def test_a_layer_that_never_varies_adds_nothing_to_cka(side: str) -> None:
+    """0.1 is no binary fraction: the mean of ten of them is not 0.1."""
+    sides = {"student": kv(1), "target": kv(2)}
+    sides[side][:, 1] = 0.1
+    student = sides["student"].requires_grad_()
+    loss = kv_distance(student, sides["target"], SCALE_L, MASK_BM, "cka")
+    others = [naive_cka(student.detach(), sides["target"], MASK_BM, layer) for layer in (0, 2)]
+    assert float(loss.detach()) == pytest.approx(sum(others) / 3, rel=1e-5)
+    (gradient,) = torch.autograd.grad(loss, student)
+    assert (gradient[:, 1] == 0).all()
+    assert (gradient[:, (0, 2)][~HIDDEN[:, (0, 2)]] != 0).all()
+
+
+# ---------------------------------------------------------------------------------------------------- reported errors
+def test_the_reported_error_is_squared_over_the_targets_variance_by_layer_and_head() -> None:
+    errors_LH = error_by_layer_and_head(with_nan(kv(1)).requires_grad_(), with_nan(kv(2)), SCALE_L, MASK_BM)
+    assert errors_LH.shape == (LAYERS, HEADS)
+    assert not errors_LH.requires_grad
+    for layer, variance in enumerate(SCALE_L.tolist()):
+        for head in range(HEADS):
+            expected = naive_head(kv(1)[:, layer, head], kv(2)[:, layer, head], MASK_BM, variance**0.5, "mse")
+            assert float(errors_LH[layer, head]) == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_normalised_error_is_its_mean() -> None:
+    expected = naive_distance(kv(1), kv(2), SCALE_L.sqrt().tolist(), MASK_BM, "mse")
+    assert float(normalised_error(with_nan(kv(1)), with_nan(kv(2)), SCALE_L, MASK_BM)) == pytest.approx(
+        expected, rel=1e-5
+    )
+    assert float(normalised_error(kv(1), kv(2), SCALE_L, torch.zeros_like(MASK_BM))) == 0
+
+
+def test_predicting_each_features_mean_scores_one() -> None:
+    generator = torch.Generator().manual_seed(5)
+    feature_scale = 1 + 4 * torch.rand(LAYERS, HEADS, 1, DIM, generator=generator)
+    target = 3 + feature_scale * torch.randn(64, LAYERS, HEADS, SLOTS, DIM, generator=generator)
+    mask_BM = torch.ones(64, SLOTS, dtype=torch.bool)
+    mean = target.mean(dim=(0, 3), keepdim=True)
+    variance_L = (target - mean).square().mean(dim=(0, 2, 3, 4))
+    by_head_LH = error_by_layer_and_head(mean.expand_as(target), target, variance_L, mask_BM)
+    torch.testing.assert_close(by_head_LH.mean(dim=1), torch.ones(LAYERS))
+    assert float(normalised_error(mean.expand_as(target), target, variance_L, mask_BM)) == pytest.approx(1.0, rel=1e-5)
+    assert float(normalised_error(target, target, variance_L, mask_BM)) == 0
