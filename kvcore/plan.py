@@ -11,13 +11,14 @@ from pydantic import Field, model_validator
 
 from kvcore.config import StrictModel
 
-Selector = Literal["full", "right", "r_kv", "uniform"]
+Selector = Literal["full", "right", "r_kv", "uniform", "random", "keydiff"]
 CodecName = Literal["raw", "bf16", "int8"]
 SpanKind = Literal["prompt", "reasoning", "answer"]
 SelectionSpan = Literal["prompt", "reasoning", "answer", "all"]
 Scope = Literal["head", "layer", "sample"]
+ImportancePool = Literal["max", "mean"]
 
-SELECTORS: tuple[Selector, ...] = ("full", "right", "r_kv", "uniform")
+SELECTORS: tuple[Selector, ...] = ("full", "right", "r_kv", "uniform", "random", "keydiff")
 CODECS: tuple[CodecName, ...] = ("raw", "bf16", "int8")
 
 
@@ -25,7 +26,8 @@ class Selection(StrictModel):
     """Which tokens leave the teacher.
 
     `budget` is the most tokens kept, 0 for `full`. `scope` says who chooses: each `head`, each `layer`
-    (its heads together) or the whole `sample`. `importance_weight` is R-KV's lambda (arXiv 2505.24133).
+    (its heads together) or the whole `sample`. Of R-KV (arXiv 2505.24133, 2510.02312): `importance_weight` is its
+    lambda, `importance_pool` what stands for the query heads that share a KV head. `seed`: of the selector `random`.
     """
 
     selector: Selector = "full"
@@ -33,6 +35,8 @@ class Selection(StrictModel):
     span: SelectionSpan = "reasoning"
     scope: Scope = "sample"
     importance_weight: Annotated[float, Field(ge=0.0, le=1.0)] = 0.1
+    importance_pool: ImportancePool = "max"
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
 
     @model_validator(mode="after")
     def _budget_fits_selector(self) -> Self:

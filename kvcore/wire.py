@@ -13,7 +13,7 @@ from typing import Any, TypeVar, cast, get_args
 
 from kvcore.config import parse
 from kvcore.errors import FieldError
-from kvcore.plan import KVPlan, Scope, SelectionSpan, SpanKind
+from kvcore.plan import ImportancePool, KVPlan, Scope, SelectionSpan, SpanKind
 from kvcore.types import Sample, Span, TeacherInfo
 from protos import kv_cache_pb2 as pb
 
@@ -33,8 +33,13 @@ _SCOPE_NUMBERS: dict[Scope, pb.Scope] = {
     "layer": pb.SCOPE_LAYER,
     "sample": pb.SCOPE_SAMPLE,
 }
+_POOL_NUMBERS: dict[ImportancePool, pb.ImportancePool] = {
+    "max": pb.IMPORTANCE_POOL_MAX,
+    "mean": pb.IMPORTANCE_POOL_MEAN,
+}
 _SPANS: dict[int, SelectionSpan] = {number: name for name, number in _SPAN_NUMBERS.items()}
 _SCOPES: dict[int, Scope] = {number: name for name, number in _SCOPE_NUMBERS.items()}
+_POOLS: dict[int, ImportancePool] = {number: name for name, number in _POOL_NUMBERS.items()}
 
 
 def plan_to_proto(plan: KVPlan) -> pb.Plan:
@@ -48,6 +53,8 @@ def plan_to_proto(plan: KVPlan) -> pb.Plan:
             span=_SPAN_NUMBERS[selection.span],
             scope=_SCOPE_NUMBERS[selection.scope],
             importance_weight=selection.importance_weight,
+            importance_pool=_POOL_NUMBERS[selection.importance_pool],
+            seed=selection.seed,
         ),
         codec=pb.Codec(name=codec.name, group_size=codec.group_size, max_relative_error=codec.max_relative_error),
         keys=plan.keys,
@@ -61,24 +68,14 @@ def plan_from_proto(proto: pb.Plan, field: str = "plan") -> KVPlan:
     Raises:
         FieldError: such as `plan.selection.budget: Input should be greater than or equal to 0 (got -1)`.
     """
-    selection: dict[str, Any] = {
-        "selector": proto.selection.selector,
-        "budget": proto.selection.budget,
-        "span": _named(proto.selection.span, _SPANS, f"{field}.selection.span"),
-        "scope": _named(proto.selection.scope, _SCOPES, f"{field}.selection.scope"),
-    }
     codec: dict[str, Any] = {"name": proto.codec.name}
-    if proto.selection.HasField("importance_weight"):
-        selection["importance_weight"] = _finite(
-            proto.selection.importance_weight, f"{field}.selection.importance_weight"
-        )
     if proto.codec.HasField("group_size"):
         codec["group_size"] = proto.codec.group_size
     if proto.codec.HasField("max_relative_error"):
         codec["max_relative_error"] = _finite(proto.codec.max_relative_error, f"{field}.codec.max_relative_error")
     tree = {
         "layers": list(proto.layers),
-        "selection": selection,
+        "selection": _selection_tree(proto.selection, f"{field}.selection"),
         "codec": codec,
         "keys": proto.keys,
         "values": proto.values,
@@ -87,6 +84,23 @@ def plan_from_proto(proto: pb.Plan, field: str = "plan") -> KVPlan:
         return parse(tree, KVPlan)
     except FieldError as error:
         raise _under(field, error) from error
+
+
+def _selection_tree(proto: pb.Selection, field: str) -> dict[str, Any]:
+    """What the request says of the selection; what it leaves out takes the model's defaults."""
+    selection: dict[str, Any] = {
+        "selector": proto.selector,
+        "budget": proto.budget,
+        "span": _named(proto.span, _SPANS, f"{field}.span"),
+        "scope": _named(proto.scope, _SCOPES, f"{field}.scope"),
+    }
+    if proto.HasField("importance_weight"):
+        selection["importance_weight"] = _finite(proto.importance_weight, f"{field}.importance_weight")
+    if proto.HasField("importance_pool"):
+        selection["importance_pool"] = _named(proto.importance_pool, _POOLS, f"{field}.importance_pool")
+    if proto.HasField("seed"):
+        selection["seed"] = proto.seed
+    return selection
 
 
 def sample_to_proto(sample: Sample) -> pb.Sample:

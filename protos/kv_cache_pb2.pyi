@@ -15,6 +15,12 @@ class SpanKind(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     SPAN_KIND_ANSWER: _ClassVar[SpanKind]
     SPAN_KIND_ALL: _ClassVar[SpanKind]
 
+class ImportancePool(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    IMPORTANCE_POOL_UNSPECIFIED: _ClassVar[ImportancePool]
+    IMPORTANCE_POOL_MAX: _ClassVar[ImportancePool]
+    IMPORTANCE_POOL_MEAN: _ClassVar[ImportancePool]
+
 class Scope(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
     SCOPE_UNSPECIFIED: _ClassVar[Scope]
@@ -26,6 +32,9 @@ SPAN_KIND_PROMPT: SpanKind
 SPAN_KIND_REASONING: SpanKind
 SPAN_KIND_ANSWER: SpanKind
 SPAN_KIND_ALL: SpanKind
+IMPORTANCE_POOL_UNSPECIFIED: ImportancePool
+IMPORTANCE_POOL_MAX: ImportancePool
+IMPORTANCE_POOL_MEAN: ImportancePool
 SCOPE_UNSPECIFIED: Scope
 SCOPE_HEAD: Scope
 SCOPE_LAYER: Scope
@@ -126,18 +135,22 @@ class Plan(_message.Message):
     def __init__(self, layers: _Optional[_Iterable[int]] = ..., selection: _Optional[_Union[Selection, _Mapping]] = ..., codec: _Optional[_Union[Codec, _Mapping]] = ..., keys: _Optional[bool] = ..., values: _Optional[bool] = ...) -> None: ...
 
 class Selection(_message.Message):
-    __slots__ = ("selector", "budget", "span", "scope", "importance_weight")
+    __slots__ = ("selector", "budget", "span", "scope", "importance_weight", "importance_pool", "seed")
     SELECTOR_FIELD_NUMBER: _ClassVar[int]
     BUDGET_FIELD_NUMBER: _ClassVar[int]
     SPAN_FIELD_NUMBER: _ClassVar[int]
     SCOPE_FIELD_NUMBER: _ClassVar[int]
     IMPORTANCE_WEIGHT_FIELD_NUMBER: _ClassVar[int]
+    IMPORTANCE_POOL_FIELD_NUMBER: _ClassVar[int]
+    SEED_FIELD_NUMBER: _ClassVar[int]
     selector: str
     budget: int
     span: SpanKind
     scope: Scope
     importance_weight: float
-    def __init__(self, selector: _Optional[str] = ..., budget: _Optional[int] = ..., span: _Optional[_Union[SpanKind, str]] = ..., scope: _Optional[_Union[Scope, str]] = ..., importance_weight: _Optional[float] = ...) -> None: ...
+    importance_pool: ImportancePool
+    seed: int
+    def __init__(self, selector: _Optional[str] = ..., budget: _Optional[int] = ..., span: _Optional[_Union[SpanKind, str]] = ..., scope: _Optional[_Union[Scope, str]] = ..., importance_weight: _Optional[float] = ..., importance_pool: _Optional[_Union[ImportancePool, str]] = ..., seed: _Optional[int] = ...) -> None: ...
 
 class Codec(_message.Message):
     __slots__ = ("name", "group_size", "max_relative_error")

@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 from kvcore.codec import Kind, encode, part_layout
 from kvcore.errors import FieldError, NonFiniteError
 from kvcore.plan import KVPlan
-from kvcore.select import needs_importance, needs_keys, select, select_sample
+from kvcore.select import needs_importance, needs_keys, needs_seeds, select, select_sample
+from kvcore.selectors.random import sample_seed
 from kvcore.types import TeacherInfo, Tensor
 from teacher_server.engines.base import SPAN_KINDS, LayerOutput, TeacherEngine, TokenizedSample
 
@@ -131,9 +132,9 @@ def execute(engine: TeacherEngine, batch: Sequence[PlannedSample], emit: Emit, f
     """Runs one batch, whose plans may differ, through the engine and emits each layer as it finishes.
 
     Every sample must have passed `check_plan` and `check_sample`. A sample's layers come in ascending order, at once,
-    but for `r_kv` in scope `sample`, which chooses when the plan's last layer is known and emits them all then. `fail`
-    is called at most once for a sample, as soon as its K/V turn out to be unusable: not finite, or past the plan's
-    `max_relative_error`; the others go on.
+    but for selectors that read keys in scope `sample`: they choose when the plan's last layer is known, and all layers
+    leave then. `fail` is called at most once for a sample, as soon as its K/V turn out to be unusable: not finite, or
+    past the plan's `max_relative_error`; the others go on.
     """
     groups = _group(batch)
     layers = sorted({layer for group in groups for layer in group.plan.layers})
@@ -179,9 +180,17 @@ def _group(batch: Sequence[PlannedSample]) -> list[_Group]:
     for row, sample in enumerate(batch):
         rows.setdefault((sample.plan, candidates[row].size), []).append(row)
     return [
-        _Group(plan, members, torch.from_numpy(np.stack([candidates[row] for row in members])))
+        _Group(plan, members, torch.from_numpy(np.stack([candidates[row] for row in members])), _seeds(batch, members))
         for (plan, _), members in rows.items()
     ]
+
+
+def _seeds(batch: Sequence[PlannedSample], rows: Sequence[int]) -> Tensor:
+    """What the draws of some rows start from, [B] int64; zeros for plans that draw nothing."""
+    samples = [batch[row] for row in rows]
+    if not needs_seeds(samples[0].plan.selection):
+        return torch.zeros(len(rows), dtype=torch.int64)
+    return torch.tensor([sample_seed(sample.plan.selection.seed, sample.tokens.token_ids) for sample in samples])
 
 
 @dataclass(slots=True)
@@ -215,10 +224,10 @@ def _gather_tokens(x_BHTD: Tensor, positions_BGM: Tensor) -> Tensor:
 class _Group:
     """Samples of one batch with the same plan and as many candidates, so that each layer is one stack of tensors."""
 
-    def __init__(self, plan: KVPlan, rows: list[int], candidates_BN: Tensor) -> None:
+    def __init__(self, plan: KVPlan, rows: list[int], candidates_BN: Tensor, seeds_B: Tensor) -> None:
         self.plan = plan
         self._rows = rows
-        self._candidates_BN = candidates_BN
+        self._candidates_BN, self._seeds_B = candidates_BN, seeds_B
         self._waits = plan.selection.scope == "sample" and needs_keys(plan.selection)
         self._held: list[_Layer] = []
 
@@ -227,8 +236,9 @@ class _Group:
         if not self._rows:
             return []
         device = output.k_BHTD.device
-        self._candidates_BN = self._candidates_BN.to(device)
-        layer = _Layer(output.layer, output.k_BHTD, output.v_BHTD, output.importance_BHT)
+        self._candidates_BN, self._seeds_B = self._candidates_BN.to(device), self._seeds_B.to(device)
+        importance_BHT = output.importance(self.plan.selection.importance_pool)
+        layer = _Layer(output.layer, output.k_BHTD, output.v_BHTD, importance_BHT)
         if self._rows != list(range(batch_size)):
             layer = layer.rows(torch.tensor(self._rows, device=device))
         self._held.append(layer.tokens(self._candidates_BN) if self._waits else layer)
@@ -255,7 +265,14 @@ class _Group:
         """Which tokens stay, [B,H|1,M], as indices into the tokens that the held layers have."""
         if not self._waits:
             layer = self._held[0]
-            return select(self.plan.selection, self._candidates_BN, layer.k_BHTD, layer.importance_BHT)
+            return select(
+                self.plan.selection,
+                self._candidates_BN,
+                layer.k_BHTD,
+                layer.importance_BHT,
+                layer=layer.layer,
+                seeds_B=self._seeds_B,
+            )
         k_BLHND = torch.stack([layer.k_BHTD for layer in self._held], dim=1)
         importances = [layer.importance_BHT for layer in self._held if layer.importance_BHT is not None]
         importance_BLHN = torch.stack(importances, dim=1) if importances else None
@@ -305,7 +322,7 @@ class _Group:
         kept = [row for row in range(len(self._rows)) if row not in problems]
         index_B = torch.tensor(kept, dtype=torch.long, device=self._candidates_BN.device)
         self._rows = [self._rows[row] for row in kept]
-        self._candidates_BN = self._candidates_BN[index_B]
+        self._candidates_BN, self._seeds_B = self._candidates_BN[index_B], self._seeds_B[index_B]
         self._held = [layer.rows(index_B) for layer in self._held]
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from kvcore.plan import SelectionSpan
+from kvcore.plan import ImportancePool, SelectionSpan
 from kvcore.types import Sample, TeacherInfo, Tensor
 
 
@@ -29,13 +29,20 @@ class LayerOutput:
     """One layer of a batch, on the engine's device.
 
     `k_BHTD` content keys and `v_BHTD` values, right-padded. `importance_BHT`: mean attention that the answer's tokens
-    pay to each token (the largest of a KV head's query group), or None where no sample of the batch asked for it.
+    pay to each token, for each the largest of a KV head's query heads; `mean_importance_BHT`: the mean of the query
+    heads instead. None where no sample of the batch asked for importance. The plans of a batch may differ, so an engine
+    gives both.
     """
 
     layer: int
     k_BHTD: Tensor
     v_BHTD: Tensor
     importance_BHT: Tensor | None
+    mean_importance_BHT: Tensor | None
+
+    def importance(self, pool: ImportancePool) -> Tensor | None:
+        """The importance [B,H,T] that a plan asks for."""
+        return self.importance_BHT if pool == "max" else self.mean_importance_BHT
 
 
 LayerSink = Callable[[LayerOutput], None]

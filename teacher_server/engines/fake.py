@@ -139,8 +139,8 @@ class FakeEngine:
             if layer in layers:
                 k_BHTD = self._noise(tokens_BT, layer, salt=1)
                 k_BHTD[not_finite_B] = torch.nan
-                importance_BHT = self._noise(tokens_BT, layer, salt=3)[..., 0].abs() if with_importance else None
-                sink(LayerOutput(layer, k_BHTD, self._noise(tokens_BT, layer, salt=2), importance_BHT))
+                largest_BHT, mean_BHT = self._importance(tokens_BT, layer) if with_importance else (None, None)
+                sink(LayerOutput(layer, k_BHTD, self._noise(tokens_BT, layer, salt=2), largest_BHT, mean_BHT))
 
     def close(self) -> None:
         """See `TeacherEngine.close`."""
@@ -152,6 +152,11 @@ class FakeEngine:
         if not faults.fail.isdisjoint(sample_ids):
             raise FakeError(f"told to fail at one of the samples {sample_ids}")
         time.sleep(max((faults.slow.get(sample_id, 0.0) for sample_id in sample_ids), default=0.0))
+
+    def _importance(self, tokens_BT: Tensor, layer: int) -> tuple[Tensor, Tensor]:
+        """The largest of two made-up query heads' attention, and their mean."""
+        attention_BHTG = self._noise(tokens_BT, layer, salt=3)[..., :2].abs()
+        return attention_BHTG.amax(dim=-1), attention_BHTG.mean(dim=-1)
 
     def _noise(self, tokens_BT: Tensor, layer: int, salt: int) -> Tensor:
         """[B,H,T,D] in [-1,1), by an integer hash of (token, place, layer, head, channel)."""

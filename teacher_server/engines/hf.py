@@ -131,8 +131,8 @@ class HFEngine:
         last = max(layers)
 
         def receive(tap: LayerTap) -> None:
-            importance_BHT = None if answer is None else answer_importance(tap, answer)
-            sink(LayerOutput(tap.layer, tap.k_BHTD, tap.v_BHTD, importance_BHT))
+            largest_BHT, mean_BHT = (None, None) if answer is None else answer_importance(tap, answer)
+            sink(LayerOutput(tap.layer, tap.k_BHTD, tap.v_BHTD, largest_BHT, mean_BHT))
             if tap.layer == last:
                 raise _LastLayerReadError
 

@@ -130,26 +130,30 @@ class AnswerRows:
         return cls(index_BA.long(), torch.arange(longest, device=device) < lengths_B[:, None])
 
 
-def answer_importance(tap: LayerTap, answer: AnswerRows) -> Tensor:
-    """The attention that the answer pays to each token, [B,H,T] fp32.
+def answer_importance(tap: LayerTap, answer: AnswerRows) -> tuple[Tensor, Tensor]:
+    """The attention that the answer pays to each token, [B,H,T] fp32, by the largest query head and by their mean.
 
-    For each answer token the exact softmax over the keys that it sees, the largest of a KV head's query heads, then the
-    mean over the answer's tokens; 0 for a sample without an answer. Only the answer's rows are computed.
+    For each answer token the exact softmax over the keys that it sees, then the largest or the mean of a KV head's
+    query heads, then the mean over the answer's tokens; 0 for a sample without an answer. Only the answer's rows are
+    computed.
     """
     batch, heads, tokens, head_dim = tap.rotated_k_BHTD.shape
     group = tap.q_BQTD.shape[1] // heads
     # G query heads share a KV head.
     q_BHGTD = tap.q_BQTD.unflatten(1, (heads, group))
     k_BH1DT = tap.rotated_k_BHTD.float().transpose(2, 3).unsqueeze(2)
-    total_BHT = q_BHGTD.new_zeros((batch, heads, tokens), dtype=torch.float32)
+    largest_BHT = q_BHGTD.new_zeros((batch, heads, tokens), dtype=torch.float32)
+    mean_BHT = torch.zeros_like(largest_BHT)
     at_once = max(1, _PROBABILITIES_AT_ONCE // (batch * heads * group * tokens))
     for index_Ba, valid_Ba in zip(answer.index_BA.split(at_once, 1), answer.valid_BA.split(at_once, 1), strict=True):
         rows = index_Ba[:, None, None, :, None].expand(-1, heads, group, -1, head_dim)
         scores_BHGaT = q_BHGTD.gather(3, rows).float() @ k_BH1DT * tap.scaling
         scores_BHGaT = scores_BHGaT + _mask_rows(tap.mask, index_Ba, tokens).unsqueeze(2)
-        strongest_BHaT = scores_BHGaT.softmax(dim=-1).amax(dim=2)
-        total_BHT += (strongest_BHaT * valid_Ba[:, None, :, None]).sum(dim=2)
-    return total_BHT / answer.valid_BA.sum(dim=1).clamp(min=1)[:, None, None]
+        attention_BHGaT, valid_B1a1 = scores_BHGaT.softmax(dim=-1), valid_Ba[:, None, :, None]
+        largest_BHT += (attention_BHGaT.amax(dim=2) * valid_B1a1).sum(dim=2)
+        mean_BHT += (attention_BHGaT.mean(dim=2) * valid_B1a1).sum(dim=2)
+    count_B11 = answer.valid_BA.sum(dim=1).clamp(min=1)[:, None, None]
+    return largest_BHT / count_B11, mean_BHT / count_B11
 
 
 def _mask_rows(mask: Tensor | None, index_Ba: Tensor, tokens: int) -> Tensor:

@@ -16,6 +16,8 @@ WRITTEN_OUT = {
     "codec": {"max_relative_error": None, "group_size": 64, "name": "int8"},
     "selection": {
         "importance_weight": 0.1,
+        "importance_pool": "max",
+        "seed": 0,
         "scope": "sample",
         "span": "reasoning",
         "budget": 0,
@@ -35,6 +37,8 @@ def changed(path, value):
             "span": "answer",
             "scope": "head",
             "importance_weight": 0.25,
+            "importance_pool": "mean",
+            "seed": 7,
         },
         "codec": {"name": "bf16", "group_size": 32, "max_relative_error": 0.5},
         "keys": True,
@@ -62,7 +66,8 @@ def test_equal_plans_have_equal_digests_however_they_are_written():
 def test_a_digest_is_of_the_plan_as_compact_json_with_sorted_keys():
     canonical = (
         '{"codec":{"group_size":64,"max_relative_error":null,"name":"int8"},"keys":true,"layers":[0,2],'
-        '"selection":{"budget":0,"importance_weight":0.1,"scope":"sample","selector":"full","span":"reasoning"},'
+        '"selection":{"budget":0,"importance_pool":"max","importance_weight":0.1,"scope":"sample","seed":0,'
+        '"selector":"full","span":"reasoning"},'
         '"values":true}'
     )
     expected = hashlib.blake2b(canonical.encode(), digest_size=16).hexdigest()
@@ -77,6 +82,8 @@ CHANGES = [
     (("selection", "span"), "all"),
     (("selection", "scope"), "layer"),
     (("selection", "importance_weight"), 0.26),
+    (("selection", "importance_pool"), "max"),
+    (("selection", "seed"), 8),
     (("codec", "name"), "int8"),
     (("codec", "group_size"), 33),
     (("codec", "max_relative_error"), 0.4),
@@ -114,7 +121,7 @@ def test_every_field_of_a_plan_is_in_the_list_of_changes():
         (
             {"layers": [0], "selection": {"selector": "best", "budget": 1}},
             "selection.selector",
-            "'full', 'right', 'r_kv' or 'uniform' (got 'best')",
+            "'full', 'right', 'r_kv', 'uniform', 'random' or 'keydiff' (got 'best')",
         ),
         ({"layers": [0], "selection": {"budget": -1}}, "selection.budget", "greater than or equal to 0 (got -1)"),
         ({"layers": [0], "selection": {"scope": "batch"}}, "selection.scope", "'head', 'layer' or 'sample'"),
@@ -124,6 +131,9 @@ def test_every_field_of_a_plan_is_in_the_list_of_changes():
             "selection.importance_weight",
             "less than or equal to 1 (got 1.5)",
         ),
+        ({"layers": [0], "selection": {"importance_pool": "sum"}}, "selection.importance_pool", "'max' or 'mean'"),
+        ({"layers": [0], "selection": {"seed": -1}}, "selection.seed", "greater than or equal to 0 (got -1)"),
+        ({"layers": [0], "selection": {"seed": 2**63}}, "selection.seed", f"less than {2**63} (got {2**63})"),
         ({"layers": [0], "codec": {"name": "int4"}}, "codec.name", "'raw', 'bf16' or 'int8' (got 'int4')"),
         ({"layers": [0], "codec": {"group_size": 0}}, "codec.group_size", "greater than or equal to 1 (got 0)"),
         ({"layers": [0], "codec": {"group_size": 5000}}, "codec.group_size", "less than or equal to 4096 (got 5000)"),

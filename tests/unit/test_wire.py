@@ -26,18 +26,22 @@ from tests.support.streams import INFO
 INT32_MAX = 2**31 - 1
 
 selections = st.builds(
-    lambda selector, budget, span, scope, weight: Selection(
+    lambda selector, budget, span, scope, weight, pool, seed: Selection(
         selector=selector,
         budget=0 if selector == "full" else budget,
         span=span,
         scope=scope,
         importance_weight=weight,
+        importance_pool=pool,
+        seed=seed,
     ),
     st.sampled_from(SELECTORS),
     st.integers(1, INT32_MAX),
     st.sampled_from(["prompt", "reasoning", "answer", "all"]),
     st.sampled_from(["head", "layer", "sample"]),
     st.floats(0, 1),
+    st.sampled_from(["max", "mean"]),
+    st.integers(0, 2**63 - 1),
 )
 codecs = st.builds(
     CodecSpec,
@@ -77,6 +81,8 @@ def test_fields_that_a_foreign_client_leaves_out_take_the_documented_defaults():
         )
     )
     assert plan.selection.importance_weight == 0.1
+    assert plan.selection.importance_pool == "max"
+    assert plan.selection.seed == 0
     assert plan.codec == CodecSpec(name="int8", group_size=64, max_relative_error=None)
     assert not plan.values
 
@@ -120,6 +126,13 @@ def bad_plan(**changes: Any) -> pb.Plan:
             "less than or equal to 1 (got 1.5)",
         ),
         ({"selection__importance_weight": float("nan")}, "plan.selection.importance_weight", "finite number (got nan)"),
+        (
+            {"selection__importance_pool": pb.IMPORTANCE_POOL_UNSPECIFIED},
+            "plan.selection.importance_pool",
+            "1 (max), 2 (mean) (got 0)",
+        ),
+        ({"selection__importance_pool": 3}, "plan.selection.importance_pool", "(got 3)"),
+        ({"selection__seed": 2**63}, "plan.selection.seed", f"less than {2**63} (got {2**63})"),
         ({"selection": None}, "plan.selection.span", "(got 0)"),
         ({"codec__name": "zip"}, "plan.codec.name", "'raw', 'bf16' or 'int8' (got 'zip')"),
         ({"codec__group_size": 0}, "plan.codec.group_size", "greater than or equal to 1 (got 0)"),

@@ -1,0 +1,89 @@
+"""What a selector is, and what it may look at."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+
+from kvcore.errors import NonFiniteError
+from kvcore.plan import Selection
+from kvcore.types import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Candidates:
+    """The tokens of one layer that may be chosen, N of them in each sample of the call.
+
+    `index_BN`: where they stand among the T tokens, ascending. `choosers`: how many choices a sample makes, H or 1.
+    In scope `sample`, H counts the heads of all layers. `importance_BHT`: mean attention that the answer pays to each
+    token, for selectors that read it; `seeds_B` (int64) and `layer`: for those that draw.
+    """
+
+    index_BN: Tensor
+    k_BHTD: Tensor
+    choosers: int
+    importance_BHT: Tensor | None = None
+    seeds_B: Tensor | None = None
+    layer: int = 0
+
+    @property
+    def count(self) -> int:
+        """N."""
+        return self.index_BN.shape[1]
+
+    def keys(self) -> Tensor:
+        """The candidates' keys, [B,H,N,D]."""
+        index_BHN = self._in_each_head()
+        return self.k_BHTD.gather(2, index_BHN[..., None].expand(-1, -1, -1, self.k_BHTD.shape[3]))
+
+    def importance(self) -> Tensor | None:
+        """The candidates' importance, [B,H,N]."""
+        return None if self.importance_BHT is None else self.importance_BHT.gather(2, self._in_each_head())
+
+    def same_places(self, places: Sequence[int]) -> Tensor:
+        """The same places for every sample and chooser: [B,G,M]."""
+        places_M = torch.tensor(places, dtype=torch.long, device=self.index_BN.device)
+        return places_M.expand(self.index_BN.shape[0], self.choosers, -1)
+
+    def best_places(self, score_BHN: Tensor, slots: int) -> Tensor:
+        """The places [B,G,M] of the `slots` highest scores, ascending; ties go to the earlier place.
+
+        Heads that choose together go by the mean of their scores.
+
+        Raises:
+            NonFiniteError: a score is NaN or infinite.
+        """
+        score_BGN = score_BHN.mean(dim=1, keepdim=True) if self.choosers == 1 else score_BHN
+        return best_places(score_BGN, slots)
+
+    def _in_each_head(self) -> Tensor:
+        return self.index_BN[:, None].expand(-1, self.k_BHTD.shape[1], -1)
+
+
+def best_places(score_BGN: Tensor, slots: int) -> Tensor:
+    """See `Candidates.best_places`; each chooser by its own scores."""
+    finite: list[bool] = cast("Any", score_BGN.isfinite().flatten(1).all(dim=1)).tolist()
+    if not all(finite):
+        raise NonFiniteError("a selection score", finite)
+    # A stable sort, since topk leaves the order of ties to the device.
+    return score_BGN.sort(dim=-1, descending=True, stable=True).indices[..., :slots].sort(dim=-1).values
+
+
+Choose = Callable[[Candidates, Selection, int], Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class TokenSelector:
+    """One way to choose tokens.
+
+    `choose(candidates, selection, slots)` gives the places among the candidates, int64 [B,G,M] with M = `slots`,
+    ascending. `reads_keys`, `reads_importance`, `draws`: what of the candidates it depends on.
+    """
+
+    choose: Choose
+    reads_keys: bool = False
+    reads_importance: bool = False
+    draws: bool = False
