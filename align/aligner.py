@@ -1,51 +1,47 @@
-"""One teacher's K/V and the student's, brought into one space: layer map, head adapter, and the targets' scale."""
+"""One teacher's K/V and the student's, brought into one space: tokens, layers, heads, and the targets' scale."""
 
 from __future__ import annotations
 
-import logging
 import math
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
-from align.head_dim_adapter import (
-    TENSORS,
-    HeadDimAdapter,
-    KVGeometry,
-    RidgeStatistics,
-    TeacherSpaceRegressor,
-    TensorKind,
-)
-from align.layer_map import LayerMapper
-from align.tokenizer_align import pair_ends_batch
+from align.head_dim_adapter import TENSORS, HeadDimAdapter, KVGeometry, TeacherSpaceRegressor, TensorKind
+from align.layer_map import LayerMapper, LearnedLayerMap
+from align.report import describe
+from align.tokenizer_align import METHODS, overlap_weights_batch, pair_ends_batch
 from kvcore.errors import ConfigError, FieldError
-from kvcore.types import BatchKV, Tensor
-
-logger = logging.getLogger(__name__)
+from kvcore.plan import CodecSpec, KVPlan, Scope, Selection
+from kvcore.types import BatchKV, TeacherInfo, Tensor
 
 DIRECTIONS = ("to_student", "to_teacher")
-HOLD_OUT_EVERY = 5
+# What `to_teacher` trains, from a ridge start; the other adapters are frozen in either direction.
+_REGRESSORS = ("ridge", "linear")
 
 
 class Aligner(nn.Module):
     """Alignment with one teacher.
 
     `to_student`: targets are the teacher's K/V, layer-mapped and adapted to the student's heads; the student's are
-    compared as they are. `to_teacher`: targets are the teacher's K/V, layer-mapped; the student's go through a trained
-    regressor into the teacher's heads. Either way: `targets(kv)` against `student_view(x, tensor)`, both
-    [B,L_s,H,M,D], divided by `scale(tensor)`.
+    compared as they are. `to_teacher`: targets are the teacher's K/V, layer-mapped; the student's go through a map
+    into the teacher's heads. Either way: `targets(kv)` against `student_view(x, tensor)`, both [B,L_s,H,M,D], divided
+    by `scale(tensor)`.
 
-    A `Calibration` (or `load_state_tensors`) must come before the first use.
+    A `Calibration` (or `load_state_tensors`) must come before the first use; with the layer map `cka` a
+    `LayerCalibration` before that.
 
     Args:
         teacher: the whole teacher's geometry.
         student: the student's.
         direction: `to_student` or `to_teacher`.
-        layer_map: a strategy of `LayerMapper`.
-        head_adapter: a kind of `HeadDimAdapter`. `to_teacher` trains its regressor from a ridge start under both
-            `ridge` and `linear`.
+        layer_map: a strategy of `LayerMapper`. `learned` trains, with gradients through `targets`.
+        head_adapter: a kind of `HeadDimAdapter`. `linear` trains, with gradients through `targets` (`to_student`) or
+            `student_view` (`to_teacher`, where `ridge` does the same).
+        tokens: how tokens of two tokenizers pair in calibration, `boundary` or `overlap`.
+        sink_tokens: the first tokens of a text, left out of calibration: models park attention on them.
+        min_explained_variance: `warn_if_poor` names the layers that the adapter explains less of.
 
     Raises:
         FieldError: a setting that is unknown or can't be combined.
@@ -53,7 +49,11 @@ class Aligner(nn.Module):
 
     scale_LK: Tensor
     variance_LK: Tensor
+    mean_KLHD: Tensor
+    shuffled_LK: Tensor
+    cka_KST: Tensor
     rows_2: Tensor
+    coverage_4: Tensor
     _map_SL: Tensor
 
     def __init__(
@@ -64,68 +64,124 @@ class Aligner(nn.Module):
         direction: str = "to_student",
         layer_map: str = "ratio",
         head_adapter: str = "ridge",
+        tokens: str = "boundary",
+        sink_tokens: int = 1,
+        min_explained_variance: float = 0.2,
     ) -> None:
         super().__init__()
-        if direction not in DIRECTIONS:
-            raise FieldError("align.direction", f"expected one of {', '.join(DIRECTIONS)}; got '{direction}'")
-        if direction == "to_teacher" and head_adapter == "identity":
-            raise FieldError(
-                "align.head_adapter",
-                "'identity' leaves 'to_teacher' nothing to train; use align.direction 'to_student'",
-            )
-        self.direction = direction
-        self.head_adapter = head_adapter
-        self.teacher = teacher
-        self.student = student
+        _check_settings(direction, layer_map, head_adapter, tokens, sink_tokens)
+        self.direction, self.head_adapter, self.tokens = direction, head_adapter, tokens
+        self.sink_tokens, self.min_explained_variance = sink_tokens, min_explained_variance
+        self.teacher, self.student = teacher, student
         self.mapper = LayerMapper(teacher.layers, student.layers, layer_map)
-        self.adapter: HeadDimAdapter = (
-            HeadDimAdapter(student.layers, teacher, student, head_adapter)
-            if direction == "to_student"
-            else TeacherSpaceRegressor(student.layers, student, teacher)
-        )
-        # Columns: 0 keys, 1 values.
-        self.register_buffer("scale_LK", torch.full((student.layers, 2), math.nan))
-        self.register_buffer("variance_LK", torch.full((student.layers, 2), math.nan))
+        # A fit narrows what the mapper needs, but not what a plan has asked for by then.
+        self._layers_needed = self.mapper.layers_needed
+        self.learned_map = LearnedLayerMap(self.mapper) if layer_map == "learned" else None
+        self.adapter = self._make_adapter()
+        self._register_measurements()
+
+    def _make_adapter(self) -> HeadDimAdapter:
+        teacher, student = self.teacher, self.student
+        if self.direction == "to_student":
+            return HeadDimAdapter(student.layers, teacher, student, self.head_adapter)
+        if self.head_adapter in _REGRESSORS:
+            return TeacherSpaceRegressor(student.layers, student, teacher)
+        return HeadDimAdapter(student.layers, student, teacher, self.head_adapter)
+
+    def _register_measurements(self) -> None:
+        """What calibration fills in: NaN or 0 until then. Columns K: 0 keys, 1 values."""
+        layers = self.student.layers
+        target = self.student if self.direction == "to_student" else self.teacher
+        shapes = {
+            "scale_LK": (layers, 2),
+            "variance_LK": (layers, 2),
+            "mean_KLHD": (2, layers, target.heads, target.head_dim),
+            "shuffled_LK": (layers, 2),
+        }
+        for name, shape in shapes.items():
+            self.register_buffer(name, torch.full(shape, math.nan))
+        cka_KST = torch.full((2, layers, self.teacher.layers), math.nan, dtype=torch.float64)
+        self.register_buffer("cka_KST", cka_KST)
         self.register_buffer("rows_2", torch.zeros(2, dtype=torch.int64))
-        self.register_buffer("_map_SL", self.mapper.matrix()[:, list(self.layers_needed)], persistent=False)
+        self.register_buffer("coverage_4", torch.zeros(4, dtype=torch.int64))
+        map_SL = torch.full((layers, len(self.layers_needed)), math.nan)
+        self.register_buffer("_map_SL", map_SL, persistent=False)
+        if self.mapper.fitted:
+            self._take_layer_map()
+
+    def _take_layer_map(self) -> None:
+        self._map_SL.copy_(self.mapper.matrix()[:, list(self.layers_needed)])
 
     @property
     def layers_needed(self) -> tuple[int, ...]:
         """The teacher layers that a plan must ask for; `BatchKV` holds them in this order."""
-        return self.mapper.layers_needed
+        return self._layers_needed
+
+    @property
+    def needs_layer_pass(self) -> bool:
+        """Whether a `LayerCalibration` has to come before the `Calibration`."""
+        return not self.mapper.fitted
+
+    @property
+    def fits_adapter(self) -> bool:
+        """Whether calibration fits, or measures, a map between the heads, and not only the targets' scale."""
+        return self.adapter.kind != "identity"
 
     @property
     def needs_student(self) -> bool:
-        """Whether calibration has to see the student's K/V: a map is fitted, not only the targets' scale measured."""
-        return self.adapter.kind != "identity"
+        """Whether calibration has to see the student's K/V."""
+        return self.fits_adapter or self.mapper.strategy == "cka"
 
-    def check_scope(self, scope: str) -> None:
+    def plan(self, selection: Selection, codec: CodecSpec) -> KVPlan:
+        """What the teacher is to be asked for.
+
+        Raises:
+            FieldError: the selection does not fit this alignment; names the field.
+        """
+        self.check_scope(selection.scope)
+        if self.tokens == "overlap" and (selection.selector, selection.span) != ("full", "all"):
+            raise FieldError(
+                "align.tokens",
+                "'overlap' needs every token's first byte: kv.selection.selector 'full' and span 'all'; got "
+                f"'{selection.selector}' and '{selection.span}'",
+            )
+        return KVPlan(layers=self.layers_needed, selection=selection, codec=codec)
+
+    def check_scope(self, scope: Scope) -> None:
         """Refuses a selection whose slots hold different tokens in places that this alignment mixes.
 
         Raises:
             FieldError: naming the scope that fits.
         """
-        if self.mapper.mixes_layers and scope != "sample":
-            raise FieldError(
-                "kv.selection.scope",
-                f"the layer map mixes layers, which need the same tokens: use 'sample', not '{scope}'",
-            )
-        if self.needs_student and scope != "sample":
-            raise FieldError(
-                "kv.selection.scope",
-                "the head adapter mixes heads, and is fitted on the same tokens in all layers: use 'sample', not "
-                f"'{scope}'",
-            )
+        if scope == "sample":
+            return
+        if self.mapper.mixes_layers:
+            problem = "the layer map mixes layers, which need the same tokens"
+        elif self.fits_adapter:
+            problem = "the head adapter mixes heads, and is fitted on the same tokens in all layers"
+        elif self.mapper.strategy == "cka":
+            problem = "the layer map 'cka' compares all layers on the same tokens"
+        elif len(self.layers_needed) != self.student.layers:
+            problem = "several student layers share a teacher layer, so that slots of two layers hold the same tokens"
+        else:
+            return
+        raise FieldError("kv.selection.scope", f"{problem}: use 'sample', not '{scope}'")
 
     def map_layers(self, x_BLHMD: Tensor) -> Tensor:
         """The teacher's `layers_needed` to one layer per student layer, in fp32."""
         assert x_BLHMD.shape[1] == len(self.layers_needed), "the batch holds other layers than the plan asks for"
+        assert not self.needs_layer_pass, "a LayerCalibration must find the layer map first"
+        if self.learned_map is not None:
+            return self.learned_map(x_BLHMD)
         if not self.mapper.mixes_layers:
             return x_BLHMD[:, self._map_SL.argmax(dim=1)].float()
         return torch.einsum("sl,blhmd->bshmd", self._map_SL.float(), x_BLHMD.float())
 
     def targets(self, kv: BatchKV) -> tuple[Tensor, Tensor]:
-        """k_BLHMD and v_BLHMD to match, in fp32; what stands in masked slots means nothing."""
+        """k_BLHMD and v_BLHMD to match, in fp32; what stands in masked slots means nothing.
+
+        With gradient into what trains on the teacher's side: `learned`, and `linear` under `to_student`.
+        """
         assert kv.k_BLHMD is not None, "the plan left keys out"
         assert kv.v_BLHMD is not None, "the plan left values out"
         k_BLHMD, v_BLHMD = self.map_layers(kv.k_BLHMD), self.map_layers(kv.v_BLHMD)
@@ -145,27 +201,27 @@ class Aligner(nn.Module):
         """[L_s]: the targets' variance around each feature's mean: the squared error of predicting that mean."""
         return self.variance_LK[:, TENSORS.index(tensor)].float()
 
-    def warn_if_poor(self, threshold: float = 0.2, name: str = "teacher") -> None:
-        """Logs a warning that names the layers that the adapter explains badly."""
-        self.adapter.warn_if_poor(threshold, name)
+    def mean(self, tensor: TensorKind) -> Tensor:
+        """[L_s,H,D]: each feature's mean over the targets, in the geometry of the targets."""
+        return self.mean_KLHD[TENSORS.index(tensor)].float()
+
+    def fit_layers(self, cka_KST: Tensor) -> None:
+        """Sets the layer map `cka` from how alike the layers are: keys and values [2,L_s,L_t], averaged.
+
+        Raises:
+            FieldError: a similarity is not finite, or the layer map is another.
+        """
+        self.mapper.fit_cka(cka_KST.mean(dim=0))
+        self.cka_KST.copy_(cka_KST)
+        self._take_layer_map()
+
+    def warn_if_poor(self, threshold: float | None = None, name: str = "teacher") -> None:
+        """Logs a warning that names the layers that the adapter explains badly: less than `min_explained_variance`."""
+        self.adapter.warn_if_poor(self.min_explained_variance if threshold is None else threshold, name)
 
     def report(self) -> dict[str, Any]:
-        """What a person wants to know of this alignment, ready for JSON."""
-        return {
-            "direction": self.direction,
-            "head_adapter": self.head_adapter,
-            "layer_map": {
-                str(s): [[t, round(weight, 6)] for t, weight in row] for s, row in self.mapper.get_mapping().items()
-            },
-            "rows": {"fit": int(self.rows_2[0]), "held_out": int(self.rows_2[1])},
-            "explained_variance": {
-                tensor: [value if math.isfinite(value) else None for value in self.adapter.explained_variance(tensor)]
-                for tensor in TENSORS
-            },
-            "alpha": {tensor: self.adapter.alpha(tensor) for tensor in TENSORS},
-            "scale": {tensor: self.scale(tensor).tolist() for tensor in TENSORS},
-            "variance": {tensor: self.variance(tensor).tolist() for tensor in TENSORS},
-        }
+        """What a person wants to know of this alignment, ready for JSON: None where nothing was measured."""
+        return describe(self)
 
     def state_tensors(self) -> dict[str, Tensor]:
         """Everything measured, fitted or trained, on CPU, as safetensors takes it."""
@@ -181,132 +237,85 @@ class Aligner(nn.Module):
             self.load_state_dict(tensors, strict=True)
         except RuntimeError as error:
             raise ConfigError(f"the saved alignment belongs to other models or settings: {error}") from error
+        if self.mapper.strategy == "cka":
+            self.fit_layers(self.cka_KST.clone())
 
 
-@dataclass(frozen=True, slots=True)
-class StudentRead:
-    """The student's own content K/V over the text that the teacher read, and where its tokens end (-1 in padding)."""
-
-    k_BLHTD: Tensor
-    v_BLHTD: Tensor
-    byte_ends_BT: Tensor
-
-
-class Calibration:
-    """Streams statistics over calibration samples, then fits an aligner and measures its targets' scale.
-
-    Rows are pairs of a teacher slot and a student token that end at the same byte. One sample in `HOLD_OUT_EVERY` is
-    held out: the ridge penalty is chosen, and the explained variance measured, on those.
+def plan_for(
+    student: KVGeometry, teacher: TeacherInfo, *, selection: Selection, codec: CodecSpec, **settings: Any
+) -> KVPlan:
+    """What a teacher is to be asked for, so that it can be aligned: layers and tokens.
 
     Args:
-        aligner: fitted in place by `finish`. The sums live on its device.
+        student: its geometry.
+        teacher: what it says of itself.
+        selection: which tokens.
+        codec: how they travel.
+        settings: of `Aligner`, by name.
+
+    Raises:
+        FieldError: settings that are unknown, or that do not fit each other or the selection.
     """
-
-    def __init__(self, aligner: Aligner) -> None:
-        self._aligner = aligner
-        teacher, student = aligner.teacher.features, aligner.student.features
-        inputs, outputs = (teacher, student) if aligner.direction == "to_student" else (student, teacher)
-        if not aligner.needs_student:
-            outputs = 0
-        device = aligner.scale_LK.device
-        self._parts: list[dict[TensorKind, list[RidgeStatistics]]] = [
-            {
-                name: [RidgeStatistics(inputs, outputs, device) for _ in range(aligner.student.layers)]
-                for name in TENSORS
-            }
-            for _ in ("fit", "held out")
-        ]
-
-    @torch.no_grad()
-    def update(self, kv: BatchKV, sample_B: Tensor, student: StudentRead | None = None) -> None:
-        """Adds a batch.
-
-        Args:
-            kv: the teacher's, with the aligner's `layers_needed`.
-            sample_B: each sample's number among all calibration samples, over all ranks: it decides what is held out.
-            student: needed unless the aligner only measures (`needs_student` is False).
-        """
-        student = student if self._aligner.needs_student else None
-        sample_N, slot_N, token_N = self._rows(kv, student)
-        held_out_N = sample_B.to(sample_N.device)[sample_N] % HOLD_OUT_EVERY == HOLD_OUT_EVERY - 1
-        assert kv.k_BLHMD is not None, "the plan left keys out"
-        assert kv.v_BLHMD is not None, "the plan left values out"
-        teacher_side = {"k": kv.k_BLHMD, "v": kv.v_BLHMD}
-        student_side = {} if student is None else {"k": student.k_BLHTD, "v": student.v_BLHTD}
-        for tensor in TENSORS:
-            x_NLF = _features(self._aligner.map_layers(teacher_side[tensor]), sample_N, slot_N)
-            y_NLG = _features(student_side[tensor], sample_N, token_N) if student_side else x_NLF[..., :0]
-            if self._aligner.direction == "to_teacher":
-                x_NLF, y_NLG = y_NLG, x_NLF
-            for part, rows_N in zip(self._parts, (~held_out_N, held_out_N), strict=True):
-                x_part, y_part = x_NLF[rows_N].double(), y_NLG[rows_N].double()
-                for layer, statistics in enumerate(part[tensor]):
-                    statistics.update(x_part[:, layer], y_part[:, layer])
-
-    def _rows(self, kv: BatchKV, student: StudentRead | None) -> tuple[Tensor, Tensor, Tensor]:
-        """For each row: sample of the batch, teacher slot, student token."""
-        if student is None:
-            assert not self._aligner.needs_student, "fitting needs the student's own K/V"
-            sample_N, slot_N = kv.mask_BM.nonzero(as_tuple=True)
-            return sample_N, slot_N, slot_N
-        index_BT = slots_of_tokens(kv, student.byte_ends_BT)
-        sample_N, token_N = (index_BT >= 0).nonzero(as_tuple=True)
-        return sample_N, index_BT[sample_N, token_N], token_N
-
-    def tensors(self) -> list[Tensor]:
-        """Every sum, to be added over ranks in place before `finish`."""
-        return [
-            tensor for part in self._parts for name in TENSORS for layer in part[name] for tensor in layer.tensors()
-        ]
-
-    def finish(self) -> None:
-        """Fits the aligner's map and sets its scale.
-
-        Raises:
-            FieldError: too few rows, or targets that never vary.
-        """
-        fit, held_out = self._parts
-        counts = [int(part["k"][0].count) for part in self._parts]
-        if min(counts) < 2:
-            raise FieldError(
-                "align.calibration_samples",
-                f"gave {counts[0]} token pairs to fit on and {counts[1]} held out, and at least 2 of each are needed; "
-                "raise it, or check that teacher and student read the same texts",
-            )
-        self._aligner.rows_2.copy_(torch.tensor(counts))
-        for column, tensor in enumerate(TENSORS):
-            if self._aligner.needs_student:
-                self._aligner.adapter.fit(tensor, fit[tensor], held_out[tensor])
-            for layer, (seen, unseen) in enumerate(zip(fit[tensor], held_out[tensor], strict=True)):
-                scale, variance = self._target_scale(tensor, layer, seen.merged(unseen))
-                self._aligner.scale_LK[layer, column] = scale
-                self._aligner.variance_LK[layer, column] = variance
-
-    def _target_scale(self, tensor: TensorKind, layer: int, rows: RidgeStatistics) -> tuple[float, float]:
-        """Standard deviation of all elements, and mean variance around each feature's mean, of one layer's targets."""
-        mean, variance = self._target_moments(tensor, layer, rows)
-        square = float((variance + mean.square()).mean())
-        if float(variance.mean()) <= 1e-12 * square:
-            raise FieldError(
-                "align.calibration_samples", f"the targets of student layer {layer} ({tensor}) never vary; raise it"
-            )
-        return math.sqrt(square - float(mean.mean()) ** 2), float(variance.mean())
-
-    def _target_moments(self, tensor: TensorKind, layer: int, rows: RidgeStatistics) -> tuple[Tensor, Tensor]:
-        """Mean and variance of each feature of one layer's targets, from the statistics alone."""
-        if self._aligner.direction == "to_teacher":
-            return rows.mean_y, rows.scatter_yy() / rows.count
-        covariance_FF = rows.scatter_xx() / rows.count
-        affine = self._aligner.adapter.layer_map(tensor, layer)
-        if affine is None:
-            return rows.mean_x, covariance_FF.diagonal()
-        weight_FG, bias_G = (part.double() for part in affine)
-        return rows.mean_x @ weight_FG + bias_G, (weight_FG * (covariance_FF @ weight_FG)).sum(dim=0)
+    geometry = KVGeometry(teacher.layers, teacher.kv_heads, teacher.head_dim)
+    return Aligner(geometry, student, **settings).plan(selection, codec)
 
 
-def _features(x_BLHMD: Tensor, sample_N: Tensor, place_N: Tensor) -> Tensor:
-    """The heads of chosen tokens in a row: [N,L,F]."""
-    return x_BLHMD[sample_N, :, :, place_N].flatten(2)
+def at_student_tokens(kv: BatchKV, ends_BT: Tensor, method: str = "boundary", skip_first: int = 0) -> BatchKV:
+    """A teacher's cache laid out at the student's tokens: K/V [B,L,H,T,D], zeros where masked.
+
+    `boundary` takes the slot whose token ends at the same byte, `overlap` the mean of those that share bytes with the
+    student's token, weighted by how many. Tokens that find none are masked.
+
+    Args:
+        kv: of a plan with scope `sample`; for `overlap` of whole texts.
+        ends_BT: byte ends of the student's tokens in the same texts, -1 in padding.
+        method: `boundary` or `overlap`.
+        skip_first: so many of each sample's first tokens that stand for text are masked.
+    """
+    assert kv.k_BLHMD is not None, "the plan left keys out"
+    assert kv.v_BLHMD is not None, "the plan left values out"
+    ends_BT = ends_BT.to(kv.mask_BM.device)
+    kept_BT = beyond_first(ends_BT, skip_first)
+    if method == "overlap":
+        weights_BTM, mask_BT = overlap_weights_batch(_slot_ends(kv), ends_BT)
+        mask_BT = mask_BT & kept_BT
+        weights_BTM = weights_BTM * mask_BT[:, :, None]
+        k_BLHTD, v_BLHTD = (_weighted(x, weights_BTM, kv.mask_BM) for x in (kv.k_BLHMD, kv.v_BLHMD))
+    else:
+        index_BT = slots_of_tokens(kv, ends_BT.masked_fill(~kept_BT, -1))
+        mask_BT = index_BT >= 0
+        k_BLHTD, v_BLHTD = (gather_slots(x, index_BT) for x in (kv.k_BLHMD, kv.v_BLHMD))
+    return BatchKV(k_BLHTD, v_BLHTD, mask_BT, ends_BT[:, None, None])
+
+
+def at_teacher_slots(
+    x_BLHTD: Tensor, student_ends_BT: Tensor, kv: BatchKV, skip_first: int = 0
+) -> tuple[Tensor, Tensor]:
+    """The student's own K/V laid out at a teacher's slots: the token that ends where the slot's token ends.
+
+    Args:
+        x_BLHTD: the student's keys or values.
+        student_ends_BT: byte ends of its tokens, -1 in padding.
+        kv: the teacher's, of any scope; with `layer` or `head`, its layers or heads must be as many as the student's.
+        skip_first: so many of each sample's first student tokens that stand for text are not used.
+
+    Returns:
+        x_BLHMD, zeros where masked, and mask_BLHM: False for empty slots and those that no student token ends with.
+    """
+    ends_BLHM = kv.byte_ends_BLHM.masked_fill(~kv.mask_BM[:, None, None], -1).to(x_BLHTD.device)
+    student_BT = student_ends_BT.to(x_BLHTD.device)
+    student_BT = student_BT.masked_fill(~beyond_first(student_BT, skip_first), -1)
+    index_BLHM = pair_ends_batch(student_BT, ends_BLHM.flatten(1)).view_as(ends_BLHM)
+    index_BLHM = index_BLHM.expand(*x_BLHTD.shape[:3], -1)
+    chosen = index_BLHM.clamp(min=0)[..., None].expand(*index_BLHM.shape, x_BLHTD.shape[-1])
+    mask_BLHM = index_BLHM >= 0
+    return x_BLHTD.gather(3, chosen).masked_fill(~mask_BLHM[..., None], 0.0), mask_BLHM
+
+
+def beyond_first(ends_BT: Tensor, count: int) -> Tensor:
+    """[B,T]: True at tokens that stand for text (an end that is not -1), but for each sample's first `count`."""
+    text_BT = ends_BT >= 0
+    return text_BT & (text_BT.cumsum(dim=1) > count)
 
 
 def slots_of_tokens(kv: BatchKV, student_ends_BT: Tensor) -> Tensor:
@@ -319,8 +328,7 @@ def slots_of_tokens(kv: BatchKV, student_ends_BT: Tensor) -> Tensor:
     Returns:
         int64 [B,T], an index into M.
     """
-    assert kv.byte_ends_BLHM.shape[1:3] == (1, 1), "slots hold different tokens in different layers or heads"
-    ends_BM = kv.byte_ends_BLHM[:, 0, 0].masked_fill(~kv.mask_BM, -1)
+    ends_BM = _slot_ends(kv)
     return pair_ends_batch(ends_BM, student_ends_BT.to(ends_BM.device))
 
 
@@ -329,3 +337,33 @@ def gather_slots(x_BLHMD: Tensor, index_BT: Tensor) -> Tensor:
     batch, layers, heads, _, dim = x_BLHMD.shape
     index = index_BT.clamp(min=0)[:, None, None, :, None].expand(batch, layers, heads, index_BT.shape[1], dim)
     return x_BLHMD.gather(3, index).masked_fill(index_BT[:, None, None, :, None] < 0, 0.0)
+
+
+def _slot_ends(kv: BatchKV) -> Tensor:
+    """[B,M]: byte ends, -1 in empty slots."""
+    assert kv.byte_ends_BLHM.shape[1:3] == (1, 1), "slots hold different tokens in different layers or heads"
+    return kv.byte_ends_BLHM[:, 0, 0].masked_fill(~kv.mask_BM, -1)
+
+
+def _weighted(x_BLHMD: Tensor, weights_BTM: Tensor, mask_BM: Tensor) -> Tensor:
+    # An empty slot may hold NaN, which a weight of 0 would let through.
+    kept_BLHMD = x_BLHMD.float().masked_fill(~mask_BM[:, None, None, :, None], 0.0)
+    return torch.einsum("btm,blhmd->blhtd", weights_BTM, kept_BLHMD)
+
+
+def _check_settings(direction: str, layer_map: str, head_adapter: str, tokens: str, sink_tokens: int) -> None:
+    if direction not in DIRECTIONS:
+        raise FieldError("align.direction", f"expected one of {', '.join(DIRECTIONS)}; got '{direction}'")
+    if direction == "to_teacher" and head_adapter == "identity":
+        raise FieldError(
+            "align.head_adapter",
+            "'identity' leaves 'to_teacher' nothing to train; use align.direction 'to_student'",
+        )
+    if direction == "to_teacher" and layer_map == "learned":
+        raise FieldError(
+            "align.layer_map", "'learned' would move the targets, which 'to_teacher' compares with; use 'to_student'"
+        )
+    if tokens not in METHODS:
+        raise FieldError("align.tokens", f"expected one of {', '.join(METHODS)}; got '{tokens}'")
+    if sink_tokens < 0:
+        raise FieldError("align.sink_tokens", f"expected at least 0; got {sink_tokens}")

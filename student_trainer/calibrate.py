@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 
-from align.aligner import Calibration, StudentRead
+from align.calibration import Calibration, LayerCalibration, StudentRead
 from align.head_dim_adapter import TENSORS
 from data.records import Record
 from kvcore.errors import KVDistillError
@@ -20,6 +21,25 @@ logger = logging.getLogger(__name__)
 Batcher = Callable[[Sequence[Record]], TrainBatch]
 
 
+FailTogether = Callable[[KVDistillError | None], None]
+
+
+@dataclass(frozen=True, slots=True)
+class _Samples:
+    """This rank's share of the calibration samples, and how their batches are made."""
+
+    records: Sequence[Record]
+    numbers: Sequence[int]
+    batcher: Batcher
+    micro_batch: int
+
+    def batches(self) -> Iterator[tuple[TrainBatch, Tensor]]:
+        """Micro-batches, and the numbers of their samples among all ranks'."""
+        for start in range(0, len(self.records), self.micro_batch):
+            chosen = slice(start, start + self.micro_batch)
+            yield self.batcher(self.records[chosen]), torch.tensor(self.numbers[chosen])
+
+
 @torch.no_grad()
 def calibrate(
     model: DistillModel,
@@ -27,9 +47,11 @@ def calibrate(
     numbers: Sequence[int],
     batcher: Batcher,
     micro_batch: int,
-    fail_together: Callable[[KVDistillError | None], None],
+    fail_together: FailTogether,
 ) -> None:
     """Fits all alignments of `model` in place; every rank ends with the same ones.
+
+    The samples are read twice where a layer map has to be found before an adapter can be fitted.
 
     Args:
         records: this rank's share of the calibration samples.
@@ -41,43 +63,57 @@ def calibrate(
         FieldError: too few samples to fit on.
     """
     model.eval()
-    calibrations = [Calibration(aligner) for aligner in model.aligners]
-    kept: list[TrainBatch] = []
-    failure: KVDistillError | None = None
-    try:
-        for start in range(0, len(records), micro_batch):
-            batch = batcher(records[start : start + micro_batch])
-            if model.fuses:
-                kept.append(batch)
-            read = _read(model, batch)
-            sample_B = torch.tensor(numbers[start : start + micro_batch])
-            for calibration, kv in zip(calibrations, batch.teachers, strict=True):
-                calibration.update(kv, sample_B, read)
-    except KVDistillError as error:
-        failure = error
-    fail_together(failure)
-    for calibration in calibrations:
-        for tensor in calibration.tensors():
-            dist.all_reduce(tensor)
-        calibration.finish()
+    samples = _Samples(records, numbers, batcher, micro_batch)
+    unmapped = {place: LayerCalibration(one) for place, one in enumerate(model.aligners) if one.needs_layer_pass}
+    if unmapped:
+        _run(model, samples, unmapped, fail_together)
+    calibrations = {place: Calibration(aligner) for place, aligner in enumerate(model.aligners)}
+    kept = _run(model, samples, calibrations, fail_together, keep=model.fusion is not None)
     if dist.get_rank() == 0:
         for name, aligner in zip(model.weights, model.aligners, strict=True):
             aligner.warn_if_poor(name=name)
     model.freeze(*_fused_scale(model, kept))
 
 
+def _run(
+    model: DistillModel,
+    samples: _Samples,
+    calibrations: Mapping[int, Calibration | LayerCalibration],
+    fail_together: FailTogether,
+    *,
+    keep: bool = False,
+) -> list[TrainBatch]:
+    """One pass over the samples for the teachers at the given places; returns the batches if they are to be kept."""
+    kept: list[TrainBatch] = []
+    failure: KVDistillError | None = None
+    try:
+        for batch, sample_B in samples.batches():
+            read = _read(model, batch)
+            for place, calibration in calibrations.items():
+                calibration.update(batch.teachers[place], sample_B, read)
+            if keep:
+                kept.append(batch)
+    except KVDistillError as error:
+        failure = error
+    fail_together(failure)
+    for calibration in calibrations.values():
+        for tensor in calibration.tensors():
+            dist.all_reduce(tensor)
+        calibration.finish()
+    return kept
+
+
 def _read(model: DistillModel, batch: TrainBatch) -> StudentRead:
     """The student's own K/V over the text that the teachers read."""
     tokens = batch.tokens
-    _, capture = model.student.text_logits(tokens.text_ids_BT, tokens.text_mask_BT)
-    k_BLHTD, v_BLHTD = capture.columns(0, tokens.text_ids_BT.shape[1])
-    return StudentRead(k_BLHTD, v_BLHTD, tokens.text_byte_ends_BT)
+    text = model.student.read_text(tokens.text_ids_BT, tokens.text_mask_BT)
+    return StudentRead(text.k_BLHTD, text.v_BLHTD, tokens.text_byte_ends_BT)
 
 
 def _fused_scale(model: DistillModel, batches: Sequence[TrainBatch]) -> tuple[Tensor, Tensor]:
     """Standard deviation and variance [L,K] of the fused targets, or of the first teacher's where nothing is fused."""
     first = model.aligners[0]
-    if not model.fuses:
+    if model.fusion is None:
         return first.scale_LK.clone(), first.variance_LK.clone()
     layers, features = first.student.layers, first.student.features
     device = first.scale_LK.device
@@ -85,7 +121,7 @@ def _fused_scale(model: DistillModel, batches: Sequence[TrainBatch]) -> tuple[Te
     total_KLF = torch.zeros(len(TENSORS), layers, features, dtype=torch.float64, device=device)
     square_KLF = torch.zeros_like(total_KLF)
     for batch in batches:
-        k_BLHMD, v_BLHMD, mask_BM = model.fused(batch.teachers)
+        k_BLHMD, v_BLHMD, mask_BM = model.fused(batch)
         rows, slots = mask_BM.nonzero(as_tuple=True)
         count += len(rows)
         for column, x_BLHMD in enumerate((k_BLHMD, v_BLHMD)):
