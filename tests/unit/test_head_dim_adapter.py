@@ -1,137 +1,38 @@
-"""Maps between K/V features, against least squares on the rows themselves."""
+"""Adapters between K/V geometries: which map each layer and tensor goes through, and how it is kept and reported."""
 
 from __future__ import annotations
 
 import logging
+import math
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from align.head_dim_adapter import (
+    KINDS,
     TENSORS,
     HeadDimAdapter,
     KVGeometry,
-    RidgeStatistics,
     TeacherSpaceRegressor,
     TensorKind,
-    fit_ridge,
 )
+from align.linear_maps import RidgeStatistics, fit_procrustes, fit_ridge
 from kvcore.errors import FieldError
+from tests.support.feature_rows import Rows, correlated_rows, statistics_of
 
 TEACHER, STUDENT = KVGeometry(3, 2, 4), KVGeometry(2, 3, 2)
 F, G = TEACHER.features, STUDENT.features
 
 
-def rows(count: int, seed: int, noise: float = 0.3) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows of x and y, correlated, with means well away from 0."""
-    truth = torch.Generator().manual_seed(99)
-    weight, spread = torch.randn(F, G, generator=truth), torch.randn(F, F, generator=truth)
-    generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(count, F, generator=generator) @ spread + 5.0
-    return x, x @ weight - 3.0 + noise * torch.randn(count, G, generator=generator)
-
-
-def statistics(*batches: tuple[torch.Tensor, torch.Tensor]) -> RidgeStatistics:
-    collected = RidgeStatistics(F, G)
-    for x, y in batches:
-        collected.update(x, y)
-    return collected
-
-
-def naive_ridge(x: torch.Tensor, y: torch.Tensor, alpha: float) -> tuple[np.ndarray, np.ndarray]:
-    """lstsq over rows augmented by the penalty's; the intercept is a column of ones without penalty."""
-    x64, y64 = x.double().numpy(), y.double().numpy()
-    penalty = alpha * np.square(x64 - x64.mean(axis=0)).sum() / F
-    top = np.hstack([x64, np.ones((len(x64), 1))])
-    bottom = np.hstack([np.sqrt(penalty) * np.eye(F), np.zeros((F, 1))])
-    solution = np.linalg.lstsq(np.vstack([top, bottom]), np.vstack([y64, np.zeros((F, G))]), rcond=None)[0]
-    return solution[:-1], solution[-1]
-
-
-def naive_explained(x: torch.Tensor, y: torch.Tensor, weight: np.ndarray, bias: np.ndarray) -> float:
-    x64, y64 = x.double().numpy(), y.double().numpy()
-    return float(1 - np.square(x64 @ weight + bias - y64).sum() / np.square(y64 - y64.mean(axis=0)).sum())
-
-
-@pytest.mark.parametrize("alpha", [1e-6, 1e-2, 1.0, 10.0])
-@pytest.mark.parametrize("count", [6, 200])  # fewer rows than features, and more
-def test_ridge_equals_least_squares_on_augmented_rows(alpha: float, count: int) -> None:
-    x, y = rows(count, seed=1)
-    held = rows(50, seed=2)
-    fit = fit_ridge(statistics((x, y)), statistics(held), alphas=(alpha,))
-    weight, bias = naive_ridge(x, y, alpha)
-    np.testing.assert_allclose(fit.weight_FG.numpy(), weight, rtol=0, atol=1e-8)
-    np.testing.assert_allclose(fit.bias_G.numpy(), bias, rtol=0, atol=1e-7)
-    assert fit.explained_variance == pytest.approx(naive_explained(*held, weight, bias), abs=1e-8)
-
-
-@pytest.mark.parametrize(("count", "noise"), [(9, 8.0), (30, 5.0), (400, 0.1)])
-def test_the_penalty_is_the_one_that_errs_least_on_the_rows_held_out(count: int, noise: float) -> None:
-    x, y = rows(count, seed=3, noise=noise)
-    held = rows(40, seed=4, noise=noise)
-    grid = (1e-6, 1e-3, 1e-1, 1.0, 10.0)
-    fit = fit_ridge(statistics((x, y)), statistics(held), grid)
-    errors = [1 - naive_explained(*held, *naive_ridge(x, y, alpha)) for alpha in grid]
-    assert fit.alpha == grid[int(np.argmin(errors))]
-    assert fit.explained_variance == pytest.approx(1 - min(errors), abs=1e-8)
-
-
-def test_the_penalty_depends_on_the_data() -> None:
-    chosen = set()
-    for count, noise in ((9, 8.0), (400, 0.1)):
-        fit = fit_ridge(statistics(rows(count, 3, noise)), statistics(rows(40, 4, noise)))
-        chosen.add(fit.alpha)
-    assert len(chosen) == 2
-
-
-def test_statistics_of_parts_add_up_to_those_of_the_whole() -> None:
-    x, y = rows(60, seed=5)
-    whole = statistics((x, y))
-    merged = statistics((x[:11], y[:11])).merged(statistics((x[11:40], y[11:40]), (x[40:], y[40:])))
-    reduced, other_rank = statistics((x[:25], y[:25])), statistics((x[25:], y[25:]))
-    for mine, theirs in zip(reduced.tensors(), other_rank.tensors(), strict=True):
-        mine.add_(theirs)
-    for parts in (merged, reduced):
-        for part, total in zip(parts.tensors(), whole.tensors(), strict=True):
-            torch.testing.assert_close(part, total, rtol=1e-12, atol=1e-9)
-    assert merged.count.item() == 60
-
-
-def test_half_precision_rows_are_summed_in_fp64() -> None:
-    x = torch.full((4096, 1), 1.0078125).bfloat16()
-    collected = RidgeStatistics(1, 1)
-    collected.update(x, x)
-    assert collected.sum_x_F.item() == 4096 * 1.0078125
-    assert collected.xx_FF.item() == 4096 * 1.0078125**2
-    assert collected.yy_G.item() == 4096 * 1.0078125**2
-
-
-def test_a_mean_far_larger_than_the_spread_does_no_harm() -> None:
-    """Keys have outlier channels that hardly vary."""
-    x, y = rows(200, seed=6)
-    fit = fit_ridge(statistics((x + 1e4, y)), statistics((x + 1e4, y)), alphas=(1e-6,))
-    weight, _ = naive_ridge(x.double(), y, 1e-6)
-    np.testing.assert_allclose(fit.weight_FG.numpy(), weight, rtol=0, atol=1e-2)
-    assert fit.explained_variance > 0.99
-
-
-def test_features_that_never_vary_do_not_break_the_fit() -> None:
-    x, y = rows(100, seed=7)
-    x[:, 0], y[:, 1] = 2.0, -1.0
-    held = rows(30, seed=8)
-    held[0][:, 0], held[1][:, 1] = 2.0, -1.0
-    fit = fit_ridge(statistics((x, y)), statistics(held))
-    assert torch.isfinite(fit.weight_FG).all()
-    np.testing.assert_allclose((held[0].double() @ fit.weight_FG + fit.bias_G)[:, 1], -1.0, atol=1e-6)
-    assert fit.explained_variance > 0.9
+def rows(count: int, seed: int, noise: float = 0.3) -> Rows:
+    return correlated_rows(count, F, G, seed, noise)
 
 
 def layered(count: int, seed: int, layers: int) -> list[RidgeStatistics]:
     """A different map in every layer."""
-    return [statistics((x, (layer + 1) * y)) for layer in range(layers) for x, y in [rows(count, seed + layer)]]
+    return [statistics_of((x, (layer + 1) * y)) for layer in range(layers) for x, y in [rows(count, seed + layer)]]
 
 
 def fitted(kind: str) -> HeadDimAdapter:
@@ -142,28 +43,139 @@ def fitted(kind: str) -> HeadDimAdapter:
 
 
 @pytest.mark.parametrize("tensor", TENSORS)
-def test_each_layer_and_tensor_goes_through_its_own_map(tensor: TensorKind) -> None:
-    adapter = fitted("ridge")
+@pytest.mark.parametrize(("kind", "fitter"), [("ridge", fit_ridge), ("procrustes", fit_procrustes)])
+def test_each_layer_and_tensor_goes_through_its_own_map(kind: str, fitter, tensor: TensorKind) -> None:
+    adapter = fitted(kind)
     x = torch.randn(4, 2, TEACHER.heads, 5, TEACHER.head_dim, generator=torch.Generator().manual_seed(0))
     out = adapter(x, tensor)
     assert out.shape == (4, 2, STUDENT.heads, 5, STUDENT.head_dim)
     seed = {"k": 10, "v": 30}[tensor]
     for layer in range(2):
-        fit = fit_ridge(layered(100, seed, 2)[layer], layered(40, seed + 10, 2)[layer])
+        fit = fitter(layered(100, seed, 2)[layer], layered(40, seed + 10, 2)[layer])
         for b in range(4):
             for m in range(5):
                 features = torch.cat([x[b, layer, h, m] for h in range(TEACHER.heads)]).double()
                 expected = features @ fit.weight_FG + fit.bias_G
                 got = torch.cat([out[b, layer, h, m] for h in range(STUDENT.heads)])
                 torch.testing.assert_close(got.double(), expected, rtol=0, atol=1e-4)
-        assert adapter.alpha(tensor)[layer] == fit.alpha
+        assert adapter.alpha(tensor)[layer] == pytest.approx(fit.alpha, abs=0, nan_ok=True)
         assert adapter.explained_variance(tensor)[layer] == fit.explained_variance
 
 
-def test_the_same_statistics_give_the_same_bits() -> None:
-    one, other = fitted("ridge").state_tensors(), fitted("ridge").state_tensors()
+@pytest.mark.parametrize("kind", KINDS[1:])
+def test_the_same_statistics_give_the_same_bits(kind: str) -> None:
+    one, other = fitted(kind).state_tensors(), fitted(kind).state_tensors()
     assert one.keys() == other.keys()
-    assert all(torch.equal(one[name], other[name]) for name in one)
+    assert all(one[name].numpy().tobytes() == other[name].numpy().tobytes() for name in one)
+
+
+GEOMETRIES = [
+    ((12, 4), (8, 4)),
+    ((16, 2), (8, 3)),
+    ((4, 6), (8, 4)),
+    ((4, 3), (8, 6)),
+    ((3, 5), (2, 2)),
+    ((1, 4), (3, 1)),
+]
+
+
+@pytest.mark.parametrize("kind", ["pool", "ridge", "procrustes", "linear"])
+@pytest.mark.parametrize(("source", "target"), GEOMETRIES)
+def test_every_kind_maps_any_geometry_to_any_other(kind: str, source: tuple[int, int], target: tuple[int, int]) -> None:
+    teacher, student = KVGeometry(5, *source), KVGeometry(2, *target)
+    adapter = HeadDimAdapter(2, teacher, student, kind)
+    for seed, tensor in enumerate(TENSORS):
+        seen, held = (
+            statistics_of(correlated_rows(count, teacher.features, student.features, seed + 7)) for count in (60, 30)
+        )
+        adapter.fit(tensor, [seen, seen], [held, held])
+    x = torch.randn(3, 2, teacher.heads, 4, teacher.head_dim)
+    for tensor in TENSORS:
+        out = adapter(x, tensor)
+        assert out.shape == (3, 2, student.heads, 4, student.head_dim)
+        assert out.isfinite().all()
+        assert len(adapter.explained_variance(tensor)) == len(adapter.alpha(tensor)) == 2
+        assert all(math.isfinite(value) for value in adapter.explained_variance(tensor))
+        assert all(math.isfinite(alpha) == (kind in {"ridge", "linear"}) for alpha in adapter.alpha(tensor))
+
+
+def naive_pool(x: list[list[float]], heads: int, dims: int) -> list[list[float]]:
+    """The mean over a rectangle of the [H,D] plane, taken on a grid so fine that every edge falls on a line."""
+    out = [[0.0] * dims for _ in range(heads)]
+    for h in range(heads):
+        for d in range(dims):
+            # Each source place is cut into as many pieces as there are target places.
+            rows_of_h = [fine // heads for fine in range(h * len(x), (h + 1) * len(x))]
+            columns_of_d = [fine // dims for fine in range(d * len(x[0]), (d + 1) * len(x[0]))]
+            pieces = [x[i][j] for i in rows_of_h for j in columns_of_d]
+            out[h][d] = sum(pieces) / len(pieces)
+    return out
+
+
+@pytest.mark.parametrize(("source", "target"), GEOMETRIES)
+def test_pool_averages_rectangles_of_heads_and_dims(source: tuple[int, int], target: tuple[int, int]) -> None:
+    adapter = HeadDimAdapter(2, KVGeometry(2, *source), KVGeometry(2, *target), "pool")
+    x = torch.randn(2, 2, source[0], 3, source[1], generator=torch.Generator().manual_seed(0))
+    for tensor in TENSORS:
+        out = adapter(x, tensor)
+        assert not out.requires_grad
+        for b, layer, m in ((0, 0, 0), (1, 1, 2)):
+            expected = torch.tensor(naive_pool(x[b, layer, :, m].tolist(), *target))
+            torch.testing.assert_close(out[b, layer, :, m], expected, rtol=0, atol=1e-6)
+
+
+def test_pool_needs_no_fit_but_says_what_it_explains() -> None:
+    adapter = HeadDimAdapter(2, TEACHER, STUDENT, "pool")
+    assert list(adapter.parameters()) == []
+    assert all(math.isnan(value) for value in adapter.explained_variance("k"))
+    before = adapter(torch.ones(1, 2, 2, 1, 4), "k")
+    torch.testing.assert_close(before, torch.ones(1, 2, 3, 1, 2))
+    held = [rows(40, seed) for seed in (1, 2)]
+    adapter.fit("k", layered(50, 5, 2), [statistics_of(part) for part in held])
+    assert torch.equal(adapter(torch.ones(1, 2, 2, 1, 4), "k"), before)
+    for layer, (x, y) in enumerate(held):
+        pooled = torch.tensor([naive_pool(row.view(2, 4).tolist(), 3, 2) for row in x]).flatten(1).double()
+        expected = 1 - (pooled - y).square().sum() / (y - y.double().mean(dim=0)).square().sum()
+        assert adapter.explained_variance("k")[layer] == pytest.approx(float(expected), rel=1e-5)
+    assert all(math.isnan(alpha) for alpha in adapter.alpha("k"))
+    assert all(math.isnan(value) for value in adapter.explained_variance("v"))
+
+
+@pytest.mark.parametrize("kind", ["pool", "ridge", "procrustes", "linear"])
+def test_a_slot_reaches_no_other_slot(kind: str) -> None:
+    """Slots without a token may hold anything."""
+    adapter = fitted(kind)
+    x = torch.randn(2, 2, TEACHER.heads, 4, TEACHER.head_dim, generator=torch.Generator().manual_seed(0))
+    clean = adapter(x, "v")
+    x[1, :, :, 2] = math.nan
+    spoilt = adapter(x, "v")
+    assert spoilt[1, :, :, 2].isnan().all()
+    kept = torch.ones(2, 4, dtype=torch.bool)
+    kept[1, 2] = False
+    assert torch.equal(spoilt.permute(0, 3, 1, 2, 4)[kept], clean.permute(0, 3, 1, 2, 4)[kept])
+
+
+def test_every_kind_brings_a_rotated_twin_home_except_pool() -> None:
+    """A teacher whose features are the student's, rotated and scaled: what fits and what cannot."""
+    generator = torch.Generator().manual_seed(0)
+    rotation = torch.linalg.qr(torch.randn(6, 6, generator=generator)).Q
+    y = torch.randn(80, 6, generator=generator) * torch.linspace(0.5, 2.0, 6) + 1.0
+    x = 3.0 * y @ rotation + 2.0
+    explained = {}
+    for kind in ("pool", "ridge", "procrustes"):
+        adapter = HeadDimAdapter(1, KVGeometry(1, 2, 3), KVGeometry(1, 3, 2), kind)
+        adapter.fit("k", [statistics_of((x[:60], y[:60]))], [statistics_of((x[60:], y[60:]))])
+        explained[kind] = adapter.explained_variance("k")[0]
+    assert explained["ridge"] > 0.9999
+    assert explained["procrustes"] > 0.9999
+    assert explained["pool"] < 0.2
+
+
+@pytest.mark.parametrize("kind", ["pool", "procrustes"])
+def test_closed_forms_are_frozen(kind: str) -> None:
+    adapter = fitted(kind)
+    assert list(adapter.parameters()) == []
+    assert not adapter(torch.randn(2, 2, TEACHER.heads, 3, TEACHER.head_dim), "k").requires_grad
 
 
 def test_ridge_is_frozen_and_linear_starts_from_it_and_trains() -> None:
@@ -197,13 +209,13 @@ def test_identity_between_different_geometries_is_refused() -> None:
         HeadDimAdapter(2, TEACHER, STUDENT, "mlp")
 
 
-@pytest.mark.parametrize("kind", ["ridge", "linear"])
+@pytest.mark.parametrize("kind", ["ridge", "procrustes", "linear"])
 def test_an_adapter_that_was_never_fitted_gives_no_number_that_could_pass_for_a_target(kind: str) -> None:
     adapter = HeadDimAdapter(2, TEACHER, STUDENT, kind)
     assert adapter(torch.zeros(1, 2, 2, 1, 4), "k").isnan().all()
 
 
-@pytest.mark.parametrize("kind", ["ridge", "linear"])
+@pytest.mark.parametrize("kind", KINDS[1:])
 def test_state_survives_a_safetensors_file(kind: str, tmp_path: Path) -> None:
     adapter = fitted(kind)
     save_file(adapter.state_tensors(), tmp_path / "adapter.safetensors")
@@ -212,7 +224,7 @@ def test_state_survives_a_safetensors_file(kind: str, tmp_path: Path) -> None:
     x = torch.randn(2, 2, TEACHER.heads, 3, TEACHER.head_dim)
     assert torch.equal(adapter(x, "k"), loaded(x, "k"))
     assert torch.equal(adapter(x, "v"), loaded(x, "v"))
-    assert loaded.alpha("k") == adapter.alpha("k")
+    assert loaded.alpha("k") == pytest.approx(adapter.alpha("k"), abs=0, nan_ok=True)
     assert loaded.explained_variance("v") == adapter.explained_variance("v")
 
 
@@ -230,7 +242,9 @@ def test_badly_explained_layers_are_named_in_a_warning(caplog: pytest.LogCapture
     adapter = fitted("ridge")
     noise = [(torch.randn(300, F), torch.randn(300, G)) for _ in range(4)]
     adapter.fit(
-        "v", [statistics(rows(100, 1)), statistics(*noise[:2])], [statistics(rows(50, 2)), statistics(*noise[2:])]
+        "v",
+        [statistics_of(rows(100, 1)), statistics_of(*noise[:2])],
+        [statistics_of(rows(50, 2)), statistics_of(*noise[2:])],
     )
     with caplog.at_level(logging.WARNING):
         adapter.warn_if_poor(threshold=0.2, name="big")

@@ -1,0 +1,282 @@
+"""Closed-form maps from streamed sums, against least squares and rotations computed from the rows themselves."""
+
+from __future__ import annotations
+
+import math
+from fractions import Fraction
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from align.linear_maps import AffineFit, RidgeStatistics, area_average, fit_procrustes, fit_ridge, measured
+from tests.support.feature_rows import Rows, correlated_rows, statistics_of
+
+F, G = 8, 6
+SHAPES = [(6, 6), (4, 7), (7, 4), (5, 1), (1, 5)]
+
+
+def rows(count: int, seed: int, noise: float = 0.3) -> Rows:
+    return correlated_rows(count, F, G, seed, noise)
+
+
+def naive_ridge(x: torch.Tensor, y: torch.Tensor, alpha: float) -> tuple[np.ndarray, np.ndarray]:
+    """lstsq over rows augmented by the penalty's; the intercept is a column of ones without penalty."""
+    x64, y64 = x.double().numpy(), y.double().numpy()
+    penalty = alpha * np.square(x64 - x64.mean(axis=0)).sum() / F
+    top = np.hstack([x64, np.ones((len(x64), 1))])
+    bottom = np.hstack([np.sqrt(penalty) * np.eye(F), np.zeros((F, 1))])
+    solution = np.linalg.lstsq(np.vstack([top, bottom]), np.vstack([y64, np.zeros((F, G))]), rcond=None)[0]
+    return solution[:-1], solution[-1]
+
+
+def naive_explained(x: torch.Tensor, y: torch.Tensor, weight: np.ndarray, bias: np.ndarray) -> float:
+    x64, y64 = x.double().numpy(), y.double().numpy()
+    return float(1 - np.square(x64 @ weight + bias - y64).sum() / np.square(y64 - y64.mean(axis=0)).sum())
+
+
+@pytest.mark.parametrize("alpha", [1e-6, 1e-2, 1.0, 10.0])
+@pytest.mark.parametrize("count", [6, 200])  # fewer rows than features, and more
+def test_ridge_equals_least_squares_on_augmented_rows(alpha: float, count: int) -> None:
+    x, y = rows(count, seed=1)
+    held = rows(50, seed=2)
+    fit = fit_ridge(statistics_of((x, y)), statistics_of(held), alphas=(alpha,))
+    weight, bias = naive_ridge(x, y, alpha)
+    np.testing.assert_allclose(fit.weight_FG.numpy(), weight, rtol=0, atol=1e-8)
+    np.testing.assert_allclose(fit.bias_G.numpy(), bias, rtol=0, atol=1e-7)
+    assert fit.explained_variance == pytest.approx(naive_explained(*held, weight, bias), abs=1e-8)
+
+
+@pytest.mark.parametrize(("count", "noise"), [(9, 8.0), (30, 5.0), (400, 0.1)])
+def test_the_penalty_is_the_one_that_errs_least_on_the_rows_held_out(count: int, noise: float) -> None:
+    x, y = rows(count, seed=3, noise=noise)
+    held = rows(40, seed=4, noise=noise)
+    grid = (1e-6, 1e-3, 1e-1, 1.0, 10.0)
+    fit = fit_ridge(statistics_of((x, y)), statistics_of(held), grid)
+    errors = [1 - naive_explained(*held, *naive_ridge(x, y, alpha)) for alpha in grid]
+    assert fit.alpha == grid[int(np.argmin(errors))]
+    assert fit.explained_variance == pytest.approx(1 - min(errors), abs=1e-8)
+
+
+def test_the_penalty_depends_on_the_data() -> None:
+    chosen = set()
+    for count, noise in ((9, 8.0), (400, 0.1)):
+        fit = fit_ridge(statistics_of(rows(count, 3, noise)), statistics_of(rows(40, 4, noise)))
+        chosen.add(fit.alpha)
+    assert len(chosen) == 2
+
+
+def test_statistics_of_parts_add_up_to_those_of_the_whole() -> None:
+    x, y = rows(60, seed=5)
+    whole = statistics_of((x, y))
+    merged = statistics_of((x[:11], y[:11])).merged(statistics_of((x[11:40], y[11:40]), (x[40:], y[40:])))
+    reduced, other_rank = statistics_of((x[:25], y[:25])), statistics_of((x[25:], y[25:]))
+    for mine, theirs in zip(reduced.tensors(), other_rank.tensors(), strict=True):
+        mine.add_(theirs)
+    for parts in (merged, reduced):
+        for part, total in zip(parts.tensors(), whole.tensors(), strict=True):
+            torch.testing.assert_close(part, total, rtol=1e-12, atol=1e-9)
+    assert merged.count.item() == 60
+
+
+def test_half_precision_rows_are_summed_in_fp64() -> None:
+    x = torch.full((4096, 1), 1.0078125).bfloat16()
+    collected = RidgeStatistics(1, 1)
+    collected.update(x, x)
+    assert collected.sum_x_F.item() == 4096 * 1.0078125
+    assert collected.xx_FF.item() == 4096 * 1.0078125**2
+    assert collected.yy_G.item() == 4096 * 1.0078125**2
+
+
+def test_a_mean_far_larger_than_the_spread_does_no_harm() -> None:
+    """Keys have outlier channels that hardly vary."""
+    x, y = rows(200, seed=6)
+    fit = fit_ridge(statistics_of((x + 1e4, y)), statistics_of((x + 1e4, y)), alphas=(1e-6,))
+    weight, _ = naive_ridge(x.double(), y, 1e-6)
+    np.testing.assert_allclose(fit.weight_FG.numpy(), weight, rtol=0, atol=1e-2)
+    assert fit.explained_variance > 0.99
+
+
+@pytest.mark.parametrize("fitter", [fit_ridge, fit_procrustes])
+def test_features_that_never_vary_do_not_break_the_fit(fitter) -> None:
+    x, y = rows(100, seed=7)
+    x[:, 0], y[:, 1] = 2.0, -1.0
+    held = rows(30, seed=8)
+    held[0][:, 0], held[1][:, 1] = 2.0, -1.0
+    fit = fitter(statistics_of((x, y)), statistics_of(held))
+    assert torch.isfinite(fit.weight_FG).all()
+    if fitter is fit_ridge:
+        np.testing.assert_allclose((held[0].double() @ fit.weight_FG + fit.bias_G)[:, 1], -1.0, atol=1e-6)
+        assert fit.explained_variance > 0.9
+
+
+@pytest.mark.parametrize(("inputs", "outputs"), [(3, 3), (5, 2), (2, 5)])
+@pytest.mark.parametrize("fitter", [fit_ridge, fit_procrustes])
+def test_inputs_that_never_vary_are_mapped_to_the_mean(inputs: int, outputs: int, fitter) -> None:
+    x, y = torch.full((20, inputs), 3.0), torch.randn(20, outputs, generator=torch.Generator().manual_seed(0))
+    fit = fitter(statistics_of((x, y)), statistics_of((x, y)))
+    torch.testing.assert_close(x.double() @ fit.weight_FG + fit.bias_G, y.double().mean(dim=0).expand(20, -1))
+    assert fit.explained_variance == pytest.approx(0.0, abs=1e-9)
+
+
+def semi_orthogonal(inputs: int, outputs: int, generator: torch.Generator) -> torch.Tensor:
+    """Without an SVD: Gram-Schmidt on the longer side's random columns."""
+    long, short = max(inputs, outputs), min(inputs, outputs)
+    columns: list[torch.Tensor] = []
+    for _ in range(short):
+        column = torch.randn(long, generator=generator, dtype=torch.float64)
+        for _ in range(2):  # twice is enough (Kahan)
+            for earlier in columns:
+                column = column - (column @ earlier) * earlier
+        columns.append(column / column.norm())
+    basis = torch.stack(columns, dim=1)
+    return basis if inputs >= outputs else basis.T
+
+
+def error_of_rotation(x: torch.Tensor, y: torch.Tensor, rotation: torch.Tensor) -> float:
+    """The squared error over rows with the best scale and intercept that this rotation can have, by least squares."""
+    turned, wanted = x.double() @ rotation, y.double()
+    turned, wanted = turned - turned.mean(dim=0), wanted - wanted.mean(dim=0)
+    scale = (turned * wanted).sum() / (turned * turned).sum()
+    return float((scale * turned - wanted).square().sum())
+
+
+def error_over_rows(fit: AffineFit, x: torch.Tensor, y: torch.Tensor) -> float:
+    return float((x.double() @ fit.weight_FG + fit.bias_G - y.double()).square().sum())
+
+
+@pytest.mark.parametrize(("inputs", "outputs"), SHAPES)
+@settings(max_examples=15)
+@given(seed=st.integers(0, 10**6), scale=st.floats(0.05, 20.0), offset=st.floats(-50.0, 50.0))
+def test_procrustes_finds_a_planted_rotation_scale_and_offset(
+    inputs: int, outputs: int, seed: int, scale: float, offset: float
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    spread = torch.linspace(0.2, 3.0, inputs, dtype=torch.float64)  # unequal, or the shapes that lose x are too easy
+    x = torch.randn(60, inputs, generator=generator, dtype=torch.float64) * spread - 7.0
+    rotation = semi_orthogonal(inputs, outputs, generator)
+    y = scale * x @ rotation + offset
+    fit = fit_procrustes(statistics_of((x[:40], y[:40])), statistics_of((x[40:], y[40:])))
+    torch.testing.assert_close(fit.weight_FG, scale * rotation, rtol=0, atol=1e-8 * max(1.0, scale))
+    torch.testing.assert_close(fit.bias_G, torch.full((outputs,), offset, dtype=torch.float64), rtol=0, atol=1e-7)
+    if outputs <= inputs:
+        assert fit.explained_variance == pytest.approx(1.0, abs=1e-9)
+    assert math.isnan(fit.alpha)
+
+
+@pytest.mark.parametrize(("inputs", "outputs"), SHAPES)
+@settings(max_examples=15)
+@given(seed=st.integers(0, 10**6))
+def test_no_random_rotation_errs_less_than_procrustes(inputs: int, outputs: int, seed: int) -> None:
+    x, y = correlated_rows(50, inputs, outputs, seed, noise=2.0)
+    generator = torch.Generator().manual_seed(seed)
+    collected = statistics_of((x, y))
+    fit = fit_procrustes(collected, collected)
+    best = error_over_rows(fit, x, y)
+    assert best <= error_of_rotation(x, y, fit.weight_FG) * (1 + 1e-9), "scale and intercept are not least squares"
+    for _ in range(40):
+        assert best <= error_of_rotation(x, y, semi_orthogonal(inputs, outputs, generator)) * (1 + 1e-9)
+
+
+@pytest.mark.parametrize(("inputs", "outputs"), [(6, 6), (4, 7), (1, 5)])
+def test_no_rotation_nearby_errs_less_where_nothing_of_x_is_lost(inputs: int, outputs: int) -> None:
+    x, y = correlated_rows(50, inputs, outputs, seed=3, noise=2.0)
+    collected = statistics_of((x, y))
+    fit = fit_procrustes(collected, collected)
+    best = error_over_rows(fit, x, y)
+    generator = torch.Generator().manual_seed(0)
+    for size in (1e-3, 1e-2, 0.1, 1.0):
+        for _ in range(20):
+            turn = size * torch.randn(outputs, outputs, generator=generator, dtype=torch.float64)
+            nearby = fit.weight_FG @ torch.linalg.matrix_exp(turn - turn.T)
+            assert best <= error_of_rotation(x, y, nearby) * (1 + 1e-12)
+
+
+@pytest.mark.parametrize(("inputs", "outputs"), SHAPES)
+def test_procrustes_is_one_scale_times_a_semi_orthogonal_map(inputs: int, outputs: int) -> None:
+    x, y = correlated_rows(50, inputs, outputs, seed=5, noise=2.0)
+    collected = statistics_of((x, y))
+    weight = fit_procrustes(collected, collected).weight_FG
+    short = weight.T @ weight if inputs >= outputs else weight @ weight.T
+    torch.testing.assert_close(short, short[0, 0] * torch.eye(min(inputs, outputs)).double(), rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize(("inputs", "outputs"), SHAPES)
+def test_procrustes_reports_what_it_explains_of_the_rows_held_out(inputs: int, outputs: int) -> None:
+    seen = correlated_rows(50, inputs, outputs, seed=6, noise=1.0)
+    held = correlated_rows(30, inputs, outputs, seed=7, noise=1.0)
+    fit = fit_procrustes(statistics_of(seen), statistics_of(held))
+    expected = naive_explained(*held, fit.weight_FG.numpy(), fit.bias_G.numpy())
+    assert fit.explained_variance == pytest.approx(expected, abs=1e-9)
+
+
+def test_where_dimensions_are_lost_the_direction_is_chosen_on_the_rows_held_out() -> None:
+    """With few rows and much noise the least-squares direction overfits, with many and little it is exact."""
+    few, held = correlated_rows(9, 8, 2, seed=8, noise=30.0), correlated_rows(400, 8, 2, seed=9, noise=30.0)
+    x, y = (part.double() - part.double().mean(dim=0) for part in few)
+    cross = x.T @ y
+    values, vectors = torch.linalg.eigh(cross.T @ cross)
+    polar = cross @ vectors @ torch.diag(values.rsqrt()) @ vectors.T  # M (M'M)^-1/2
+    fit = fit_procrustes(statistics_of(few), statistics_of(held))
+    scale = (x @ polar * y).sum() / (x @ polar).square().sum()
+    bias = few[1].double().mean(dim=0) - few[0].double().mean(dim=0) @ (scale * polar)
+    naive = naive_explained(*held, (scale * polar).numpy(), bias.numpy())
+    assert fit.explained_variance >= naive - 1e-9
+    overfit = fit_procrustes(statistics_of(few), statistics_of(few))
+    assert error_over_rows(fit, *held) < error_over_rows(overfit, *held)
+
+
+@pytest.mark.parametrize("fitter", [fit_ridge, fit_procrustes])
+@pytest.mark.parametrize(("inputs", "outputs"), [(8, 6), (6, 8)])
+def test_two_fits_of_the_same_statistics_have_the_same_bits(fitter, inputs: int, outputs: int) -> None:
+    seen = statistics_of(correlated_rows(40, inputs, outputs, seed=1))
+    held = statistics_of(correlated_rows(20, inputs, outputs, seed=2))
+    before = [part.clone() for part in seen.tensors() + held.tensors()]
+    one, other = fitter(seen, held), fitter(seen, held)
+    assert torch.equal(one.weight_FG, other.weight_FG)
+    assert torch.equal(one.bias_G, other.bias_G)
+    assert one.explained_variance == other.explained_variance
+    assert all(torch.equal(old, part) for old, part in zip(before, seen.tensors() + held.tensors(), strict=True))
+
+
+def naive_area_average(source: int, target: int) -> list[list[float]]:
+    """Shares of exact intervals on a line of length `source`."""
+    width = Fraction(source, target)
+    table = [[0.0] * target for _ in range(source)]
+    for j in range(target):
+        for i in range(source):
+            shared = min(Fraction(i + 1), (j + 1) * width) - max(Fraction(i), j * width)
+            if shared > 0:
+                table[i][j] = float(shared / width)
+    return table
+
+
+@settings(max_examples=30)
+@given(st.integers(1, 24), st.integers(1, 24))
+def test_area_averages_are_shares_of_intervals(source: int, target: int) -> None:
+    got = area_average(source, target)
+    assert got.shape == (source, target)
+    torch.testing.assert_close(got, torch.tensor(naive_area_average(source, target)).double(), rtol=0, atol=1e-7)
+    torch.testing.assert_close(got.sum(dim=0), torch.ones(target).double(), rtol=0, atol=1e-12)
+    touched = [[value > 0 for value in row] for row in naive_area_average(source, target)]
+    assert (got > 0).tolist() == touched, "places that only touch share nothing"
+
+
+def test_area_averages_repeat_when_growing_and_take_means_when_shrinking() -> None:
+    assert area_average(2, 4).tolist() == [[1, 1, 0, 0], [0, 0, 1, 1]]
+    assert area_average(4, 2).tolist() == [[0.5, 0], [0.5, 0], [0, 0.5], [0, 0.5]]
+    torch.testing.assert_close(area_average(3, 2), torch.tensor([[2, 0], [1, 1], [0, 2]]).double() / 3)
+    assert torch.equal(area_average(5, 5), torch.eye(5).double())
+
+
+def test_a_given_map_is_measured_as_it_stands() -> None:
+    held = rows(30, seed=3)
+    weight, bias = torch.randn(F, G, generator=torch.Generator().manual_seed(1)), torch.ones(G)
+    fit = measured(weight, bias, statistics_of(held))
+    assert torch.equal(fit.weight_FG, weight.double())
+    assert torch.equal(fit.bias_G, bias.double())
+    assert math.isnan(fit.alpha)
+    expected = naive_explained(*held, weight.double().numpy(), bias.double().numpy())
+    assert fit.explained_variance == pytest.approx(expected, rel=1e-9)
