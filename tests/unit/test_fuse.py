@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from itertools import permutations
 
 import numpy as np
 import pytest
@@ -79,15 +78,14 @@ def test_a_teacher_of_weight_0_counts_as_absent(seed: int, form: str, zeros: flo
 
 
 @settings(max_examples=30)
-@given(st.integers(0, 9999), st.sampled_from(sorted(FORMS)))
-def test_the_order_of_the_teachers_does_not_matter(seed: int, form: str) -> None:
+@given(st.integers(0, 9999), st.sampled_from(sorted(FORMS)), st.permutations(range(N)))
+def test_the_order_of_the_teachers_does_not_matter(seed: int, form: str, order: list[int]) -> None:
     x, mask = case(seed)
     weights = random_weights(seed, form, 0.0 if form == "one per teacher" else 0.3)
     fused, present = fuse(x, mask, weights)
-    for order in permutations(range(N)):
-        other, other_present = fuse(x[list(order)], mask[list(order)], weights[..., list(order)])
-        assert torch.equal(other_present, present)
-        torch.testing.assert_close(other, fused)
+    other, other_present = fuse(x[order], mask[order], weights[..., order])
+    assert torch.equal(other_present, present)
+    torch.testing.assert_close(other, fused)
 
 
 def test_a_layer_whose_choice_is_absent_takes_the_other_layers_choice() -> None:

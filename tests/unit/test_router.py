@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import math
+from typing import get_args
 
 import pytest
 import torch
 from torch.nn import functional
 
-from fuse.router import Router
-from fuse.routing import to_weights
+from fuse.fuse_kv import fuse
+from fuse.router import Router, RouterKind
+from fuse.routing import Choose, entropy, to_weights
 from kvcore.errors import FieldError
 
 N, B, L, E, F, WIDTH = 3, 64, 2, 6, 5, 16
-KINDS = ("mlp", "gate", "attention")
+KINDS: tuple[RouterKind, ...] = get_args(RouterKind)
 every_kind = pytest.mark.parametrize("kind", KINDS)
 per_layer_or_not = pytest.mark.parametrize("layers", [None, L])
 
 
-def router(kind: str, layers: int | None = None, *, teachers: int = N) -> Router:
+def router(kind: RouterKind, layers: int | None = None, *, teachers: int = N) -> Router:
     torch.manual_seed(0)
     return Router(kind, teachers, E, layers, WIDTH, F)
 
@@ -29,7 +31,7 @@ def inputs(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.randn(B, E, generator=generator), summary
 
 
-def trained(kind: str, layers: int | None, wanted: torch.Tensor, steps: int = 60) -> tuple[Router, torch.Tensor]:
+def trained(kind: RouterKind, layers: int | None, wanted: torch.Tensor, steps: int = 60) -> tuple[Router, torch.Tensor]:
     """A router fitted to `wanted` teachers, [B] or [B,L], and its accuracy on the same prompts."""
     module, (prompt, summary) = router(kind, layers), inputs()
     optimizer = torch.optim.Adam(module.parameters(), lr=0.05)
@@ -50,7 +52,7 @@ def randomised(module: Router) -> Router:
 @every_kind
 @per_layer_or_not
 @pytest.mark.parametrize("teachers", [1, N])
-def test_a_router_starts_at_exactly_equal_weights(kind: str, layers: int | None, teachers: int) -> None:
+def test_a_router_starts_at_exactly_equal_weights(kind: RouterKind, layers: int | None, teachers: int) -> None:
     prompt, summary = inputs()
     logits = router(kind, layers, teachers=teachers)(prompt, summary[:, :teachers])
     assert logits.shape == ((B, L, teachers) if layers else (B, teachers))
@@ -61,7 +63,7 @@ def test_a_router_starts_at_exactly_equal_weights(kind: str, layers: int | None,
 
 @every_kind
 @per_layer_or_not
-def test_a_router_learns_which_teacher_fits_a_prompt(kind: str, layers: int | None) -> None:
+def test_a_router_learns_which_teacher_fits_a_prompt(kind: RouterKind, layers: int | None) -> None:
     prompt, _ = inputs()
     wanted = prompt[:, :N].argmax(dim=-1)
     if layers:
@@ -78,7 +80,7 @@ def test_only_a_hidden_layer_separates_what_is_not_linear() -> None:
 
 
 @every_kind
-def test_every_parameter_learns(kind: str) -> None:
+def test_every_parameter_learns(kind: RouterKind) -> None:
     prompt, _ = inputs()
     module, _ = trained(kind, L, prompt[:, : N - 1].argmax(dim=-1)[:, None].expand(-1, L), steps=3)
     start = dict(router(kind, L).named_parameters())
@@ -88,7 +90,7 @@ def test_every_parameter_learns(kind: str) -> None:
 
 @every_kind
 @per_layer_or_not
-def test_each_sample_is_routed_on_its_own(kind: str, layers: int | None) -> None:
+def test_each_sample_is_routed_on_its_own(kind: RouterKind, layers: int | None) -> None:
     module, (prompt, summary) = randomised(router(kind, layers)), inputs()
     together = module(prompt, summary)
     alone = torch.cat([module(prompt[b : b + 1], summary[b : b + 1]) for b in range(B)])
@@ -121,7 +123,7 @@ def test_attention_is_a_scaled_dot_product_per_layer() -> None:
 
 
 @pytest.mark.parametrize("kind", ["mlp", "gate"])
-def test_without_attention_only_the_prompt_is_read(kind: str) -> None:
+def test_without_attention_only_the_prompt_is_read(kind: RouterKind) -> None:
     module, (prompt, summary) = randomised(router(kind)), inputs()
     logits = module(prompt, torch.full_like(summary, math.nan))
     assert torch.equal(logits, module(prompt, summary))
@@ -129,11 +131,33 @@ def test_without_attention_only_the_prompt_is_read(kind: str) -> None:
 
 
 @every_kind
-def test_a_router_in_bf16_still_gives_fp32_logits(kind: str) -> None:
+@per_layer_or_not
+@pytest.mark.parametrize("choose", get_args(Choose))
+def test_a_fused_target_trains_the_router_and_nothing_empty_reaches_it(
+    kind: RouterKind, layers: int | None, choose: Choose
+) -> None:
+    module, (prompt, summary) = randomised(router(kind, layers)), inputs()
+    generator = torch.Generator().manual_seed(3)
+    mask = torch.rand(N, B, 4, generator=generator) < 0.5
+    mask[:, 0], mask[1, 1:9] = False, False  # a sample nobody has, and some that one teacher lacks
+    x = torch.randn(N, B, L, 1, 4, 2, generator=generator).masked_fill(~mask[:, :, None, None, :, None], math.nan)
+    present = mask.any(dim=2).T
+    logits = module(prompt, summary.masked_fill(~present[..., None], 0.0))
+    fused, slots = fuse(x, mask, to_weights(logits, present, 0.5, choose))
+    spread = entropy(to_weights(logits, present, 0.5), present)
+    (fused[slots[:, None, None].expand(fused.shape[:-1])].square().mean() - 0.01 * spread).backward()
+    for parameter in module.parameters():
+        assert parameter.grad is not None
+        assert torch.isfinite(parameter.grad).all()
+        assert parameter.grad.any()
+
+
+@every_kind
+def test_a_router_in_bf16_still_gives_fp32_logits(kind: RouterKind) -> None:
     prompt, summary = inputs()
     assert randomised(router(kind)).bfloat16()(prompt, summary).dtype == torch.float32
 
 
 def test_an_unknown_kind_is_refused() -> None:
     with pytest.raises(FieldError, match=r"fuse\.router: .*'oracle'"):
-        router("oracle")
+        router("oracle")  # pyright: ignore[reportArgumentType]
