@@ -315,7 +315,7 @@ def test_a_learned_map_finds_the_layer_that_the_target_was_taken_from() -> None:
         loss = (learned(x) - x[:, [3, 1]]).square().mean()
         (gradient,) = torch.autograd.grad(loss, [learned.logits_SL])
         with torch.no_grad():
-            learned.logits_SL -= 20.0 * gradient
+            learned.logits_SL.sub_(20.0 * gradient)
     assert learned.weights().argmax(dim=1).tolist() == [3, 1]
     assert learned.weights().max(dim=1).values.min() > 0.9
 
