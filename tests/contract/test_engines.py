@@ -228,6 +228,23 @@ def test_samples_that_cannot_be_read_are_refused_by_field(case: Case, sample: Sa
     assert problem in caught.value.problem
 
 
+def test_a_plan_gets_the_importance_it_asks_for_and_only_when_asked(case: Case) -> None:
+    batch = read_batch(case.engine)
+    (output,) = run(case.engine, batch, (1,), importance=True)
+    largest_BHT, mean_BHT = output.importance("max"), output.importance("mean")
+    assert largest_BHT is output.importance_BHT
+    assert mean_BHT is output.mean_importance_BHT
+    assert largest_BHT is not None
+    assert mean_BHT is not None
+    assert mean_BHT.shape == largest_BHT.shape
+    assert bool((mean_BHT <= largest_BHT + 1e-6).all())
+    assert not torch.allclose(mean_BHT, largest_BHT)
+    alone_BHT = run(case.engine, batch[2:3], (1,), importance=True)[0].mean_importance_BHT
+    assert alone_BHT is not None
+    torch.testing.assert_close(mean_BHT[2, :, : alone_BHT.shape[2]], alone_BHT[0], atol=TOLERANCE, rtol=0)
+    assert run(case.engine, batch, (1,))[0].mean_importance_BHT is None
+
+
 # ---------------------------------------------------------------------------------------------------- transformers
 
 
@@ -258,12 +275,27 @@ def test_importance_is_the_answers_attention(hf_case: Case) -> None:
             assert not found_HT[:, count:].any()
 
 
+def test_mean_importance_is_the_mean_of_the_query_heads(hf_case: Case) -> None:
+    assert hf_case.reference is not None
+    batch = read_batch(hf_case.engine)
+    outputs = run(hf_case.engine, batch, (0, 1, 2), importance=True)
+    for row, tokens in enumerate(batch):
+        count = len(tokens.token_ids)
+        expected_LHT = reference_kv(hf_case.reference, tokens.token_ids).importance(rows_in(tokens, "answer"), "mean")
+        for output in outputs:
+            assert output.mean_importance_BHT is not None
+            found_HT = output.mean_importance_BHT[row].double()
+            torch.testing.assert_close(found_HT[:, :count], expected_LHT[output.layer], atol=TOLERANCE, rtol=0)
+            assert not found_HT[:, count:].any()
+
+
 def test_a_long_answer_is_ranked_in_pieces_alike(hf_case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     batch = read_batch(hf_case.engine)
     whole = run(hf_case.engine, batch, (0, 1, 2), importance=True)
     monkeypatch.setattr(hf_attention, "_PROBABILITIES_AT_ONCE", 1)
     for expected, output in zip(whole, run(hf_case.engine, batch, (0, 1, 2), importance=True), strict=True):
         torch.testing.assert_close(output.importance_BHT, expected.importance_BHT, atol=1e-6, rtol=0)
+        torch.testing.assert_close(output.mean_importance_BHT, expected.mean_importance_BHT, atol=1e-6, rtol=0)
 
 
 def test_a_sample_without_an_answer_leaves_the_others_importance_alone(hf_case: Case) -> None:

@@ -1,11 +1,13 @@
 """What a model's content keys, values and attention are, computed the slow way: fp64, one sample at a time, no padding.
 
-Independent of the engine: eager attention, keys from the cache, un-rotated with frequencies computed here.
+Independent of the engine: eager attention, keys from the cache, un-rotated with frequencies computed here; and the
+same attention once more in plain Python, from what the model projects.
 """
 
 from __future__ import annotations
 
 import math
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -14,6 +16,8 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
+
+from kvcore.plan import ImportancePool
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,20 +28,91 @@ class ReferenceKV:
     v_LHTD: Tensor
     attention_LQTT: Tensor
 
-    def importance(self, answer: list[int]) -> Tensor:
-        """[L,H,T]: mean over the answer's tokens of the largest attention in a KV head's query group."""
+    def importance(self, answer: list[int], pool: ImportancePool = "max") -> Tensor:
+        """[L,H,T]: mean over the answer's tokens of the largest (or mean) attention in a KV head's query group."""
         layers, heads, tokens, _ = self.k_LHTD.shape
         group = self.attention_LQTT.shape[1] // heads
         importance = torch.zeros(layers, heads, tokens, dtype=torch.float64)
         for layer in range(layers):
             for head in range(heads):
                 for token in range(tokens):
-                    strongest = [
-                        max(float(self.attention_LQTT[layer, head * group + g, row, token]) for g in range(group))
+                    pooled = [
+                        pool_group(
+                            [float(self.attention_LQTT[layer, head * group + g, row, token]) for g in range(group)],
+                            pool,
+                        )
                         for row in answer
                     ]
-                    importance[layer, head, token] = sum(strongest) / len(strongest)
+                    importance[layer, head, token] = sum(pooled) / len(pooled)
         return importance
+
+
+@dataclass(frozen=True, slots=True)
+class PlainLayer:
+    """One layer of one sample as Python numbers: content keys `k[head][token]` and queries `q[head][token]`."""
+
+    k: list[list[list[float]]]
+    q: list[list[list[float]]]
+
+    def importance(self, answer: list[int], pool: ImportancePool, config: Any) -> list[list[float]]:
+        """[H][T]: rotate, scale, softmax over the keys that are seen, pool the group, mean over the answer."""
+        frequencies = _frequencies(config)
+        group = len(self.q) // len(self.k)
+        keys = [[_rotate(key, at, frequencies) for at, key in enumerate(head)] for head in self.k]
+        importance = []
+        for kv_head, rotated in enumerate(keys):
+            total = [0.0] * len(rotated)
+            for row in answer:
+                queries = [_rotate(self.q[kv_head * group + g][row], row, frequencies) for g in range(group)]
+                attention = [_attention(query, rotated, row, config) for query in queries]
+                for token in range(len(rotated)):
+                    total[token] += pool_group([one[token] for one in attention], pool)
+            importance.append([value / len(answer) for value in total])
+        return importance
+
+
+def pool_group(values: list[float], pool: ImportancePool) -> float:
+    """One number for a KV head's query heads."""
+    return max(values) if pool == "max" else sum(values) / len(values)
+
+
+def plain_layers(model: PreTrainedModel, token_ids: tuple[int, ...]) -> list[PlainLayer]:
+    """Runs one sample through the fp64 model and notes what each layer projects, before any rotation."""
+    seen: dict[tuple[int, str], list[list[list[float]]]] = {}
+    layers = cast("Any", model).model.layers
+    with torch.no_grad(), ExitStack() as stack:
+        for index, layer in enumerate(layers):
+            for name in ("k", "q"):
+                # Where there is a norm, it has the last word on keys and queries.
+                module = getattr(layer.self_attn, f"{name}_norm", None) or getattr(layer.self_attn, f"{name}_proj")
+
+                def note(_module: Any, _inputs: Any, output: Tensor, where: tuple[int, str] = (index, name)) -> None:
+                    by_token = output[0].unflatten(-1, (-1, model.config.head_dim)) if output.dim() == 3 else output[0]
+                    seen[where] = by_token.transpose(0, 1).tolist()
+
+                stack.callback(module.register_forward_hook(note).remove)
+        model(torch.tensor([token_ids]))
+    return [PlainLayer(seen[index, "k"], seen[index, "q"]) for index in range(len(layers))]
+
+
+def _rotate(x: list[float], place: int, frequencies: list[float]) -> list[float]:
+    half = len(frequencies)
+    turned = list(x)
+    for i, frequency in enumerate(frequencies):
+        cos, sin = math.cos(place * frequency), math.sin(place * frequency)
+        turned[i] = x[i] * cos - x[i + half] * sin
+        turned[i + half] = x[i + half] * cos + x[i] * sin
+    return turned
+
+
+def _attention(query: list[float], keys: list[list[float]], row: int, config: Any) -> list[float]:
+    """Probabilities over all keys: 0 for those after the query or before its window."""
+    window = getattr(config, "sliding_window", None) or len(keys)
+    exponentials = [0.0] * len(keys)
+    for at in range(max(0, row - window + 1), row + 1):
+        score = sum(a * b for a, b in zip(query, keys[at], strict=True)) / math.sqrt(config.head_dim)
+        exponentials[at] = math.exp(score)
+    return [value / sum(exponentials) for value in exponentials]
 
 
 def load_reference(directory: Path) -> PreTrainedModel:

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import pytest
 import torch
-from torch import Tensor
 
 from kvcore.codec import decode
 from kvcore.errors import FieldError
-from kvcore.plan import CodecSpec, KVPlan, Scope, Selection
+from kvcore.plan import CodecSpec, ImportancePool, KVPlan, Scope, Selection, Selector
 from kvcore.types import Sample, Span
 from teacher_server.config import ServeConfig
 from teacher_server.engines.base import SPAN_KINDS, LayerOutput, LayerSink, TokenizedSample
@@ -29,10 +27,15 @@ from teacher_server.plan_execution import (
     pack_bytes,
     unpack_bytes,
 )
+from tests.support import naive_selection as naive
 
 LAYERS, HEADS, DIM = 4, 2, 16
 RAW = CodecSpec(name="raw")
 R_KV = Selection(selector="r_kv", budget=3)
+
+
+def by_importance(pool: ImportancePool) -> Selection:
+    return Selection(selector="r_kv", budget=3, scope="head", importance_weight=1.0, importance_pool=pool)
 
 
 def make_engine(faults: FakeFaults | None = None) -> FakeEngine:
@@ -79,20 +82,6 @@ def layers_of(sample: Sample, layers: Sequence[int]) -> list[LayerOutput]:
 # ---------------------------------------------------------------------------------------------------- naive references
 
 
-def naive_scores(k_ND: Tensor, importance_N: Tensor, weight: float) -> list[float]:
-    """R-KV of one head, in plain Python: weight x I + (1 - weight) x softmax of minus the mean cosine to the others."""
-    keys = [[float(x) for x in row] for row in k_ND]
-
-    def cosine(a: list[float], b: list[float]) -> float:
-        return sum(x * y for x, y in zip(a, b, strict=True)) / (math.hypot(*a) * math.hypot(*b))
-
-    means = [sum(cosine(a, b) for j, b in enumerate(keys) if j != i) / len(keys) for i, a in enumerate(keys)]
-    exponentials = [math.exp(-mean) for mean in means]
-    total = sum(exponentials)
-    importance = [float(x) for x in importance_N]
-    return [weight * i + (1 - weight) * e / total for i, e in zip(importance, exponentials, strict=True)]
-
-
 def naive_positions(plan: KVPlan, sample: Sample, layer: int) -> list[list[int]]:
     """The tokens chosen for each head of one layer (one list where the scope is wider), by definition."""
     selection = plan.selection
@@ -104,15 +93,14 @@ def naive_positions(plan: KVPlan, sample: Sample, layer: int) -> list[list[int]]
         if (end >= 0 if selection.span == "all" else span == kind)
     ]
     budget = min(selection.budget, len(candidates)) if selection.budget else len(candidates)
-    if selection.selector != "r_kv":
-        assert selection.selector in ("full", "right")
+    if selection.selector in ("full", "right"):
         return [candidates[-budget:]] * (HEADS if selection.scope == "head" else 1)
+    if selection.selector == "random":
+        choosers = {"head": [layer * HEADS, layer * HEADS + 1], "layer": [layer], "sample": [0]}[selection.scope]
+        drawn = [naive.random_scores(selection.seed, tokens.token_ids, c, len(candidates)) for c in choosers]
+        return [naive.best(scores, candidates, budget) for scores in drawn]
     rated = [
-        [
-            naive_scores(output.k_BHTD[0, head, candidates], output.importance_BHT[0, head, candidates], 0.1)
-            for head in range(HEADS)
-            if output.importance_BHT is not None
-        ]
+        [naive_scores(selection, output, head, candidates) for head in range(HEADS)]
         for output in layers_of(sample, plan.layers)
     ]
     place = plan.layers.index(layer)
@@ -121,15 +109,18 @@ def naive_positions(plan: KVPlan, sample: Sample, layer: int) -> list[list[int]]
         "layer": [rated[place]],
         "sample": [[h for lay in rated for h in lay]],
     }
-    return [
-        _best([sum(column) for column in zip(*group, strict=True)], candidates, budget)
-        for group in voters[selection.scope]
-    ]
+    return [naive.best(naive.mean_scores(group), candidates, budget) for group in voters[selection.scope]]
 
 
-def _best(scores: list[float], candidates: list[int], budget: int) -> list[int]:
-    order = sorted(range(len(scores)), key=lambda index: -scores[index])
-    return sorted(candidates[index] for index in order[:budget])
+def naive_scores(selection: Selection, output: LayerOutput, head: int, candidates: list[int]) -> list[float]:
+    """Of one head."""
+    keys = output.k_BHTD[0, head, candidates].tolist()
+    if selection.selector == "keydiff":
+        return naive.keydiff_scores(keys)
+    assert selection.selector == "r_kv"
+    importance_BHT = {"max": output.importance_BHT, "mean": output.mean_importance_BHT}[selection.importance_pool]
+    assert importance_BHT is not None
+    return naive.r_kv_scores(keys, importance_BHT[0, head, candidates].tolist(), selection.importance_weight)
 
 
 def assert_as_alone(outcome: Outcome, index: int, sample: Sample, plan: KVPlan) -> None:
@@ -153,7 +144,7 @@ def assert_as_alone(outcome: Outcome, index: int, sample: Sample, plan: KVPlan) 
 
 
 @pytest.mark.parametrize("scope", ["head", "layer", "sample"])
-@pytest.mark.parametrize("selector", ["full", "right", "r_kv"])
+@pytest.mark.parametrize("selector", ["full", "right", "r_kv", "random", "keydiff"])
 @pytest.mark.parametrize("codec", ["raw", "int8"])
 def test_each_sample_gets_its_plans_tokens_and_layers(selector: str, scope: str, codec: str) -> None:
     selection = Selection.model_validate(
@@ -180,11 +171,32 @@ def test_plans_mix_in_one_batch() -> None:
         KVPlan(layers=(0, 1, 2, 3), selection=Selection(span="all", scope="head")),
         KVPlan(layers=(1,), selection=R_KV, codec=RAW),
         KVPlan(layers=(2, 3), selection=Selection(selector="r_kv", budget=4, scope="head"), codec=RAW),
+        KVPlan(layers=(1, 2), selection=by_importance("mean"), codec=RAW),
+        KVPlan(layers=(1, 2), selection=by_importance("max"), codec=RAW),
+        KVPlan(layers=(1, 2), selection=Selection(selector="random", budget=3, seed=1), codec=RAW),
+        KVPlan(layers=(1, 2), selection=Selection(selector="random", budget=3, seed=2), codec=RAW),
     ]
     samples = [(make_sample(f"s{index}", prompt="p" * (index + 2)), plan) for index, plan in enumerate(plans)]
     outcome = run(samples)
     for index, (sample, plan) in enumerate(samples):
         assert_as_alone(outcome, index, sample, plan)
+
+
+def test_what_stands_for_the_query_heads_is_each_plans_own_choice() -> None:
+    sample = make_sample("a", reasoning="1+1=2, 2+2=4, 4+4=8")
+    outcome = run([(sample, KVPlan(layers=(1,), selection=by_importance(pool), codec=RAW)) for pool in ("max", "mean")])
+    largest, mean = (outcome.of(index)[0] for index in range(2))
+    assert largest[0].positions[largest[1]].tolist() != mean[0].positions[mean[1]].tolist()
+
+
+def test_a_sample_draws_the_same_tokens_whoever_asks_and_whatever_fails_beside_it() -> None:
+    plan = KVPlan(layers=(0, 2), selection=Selection(selector="random", budget=3, scope="head", seed=5), codec=RAW)
+    samples = [make_sample(name, reasoning=text) for name, text in (("a", "1+1=2"), ("bad", "3+3=6"), ("c", "2+2=4"))]
+    outcome = run([(sample, plan) for sample in samples], FakeFaults(not_finite=frozenset({"bad"})))
+    other_order = run([(samples[2], plan), (make_sample("a under another name", reasoning="1+1=2"), plan)])
+    for index, other in ((0, 1), (2, 0)):
+        assert_as_alone(outcome, index, samples[index], plan)
+        assert_as_alone(other_order, other, samples[index], plan)
 
 
 def test_samples_of_equal_plan_and_length_share_one_result() -> None:
@@ -220,17 +232,21 @@ class RecordingEngine(FakeEngine):
 
 
 @pytest.mark.parametrize(
-    ("scope", "expected"),
+    ("selector", "scope", "expected"),
     [
-        ("head", ["computed 0", "emitted 0", "computed 1", "emitted 1"]),
-        ("layer", ["computed 0", "emitted 0", "computed 1", "emitted 1"]),
-        ("sample", ["computed 0", "computed 1", "emitted 0", "emitted 1"]),
+        ("r_kv", "head", ["computed 0", "emitted 0", "computed 1", "emitted 1"]),
+        ("r_kv", "layer", ["computed 0", "emitted 0", "computed 1", "emitted 1"]),
+        ("r_kv", "sample", ["computed 0", "computed 1", "emitted 0", "emitted 1"]),
+        ("keydiff", "sample", ["computed 0", "computed 1", "emitted 0", "emitted 1"]),
+        ("random", "sample", ["computed 0", "emitted 0", "computed 1", "emitted 1"]),
     ],
 )
-def test_a_layer_leaves_as_soon_as_its_tokens_can_be_chosen(scope: Scope, expected: list[str]) -> None:
+def test_a_layer_leaves_as_soon_as_its_tokens_can_be_chosen(
+    selector: Selector, scope: Scope, expected: list[str]
+) -> None:
     events: list[str] = []
     engine = RecordingEngine(events)
-    plan = KVPlan(layers=(0, 1), selection=Selection(selector="r_kv", budget=2, scope=scope))
+    plan = KVPlan(layers=(0, 1), selection=Selection(selector=selector, budget=2, scope=scope))
     batch = [PlannedSample(engine.tokenize(make_sample("a")), plan)]
     execute(
         engine,

@@ -1,4 +1,4 @@
-"""Selectors against an independent fp64 reference, item by item."""
+"""What every selector promises, and the selectors that go by place."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ import torch
 
 from kvcore.errors import NonFiniteError
 from kvcore.plan import SELECTORS, Selection, Selector
-from kvcore.select import needs_importance, needs_keys, r_kv_scores, select, select_sample
+from kvcore.select import needs_importance, needs_keys, needs_seeds, select, select_sample
+from kvcore.selectors import REGISTRY
 
 LAYERS, HEADS, TOKENS, HEAD_DIM = 3, 2, 14, 8
 
@@ -28,89 +29,23 @@ def random_batch(batch, seed=0):
     return candidates_BN, k_BLHTD, importance_BLHT
 
 
-def cosine(a, b):
-    norms = math.sqrt(sum(x * x for x in a)) * math.sqrt(sum(x * x for x in b))
-    return sum(x * y for x, y in zip(a, b, strict=True)) / norms if norms else 0.0
+def seeds(batch):
+    return torch.arange(batch) * 12345
 
 
-def naive_scores(keys, importance, weight):
-    """METHODS: lambda*I + (1-lambda)*softmax_i(-mean_j cos(k_i, k_j)), diagonal zeroed; keys [N][D] of one head."""
-    count = len(keys)
-    means = [sum(cosine(keys[i], keys[j]) for j in range(count) if j != i) / count for i in range(count)]
-    exponentials = [math.exp(-mean) for mean in means]
-    return [weight * importance[i] + (1 - weight) * exponentials[i] / sum(exponentials) for i in range(count)]
+def choose(wanted, candidates_BN, k_BLHTD, importance_BLHT, seeds_B=None):
+    """One layer's choice, or all layers' together where the plan would wait for them."""
+    if wanted.scope == "sample" and needs_keys(wanted):
+        return select_sample(wanted, candidates_BN, k_BLHTD, importance_BLHT)
+    seeds_B = seeds(len(candidates_BN)) if seeds_B is None else seeds_B
+    return select(wanted, candidates_BN, k_BLHTD[:, 0], importance_BLHT[:, 0], seeds_B=seeds_B)
 
 
-def naive_choice(scores, candidates, budget):
-    best = sorted(range(len(scores)), key=lambda i: (-scores[i], i))[:budget]
-    return sorted(candidates[i] for i in best)
+def arange(count):
+    return torch.arange(count)[None]
 
 
-def head_scores(candidates_N, k_HTD, importance_HT, weight):
-    """Of every head of one sample's layer, in fp64."""
-    return [
-        naive_scores(k_TD[candidates_N].double().tolist(), importance_T[candidates_N].double().tolist(), weight)
-        for k_TD, importance_T in zip(k_HTD, importance_HT, strict=True)
-    ]
-
-
-def mean_scores(scores):
-    return [sum(column) / len(scores) for column in zip(*scores, strict=True)]
-
-
-@pytest.mark.parametrize("weight", [0.0, 0.1, 0.7, 1.0])
-def test_r_kv_scores_equal_the_formula(weight):
-    _, k_BLHTD, importance_BLHT = random_batch(1)
-    k_HTD, importance_HT = k_BLHTD[0, 0], importance_BLHT[0, 0]
-    k_HTD[:, 4] = 0.0  # a zero key is alike to nothing, itself included
-    k_HTD[:, 6] = 3.0 * k_HTD[:, 5]  # length does not count
-    scores = r_kv_scores(k_HTD[None], importance_HT[None], weight)[0]
-    expected = torch.tensor(head_scores(torch.arange(TOKENS), k_HTD, importance_HT, weight), dtype=torch.float64)
-    torch.testing.assert_close(scores.double(), expected, rtol=1e-5, atol=1e-7)
-
-
-@pytest.mark.parametrize("weight", [0.0, 0.02, 0.5])
-def test_each_head_of_each_sample_keeps_its_own_best_tokens(weight):
-    candidates_BN, k_BLHTD, importance_BLHT = random_batch(6)
-    wanted = selection(scope="head", importance_weight=weight)
-    positions = select(wanted, candidates_BN, k_BLHTD[:, 0], importance_BLHT[:, 0])
-    for item, candidates_N in enumerate(candidates_BN):
-        scores = head_scores(candidates_N, k_BLHTD[item, 0], importance_BLHT[item, 0], weight)
-        expected = [naive_choice(one, candidates_N.tolist(), 3) for one in scores]
-        assert positions[item].tolist() == expected
-
-
-def test_a_layer_keeps_the_tokens_that_are_best_for_its_heads_together():
-    candidates_BN, k_BLHTD, importance_BLHT = random_batch(6)
-    positions = select(selection(scope="layer"), candidates_BN, k_BLHTD[:, 1], importance_BLHT[:, 1])
-    for item, candidates_N in enumerate(candidates_BN):
-        scores = head_scores(candidates_N, k_BLHTD[item, 1], importance_BLHT[item, 1], 0.1)
-        assert positions[item].tolist() == [naive_choice(mean_scores(scores), candidates_N.tolist(), 3)]
-
-
-def test_a_sample_keeps_the_tokens_that_are_best_for_all_its_layers_and_heads_together():
-    candidates_BN, k_BLHTD, importance_BLHT = random_batch(6)
-    positions = select_sample(selection(scope="sample"), candidates_BN, k_BLHTD, importance_BLHT)
-    for item, candidates_N in enumerate(candidates_BN):
-        scores = [
-            scores
-            for layer in range(LAYERS)
-            for scores in head_scores(candidates_N, k_BLHTD[item, layer], importance_BLHT[item, layer], 0.1)
-        ]
-        assert positions[item].tolist() == [naive_choice(mean_scores(scores), candidates_N.tolist(), 3)]
-
-
-def test_r_kv_drops_what_repeats():
-    keys = torch.eye(4)[[0, 0, 1, 0, 2]]
-    positions = select(selection(scope="head", importance_weight=0.0, budget=2), arange(5), keys[None, None], None)
-    assert positions.tolist() == [[[2, 4]]]
-
-
-def test_r_kv_keeps_what_the_answer_looks_at():
-    keys = torch.ones(1, 1, 5, 4)
-    importance = torch.tensor([0.0, 0.3, 0.1, 0.4, 0.2])[None, None]
-    positions = select(selection(scope="head", budget=2), arange(5), keys, importance)
-    assert positions.tolist() == [[[1, 3]]]
+# ---------------------------------------------------------------------------------------------------- every selector
 
 
 @pytest.mark.parametrize("selector", SELECTORS)
@@ -135,7 +70,8 @@ def test_a_sample_gets_the_same_tokens_alone_as_in_a_batch(selector, scope):
     batched = choose(wanted, candidates_BN, k_BLHTD, importance_BLHT)
     for item in range(5):
         row = slice(item, item + 1)
-        assert torch.equal(choose(wanted, candidates_BN[row], k_BLHTD[row], importance_BLHT[row]), batched[row])
+        alone = choose(wanted, candidates_BN[row], k_BLHTD[row], importance_BLHT[row], seeds(5)[row])
+        assert torch.equal(alone, batched[row])
 
 
 @pytest.mark.parametrize("selector", SELECTORS)
@@ -151,12 +87,34 @@ def test_positions_are_int32_ascending_and_as_many_as_fit(selector, scope, group
     assert bool((positions.diff(dim=-1) > 0).all())
 
 
-def test_equal_scores_go_to_the_earlier_token():
+@pytest.mark.parametrize("selector", ["r_kv", "keydiff"])
+def test_equal_scores_go_to_the_earlier_token(selector):
     keys = torch.ones(1, HEADS, 64, HEAD_DIM)
-    importance = torch.zeros(1, HEADS, 64)
-    importance[..., 40] = 1.0
-    positions = select(selection(scope="head", budget=5), arange(64), keys, importance)
-    assert positions.tolist() == [[[0, 1, 2, 3, 40]] * HEADS]
+    keys[:, :, 40] = -1.0
+    wanted = selection(selector, scope="head", budget=5, importance_weight=0.0)
+    assert select(wanted, arange(64), keys, None).tolist() == [[[0, 1, 2, 3, 40]] * HEADS]
+
+
+@pytest.mark.parametrize("selector", ["r_kv", "keydiff"])
+@pytest.mark.parametrize("scope", ["head", "layer", "sample"])
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_keys_that_are_not_finite_name_their_rows(selector, scope, bad):
+    candidates_BN, k_BLHTD, importance_BLHT = random_batch(4)
+    k_BLHTD[1, 0, 1, candidates_BN[1, 0], 3] = bad
+    with pytest.raises(NonFiniteError, match=r"batch items \[1\]") as caught:
+        choose(selection(selector, scope=scope), candidates_BN, k_BLHTD, importance_BLHT)
+    assert caught.value.rows == [1]
+
+
+def test_what_a_selection_needs():
+    assert tuple(REGISTRY) == SELECTORS
+    assert [name for name in SELECTORS if needs_keys(selection(name))] == ["r_kv", "keydiff"]
+    assert [name for name in SELECTORS if needs_importance(selection(name))] == ["r_kv"]
+    assert [name for name in SELECTORS if needs_seeds(selection(name))] == ["random"]
+    assert not needs_importance(selection("r_kv", importance_weight=0.0))
+
+
+# ---------------------------------------------------------------------------------------------------- by place
 
 
 @pytest.mark.parametrize(
@@ -185,43 +143,3 @@ def test_uniform_includes_first_and_last_and_is_even(candidates, budget):
     gaps = [after - before for before, after in itertools.pairwise(places)]
     assert (places[0], places[-1]) == (0, candidates - 1)
     assert max(gaps) - min(gaps) <= 1
-
-
-def test_scores_are_computed_in_fp32_whatever_the_teachers_dtype():
-    _, k_BLHTD, importance_BLHT = random_batch(2)
-    k_BHTD, importance_BHT = k_BLHTD[:, 0].bfloat16(), importance_BLHT[:, 0].bfloat16()
-    scores = r_kv_scores(k_BHTD, importance_BHT, 0.1)
-    assert torch.equal(scores, r_kv_scores(k_BHTD.float(), importance_BHT.float(), 0.1))
-
-
-@pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_scores_that_are_not_finite_name_their_rows(bad):
-    candidates_BN, k_BLHTD, importance_BLHT = random_batch(4)
-    importance_BLHT[2, 0, 1, candidates_BN[2, 3]] = bad
-    with pytest.raises(NonFiniteError, match=r"batch items \[2\]") as caught:
-        select(selection(scope="head"), candidates_BN, k_BLHTD[:, 0], importance_BLHT[:, 0])
-    assert caught.value.rows == [2]
-
-
-def test_keys_that_are_not_finite_name_their_rows():
-    candidates_BN, k_BLHTD, _ = random_batch(4)
-    k_BLHTD[1, 0, 0, candidates_BN[1, 0], 3] = math.inf
-    with pytest.raises(NonFiniteError) as caught:
-        select(selection(scope="layer", importance_weight=0.0), candidates_BN, k_BLHTD[:, 0], None)
-    assert caught.value.rows == [1]
-
-
-def test_what_a_selection_needs():
-    assert [name for name in SELECTORS if needs_keys(selection(name))] == ["r_kv"]
-    assert [name for name in SELECTORS if needs_importance(selection(name))] == ["r_kv"]
-    assert not needs_importance(selection("r_kv", importance_weight=0.0))
-
-
-def choose(wanted, candidates_BN, k_BLHTD, importance_BLHT):
-    if wanted.scope == "sample":
-        return select_sample(wanted, candidates_BN, k_BLHTD, importance_BLHT)
-    return select(wanted, candidates_BN, k_BLHTD[:, 0], importance_BLHT[:, 0])
-
-
-def arange(count):
-    return torch.arange(count)[None]
