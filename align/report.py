@@ -92,4 +92,7 @@ class AlignmentReport:
         return paths
 
     def _page(self) -> str:
-        return ""
+        # Slow to import, and needed once in a run.
+        from align.report_page import render_page  # noqa: PLC0415
+
+        return render_page(self.teachers)

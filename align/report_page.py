@@ -1,0 +1,171 @@
+"""The alignments' report as one HTML page that loads nothing from outside."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Callable, Mapping, Sequence
+from html import escape
+from typing import Any
+
+from align.report_pictures import LOWEST_SHOWN, Report, draw_coverage, draw_explained, draw_layer_map, draw_similarity
+
+_STYLE = """
+:root { color-scheme: light; }
+body { margin: 0 auto; padding: 1.25rem; max-width: 70rem; background: #ffffff; color: #1b1f24;
+  font: 1rem/1.5 system-ui, sans-serif; }
+h1 { font-size: 1.5rem; line-height: 1.25; margin: 0 0 .5rem; }
+h2 { font-size: 1.25rem; margin: 2.5rem 0 .5rem; border-top: 1px solid #d0d7de; padding-top: 1rem; }
+p, figcaption { max-width: 46rem; margin: .4rem 0; color: #3d444d; }
+.wide { overflow-x: auto; }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
+th, td { text-align: left; padding: .3rem 1.1rem .3rem 0; border-bottom: 1px solid #d0d7de; }
+th { color: #57606a; font-weight: 600; }
+figure { margin: 1rem 0; }
+img { display: block; max-width: 100%; height: auto; }
+summary { cursor: pointer; margin: .5rem 0; }
+"""
+
+_PICTURES: tuple[tuple[str, str, Callable[[Report], bytes | None]], ...] = (
+    (
+        "explained variance by layer",
+        (
+            "How much of the variance the map explains on samples that it was not fitted on: 1 is exact, 0 no better "
+            "than the mean. The control is fitted and measured in the same way with the student's tokens of another "
+            "sample of the batch, so it shows what position and format alone explain; a map is worth as much as it "
+            "lies above it. "
+            f"Bars end at {LOWEST_SHOWN:g}."
+        ),
+        draw_explained,
+    ),
+    ("layer map", "The teacher layers that each student layer is compared with.", draw_layer_map),
+    (
+        "similarity of layers",
+        (
+            "Linear CKA on the calibration samples: 1 is equal but for a rotation and a scale. The map takes the path "
+            "through the mean of both that adds up to most without ever going back."
+        ),
+        draw_similarity,
+    ),
+    (
+        "token coverage",
+        (
+            "Tokens that stand for text, but for the first ones of a text. A selection sends some slots only, so "
+            "that most student tokens then have none."
+        ),
+        draw_coverage,
+    ),
+)
+
+
+def render_page(teachers: Mapping[str, Report]) -> str:
+    """The whole page."""
+    overview = [_overview(name, report) for name, report in teachers.items()]
+    return f"""<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>kvdistill alignment</title>
+<style>{_STYLE}</style>
+</head>
+<body>
+<h1>How the teachers' K/V meet the student's</h1>
+<p>Measured on the calibration samples, before the first step. The figures are in alignment.json beside this page.</p>
+{_table(("teacher", "keys explained", "control", "values explained", "control", "student tokens paired"), overview)}
+{"".join(_teacher(name, report) for name, report in teachers.items())}
+</body>
+</html>
+"""
+
+
+def _overview(name: str, report: Report) -> tuple[str, ...]:
+    explained, control = report["explained_variance"], report["explained_variance_shuffled"]
+    means = [_mean(part[tensor]) for tensor in ("k", "v") for part in (explained, control)]
+    tokens = (report["coverage"] or {}).get("student_tokens")
+    paired = f"{tokens['paired'] / tokens['seen']:.1%}" if tokens and tokens["seen"] else "not measured"
+    return (name, *means, paired)
+
+
+def _teacher(name: str, report: Report) -> str:
+    return f"""<section>
+<h2>{escape(name)}</h2>
+{_table(("setting", "value"), _settings(report))}
+{"".join(_figure(name, *picture, report) for picture in _PICTURES)}
+<details><summary>By layer</summary>
+{_table(_LAYER_HEADINGS, _layers(report))}
+</details>
+</section>
+"""
+
+
+def _settings(report: Report) -> list[tuple[str, str]]:
+    rows = report["rows"]
+    return [
+        ("direction", report["direction"]),
+        ("layer map", report["layer_strategy"]),
+        ("head adapter", report["head_adapter"]),
+        ("token pairing", f"{report['tokens']}, without the first {report['sink_tokens']} of a text"),
+        ("teacher", _geometry(report["teacher"])),
+        ("student", _geometry(report["student"])),
+        ("token pairs fitted on / held out", f"{rows['fit']:,} / {rows['held_out']:,}"),
+    ]
+
+
+def _geometry(geometry: Mapping[str, int]) -> str:
+    return f"{geometry['layers']} layers, {geometry['heads']} KV heads of {geometry['head_dim']}"
+
+
+_LAYER_HEADINGS = (
+    "student layer",
+    "teacher layers",
+    "keys",
+    "control",
+    "penalty",
+    "deviation",
+    "values",
+    "control",
+    "penalty",
+    "deviation",
+)
+
+
+def _layers(report: Report) -> list[tuple[str, ...]]:
+    return [
+        (str(layer), _mapped(report, layer), *_measured(report, "k", layer), *_measured(report, "v", layer))
+        for layer in range(report["student"]["layers"])
+    ]
+
+
+def _mapped(report: Report, layer: int) -> str:
+    row: list[list[float]] = (report["layer_map"] or {}).get(str(layer), [])
+    return ", ".join(f"{t:.0f}" if weight == 1 else f"{weight:.3f} of {t:.0f}" for t, weight in row) or "-"
+
+
+def _measured(report: Report, tensor: str, layer: int) -> list[str]:
+    names = (("explained_variance", ".3f"), ("explained_variance_shuffled", ".3f"), ("alpha", ".0e"), ("scale", ".3g"))
+    return [_number(report[name][tensor], layer, form) for name, form in names]
+
+
+def _number(values: Sequence[float | None], layer: int, form: str) -> str:
+    value = values[layer] if layer < len(values) else None
+    return "-" if value is None else format(value, form)
+
+
+def _mean(values: Sequence[float | None]) -> str:
+    known = [value for value in values if value is not None]
+    return f"{sum(known) / len(known):.3f}" if known else "not measured"
+
+
+def _figure(name: str, title: str, caption: str, draw: Callable[[Report], bytes | None], report: Report) -> str:
+    picture = draw(report)
+    if picture is None:
+        return ""
+    source = f"data:image/png;base64,{base64.b64encode(picture).decode()}"
+    alternative = escape(f"{name}: {title}", quote=True)
+    return f'<figure><img src="{source}" alt="{alternative}"><figcaption>{escape(caption)}</figcaption></figure>\n'
+
+
+def _table(headings: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    head = "".join(f'<th scope="col">{escape(heading)}</th>' for heading in headings)
+    body = "\n".join("<tr>" + "".join(f"<td>{escape(str(cell))}</td>" for cell in row) + "</tr>" for row in rows)
+    return f'<div class="wide"><table><thead><tr>{head}</tr></thead>\n<tbody>{body}</tbody></table></div>'

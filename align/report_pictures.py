@@ -1,0 +1,168 @@
+"""The pictures of an alignment's report, as PNG, drawn by matplotlib without a display."""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+from matplotlib.ticker import MaxNLocator, PercentFormatter
+
+Report = Mapping[str, Any]
+
+SIDES = {"k": "keys", "v": "values"}
+# Below it nothing is to be learnt from how far: such a map is worse than the mean.
+LOWEST_SHOWN = -0.5
+_TRUE, _CONTROL, _REST, _INK = "#0b62a4", "#c8553d", "#d8dee4", "#1b1f24"
+_STYLE: dict[Any, Any] = {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "axes.titlesize": 11}
+# More cells, or bars, than this carry no number.
+_MOST_CELLS, _MOST_BARS = 128, 8
+_WIDEST = 9.3
+
+
+def draw_layer_map(report: Report) -> bytes | None:
+    """Weights of the teacher's layers in each student layer; None where the map is not known."""
+    mapping: dict[str, list[list[float]]] | None = report["layer_map"]
+    if mapping is None:
+        return None
+    weights = [[0.0] * report["teacher"]["layers"] for _ in mapping]
+    for s, row in mapping.items():
+        for t, weight in row:
+            weights[int(s)][int(t)] = weight
+    with rc_context(_STYLE):
+        figure, (axes,) = _figure(1, *_heat_size(weights))
+        _heat(axes, weights, "Weight of each teacher layer", "Blues")
+        return _png(figure)
+
+
+def draw_similarity(report: Report) -> bytes | None:
+    """CKA of every pair of layers, keys and values, with the layers chosen marked; None where it was not measured."""
+    cka: dict[str, list[list[float | None]]] | None = report["cka"]
+    if cka is None or report["layer_map"] is None:
+        return None
+    with rc_context(_STYLE):
+        width, height = _heat_size(cka["k"])
+        figure, sides = _figure(2, width, height)
+        for axes, (tensor, name) in zip(sides, SIDES.items(), strict=True):
+            values = [[math.nan if value is None else value for value in row] for row in cka[tensor]]
+            _heat(axes, values, f"Linear CKA of {name}, chosen layers framed", "Greens")
+            for s, row in report["layer_map"].items():
+                frame = Rectangle((row[0][0] - 0.5, int(s) - 0.5), 1, 1, fill=False, edgecolor=_CONTROL, linewidth=2)
+                axes.add_patch(frame)
+        return _png(figure)
+
+
+def draw_explained(report: Report) -> bytes | None:
+    """Explained variance by student layer beside its shuffled control; None where nothing is fitted."""
+    true, control = report["explained_variance"], report["explained_variance_shuffled"]
+    if not true["k"]:
+        return None
+    with rc_context(_STYLE):
+        figure, sides = _figure(2, _within(0.3 * len(true["k"]) + 2), 3.4)
+        for axes, (tensor, name) in zip(sides, SIDES.items(), strict=True):
+            _bars(axes, true[tensor], -0.2, _TRUE, "paired tokens")
+            _bars(axes, control[tensor], 0.2, _CONTROL, "another sample's (control)")
+            threshold = report["min_explained_variance"]
+            axes.axhline(threshold, color=_INK, linestyle="--", linewidth=1, label=f"warned below {threshold:g}")
+            axes.axhline(0.0, color=_INK, linewidth=0.8)
+            known = [value for value in (*true[tensor], *control[tensor]) if value is not None]
+            lowest = max(LOWEST_SHOWN, min([0.0, *known]))
+            axes.set_ylim(lowest - 0.1 if lowest < 0 else 0.0, 1.12)
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+            axes.set_xlim(-0.6, len(true[tensor]) - 0.4)
+            axes.set_xlabel("student layer")
+            axes.set_ylabel("explained variance")
+            axes.set_title(f"Explained variance of {name}, samples held out")
+        figure.legend(*sides[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
+        return _png(figure)
+
+
+def draw_coverage(report: Report) -> bytes | None:
+    """The share of tokens and slots that find a counterpart; None where it was not measured."""
+    coverage: dict[str, dict[str, int]] | None = report["coverage"]
+    if coverage is None:
+        return None
+    names = [name.replace("_", " ") for name in coverage]
+    shares = [count["paired"] / count["seen"] if count["seen"] else 0.0 for count in coverage.values()]
+    with rc_context(_STYLE):
+        figure, (axes,) = _figure(1, 6.4, 1.9)
+        axes.barh(names, shares, color=_TRUE, height=0.55, label="paired")
+        axes.barh(
+            names, [1.0 - share for share in shares], left=shares, color=_REST, height=0.55, label="without counterpart"
+        )
+        for row, (share, count) in enumerate(zip(shares, coverage.values(), strict=True)):
+            axes.text(1.02, row, f"{share:.1%}\n{count['paired']:,} of {count['seen']:,}", va="center", fontsize=9)
+        axes.invert_yaxis()
+        axes.set_xlim(0, 1)
+        axes.xaxis.set_major_formatter(PercentFormatter(1.0))
+        axes.set_title("Tokens with a counterpart")
+        figure.legend(loc="outside lower center", ncols=2, frameon=False)
+        return _png(figure)
+
+
+def _within(inches: float) -> float:
+    """A width that a page shows at full size."""
+    return min(_WIDEST, max(_WIDEST / 2, inches))
+
+
+def _figure(count: int, width: float, height: float) -> tuple[Figure, list[Axes]]:
+    """Axes of that size side by side, or above each other where they are too wide for it."""
+    columns = count if count * width <= _WIDEST else 1
+    rows = count // columns
+    figure = Figure(figsize=(columns * width, rows * height), dpi=120, layout="constrained")
+    return figure, [figure.add_subplot(rows, columns, place + 1) for place in range(count)]
+
+
+def _heat_size(values: Sequence[Sequence[Any]]) -> tuple[float, float]:
+    """Inches that give every cell room, within reason."""
+    return _within(0.42 * len(values[0]) + 1.8), min(7.0, max(2.4, 0.42 * len(values) + 1.2))
+
+
+def _heat(axes: Axes, values: Sequence[Sequence[float]], title: str, colours: str) -> None:
+    image = axes.imshow(values, cmap=colours, vmin=0.0, vmax=1.0, aspect="auto")
+    figure = axes.get_figure()
+    assert figure is not None
+    figure.colorbar(image, ax=axes)
+    axes.set_xlabel("teacher layer")
+    axes.set_ylabel("student layer")
+    axes.set_title(title)
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    if len(values) * len(values[0]) > _MOST_CELLS:
+        return
+    for s, row in enumerate(values):
+        for t, value in enumerate(row):
+            if value > 0:
+                axes.text(
+                    t, s, f"{value:.2f}", ha="center", va="center", color="w" if value > 0.6 else _INK, fontsize=8
+                )
+
+
+def _bars(axes: Axes, values: Sequence[float | None], offset: float, colour: str, label: str) -> None:
+    known = [(layer, value) for layer, value in enumerate(values) if value is not None]
+    axes.bar([layer + offset for layer, _ in known], [value for _, value in known], 0.38, color=colour, label=label)
+    if len(values) > _MOST_BARS:
+        return
+    for layer, value in known:
+        place, below = max(value, LOWEST_SHOWN), value <= -0.005
+        axes.text(
+            layer + offset,
+            place,
+            f"{value if below else abs(value):.2f}",
+            ha="center",
+            va="top" if below else "bottom",
+            color=colour,
+            fontsize=8,
+        )
+
+
+def _png(figure: Figure) -> bytes:
+    buffer = io.BytesIO()
+    FigureCanvasAgg(figure).print_png(buffer)
+    return buffer.getvalue()
