@@ -44,11 +44,6 @@ def fuse(x_NBLHMD: Tensor, mask_NBM: Tensor, weights: Tensor) -> tuple[Tensor, T
     return fused_BLHMD, mask_BM
 
 
-def fuse_fixed(x_NBLHMD: Tensor, mask_NBM: Tensor, weights_N: Tensor) -> tuple[Tensor, Tensor]:
-    """`fuse` with one weight per teacher."""
-    return fuse(x_NBLHMD, mask_NBM, weights_N)
-
-
 def _shares(mask_NBM: Tensor, weights: Tensor, layers: int) -> tuple[Tensor, Tensor]:
     """Each teacher's share of each slot, [N,B,L,M], 0 where nobody is present; and who is, [B,M]."""
     # Subtracted, not replaced: a straight-through weight of 0 keeps its gradient.

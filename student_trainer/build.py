@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 import torch.distributed as dist
 
-from align.aligner import Aligner
+from align.aligner import Aligner, plan_for
 from align.head_dim_adapter import KVGeometry
+from align.report import AlignmentReport
 from data.collate import Collator
 from data.records import Record, load_records
 from kvcore.errors import ConfigError, KVDistillError, TeacherRefusedError
@@ -24,10 +25,11 @@ from kvcore.types import BatchKV, TeacherInfo
 from student_trainer import checkpoint, ds_engine
 from student_trainer.calibrate import calibrate
 from student_trainer.checkpoint import Checkpoint
-from student_trainer.config import AlignConfig, KVConfig, StudentConfig, TeacherConfig, TrainConfig
+from student_trainer.config import StudentConfig, TeacherConfig, TrainConfig
 from student_trainer.kv_batch import receive
 from student_trainer.kv_sources import build_source, flush, unshuffled
 from student_trainer.kv_sources.base import KVSource
+from student_trainer.kv_weight import auto_kv_weight
 from student_trainer.latent import LatentStudent, load_reasoning, new_reasoning
 from student_trainer.model import DistillModel, TrainBatch
 from student_trainer.sampling import Sampling
@@ -37,6 +39,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
+
+# Micro-batches whose gradients set loss.kv_weight when it is `auto`.
+KV_WEIGHT_BATCHES = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +71,8 @@ class Parts:
         """Tokens and every teacher's K/V for records, on this rank's device; what it took is added to `window`."""
         samples = [record.sample() for record in records]
         caches: list[BatchKV] = []
-        slots = self.config.student.latents if self.config.student.mode == "latent" else None
+        fills_latents = self.config.student.mode == "latent" and self.config.align.time == "none"
+        slots = self.config.student.latents if fills_latents else None
         for teacher in self.teachers:
             began = time.monotonic()
             # A control breaks the pairs that training learns from; alignment and validation keep the true ones.
@@ -107,7 +113,7 @@ def build(config: TrainConfig, rank: int, world_size: int) -> Parts:
     try:
         aligners = [_connect(teacher, config, lm, teachers, rank, world_size) for teacher in config.teachers]
         weights = {teacher.name: teacher.weight for teacher in config.teachers}
-        model = DistillModel(student, aligners, weights, config.student, config.loss).to(ds_engine.device())
+        model = DistillModel(student, aligners, weights, config).to(ds_engine.device())
         identity = _identity(config, len(train), teachers)
         resumed = _resume(config, identity, rank)
         collator = Collator(tokenizer, config.data.max_tokens)
@@ -170,10 +176,12 @@ def _connect(
     heads = int(getattr(lm.config, "num_key_value_heads", None) or lm.config.num_attention_heads)
     geometry = KVGeometry(len(projections), heads, projections[0].head_dim)
 
-    def plan_for(info: TeacherInfo) -> KVPlan:
-        return plan(_aligner(info, geometry, config.align), config.kv)
+    settings = config.align.model_dump(exclude={"time", "calibration_samples"})
 
-    source = build_source(teacher, config.kv, plan_for, rank, world_size)
+    def plan(info: TeacherInfo) -> KVPlan:
+        return plan_for(geometry, info, selection=config.kv.selection, codec=config.kv.codec, **settings)
+
+    source = build_source(teacher, config.kv, plan, rank, world_size)
     connected.append(Teacher(teacher.name, source))
     info = source.info
     if config.kv.selection.selector not in info.selectors:
@@ -189,29 +197,12 @@ def _connect(
             info.kv_heads,
             info.head_dim,
         )
-    return _aligner(info, geometry, config.align).to(ds_engine.device())
-
-
-def _aligner(info: TeacherInfo, student: KVGeometry, align: AlignConfig) -> Aligner:
-    teacher = KVGeometry(info.layers, info.kv_heads, info.head_dim)
-    return Aligner(
-        teacher, student, direction=align.direction, layer_map=align.layer_map, head_adapter=align.head_adapter
-    )
-
-
-def plan(aligner: Aligner, kv: KVConfig) -> KVPlan:
-    """What a teacher is asked for: the layers that the alignment needs, and the selection and codec of the run.
-
-    Raises:
-        FieldError: the selection's scope does not fit the alignment.
-    """
-    aligner.check_scope(kv.selection.scope)
-    return KVPlan(layers=aligner.layers_needed, selection=kv.selection, codec=kv.codec)
+    return Aligner(KVGeometry(info.layers, info.kv_heads, info.head_dim), geometry, **settings).to(ds_engine.device())
 
 
 def _identity(config: TrainConfig, count: int, teachers: Sequence[Teacher]) -> dict[str, Any]:
     """What must not change when a run goes on. Where K/V come from may: online, offline and record are one run."""
-    settings = config.model_dump(mode="json", include={"student", "align", "loss", "optim"})
+    settings = config.model_dump(mode="json", include={"student", "align", "fuse", "loss", "optim"})
     run = config.run.model_dump(mode="json", include={"seed", "steps", "epochs", "global_batch"})
     plans = {
         teacher.name: [
@@ -267,9 +258,30 @@ def _align(parts: Parts, rank: int, world_size: int) -> None:
         config.run.micro_batch,
         fail_together,
     )
+    if config.loss.kv_weight == "auto":
+        _set_kv_weight(parts, records, rank)
     if rank == 0:
         for name, report in parts.model.report().items():
             logger.info("alignment with '%s': explained variance %s", name, report["explained_variance"])
+        config.run.output_dir.mkdir(parents=True, exist_ok=True)
+        AlignmentReport(parts.model.report()).write(config.run.output_dir)
+
+
+def _set_kv_weight(parts: Parts, records: Sequence[Record], rank: int) -> None:
+    size = parts.config.run.micro_batch
+    chosen = [records[start : start + size] for start in range(0, len(records), size)][:KV_WEIGHT_BATCHES]
+    parts.model.train()
+    failure: KVDistillError | None = None
+    batches: list[TrainBatch] = []
+    try:
+        batches = [parts.batch(part, Window()) for part in chosen]
+    except KVDistillError as error:
+        failure = error
+    fail_together(failure)
+    weight = auto_kv_weight(parts.model, batches, parts.config.loss.kv_gradient_ratio, dist.all_reduce)
+    parts.model.set_kv_weight(weight)
+    if rank == 0:
+        logger.info("loss.kv_weight auto: %.4g", weight)
 
 
 def fail_together(failure: KVDistillError | None) -> None:

@@ -7,12 +7,17 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from kvcore.config import StrictModel
+from kvcore.config import StrictModel, parse
+from kvcore.errors import FieldError
 from kvcore.plan import CodecSpec, Selection
+
+# Where a run keeps its best model, and the next stage finds it.
+BEST_MODEL = "best_model"
 
 Positive = Annotated[int, Field(ge=1)]
 NonNegative = Annotated[float, Field(ge=0.0)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+Section = dict[str, object]
 
 
 class StudentConfig(StrictModel):
@@ -191,8 +196,24 @@ class RunConfig(StrictModel):
         return self
 
 
+class StageConfig(StrictModel):
+    """One of several runs after one another: its directory under `run.output_dir`, and the sections that it changes."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-][A-Za-z0-9_.-]{0,63}$")]
+    kv: Section = Field(default_factory=dict)
+    align: Section = Field(default_factory=dict)
+    fuse: Section = Field(default_factory=dict)
+    loss: Section = Field(default_factory=dict)
+    data: Section = Field(default_factory=dict)
+    optim: Section = Field(default_factory=dict)
+    run: Section = Field(default_factory=dict)
+
+
 class TrainConfig(StrictModel):
-    """Everything about one run. Without teachers it is plain supervised training."""
+    """Everything about one run, or about `stages` of it, each of which starts from the best model of the one before.
+
+    Without teachers it is plain supervised training.
+    """
 
     student: StudentConfig
     teachers: tuple[TeacherConfig, ...] = ()
@@ -203,6 +224,36 @@ class TrainConfig(StrictModel):
     data: DataConfig
     optim: OptimConfig = OptimConfig()
     run: RunConfig
+    stages: tuple[StageConfig, ...] = ()
+
+    def stage(self, index: int) -> TrainConfig:
+        """The whole configuration of one stage.
+
+        Raises:
+            FieldError: what the stage changes is not valid, named by its place in `stages`.
+        """
+        stage = self.stages[index]
+        tree = self.model_dump(mode="json", exclude={"stages"})
+        for section, changes in stage.model_dump(mode="json", exclude={"name"}).items():
+            tree[section] |= changes
+        tree["run"]["output_dir"] = str(self.run.output_dir / stage.name)
+        if index > 0:
+            tree["student"]["path"] = str(self.run.output_dir / self.stages[index - 1].name / BEST_MODEL)
+        try:
+            return parse(tree, TrainConfig)
+        except FieldError as error:
+            raise FieldError(f"stages.{index}.{error.field}", error.problem) from error
+
+    @model_validator(mode="after")
+    def _stages_are_runs(self) -> Self:
+        names = [stage.name for stage in self.stages]
+        if len(set(names)) != len(names):
+            raise ValueError(f"stages: names must differ, got {names}")
+        if self.stages and self.data.val is None:
+            raise ValueError("data.val: stages pass on the best model, which validation finds; set it")
+        for index in range(len(self.stages)):
+            self.stage(index)
+        return self
 
     @model_validator(mode="after")
     def _parts_agree(self) -> Self:

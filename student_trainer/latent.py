@@ -9,6 +9,7 @@ inputs are embeddings of their own, and the student's vocabulary stays as it is.
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,7 +20,8 @@ from torch.nn import functional
 
 from kvcore.errors import ConfigError
 from kvcore.types import Tensor
-from student_trainer.capture import KVCapture, capture_kv
+from student_trainer.capture import capture_kv
+from student_trainer.injection import Injection, inject_kv
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -50,6 +52,36 @@ class LatentReasoning(nn.Module):
         self.projection = nn.Sequential(nn.Linear(hidden, hidden), nn.GELU(), nn.Linear(hidden, hidden), norm)
 
 
+@dataclass(frozen=True, slots=True)
+class AnswerReading:
+    """One pass over prompt, latents and answer.
+
+    `logits_BAV` predict each answer token; `k_BLHMD`, `v_BLHMD` are the latents' in the last pass, at the columns
+    `latents` of `inputs_BTE` (with `mask_BT`); `prompt_state_BE` is the last hidden state of the prompt's last token,
+    `before_answer_BSE` every layer's state of the last latent, if asked for.
+    """
+
+    logits_BAV: Tensor
+    k_BLHMD: Tensor
+    v_BLHMD: Tensor
+    prompt_state_BE: Tensor
+    inputs_BTE: Tensor
+    mask_BT: Tensor
+    latents: slice
+    before_answer_BSE: Tensor | None
+
+
+@dataclass(frozen=True, slots=True)
+class TextReading:
+    """One pass over text: `logits_BTV` predict tokens 1..T-1; K/V, last hidden states, every layer's if asked for."""
+
+    logits_BTV: Tensor
+    k_BLHTD: Tensor
+    v_BLHTD: Tensor
+    hidden_BTE: Tensor
+    states_BSTE: Tensor | None
+
+
 class LatentStudent(nn.Module):
     """A causal language model with latent reasoning."""
 
@@ -64,41 +96,61 @@ class LatentStudent(nn.Module):
         Returns:
             inputs [B,P+M,E] (prompt, latents) and their mask.
         """
-        prompt_BPE = self._embed(prompt_ids_BP)
+        prompt_BPE = self.embed(prompt_ids_BP)
         places_M = torch.arange(self.reasoning.latents, device=prompt_ids_BP.device)
         latents_BME = self.reasoning.first_inputs(places_M).expand(len(prompt_BPE), -1, -1)
         mask_BT = functional.pad(prompt_mask_BP, (0, self.reasoning.latents), value=True)
         before_first = prompt_BPE.shape[1] - 1
         for _ in range(self.reasoning.passes):
-            hidden_BTE = self._hidden(torch.cat([prompt_BPE, latents_BME], dim=1), mask_BT)
+            hidden_BTE, _ = self._hidden(torch.cat([prompt_BPE, latents_BME], dim=1), mask_BT)
             latents_BME = self.reasoning.projection(hidden_BTE[:, before_first:-1])
         return torch.cat([prompt_BPE, latents_BME], dim=1), mask_BT
 
-    def answer_logits(
-        self, prompt_ids_BP: Tensor, prompt_mask_BP: Tensor, answer_ids_BA: Tensor, answer_mask_BA: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Thinks, then reads the answer.
-
-        Returns:
-            logits [B,A,V] that predict each answer token, and k_BLHMD, v_BLHMD of the latents in the last pass.
-        """
+    def read_answer(
+        self,
+        prompt_ids_BP: Tensor,
+        prompt_mask_BP: Tensor,
+        answer_ids_BA: Tensor,
+        answer_mask_BA: Tensor,
+        *,
+        all_layers: bool = False,
+    ) -> AnswerReading:
+        """Thinks, then reads the answer. `all_layers`: keep every layer's state before the answer."""
         inputs_BTE, mask_BT = self.think(prompt_ids_BP, prompt_mask_BP)
-        answer_BAE = self._embed(answer_ids_BA[:, :-1])
         end = inputs_BTE.shape[1]
+        inputs_BTE = torch.cat([inputs_BTE, self.embed(answer_ids_BA[:, :-1])], dim=1)
+        mask_BT = torch.cat([mask_BT, answer_mask_BA[:, :-1]], dim=1)
         with capture_kv(self.lm) as capture:
-            hidden_BTE = self._hidden(
-                torch.cat([inputs_BTE, answer_BAE], dim=1), torch.cat([mask_BT, answer_mask_BA[:, :-1]], dim=1)
-            )
-        k_BLHMD, v_BLHMD = capture.columns(end - self.reasoning.latents, end)
-        return self._logits(hidden_BTE[:, end - 1 :]), k_BLHMD, v_BLHMD
+            hidden_BTE, layers = self._hidden(inputs_BTE, mask_BT, all_layers=all_layers)
+        start = end - self.reasoning.latents
+        k_BLHMD, v_BLHMD = capture.columns(start, end)
+        return AnswerReading(
+            self._logits(hidden_BTE[:, end - 1 :]),
+            k_BLHMD,
+            v_BLHMD,
+            hidden_BTE[:, start - 1],
+            inputs_BTE,
+            mask_BT,
+            slice(start, end),
+            torch.stack([layer[:, end - 1] for layer in layers], dim=1) if layers else None,
+        )
 
-    def text_logits(self, ids_BT: Tensor, mask_BT: Tensor) -> tuple[Tensor, KVCapture]:
-        """Reads text as any language model: logits [B,T-1,V] that predict tokens 1..T-1, and the pass's K/V."""
+    def read_text(self, ids_BT: Tensor, mask_BT: Tensor, *, all_layers: bool = False) -> TextReading:
+        """Reads text as any language model. `all_layers`: keep every layer's states."""
         with capture_kv(self.lm) as capture:
-            hidden_BTE = self._hidden(self._embed(ids_BT), mask_BT)
-        return self._logits(hidden_BTE[:, :-1]), capture
+            hidden_BTE, layers = self._hidden(self.embed(ids_BT), mask_BT, all_layers=all_layers)
+        k_BLHTD, v_BLHTD = capture.columns(0, ids_BT.shape[1])
+        states_BSTE = torch.stack(layers, dim=1) if layers else None
+        return TextReading(self._logits(hidden_BTE[:, :-1]), k_BLHTD, v_BLHTD, hidden_BTE, states_BSTE)
 
-    def _embed(self, ids: Tensor) -> Tensor:
+    def read_injected(self, inputs_BTE: Tensor, mask_BT: Tensor, injection: Injection) -> Tensor:
+        """Logits [B,T,V] after reading inputs while what later tokens see at some of them is K/V from elsewhere."""
+        with inject_kv(self.lm, injection):
+            hidden_BTE, _ = self._hidden(inputs_BTE, mask_BT)
+        return self._logits(hidden_BTE)
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """Input embeddings [...,E] of token ids."""
         return self.lm.get_input_embeddings()(ids)
 
     def _logits(self, hidden: Tensor) -> Tensor:
@@ -106,12 +158,20 @@ class LatentStudent(nn.Module):
         assert head is not None, "a causal language model has a head"
         return head(hidden)
 
-    def _hidden(self, inputs_BTE: Tensor, mask_BT: Tensor) -> Tensor:
+    def _hidden(
+        self, inputs_BTE: Tensor, mask_BT: Tensor, *, all_layers: bool = False
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Last hidden states [B,T,E], and every layer's output if asked for."""
         positions_BT = (mask_BT.long().cumsum(dim=1) - 1).clamp(min=0)
         output = self.lm.base_model(
-            inputs_embeds=inputs_BTE, attention_mask=mask_BT.long(), position_ids=positions_BT, use_cache=False
+            inputs_embeds=inputs_BTE,
+            attention_mask=mask_BT.long(),
+            position_ids=positions_BT,
+            use_cache=False,
+            output_hidden_states=all_layers,
         )
-        return output.last_hidden_state
+        # The first of them are the embeddings.
+        return output.last_hidden_state, tuple(output.hidden_states[1:]) if all_layers else ()
 
     @torch.no_grad()
     def generate(self, prompt_ids_BP: Tensor, prompt_mask_BP: Tensor, max_new_tokens: int, *, latent: bool) -> Tensor:
@@ -123,7 +183,7 @@ class LatentStudent(nn.Module):
         if latent:
             inputs_BTE, mask_BT = self.think(prompt_ids_BP, prompt_mask_BP)
         else:
-            inputs_BTE, mask_BT = self._embed(prompt_ids_BP), prompt_mask_BP
+            inputs_BTE, mask_BT = self.embed(prompt_ids_BP), prompt_mask_BP
         cache = None
         tokens: list[Tensor] = []
         for _ in range(max_new_tokens):
@@ -138,7 +198,7 @@ class LatentStudent(nn.Module):
             cache = output.past_key_values
             next_B = self._logits(output.last_hidden_state[:, -1]).argmax(dim=-1)
             tokens.append(next_B)
-            inputs_BTE = self._embed(next_B[:, None])
+            inputs_BTE = self.embed(next_B[:, None])
             mask_BT = functional.pad(mask_BT, (0, 1), value=True)
         return torch.stack(tokens, dim=1)
 

@@ -18,20 +18,24 @@ import torch
 import torch.distributed as dist
 
 from data.records import Record
+from fuse.routing import CollapseDetector
 from kvcore.config import load_config
 from kvcore.errors import KVDistillError
 from kvcore.types import Tensor
 from student_trainer import checkpoint, ds_engine
 from student_trainer.build import Parts, build, fail_together
-from student_trainer.config import OptimConfig, TrainConfig
-from student_trainer.evaluate import answer, is_correct, mean_over_ranks, rank_batches
+from student_trainer.config import BEST_MODEL, OptimConfig, TrainConfig
 from student_trainer.export import save_model
 from student_trainer.kv_sources import counters
 from student_trainer.model import TrainBatch
+from student_trainer.stages import run_stages
 from student_trainer.tracking import Tracker, peak_memory_mb, write_json
+from student_trainer.validation import Validation, validate
 from student_trainer.window import Window
 
 logger = logging.getLogger(__name__)
+
+SHOWN = ("val/loss", "val/kv_loss")
 
 
 class InterruptedRunError(KVDistillError):
@@ -44,7 +48,10 @@ def main(config_path: Path, overrides: list[str]) -> None:
     level = logging.INFO if os.environ.get("RANK", "0") == "0" else logging.WARNING
     logging.basicConfig(level=level, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", force=True)
     try:
-        run(config)
+        if config.stages:
+            run_stages(config, run)
+        else:
+            run(config)
     finally:
         ds_engine.stop()
 
@@ -83,6 +90,7 @@ class Trainer:
         self.best: dict[str, float] | None = None
         self.step = self.evaluated = 0
         self.window, self.total = Window(), Window()
+        self.collapse = CollapseDetector(list(parts.model.weights), config.fuse.collapse_at)
         self._stop_requested = False
         if parts.resumed is not None:
             parts.resumed.restore(self.engine)
@@ -148,6 +156,8 @@ class Trainer:
         torch.manual_seed(hash((self.config.run.seed, self.step, self.rank)) % 2**63)
         self.engine.set_lr(learning_rate(self.config.optim, self.step, self.parts.sampling.steps))
         self.engine.module.train()
+        if self.parts.model.fusion is not None:
+            self.parts.model.fusion.set_epoch(self.parts.sampling.epoch(self.step))
         for _ in range(self.parts.sampling.accumulation):
             batch = self._fetch([self.parts.train[index] for index in next(batches)], self.window)
             for name, value in self.engine.micro_step(batch).items():
@@ -194,7 +204,10 @@ class Trainer:
         dist.all_reduce(sums)
         *losses, stall_s, encoded_bytes, received, missing = sums.tolist()
         per_loss = window.micro_batches * self.world_size
-        metrics = {f"train/{name}": value / per_loss for name, value in zip(names, losses, strict=True)}
+        metrics = {
+            (name if "/" in name else f"train/{name}"): value / per_loss
+            for name, value in zip(names, losses, strict=True)
+        }
         metrics["train/lr"] = learning_rate(self.config.optim, self.step - 1, self.parts.sampling.steps)
         metrics["train/epoch"] = self.parts.sampling.epoch(self.step)
         metrics["train/samples_per_second"] = window.samples / window.seconds
@@ -208,64 +221,48 @@ class Trainer:
             for teacher in self.parts.teachers:
                 counted = counters(teacher.source)
                 metrics |= {f"kv/{name}/{teacher.name}": counted.get(name, 0) for name in ("switches", "retries")}
-            for name, weight in self.parts.model.weights.items():
-                metrics[f"routing/weights_mean/{name}"] = weight
+            self._watch_routing(metrics)
         tracker.log(self.step, metrics)
         tracker.progress(self.step, metrics)
 
-    @torch.no_grad()
+    def _watch_routing(self, metrics: dict[str, float]) -> None:
+        """Completes the routing metrics, and warns of a router that has come to trust one teacher alone."""
+        weights = {name: f"routing/weights_mean/{name}" for name in self.parts.model.weights}
+        if self.config.fuse.kind == "fixed":
+            metrics |= {weights[name]: weight for name, weight in self.parts.model.weights.items()}
+            return
+        assert self.parts.model.fusion is not None
+        metrics["routing/temperature"] = self.parts.model.fusion.temperature
+        warning = self.collapse.check([metrics[name] for name in weights.values()])
+        if warning and self.rank == 0:
+            logger.warning("step %d: %s", self.step, warning)
+
     def _evaluate(self, tracker: Tracker) -> None:
-        records = self.parts.val
-        if not records:
+        if not self.parts.val:
             self.evaluated = self.step
             return
         self.engine.module.eval()
-        latent = self.config.student.mode == "latent"
-        totals: dict[str, float] = {"count": 0.0, "accuracy": 0.0, "loss": 0.0, "kv_loss": 0.0}
-        for indices, counted in rank_batches(len(records), self.config.run.micro_batch, self.rank, self.world_size):
-            chosen = [records[index] for index in indices]
-            # What fills a batch up enters no mean; every rank runs its pass all the same.
-            losses = self.engine.module(self._fetch(chosen, Window()).first(max(1, counted)))
-            written = answer(
-                self.parts.model.student,
-                self.parts.collator,
-                self.parts.tokenizer,
-                chosen,
-                self.config.data.answer_tokens,
-                self.device,
-                latent=latent,
-            )
-            totals["count"] += counted
-            totals["accuracy"] += sum(
-                is_correct(text, record, latent=latent)
-                for text, record in zip(written[:counted], chosen[:counted], strict=True)
-            )
-            for name in ("loss", "kv_loss"):
-                totals[name] += float(losses[name]) * counted if name in losses else 0.0
-        means = mean_over_ranks(totals, self.device)
-        metrics = {"val/loss": means["loss"], "val/task_metrics/accuracy": means["accuracy"]}
-        if self.parts.teachers:
-            metrics["val/kv_loss"] = means["kv_loss"]
-        tracker.log(self.step, metrics)
+        found = validate(self.engine.module, self.parts, lambda records: self._fetch(records, Window()), self.device)
+        tracker.log(self.step, {name: value for name, value in found.metrics.items() if name.startswith("val/")})
         if self.rank == 0:
-            logger.info(
-                "step %d  validation: accuracy %.1f %%, %s",
-                self.step,
-                100 * means["accuracy"],
-                ", ".join(f"{k} {v:.4f}" for k, v in metrics.items() if k.endswith("loss")),
-            )
-        self._keep_best(metrics)
+            shown = ", ".join(f"{name} {found.metrics[name]:.4f}" for name in SHOWN if name in found.metrics)
+            accuracy = 100 * found.metrics["val/task_metrics/accuracy"]
+            logger.info("step %d  validation: accuracy %.1f %%, %s", self.step, accuracy, shown)
+        self._keep_best(found)
         self.evaluated = self.step
 
-    def _keep_best(self, metrics: dict[str, float]) -> None:
-        current = metrics | {"step": float(self.step)}
+    def _keep_best(self, found: Validation) -> None:
+        current = {name: value for name, value in found.metrics.items() if name.startswith("val/")}
+        current["step"] = float(self.step)
 
         def quality(of: dict[str, float]) -> tuple[float, float]:
             return of["val/task_metrics/accuracy"], -of["val/loss"]
 
         if self.best is None or quality(current) > quality(self.best):
             self.best = current
-            save_model(self.engine, self.parts, self.out / "best_model")
+            save_model(self.engine, self.parts, self.out / BEST_MODEL)
+            if self.rank == 0:
+                write_json(self.out / "eval_results.json", found.results(self.parts, self.step))
 
     def _flush(self) -> None:
         failure: KVDistillError | None = None
@@ -294,7 +291,7 @@ class Trainer:
     def _finish(self, seconds: float) -> dict[str, Any]:
         self._flush()
         if not self.parts.val:
-            save_model(self.engine, self.parts, self.out / "best_model")
+            save_model(self.engine, self.parts, self.out / BEST_MODEL)
         peaks_R = torch.zeros(self.world_size, dtype=torch.float64, device=self.device)
         peaks_R[self.rank] = peak_memory_mb()
         dist.all_reduce(peaks_R)

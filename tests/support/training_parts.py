@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import zlib
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -15,9 +16,10 @@ from align.head_dim_adapter import KVGeometry
 from data.collate import Collator
 from data.records import Record
 from data.synthetic import ChainTask, make_splits
+from kvcore.config import parse
 from kvcore.offsets import read_text
 from kvcore.types import BatchKV
-from student_trainer.config import LossConfig, StudentConfig
+from student_trainer.config import LossConfig, TrainConfig
 from student_trainer.latent import LatentStudent, new_reasoning
 from student_trainer.model import DistillModel, TrainBatch
 from tests.support.tiny_models import build_model, build_tokenizer, tiny_spec
@@ -49,8 +51,23 @@ def tiny_student() -> LatentStudent:
     return LatentStudent(lm, new_reasoning(lm, LATENTS, PASSES, seed=0))
 
 
-def aligner_of(teacher: str, direction: str = "to_student", head_adapter: str = "ridge") -> Aligner:
-    return Aligner(TEACHERS[teacher], STUDENT, direction=direction, head_adapter=head_adapter)
+def aligner_of(
+    teacher: str, direction: str = "to_student", head_adapter: str = "ridge", layer_map: str = "ratio"
+) -> Aligner:
+    return Aligner(TEACHERS[teacher], STUDENT, direction=direction, head_adapter=head_adapter, layer_map=layer_map)
+
+
+def train_config(mode: str = "latent", **sections: dict[str, Any]) -> TrainConfig:
+    """A configuration whose paths lead nowhere; `sections` are merged one level deep."""
+    tree: dict[str, Any] = {
+        "student": {"path": "tiny", "mode": mode, "latents": LATENTS, "passes": PASSES},
+        "kv": {"selection": {"selector": "right", "budget": LATENTS}},
+        "data": {"train": "none.jsonl", "val": "none.jsonl"},
+        "run": {"output_dir": "none", "steps": 1},
+    }
+    for section, values in sections.items():
+        tree[section] = {**tree.get(section, {}), **values}
+    return parse(tree, TrainConfig)
 
 
 def distill_model(
@@ -60,21 +77,27 @@ def distill_model(
     direction: str = "to_student",
     student: LatentStudent | None = None,
     loss: LossConfig | None = None,
+    **sections: dict[str, Any],
 ) -> DistillModel:
-    """A model with one alignment per teacher in `weights`, not calibrated."""
-    settings = StudentConfig.model_validate({"path": "tiny", "mode": mode, "latents": LATENTS, "passes": PASSES})
-    aligners = [aligner_of(name, direction) for name in weights]
-    return DistillModel(student or tiny_student(), aligners, weights, settings, loss or LossConfig())
+    """A model with one alignment per teacher in `weights`, not calibrated; `sections` as in `train_config`."""
+    align = {"direction": direction} | sections.pop("align", {})
+    sections |= {"align": align, "loss": (loss or LossConfig()).model_dump()}
+    config = train_config(mode, **sections)
+    aligners = [aligner_of(name, direction, config.align.head_adapter, config.align.layer_map) for name in weights]
+    return DistillModel(student or tiny_student(), aligners, weights, config)
 
 
 def _generator(seed: str) -> torch.Generator:
     return torch.Generator().manual_seed(zlib.crc32(seed.encode()))
 
 
-def teacher_kv(teacher: str, records: Sequence[Record], slots: int | None = LATENTS) -> BatchKV:
+def teacher_kv(
+    teacher: str, records: Sequence[Record], slots: int | None = LATENTS, layers: int | None = None
+) -> BatchKV:
     """K/V that a map of the student's can explain in part: they depend on teacher and last byte, with noise by text.
 
-    `slots`: only so many of the last tokens, else every token that ends at a known byte.
+    `slots`: only so many of the last tokens, else every token that ends at a known byte. `layers`: as many as the plan
+    asks for, those of the default layer map if not given.
     """
     geometry = TEACHERS[teacher]
     ends_of = [
@@ -82,7 +105,7 @@ def teacher_kv(teacher: str, records: Sequence[Record], slots: int | None = LATE
     ]
     kept = [ends if slots is None else ends[-slots:] for ends in ends_of]
     width = max(map(len, kept))
-    shape = (len(aligner_of(teacher).layers_needed), geometry.heads, width, geometry.head_dim)
+    shape = (layers or len(aligner_of(teacher).layers_needed), geometry.heads, width, geometry.head_dim)
     k_BLHMD, v_BLHMD = torch.zeros(len(records), *shape), torch.zeros(len(records), *shape)
     mask_BM, ends_BM = torch.zeros(len(records), width, dtype=torch.bool), torch.full((len(records), width), -1)
     by_last_byte = 2 * torch.randn(2, 256, *shape[:2], shape[3], generator=_generator(teacher)) + 1
@@ -99,4 +122,6 @@ def teacher_kv(teacher: str, records: Sequence[Record], slots: int | None = LATE
 
 def train_batch(model: DistillModel, records: Sequence[Record], slots: int | None = LATENTS) -> TrainBatch:
     """What the trainer feeds the model, with K/V of all its teachers."""
-    return TrainBatch(collator()(records), tuple(teacher_kv(name, records, slots) for name in model.weights))
+    asked = {name: len(aligner.layers_needed) for name, aligner in zip(model.weights, model.aligners, strict=True)}
+    caches = (teacher_kv(name, records, slots, layers) for name, layers in asked.items())
+    return TrainBatch(collator()(records), tuple(caches))

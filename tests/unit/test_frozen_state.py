@@ -2,25 +2,20 @@
 
 from __future__ import annotations
 
-from typing import cast
-
 import pytest
 import torch
-from torch import nn
 
 from align.aligner import Aligner
 from align.head_dim_adapter import KVGeometry
-from student_trainer.config import LossConfig, StudentConfig
-from student_trainer.latent import LatentStudent
 from student_trainer.model import DistillModel
+from tests.support.training_parts import tiny_student, train_config
 
 
 def model_with(names: list[str]) -> DistillModel:
     aligners = [Aligner(KVGeometry(2, 1, 4), KVGeometry(2, 1, 4)) for _ in names]
     for number, aligner in enumerate(aligners, start=1):
         aligner.scale_LK.fill_(number)
-    student = cast("LatentStudent", nn.Linear(1, 1))
-    return DistillModel(student, aligners, dict.fromkeys(names, 1.0), StudentConfig(path="tiny"), LossConfig())
+    return DistillModel(tiny_student(), aligners, dict.fromkeys(names, 1.0), train_config())
 
 
 @pytest.mark.parametrize("names", [["qwen2", "qwen2.5"], ["fused", "fused.scale_LK"], ["teacher", "other"]])

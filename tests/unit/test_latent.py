@@ -62,7 +62,8 @@ def naive_latents(student: LatentStudent, prompt: list[int]) -> list[Tensor]:
 def test_a_padded_batch_reads_like_its_prompts_one_by_one(family: Family) -> None:
     student = student_of(family)
     answer_ids_BA, answer_mask_BA = right_padded(ANSWERS)
-    logits_BAV, k_BLHMD, v_BLHMD = student.answer_logits(*left_padded(PROMPTS), answer_ids_BA, answer_mask_BA)
+    reading = student.read_answer(*left_padded(PROMPTS), answer_ids_BA, answer_mask_BA)
+    logits_BAV, k_BLHMD, v_BLHMD = reading.logits_BAV, reading.k_BLHMD, reading.v_BLHMD
     assert k_BLHMD.shape == v_BLHMD.shape == (3, 2, 2, LATENTS, 16)
     for row, (prompt, answer) in enumerate(zip(PROMPTS, ANSWERS, strict=True)):
         before = embed(student, prompt) + naive_latents(student, prompt)
@@ -92,10 +93,9 @@ def test_what_stands_in_padding_changes_nothing() -> None:
     ids_BP, mask_BP = left_padded(PROMPTS)
     answers = right_padded(ANSWERS)
     filled = (torch.where(mask_BP, ids_BP, 77), mask_BP, torch.where(answers[1], answers[0], 78), answers[1])
-    logits, k, v = student.answer_logits(ids_BP, mask_BP, *answers)
-    other_logits, other_k, other_v = student.answer_logits(*filled)
-    torch.testing.assert_close((other_k, other_v), (k, v))
-    torch.testing.assert_close(other_logits[answers[1]], logits[answers[1]])
+    reading, other = student.read_answer(ids_BP, mask_BP, *answers), student.read_answer(*filled)
+    torch.testing.assert_close((other.k_BLHMD, other.v_BLHMD), (reading.k_BLHMD, reading.v_BLHMD))
+    torch.testing.assert_close(other.logits_BAV[answers[1]], reading.logits_BAV[answers[1]])
 
 
 @pytest.mark.parametrize("passes", [1, 2, 3])
@@ -115,8 +115,8 @@ def test_each_pass_settles_one_more_latent(passes: int) -> None:
 def test_gradients_pass_through_every_pass_to_all_latent_parameters() -> None:
     student = student_of()
     answers = right_padded(ANSWERS)
-    _, k_BLHMD, v_BLHMD = student.answer_logits(*left_padded(PROMPTS), *answers)
-    (k_BLHMD.square().sum() + v_BLHMD.square().sum()).backward()
+    reading = student.read_answer(*left_padded(PROMPTS), *answers)
+    (reading.k_BLHMD.square().sum() + reading.v_BLHMD.square().sum()).backward()
     for name, parameter in student.reasoning.named_parameters():
         assert parameter.grad is not None, name
         assert parameter.grad.abs().sum() > 0, name
@@ -147,8 +147,9 @@ def test_generation_is_greedy_decoding_of_each_prompt_alone(family: Family, late
 def test_text_is_read_as_by_the_plain_model() -> None:
     student = student_of()
     ids_BT, mask_BT = right_padded(PROMPTS)
-    logits_BTV, capture = student.text_logits(ids_BT, mask_BT)
-    assert len(capture.k_BHTD) == 2
+    reading = student.read_text(ids_BT, mask_BT)
+    logits_BTV = reading.logits_BTV
+    assert reading.k_BLHTD.shape[1:3] == (2, 2)
     for row, ids in enumerate(PROMPTS):
         output: Any = student.lm(torch.tensor([ids]))
         torch.testing.assert_close(logits_BTV[row, : len(ids) - 1], output.logits[0, :-1], atol=1e-5, rtol=1e-5)

@@ -20,6 +20,7 @@ from student_trainer.config import OptimConfig, TrainConfig
 from student_trainer.model import TrainBatch
 from student_trainer.sampling import Sampling
 from student_trainer.trainer import InterruptedRunError, Trainer, learning_rate
+from student_trainer.validation import Validation
 from student_trainer.window import Window
 from tests.support.plain_engine import PlainEngine
 from tests.support.training_parts import (
@@ -180,7 +181,7 @@ def test_the_best_model_is_the_most_accurate_then_the_one_with_the_least_loss(tm
     trainer.step = 0
     for accuracy, loss, best in [(0.5, 2.0, 1), (0.5, 1.0, 2), (0.4, 0.1, 2), (0.5, 1.0, 2), (0.6, 9.0, 5)]:
         trainer.step += 1
-        trainer._keep_best({"val/task_metrics/accuracy": accuracy, "val/loss": loss})
+        trainer._keep_best(Validation({"val/task_metrics/accuracy": accuracy, "val/loss": loss}, None))
         assert trainer.best is not None
         assert trainer.best["step"] == best
 

@@ -1,0 +1,177 @@
+"""How much of each teacher goes into a sample's target: fixed, by similarity, or by a router that learns."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from align.head_dim_adapter import KVGeometry
+from fuse.fuse_kv import fuse
+from fuse.router import Router
+from fuse.routing import entropy, temperature, to_weights
+from fuse.similarity import teacher_similarity
+from kvcore.types import Tensor
+from student_trainer.config import FuseConfig
+
+
+@dataclass(frozen=True, slots=True)
+class AlignedTeacher:
+    """One teacher's K/V in the student's space, [B,L,H,M,D], masked by slot.
+
+    `standard_k`, `standard_v`: the same, less the mean that calibration measured, over its deviation. `own_k`, `own_v`:
+    the student's own at the same tokens of the text, standardised alike; `compared_BLHM` is True where it has one.
+    Both are of the slots as they came, before they were resampled. Only routing reads them.
+    """
+
+    k_BLHMD: Tensor
+    v_BLHMD: Tensor
+    mask_BM: Tensor
+    standard_k: Tensor | None = None
+    standard_v: Tensor | None = None
+    own_k: Tensor | None = None
+    own_v: Tensor | None = None
+    compared_BLHM: Tensor | None = None
+    slots_BM: Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Fused:
+    """One target out of several teachers.
+
+    `weights`: [N] (fixed), [B,N] or [B,L,N]; `soft`: the same before a choice of one; `present_BN`: who had anything.
+    """
+
+    k_BLHMD: Tensor
+    v_BLHMD: Tensor
+    mask_BM: Tensor
+    weights: Tensor
+    soft: Tensor
+    present_BN: Tensor
+
+
+class Fusion(nn.Module):
+    """Weighs the teachers of each sample and fuses them.
+
+    Args:
+        settings: kind, metric, router and temperature.
+        fixed: the teachers' names and fixed weights, which sum to 1.
+        student: its K/V geometry.
+        prompt_width: the student's hidden size, which the router reads.
+    """
+
+    def __init__(self, settings: FuseConfig, fixed: dict[str, float], student: KVGeometry, prompt_width: int) -> None:
+        super().__init__()
+        self.settings = settings
+        self.names = tuple(fixed)
+        self.temperature = temperature(
+            0.0, settings.temperature, settings.temperature_decay, settings.temperature_floor
+        )
+        self._fixed_N = torch.tensor(list(fixed.values()))
+        self.router: Router | None = None
+        if settings.kind == "learnable":
+            layers = student.layers if settings.per_layer else None
+            summary = 2 * student.layers * student.features
+            self.router = Router(
+                settings.router,
+                len(fixed),
+                prompt_width,
+                layers=layers,
+                width=settings.router_width,
+                summary_width=summary,
+            )
+
+    @property
+    def compares(self) -> bool:
+        """Whether weights depend on the student's own K/V at the teachers' tokens."""
+        return self.settings.kind == "similarity"
+
+    @property
+    def learns(self) -> bool:
+        """Whether a router is trained."""
+        return self.router is not None
+
+    def set_epoch(self, epoch: float) -> None:
+        """Anneals the temperature."""
+        settings = self.settings
+        self.temperature = temperature(
+            epoch, settings.temperature, settings.temperature_decay, settings.temperature_floor
+        )
+
+    def forward(self, teachers: Sequence[AlignedTeacher], prompt_state_BE: Tensor | None = None) -> Fused:
+        """Weighs and fuses. `prompt_state_BE`: the student's state at the prompt's end, for the router."""
+        mask_NBM = torch.stack([teacher.mask_BM for teacher in teachers])
+        present_BN = mask_NBM.any(dim=2).T
+        if self.settings.kind == "fixed":
+            soft = weights = self._fixed_N.to(mask_NBM.device)
+        else:
+            logits = self._logits(teachers, prompt_state_BE)
+            soft = to_weights(logits, present_BN, self.temperature, "soft")
+            weights = to_weights(logits, present_BN, self.temperature, self.settings.choose)
+        return Fused(*_fuse(teachers, mask_NBM, weights), weights, soft, present_BN)
+
+    def fuse_fixed(self, teachers: Sequence[AlignedTeacher]) -> tuple[Tensor, Tensor, Tensor]:
+        """k_BLHMD, v_BLHMD and mask_BM with the fixed weights, whatever the kind: what targets are scaled by."""
+        mask_NBM = torch.stack([teacher.mask_BM for teacher in teachers])
+        return _fuse(teachers, mask_NBM, self._fixed_N.to(mask_NBM.device))
+
+    def _logits(self, teachers: Sequence[AlignedTeacher], prompt_state_BE: Tensor | None) -> Tensor:
+        if self.router is None:
+            return self._similarities(teachers)
+        assert prompt_state_BE is not None, "the router reads the prompt"
+        return self.router(prompt_state_BE.detach(), torch.stack([_summary(one) for one in teachers], dim=1))
+
+    def _similarities(self, teachers: Sequence[AlignedTeacher]) -> Tensor:
+        """[B,N], or [B,L,N] per layer: keys and values count alike.
+
+        A teacher none of whose tokens the student has in common is rated like the least similar one.
+        """
+        found: list[Tensor] = []
+        compared_BN = torch.stack(
+            [teacher.compared_BLHM.flatten(1).any(dim=1) for teacher in teachers if teacher.compared_BLHM is not None],
+            1,
+        )
+        for teacher in teachers:
+            assert teacher.compared_BLHM is not None
+            sides = ((teacher.own_k, teacher.standard_k), (teacher.own_v, teacher.standard_v))
+            similarities = [
+                teacher_similarity(own[None], theirs[None], teacher.compared_BLHM[None], self.settings.metric)
+                for own, theirs in sides
+                if own is not None and theirs is not None
+            ]
+            found.append(torch.stack(similarities).mean(dim=0))
+        sim_BLN = torch.cat(found, dim=2)
+        least_BL1 = sim_BLN.masked_fill(~compared_BN[:, None], torch.inf).amin(dim=2, keepdim=True)
+        sim_BLN = torch.where(compared_BN[:, None] | least_BL1.isinf(), sim_BLN, least_BL1)
+        return sim_BLN if self.settings.per_layer else sim_BLN.mean(dim=1)
+
+    def metrics(self, fused: Fused) -> dict[str, Tensor]:
+        """Mean weight of each teacher over the samples that have any, and the entropy of the soft weights, in nats."""
+        weights = fused.weights.detach()
+        per_sample_BN = weights if weights.dim() == 2 else weights.mean(dim=1)
+        counted = fused.present_BN.any(dim=1).sum().clamp(min=1)
+        means_N = per_sample_BN.sum(dim=0) / counted
+        named = {f"routing/weights_mean/{name}": mean for name, mean in zip(self.names, means_N, strict=True)}
+        return named | {"routing/entropy": entropy(fused.soft, fused.present_BN)}
+
+
+def _fuse(teachers: Sequence[AlignedTeacher], mask_NBM: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    k_BLHMD, mask_BM = fuse(torch.stack([teacher.k_BLHMD for teacher in teachers]), mask_NBM, weights)
+    v_BLHMD, _ = fuse(torch.stack([teacher.v_BLHMD for teacher in teachers]), mask_NBM, weights)
+    return k_BLHMD, v_BLHMD, mask_BM
+
+
+def _summary(teacher: AlignedTeacher) -> Tensor:
+    """[B,F]: mean over the slots of a teacher's standardised K/V, all layers, heads and dims in a row."""
+    assert teacher.standard_k is not None
+    assert teacher.standard_v is not None
+    assert teacher.slots_BM is not None
+    slots_BM = teacher.slots_BM
+    counts_B = slots_BM.sum(dim=1).clamp(min=1)
+    parts: list[Tensor] = []
+    for x_BLHMD in (teacher.standard_k, teacher.standard_v):
+        kept_BLHMD = x_BLHMD.detach().masked_fill(~slots_BM[:, None, None, :, None], 0.0)
+        parts.append((kept_BLHMD.sum(dim=3) / counts_B[:, None, None, None]).flatten(1))
+    return torch.cat(parts, dim=1)

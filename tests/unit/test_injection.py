@@ -1,0 +1,99 @@
+"""K/V from elsewhere in the student's cache: what later tokens see there, and nothing else."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from transformers import DynamicCache, PreTrainedModel
+
+from kvcore.types import Tensor
+from student_trainer.capture import capture_kv
+from student_trainer.injection import Injection, inject_kv
+from tests.support.tiny_models import FAMILIES, Family, build_model, tiny_spec
+
+IDS_BT = torch.tensor([[5, 9, 31, 7, 12, 80, 44], [200, 3, 4, 90, 11, 6, 17]])
+COLUMNS = slice(2, 5)
+EVERYWHERE_BM = torch.ones(2, 3, dtype=torch.bool)
+
+
+def model_of(family: Family) -> PreTrainedModel:
+    return build_model(tiny_spec(family)).requires_grad_(False)
+
+
+def other_kv(model: PreTrainedModel) -> tuple[Tensor, Tensor]:
+    """What the model makes of another text: K/V of the right scale that are not its own here."""
+    with torch.no_grad(), capture_kv(model) as capture:
+        model(IDS_BT.flip(1) + 3)
+    return capture.columns(1, 4)
+
+
+def injected_logits(model: PreTrainedModel, injection: Injection) -> Tensor:
+    with inject_kv(model, injection):
+        return model(IDS_BT).logits
+
+
+def logits_through_a_cache(model: Any, row: int, k_LHMD: Tensor, v_LHMD: Tensor) -> Tensor:
+    """The tokens after the columns, read with a cache whose columns were overwritten by hand, keys rotated."""
+    cache = DynamicCache()
+    model(IDS_BT[row : row + 1, : COLUMNS.stop], past_key_values=cache)
+    positions = torch.arange(COLUMNS.start, COLUMNS.stop)[None]
+    cos, sin = model.model.rotary_emb(k_LHMD, positions)
+    for layer, cached in enumerate(cache.layers):
+        k_HMD = k_LHMD[layer]
+        half = k_HMD.shape[-1] // 2
+        turned = torch.cat([-k_HMD[..., half:], k_HMD[..., :half]], dim=-1)
+        kept: Any = cached
+        kept.keys[0, :, COLUMNS] = k_HMD * cos + turned * sin
+        kept.values[0, :, COLUMNS] = v_LHMD[layer]
+    return model(IDS_BT[row : row + 1, COLUMNS.stop :], past_key_values=cache).logits[0]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_models_own_kv_change_nothing(family: Family) -> None:
+    model = model_of(family)
+    with torch.no_grad(), capture_kv(model) as capture:
+        plain = model(IDS_BT).logits
+    injection = Injection(COLUMNS, *capture.columns(2, 5), EVERYWHERE_BM)
+    torch.testing.assert_close(injected_logits(model, injection), plain, atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_later_tokens_see_what_an_overwritten_cache_would_show_them(family: Family) -> None:
+    model = model_of(family)
+    k_BLHMD, v_BLHMD = other_kv(model)
+    logits = injected_logits(model, Injection(COLUMNS, k_BLHMD, v_BLHMD, EVERYWHERE_BM))
+    for row in range(2):
+        expected = logits_through_a_cache(model, row, k_BLHMD[row], v_BLHMD[row])
+        torch.testing.assert_close(logits[row, COLUMNS.stop :], expected, atol=1e-5, rtol=1e-5)
+    assert (logits - model(IDS_BT).logits)[:, COLUMNS.stop :].abs().max() > 1e-3
+    torch.testing.assert_close(logits[:, : COLUMNS.start], model(IDS_BT).logits[:, : COLUMNS.start])
+
+
+def test_where_nothing_is_injected_the_model_keeps_its_own_and_anything_may_stand_there() -> None:
+    model = model_of("qwen3")
+    k_BLHMD, v_BLHMD = other_kv(model)
+    mask_BM = torch.tensor([[False, False, True], [False, False, False]])  # Own K/V before it do not depend on it.
+    empty = ~mask_BM[:, None, None, :, None]
+    with torch.no_grad(), capture_kv(model) as capture:
+        model(IDS_BT)
+    own_k, own_v = capture.columns(2, 5)
+    mixed = Injection(COLUMNS, torch.where(empty, own_k, k_BLHMD), torch.where(empty, own_v, v_BLHMD), EVERYWHERE_BM)
+    k_leaf, v_leaf = (x.masked_fill(empty, torch.nan).requires_grad_() for x in (k_BLHMD, v_BLHMD))
+    logits = injected_logits(model, Injection(COLUMNS, k_leaf, v_leaf, mask_BM))
+    torch.testing.assert_close(logits, injected_logits(model, mixed), atol=1e-6, rtol=1e-6)
+    logits.square().sum().backward()
+    for leaf in (k_leaf, v_leaf):
+        assert leaf.grad is not None
+        assert bool((leaf.grad == 0)[empty.expand_as(leaf)].all())
+        assert leaf.grad[0, :, :, 2].abs().sum() > 0
+
+
+def test_the_model_is_restored_even_after_an_error() -> None:
+    model = model_of("llama")
+    plain = model(IDS_BT).logits
+    k_BLHMD, v_BLHMD = other_kv(model)
+    with pytest.raises(ZeroDivisionError), inject_kv(model, Injection(COLUMNS, k_BLHMD, v_BLHMD, EVERYWHERE_BM)):
+        raise ZeroDivisionError
+    assert model(IDS_BT).logits.equal(plain)
