@@ -1,7 +1,7 @@
 """The losses. Unless one says otherwise, each is a mean over samples of a mean over that sample's own tokens or slots.
 
 Averaging inside a sample first keeps the gradient the same however a batch is split over ranks and micro-batches.
-Slots that a mask leaves out may hold anything, NaN included: they reach neither a value nor a gradient.
+K/V slots that a mask leaves out may hold anything, NaN included: they reach neither a value nor a gradient.
 """
 
 from __future__ import annotations
