@@ -9,18 +9,39 @@ from __future__ import annotations
 import copy
 import importlib
 from collections.abc import Callable
+from functools import partial
 from types import ModuleType
-from typing import cast
+from typing import Any, cast
 
 import torch
 from transformers import MODEL_MAPPING, PreTrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from kvcore.errors import UnsupportedModelError
+from kvcore.errors import FieldError, UnsupportedModelError
 from kvcore.types import Tensor
 
 ROPE_TYPES = ("default", "linear", "dynamic", "llama3", "yarn")
 Frequencies = Callable[[int], tuple[Tensor, float]]
+
+# Models that rotate the keys of some layers only, which their rotary parameters do not tell.
+_PARTLY_ROTATED = frozenset(
+    {
+        "afmoe",
+        "beam",
+        "cohere2",
+        "cohere2_moe",
+        "cohere_compass",
+        "exaone4",
+        "exaone_moe",
+        "flint",
+        "granite_swa",
+        "granitemoe_swa",
+        "granitemoehybrid",
+        "kolibri1",
+        "olmo_hybrid",
+        "smollm3",
+    }
+)
 
 
 class RoPEScaler:
@@ -37,25 +58,35 @@ class RoPEScaler:
         self._interleaved = interleaved
 
     @classmethod
-    def from_config(cls, config: PreTrainedConfig) -> RoPEScaler:
+    def from_config(cls, config: PreTrainedConfig, layer_type: str | None = None) -> RoPEScaler:
         """The rotary embedding that transformers' model of this configuration applies.
 
+        Args:
+            config: of a language model, or of a model that has one.
+            layer_type: one of the configuration's `layer_types`, for models that rotate each type in its own way, as
+                Gemma 3 its sliding and its full attention. Where all layers are rotated alike it may be left out.
+
         Raises:
-            UnsupportedModelError: no rotary embedding, an unknown type, or one per kind of layer.
+            UnsupportedModelError: no rotary embedding, an unknown type, or layers that are not rotated.
+            FieldError: `layer_type` is missing, or is not one that the model has.
         """
-        config = copy.deepcopy(config)
-        module, prefix = _modeling_module(config)
-        rope = getattr(config, "rope_parameters", None)
-        rope_type = rope.get("rope_type") if isinstance(rope, dict) else None
+        config = copy.deepcopy(config.get_text_config(decoder=True))
+        if config.model_type in _PARTLY_ROTATED:
+            raise UnsupportedModelError(f"{type(config).__name__}: it leaves the keys of some layers un-rotated")
+        module, embedding = _rotary_embedding(config)
+        chosen = _chosen_type(config, layer_type)
+        rope_type = _parameters(config, chosen).get("rope_type")
         if rope_type not in ROPE_TYPES:
             raise UnsupportedModelError(
                 f"{type(config).__name__}: rope type {rope_type!r} is not one of {', '.join(ROPE_TYPES)}"
             )
+        arguments = {} if chosen is None else {"layer_type": chosen}
+        interleaved = _is_interleaved(module)
         if rope_type == "default":
-            default = getattr(module, f"{prefix}RotaryEmbedding").compute_default_rope_parameters
-            return cls(lambda _length: default(config), interleaved=_is_interleaved(module))
-        scaled = ROPE_INIT_FUNCTIONS[rope_type]
-        return cls(lambda length: scaled(config, seq_len=length), interleaved=_is_interleaved(module))
+            default = partial(embedding.compute_default_rope_parameters, config, **arguments)
+            return cls(lambda _length: default(), interleaved=interleaved)
+        scaled = partial(ROPE_INIT_FUNCTIONS[rope_type], config, **arguments)
+        return cls(lambda length: scaled(seq_len=length), interleaved=interleaved)
 
     def rotate(self, k_BHTD: Tensor, positions_BT: Tensor, length: int | None = None) -> Tensor:
         """Content keys to what the model would have cached, in fp32.
@@ -64,6 +95,8 @@ class RoPEScaler:
             k_BHTD: content keys.
             positions_BT: each token's position; [B,H,T] or [B,1,T] where heads hold different tokens.
             length: tokens in the whole sequence, which `dynamic` frequencies depend on; the last position + 1 if None.
+                A model keeps the frequencies of the longest one that it has read, until it reads one that is shorter
+                than it was trained for.
         """
         cos, sin, _ = self._cos_sin(positions_BT, length, k_BHTD.device)
         return self._turn(k_BHTD.float(), cos, sin)
@@ -96,16 +129,37 @@ class RoPEScaler:
         return torch.cat([joined, rest], dim=-1)
 
 
-def _modeling_module(config: PreTrainedConfig) -> tuple[ModuleType, str]:
-    """The transformers module that defines the configuration's model, and the prefix of its class names."""
+def _rotary_embedding(config: PreTrainedConfig) -> tuple[ModuleType, Any]:
+    """The transformers module that defines the configuration's model, and the model's class of rotary embedding."""
     if type(config) not in MODEL_MAPPING:
         raise UnsupportedModelError(f"{type(config).__name__}: transformers has no base model for it")
     model_class: type = cast("type", MODEL_MAPPING[type(config)])
     module = importlib.import_module(model_class.__module__)
     prefix = model_class.__name__.removesuffix("Model")
-    if not hasattr(module, f"{prefix}RotaryEmbedding") or not hasattr(module, "rotate_half"):
+    names = (f"{name}RotaryEmbedding" for name in (prefix, prefix.removesuffix("Text")))
+    found = next((getattr(module, name) for name in names if hasattr(module, name)), None)
+    if found is None or not hasattr(module, "rotate_half"):
         raise UnsupportedModelError(f"{model_class.__name__}: it has no rotary embedding of the usual form")
-    return module, prefix
+    return module, found
+
+
+def _chosen_type(config: PreTrainedConfig, layer_type: str | None) -> str | None:
+    """The layer type whose parameters count, or None where all layers share theirs."""
+    known = list(dict.fromkeys(getattr(config, "layer_types", None) or ()))
+    name = type(config).__name__
+    if layer_type is not None and layer_type not in known:
+        raise FieldError("layer_type", f"{name} has {', '.join(known) or 'layers of one type'}; got '{layer_type}'")
+    parameters = getattr(config, "rope_parameters", None) or {}
+    if not any(isinstance(parameters.get(kind), dict) for kind in known):
+        return None
+    if layer_type is None:
+        raise FieldError("layer_type", f"{name} rotates each layer type in its own way: give one of {', '.join(known)}")
+    return layer_type
+
+
+def _parameters(config: PreTrainedConfig, chosen: str | None) -> dict[str, Any]:
+    parameters = getattr(config, "rope_parameters", None) or {}
+    return parameters if chosen is None else parameters.get(chosen) or {}
 
 
 def _is_interleaved(module: ModuleType) -> bool:

@@ -1,7 +1,7 @@
 """Where a transformers model makes its keys and values: found once, hooked by teachers and students alike.
 
-A content key is what enters the rotary embedding: the output of k_proj (its bias included), after k_norm where the
-attention has one. Hooking it is exact for every rotary variant, since nothing has to be un-rotated.
+A content key is what enters the rotary embedding: the output of k_proj (its bias included), after the keys' norm where
+the attention has one. Hooking it is exact for every rotary variant, since nothing has to be un-rotated.
 """
 
 from __future__ import annotations
@@ -13,28 +13,61 @@ from torch import nn
 from kvcore.errors import UnsupportedModelError
 from kvcore.types import Tensor
 
+# Attentions that norm their keys before they rotate them, and whether the heads stand ahead of the tokens there, which
+# shapes do not tell with as many tokens as heads. Others may norm after the rotation: no module puts out content keys.
+_HEADS_AHEAD_IN_NORM = {
+    "ApertusAttention": True,
+    "CohereAttention": False,
+    "Dots1Attention": False,
+    "Exaone4Attention": True,
+    "Gemma3Attention": True,
+    "Glm4MoeAttention": False,
+    "Olmo2Attention": False,
+    "Olmo3Attention": False,
+    "OlmoeAttention": False,
+    "PhiAttention": True,
+    "Qwen3Attention": False,
+    "Qwen3MoeAttention": False,
+    "StableLmAttention": True,
+}
+_KEY_NORMS = ("k_norm", "k_layernorm", "key_layernorm", "key_norm", "k_layer_norm", "qk_norm")
+
 
 @dataclass(frozen=True, slots=True)
 class KVProjection:
-    """One layer's modules whose outputs are the content keys and the values."""
+    """One layer's modules whose outputs are the content keys and the values.
+
+    `heads_ahead`: whether a 4-dimensional output is [B,H,T,D] rather than [B,T,H,D].
+    """
 
     layer: int
     attention: nn.Module
     key: nn.Module
     value: nn.Module
     head_dim: int
+    heads_ahead: bool = False
 
-    def heads_first(self, x: Tensor) -> Tensor:
-        """[B,T,H*D] or [B,T,H,D] to [B,H,T,D]."""
-        batch, tokens = x.shape[:2]
-        return x.reshape(batch, tokens, -1, self.head_dim).transpose(1, 2)
+    def heads_first(self, output: Tensor) -> Tensor:
+        """What one of the modules put out, to [B,H,T,D]."""
+        if self._has_heads_ahead(output):
+            return output
+        batch, tokens = output.shape[:2]
+        return output.reshape(batch, tokens, -1, self.head_dim).transpose(1, 2)
+
+    def as_output(self, x_BHTD: Tensor, output: Tensor) -> Tensor:
+        """The inverse of `heads_first`: keys or values in the form in which the module put out `output`."""
+        return x_BHTD if self._has_heads_ahead(output) else x_BHTD.transpose(1, 2).reshape(output.shape)
+
+    def _has_heads_ahead(self, output: Tensor) -> bool:
+        return self.heads_ahead and output.dim() == 4
 
 
 def kv_projections(model: nn.Module) -> list[KVProjection]:
     """Finds every layer's key and value projection, in layer order.
 
     Raises:
-        UnsupportedModelError: a layer has no separate k_proj and v_proj, or the geometry differs between layers.
+        UnsupportedModelError: a layer has no separate k_proj and v_proj, or norms its keys in an unknown way, or the
+            geometry differs between layers.
     """
     found = [_projection(module) for module in model.modules() if _is_attention(module)]
     found.sort(key=lambda projection: projection.layer)
@@ -57,6 +90,20 @@ def _projection(attention: nn.Module) -> KVProjection:
     k_proj, v_proj = attention.k_proj, getattr(attention, "v_proj", None)
     if not isinstance(v_proj, nn.Module) or not isinstance(k_proj, nn.Module):
         raise UnsupportedModelError(f"{type(attention).__name__} has a k_proj but no v_proj")
-    k_norm = getattr(attention, "k_norm", None)
-    key = k_norm if isinstance(k_norm, nn.Module) else k_proj
-    return KVProjection(int(attention.layer_idx), attention, key, v_proj, int(attention.head_dim))  # type: ignore[arg-type]
+    norm = _key_norm(attention)
+    heads_ahead = norm is not None and _HEADS_AHEAD_IN_NORM[type(attention).__name__]
+    layer, head_dim = int(attention.layer_idx), int(attention.head_dim)  # type: ignore[arg-type]
+    return KVProjection(layer, attention, k_proj if norm is None else norm, v_proj, head_dim, heads_ahead)
+
+
+def _key_norm(attention: nn.Module) -> nn.Module | None:
+    norms = [module for name in _KEY_NORMS if isinstance(module := getattr(attention, name, None), nn.Module)]
+    if not norms:
+        return None
+    name = type(attention).__name__
+    if name not in _HEADS_AHEAD_IN_NORM:
+        raise UnsupportedModelError(
+            f"{name} norms its keys, maybe after the rotary embedding; known to norm them before it: "
+            f"{', '.join(_HEADS_AHEAD_IN_NORM)}"
+        )
+    return norms[0]

@@ -107,11 +107,12 @@ def build_model(spec: TinySpec) -> PreTrainedModel:
         "pad_token_id": 0,
     }
     model = model_class(config_class(**{**arguments, **spec.extra}))
-    _randomise(model, spec.seed)
+    randomise(model, spec.seed)
     return model.eval()
 
 
-def _randomise(model: PreTrainedModel, seed: int) -> None:
+def randomise(model: PreTrainedModel, seed: int) -> None:
+    """Draws every parameter anew: weights so that activations keep their size, vectors around what they are."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():

@@ -3,112 +3,46 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import pytest
 import torch
-from torch import nn
 from transformers import (
-    CohereConfig,
-    CohereModel,
-    DynamicCache,
+    Cohere2Config,
+    Exaone4Config,
+    Gemma3Config,
     Gemma3TextConfig,
-    GlmConfig,
-    GlmModel,
     GPT2Config,
-    PreTrainedModel,
-    StableLmConfig,
-    StableLmModel,
+    PreTrainedConfig,
+    SmolLM3Config,
 )
 
 from align.rope_scale import RoPEScaler
-from kvcore.errors import UnsupportedModelError
-from kvcore.projections import kv_projections
-from tests.support.tiny_models import Family, TinySpec, build_model
-
-POSITIONS = 16384
-YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 8.0, "original_max_position_embeddings": 2048}
-LLAMA3 = {
-    "rope_type": "llama3",
-    "rope_theta": 500000.0,
-    "factor": 32.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 8192,
-}
-DYNAMIC = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
-
-
-def family_model(family: Family, rope: dict[str, Any] | None = None, **extra: Any) -> PreTrainedModel:
-    parameters = {} if rope is None else {"rope_parameters": rope}
-    return build_model(TinySpec(family=family, layers=2, max_positions=POSITIONS, extra={**parameters, **extra}))
+from kvcore.errors import FieldError, UnsupportedModelError
+from tests.support.rotary_models import (
+    BOTH_LAYER_TYPES,
+    DYNAMIC,
+    LLAMA3,
+    MODELS,
+    POSITIONS,
+    ROTATED_IN_ALL_LAYERS,
+    YARN,
+    cached_of_content,
+    content_and_cache,
+    family_model,
+    model_of,
+    scalers,
+)
 
 
-def tiny(model_class: Any, config_class: Any, **extra: Any) -> PreTrainedModel:
-    torch.manual_seed(0)
-    config = config_class(
-        vocab_size=64,
-        hidden_size=64,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=POSITIONS,
-        pad_token_id=0,
-        **extra,
-    )
-    return model_class(config).eval()
-
-
-MODELS = {
-    "llama": lambda: family_model("llama"),
-    "llama3-scaled": lambda: family_model("llama", LLAMA3),
-    "linear": lambda: family_model("llama", {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}),
-    "yarn": lambda: family_model("qwen2", YARN),
-    "yarn-factor-given": lambda: family_model("llama", {**YARN, "attention_factor": 0.7}),
-    "dynamic": lambda: family_model("llama", DYNAMIC, max_position_embeddings=64),
-    "qwen2": lambda: family_model("qwen2", {"rope_type": "default", "rope_theta": 1000000.0}),
-    "qwen3": lambda: family_model("qwen3"),
-    "mistral": lambda: family_model("mistral"),
-    "partial": lambda: tiny(StableLmModel, StableLmConfig, partial_rotary_factor=0.25),
-    "partial-yarn": lambda: tiny(StableLmModel, StableLmConfig, rope_parameters={**YARN, "partial_rotary_factor": 0.5}),
-    "interleaved": lambda: tiny(CohereModel, CohereConfig),
-    "partial-interleaved": lambda: tiny(GlmModel, GlmConfig, head_dim=16, partial_rotary_factor=0.5),
-}
-
-
-def content_and_cache(
-    model: PreTrainedModel, positions_BT: torch.Tensor
-) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    """Per layer: what entered the rotary embedding, and what the model cached."""
-    content: list[torch.Tensor] = []
-
-    def keep(projection: Any) -> Any:
-        def hook(_module: nn.Module, _inputs: Any, output: torch.Tensor) -> None:
-            content.append(projection.heads_first(output))
-
-        return hook
-
-    handles = [p.key.register_forward_hook(keep(p)) for p in kv_projections(model)]
-    ids = torch.randint(3, 60, positions_BT.shape, generator=torch.Generator().manual_seed(1))
-    cache = DynamicCache(config=model.config)
-    with torch.no_grad():
-        model(input_ids=ids, position_ids=positions_BT, past_key_values=cache, use_cache=True)
-    for handle in handles:
-        handle.remove()
-    layers: list[Any] = list(cache.layers)
-    return content, [layer.keys for layer in layers]
-
-
-@pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("first", [0, 8192])
+@pytest.mark.parametrize("name", ROTATED_IN_ALL_LAYERS)
+@pytest.mark.parametrize("first", [0, 8192, POSITIONS - 12])
 def test_a_models_cached_keys_and_its_content_keys_are_turned_into_each_other(name: str, first: int) -> None:
-    model = MODELS[name]()
+    model = MODELS[name]() if name == "dynamic" else model_of(name)
     positions_BT = torch.stack([torch.arange(first, first + 9), torch.arange(first + 3, first + 12)])
     content, cached = content_and_cache(model, positions_BT)
-    scaler = RoPEScaler.from_config(model.config)
-    assert len(cached) == 2
-    for k_BHTD, rotated_BHTD in zip(content, cached, strict=True):
+    assert len(cached) == len(content) == 2
+    for scaler, k_BHTD, rotated_BHTD in zip(scalers(model), content, cached, strict=True):
+        assert k_BHTD.std() > 0.1, "an absolute tolerance means something"
         assert not torch.allclose(k_BHTD, rotated_BHTD, atol=1e-2), "nothing was rotated"
         torch.testing.assert_close(scaler.unrotate(rotated_BHTD, positions_BT), k_BHTD, rtol=0, atol=1e-5)
         torch.testing.assert_close(scaler.rotate(k_BHTD, positions_BT), rotated_BHTD, rtol=0, atol=1e-5)
@@ -134,15 +68,17 @@ def test_rotation_is_the_formula() -> None:
     torch.testing.assert_close(scaler.unrotate(rotated, torch.tensor([positions])), k_BHTD, rtol=0, atol=1e-5)
 
 
-def test_content_keys_of_another_model_become_what_this_one_would_have_cached() -> None:
-    teacher, student = family_model("llama", LLAMA3), family_model("qwen2", YARN)
-    positions_BT = torch.arange(100, 110)[None]
-    content, cached = content_and_cache(teacher, positions_BT)
-    unrotated = RoPEScaler.from_config(teacher.config).unrotate(cached[1], positions_BT)
-    cos, sin = student.model.rotary_emb(content[1], positions_BT)
-    half = torch.cat([-content[1][..., 8:], content[1][..., :8]], dim=-1)
-    as_students = RoPEScaler.from_config(student.config).rotate(unrotated, positions_BT)
-    torch.testing.assert_close(as_students, content[1] * cos[:, None] + half * sin[:, None], rtol=0, atol=1e-5)
+@pytest.mark.parametrize("student", [name for name in ROTATED_IN_ALL_LAYERS if name != "dynamic"])
+@pytest.mark.parametrize("teacher", ["llama3-scaled", "phi", "gemma3"])
+def test_content_keys_of_another_model_become_what_this_one_would_have_cached(teacher: str, student: str) -> None:
+    positions_BT, own_positions_BT = torch.arange(3000, 3009)[None], torch.arange(20, 29)[None]
+    _, cached = content_and_cache(model_of(teacher), positions_BT)
+    content_BHTD = scalers(model_of(teacher))[1].unrotate(cached[1], positions_BT)
+    expected = cached_of_content(model_of(student), content_BHTD, own_positions_BT)
+    for scaler, rotated_BHTD in zip(scalers(model_of(student)), expected, strict=True):
+        turned_BHTD = scaler.rotate(content_BHTD, own_positions_BT)
+        torch.testing.assert_close(turned_BHTD, rotated_BHTD, rtol=0, atol=1e-5)
+        assert not torch.allclose(rotated_BHTD, cached[1], atol=1e-2)
 
 
 def test_heads_may_hold_tokens_of_different_positions() -> None:
@@ -167,6 +103,16 @@ def test_dynamic_frequencies_follow_the_length_of_the_whole_sequence() -> None:
     torch.testing.assert_close(back, content[0][:, :, chosen[0]], rtol=0, atol=1e-5)
     guessed = scaler.unrotate(cached[0][:, :, chosen[0]], chosen)
     assert not torch.allclose(guessed, content[0][:, :, chosen[0]], atol=1e-2)
+
+
+def test_a_model_keeps_the_dynamic_frequencies_of_the_longest_text_until_it_reads_a_short_one() -> None:
+    model = MODELS["dynamic"]()
+    scaler = RoPEScaler.from_config(model.config)
+    for tokens, length in ((300, 300), (100, 300), (20, 20), (100, 100)):
+        positions_BT = torch.arange(tokens)[None]
+        content, cached = content_and_cache(model, positions_BT)
+        back_BHTD = scaler.unrotate(cached[1], positions_BT, length=length)
+        torch.testing.assert_close(back_BHTD, content[1], rtol=0, atol=1e-5)
 
 
 def test_low_precision_keys_are_turned_in_fp32() -> None:
@@ -194,11 +140,52 @@ def test_a_scaler_and_the_configuration_it_was_made_from_do_not_change_each_othe
     assert torch.equal(scaler.rotate(k_BHTD, positions_BT), turned)
 
 
+def test_a_model_whose_layer_types_rotate_differently_needs_one_named() -> None:
+    config = model_of("gemma3").config
+    with pytest.raises(FieldError, match=r"^layer_type: Gemma3TextConfig .*sliding_attention, full_attention$"):
+        RoPEScaler.from_config(config)
+    with pytest.raises(FieldError, match=r"sliding_attention, full_attention; got 'local'"):
+        RoPEScaler.from_config(config, "local")
+    k_BHTD, positions_BT = torch.ones(1, 1, 1, 16), torch.tensor([[9]])
+    sliding, full = (RoPEScaler.from_config(config, kind).rotate(k_BHTD, positions_BT) for kind in BOTH_LAYER_TYPES)
+    assert not torch.allclose(sliding, full, atol=1e-2)
+
+
+def test_a_layer_type_may_be_named_where_all_are_rotated_alike() -> None:
+    config = model_of("gemma2").config
+    k_BHTD, positions_BT = torch.ones(1, 1, 1, 16), torch.tensor([[9]])
+    named = [RoPEScaler.from_config(config, kind).rotate(k_BHTD, positions_BT) for kind in BOTH_LAYER_TYPES]
+    assert all(torch.equal(turned, RoPEScaler.from_config(config).rotate(k_BHTD, positions_BT)) for turned in named)
+    with pytest.raises(FieldError, match=r"^layer_type: LlamaConfig has layers of one type; got 'full_attention'"):
+        RoPEScaler.from_config(model_of("llama").config, "full_attention")
+
+
+def test_a_model_that_sees_pictures_too_is_read_as_its_language_model() -> None:
+    config = Gemma3Config(text_config=model_of("gemma3").config.to_dict())
+    k_BHTD, positions_BT = torch.randn(1, 1, 3, 16), torch.tensor([[0, 7, 900]])
+    turned = RoPEScaler.from_config(config, "full_attention").rotate(k_BHTD, positions_BT)
+    assert torch.equal(turned, scalers(model_of("gemma3"))[1].rotate(k_BHTD, positions_BT))
+
+
+@pytest.mark.parametrize("config", [Cohere2Config(), SmolLM3Config(), Exaone4Config()], ids=lambda c: c.model_type)
+def test_models_that_leave_layers_unrotated_are_refused(config: PreTrainedConfig) -> None:
+    with pytest.raises(UnsupportedModelError, match="un-rotated"):
+        RoPEScaler.from_config(config)
+
+
 def test_models_without_a_rotary_embedding_we_can_undo_are_refused() -> None:
     with pytest.raises(UnsupportedModelError, match="GPT2"):
         RoPEScaler.from_config(GPT2Config())
-    with pytest.raises(UnsupportedModelError, match="Gemma3"):
-        RoPEScaler.from_config(Gemma3TextConfig())
+    with pytest.raises(UnsupportedModelError, match="Gemma3TextConfig: rope type 'proportional'"):
+        RoPEScaler.from_config(
+            Gemma3TextConfig(
+                rope_parameters={
+                    "full_attention": {"rope_type": "proportional", "rope_theta": 1e4},
+                    "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+                }
+            ),
+            "full_attention",
+        )
     config = family_model("llama").config
     config.rope_parameters = {"rope_type": "proportional", "rope_theta": 10000.0}
     with pytest.raises(UnsupportedModelError, match="'proportional'"):
