@@ -74,8 +74,8 @@ class LayerMapper:
             student, teacher = (~cka_ST.isfinite()).nonzero()[0].tolist()
             raise FieldError(
                 "align.layer_map",
-                f"'cka' cannot compare student layer {student} with teacher layer {teacher}: one of them never varies "
-                "in the calibration samples; raise align.calibration_samples or choose 'ratio'",
+                f"'cka' cannot compare student layer {student} with teacher layer {teacher}: one of them never varies, "
+                "or is not finite, in the calibration samples; raise align.calibration_samples or choose 'ratio'",
             )
         self._rows = [[(t, 1.0)] for t in monotone_path(cka_ST.double().tolist())]
 
