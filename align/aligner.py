@@ -184,7 +184,12 @@ class Aligner(nn.Module):
         """
         assert kv.k_BLHMD is not None, "the plan left keys out"
         assert kv.v_BLHMD is not None, "the plan left values out"
-        k_BLHMD, v_BLHMD = self.map_layers(kv.k_BLHMD), self.map_layers(kv.v_BLHMD)
+        k_BLHMD, v_BLHMD = kv.k_BLHMD, kv.v_BLHMD
+        if any(parameter.requires_grad for parameter in self.parameters()):
+            # An empty slot may hold NaN, which times a gradient of 0 would still be NaN.
+            empty = ~kv.mask_BM[:, None, None, :, None]
+            k_BLHMD, v_BLHMD = k_BLHMD.masked_fill(empty, 0.0), v_BLHMD.masked_fill(empty, 0.0)
+        k_BLHMD, v_BLHMD = self.map_layers(k_BLHMD), self.map_layers(v_BLHMD)
         if self.direction == "to_teacher":
             return k_BLHMD, v_BLHMD
         return self.adapter(k_BLHMD, "k"), self.adapter(v_BLHMD, "v")

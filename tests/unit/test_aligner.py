@@ -1,87 +1,33 @@
-"""One teacher and the student in one space: targets, calibration, scale, pairing."""
+"""One teacher and the student in one space: targets, views, state, and plans."""
 
 from __future__ import annotations
 
 import json
-import math
+import logging
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from align.aligner import Aligner, gather_slots, slots_of_tokens
-from align.calibration import HOLD_OUT_EVERY, Calibration, StudentRead
-from align.head_dim_adapter import TENSORS, KVGeometry, TensorKind
+from align.aligner import Aligner, plan_for
+from align.head_dim_adapter import TENSORS, KVGeometry
 from kvcore.errors import ConfigError, FieldError
-from kvcore.types import BatchKV
-
-TEACHER, STUDENT = KVGeometry(5, 2, 4), KVGeometry(3, 3, 2)
-MIXING = KVGeometry(4, 2, 4)
-SLOT_ENDS, TOKEN_ENDS = (3, 5, 9), (1, 3, 4, 9, -1, 11)
-PAIRS = ((0, 1), (2, 3))  # slot, token
-
-
-def teacher_batch(samples: int, layers: int, seed: int, geometry: KVGeometry = TEACHER) -> BatchKV:
-    """Random K/V in three slots that end at SLOT_ENDS; the last slot of every third sample is empty and holds NaN."""
-    generator = torch.Generator().manual_seed(seed)
-    shape = (samples, layers, geometry.heads, len(SLOT_ENDS), geometry.head_dim)
-    k, v = 2 * torch.randn(shape, generator=generator) + 1, torch.randn(shape, generator=generator) - 3
-    mask = torch.ones(samples, len(SLOT_ENDS), dtype=torch.bool)
-    mask[::3, -1] = False
-    spoil = ~mask[:, None, None, :, None]
-    ends = torch.tensor(SLOT_ENDS).expand(samples, 1, 1, -1).clone()
-    return BatchKV(k.masked_fill(spoil, math.nan), v.masked_fill(spoil, math.nan), mask, ends)
-
-
-def naive_layer_mix(aligner: Aligner, kv: torch.Tensor) -> torch.Tensor:
-    order = {layer: place for place, layer in enumerate(aligner.layers_needed)}
-    rows = [sum(weight * kv[:, order[layer]] for layer, weight in row) for row in aligner.mapper.get_mapping().values()]
-    return torch.stack(rows, dim=1)  # type: ignore[arg-type]
-
-
-def student_read(aligner: Aligner, kv: BatchKV, seed: int, noise: float = 0.0) -> StudentRead:
-    """A student whose K/V at paired tokens are a map of the teacher's, another in every layer; noise elsewhere."""
-    generator = torch.Generator().manual_seed(seed)
-    truth = torch.Generator().manual_seed(7)
-    samples = len(kv.mask_BM)
-    read: dict[str, torch.Tensor] = {}
-    for tensor, x in (("k", kv.k_BLHMD), ("v", kv.v_BLHMD)):
-        assert x is not None
-        mixed = naive_layer_mix(aligner, x)
-        out = 9 * torch.randn(
-            samples, STUDENT.layers, STUDENT.heads, len(TOKEN_ENDS), STUDENT.head_dim, generator=generator
-        )
-        for layer in range(STUDENT.layers):
-            weight = torch.randn(TEACHER.features, STUDENT.features, generator=truth)
-            for slot, token in PAIRS:
-                rows = mixed[:, layer, :, slot].flatten(1) @ weight - 2.0
-                rows = rows + noise * torch.randn(rows.shape, generator=generator)
-                rows = rows.unflatten(1, (STUDENT.heads, STUDENT.head_dim))
-                out[:, layer, :, token] = torch.where(rows.isnan(), out[:, layer, :, token], rows)
-        read[tensor] = out
-    return StudentRead(read["k"], read["v"], torch.tensor(TOKEN_ENDS).expand(samples, -1))
-
-
-def calibrated(aligner: Aligner, samples: int = 200, noise: float = 0.0) -> tuple[Aligner, BatchKV, StudentRead]:
-    kv = teacher_batch(samples, len(aligner.layers_needed), seed=1, geometry=aligner.teacher)
-    read = student_read(aligner, kv, seed=2, noise=noise)
-    calibration = Calibration(aligner)
-    calibration.update(kv, torch.arange(samples), read)
-    calibration.finish()
-    return aligner, kv, read
-
-
-def paired_rows(kv: BatchKV, x_BLHMD: torch.Tensor, place: int) -> np.ndarray:
-    """[N,L,F] of the rows that calibration uses, one by one; `place` 0 takes slots, 1 tokens."""
-    rows = [
-        x_BLHMD[b, :, :, pair[place]].detach().flatten(1)
-        for b in range(len(kv.mask_BM))
-        for pair in PAIRS
-        if kv.mask_BM[b, pair[0]]
-    ]
-    return torch.stack(rows).double().numpy()
+from kvcore.plan import CodecSpec, KVPlan, Scope, Selection
+from kvcore.types import TeacherInfo
+from tests.support.alignment_parts import (
+    CKA_PATH,
+    MIXING,
+    STUDENT,
+    TEACHER,
+    TOKEN_ENDS,
+    calibrated,
+    naive_layer_mix,
+    paired_rows,
+    teacher_batch,
+)
 
 
 @pytest.mark.parametrize("teacher", [TEACHER, MIXING])
@@ -139,114 +85,6 @@ def test_to_teacher_starts_from_the_closed_form() -> None:
         assert np.square(view[:, layer] - y[:, layer]).sum() < 1.1 * least
 
 
-@pytest.mark.parametrize("direction", ["to_student", "to_teacher"])
-@pytest.mark.parametrize("teacher", [TEACHER, MIXING])
-def test_scale_and_variance_are_those_of_the_targets(direction: str, teacher: KVGeometry) -> None:
-    aligner, kv, _ = calibrated(Aligner(teacher, STUDENT, direction=direction), noise=1.0)
-    for tensor, target in zip(TENSORS, aligner.targets(kv), strict=True):
-        rows = paired_rows(kv, target, 0)
-        np.testing.assert_allclose(aligner.scale(tensor), rows.std(axis=(0, 2)), rtol=1e-4)
-        np.testing.assert_allclose(aligner.variance(tensor), rows.var(axis=0).mean(axis=1), rtol=1e-4)
-        # What a student that predicts each feature's mean scores, normalised.
-        error = np.square(rows - rows.mean(axis=0)).mean(axis=(0, 2)) / aligner.variance(tensor).numpy()
-        np.testing.assert_allclose(error, 1.0, rtol=1e-4)
-    assert not torch.allclose(aligner.scale("k"), aligner.scale("v"))
-
-
-@pytest.mark.parametrize("scope", ["sample", "head"])
-def test_identity_measures_scale_over_all_slots_whatever_token_a_head_keeps(scope: str) -> None:
-    geometry = KVGeometry(2, 2, 4)
-    aligner = Aligner(geometry, geometry, head_adapter="identity")
-    kv = teacher_batch(30, 2, seed=3, geometry=geometry)
-    if scope == "head":
-        kv.byte_ends_BLHM = kv.byte_ends_BLHM.expand(30, 2, 2, -1)
-    calibration = Calibration(aligner)
-    calibration.update(kv, torch.arange(30))
-    calibration.finish()
-    for tensor, target in zip(TENSORS, aligner.targets(kv), strict=True):
-        rows = torch.stack([target[b, :, :, m].flatten(1) for b in range(30) for m in range(3) if kv.mask_BM[b, m]])
-        np.testing.assert_allclose(aligner.scale(tensor), rows.double().numpy().std(axis=(0, 2)), rtol=1e-5)
-        np.testing.assert_allclose(aligner.variance(tensor), rows.double().numpy().var(axis=0).mean(axis=1), rtol=1e-5)
-
-
-def test_every_fifth_sample_is_held_out_from_the_fit() -> None:
-    aligner = Aligner(TEACHER, STUDENT)
-    kv = teacher_batch(200, 3, seed=1)
-    read = student_read(aligner, kv, seed=2)
-    spoiled = student_read(aligner, kv, seed=2)
-    held_out = torch.arange(200) % HOLD_OUT_EVERY == HOLD_OUT_EVERY - 1
-    spoiled.k_BLHTD[held_out] = torch.randn(spoiled.k_BLHTD[held_out].shape)
-    calibration = Calibration(aligner)
-    calibration.update(kv, torch.arange(200), spoiled)
-    calibration.finish()
-    rows = aligner.report()["rows"]
-    assert rows["fit"] == sum(int(kv.mask_BM[b, slot]) for b in range(200) if not held_out[b] for slot, _ in PAIRS)
-    assert rows["held_out"] == sum(int(kv.mask_BM[b, slot]) for b in range(200) if held_out[b] for slot, _ in PAIRS)
-    # The fit never saw the spoiled rows, the judgement did.
-    assert max(aligner.adapter.explained_variance("k")) < 0
-    assert min(aligner.adapter.explained_variance("v")) > 0.9999
-    weight, _ = aligner.adapter.layer_map("k", 0) or (None, None)
-    assert weight is not None
-    kept = ~held_out
-    x = [kv.k_BLHMD[kept][:, 0, :, s][kv.mask_BM[kept][:, s]].flatten(1) for s, _ in PAIRS]  # type: ignore[index]
-    y = [read.k_BLHTD[kept][:, 0, :, t][kv.mask_BM[kept][:, s]].flatten(1) for s, t in PAIRS]
-    augmented = torch.cat([torch.cat(x), torch.ones(len(torch.cat(x)), 1)], dim=1).double()
-    exact = torch.linalg.lstsq(augmented, torch.cat(y).double()).solution[:-1]
-    alpha = aligner.adapter.alpha("k")[0]
-    assert torch.corrcoef(torch.stack([weight.flatten().double(), exact.flatten()]))[0, 1] > 0.99, alpha
-
-
-def test_ranks_and_batches_add_up_to_one_calibration() -> None:
-    whole, kv, read = calibrated(Aligner(TEACHER, STUDENT), noise=0.5)
-
-    def part(aligner: Aligner, numbers: range) -> Calibration:
-        calibration = Calibration(aligner)
-        for start in range(0, len(numbers), 30):
-            chosen = torch.tensor(numbers[start : start + 30])
-            assert kv.k_BLHMD is not None
-            assert kv.v_BLHMD is not None
-            batch = BatchKV(kv.k_BLHMD[chosen], kv.v_BLHMD[chosen], kv.mask_BM[chosen], kv.byte_ends_BLHM[chosen])
-            own = StudentRead(read.k_BLHTD[chosen], read.v_BLHTD[chosen], read.byte_ends_BT[chosen])
-            calibration.update(batch, chosen, own)
-        return calibration
-
-    reduced = Aligner(TEACHER, STUDENT)
-    first, second = part(reduced, range(0, 200, 2)), part(reduced, range(1, 200, 2))
-    for mine, theirs in zip(first.tensors(), second.tensors(), strict=True):
-        mine.add_(theirs)
-    first.finish()
-    assert reduced.report()["rows"] == whole.report()["rows"]
-    for name, tensor in whole.state_tensors().items():
-        # Which rows face which in the control is the batches' affair.
-        if name == "shuffled_LK":
-            continue
-        torch.testing.assert_close(reduced.state_tensors()[name], tensor, rtol=1e-4, atol=1e-5, equal_nan=True)
-
-
-def test_too_few_pairs_are_refused_by_the_fields_name() -> None:
-    aligner = Aligner(TEACHER, STUDENT)
-    kv = teacher_batch(40, 3, seed=1)
-    read = student_read(aligner, kv, seed=2)
-    elsewhere = StudentRead(read.k_BLHTD, read.v_BLHTD, read.byte_ends_BT + 20)
-    calibration = Calibration(aligner)
-    calibration.update(kv, torch.arange(40), elsewhere)
-    with pytest.raises(FieldError, match="0 token pairs") as caught:
-        calibration.finish()
-    assert caught.value.field == "align.calibration_samples"
-
-
-def test_targets_that_never_vary_are_refused() -> None:
-    aligner = Aligner(TEACHER, STUDENT, direction="to_teacher")
-    kv = teacher_batch(40, 3, seed=1)
-    read = student_read(aligner, kv, seed=2)
-    assert kv.v_BLHMD is not None
-    kv.v_BLHMD[:, 2] = 0.25
-    calibration = Calibration(aligner)
-    calibration.update(kv, torch.arange(40), read)
-    with pytest.raises(FieldError, match=r"student layer 2 \(v\)"):
-        calibration.finish()
-
-
 def test_nothing_comes_out_as_a_number_before_calibration() -> None:
     aligner = Aligner(TEACHER, STUDENT)
     assert all(x.isnan().all() for x in aligner.targets(teacher_batch(2, 3, seed=0)))
@@ -281,19 +119,24 @@ def test_the_report_is_json_and_says_what_was_done() -> None:
 
 
 @pytest.mark.parametrize(
-    ("teacher", "adapter", "refused"),
+    ("teacher", "adapter", "layer_map", "refused"),
     [
-        (KVGeometry(3, 3, 2), "identity", ()),
-        (KVGeometry(4, 3, 2), "identity", ("head", "layer")),
-        (KVGeometry(3, 3, 2), "ridge", ("head", "layer")),
-        (KVGeometry(4, 3, 2), "ridge", ("head", "layer")),
+        (KVGeometry(3, 3, 2), "identity", "ratio", ()),
+        (KVGeometry(7, 3, 2), "identity", "last", ()),
+        (KVGeometry(4, 3, 2), "identity", "ratio", ("head", "layer")),
+        (KVGeometry(3, 3, 2), "ridge", "ratio", ("head", "layer")),
+        (KVGeometry(4, 3, 2), "ridge", "ratio", ("head", "layer")),
+        (KVGeometry(3, 3, 2), "identity", "cka", ("head", "layer")),
+        (KVGeometry(3, 3, 2), "identity", "learned", ("head", "layer")),
+        (KVGeometry(2, 3, 2), "identity", "uniform", ("head", "layer")),
     ],
 )
 def test_a_scope_whose_slots_hold_different_tokens_where_they_are_mixed_is_refused(
-    teacher: KVGeometry, adapter: str, refused: tuple[str, ...]
+    teacher: KVGeometry, adapter: str, layer_map: str, refused: tuple[str, ...]
 ) -> None:
-    aligner = Aligner(teacher, STUDENT, head_adapter=adapter)
-    for scope in ("head", "layer", "sample"):
+    aligner = Aligner(teacher, STUDENT, head_adapter=adapter, layer_map=layer_map)
+    scopes: tuple[Scope, ...] = ("head", "layer", "sample")
+    for scope in scopes:
         if scope in refused:
             with pytest.raises(FieldError, match=f"not '{scope}'") as caught:
                 aligner.check_scope(scope)
@@ -302,38 +145,155 @@ def test_a_scope_whose_slots_hold_different_tokens_where_they_are_mixed_is_refus
             aligner.check_scope(scope)
 
 
-def test_settings_that_make_no_sense_are_refused() -> None:
-    with pytest.raises(FieldError, match="sideways"):
-        Aligner(TEACHER, STUDENT, direction="sideways")
-    with pytest.raises(FieldError, match="to_student"):
-        Aligner(STUDENT, STUDENT, direction="to_teacher", head_adapter="identity")
-    with pytest.raises(FieldError, match="identity"):
-        Aligner(TEACHER, STUDENT, head_adapter="identity")
+@pytest.mark.parametrize(
+    ("settings", "field"),
+    [
+        ({"direction": "sideways"}, "align.direction"),
+        ({"direction": "to_teacher", "head_adapter": "identity"}, "align.head_adapter"),
+        ({"direction": "to_teacher", "layer_map": "learned"}, "align.layer_map"),
+        ({"head_adapter": "identity"}, "align.head_adapter"),
+        ({"tokens": "guess"}, "align.tokens"),
+        ({"sink_tokens": -1}, "align.sink_tokens"),
+    ],
+)
+def test_settings_that_make_no_sense_are_refused(settings: dict[str, Any], field: str) -> None:
+    with pytest.raises(FieldError) as caught:
+        Aligner(TEACHER, STUDENT, **settings)
+    assert caught.value.field == field
 
 
-def test_student_tokens_find_the_slot_that_ends_at_their_byte() -> None:
-    kv = teacher_batch(4, 3, seed=0)
-    kv.byte_ends_BLHM[1] = torch.tensor([4, -1, 11])
-    index_BT = slots_of_tokens(kv, torch.tensor(TOKEN_ENDS).expand(4, -1))
-    # Sample 0 and 3 have an empty last slot, which would have ended at 9.
-    assert index_BT.tolist() == [
-        [-1, 0, -1, -1, -1, -1],
-        [-1, -1, 0, -1, -1, 2],
-        [-1, 0, -1, 2, -1, -1],
-        [-1, 0, -1, -1, -1, -1],
+INFO = TeacherInfo(
+    model="ada",
+    weights_digest="w",
+    tokenizer_fingerprint="t",
+    layers=TEACHER.layers,
+    kv_heads=TEACHER.heads,
+    head_dim=TEACHER.head_dim,
+    rope={},
+    engine="fake",
+    dtype="fp32",
+    max_sample_tokens=64,
+    max_samples_per_request=8,
+    max_frame_bytes=1024,
+    selectors=("full", "right"),
+    codecs=("raw",),
+)
+RIGHT, FULL = Selection(selector="right", budget=4), Selection(selector="full", span="all")
+
+
+@pytest.mark.parametrize(
+    ("layer_map", "layers"),
+    [
+        ("ratio", (0, 2, 4)),
+        ("last", (2, 3, 4)),
+        ("skip", (0, 2, 4)),
+        ("cka", (0, 1, 2, 3, 4)),
+        ("learned", (0, 1, 2, 3, 4)),
+    ],
+)
+def test_the_plan_asks_for_the_layers_that_the_map_draws_on(layer_map: str, layers: tuple[int, ...]) -> None:
+    codec = CodecSpec(name="raw")
+    plan = plan_for(STUDENT, INFO, selection=RIGHT, codec=codec, layer_map=layer_map)
+    assert plan == KVPlan(layers=layers, selection=RIGHT, codec=codec)
+
+
+def test_a_plan_that_the_alignment_cannot_use_is_refused() -> None:
+    with pytest.raises(FieldError, match="'sample'") as caught:
+        plan_for(STUDENT, INFO, selection=Selection(selector="right", budget=4, scope="head"), codec=CodecSpec())
+    assert caught.value.field == "kv.selection.scope"
+    for selection in (RIGHT, Selection(selector="full", span="reasoning")):
+        with pytest.raises(FieldError, match="'overlap'") as caught:
+            plan_for(STUDENT, INFO, selection=selection, codec=CodecSpec(), tokens="overlap")
+        assert caught.value.field == "align.tokens"
+    assert plan_for(STUDENT, INFO, selection=FULL, codec=CodecSpec(), tokens="overlap").selection == FULL
+    with pytest.raises(FieldError, match=r"align\.direction"):
+        plan_for(STUDENT, INFO, selection=RIGHT, codec=CodecSpec(), direction="up")
+
+
+def test_the_cka_map_finds_the_layers_that_the_students_come_from() -> None:
+    aligner = Aligner(TEACHER, STUDENT, layer_map="cka")
+    assert aligner.needs_layer_pass
+    assert aligner.needs_student
+    assert aligner.report()["layer_map"] is None
+    aligner, kv, read = calibrated(aligner)
+    assert not aligner.needs_layer_pass
+    assert aligner.report()["layer_map"] == {str(s): [[t, 1.0]] for s, t in enumerate(CKA_PATH)}
+    # What a plan asked for before the map was known stays what batches hold.
+    assert aligner.layers_needed == tuple(range(TEACHER.layers))
+    for target, own in zip(aligner.targets(kv), (read.k_BLHTD, read.v_BLHTD), strict=True):
+        np.testing.assert_allclose(paired_rows(kv, target, 0), paired_rows(kv, own, 1), atol=2e-3)
+    for tensor in TENSORS:
+        cka = np.array(aligner.report()["cka"][tensor])
+        assert cka.shape == (STUDENT.layers, TEACHER.layers)
+        assert tuple(cka.argmax(axis=1)) == CKA_PATH
+
+
+def test_the_cka_map_comes_back_with_the_saved_state() -> None:
+    aligner, kv, _ = calibrated(Aligner(TEACHER, STUDENT, layer_map="cka"))
+    loaded = Aligner(TEACHER, STUDENT, layer_map="cka")
+    loaded.load_state_tensors(aligner.state_tensors())
+    assert not loaded.needs_layer_pass
+    assert loaded.report() == aligner.report()
+    for one, other in zip(aligner.targets(kv), loaded.targets(kv), strict=True):
+        assert torch.equal(one.nan_to_num(9.0), other.nan_to_num(9.0))
+
+
+def test_keys_and_values_weigh_alike_in_the_cka_map() -> None:
+    aligner = Aligner(TEACHER, STUDENT, layer_map="cka")
+    cka_KST = torch.zeros(2, 3, 5, dtype=torch.float64)
+    cka_KST[0, 1, 1], cka_KST[1, 1, 3] = 0.5, 0.6
+    aligner.fit_layers(cka_KST)
+    assert aligner.mapper.get_mapping()[1] == [(3, 1.0)]
+    assert torch.equal(aligner.cka_KST, cka_KST)
+    aligner.fit_layers(cka_KST.flip(0))
+    assert aligner.mapper.get_mapping()[1] == [(3, 1.0)]
+
+
+def test_what_trains_on_the_teachers_side_gets_gradient_through_the_targets() -> None:
+    aligner, kv, _ = calibrated(Aligner(TEACHER, STUDENT, layer_map="learned", head_adapter="linear"))
+    target = aligner.targets(kv)[1]
+    target[kv.mask_BM.nonzero()[:, 0], :, :, kv.mask_BM.nonzero()[:, 1]].square().sum().backward()
+    grads = {name: parameter.grad for name, parameter in aligner.named_parameters()}
+    assert sorted(name for name, grad in grads.items() if grad is None) == [
+        "adapter.maps.k.bias_LG",
+        "adapter.maps.k.weight_LFG",
     ]
+    logits = grads["learned_map.logits_SL"]
+    assert logits is not None
+    assert logits.abs().sum() > 0
+    assert all(grad.isfinite().all() for grad in grads.values() if grad is not None)
 
 
-@pytest.mark.parametrize("tensor", TENSORS)
-def test_gathering_lays_the_teachers_slots_at_the_students_tokens(tensor: TensorKind) -> None:
-    kv = teacher_batch(3, 2, seed=5)
-    x = kv.k_BLHMD if tensor == "k" else kv.v_BLHMD
-    assert x is not None
-    index_BT = torch.tensor([[1, 0, -1, 1], [-1, -1, -1, 2], [2, 1, 0, -1]])
-    out = gather_slots(x, index_BT)
-    assert out.shape == (3, 2, TEACHER.heads, 4, TEACHER.head_dim)
-    for b in range(3):
-        for t in range(4):
-            slot = int(index_BT[b, t])
-            expected = x[b, :, :, slot] if slot >= 0 else torch.zeros(2, TEACHER.heads, TEACHER.head_dim)
-            assert torch.equal(out[b, :, :, t], expected)
+@pytest.mark.parametrize("adapter", ["procrustes", "pool"])
+@pytest.mark.parametrize("direction", ["to_student", "to_teacher"])
+def test_a_frozen_adapter_trains_nothing_and_lets_the_students_gradient_through(adapter: str, direction: str) -> None:
+    aligner, kv, read = calibrated(Aligner(TEACHER, STUDENT, direction=direction, head_adapter=adapter), noise=0.1)
+    assert not list(aligner.parameters())
+    own = read.k_BLHTD.clone().requires_grad_()
+    view = aligner.student_view(own, "k")
+    target = aligner.targets(kv)[0]
+    assert view.shape[2] == target.shape[2] == (STUDENT if direction == "to_student" else TEACHER).heads
+    view.square().mean().backward()
+    assert own.grad is not None
+    assert own.grad.abs().sum() > 0
+    assert all(np.isfinite(aligner.adapter.explained_variance(tensor)).all() for tensor in TENSORS)
+
+
+def test_the_mean_is_that_of_the_targets_feature_by_feature() -> None:
+    for direction in ("to_student", "to_teacher"):
+        aligner, kv, _ = calibrated(Aligner(MIXING, STUDENT, direction=direction), noise=1.0)
+        for tensor, target in zip(TENSORS, aligner.targets(kv), strict=True):
+            mean_LHD = aligner.mean(tensor)
+            assert mean_LHD.shape == (target.shape[1], target.shape[2], target.shape[4])
+            np.testing.assert_allclose(mean_LHD.flatten(1), paired_rows(kv, target, 0).mean(axis=0), atol=1e-4)
+
+
+def test_the_warning_names_layers_below_the_configured_share(caplog: pytest.LogCaptureFixture) -> None:
+    aligner, _, _ = calibrated(Aligner(TEACHER, STUDENT, min_explained_variance=0.999999), noise=0.1)
+    with caplog.at_level(logging.WARNING):
+        aligner.warn_if_poor(name="ada")
+    assert "ada" in caplog.text
+    assert "layers 0 (" in caplog.text
+    caplog.clear()
+    aligner.warn_if_poor(0.5)
+    assert not caplog.text
