@@ -266,10 +266,11 @@ def _all_rows(aligner: Aligner, kv: BatchKV, student: StudentRead | None) -> _Ro
     """The teacher's slots, whichever tokens they hold; without sinks if the student's tokens tell where those end."""
     mask_BM = kv.mask_BM
     if student is not None and aligner.sink_tokens > 0:
-        # What has been read by a slot: also told for slots that stand for no text.
+        # What has been read by a slot: also told for slots whose own end is not.
         read_BLHM = kv.byte_ends_BLHM.cummax(dim=3).values
-        sink_B = _sink_ends(student.byte_ends_BT.to(mask_BM.device), aligner.sink_tokens)
-        mask_BM = mask_BM & (read_BLHM > sink_B[:, None, None, None]).all(dim=2).all(dim=1)
+        sink_B111 = _sink_ends(student.byte_ends_BT.to(mask_BM.device), aligner.sink_tokens)[:, None, None, None]
+        beyond_BLHM = (read_BLHM > sink_B111) | ((read_BLHM == sink_B111) & (kv.byte_ends_BLHM < 0))
+        mask_BM = mask_BM & beyond_BLHM.all(dim=2).all(dim=1)
     sample_N, slot_N = mask_BM.nonzero(as_tuple=True)
     return _Rows(
         sample_N,
