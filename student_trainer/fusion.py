@@ -100,7 +100,7 @@ class Fusion(nn.Module):
             epoch, settings.temperature, settings.temperature_decay, settings.temperature_floor
         )
 
-    def forward(self, teachers: Sequence[AlignedTeacher], prompt_state_BE: Tensor | None = None) -> Fused:
+    def combine(self, teachers: Sequence[AlignedTeacher], prompt_state_BE: Tensor | None = None) -> Fused:
         """Weighs and fuses. `prompt_state_BE`: the student's state at the prompt's end, for the router."""
         mask_NBM = torch.stack([teacher.mask_BM for teacher in teachers])
         present_BN = mask_NBM.any(dim=2).T

@@ -21,7 +21,6 @@ from torch.nn import functional
 from kvcore.errors import ConfigError
 from kvcore.types import Tensor
 from student_trainer.capture import capture_kv
-from student_trainer.injection import Injection, inject_kv
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -143,10 +142,9 @@ class LatentStudent(nn.Module):
         states_BSTE = torch.stack(layers, dim=1) if layers else None
         return TextReading(self._logits(hidden_BTE[:, :-1]), k_BLHTD, v_BLHTD, hidden_BTE, states_BSTE)
 
-    def read_injected(self, inputs_BTE: Tensor, mask_BT: Tensor, injection: Injection) -> Tensor:
-        """Logits [B,T,V] after reading inputs while what later tokens see at some of them is K/V from elsewhere."""
-        with inject_kv(self.lm, injection):
-            hidden_BTE, _ = self._hidden(inputs_BTE, mask_BT)
+    def logits(self, inputs_BTE: Tensor, mask_BT: Tensor) -> Tensor:
+        """Logits [B,T,V] after reading inputs as they are."""
+        hidden_BTE, _ = self._hidden(inputs_BTE, mask_BT)
         return self._logits(hidden_BTE)
 
     def embed(self, ids: Tensor) -> Tensor:

@@ -158,7 +158,7 @@ class DistillModel(nn.Module):
     def _kv_losses(self, batch: TrainBatch, own: _OwnKV, router: RouterLoss) -> dict[str, Tensor]:
         if self.fusion is None:
             return self._compare(own, self._targets(batch))
-        fused = self.fusion(self._aligned(batch, own), own.prompt_state_BE)
+        fused = self.fusion.combine(self._aligned(batch, own), own.prompt_state_BE)
         target = Target(
             fused.k_BLHMD.detach(), fused.v_BLHMD.detach(), fused.mask_BM, self.fused_scale_LK, self.fused_variance_LK
         )

@@ -8,7 +8,7 @@ import torch
 
 from data.collate import StudentBatch
 from kvcore.types import Tensor
-from student_trainer.injection import Injection
+from student_trainer.injection import Injection, inject_kv
 from student_trainer.latent import AnswerReading, LatentStudent
 from student_trainer.losses import cross_entropy
 
@@ -71,10 +71,11 @@ class RouterLoss:
 
     def __call__(self, k_BLHMD: Tensor, v_BLHMD: Tensor, mask_BM: Tensor) -> Tensor:
         """The scalar loss, whose gradient reaches the injected K/V and nothing of the student."""
-        with torch.enable_grad():
-            k_leaf, v_leaf = (x.detach().requires_grad_() for x in (k_BLHMD, v_BLHMD))
-            injection = Injection(self.columns, k_leaf, v_leaf, mask_BM & self.allowed_BM)
-            logits_BTV = self.student.read_injected(self.inputs_BTE, self.mask_BT, injection)
+        k_leaf, v_leaf = (x.detach().requires_grad_() for x in (k_BLHMD, v_BLHMD))
+        injection = Injection(self.columns, k_leaf, v_leaf, mask_BM & self.allowed_BM)
+        # The injection outlasts the backward, since gradient checkpointing runs the forward again in it.
+        with torch.enable_grad(), inject_kv(self.student.lm, injection):
+            logits_BTV = self.student.logits(self.inputs_BTE, self.mask_BT)
             loss = cross_entropy(logits_BTV[:, self.predicting], self.targets_BA, self.target_mask_BA)
             # By hand, since a backward through the student would leave gradients on its parameters too.
             k_gradient, v_gradient = torch.autograd.grad(loss, (k_leaf, v_leaf))

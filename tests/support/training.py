@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pytest
 import yaml
 
 from data.records import write_records
@@ -19,6 +20,7 @@ from tests.support.servers import REPOSITORY
 from tests.support.tiny_models import save_tiny_model, tiny_spec
 
 LATENTS = 3
+LOSSES = ("train/loss", "train/ce_loss", "train/kv_loss")
 
 
 @dataclass(frozen=True)
@@ -105,3 +107,13 @@ def metrics(output: Path, name: str) -> dict[int, float]:
     """One metric by step."""
     lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     return {line["step"]: line[name] for line in lines if name in line}
+
+
+def assert_same_losses(one: Path, other: Path, tolerance: float, names: Sequence[str] = LOSSES) -> None:
+    """Every logged step of both runs, whatever it took to get there."""
+    for name in names:
+        ours, theirs = metrics(one, name), metrics(other, name)
+        assert ours.keys() == theirs.keys()
+        assert ours, name
+        for step, value in ours.items():
+            assert value == pytest.approx(theirs[step], abs=tolerance), (name, step)
