@@ -93,10 +93,10 @@ def overlap_weights_batch(teacher_ends_BM: Tensor, student_ends_BT: Tensor) -> t
 
 
 def _byte_ranges_batch(ends_BT: Tensor) -> tuple[Tensor, Tensor]:
-    """First byte, and byte after the last, of every token: the same where it stands for no byte."""
+    """First byte, and byte after the last, of every token, as int32: the same where it stands for no byte."""
     if ends_BT.shape[1] == 0:
-        return ends_BT.long(), ends_BT.long()
-    read_BT = ends_BT.long().clamp(min=0).cummax(dim=1).values
+        return ends_BT.int(), ends_BT.int()
+    read_BT = ends_BT.int().clamp(min=0).cummax(dim=1).values
     before_BT = torch.cat([torch.zeros_like(read_BT[:, :1]), read_BT[:, :-1]], dim=1)
     return before_BT, read_BT
 
