@@ -35,6 +35,8 @@ TRAIN_EXAMPLES = """**Examples**
 `deepspeed --num_gpus 8 --module kvdistill train --config run.yaml --set run.zero_stage=3`
 
 `kvdistill train --config run.yaml --set kv.mode=offline --set teachers.0.weight=2.0`
+
+`kvdistill train --config configs/train/three_stage.yaml --set stages.2.fuse.router=gate`
 """
 
 DEMO_EXAMPLES = """**Examples**

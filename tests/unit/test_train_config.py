@@ -6,9 +6,13 @@ from typing import Any
 
 import pytest
 
-from kvcore.config import parse
+from kvcore.config import load_config, parse
 from kvcore.errors import ConfigError
 from student_trainer.config import TrainConfig
+from tests.support.servers import REPOSITORY
+
+LATENT = {"path": "student", "mode": "latent", "latents": 3}
+THREE_SLOTS = {"selection": {"selector": "r_kv", "budget": 3}}
 
 
 def tree(**sections: Any) -> dict[str, Any]:
@@ -43,3 +47,98 @@ def test_latent_mode_needs_as_many_slots_as_latents(selection: dict[str, Any]) -
     student = {"path": "student", "mode": "latent", "latents": 3}
     with pytest.raises(ConfigError, match="3 latents"):
         parse(tree(student=student, kv={"selection": selection}), TrainConfig)
+
+
+@pytest.mark.parametrize("selection", [{"selector": "full"}, {"selector": "right", "budget": 4}])
+def test_resampling_takes_any_number_of_slots(selection: dict[str, Any]) -> None:
+    parse(tree(student=LATENT, kv={"selection": selection}, align={"time": "segment"}), TrainConfig)
+
+
+@pytest.mark.parametrize(
+    ("sections", "problem"),
+    [
+        ({"align": {"time": "linear"}}, "align.time: token mode"),
+        ({"align": {"tokens": "overlap"}}, "align.tokens: 'overlap' needs every token's first byte"),
+        ({"align": {"head_adapter": "linear"}}, "align.head_adapter: .*'linear' needs fuse.kind"),
+        ({"align": {"layer_map": "learned"}}, "align.layer_map: .*needs fuse.kind 'learnable'"),
+        (
+            {"align": {"layer_map": "learned", "direction": "to_teacher"}},
+            "align.layer_map: .*needs fuse.kind 'learnable'",
+        ),
+        ({"align": {"direction": "to_teacher"}, "fuse": {"kind": "similarity"}}, "fuse.kind: .*set align.direction"),
+        ({"loss": {"codi_weight": 1.0}}, "loss.codi_weight: CODI needs student.mode 'latent'"),
+        (
+            {
+                "student": LATENT,
+                "kv": THREE_SLOTS,
+                "loss": {"codi_weight": 1.0, "reasoning_ce_weight": 0.0},
+            },
+            "loss.codi_weight: CODI needs .*reasoning_ce_weight above 0",
+        ),
+        ({"fuse": {"kind": "learnabel"}}, "fuse.kind"),
+        ({"fuse": {"collapse_at": 0.4}}, "fuse.collapse_at"),
+        ({"loss": {"kv_weight": "automatic"}}, "loss.kv_weight"),
+    ],
+)
+def test_settings_that_do_not_fit_each_other_are_refused_by_name(sections: dict[str, Any], problem: str) -> None:
+    with pytest.raises(ConfigError, match=problem):
+        parse(tree(**sections), TrainConfig)
+
+
+def test_what_trains_on_the_teachers_side_is_taken_with_the_router_loss_that_trains_it() -> None:
+    align = {"layer_map": "learned", "head_adapter": "linear"}
+    parse(tree(align=align, fuse={"kind": "learnable"}), TrainConfig)
+    parse(tree(align={"head_adapter": "linear", "direction": "to_teacher"}), TrainConfig)
+
+
+def staged(*stages: dict[str, Any]) -> dict[str, Any]:
+    data = {"train": "train.jsonl", "val": "val.jsonl"}
+    return tree(student=LATENT, kv=THREE_SLOTS, data=data, stages=list(stages))
+
+
+def test_a_stage_changes_sections_and_starts_from_the_best_model_before_it() -> None:
+    config = parse(
+        staged({"name": "one"}, {"name": "two", "fuse": {"kind": "similarity"}, "run": {"steps": 7}}), TrainConfig
+    )
+    one, two = config.stage(0), config.stage(1)
+    assert (one.student.path, str(one.run.output_dir), one.fuse.kind, one.run.steps) == (
+        "student",
+        "out/one",
+        "fixed",
+        1,
+    )
+    assert (two.student.path, str(two.run.output_dir)) == ("out/one/best_model", "out/two")
+    assert (two.fuse.kind, two.run.steps, two.stages) == ("similarity", 7, ())
+    assert two.student.latents == 3
+
+
+@pytest.mark.parametrize(
+    ("stages", "problem"),
+    [
+        ([{"name": "one"}, {"name": "one"}], "stages: names must differ"),
+        ([{"name": "a/b"}], "stages.0.name"),
+        ([{"name": "one"}, {"name": "two", "fuse": {"kind": "best"}}], "stages.1.fuse.kind"),
+        ([{"name": "one", "fuse": {"knd": "fixed"}}], "stages.0.fuse.knd: unknown key; did you mean 'kind'"),
+        ([{"name": "one", "align": {"direction": "to_teacher"}, "fuse": {"kind": "similarity"}}], "fuse.kind"),
+    ],
+)
+def test_a_mistake_in_a_stage_is_named_before_anything_runs(stages: list[dict[str, Any]], problem: str) -> None:
+    with pytest.raises(ConfigError, match=problem):
+        parse(staged(*stages), TrainConfig)
+
+
+def test_stages_need_validation_data() -> None:
+    with pytest.raises(ConfigError, match=r"data\.val: stages"):
+        parse(staged({"name": "one"}) | {"data": {"train": "train.jsonl"}}, TrainConfig)
+
+
+def test_the_shipped_three_stages_are_fixed_similarity_learnable_and_can_be_overridden() -> None:
+    path = REPOSITORY / "configs" / "train" / "three_stage.yaml"
+    config = load_config(path, ["stages.2.fuse.router=gate", "run.epochs=3"], TrainConfig)
+    stages = [config.stage(index) for index in range(3)]
+    assert [stage.fuse.kind for stage in stages] == ["fixed", "similarity", "learnable"]
+    assert [str(stage.run.output_dir) for stage in stages] == [
+        f"outputs/three_stage_routing/{name}" for name in ("stage1_fixed", "stage2_similarity", "stage3_learnable")
+    ]
+    assert stages[2].fuse.router == "gate"
+    assert {stage.run.epochs for stage in stages} == {3}
