@@ -50,7 +50,7 @@ def inject_kv(model: nn.Module, injection: Injection) -> Iterator[None]:
 
 
 def _replaced(projection: KVProjection, injection: Injection, x_BHMD: Tensor, output: Tensor) -> Tensor:
-    """A projection's output with some columns replaced; [B,T,H*D] or [B,T,H,D] as the module gave it."""
+    """A projection's output with some columns replaced, in the form that the module gave."""
     own_BHTD = projection.heads_first(output)
     before, own_BHMD, after = (
         own_BHTD[:, :, : injection.columns.start],
@@ -61,4 +61,4 @@ def _replaced(projection: KVProjection, injection: Injection, x_BHMD: Tensor, ou
     # Where nothing is injected x may hold anything, which must not reach the gradient either.
     x_BHMD = x_BHMD.masked_fill(~kept, 0.0).to(output.dtype)
     mixed_BHMD = torch.where(kept, x_BHMD, own_BHMD)
-    return torch.cat([before, mixed_BHMD, after], dim=2).transpose(1, 2).reshape(output.shape)
+    return projection.as_output(torch.cat([before, mixed_BHMD, after], dim=2), output)

@@ -11,6 +11,7 @@ from transformers import DynamicCache, PreTrainedModel
 from kvcore.types import Tensor
 from student_trainer.capture import capture_kv
 from student_trainer.injection import Injection, inject_kv
+from tests.support.rotary_models import MODELS
 from tests.support.tiny_models import FAMILIES, Family, build_model, tiny_spec
 
 IDS_BT = torch.tensor([[5, 9, 31, 7, 12, 80, 44], [200, 3, 4, 90, 11, 6, 17]])
@@ -97,3 +98,19 @@ def test_the_model_is_restored_even_after_an_error() -> None:
     with pytest.raises(ZeroDivisionError), inject_kv(model, Injection(COLUMNS, k_BLHMD, v_BLHMD, EVERYWHERE_BM)):
         raise ZeroDivisionError
     assert model(IDS_BT).logits.equal(plain)
+
+
+@pytest.mark.parametrize("name", MODELS)
+@torch.no_grad()
+def test_in_every_architecture_kv_go_back_in_the_form_they_came(name: str) -> None:
+    model: Any = MODELS[name]().base_model
+    ids_BT = IDS_BT % int(model.config.vocab_size)
+    with capture_kv(model) as capture:
+        plain = model(ids_BT).last_hidden_state
+    k_BLHMD, v_BLHMD = capture.columns(2, 5)
+    with inject_kv(model, Injection(COLUMNS, k_BLHMD, v_BLHMD, EVERYWHERE_BM)):
+        torch.testing.assert_close(model(ids_BT).last_hidden_state, plain, atol=1e-5, rtol=1e-5)
+    with inject_kv(model, Injection(COLUMNS, k_BLHMD.flip(3), v_BLHMD.flip(3), EVERYWHERE_BM)):
+        changed = (model(ids_BT).last_hidden_state - plain).abs()
+    assert changed[:, : COLUMNS.start].max() == 0
+    assert changed[:, COLUMNS.stop :].max() > 1e-4
