@@ -49,7 +49,7 @@ SEEDS: dict[ModelName, int] = {"teacher_a": 1, "teacher_b": 2, "student": 3}
 _LLAMA_SHAPED = frozenset({"teacher_b"})
 
 
-def make_model(name: ModelName, tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:
+def make_model(name: ModelName, tokenizer: PreTrainedTokenizerBase, directory: Path, seed: int | None = None) -> None:
     """Writes config, random weights (safetensors) and tokenizer where transformers loads them."""
     special = {
         "vocab_size": len(tokenizer),
@@ -59,7 +59,7 @@ def make_model(name: ModelName, tokenizer: PreTrainedTokenizerBase, directory: P
     }
     settings = _COMMON | GEOMETRIES[name] | special
     with torch.random.fork_rng():
-        torch.manual_seed(SEEDS[name])
+        torch.manual_seed(SEEDS[name] if seed is None else seed)
         if name in _LLAMA_SHAPED:
             model = LlamaForCausalLM(LlamaConfig(**settings))
         else:

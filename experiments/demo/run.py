@@ -73,7 +73,11 @@ class Demo:
         self.seconds["total"] = time.monotonic() - self._started
         return self._results(models, servers_mb)
 
-    def train_arms(self) -> tuple[dict[ModelName, Pretrained], dict[ModelName, float]]:
+    def teachers(self, models: dict[ModelName, Pretrained]) -> dict[str, Path]:
+        """The models to serve, by the teachers' names."""
+        return {name: models[name].path for name in TEACHERS}
+
+    def train_arms(self) -> tuple[dict[ModelName, Pretrained], dict[str, float]]:
         """Data, models, servers, and every arm. Returns the models and each server's peak memory in MiB."""
         _empty(self.layout.output / "runs")
         with self._stage("data"):
@@ -82,8 +86,9 @@ class Demo:
             models = pretrain(self.layout, train, self.say)
         with ExitStack() as stack:
             with self._stage("teacher servers"):
-                servers: dict[ModelName, TeacherServer] = {
-                    name: stack.enter_context(self._server(name, models)) for name in TEACHERS
+                servers = {
+                    name: stack.enter_context(TeacherServer(name, path, self.layout.logs / f"serve_{name}.log"))
+                    for name, path in self.teachers(models).items()
                 }
                 for server in servers.values():
                     server.wait_ready()
@@ -111,14 +116,11 @@ class Demo:
         write_records(self.layout.split("record"), splits.train[: settings.record])
         return splits.train
 
-    def _server(self, name: ModelName, models: dict[ModelName, Pretrained]) -> TeacherServer:
-        return TeacherServer(name, models[name].path, self.layout.logs / f"serve_{name}.log")
-
-    def _train(self, student: Pretrained, servers: dict[ModelName, TeacherServer]) -> None:
+    def _train(self, student: Pretrained, servers: dict[str, TeacherServer]) -> None:
         """All arms, the recorded epoch and its replay, in one launch of the two ranks."""
         ports = {name: server.grpc_port for name, server in servers.items()}
         plan_path = self.layout.output / "runs" / "plan.json"
-        plan = self._plan(student.path, ports)
+        plan = self.plan(student.path, ports)
         plan_path.write_text(json.dumps(plan, indent=2), encoding="utf-8")
         launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(RANKS)]
         began = time.monotonic()
@@ -137,7 +139,8 @@ class Demo:
         inside = sum(self.seconds[run["name"]] for run in plan)
         self.seconds["launch of the ranks"] = time.monotonic() - began - inside
 
-    def _plan(self, student: Path, ports: dict[str, int]) -> list[dict[str, Any]]:
+    def plan(self, student: Path, ports: dict[str, int]) -> list[dict[str, Any]]:
+        """The runs of one launch, in order: all arms, then the recorded epoch and its replay."""
         test = str(self.layout.split("test"))
         arms = [
             {
@@ -160,7 +163,7 @@ class Demo:
         elif "  validation: " in line:
             self.say(f"  {line}")
 
-    def _results(self, models: dict[ModelName, Pretrained], servers_mb: dict[ModelName, float]) -> results.Results:
+    def _results(self, models: dict[ModelName, Pretrained], servers_mb: dict[str, float]) -> results.Results:
         kv_run = self.layout.run(f"{ARMS[0]}-seed0")
         summary = results.summary(kv_run)
         return results.Results(
@@ -171,7 +174,7 @@ class Demo:
             stall_fraction=float(summary["stall_fraction"]),
             samples_per_second=float(summary["samples_per_second"]),
             teacher_tokens_per_second=float(summary["teacher_tokens_per_second"]),
-            peak_memory_mb={f"trainer_{rank}": mb for rank, mb in summary["peak_memory_mb"].items()} | dict(servers_mb),
+            peak_memory_mb={f"trainer_{rank}": mb for rank, mb in summary["peak_memory_mb"].items()} | servers_mb,
             replay=results.gather_replay(self.layout),
             seconds=dict(self.seconds),
             stages_ms=results.stages_ms(results.read_metrics(kv_run), MICRO_BATCH, len(TEACHERS)),

@@ -107,13 +107,22 @@ def arm_config(
     arm: ArmName, seed: int, settings: Settings, layout: Layout, student: Path, ports: dict[str, int]
 ) -> Config:
     """One arm: the student thinks in latents; arms differ in nothing but the teachers and the control."""
-    config = _latent_config(layout.run(f"{arm}-seed{seed}"), seed, layout.split("train"), student)
+    chosen = {name: ports[name] for name in TEACHERS_OF_ARM[arm]}
+    config = run_config(f"{arm}-seed{seed}", seed, settings, layout, student, chosen)
+    if arm == "shuffled_kv":
+        config["kv"]["control"] = "shuffled"
+    return config
+
+
+def run_config(
+    name: str, seed: int, settings: Settings, layout: Layout, student: Path, ports: dict[str, int]
+) -> Config:
+    """A student that thinks in latents, on the training data, with the teachers that `ports` names."""
+    config = _latent_config(layout.run(name), seed, layout.split("train"), student)
     config["data"]["val"] = str(layout.split("val"))
     config["optim"]["lr"] = settings.arm_lr
     config["run"] |= {"steps": settings.arm_steps, "eval_every": settings.arm_steps // settings.evaluations}
-    config["teachers"] = _teachers(TEACHERS_OF_ARM[arm], ports)
-    if arm == "shuffled_kv":
-        config["kv"]["control"] = "shuffled"
+    config["teachers"] = _teachers(tuple(ports), ports)
     return config
 
 
@@ -129,7 +138,7 @@ def epoch_config(mode: Literal["record", "offline"], layout: Layout, student: Pa
     return config
 
 
-def _teachers(names: tuple[ModelName, ...], ports: dict[str, int]) -> list[Config]:
+def _teachers(names: tuple[str, ...], ports: dict[str, int]) -> list[Config]:
     return [{"name": name, "endpoints": [f"127.0.0.1:{ports[name]}"] if ports else []} for name in names]
 
 

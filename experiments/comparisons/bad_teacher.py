@@ -1,0 +1,67 @@
+"""Two good teachers and one with random weights: `python -m experiments.comparisons.bad_teacher`.
+
+Does routing find the bad one out, and what is that worth? All ways start from the same warm student and take the same
+few steps, so few that equal weights have not caught up yet; then each goes on from where equal weights ended, as the
+second and third stage of `configs/train/three_stage.yaml` do. docs/fusion.md holds the figures.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from transformers import AutoTokenizer
+
+from experiments.comparisons.base import NO_KV, Comparison, Way, run
+from experiments.demo.make_models import make_model
+from experiments.demo.pretrain import Pretrained
+from experiments.demo.settings import TEACHERS, Config, ModelName, Settings
+
+BAD = "bad_teacher"
+THREE = (*TEACHERS, BAD)
+BAD_SEED = 77
+STEPS, MORE_STEPS, RATE = 120, 60, 4e-3
+
+SIMILARITY: Config = {
+    "kind": "similarity",
+    "metric": "cosine",
+    "temperature": 0.1,
+    "temperature_decay": 0.0,
+    "temperature_floor": 0.1,
+}
+LEARNABLE: Config = {"kind": "learnable", "router": "mlp", "temperature": 0.3, "temperature_floor": 0.3}
+FUSIONS: dict[str, Config] = {"fixed": {"kind": "fixed"}, "similarity": SIMILARITY, "learnable": LEARNABLE}
+
+
+def _more(fuse: Config) -> Config:
+    return {"fuse": fuse, "run": {"steps": MORE_STEPS, "eval_every": MORE_STEPS // 3}}
+
+
+WAYS = (
+    Way("two good teachers"),
+    *(Way(kind, THREE, {"fuse": fuse}) for kind, fuse in FUSIONS.items()),
+    NO_KV,
+    Way("shuffled KV", THREE, {"kv": {"control": "shuffled"}}),
+    *(Way(f"fixed then {kind}", THREE, _more(fuse), start="fixed") for kind, fuse in FUSIONS.items()),
+    Way("similarity then learnable", THREE, _more(LEARNABLE), start="fixed then similarity"),
+)
+
+
+class BadTeacher(Comparison):
+    """A comparison with a third teacher that was never trained."""
+
+    def teachers(self, models: dict[ModelName, Pretrained]) -> dict[str, Path]:
+        """The demo's two, and one of the second's shape and tokenizer with random weights."""
+        bad = self.layout.output / "runs" / BAD
+        make_model("teacher_b", AutoTokenizer.from_pretrained(models["teacher_b"].path), bad, BAD_SEED)
+        return super().teachers(models) | {BAD: bad}
+
+
+def make(output: Path, settings: Settings, seeds: int) -> Comparison:
+    """The comparison. Steps, rate and temperatures were chosen on validation items of seed 0."""
+    settings = replace(settings, test=1000, arm_steps=STEPS, arm_lr=RATE, evaluations=3)
+    return BadTeacher(WAYS, output, settings, seeds)
+
+
+if __name__ == "__main__":
+    run(__doc__, "outputs/bad_teacher", make)

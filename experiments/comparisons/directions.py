@@ -1,0 +1,26 @@
+"""Both directions of alignment: `python -m experiments.comparisons.directions`.
+
+Two teachers and one, each with `align.direction` to_student and to_teacher. docs/alignment.md holds the figures.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from experiments.comparisons.base import Comparison, Way, run
+from experiments.demo.settings import TEACHERS, Settings
+
+WAYS = tuple(
+    Way(f"{count} {direction}", teachers, {"align": {"direction": direction}})
+    for count, teachers in (("two teachers", TEACHERS), ("one teacher", TEACHERS[:1]))
+    for direction in ("to_student", "to_teacher")
+)
+
+
+def make(output: Path, settings: Settings, seeds: int) -> Comparison:
+    """The comparison."""
+    return Comparison(WAYS, output, settings, seeds)
+
+
+if __name__ == "__main__":
+    run(__doc__, "outputs/directions", make)
