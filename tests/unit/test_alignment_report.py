@@ -168,21 +168,26 @@ def test_the_page_shows_explained_variance_beside_its_control(tmp_path: Path, ri
     assert "0.500 of 1, 0.500 of 2" in page.cells
 
 
+def coloured(image: np.ndarray, more: int, less: int) -> int:
+    """How many pixels have clearly more of one channel than of another."""
+    return int((image[..., more] - image[..., less] > 0.4).sum())
+
+
 def test_bars_and_cells_follow_the_figures(tmp_path: Path, ridge: dict[str, Any]) -> None:
-    """The taller the bars, the more of their colour; the further a layer's weight moves, the other the picture."""
-    low, moved = copy.deepcopy(ridge), copy.deepcopy(ridge)
+    """The taller the bars, the more of their colour, blue for true pairs and red for the control."""
+    low, high, moved = copy.deepcopy(ridge), copy.deepcopy(ridge), copy.deepcopy(ridge)
     low["explained_variance"]["k"] = [0.1, 0.1, 0.1]
+    high["explained_variance_shuffled"]["v"] = [0.9, 0.9, 0.9]
     moved["layer_map"]["1"] = [[3, 1.0]]
-    pages = [written({"ada": report}, tmp_path) for report in (ridge, low, moved)]
-    blue = [
-        int(((page.images[f"ada: {EXPLAINED}"][..., 2] - page.images[f"ada: {EXPLAINED}"][..., 0]) > 0.5).sum())
-        for page in pages
-    ]
+    pages = [written({"ada": report}, tmp_path) for report in (ridge, low, high, moved)]
+    bars = [page.images[f"ada: {EXPLAINED}"] for page in pages]
+    blue, red = ([coloured(image, *channels) for image in bars] for channels in ((2, 0), (0, 2)))
     assert blue[1] < 0.8 * blue[0]
-    assert blue[2] == blue[0]
+    assert red[2] > 2 * red[0]
+    assert (blue[3], red[3]) == (blue[0], red[0])
     maps = [page.images[f"ada: {LAYER_MAP}"] for page in pages]
     assert np.array_equal(maps[0], maps[1])
-    assert not np.array_equal(maps[0], maps[2])
+    assert not np.array_equal(maps[0], maps[3])
 
 
 def test_a_map_far_worse_than_the_mean_is_drawn_too(tmp_path: Path, ridge: dict[str, Any]) -> None:
