@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from align.aligner import Aligner, at_student_tokens, at_teacher_slots, beyond_first
+from align.aligner import Aligner, at_student_tokens, at_teacher_slots, beyond_first, slots_of_tokens
 from align.head_dim_adapter import TENSORS, HeadDimAdapter, TensorKind
 from align.layer_similarity import CKAStatistics
 from align.linear_maps import RidgeStatistics
@@ -141,12 +141,16 @@ class Calibration:
                 self._add(self._control, tensor, theirs_NLF[paired_N], own_NLG, held_out_N[paired_N])
 
     def _rows(self, kv: BatchKV, student: StudentRead | None) -> _Rows:
-        if student is not None and self._aligner.needs_student:
-            self._count_coverage(kv, student)
-        if not self._aligner.fits_adapter:
+        if not self._aligner.needs_student:
             return _all_rows(self._aligner, kv, student)
         assert student is not None, "fitting needs the student's own K/V"
-        return _paired_rows(self._aligner, kv, student)
+        if self._aligner.fits_adapter:
+            rows = _paired_rows(self._aligner, kv, student)
+            self._count_coverage(kv, student, len(rows.sample_N))
+            return rows
+        _, sample_N, _, _ = _pairs(self._aligner, kv, student.byte_ends_BT)
+        self._count_coverage(kv, student, len(sample_N))
+        return _all_rows(self._aligner, kv, student)
 
     def _add(
         self, parts: tuple[Statistics, Statistics], tensor: TensorKind, theirs: Tensor, own: Tensor, held_out_N: Tensor
@@ -157,17 +161,16 @@ class Calibration:
             for layer, statistics in enumerate(part[tensor]):
                 statistics.update(x_part[:, layer], y_part[:, layer])
 
-    def _count_coverage(self, kv: BatchKV, student: StudentRead) -> None:
+    def _count_coverage(self, kv: BatchKV, student: StudentRead, paired: int) -> None:
         """Of the tokens and slots that stand for text, but for sinks: how many there are, and how many are paired."""
         skip, device = self._aligner.sink_tokens, kv.mask_BM.device
         ends_BT = student.byte_ends_BT.to(device)
-        laid_out = at_student_tokens(kv, ends_BT, self._aligner.tokens, skip)
         text_BT = beyond_first(ends_BT, skip) & kv.mask_BM.any(dim=1, keepdim=True)
         slots_BM = kv.mask_BM & (kv.byte_ends_BLHM[:, 0, 0] > _sink_ends(ends_BT, skip)[:, None])
         # Any tensor of the student's shape tells which slots it meets.
         _, met_BLHM = at_teacher_slots(student.k_BLHTD[:, :1, :1, :, :1].to(device), ends_BT, kv, skip)
-        counts = [text_BT.sum(), laid_out.mask_BM.sum(), slots_BM.sum(), (met_BLHM[:, 0, 0] & slots_BM).sum()]
-        self._coverage_4 += torch.stack(counts).to(self._coverage_4.device)
+        text, slots, met = (int(part.sum()) for part in (text_BT, slots_BM, met_BLHM[:, 0, 0] & slots_BM))
+        self._coverage_4 += torch.tensor([text, paired, slots, met], device=self._coverage_4.device)
 
     def tensors(self) -> list[Tensor]:
         """Every sum, to be added over ranks in place before `finish`."""
@@ -251,15 +254,27 @@ def row_of_another_sample(sample_N: Tensor) -> Tensor:
 
 def _paired_rows(aligner: Aligner, kv: BatchKV, student: StudentRead) -> _Rows:
     """What both hold at the student's tokens. The teacher's layers are mapped if the map is known, or all."""
-    laid_out = at_student_tokens(kv, student.byte_ends_BT, aligner.tokens, aligner.sink_tokens)
-    sample_N, token_N = laid_out.mask_BM.nonzero(as_tuple=True)
-    mapped = (lambda x_BLHTD: x_BLHTD) if aligner.needs_layer_pass else aligner.map_layers
+    kv, sample_N, slot_N, token_N = _pairs(aligner, kv, student.byte_ends_BT)
+    mapped = (lambda x_BLHMD: x_BLHMD) if aligner.needs_layer_pass else aligner.map_layers
     own: dict[TensorKind, Tensor] = {"k": student.k_BLHTD, "v": student.v_BLHTD}
     return _Rows(
         sample_N,
-        {tensor: _features(mapped(x_BLHTD), sample_N, token_N) for tensor, x_BLHTD in _both(laid_out).items()},
+        {tensor: _features(mapped(x_BLHMD), sample_N, slot_N) for tensor, x_BLHMD in _both(kv).items()},
         {tensor: _features(x_BLHTD, sample_N, token_N) for tensor, x_BLHTD in own.items()},
     )
+
+
+def _pairs(aligner: Aligner, kv: BatchKV, ends_BT: Tensor) -> tuple[BatchKV, Tensor, Tensor, Tensor]:
+    """The teacher's K/V to compare with, and for each row the sample of the batch, the slot and the student's token."""
+    ends_BT = ends_BT.to(kv.mask_BM.device)
+    if aligner.tokens == "overlap":
+        kv = at_student_tokens(kv, ends_BT, aligner.tokens, aligner.sink_tokens)
+        sample_N, token_N = kv.mask_BM.nonzero(as_tuple=True)
+        return kv, sample_N, token_N, token_N
+    # Chosen one by one: a selection fills far fewer slots than the student has tokens to lay them out at.
+    index_BT = slots_of_tokens(kv, ends_BT.masked_fill(~beyond_first(ends_BT, aligner.sink_tokens), -1))
+    sample_N, token_N = (index_BT >= 0).nonzero(as_tuple=True)
+    return kv, sample_N, index_BT[sample_N, token_N], token_N
 
 
 def _all_rows(aligner: Aligner, kv: BatchKV, student: StudentRead | None) -> _Rows:

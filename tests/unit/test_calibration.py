@@ -182,6 +182,37 @@ def test_sinks_are_left_out_of_fit_and_layer_map(sink_tokens: int) -> None:
     assert sum(found[0]["rows"].values()) == filled
 
 
+@pytest.mark.parametrize("sink_tokens", [0, 2])
+def test_overlap_fits_on_the_mean_of_what_shares_bytes(sink_tokens: int) -> None:
+    """As if the teacher had the student's tokens, each with the mean of its own that share bytes with it."""
+    kv = teacher_batch(100, 3, seed=1)
+    read = student_read(Aligner(TEACHER, STUDENT), kv, seed=2)
+    mixed = [torch.zeros(100, 3, TEACHER.heads, 4, TEACHER.head_dim) for _ in range(2)]
+    for x, out in zip((kv.k_BLHMD, kv.v_BLHMD), mixed, strict=True):
+        assert x is not None
+        first, second, third = (x[:, :, :, slot] for slot in range(3))
+        # Tokens of the student that end at 2, 4, 6 and 9 against slots that end at 3, 5 and, where it is filled, 9.
+        out[:, :, :, 0] = first
+        out[:, :, :, 1] = (first + second) / 2
+        out[:, :, :, 2] = torch.where(kv.mask_BM[:, None, None, 2:], (second + third) / 2, second)
+        out[:, :, :, 3] = third.nan_to_num(0.0)
+    mask_BM = torch.ones(100, 4, dtype=torch.bool)
+    mask_BM[:, 3] = kv.mask_BM[:, 2]
+    ends_BT = torch.tensor([2, 4, 6, 9]).expand(100, -1)
+    own = StudentRead(read.k_BLHTD[:, :, :, :4], read.v_BLHTD[:, :, :, :4], ends_BT)
+    by_hand = calibrate_on(
+        Aligner(TEACHER, STUDENT, sink_tokens=sink_tokens),
+        BatchKV(mixed[0], mixed[1], mask_BM, ends_BT[:, None, None]),
+        own,
+    )
+    aligner = calibrate_on(Aligner(TEACHER, STUDENT, tokens="overlap", sink_tokens=sink_tokens), kv, own)
+    assert aligner.report()["rows"] == by_hand.report()["rows"]
+    for tensor in TENSORS:
+        assert aligner.adapter.explained_variance(tensor) == pytest.approx(by_hand.adapter.explained_variance(tensor))
+        torch.testing.assert_close(aligner.mean(tensor), by_hand.mean(tensor), rtol=1e-4, atol=1e-4)
+    assert aligner.report()["coverage"]["student_tokens"]["paired"] == int(mask_BM[:, sink_tokens:].sum())
+
+
 @pytest.mark.parametrize("sink_tokens", [0, 1, 2])
 def test_an_identity_leaves_out_slots_that_end_with_the_sinks(sink_tokens: int) -> None:
     geometry = KVGeometry(2, 2, 4)
@@ -221,6 +252,25 @@ def test_coverage_leaves_out_samples_that_the_teacher_lacks() -> None:
     coverage = calibrate_on(aligner, kv, read).report()["coverage"]
     assert coverage["student_tokens"]["seen"] == 30 * 4
     assert coverage["teacher_slots"]["seen"] == int(kv.mask_BM.sum())
+
+
+def test_coverage_is_counted_where_only_the_layer_map_needs_the_student() -> None:
+    geometry = KVGeometry(3, 3, 2)
+    aligner = Aligner(geometry, STUDENT, head_adapter="identity", layer_map="cka")
+    kv = teacher_batch(60, 3, seed=1, geometry=geometry)
+    own = teacher_batch(60, 3, seed=2, geometry=geometry)
+    assert own.k_BLHMD is not None
+    assert own.v_BLHMD is not None
+    ends_BT = torch.tensor([1, 3, 9]).expand(60, -1)
+    read = StudentRead(own.k_BLHMD.nan_to_num(0.5), own.v_BLHMD.nan_to_num(0.5), ends_BT)
+    report = calibrate_on(aligner, kv, read).report()
+    filled = int(kv.mask_BM.sum())
+    assert report["coverage"] == {
+        "student_tokens": {"seen": 120, "paired": filled - 60},
+        "teacher_slots": {"seen": filled, "paired": filled - 60},
+    }
+    assert sum(report["rows"].values()) == filled
+    assert report["explained_variance"] == report["explained_variance_shuffled"] == {"k": [], "v": []}
 
 
 @given(st.lists(st.integers(0, 4), max_size=6))
