@@ -15,7 +15,7 @@ from align.aligner import Aligner, at_student_tokens, at_teacher_slots, beyond_f
 from align.head_dim_adapter import TENSORS, HeadDimAdapter, TensorKind
 from align.layer_similarity import CKAStatistics
 from align.linear_maps import RidgeStatistics
-from kvcore.errors import FieldError
+from kvcore.errors import FieldError, KVDistillError
 from kvcore.types import BatchKV, Tensor
 
 HOLD_OUT_EVERY = 5
@@ -79,7 +79,9 @@ class LayerCalibration:
 
         Raises:
             FieldError: too few rows, or a layer that never varies.
+            KVDistillError: keys or values that are not finite.
         """
+        _check_finite(self.tensors())
         count = int(self._sums["k"].count)
         if count < _FEWEST_ROWS:
             raise FieldError("align.calibration_samples", _too_few(f"{count} token pairs to compare layers on"))
@@ -183,7 +185,9 @@ class Calibration:
 
         Raises:
             FieldError: too few rows, or targets that never vary.
+            KVDistillError: keys or values that are not finite.
         """
+        _check_finite(self.tensors())
         fit, held_out = self._true
         counts = _counts(self._true)
         if min(counts) < _FEWEST_ROWS:
@@ -313,6 +317,13 @@ def _features(x_BLHMD: Tensor, sample_N: Tensor, place_N: Tensor) -> Tensor:
 
 def _counts(parts: tuple[Statistics, Statistics]) -> list[int]:
     return [int(part["k"][0].count) for part in parts]
+
+
+def _check_finite(sums: list[Tensor]) -> None:
+    if not all(bool(tensor.isfinite().all()) for tensor in sums):
+        raise KVDistillError(
+            "keys or values of the calibration samples are NaN or infinite; a model in half precision may overflow"
+        )
 
 
 def _too_few(found: str) -> str:

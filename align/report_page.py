@@ -104,7 +104,7 @@ def _settings(report: Report) -> list[tuple[str, str]]:
         ("direction", report["direction"]),
         ("layer map", report["layer_strategy"]),
         ("head adapter", report["head_adapter"]),
-        ("token pairing", f"{report['tokens']}, without the first {report['sink_tokens']} of a text"),
+        ("token pairing", f"{report['tokens']}; tokens left out at the start of a text: {report['sink_tokens']}"),
         ("teacher", _geometry(report["teacher"])),
         ("student", _geometry(report["student"])),
         ("token pairs fitted on / held out", f"{rows['fit']:,} / {rows['held_out']:,}"),

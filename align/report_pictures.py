@@ -159,6 +159,8 @@ def _bars(axes: Axes, values: Sequence[float | None], offset: float, colour: str
             va="top" if below else "bottom",
             color=colour,
             fontsize=8,
+            # Readable where the threshold passes behind it.
+            bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.5},
         )
 
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from align.aligner import Aligner
 from align.calibration import HOLD_OUT_EVERY, Calibration, LayerCalibration, StudentRead, row_of_another_sample
 from align.head_dim_adapter import TENSORS, KVGeometry
-from kvcore.errors import FieldError
+from kvcore.errors import FieldError, KVDistillError
 from kvcore.types import BatchKV
 from tests.support.alignment_parts import (
     MIXING,
@@ -161,6 +161,16 @@ def test_too_few_pairs_for_the_layer_map_are_refused_too() -> None:
         calibration.finish()
     assert caught.value.field == "align.calibration_samples"
     assert aligner.needs_layer_pass
+
+
+@pytest.mark.parametrize("layer_map", ["ratio", "cka"])
+def test_kv_that_is_not_finite_is_refused(layer_map: str) -> None:
+    aligner = Aligner(TEACHER, STUDENT, layer_map=layer_map)
+    kv = teacher_batch(40, len(aligner.layers_needed), seed=1)
+    read = student_read(aligner, kv, seed=2)
+    read.v_BLHTD[7, 1, 0, PAIRS[0][1], 0] = torch.inf
+    with pytest.raises(KVDistillError, match="NaN or infinite"):
+        calibrate_on(aligner, kv, read)
 
 
 @pytest.mark.parametrize("sink_tokens", [0, 1, 2])
