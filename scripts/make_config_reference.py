@@ -49,7 +49,7 @@ def _sections(model: type[StrictModel], path: str) -> Iterator[str]:
             nested.append((held, below + (".N" if get_origin(field.annotation) is tuple else "")))
         # Constraints of the whole field stand beside its annotation, those inside a union within it.
         kind = Annotated[field.annotation, *field.metadata] if field.metadata else field.annotation
-        rows.append(f"| `{name}` | {describe(kind)} | {_default(field.default)} |")
+        rows.append(f"| `{name}` | {describe(kind)} | {_default(field.get_default(call_default_factory=True))} |")
     yield "\n".join(rows) + "\n"
     for held, below in nested:
         yield from _sections(held, below)
@@ -68,11 +68,16 @@ def describe(annotation: Any) -> str:
     if origin is tuple:
         count = "" if Ellipsis in arguments else f"{len(arguments)} "
         return f"list of {count}({describe(arguments[0])})"
-    if annotation is type(None):
-        return "none"
-    return {"str": "text", "int": "integer", "float": "number", "bool": "true or false", "Path": "path"}.get(
-        annotation.__name__, "mapping, below"
-    )
+    if origin is dict:
+        return "some keys of the section of that name"
+    return {
+        "NoneType": "none",
+        "str": "text",
+        "int": "integer",
+        "float": "number",
+        "bool": "true or false",
+        "Path": "path",
+    }.get(annotation.__name__, "mapping, below")
 
 
 def _limits(metadata: Any) -> Iterator[str]:
@@ -97,6 +102,8 @@ def _default(value: Any) -> str:
         return f"`{{{changed}}}`" if changed else "its defaults"
     if isinstance(value, tuple):
         return f"`{list(value)}`"
+    if value == {}:
+        return "nothing changed"
     return f"`{str(value).lower() if isinstance(value, bool) else value}`"
 
 
