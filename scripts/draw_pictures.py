@@ -47,7 +47,7 @@ from scripts.schematics import (
     draw_router_loss,
     seeded,
 )
-from student_trainer.losses import kv_distance, normalised_error
+from student_trainer.losses import error_by_layer_and_head, kv_distance
 from tests.support.text_tokenizers import tokenizer_of
 
 OUTPUT = Path(__file__).resolve().parent.parent / "docs" / "pictures"
@@ -213,7 +213,7 @@ def _scale(figure: Figure) -> None:
     for row, guess in enumerate(guesses.values()):
         wrong = guess.expand_as(x_BLHMD)
         scores = (
-            float(normalised_error(wrong, x_BLHMD, variance_L, mask_BM)),
+            float(error_by_layer_and_head(wrong, x_BLHMD, variance_L, mask_BM).mean()),
             float(kv_distance(wrong, x_BLHMD, deviation_L, mask_BM, "mse")),
         )
         for offset, score, colour in zip((-0.2, 0.2), scores, (BLUE, GREY), strict=True):
