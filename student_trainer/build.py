@@ -213,8 +213,15 @@ def _identity(config: TrainConfig, count: int, teachers: Sequence[Teacher]) -> d
         for teacher in teachers
     }
     weights = {teacher.name: teacher.weight for teacher in config.teachers}
-    data = [count, hashlib.blake2b(config.data.train.read_bytes(), digest_size=16).hexdigest()]
+    # A path is no proof: an earlier stage may have been trained anew.
+    settings["student"]["weights"] = [_digest(path) for path in sorted(Path(config.student.path).glob("*.safetensors"))]
+    data = [count, _digest(config.data.train)]
     return settings | {"run": run, "teachers": plans, "weights": weights, "control": config.kv.control, "data": data}
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
 
 
 def _resume(config: TrainConfig, identity: dict[str, Any], rank: int) -> Checkpoint | None:
@@ -269,7 +276,7 @@ def _align(parts: Parts, rank: int, world_size: int) -> None:
 
 def _set_kv_weight(parts: Parts, records: Sequence[Record], rank: int) -> None:
     size = parts.config.run.micro_batch
-    chosen = [records[start : start + size] for start in range(0, len(records), size)][:KV_WEIGHT_BATCHES]
+    chosen = [records[start : start + size] for start in range(0, len(records) - size + 1, size)][:KV_WEIGHT_BATCHES]
     parts.model.train()
     failure: KVDistillError | None = None
     batches: list[TrainBatch] = []

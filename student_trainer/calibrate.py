@@ -12,7 +12,7 @@ import torch.distributed as dist
 from align.calibration import Calibration, LayerCalibration, StudentRead
 from align.head_dim_adapter import TENSORS
 from data.records import Record
-from kvcore.errors import KVDistillError
+from kvcore.errors import FieldError, KVDistillError
 from kvcore.types import Tensor
 from student_trainer.model import DistillModel, TrainBatch
 
@@ -51,7 +51,8 @@ def calibrate(
 ) -> None:
     """Fits all alignments of `model` in place; every rank ends with the same ones.
 
-    The samples are read twice where a layer map has to be found before an adapter can be fitted.
+    The samples are read once more where a layer map has to be found before an adapter can be fitted, and once more
+    where teachers are fused, so that none of their K/V has to be kept.
 
     Args:
         records: this rank's share of the calibration samples.
@@ -68,11 +69,15 @@ def calibrate(
     if unmapped:
         _run(model, samples, unmapped, fail_together)
     calibrations = {place: Calibration(aligner) for place, aligner in enumerate(model.aligners)}
-    kept = _run(model, samples, calibrations, fail_together, keep=model.fusion is not None)
+    _run(model, samples, calibrations, fail_together)
     if dist.get_rank() == 0:
         for name, aligner in zip(model.weights, model.aligners, strict=True):
             aligner.warn_if_poor(name=name)
-    model.freeze(*_fused_scale(model, kept))
+    first = model.aligners[0]
+    if model.fusion is None:
+        model.freeze(first.scale_LK.clone(), first.variance_LK.clone())
+    else:
+        model.freeze(*_fused_scale(model, samples, fail_together))
 
 
 def _run(
@@ -80,19 +85,14 @@ def _run(
     samples: _Samples,
     calibrations: Mapping[int, Calibration | LayerCalibration],
     fail_together: FailTogether,
-    *,
-    keep: bool = False,
-) -> list[TrainBatch]:
-    """One pass over the samples for the teachers at the given places; returns the batches if they are to be kept."""
-    kept: list[TrainBatch] = []
+) -> None:
+    """One pass over the samples for the teachers at the given places."""
     failure: KVDistillError | None = None
     try:
         for batch, sample_B in samples.batches():
             read = _read(model, batch)
             for place, calibration in calibrations.items():
                 calibration.update(batch.teachers[place], sample_B, read)
-            if keep:
-                kept.append(batch)
     except KVDistillError as error:
         failure = error
     fail_together(failure)
@@ -100,37 +100,46 @@ def _run(
         for tensor in calibration.tensors():
             dist.all_reduce(tensor)
         calibration.finish()
-    return kept
 
 
 def _read(model: DistillModel, batch: TrainBatch) -> StudentRead:
     """The student's own K/V over the text that the teachers read."""
     tokens = batch.tokens
-    text = model.student.read_text(tokens.text_ids_BT, tokens.text_mask_BT)
+    text = model.student.read_text(tokens.text_ids_BT, tokens.text_mask_BT, predict=False)
     return StudentRead(text.k_BLHTD, text.v_BLHTD, tokens.text_byte_ends_BT)
 
 
-def _fused_scale(model: DistillModel, batches: Sequence[TrainBatch]) -> tuple[Tensor, Tensor]:
-    """Standard deviation and variance [L,K] of the fused targets, or of the first teacher's where nothing is fused."""
-    first = model.aligners[0]
-    if model.fusion is None:
-        return first.scale_LK.clone(), first.variance_LK.clone()
-    layers, features = first.student.layers, first.student.features
-    device = first.scale_LK.device
+def _fused_scale(model: DistillModel, samples: _Samples, fail_together: FailTogether) -> tuple[Tensor, Tensor]:
+    """Standard deviation and variance [L,K] of the fused targets.
+
+    Raises:
+        FieldError: no slot of any sample holds a target, or the targets never vary.
+    """
+    student, device = model.aligners[0].student, model.aligners[0].scale_LK.device
     count = torch.zeros(1, dtype=torch.float64, device=device)
-    total_KLF = torch.zeros(len(TENSORS), layers, features, dtype=torch.float64, device=device)
+    total_KLF = torch.zeros(len(TENSORS), student.layers, student.features, dtype=torch.float64, device=device)
     square_KLF = torch.zeros_like(total_KLF)
-    for batch in batches:
-        k_BLHMD, v_BLHMD, mask_BM = model.fused(batch)
-        rows, slots = mask_BM.nonzero(as_tuple=True)
-        count += len(rows)
-        for column, x_BLHMD in enumerate((k_BLHMD, v_BLHMD)):
-            x_NLF = x_BLHMD[rows, :, :, slots].flatten(2).double()
-            total_KLF[column] += x_NLF.sum(dim=0)
-            square_KLF[column] += x_NLF.square().sum(dim=0)
+    failure: KVDistillError | None = None
+    try:
+        for batch, _ in samples.batches():
+            k_BLHMD, v_BLHMD, mask_BM = model.fused(batch)
+            rows, slots = mask_BM.nonzero(as_tuple=True)
+            count += len(rows)
+            for column, x_BLHMD in enumerate((k_BLHMD, v_BLHMD)):
+                x_NLF = x_BLHMD[rows, :, :, slots].flatten(2).double()
+                total_KLF[column] += x_NLF.sum(dim=0)
+                square_KLF[column] += x_NLF.square().sum(dim=0)
+    except KVDistillError as error:
+        failure = error
+    fail_together(failure)
     for tensor in (count, total_KLF, square_KLF):
         dist.all_reduce(tensor)
     mean_KLF = total_KLF / count
     variance_KLF = square_KLF / count - mean_KLF.square()
     deviation_KL = (square_KLF.mean(dim=2) / count - mean_KLF.mean(dim=2).square()).sqrt()
+    if not bool((variance_KLF.mean(dim=2) > 0).all()):
+        raise FieldError(
+            "align.calibration_samples",
+            f"the fused targets of {int(count)} slots never vary in some layer; raise it, or check kv.selection",
+        )
     return deviation_KL.T.contiguous(), variance_KLF.mean(dim=2).T.contiguous()

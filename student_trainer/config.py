@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Literal, Self, cast
 
 from pydantic import Field, model_validator
 
@@ -125,6 +125,15 @@ class FuseConfig(StrictModel):
     entropy_weight: NonNegative = 0.01
     collapse_at: Annotated[float, Field(gt=0.5, le=1.0)] = 0.95
 
+    @model_validator(mode="after")
+    def _floor_below_start(self) -> Self:
+        if self.temperature < self.temperature_floor:
+            raise ValueError(
+                f"temperature_floor: {self.temperature_floor} is above fuse.temperature ({self.temperature}), which "
+                "would never be used; lower it"
+            )
+        return self
+
 
 class LossConfig(StrictModel):
     """What is minimised.
@@ -196,8 +205,18 @@ class RunConfig(StrictModel):
         return self
 
 
+def _merged(base: Section, changes: Section) -> Section:
+    """`base` with what `changes` names, at any depth."""
+    merged = dict(base)
+    for name, value in changes.items():
+        below = merged.get(name)
+        both = isinstance(below, dict) and isinstance(value, dict)
+        merged[name] = _merged(cast("Section", below), cast("Section", value)) if both else value
+    return merged
+
+
 class StageConfig(StrictModel):
-    """One of several runs after one another: its directory under `run.output_dir`, and the sections that it changes."""
+    """One of several runs after one another: its folder under `run.output_dir`, and what it changes, at any depth."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-][A-Za-z0-9_.-]{0,63}$")]
     kv: Section = Field(default_factory=dict)
@@ -235,7 +254,7 @@ class TrainConfig(StrictModel):
         stage = self.stages[index]
         tree = self.model_dump(mode="json", exclude={"stages"})
         for section, changes in stage.model_dump(mode="json", exclude={"name"}).items():
-            tree[section] |= changes
+            tree[section] = _merged(tree[section], changes)
         tree["run"]["output_dir"] = str(self.run.output_dir / stage.name)
         if index > 0:
             tree["student"]["path"] = str(self.run.output_dir / self.stages[index - 1].name / BEST_MODEL)
@@ -251,8 +270,12 @@ class TrainConfig(StrictModel):
             raise ValueError(f"stages: names must differ, got {names}")
         if self.stages and self.data.val is None:
             raise ValueError("data.val: stages pass on the best model, which validation finds; set it")
-        for index in range(len(self.stages)):
-            self.stage(index)
+        for index, stage in enumerate(self.stages):
+            for field in ("output_dir", "resume"):
+                if field in stage.run:
+                    raise ValueError(f"stages.{index}.run.{field}: belongs to all stages; set run.{field}")
+            if self.stage(index).data.val is None:
+                raise ValueError(f"stages.{index}.data.val: stages pass on the best model, which validation finds")
         return self
 
     @model_validator(mode="after")
@@ -281,6 +304,8 @@ class TrainConfig(StrictModel):
                 "align.head_adapter: nothing but the router loss may train a target's map: 'linear' needs fuse.kind "
                 "'learnable' or align.direction 'to_teacher'"
             )
+        if align.direction == "to_teacher" and align.head_adapter == "identity":
+            raise ValueError("align.head_adapter: 'identity' leaves align.direction 'to_teacher' nothing to train")
         if align.layer_map == "learned" and not routed:
             raise ValueError("align.layer_map: 'learned' is trained by the router loss: it needs fuse.kind 'learnable'")
 
@@ -305,6 +330,12 @@ class TrainConfig(StrictModel):
                 "selector 'full' and span 'all'"
             )
         resamples = align.time != "none"
+        if resamples and (selection.span not in ("reasoning", "all") or selection.scope != "sample"):
+            raise ValueError(
+                "align.time: what is resampled to the latents is the reasoning, the same tokens in all layers: it "
+                "needs kv.selection.span 'reasoning' or 'all' and scope 'sample'; got "
+                f"'{selection.span}' and '{selection.scope}'"
+            )
         fits = selection.selector != "full" and selection.budget == latents
         if self.student.mode == "latent" and not fits and not resamples:
             raise ValueError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import socket
@@ -95,6 +96,14 @@ class Engine:
         self._engine.backward(losses["loss"])
         self._engine.step()
         return losses
+
+    def close(self) -> None:
+        """Lets go of module and optimiser, so that a process that trains again holds one of each."""
+        self._engine.destroy()
+        del self._engine, self.module
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
 
     def set_lr(self, lr: float) -> None:
         """Sets the learning rate of every parameter."""
@@ -201,7 +210,8 @@ class Engine:
 
 def _settings(config: TrainConfig, accumulation: int, trained: list[nn.Parameter]) -> dict[str, Any]:
     # DeepSpeed allocates whole buckets up front; its default of 5e8 elements is for far larger models.
-    bucket = max(2**16, min(2**28, sum(parameter.numel() for parameter in trained)))
+    # A power of two, since a bucket must divide among the ranks' aligned shares.
+    bucket = max(2**16, min(2**28, 1 << sum(parameter.numel() for parameter in trained).bit_length()))
     return {
         "train_batch_size": config.run.global_batch,
         "train_micro_batch_size_per_gpu": config.run.micro_batch,

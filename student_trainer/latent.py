@@ -72,7 +72,11 @@ class AnswerReading:
 
 @dataclass(frozen=True, slots=True)
 class TextReading:
-    """One pass over text: `logits_BTV` predict tokens 1..T-1; K/V, last hidden states, every layer's if asked for."""
+    """One pass over text.
+
+    `logits_BTV` predict tokens 1..T-1 (none where not wanted); with K/V, hidden states of the last layer, and every
+    layer's if asked for.
+    """
 
     logits_BTV: Tensor
     k_BLHTD: Tensor
@@ -134,13 +138,19 @@ class LatentStudent(nn.Module):
             torch.stack([layer[:, end - 1] for layer in layers], dim=1) if layers else None,
         )
 
-    def read_text(self, ids_BT: Tensor, mask_BT: Tensor, *, all_layers: bool = False) -> TextReading:
-        """Reads text as any language model. `all_layers`: keep every layer's states."""
+    def read_text(
+        self, ids_BT: Tensor, mask_BT: Tensor, *, all_layers: bool = False, predict: bool = True
+    ) -> TextReading:
+        """Reads text as any language model.
+
+        `all_layers`: keep every layer's states. `predict`: whether logits are wanted, the largest tensor of all.
+        """
         with capture_kv(self.lm) as capture:
             hidden_BTE, layers = self._hidden(self.embed(ids_BT), mask_BT, all_layers=all_layers)
         k_BLHTD, v_BLHTD = capture.columns(0, ids_BT.shape[1])
         states_BSTE = torch.stack(layers, dim=1) if layers else None
-        return TextReading(self._logits(hidden_BTE[:, :-1]), k_BLHTD, v_BLHTD, hidden_BTE, states_BSTE)
+        logits_BTV = self._logits(hidden_BTE[:, : -1 if predict else 0])
+        return TextReading(logits_BTV, k_BLHTD, v_BLHTD, hidden_BTE, states_BSTE)
 
     def logits(self, inputs_BTE: Tensor, mask_BT: Tensor) -> Tensor:
         """Logits [B,T,V] after reading inputs as they are."""

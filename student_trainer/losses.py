@@ -31,7 +31,7 @@ def codi_loss(student_hidden_BSE: Tensor, teacher_hidden_BSE: Tensor) -> Tensor:
     is the micro-batch's own, as in CODI: unlike the cross-entropy, the loss depends on how a batch is cut.
 
     Args:
-        student_hidden_BSE: S hidden states of E features (embeddings and layers), read after the latents.
+        student_hidden_BSE: S hidden states of E features (layers), read after the latents.
         teacher_hidden_BSE: the same of the text with its reasoning; taken as a constant, which learns from its own
             cross-entropy.
 

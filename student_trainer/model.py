@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,7 +17,7 @@ from kvcore.types import BatchKV, Tensor
 from student_trainer.config import TrainConfig
 from student_trainer.fusion import AlignedTeacher, Fusion
 from student_trainer.latent import AnswerReading, LatentStudent, TextReading
-from student_trainer.losses import codi_loss, cross_entropy, error_by_layer_and_head, kv_distance, normalised_error
+from student_trainer.losses import codi_loss, cross_entropy, error_by_layer_and_head, kv_distance
 from student_trainer.router_loss import RouterLoss
 
 
@@ -138,11 +138,11 @@ class DistillModel(nn.Module):
         own = _OwnKV(answer.k_BLHMD, answer.v_BLHMD, answer.prompt_state_BE)
         if self.fusion is not None and self.fusion.compares:
             own = replace(own, text=self._read_quietly(tokens) if text is None else text)
-        return losses | self._kv_losses(batch, own, RouterLoss.of_latents(self.student, answer, tokens))
+        return losses | self._kv_losses(batch, own, lambda: RouterLoss.of_latents(self.student, answer, tokens))
 
     @torch.no_grad()
     def _read_quietly(self, tokens: StudentBatch) -> TextReading:
-        return self.student.read_text(tokens.text_ids_BT, tokens.text_mask_BT)
+        return self.student.read_text(tokens.text_ids_BT, tokens.text_mask_BT, predict=False)
 
     def _token_losses(self, batch: TrainBatch) -> dict[str, Tensor]:
         tokens = batch.tokens
@@ -153,9 +153,9 @@ class DistillModel(nn.Module):
         prompt_end_B = tokens.prompt_mask_BP.sum(dim=1) - 1
         rows_B = torch.arange(len(prompt_end_B), device=prompt_end_B.device)
         own = _OwnKV(text.k_BLHTD, text.v_BLHTD, text.hidden_BTE[rows_B, prompt_end_B])
-        return losses | self._kv_losses(batch, own, RouterLoss.of_text(self.student, tokens))
+        return losses | self._kv_losses(batch, own, lambda: RouterLoss.of_text(self.student, tokens))
 
-    def _kv_losses(self, batch: TrainBatch, own: _OwnKV, router: RouterLoss) -> dict[str, Tensor]:
+    def _kv_losses(self, batch: TrainBatch, own: _OwnKV, judge: Callable[[], RouterLoss]) -> dict[str, Tensor]:
         if self.fusion is None:
             return self._compare(own, self._targets(batch))
         fused = self.fusion.combine(self._aligned(batch, own), own.prompt_state_BE)
@@ -166,12 +166,13 @@ class DistillModel(nn.Module):
         if self.fusion.settings.kind != "fixed":
             losses |= self.fusion.metrics(fused)
         if self.fusion.learns and self.training:
-            losses["routing/router_loss"] = router(fused.k_BLHMD, fused.v_BLHMD, fused.mask_BM)
+            losses["routing/router_loss"] = judge()(fused.k_BLHMD, fused.v_BLHMD, fused.mask_BM)
             losses["routing/entropy_reg"] = -self._config.fuse.entropy_weight * losses["routing/entropy"]
         return losses
 
     def _compare(self, own: _OwnKV, targets: Sequence[tuple[Aligner, Target, float]]) -> dict[str, Tensor]:
-        objective = error = own.k_BLHMD.new_zeros(())
+        objective = own.k_BLHMD.new_zeros(())
+        error = own.k_BLHMD.new_zeros(())
         by_head: list[Tensor] = []
         for aligner, target, weight in targets:
             for column, tensor in enumerate(TENSORS):
@@ -182,8 +183,8 @@ class DistillModel(nn.Module):
                 objective = objective + share * kv_distance(
                     view_BLHMD, wanted, scale_L, target.mask_BM, self._loss.kv_loss
                 )
-                error = error + share * normalised_error(view_BLHMD, wanted, variance_L, target.mask_BM)
                 by_head.append(error_by_layer_and_head(view_BLHMD, wanted, variance_L, target.mask_BM))
+                error = error + share * by_head[-1].mean()
         losses = {"kv_objective": objective, "kv_loss": error}
         if len(targets) == 1 and not self.training:
             losses["kv_error_KLH"] = torch.stack(by_head)

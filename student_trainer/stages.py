@@ -43,6 +43,10 @@ def run_stages(config: TrainConfig, run: Callable[[TrainConfig], dict[str, Any]]
         done = config.run.resume == "auto" and _is_done(directory, digest)
         # Before any rank writes: all of them must have seen the same.
         dist.barrier()
+        if rank == 0 and not done:
+            # Whatever came out of an earlier course of this stage no longer holds.
+            for later in config.stages[index:]:
+                (config.run.output_dir / later.name / DONE).unlink(missing_ok=True)
         if rank == 0:
             place = f"stage {index + 1} of {len(config.stages)}, {stage.name}"
             logger.info("%s: %s", place, "done before" if done else f"from {settings.student.path}")
@@ -69,9 +73,9 @@ def _is_done(directory: Path, digest: str) -> bool:
 
 
 def _digest(settings: TrainConfig) -> str:
-    """Of everything that shapes the result; where K/V come from does not."""
+    """Of all settings that shape the result; where K/V come from does not, as long as the teachers are the same."""
     tree = settings.model_dump(mode="json", include={"student", "align", "fuse", "loss", "data", "optim"})
     tree["run"] = settings.run.model_dump(mode="json", include={"seed", "steps", "epochs", "global_batch"})
-    tree["selection"] = settings.kv.selection.model_dump(mode="json")
+    tree["kv"] = settings.kv.model_dump(mode="json", include={"selection", "codec", "on_missing", "control"})
     tree["teachers"] = [[teacher.name, teacher.weight] for teacher in settings.teachers]
     return hashlib.blake2b(json.dumps(tree, sort_keys=True).encode(), digest_size=16).hexdigest()

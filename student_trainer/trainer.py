@@ -60,10 +60,14 @@ def run(config: TrainConfig) -> dict[str, Any]:
     """Trains to the end, or on from the newest checkpoint, and returns what `summary.json` holds."""
     rank, world_size = ds_engine.start(config.run.seed)
     parts = build(config, rank, world_size)
+    trainer: Trainer | None = None
     try:
-        return Trainer(config, parts, rank, world_size).train()
+        trainer = Trainer(config, parts, rank, world_size)
+        return trainer.train()
     finally:
         parts.close()
+        if trainer is not None:
+            trainer.engine.close()
 
 
 def learning_rate(optim: OptimConfig, step: int, steps: int) -> float:
@@ -96,27 +100,29 @@ class Trainer:
             parts.resumed.restore(self.engine)
             self.step, self.best = parts.resumed.step, parts.resumed.state["best"]
             self.evaluated = parts.resumed.state["evaluated"]
+        self._set_epoch(max(self.step - 1, 0))
 
     def train(self) -> dict[str, Any]:
         """The whole run."""
-        if self.step == self.parts.sampling.steps == self.evaluated and self.parts.resumed is not None:
-            return self._already_done()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._request_stop)
+        summary = self.out / "summary.json"
+        if self.step == self.parts.sampling.steps == self.evaluated and summary.is_file():
+            return self._already_done(summary)
+        before = {number: signal.signal(number, self._request_stop) for number in (signal.SIGTERM, signal.SIGINT)}
         tracker = Tracker(self.out, self.parts.sampling.steps, enabled=self.rank == 0, first_step=self.step)
         started = time.monotonic()
         try:
             self._loop(tracker)
+            return self._finish(time.monotonic() - started)
         finally:
             tracker.close()
-        return self._finish(time.monotonic() - started)
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
-    def _already_done(self) -> dict[str, Any]:
+    def _already_done(self, summary: Path) -> dict[str, Any]:
         """A finished run keeps its model and its figures."""
         if self.rank == 0:
             logger.info("all %d steps are done; choose another run.output_dir, or run.resume=never", self.step)
-        summary = self.out / "summary.json"
-        return json.loads(summary.read_text(encoding="utf-8")) if summary.is_file() else {}
+        return json.loads(summary.read_text(encoding="utf-8"))
 
     def _request_stop(self, number: int, _frame: FrameType | None) -> None:
         """Asks for an end at the next micro-batch; a second signal ends at once."""
@@ -156,8 +162,7 @@ class Trainer:
         torch.manual_seed(hash((self.config.run.seed, self.step, self.rank)) % 2**63)
         self.engine.set_lr(learning_rate(self.config.optim, self.step, self.parts.sampling.steps))
         self.engine.module.train()
-        if self.parts.model.fusion is not None:
-            self.parts.model.fusion.set_epoch(self.parts.sampling.epoch(self.step))
+        self._set_epoch(self.step)
         for _ in range(self.parts.sampling.accumulation):
             batch = self._fetch([self.parts.train[index] for index in next(batches)], self.window)
             for name, value in self.engine.micro_step(batch).items():
@@ -166,6 +171,10 @@ class Trainer:
         self.step += 1
         self.window.samples += self.config.run.global_batch
         self.window.seconds += time.monotonic() - began
+
+    def _set_epoch(self, step: int) -> None:
+        if self.parts.model.fusion is not None:
+            self.parts.model.fusion.set_epoch(self.parts.sampling.epoch(step))
 
     def _fetch(self, records: Sequence[Record], window: Window) -> TrainBatch:
         """One micro-batch with its teachers' K/V; if any rank cannot go on, all of them stop here together."""

@@ -110,10 +110,14 @@ def test_a_teachers_failure_is_shared_before_any_rank_waits_for_another() -> Non
     assert not model.frozen_state()
 
 
-@pytest.mark.parametrize(("layer_map", "passes"), [("ratio", 1), ("learned", 1), ("cka", 2)])
-def test_the_samples_are_read_again_only_where_a_layer_map_has_to_be_found_first(layer_map: str, passes: int) -> None:
+@pytest.mark.parametrize("teachers", [{"ada": 1.0}, {"ada": 1.0, "ben": 1.0}])
+@pytest.mark.parametrize("layer_map", ["ratio", "learned", "cka"])
+def test_the_samples_are_read_again_for_a_layer_map_and_for_the_scale_of_what_is_fused(
+    layer_map: str, teachers: dict[str, float]
+) -> None:
     fuse = {"kind": "learnable"} if layer_map == "learned" else {}
-    model = distill_model({"ada": 1.0, "ben": 1.0}, align={"layer_map": layer_map}, fuse=fuse)
+    model = distill_model(teachers, align={"layer_map": layer_map}, fuse=fuse)
+    passes = 1 + (layer_map == "cka") + (model.fusion is not None)
     read: list[str] = []
     together: list[None] = []
 

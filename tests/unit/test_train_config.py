@@ -76,6 +76,16 @@ def test_resampling_takes_any_number_of_slots(selection: dict[str, Any]) -> None
             "loss.codi_weight: CODI needs .*reasoning_ce_weight above 0",
         ),
         ({"fuse": {"kind": "learnabel"}}, "fuse.kind"),
+        ({"fuse": {"temperature": 0.2}}, "fuse.* temperature_floor: 0.5 is above fuse.temperature"),
+        ({"align": {"direction": "to_teacher", "head_adapter": "identity"}}, "align.head_adapter: 'identity' leaves"),
+        (
+            {
+                "student": LATENT,
+                "kv": {"selection": {"selector": "full", "span": "answer"}},
+                "align": {"time": "linear"},
+            },
+            "align.time: .*got 'answer' and 'sample'",
+        ),
         ({"fuse": {"collapse_at": 0.4}}, "fuse.collapse_at"),
         ({"loss": {"kv_weight": "automatic"}}, "loss.kv_weight"),
     ],
@@ -110,6 +120,8 @@ def test_a_stage_changes_sections_and_starts_from_the_best_model_before_it() -> 
     assert (two.student.path, str(two.run.output_dir)) == ("out/one/best_model", "out/two")
     assert (two.fuse.kind, two.run.steps, two.stages) == ("similarity", 7, ())
     assert two.student.latents == 3
+    deep = parse(staged({"name": "one", "kv": {"selection": {"selector": "uniform"}}}), TrainConfig).stage(0)
+    assert (deep.kv.selection.selector, deep.kv.selection.budget) == ("uniform", 3)
 
 
 @pytest.mark.parametrize(
@@ -119,6 +131,9 @@ def test_a_stage_changes_sections_and_starts_from_the_best_model_before_it() -> 
         ([{"name": "a/b"}], "stages.0.name"),
         ([{"name": "one"}, {"name": "two", "fuse": {"kind": "best"}}], "stages.1.fuse.kind"),
         ([{"name": "one", "fuse": {"knd": "fixed"}}], "stages.0.fuse.knd: unknown key; did you mean 'kind'"),
+        ([{"name": "one", "run": {"output_dir": "x"}}], "stages.0.run.output_dir: belongs to all stages"),
+        ([{"name": "one", "run": {"resume": "never"}}], "stages.0.run.resume: belongs to all stages"),
+        ([{"name": "one"}, {"name": "two", "data": {"val": None}}], "stages.1.data.val"),
         ([{"name": "one", "align": {"direction": "to_teacher"}, "fuse": {"kind": "similarity"}}], "fuse.kind"),
     ],
 )
