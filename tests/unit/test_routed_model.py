@@ -8,11 +8,14 @@ from typing import Any
 import pytest
 import torch
 
+from align.aligner import at_student_tokens
 from align.head_dim_adapter import TENSORS
+from fuse.similarity import teacher_similarity
 from kvcore.types import BatchKV, Tensor
+from student_trainer import fusion
 from student_trainer.calibrate import calibrate
 from student_trainer.config import LossConfig
-from student_trainer.losses import cross_entropy
+from student_trainer.losses import codi_loss, cross_entropy
 from student_trainer.model import DistillModel, TrainBatch
 from student_trainer.router_loss import RouterLoss
 from tests.support.training_parts import LATENTS, RECORDS, distill_model, one_rank, train_batch
@@ -31,13 +34,28 @@ def model_of(mode: str = "latent", loss: LossConfig = KV_ALONE, **sections: dict
     return model.train()
 
 
-def noisy(kv: BatchKV) -> BatchKV:
-    """The same cache under noise that no map can see through."""
+def noisy(kv: BatchKV, spoilt: str = "kv") -> BatchKV:
+    """The same cache under noise that no map can see through, in keys, values or both."""
     assert kv.k_BLHMD is not None
     assert kv.v_BLHMD is not None
     generator = torch.Generator().manual_seed(1)
-    k, v = (x + 20 * torch.randn(x.shape, generator=generator) for x in (kv.k_BLHMD, kv.v_BLHMD))
+    k, v = (
+        x + 20 * (tensor in spoilt) * torch.randn(x.shape, generator=generator)
+        for tensor, x in zip(TENSORS, (kv.k_BLHMD, kv.v_BLHMD), strict=True)
+    )
     return replace(kv, k_BLHMD=k, v_BLHMD=v)
+
+
+def weights_of(model: DistillModel, batch: TrainBatch, *teachers: BatchKV) -> list[float]:
+    losses = model(TrainBatch(batch.tokens, teachers))
+    return [float(losses[f"routing/weights_mean/{name}"].detach()) for name in BOTH]
+
+
+def randomise_router(model: DistillModel) -> None:
+    """A router's start gives every teacher the same, whatever it reads."""
+    assert model.fusion is not None
+    for parameter in model.fusion.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
 
 
 def gradients(model: DistillModel, loss: Tensor) -> dict[str, Tensor]:
@@ -51,14 +69,99 @@ def gradients(model: DistillModel, loss: Tensor) -> dict[str, Tensor]:
 def test_similarity_trusts_the_teacher_that_says_what_the_student_reads(mode: str, metric: str) -> None:
     model = model_of(mode, fuse={"kind": "similarity", "metric": metric, "temperature": 0.2, "temperature_floor": 0.1})
     batch = train_batch(model, BATCH, LATENTS if mode == "latent" else None)
-    weights = {}
-    for spoilt in range(2):
-        teachers = tuple(noisy(kv) if index == spoilt else kv for index, kv in enumerate(batch.teachers))
-        losses = model(TrainBatch(batch.tokens, teachers))
-        weights[spoilt] = [float(losses[f"routing/weights_mean/{name}"]) for name in BOTH]
-        assert sum(weights[spoilt]) == pytest.approx(1.0)
-    assert weights[0][1] > weights[1][1]
-    assert weights[1][0] > weights[0][0]
+    ada, ben = batch.teachers
+    # A product grows with the noise, so that only both tensors together tell by it.
+    for spoilt in ("kv",) if metric == "dot" else ("k", "v", "kv"):
+        without_ada, without_ben = (
+            weights_of(model, batch, *pair) for pair in ((noisy(ada, spoilt), ben), (ada, noisy(ben, spoilt)))
+        )
+        assert sum(without_ada) == pytest.approx(1.0)
+        assert without_ada[1] > without_ben[1]
+        assert without_ben[0] > without_ada[0]
+
+
+@pytest.mark.parametrize("mode", ["latent", "token"])
+def test_similarity_compares_both_sides_standardised_at_tokens_that_end_alike(
+    mode: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = model_of(mode, fuse={"kind": "similarity"})
+    batch = train_batch(model, BATCH, LATENTS if mode == "latent" else None)
+    compared: list[tuple[Tensor, Tensor, Tensor]] = []
+
+    def keep(own: Tensor, theirs: Tensor, mask: Tensor, metric: str) -> Tensor:
+        compared.append((own[0], theirs[0], mask[0]))
+        return teacher_similarity(own, theirs, mask, metric)
+
+    monkeypatch.setattr(fusion, "teacher_similarity", keep)
+    model(batch)
+    tokens = batch.tokens
+    text = model.student.read_text(tokens.text_ids_BT, tokens.text_mask_BT)
+    (aligner, _), (kv, _) = model.aligners, batch.teachers
+    for column, own_BLHTD in enumerate((text.k_BLHTD, text.v_BLHTD)):
+        own, theirs, mask_BLHM = compared[column]
+        deviation_L11 = model.fused_variance_LK[:, column, None, None].float().sqrt()
+        for b in range(len(BATCH)):
+            own_ends, their_ends = tokens.text_byte_ends_BT[b].tolist(), kv.byte_ends_BLHM[b, 0, 0].tolist()
+            text_tokens = [t for t, end in enumerate(own_ends) if end >= 0][1:]
+            pairs = [(their_ends.index(own_ends[t]), t) for t in text_tokens if own_ends[t] in their_ends]
+            places = [m if mode == "latent" else t for m, t in pairs]
+            assert mask_BLHM[b, 0, 0].nonzero().flatten().tolist() == places
+            for place, (m, t) in zip(places, pairs, strict=True):
+                for found, raw in ((theirs, aligner.targets(kv)[column][b, :, :, m]), (own, own_BLHTD[b, :, :, t])):
+                    expected_LHD = (raw - aligner.mean(TENSORS[column])) / deviation_L11
+                    torch.testing.assert_close(found[b, :, :, place], expected_LHD, rtol=1e-4, atol=1e-4)
+
+
+def test_a_teacher_with_no_token_in_common_is_rated_like_the_least_similar() -> None:
+    model = model_of(fuse={"kind": "similarity"})
+    batch = train_batch(model, BATCH)
+    ada, ben = batch.teachers
+    for pair in ((ada, noisy(ben)), (noisy(ada), ben)):
+        assert weights_of(model, batch, *pair) != pytest.approx([0.5, 0.5], abs=1e-3)
+    strange = replace(ben, byte_ends_BLHM=ben.byte_ends_BLHM + 10_000)
+    assert weights_of(model, batch, ada, strange) == pytest.approx([0.5, 0.5], abs=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["similarity", "learnable"])
+def test_a_teacher_that_is_absent_gets_no_weight_and_samples_without_any_do_not_count(kind: str) -> None:
+    model = model_of(fuse={"kind": kind})
+    batch = train_batch(model, BATCH)
+    ada, ben = batch.teachers
+    nothing = torch.zeros_like(ada.mask_BM)
+    assert weights_of(model, batch, replace(ada, mask_BM=nothing), ben) == pytest.approx([0.0, 1.0])
+    nothing = ada.mask_BM.clone()
+    nothing[2] = False
+    some = weights_of(model, batch, replace(ada, mask_BM=nothing), replace(ben, mask_BM=nothing))
+    assert sum(some) == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("mode", ["latent", "token"])
+def test_the_router_reads_the_prompts_end_and_what_each_teachers_filled_slots_hold(mode: str) -> None:
+    model = model_of(mode, fuse={"kind": "learnable", "router": "attention"})
+    batch = train_batch(model, BATCH, LATENTS if mode == "latent" else None)
+    ada, ben = batch.teachers
+    assert ben.k_BLHMD is not None
+    ben.k_BLHMD[0, :, :, 1], ben.mask_BM[0, 1] = torch.nan, False
+    assert model.fusion is not None
+    assert model.fusion.router is not None
+    read: list[tuple[Tensor, ...]] = []
+    handle = model.fusion.router.register_forward_pre_hook(lambda _module, inputs: read.append(inputs))
+    model(batch)
+    handle.remove()
+    ((state_BE, summary_BNF),) = read
+    prompts = model.student.read_text(batch.tokens.prompt_ids_BP, batch.tokens.prompt_mask_BP)
+    torch.testing.assert_close(state_BE, prompts.hidden_BTE[:, -1], rtol=1e-4, atol=1e-4)
+    ends_BT, skipped = batch.tokens.text_byte_ends_BT, 1
+    for n, (aligner, kv) in enumerate(zip(model.aligners, (ada, ben), strict=True)):
+        laid_out = kv if mode == "latent" else at_student_tokens(kv, ends_BT, "boundary", skipped)
+        for b in range(len(BATCH)):
+            filled = laid_out.mask_BM[b].nonzero().flatten()
+            means: list[Tensor] = []
+            for column, target in enumerate(aligner.targets(laid_out)):
+                centred = target[b][:, :, filled] - aligner.mean(TENSORS[column])[:, :, None]
+                deviation_L = model.fused_variance_LK[:, column].float().sqrt()
+                means.append((centred / deviation_L[:, None, None, None]).mean(dim=2).flatten())
+            torch.testing.assert_close(summary_BNF[b, n], torch.cat(means), rtol=1e-4, atol=1e-4)
 
 
 def test_the_student_cannot_move_its_weights_by_similarity() -> None:
@@ -72,6 +175,7 @@ def test_the_student_cannot_move_its_weights_by_similarity() -> None:
 def test_the_router_loss_trains_router_and_adapters_and_nothing_of_the_student(mode: str) -> None:
     settings = {"align": {"head_adapter": "linear", "layer_map": "learned"}, "fuse": {"kind": "learnable"}}
     model = model_of(mode, **settings)
+    randomise_router(model)
     batch = train_batch(model, BATCH, LATENTS if mode == "latent" else None)
     from_router = gradients(model, model(batch)["routing/router_loss"])
     assert any(name.startswith("fusion.router") for name in from_router)
@@ -98,13 +202,21 @@ def test_the_router_loss_is_the_answers_cross_entropy_and_its_gradient_that_of_t
     expected = cross_entropy(answer.logits_BAV, tokens.answer_ids_BA, tokens.answer_mask_BA)
     assert float(loss.detach()) == pytest.approx(float(expected.detach()), rel=1e-5)
     loss.backward()
-    assert k_BLHMD.grad is not None
     direction = torch.randn(k_BLHMD.shape, generator=torch.Generator().manual_seed(0))
     step = 1e-2
-    ahead, behind = (
-        float(router(k_BLHMD.detach() + sign * step * direction, v_BLHMD.detach(), every_BM)) for sign in (1, -1)
-    )
-    assert (ahead - behind) / (2 * step) == pytest.approx(float((k_BLHMD.grad * direction).sum()), rel=2e-2)
+    for moved, leaf in enumerate((k_BLHMD, v_BLHMD)):
+        assert leaf.grad is not None
+        ahead, behind = (
+            float(
+                router(
+                    k_BLHMD.detach() + (moved == 0) * sign * step * direction,
+                    v_BLHMD.detach() + (moved == 1) * sign * step * direction,
+                    every_BM,
+                )
+            )
+            for sign in (1, -1)
+        )
+        assert (ahead - behind) / (2 * step) == pytest.approx(float((leaf.grad * direction).sum()), rel=2e-2)
 
 
 def test_in_text_kv_stand_in_the_reasonings_places_and_the_answer_is_judged() -> None:
@@ -121,6 +233,14 @@ def test_in_text_kv_stand_in_the_reasonings_places_and_the_answer_is_judged() ->
             for end, there in zip(ends, tokens.text_mask_BT[row], strict=True)
         ]
         assert router.target_mask_BA[row].tolist() == answer[1:]
+    text = model.student.read_text(tokens.text_ids_BT, tokens.text_mask_BT)
+    own = [x.detach() for x in (text.k_BLHTD, text.v_BLHTD)]
+    expected = cross_entropy(text.logits_BTV, tokens.text_ids_BT[:, 1:], router.target_mask_BA)
+    assert float(router(*own, tokens.text_mask_BT)) == pytest.approx(float(expected.detach()), rel=1e-5)
+    outside_BM = ~router.allowed_BM[:, None, None, :, None]
+    elsewhere, inside = ([x + 9 * places for x in own] for places in (outside_BM, ~outside_BM))
+    assert float(router(*elsewhere, tokens.text_mask_BT)) == pytest.approx(float(expected.detach()), rel=1e-5)
+    assert float(router(*inside, tokens.text_mask_BT)) != pytest.approx(float(expected.detach()), rel=1e-2)
 
 
 @pytest.mark.parametrize("choose", ["soft", "top1"])
@@ -152,6 +272,25 @@ def test_the_loss_is_the_sum_of_its_parts_with_the_configured_weights() -> None:
     assert found["codi_loss"] > 0
 
 
+def test_codi_compares_the_states_just_before_the_answer() -> None:
+    model = model_of(loss=LossConfig(codi_weight=1.0))
+    batch = train_batch(model, BATCH)
+    tokens = batch.tokens
+    answer = model.student.read_answer(
+        tokens.prompt_ids_BP, tokens.prompt_mask_BP, tokens.answer_ids_BA, tokens.answer_mask_BA, all_layers=True
+    )
+    text = model.student.read_text(tokens.text_ids_BT, tokens.text_mask_BT, all_layers=True)
+    assert answer.before_answer_BSE is not None
+    assert text.states_BSTE is not None
+    before: list[Tensor] = []
+    for row, record in enumerate(BATCH):
+        reasoning = len((record.prompt + record.reasoning).encode())
+        last = tokens.text_byte_ends_BT[row].tolist().index(reasoning)
+        before.append(text.states_BSTE[row, :, last])
+    expected = codi_loss(answer.before_answer_BSE, torch.stack(before))
+    assert float(model(batch)["codi_loss"].detach()) == pytest.approx(float(expected.detach()), rel=1e-5)
+
+
 @pytest.mark.parametrize("method", ["linear", "nearest", "segment"])
 def test_slots_are_resampled_to_the_latents(method: str) -> None:
     selection = {"selection": {"selector": "full", "span": "all"}}
@@ -170,6 +309,15 @@ def test_slots_are_resampled_to_the_latents(method: str) -> None:
         altered.append(replace(kv, k_BLHMD=kv.k_BLHMD + 100 * outside_BM[:, None, None, :, None]))
     changed = model(TrainBatch(plain.tokens, tuple(altered)))
     assert float(changed["kv_loss"]) == pytest.approx(float(losses["kv_loss"]), rel=1e-5)
+    # A token in mid-reasoning whose end is not known is a part of it all the same.
+    hidden: list[BatchKV] = []
+    for kv in plain.teachers:
+        ends_BLHM = kv.byte_ends_BLHM.clone()
+        for row, record in enumerate(BATCH):
+            ends_BLHM[row, 0, 0, int((ends_BLHM[row, 0, 0] > len(record.prompt.encode())).nonzero()[1])] = -1
+        hidden.append(replace(kv, byte_ends_BLHM=ends_BLHM))
+    unknown = model(TrainBatch(plain.tokens, tuple(hidden)))
+    assert float(unknown["kv_loss"]) == pytest.approx(float(losses["kv_loss"]), rel=1e-6)
     inside = tuple(replace(kv, v_BLHMD=kv.v_BLHMD + 1) for kv in plain.teachers if kv.v_BLHMD is not None)
     assert float(model(TrainBatch(plain.tokens, inside))["kv_loss"]) != pytest.approx(
         float(losses["kv_loss"]), rel=1e-3

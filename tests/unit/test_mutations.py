@@ -1,0 +1,32 @@
+"""The list of mutations stays true to the code: each still applies, its test exists, and the page shows them all."""
+
+from __future__ import annotations
+
+import re
+
+from scripts.mutate import LIST, PAGE, ROOT, load, with_table
+
+MUTATIONS = load()
+
+
+def test_every_mutation_applies_in_exactly_one_place() -> None:
+    texts = {one.file: (ROOT / one.file).read_text(encoding="utf-8") for one in MUTATIONS}
+    wrong = [str(one) for one in MUTATIONS if texts[one.file].count(one.old) != 1 or one.old == one.new]
+    assert not wrong, f"mend {LIST}"
+
+
+def test_every_killer_test_exists() -> None:
+    for one in MUTATIONS:
+        file, name = one.test.split("::")
+        assert re.search(rf"^def {name}\(", (ROOT / file).read_text(encoding="utf-8"), re.MULTILINE), one.test
+
+
+def test_the_parts_that_kv_pass_through_are_all_mutated() -> None:
+    least = {"align/": 30, "fuse/": 10, "kvcore/selectors/": 5, "student_trainer/losses.py": 5}
+    for prefix, count in least.items():
+        assert sum(one.file.startswith(prefix) for one in MUTATIONS) >= count, prefix
+
+
+def test_the_page_shows_the_list() -> None:
+    page = (ROOT / PAGE).read_text(encoding="utf-8")
+    assert with_table(page, MUTATIONS) == page, "run: python scripts/mutate.py --table"
