@@ -92,12 +92,12 @@ def copies(count: int) -> Iterator[list[Path]]:
         yield roots
 
 
-def pytest(root: Path, tests: Sequence[str]) -> subprocess.CompletedProcess[str]:
+def run_tests(root: Path, tests: Sequence[str]) -> subprocess.CompletedProcess[str]:
     """Runs tests below `root` until one fails."""
     # A file that is mutated and restored within a second would be taken for its own byte code.
     environment = {**os.environ, "PYTHONPATH": str(root), "PYTHONDONTWRITEBYTECODE": "1"}
-    # No cache: pytest's would differ between copies, and Hypothesis draws the same examples each time.
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *tests]
+    # The seed makes property tests draw the same examples each time.
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "--hypothesis-seed=0", *tests]
     return subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=False)
 
 
@@ -109,7 +109,7 @@ def run_one(root: Path, mutation: Mutation) -> Outcome:
     except ValueError as error:
         return Outcome(mutation, f"DOES NOT APPLY: {error}", 0.0)
     try:
-        code = pytest(root, [mutation.test]).returncode
+        code = run_tests(root, [mutation.test]).returncode
     finally:
         (root / mutation.file).write_text(before, encoding="utf-8")
     verdict = {0: "SURVIVED", 1: "killed"}.get(code, f"NOT RUN: pytest ended with {code}")
@@ -137,7 +137,7 @@ def passes_unmutated(root: Path, mutations: Sequence[Mutation]) -> bool:
     """Whether all killer tests pass as the code is; otherwise shows what pytest said."""
     started = time.monotonic()
     tests = list(dict.fromkeys(mutation.test for mutation in mutations))
-    ended = pytest(root, tests)
+    ended = run_tests(root, tests)
     seconds = time.monotonic() - started
     say(f"{'passed' if ended.returncode == 0 else 'FAILED'} {seconds:6.1f} s  unmutated: {len(tests)} killer tests")
     if ended.returncode != 0:

@@ -10,7 +10,7 @@ import torch
 
 from align.aligner import at_student_tokens
 from align.head_dim_adapter import TENSORS
-from fuse.similarity import teacher_similarity
+from fuse.similarity import Metric, teacher_similarity
 from kvcore.types import BatchKV, Tensor
 from student_trainer import fusion
 from student_trainer.calibrate import calibrate
@@ -25,7 +25,7 @@ BOTH = {"ada": 1.0, "ben": 1.0}
 KV_ALONE = LossConfig(reasoning_ce_weight=0.0, kv_weight=1.0)
 
 
-def model_of(mode: str = "latent", loss: LossConfig = KV_ALONE, **sections: dict[str, Any]) -> DistillModel:
+def model_of(mode: str = "latent", loss: LossConfig = KV_ALONE, **sections: Any) -> DistillModel:
     """Two teachers, calibrated on records that no test reads."""
     torch.manual_seed(0)
     model = distill_model(BOTH, mode=mode, loss=loss, **sections)
@@ -88,7 +88,7 @@ def test_similarity_compares_both_sides_standardised_at_tokens_that_end_alike(
     batch = train_batch(model, BATCH, LATENTS if mode == "latent" else None)
     compared: list[tuple[Tensor, Tensor, Tensor]] = []
 
-    def keep(own: Tensor, theirs: Tensor, mask: Tensor, metric: str) -> Tensor:
+    def keep(own: Tensor, theirs: Tensor, mask: Tensor, metric: Metric) -> Tensor:
         compared.append((own[0], theirs[0], mask[0]))
         return teacher_similarity(own, theirs, mask, metric)
 
@@ -173,8 +173,8 @@ def test_the_student_cannot_move_its_weights_by_similarity() -> None:
 
 @pytest.mark.parametrize("mode", ["latent", "token"])
 def test_the_router_loss_trains_router_and_adapters_and_nothing_of_the_student(mode: str) -> None:
-    settings = {"align": {"head_adapter": "linear", "layer_map": "learned"}, "fuse": {"kind": "learnable"}}
-    model = model_of(mode, **settings)
+    trained = {"head_adapter": "linear", "layer_map": "learned"}
+    model = model_of(mode, align=trained, fuse={"kind": "learnable"})
     randomise_router(model)
     batch = train_batch(model, BATCH, LATENTS if mode == "latent" else None)
     from_router = gradients(model, model(batch)["routing/router_loss"])
@@ -234,13 +234,15 @@ def test_in_text_kv_stand_in_the_reasonings_places_and_the_answer_is_judged() ->
         ]
         assert router.target_mask_BA[row].tolist() == answer[1:]
     text = model.student.read_text(tokens.text_ids_BT, tokens.text_mask_BT)
-    own = [x.detach() for x in (text.k_BLHTD, text.v_BLHTD)]
+    k_BLHTD, v_BLHTD = text.k_BLHTD.detach(), text.v_BLHTD.detach()
     expected = cross_entropy(text.logits_BTV, tokens.text_ids_BT[:, 1:], router.target_mask_BA)
-    assert float(router(*own, tokens.text_mask_BT)) == pytest.approx(float(expected.detach()), rel=1e-5)
-    outside_BM = ~router.allowed_BM[:, None, None, :, None]
-    elsewhere, inside = ([x + 9 * places for x in own] for places in (outside_BM, ~outside_BM))
-    assert float(router(*elsewhere, tokens.text_mask_BT)) == pytest.approx(float(expected.detach()), rel=1e-5)
-    assert float(router(*inside, tokens.text_mask_BT)) != pytest.approx(float(expected.detach()), rel=1e-2)
+    inside = router.allowed_BM[:, None, None, :, None]
+    own, elsewhere, within = (
+        float(router(k_BLHTD + 9 * places, v_BLHTD + 9 * places, tokens.text_mask_BT))
+        for places in (torch.zeros_like(inside), ~inside, inside)
+    )
+    assert own == elsewhere == pytest.approx(float(expected.detach()), rel=1e-5)
+    assert within != pytest.approx(own, rel=1e-2)
 
 
 @pytest.mark.parametrize("choose", ["soft", "top1"])
