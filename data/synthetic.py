@@ -2,11 +2,13 @@
 
 `3 +4 x2 -5 +1 =` has the running values 0 0 2 3 modulo 7: the last is the answer, those before it the reasoning.
 Every operation is a bijection of the values, so all answers are equally likely and guessing scores 1 / modulus.
+With fillers the reasoning also holds words that say nothing, at places that no question tells: ` 0 so so 0 2 so`.
+Whoever keeps as many tokens as there are values has to know which.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,21 +17,24 @@ from data.records import Record
 from kvcore.errors import FieldError
 
 OPERATORS = ("+", "-", "x")
+FILLER = " so"
 _LARGEST_MODULUS = 97
 _LARGEST_COUNT = 2**62
+_MOST_FILLERS = 64
 
 
 @dataclass(frozen=True, slots=True)
 class ChainTask:
-    """The family of questions: `operations` steps with operands 1 to `modulus` - 1.
+    """The family of questions: `operations` steps with operands 1 to `modulus` - 1, and `fillers` in each reasoning.
 
     Raises:
-        FieldError: the modulus is no prime from 2 to 97, or the number of operations leaves no reasoning or gives
-            more questions than can be numbered.
+        FieldError: the modulus is no prime from 2 to 97, the number of operations leaves no reasoning or gives
+            more questions than can be numbered, or the fillers are not 0 to 64.
     """
 
     modulus: int = 7
     operations: int = 4
+    fillers: int = 0
 
     def __post_init__(self) -> None:
         prime = self.modulus >= 2 and all(self.modulus % divisor for divisor in range(2, self.modulus))
@@ -39,6 +44,8 @@ class ChainTask:
             raise FieldError("operations", f"{self.operations} leaves no reasoning before the answer; the least is 2")
         if self.questions > _LARGEST_COUNT:
             raise FieldError("operations", f"{self.operations} gives more than {_LARGEST_COUNT} questions")
+        if not 0 <= self.fillers <= _MOST_FILLERS:
+            raise FieldError("fillers", f"{self.fillers} is not from 0 to {_MOST_FILLERS}")
 
     @property
     def questions(self) -> int:
@@ -62,7 +69,16 @@ class ChainTask:
             prompt.append(f"{operator}{operand}")
             values.append(f" {value}")
         text = " ".join(prompt) + " ="
-        return Record(f"chain{self.modulus}-{question}", text, "".join(values[:-1]), values[-1])
+        return Record(f"chain{self.modulus}-{question}", text, self._reasoning(question, values[:-1]), values[-1])
+
+    def _reasoning(self, question: int, values: Sequence[str]) -> str:
+        """The values in their order, the fillers at places drawn for this question."""
+        count = len(values) + self.fillers
+        kept = np.random.default_rng(question).choice(count, size=len(values), replace=False)
+        words = [FILLER] * count
+        for place, value in zip(sorted(kept.tolist()), values, strict=True):
+            words[place] = value
+        return "".join(words)
 
     @property
     def _choices(self) -> int:

@@ -50,7 +50,8 @@ class Comparison(Demo):
         super().__init__(output, settings, seeds)
         self.ways = tuple(ways)
 
-    def _run_of(self, way: str, seed: int) -> Path:
+    def run_of(self, way: str, seed: int) -> Path:
+        """The output directory of one run."""
         return self.layout.run(f"{way.replace(' ', '_')}-seed{seed}")
 
     def plan(self, student: Path, ports: dict[str, int]) -> list[dict[str, Any]]:
@@ -59,8 +60,8 @@ class Comparison(Demo):
 
     def _planned(self, way: Way, seed: int, student: Path, ports: dict[str, int]) -> dict[str, Any]:
         chosen = {name: ports[name] for name in way.teachers}
-        start = self._run_of(way.start, seed) / "best_model" if way.start else student
-        output = self._run_of(way.name, seed)
+        start = self.run_of(way.start, seed) / "best_model" if way.start else student
+        output = self.run_of(way.name, seed)
         config = run_config(output.name, seed, self.settings, self.layout, start, chosen)
         for section, values in way.changes.items():
             config[section] = {**config.get(section, {}), **values}
@@ -72,7 +73,7 @@ class Comparison(Demo):
         return {way.name: self._found(way) for way in self.ways}
 
     def _found(self, way: Way) -> dict[str, Any]:
-        runs = [self._run_of(way.name, seed) for seed in range(self.seeds)]
+        runs = [self.run_of(way.name, seed) for seed in range(self.seeds)]
         metrics = [read_metrics(run) for run in runs]
         found: dict[str, Any] = {
             "test_accuracy": [json.loads((run / "result.json").read_text("utf-8"))["test_accuracy"] for run in runs],

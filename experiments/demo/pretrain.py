@@ -19,7 +19,7 @@ import yaml
 
 from data.records import Record
 from experiments.demo.processes import CPU_ONLY, check, end, start_logged
-from experiments.demo.settings import Layout, ModelName, pretrain_config
+from experiments.demo.settings import Layout, ModelName, Settings, pretrain_config
 
 MODELS: tuple[ModelName, ...] = ("teacher_a", "teacher_b", "student")
 _REPORT_SECONDS = 15.0
@@ -50,32 +50,35 @@ class _Job:
     process: subprocess.Popen[str]
 
 
-def pretrain(layout: Layout, records: Sequence[Record], say: Callable[[str], None]) -> dict[ModelName, Pretrained]:
+def pretrain(
+    settings: Settings, layout: Layout, records: Sequence[Record], say: Callable[[str], None]
+) -> dict[ModelName, Pretrained]:
     """Takes each model from the cache, or trains those that are missing side by side.
 
     Raises:
         DemoError: a training failed; with the end of its log.
     """
-    homes: dict[ModelName, Path] = {name: layout.cache / f"{name}-{_key(name, layout)}" for name in MODELS}
+    homes: dict[ModelName, Path] = {name: layout.cache / f"{name}-{_key(name, settings, layout)}" for name in MODELS}
     missing: list[ModelName] = [name for name in MODELS if not homes[name].is_dir()]
     for name in MODELS:
         if name not in missing:
             say(f"{name}: from the cache")
     if missing:
-        _train(missing, homes, layout, records, say)
+        _train(missing, homes, settings, layout, records, say)
     return {name: Pretrained(homes[name] / "model", _accuracy(homes[name])) for name in MODELS}
 
 
 def _train(
     names: Sequence[ModelName],
     homes: dict[ModelName, Path],
+    settings: Settings,
     layout: Layout,
     records: Sequence[Record],
     say: Callable[[str], None],
 ) -> None:
     _make_starts(names, homes, records)
     with ExitStack() as stack:
-        running = [_start(name, homes[name], layout) for name in names]
+        running = [_start(name, homes[name], settings, layout) for name in names]
         for job in running:
             stack.callback(shutil.rmtree, job.work, ignore_errors=True)
             stack.callback(end, job.process)
@@ -112,9 +115,9 @@ def _work(home: Path) -> Path:
     return home.with_name(f".{home.name}.tmp")
 
 
-def _start(name: ModelName, home: Path, layout: Layout) -> _Job:
+def _start(name: ModelName, home: Path, settings: Settings, layout: Layout) -> _Job:
     work = _work(home)
-    config = pretrain_config(name, work / "start", layout, work / "run")
+    config = pretrain_config(name, work / "start", settings, layout, work / "run")
     config_path = work / "config.yaml"
     config_path.write_text(yaml.safe_dump(config), encoding="utf-8")
     command = [sys.executable, "-m", "kvdistill", "train", "--config", str(config_path)]
@@ -145,10 +148,10 @@ def _progress(job: _Job) -> str:
     return f"step {last['step']}" + (f", loss {last['train/loss']:.3f}" if "train/loss" in last else "")
 
 
-def _key(name: ModelName, layout: Layout) -> str:
+def _key(name: ModelName, settings: Settings, layout: Layout) -> str:
     """Digest of all that determines a model: data, settings, sources (with shapes and seeds), library versions."""
     root = Path(__file__).resolve().parents[2]
-    config = pretrain_config(name, Path("model"), Layout(Path()), Path("run"))
+    config = pretrain_config(name, Path("model"), settings, Layout(Path()), Path("run"))
     sources = {str(path.relative_to(root)): path.read_text("utf-8") for glob in _SOURCES for path in root.glob(glob)}
     data = [hashlib.blake2b(layout.split(split).read_bytes()).hexdigest() for split in ("train", "val")]
     versions = {package: importlib.metadata.version(package) for package in _PACKAGES}

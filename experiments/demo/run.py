@@ -21,10 +21,8 @@ from experiments.demo.report import write_report
 from experiments.demo.settings import (
     ARMS,
     FULL,
-    MICRO_BATCH,
     PROGRESS,
     QUICK,
-    RANKS,
     TEACHERS,
     Layout,
     ModelName,
@@ -63,7 +61,7 @@ class Demo:
         self.layout = Layout(output)
         self.settings = settings
         self.seeds = seeds
-        self.task = ChainTask(settings.modulus, settings.operations)
+        self.task = ChainTask(settings.modulus, settings.operations, settings.fillers)
         self.seconds: dict[str, float] = {}
         self._started = time.monotonic()
 
@@ -83,7 +81,7 @@ class Demo:
         with self._stage("data"):
             train = self._write_data()
         with self._stage("teachers and warm-up"):
-            models = pretrain(self.layout, train, self.say)
+            models = pretrain(self.settings, self.layout, train, self.say)
         with ExitStack() as stack:
             with self._stage("teacher servers"):
                 servers = {
@@ -122,7 +120,8 @@ class Demo:
         plan_path = self.layout.output / "runs" / "plan.json"
         plan = self.plan(student.path, ports)
         plan_path.write_text(json.dumps(plan, indent=2), encoding="utf-8")
-        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(RANKS)]
+        ranks = ["--nproc_per_node", str(self.settings.ranks)]
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", *ranks]
         began = time.monotonic()
         try:
             run_logged(
@@ -152,7 +151,7 @@ class Demo:
             for seed in range(self.seeds)
         ]
         epochs = [
-            {"name": mode, "config": epoch_config(mode, self.layout, student, ports), "test": None}
+            {"name": mode, "config": epoch_config(mode, self.settings, self.layout, student, ports), "test": None}
             for mode in ("record", "offline")
         ]
         return arms + epochs
@@ -177,7 +176,7 @@ class Demo:
             peak_memory_mb={f"trainer_{rank}": mb for rank, mb in summary["peak_memory_mb"].items()} | servers_mb,
             replay=results.gather_replay(self.layout),
             seconds=dict(self.seconds),
-            stages_ms=results.stages_ms(results.read_metrics(kv_run), MICRO_BATCH, len(TEACHERS)),
+            stages_ms=results.stages_ms(results.read_metrics(kv_run), self.settings.micro_batch, len(TEACHERS)),
             facts=self._facts(models),
         )
 
@@ -187,7 +186,7 @@ class Demo:
         return {
             "Question": f"{example.prompt}  (reasoning{example.reasoning}, answer{example.answer})",
             "Training records": f"{settings.train}, none of them among the {settings.test} test items",
-            "Steps of an arm": f"{settings.arm_steps} at 64 samples, {RANKS} DeepSpeed ranks, ZeRO-2",
+            "Steps of an arm": f"{settings.arm_steps} at 64 samples, {settings.ranks} DeepSpeed ranks, ZeRO-2",
             "Accuracy with written reasoning": ", ".join(
                 f"{name} {model.accuracy:.1%}" for name, model in models.items()
             ),

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,17 +27,17 @@ MOST_CONTROL_ACCURACY = 0.25
 # Lines of a training process that begin so are shown.
 PROGRESS = "demo: "
 
-RANKS = 2
 LATENTS = 3
 _BATCH = 64
-MICRO_BATCH = _BATCH // RANKS
+PRETRAIN_STEPS: dict[ModelName, int] = {"teacher_a": 700, "teacher_b": 400, "student": 850}
 
 
 @dataclass(frozen=True, slots=True)
 class Settings:
     """Sizes of one demo. `record`: how many training records make the epoch that is recorded and replayed.
 
-    The rates and steps of the arms were chosen on validation items.
+    `pretrain_*`: of teachers and student on written reasoning. The rates and steps of the arms were chosen on
+    validation items. `fillers`: words in each reasoning that say nothing, see `ChainTask`. `ranks`: training processes.
     """
 
     train: int = 32768
@@ -49,11 +50,19 @@ class Settings:
     data_seed: int = 0
     modulus: int = 7
     operations: int = 4
+    fillers: int = 0
+    pretrain_steps: Mapping[ModelName, int] = field(default_factory=lambda: PRETRAIN_STEPS)
+    pretrain_lr: float = 1e-3
+    ranks: int = 2
+
+    @property
+    def micro_batch(self) -> int:
+        """How many samples a rank takes at a time: its share of a step."""
+        return _BATCH // self.ranks
 
 
 FULL = Settings()
 QUICK = Settings(test=500, record=512, arm_steps=180, arm_lr=4e-3, evaluations=3)
-PRETRAIN_STEPS: dict[ModelName, int] = {"teacher_a": 700, "teacher_b": 400, "student": 850}
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +90,7 @@ class Layout:
         return self.output / "logs"
 
 
-def pretrain_config(name: ModelName, model: Path, layout: Layout, output_dir: Path) -> Config:
+def pretrain_config(name: ModelName, model: Path, settings: Settings, layout: Layout, output_dir: Path) -> Config:
     """Plain supervised training on text, without teachers: from scratch, with the reasoning written out."""
     return {
         "student": {"path": str(model), "mode": "token"},
@@ -89,12 +98,12 @@ def pretrain_config(name: ModelName, model: Path, layout: Layout, output_dir: Pa
             "train": str(layout.split("train")),
             "val": str(layout.split("val")),
             "max_tokens": 64,
-            "answer_tokens": 5,
+            "answer_tokens": 5 + settings.fillers,
         },
-        "optim": {"lr": 1e-3, "warmup_ratio": 0.05, "schedule": "linear"},
+        "optim": {"lr": settings.pretrain_lr, "warmup_ratio": 0.05, "schedule": "linear"},
         "run": {
             "output_dir": str(output_dir),
-            "steps": PRETRAIN_STEPS[name],
+            "steps": settings.pretrain_steps[name],
             "global_batch": _BATCH,
             "micro_batch": _BATCH,
             "zero_stage": 0,
@@ -118,7 +127,7 @@ def run_config(
     name: str, seed: int, settings: Settings, layout: Layout, student: Path, ports: dict[str, int]
 ) -> Config:
     """A student that thinks in latents, on the training data, with the teachers that `ports` names."""
-    config = _latent_config(layout.run(name), seed, layout.split("train"), student)
+    config = _latent_config(layout.run(name), seed, layout.split("train"), student, settings.micro_batch)
     config["data"]["val"] = str(layout.split("val"))
     config["optim"]["lr"] = settings.arm_lr
     config["run"] |= {"steps": settings.arm_steps, "eval_every": settings.arm_steps // settings.evaluations}
@@ -126,12 +135,14 @@ def run_config(
     return config
 
 
-def epoch_config(mode: Literal["record", "offline"], layout: Layout, student: Path, ports: dict[str, int]) -> Config:
+def epoch_config(
+    mode: Literal["record", "offline"], settings: Settings, layout: Layout, student: Path, ports: dict[str, int]
+) -> Config:
     """One epoch over a part of the training data that records, or replays, both teachers' K/V; logs every step.
 
     The replay is given no endpoints, so it cannot ask a server.
     """
-    config = _latent_config(layout.run(mode), 0, layout.split("record"), student)
+    config = _latent_config(layout.run(mode), 0, layout.split("record"), student, settings.micro_batch)
     config["run"] |= {"epochs": 1, "log_every": 1}
     config["kv"] |= {"mode": mode, "store": str(layout.run("store"))}
     config["teachers"] = _teachers(TEACHERS, ports if mode == "record" else {})
@@ -142,7 +153,7 @@ def _teachers(names: tuple[str, ...], ports: dict[str, int]) -> list[Config]:
     return [{"name": name, "endpoints": [f"127.0.0.1:{ports[name]}"] if ports else []} for name in names]
 
 
-def _latent_config(output_dir: Path, seed: int, train: Path, student: Path) -> Config:
+def _latent_config(output_dir: Path, seed: int, train: Path, student: Path, micro_batch: int) -> Config:
     return {
         "student": {"path": str(student), "mode": "latent", "latents": LATENTS, "passes": 3},
         "kv": {
@@ -156,7 +167,7 @@ def _latent_config(output_dir: Path, seed: int, train: Path, student: Path) -> C
             "output_dir": str(output_dir),
             "seed": seed,
             "global_batch": _BATCH,
-            "micro_batch": MICRO_BATCH,
+            "micro_batch": micro_batch,
             "zero_stage": 2,
             "log_every": 20,
             "resume": "never",

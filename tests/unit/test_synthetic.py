@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data.synthetic import ChainTask, make_splits
+from data.synthetic import FILLER, ChainTask, make_splits
 from kvcore.errors import FieldError
 
 
@@ -89,3 +89,27 @@ def test_impossible_splits_are_refused(counts: tuple[int, int, int], field: str)
     with pytest.raises(FieldError) as caught:
         make_splits(ChainTask(3, 2), *counts, seed=0)
     assert caught.value.field == field
+
+
+@given(st.integers(1, 5), st.data())
+def test_fillers_stand_among_the_values_and_change_nothing_else(fillers: int, data: st.DataObject) -> None:
+    plain, filled = ChainTask(), ChainTask(fillers=fillers)
+    number = data.draw(st.integers(0, plain.questions - 1))
+    without, record = plain.record(number), filled.record(number)
+    assert (record.prompt, record.answer) == (without.prompt, without.answer)
+    assert record.reasoning.replace(FILLER, "") == without.reasoning
+    assert record.reasoning.count(FILLER) == fillers
+    assert record == filled.record(number)
+
+
+def test_fillers_are_as_often_in_one_place_as_in_another() -> None:
+    task = ChainTask(fillers=3)
+    words = [task.record(number).reasoning.split() for number in range(0, task.questions, 91)]
+    shares = [sum(row[place] == FILLER.strip() for row in words) / len(words) for place in range(6)]
+    assert all(0.47 < share < 0.53 for share in shares)
+
+
+@pytest.mark.parametrize("fillers", [-1, 65])
+def test_a_number_of_fillers_beyond_its_limits_is_refused(fillers: int) -> None:
+    with pytest.raises(FieldError, match="fillers"):
+        ChainTask(fillers=fillers)
