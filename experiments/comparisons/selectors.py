@@ -2,7 +2,6 @@
 
 The reasoning holds three running values among three fillers, at places drawn per question, and three of these six
 tokens leave the teacher: who keeps the values? One teacher, so that a slot holds one token; scope `sample`.
-docs/alignment.md holds the figures.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ WAYS = (*(_way(name) for name in SELECTORS if name != "full"), FULL, NO_KV, SHUF
 
 
 def make(output: Path, settings: Settings, seeds: int) -> Comparison:
-    """The comparison. Rates and steps were chosen on validation items; the second teacher is not asked here."""
+    """The comparison. The rates let teacher and student solve this task in writing; the second teacher is not asked."""
     steps = {"teacher_a": 1500, "teacher_b": 10, "student": 1500}
     settings = replace(
         settings,
