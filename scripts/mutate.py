@@ -97,7 +97,8 @@ def run_tests(root: Path, tests: Sequence[str]) -> subprocess.CompletedProcess[s
     # A file that is mutated and restored within a second would be taken for its own byte code.
     environment = {**os.environ, "PYTHONPATH": str(root), "PYTHONDONTWRITEBYTECODE": "1"}
     # The seed makes property tests draw the same examples each time.
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "--hypothesis-seed=0", *tests]
+    examples = ("--hypothesis-seed=0", "--hypothesis-profile=any_failure")
+    command = [sys.executable, "-m", "pytest", "-x", "-q", *examples, *tests]
     return subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=False)
 
 

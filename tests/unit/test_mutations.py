@@ -41,7 +41,7 @@ def test_the_page_shows_the_list() -> None:
         ("+", "-", "killed"),
         ("+", "+ 0 +", "SURVIVED"),
         ("*", "/", "DOES NOT APPLY: sums.py holds 0 times, not once: *"),
-        ("+", "(", "NOT RUN: pytest ended with 2"),
+        ("+", "(", "NOT RUN: pytest ended with 4"),
     ],
 )
 def test_the_script_tells_a_mutation_that_is_noticed_from_one_that_is_not(
