@@ -50,6 +50,8 @@ def test_the_script_tells_a_mutation_that_is_noticed_from_one_that_is_not(
     (tmp_path / "sums.py").write_text("def add(a, b):\n    return a + b\n", encoding="utf-8")
     test = "from sums import add\n\n\ndef test_add():\n    assert add(1, 2) == 3\n"
     (tmp_path / "test_sums.py").write_text(test, encoding="utf-8")
+    profile = 'from hypothesis import settings\n\nsettings.register_profile("any_failure")\n'
+    (tmp_path / "conftest.py").write_text(profile, encoding="utf-8")
     (outcome,) = run([tmp_path], [Mutation("sums.py", old, new, "test_sums.py::test_add", "an example")])
     assert outcome.verdict == verdict
     assert outcome.killed == (verdict == "killed")
