@@ -89,6 +89,11 @@ class Fusion(nn.Module):
         return self.settings.kind == "similarity"
 
     @property
+    def reads_kv(self) -> bool:
+        """Whether weights depend on the teachers' K/V at all; the other routers see the prompt alone."""
+        return self.compares or (self.learns and self.settings.router == "attention")
+
+    @property
     def learns(self) -> bool:
         """Whether a router is trained."""
         return self.router is not None
@@ -121,7 +126,9 @@ class Fusion(nn.Module):
         if self.router is None:
             return self._similarities(teachers)
         assert prompt_state_BE is not None, "the router reads the prompt"
-        return self.router(prompt_state_BE.detach(), torch.stack([_summary(one) for one in teachers], dim=1))
+        nothing_BNF = prompt_state_BE.new_zeros(len(prompt_state_BE), len(teachers), 0)
+        summary_BNF = torch.stack([_summary(one) for one in teachers], dim=1) if self.reads_kv else nothing_BNF
+        return self.router(prompt_state_BE.detach(), summary_BNF)
 
     def _similarities(self, teachers: Sequence[AlignedTeacher]) -> Tensor:
         """[B,N], or [B,L,N] per layer: keys and values count alike.

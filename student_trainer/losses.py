@@ -75,17 +75,12 @@ def kv_distance(student_BLHMD: Tensor, target_BLHMD: Tensor, scale_L: Tensor, ma
 def error_by_layer_and_head(student_BLHMD: Tensor, target_BLHMD: Tensor, variance_L: Tensor, mask_BM: Tensor) -> Tensor:
     """Squared error over the variance of the target's layer, as [L,H]; 0 where no sample has a target.
 
-    Over a layer's heads it averages to 1.0 for predicting the mean; a head that varies less than others has less to
-    lose, and scores below that.
+    Its mean is the normalised error, and over a layer's heads it averages to 1.0 for predicting the mean; a head that
+    varies less than others has less to lose, and scores below that.
     """
     student, target = _only_masked_in(student_BLHMD, mask_BM), _only_masked_in(target_BLHMD, mask_BM)
     error_BLHM = (student - target).pow(2).mean(dim=-1) / variance_L[None, :, None, None]
     return _mean_over_slots(error_BLHM, mask_BM)
-
-
-def normalised_error(student_BLHMD: Tensor, target_BLHMD: Tensor, variance_L: Tensor, mask_BM: Tensor) -> Tensor:
-    """Squared error over the target's variance, averaged over layers: 1.0 is what predicting the mean scores."""
-    return error_by_layer_and_head(student_BLHMD, target_BLHMD, variance_L, mask_BM).mean()
 
 
 def _at_least_fp32(x: Tensor) -> Tensor:

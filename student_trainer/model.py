@@ -212,7 +212,7 @@ class DistillModel(nn.Module):
         found: list[AlignedTeacher] = []
         for aligner, kv in zip(self.aligners, self._laid_out(batch), strict=True):
             one = AlignedTeacher(*aligner.targets(kv), kv.mask_BM)
-            if own is not None and self.fusion is not None and self.fusion.settings.kind != "fixed":
+            if own is not None and self.fusion is not None and self.fusion.reads_kv:
                 one = self._standardised(one, aligner, kv, batch.tokens, own)
             found.append(self._resampled(one, kv, batch.tokens))
         return found
@@ -233,9 +233,12 @@ class DistillModel(nn.Module):
         if own.text is None:
             own_k, own_v, compared_BLHM = own.k_BLHMD, own.v_BLHMD, kv.mask_BM[:, None, None]
         else:
-            ends_BT, skipped = tokens.text_byte_ends_BT, self._config.align.sink_tokens
-            own_k, compared_BLHM = at_teacher_slots(own.text.k_BLHTD, ends_BT, kv, skipped)
-            own_v, _ = at_teacher_slots(own.text.v_BLHTD, ends_BT, kv, skipped)
+            # Side by side, so that tokens are paired once.
+            both_BLHTD = torch.cat([own.text.k_BLHTD, own.text.v_BLHTD], dim=-1)
+            both_BLHMD, compared_BLHM = at_teacher_slots(
+                both_BLHTD, tokens.text_byte_ends_BT, kv, self._config.align.sink_tokens
+            )
+            own_k, own_v = both_BLHMD.chunk(2, dim=-1)
         compared_BLHM = compared_BLHM.expand(own_k.shape[:4])
         return replace(one, own_k=standard(own_k, 0), own_v=standard(own_v, 1), compared_BLHM=compared_BLHM)
 

@@ -7,17 +7,10 @@ import signal
 import subprocess
 from pathlib import Path
 
-import pytest
-
 from tests.support.servers import running_teacher, start_teacher, wait_until
-from tests.support.training import World, make_world, metrics, start_cli
+from tests.support.training import World, metrics, start_cli
 
 STEPS = 60
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> World:
-    return make_world(tmp_path_factory.mktemp("world"))
 
 
 def ran_at_least(output: Path, steps: int, process: subprocess.Popen[bytes], log: Path) -> bool:

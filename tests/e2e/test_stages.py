@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import signal
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,35 +12,20 @@ import pytest
 import yaml
 from safetensors.torch import load_file
 
-from tests.support.servers import REPOSITORY, running_teacher, wait_until
+from tests.support.servers import REPOSITORY, wait_until
 from tests.support.training import (
     LATENTS,
     LOSSES,
+    Endpoints,
     World,
     assert_same_losses,
-    make_world,
     metrics,
     start_cli,
     train,
 )
 
-Endpoints = dict[str, list[str]]
 STAGES = ("stage1_fixed", "stage2_similarity", "stage3_learnable")
 SHIPPED = REPOSITORY / "configs" / "train" / "three_stage.yaml"
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> World:
-    return make_world(tmp_path_factory.mktemp("world"))
-
-
-@pytest.fixture(scope="module")
-def endpoints(world: World) -> Iterator[Endpoints]:
-    with (
-        running_teacher(world.teachers["ada"], world.directory / "ada.log") as ada,
-        running_teacher(world.teachers["ben"], world.directory / "ben.log") as ben,
-    ):
-        yield {"ada": [ada.endpoint], "ben": [ben.endpoint]}
 
 
 def three_stages(world: World, endpoints: Endpoints, output: Path) -> dict[str, Any]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -12,24 +11,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from student_trainer.latent import load_reasoning
-from tests.support.servers import running_teacher
-from tests.support.training import LATENTS, LOSSES, World, assert_same_losses, make_world, metrics, train
-
-Endpoints = dict[str, list[str]]
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> World:
-    return make_world(tmp_path_factory.mktemp("world"))
-
-
-@pytest.fixture(scope="module")
-def endpoints(world: World) -> Iterator[Endpoints]:
-    with (
-        running_teacher(world.teachers["ada"], world.directory / "ada.log") as ada,
-        running_teacher(world.teachers["ben"], world.directory / "ben.log") as ben,
-    ):
-        yield {"ada": [ada.endpoint], "ben": [ben.endpoint]}
+from tests.support.training import LATENTS, LOSSES, Endpoints, World, assert_same_losses, metrics, train
 
 
 def test_every_zero_stage_gives_the_same_losses(world: World, endpoints: Endpoints, tmp_path: Path) -> None:

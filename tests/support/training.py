@@ -20,6 +20,7 @@ from tests.support.servers import REPOSITORY
 from tests.support.tiny_models import save_tiny_model, tiny_spec
 
 LATENTS = 3
+Endpoints = dict[str, list[str]]
 LOSSES = ("train/loss", "train/ce_loss", "train/kv_loss")
 
 

@@ -11,7 +11,7 @@ from align.head_dim_adapter import TENSORS
 from kvcore.types import BatchKV, Tensor
 from student_trainer.calibrate import calibrate
 from student_trainer.config import LossConfig
-from student_trainer.losses import cross_entropy, kv_distance, normalised_error
+from student_trainer.losses import cross_entropy, error_by_layer_and_head, kv_distance
 from student_trainer.model import DistillModel, TrainBatch
 from tests.support.training_parts import LATENTS, RECORDS, TEACHERS, distill_model, one_rank, train_batch
 
@@ -61,7 +61,7 @@ def test_latent_losses_are_the_weighted_sum_of_their_parts() -> None:
     reasoning = cross_entropy(logits_BTV, tokens.text_ids_BT[:, 1:], tokens.text_target_BT[:, 1:])
     sides = list(zip((k_BLHMD, v_BLHMD), aligner.targets(kv), TENSORS, strict=True))
     objective = sum(float(kv_distance(a, b, aligner.scale(t), kv.mask_BM, "mse").detach()) for a, b, t in sides) / 2
-    error = sum(float(normalised_error(a, b, aligner.variance(t), kv.mask_BM)) for a, b, t in sides) / 2
+    error = sum(float(error_by_layer_and_head(a, b, aligner.variance(t), kv.mask_BM).mean()) for a, b, t in sides) / 2
     expected = {
         "answer_ce": float(answer.detach()),
         "reasoning_ce": float(reasoning.detach()),

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvcore.types import Tensor
-from student_trainer.losses import error_by_layer_and_head, kv_distance, normalised_error
+from student_trainer.losses import error_by_layer_and_head, kv_distance
 
 BATCH, LAYERS, HEADS, SLOTS, DIM = 4, 3, 2, 5, 4
 KINDS = ("mse", "smooth_l1", "cosine", "cka")
@@ -264,12 +264,12 @@ def test_the_reported_error_is_squared_over_the_targets_variance_by_layer_and_he
             assert float(errors_LH[layer, head]) == pytest.approx(expected, rel=1e-5)
 
 
-def test_the_normalised_error_is_its_mean() -> None:
+def test_its_mean_is_the_squared_error_over_the_variance() -> None:
     expected = naive_distance(kv(1), kv(2), SCALE_L.sqrt().tolist(), MASK_BM, "mse")
-    assert float(normalised_error(with_nan(kv(1)), with_nan(kv(2)), SCALE_L, MASK_BM)) == pytest.approx(
+    assert float(error_by_layer_and_head(with_nan(kv(1)), with_nan(kv(2)), SCALE_L, MASK_BM).mean()) == pytest.approx(
         expected, rel=1e-5
     )
-    assert float(normalised_error(kv(1), kv(2), SCALE_L, torch.zeros_like(MASK_BM))) == 0
+    assert float(error_by_layer_and_head(kv(1), kv(2), SCALE_L, torch.zeros_like(MASK_BM)).mean()) == 0
 
 
 def test_predicting_each_features_mean_scores_one() -> None:
@@ -281,5 +281,5 @@ def test_predicting_each_features_mean_scores_one() -> None:
     variance_L = (target - mean).square().mean(dim=(0, 2, 3, 4))
     by_head_LH = error_by_layer_and_head(mean.expand_as(target), target, variance_L, mask_BM)
     torch.testing.assert_close(by_head_LH.mean(dim=1), torch.ones(LAYERS))
-    assert float(normalised_error(mean.expand_as(target), target, variance_L, mask_BM)) == pytest.approx(1.0, rel=1e-5)
-    assert float(normalised_error(target, target, variance_L, mask_BM)) == 0
+    assert float(by_head_LH.mean()) == pytest.approx(1.0, rel=1e-5)
+    assert float(error_by_layer_and_head(target, target, variance_L, mask_BM).mean()) == 0

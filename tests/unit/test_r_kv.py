@@ -24,22 +24,12 @@ from teacher_server.engines.base import SPAN_KINDS, TeacherEngine, TokenizedSamp
 from teacher_server.plan_execution import LayerResult, PlannedSample, execute
 from tests.support import naive_selection as naive
 from tests.support.reference_kv import PlainLayer, load_reference, plain_layers, reference_kv
+from tests.support.selection_batches import LAYERS, TOKENS, random_batch
 from tests.support.tiny_models import Family, save_tiny_model, tiny_spec
-
-LAYERS, HEADS, TOKENS, HEAD_DIM = 3, 2, 14, 8
 
 
 def selection(budget=3, **fields):
     return Selection(selector="r_kv", budget=budget, **fields)
-
-
-def random_batch(batch, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    k_BLHTD = torch.randn(batch, LAYERS, HEADS, TOKENS, HEAD_DIM, generator=generator)
-    importance_BLHT = torch.rand(batch, LAYERS, HEADS, TOKENS, generator=generator)
-    starts = torch.randint(0, 5, (batch, 1), generator=generator)
-    candidates_BN = starts + torch.tensor([0, 1, 2, 3, 5, 6, 7, 9])
-    return candidates_BN, k_BLHTD, importance_BLHT
 
 
 def head_scores(candidates_N, k_HTD, importance_HT, weight):

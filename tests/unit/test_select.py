@@ -12,21 +12,11 @@ from kvcore.errors import NonFiniteError
 from kvcore.plan import SELECTORS, Selection, Selector
 from kvcore.select import needs_importance, needs_keys, needs_seeds, select, select_sample
 from kvcore.selectors import REGISTRY
-
-LAYERS, HEADS, TOKENS, HEAD_DIM = 3, 2, 14, 8
+from tests.support.selection_batches import HEAD_DIM, HEADS, TOKENS, random_batch
 
 
 def selection(selector: Selector = "r_kv", budget=3, **fields):
     return Selection(selector=selector, budget=0 if selector == "full" else budget, **fields)
-
-
-def random_batch(batch, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    k_BLHTD = torch.randn(batch, LAYERS, HEADS, TOKENS, HEAD_DIM, generator=generator)
-    importance_BLHT = torch.rand(batch, LAYERS, HEADS, TOKENS, generator=generator)
-    starts = torch.randint(0, 5, (batch, 1), generator=generator)
-    candidates_BN = starts + torch.tensor([0, 1, 2, 3, 5, 6, 7, 9])
-    return candidates_BN, k_BLHTD, importance_BLHT
 
 
 def seeds(batch):

@@ -1,0 +1,24 @@
+"""What whole training runs share: tiny models and data on disk, and two teachers served."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from tests.support.servers import running_teacher
+from tests.support.training import Endpoints, World, make_world
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    return make_world(tmp_path_factory.mktemp("world"))
+
+
+@pytest.fixture(scope="module")
+def endpoints(world: World) -> Iterator[Endpoints]:
+    with (
+        running_teacher(world.teachers["ada"], world.directory / "ada.log") as ada,
+        running_teacher(world.teachers["ben"], world.directory / "ben.log") as ben,
+    ):
+        yield {"ada": [ada.endpoint], "ben": [ben.endpoint]}
