@@ -1,10 +1,14 @@
-"""Training and evaluation samples on disk: JSON Lines with `id`, `prompt`, `reasoning` and `answer`."""
+"""Training and evaluation samples on disk: `id`, `prompt`, `reasoning` and `answer`.
+
+A file of JSON Lines, or a directory that `datasets.Dataset.save_to_disk` wrote.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any, cast
 
@@ -49,24 +53,21 @@ class Record:
 
 
 def load_records(path: Path, limit: int | None = None) -> list[Record]:
-    """Reads the first `limit` records of a file, or all; blank lines are skipped, keys beyond the four are ignored.
+    """Reads the first `limit` records of a file or a saved dataset, or all; keys beyond the four are ignored.
 
     Raises:
-        ConfigError: the file is missing or holds no record.
+        ConfigError: there is no such file or saved dataset, or it holds no record.
         FieldError: a line is not a JSON object, or a field is missing, no text, empty where it may not be, or
-            an id that an earlier line has; names file, line and field.
+            an id that an earlier record has; names file, line or row, and field.
     """
-    if not path.is_file():
-        raise ConfigError(f"{path}: no such data file")
     records: list[Record] = []
-    line_of_id: dict[str, int] = {}
-    for number, line in _lines(path):
-        if limit is not None and len(records) >= limit:
-            break
-        record = _parse(line, f"{path}:{number}")
-        if record.id in line_of_id:
-            raise FieldError(f"{path}:{number}: id", f"'{record.id}' is the id of line {line_of_id[record.id]} already")
-        line_of_id[record.id] = number
+    place_of_id: dict[str, str] = {}
+    for place, tree in islice(_rows(path), limit):
+        where = f"{path}:{place}"
+        record = Record(**{name: _text(tree, name, where) for name in _FIELDS})
+        if record.id in place_of_id:
+            raise FieldError(f"{where}: id", f"'{record.id}' is the id of {place_of_id[record.id]} already")
+        place_of_id[record.id] = f"{'row' if path.is_dir() else 'line'} {place}"
         records.append(record)
     if not records:
         raise ConfigError(f"{path}: holds no record")
@@ -87,6 +88,18 @@ def epoch_order(count: int, seed: int, epoch: int) -> list[int]:
     return generator.permutation(count).tolist()
 
 
+def _rows(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
+    """Each record with its line, or its row, counted from 1."""
+    if path.is_dir():
+        # Imported where it is needed: most runs read JSON Lines, and the library takes a second to load.
+        from data.saved_dataset import saved_rows  # noqa: PLC0415
+
+        return enumerate(saved_rows(path), start=1)
+    if not path.is_file():
+        raise ConfigError(f"{path}: no such data file or directory")
+    return ((number, _parse(line, f"{path}:{number}")) for number, line in _lines(path))
+
+
 def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
     # Bytes, so that only \n ends a line: text mode would also end one at characters that JSON strings may hold.
     with path.open("rb") as file:
@@ -95,7 +108,7 @@ def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
                 yield number, line
 
 
-def _parse(line: bytes, where: str) -> Record:
+def _parse(line: bytes, where: str) -> Mapping[str, Any]:
     try:
         raw: object = json.loads(line.decode("utf-8"))
     except UnicodeDecodeError as error:
@@ -104,11 +117,10 @@ def _parse(line: bytes, where: str) -> Record:
         raise FieldError(where, f"not valid JSON: {error}") from error
     if not isinstance(raw, dict):
         raise FieldError(where, f"expected a JSON object, found {type(raw).__name__}")
-    tree = cast("dict[str, Any]", raw)
-    return Record(**{name: _text(tree, name, where) for name in _FIELDS})
+    return cast("dict[str, Any]", raw)
 
 
-def _text(tree: dict[str, Any], name: str, where: str) -> str:
+def _text(tree: Mapping[str, Any], name: str, where: str) -> str:
     if name not in tree:
         raise FieldError(f"{where}: {name}", f"is missing; a record needs {', '.join(_FIELDS)}")
     value = tree[name]

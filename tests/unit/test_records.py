@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
+from datasets import Dataset, DatasetDict
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -69,10 +71,43 @@ def test_bytes_that_are_no_utf8_are_named_by_line(tmp_path: Path) -> None:
 
 
 def test_a_missing_or_empty_file_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="no such data file"):
+    with pytest.raises(ConfigError, match="no such data file or directory"):
         load_records(tmp_path / "none.jsonl")
     with pytest.raises(ConfigError, match="holds no record"):
         load_records(write_lines(tmp_path / "empty.jsonl", ""))
+
+
+def test_a_saved_dataset_is_read_like_a_file_and_its_further_columns_ignored(tmp_path: Path) -> None:
+    rows = [GOOD | {"style": "cot"}, {**GOOD, "id": "b", "reasoning": "", "style": "direct"}]
+    Dataset.from_list(rows).save_to_disk(tmp_path / "saved")
+    assert load_records(tmp_path / "saved") == [Record(**GOOD), Record("b", GOOD["prompt"], "", GOOD["answer"])]
+    assert [record.id for record in load_records(tmp_path / "saved", limit=1)] == ["a"]
+
+
+@pytest.mark.parametrize(
+    ("row", "field", "problem"),
+    [({"prompt": ""}, "prompt", "empty"), ({"answer": None}, "answer", "found NoneType"), ({}, "id", "row 1 already")],
+)
+def test_a_bad_row_of_a_saved_dataset_is_named(tmp_path: Path, row: dict[str, Any], field: str, problem: str) -> None:
+    Dataset.from_list([GOOD, GOOD | row]).save_to_disk(tmp_path / "saved")
+    with pytest.raises(FieldError, match=rf"saved:2: {field}.*{problem}"):
+        load_records(tmp_path / "saved")
+
+
+def test_a_directory_of_something_else_or_of_several_splits_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="save_to_disk"):
+        load_records(tmp_path)
+    DatasetDict({"train": Dataset.from_list([GOOD])}).save_to_disk(tmp_path / "splits")
+    with pytest.raises(ConfigError, match="holds the splits train"):
+        load_records(tmp_path / "splits")
+    assert load_records(tmp_path / "splits" / "train") == [Record(**GOOD)]
+
+
+def test_a_damaged_saved_dataset_is_an_error(tmp_path: Path) -> None:
+    Dataset.from_list([GOOD]).save_to_disk(tmp_path / "saved")
+    (tmp_path / "saved" / "data-00000-of-00001.arrow").write_bytes(b"not arrow")
+    with pytest.raises(ConfigError, match="cannot be read"):
+        load_records(tmp_path / "saved")
 
 
 @given(prompt=st.text(min_size=1), reasoning=st.text(), answer=st.text(min_size=1))
