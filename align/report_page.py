@@ -1,29 +1,11 @@
-"""The alignments' report as one HTML page that loads nothing from outside."""
+"""The alignments' report as one HTML page."""
 
 from __future__ import annotations
 
-import base64
 from collections.abc import Callable, Mapping, Sequence
-from html import escape
-from typing import Any
 
 from align.report_pictures import LOWEST_SHOWN, Report, draw_coverage, draw_explained, draw_layer_map, draw_similarity
-
-_STYLE = """
-:root { color-scheme: light; }
-body { margin: 0 auto; padding: 1.25rem; max-width: 70rem; background: #ffffff; color: #1b1f24;
-  font: 1rem/1.5 system-ui, sans-serif; }
-h1 { font-size: 1.5rem; line-height: 1.25; margin: 0 0 .5rem; }
-h2 { font-size: 1.25rem; margin: 2.5rem 0 .5rem; border-top: 1px solid #d0d7de; padding-top: 1rem; }
-p, figcaption { max-width: 46rem; margin: .4rem 0; color: #3d444d; }
-.wide { overflow-x: auto; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
-th, td { text-align: left; padding: .3rem 1.1rem .3rem 0; border-bottom: 1px solid #d0d7de; }
-th { color: #57606a; font-weight: 600; }
-figure { margin: 1rem 0; }
-img { display: block; max-width: 100%; height: auto; }
-summary { cursor: pointer; margin: .5rem 0; }
-"""
+from kvcore.page import figure, heading, page, paragraphs, table
 
 _PICTURES: tuple[tuple[str, str, Callable[[Report], bytes | None]], ...] = (
     (
@@ -55,27 +37,23 @@ _PICTURES: tuple[tuple[str, str, Callable[[Report], bytes | None]], ...] = (
         draw_coverage,
     ),
 )
+_INTRODUCTION = (
+    "Measured on the calibration samples, before the first step. The figures are in alignment.json beside this page."
+)
+_OVERVIEW_HEADINGS = ("teacher", "keys explained", "control", "values explained", "control", "student tokens paired")
 
 
 def render_page(teachers: Mapping[str, Report]) -> str:
     """The whole page."""
-    overview = [_overview(name, report) for name, report in teachers.items()]
-    return f"""<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>kvdistill alignment</title>
-<style>{_STYLE}</style>
-</head>
-<body>
-<h1>How the teachers' K/V meet the student's</h1>
-<p>Measured on the calibration samples, before the first step. The figures are in alignment.json beside this page.</p>
-{_table(("teacher", "keys explained", "control", "values explained", "control", "student tokens paired"), overview)}
-{"".join(_teacher(name, report) for name, report in teachers.items())}
-</body>
-</html>
-"""
+    return page(
+        "kvdistill alignment",
+        (
+            heading("How the teachers' K/V meet the student's", 1),
+            paragraphs([_INTRODUCTION]),
+            table(_OVERVIEW_HEADINGS, [_overview(name, report) for name, report in teachers.items()]),
+            *(_teacher(name, report) for name, report in teachers.items()),
+        ),
+    )
 
 
 def _overview(name: str, report: Report) -> tuple[str, ...]:
@@ -87,15 +65,16 @@ def _overview(name: str, report: Report) -> tuple[str, ...]:
 
 
 def _teacher(name: str, report: Report) -> str:
+    pictures = "".join(_figure(name, *picture, report) for picture in _PICTURES)
+    layers = table(_LAYER_HEADINGS, _layers(report))
     return f"""<section>
-<h2>{escape(name)}</h2>
-{_table(("setting", "value"), _settings(report))}
-{"".join(_figure(name, *picture, report) for picture in _PICTURES)}
+{heading(name)}
+{table(("setting", "value"), _settings(report))}
+{pictures}
 <details><summary>By layer</summary>
-{_table(_LAYER_HEADINGS, _layers(report))}
+{layers}
 </details>
-</section>
-"""
+</section>"""
 
 
 def _settings(report: Report) -> list[tuple[str, str]]:
@@ -160,12 +139,4 @@ def _figure(name: str, title: str, caption: str, draw: Callable[[Report], bytes 
     picture = draw(report)
     if picture is None:
         return ""
-    source = f"data:image/png;base64,{base64.b64encode(picture).decode()}"
-    alternative = escape(f"{name}: {title}", quote=True)
-    return f'<figure><img src="{source}" alt="{alternative}"><figcaption>{escape(caption)}</figcaption></figure>\n'
-
-
-def _table(headings: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    head = "".join(f'<th scope="col">{escape(heading)}</th>' for heading in headings)
-    body = "\n".join("<tr>" + "".join(f"<td>{escape(str(cell))}</td>" for cell in row) + "</tr>" for row in rows)
-    return f'<div class="wide"><table><thead><tr>{head}</tr></thead>\n<tbody>{body}</tbody></table></div>'
+    return figure(f"{name}: {title}", picture, caption=caption)
