@@ -18,8 +18,9 @@ from pathlib import Path
 import yaml
 
 from data.records import Record
-from experiments.demo.processes import CPU_ONLY, check, end, start_logged
+from experiments.demo.processes import CPU_ONLY, check
 from experiments.demo.settings import Layout, ModelName, Settings, pretrain_config
+from student_trainer.processes import end, start_logged
 
 MODELS: tuple[ModelName, ...] = ("teacher_a", "teacher_b", "student")
 _REPORT_SECONDS = 15.0
@@ -122,7 +123,7 @@ def _start(name: ModelName, home: Path, settings: Settings, layout: Layout) -> _
     config_path.write_text(yaml.safe_dump(config), encoding="utf-8")
     command = [sys.executable, "-m", "kvdistill", "train", "--config", str(config_path)]
     log = layout.logs / f"train_{name}.log"
-    return _Job(name, command, log, work, start_logged(command, log))
+    return _Job(name, command, log, work, start_logged(command, log, CPU_ONLY))
 
 
 def _keep(job: _Job, home: Path) -> None:

@@ -16,7 +16,7 @@ from data.records import Record, write_records
 from data.synthetic import ChainTask, make_splits
 from experiments.demo import results
 from experiments.demo.pretrain import Pretrained, pretrain
-from experiments.demo.processes import DemoError, TeacherServer, run_logged
+from experiments.demo.processes import CPU_ONLY, DemoError, run_logged
 from experiments.demo.report import write_report
 from experiments.demo.settings import (
     ARMS,
@@ -31,6 +31,7 @@ from experiments.demo.settings import (
     epoch_config,
 )
 from kvcore.errors import FieldError
+from student_trainer.local_teachers import LocalTeachers
 
 _MARKER = ".kvdistill-demo"
 
@@ -82,16 +83,15 @@ class Demo:
             train = self._write_data()
         with self._stage("teachers and warm-up"):
             models = pretrain(self.settings, self.layout, train, self.say)
+        paths = {name: str(path) for name, path in self.teachers(models).items()}
+        servers = LocalTeachers(
+            paths, self.layout.logs, device="cpu", dtype="fp32", options={"threads": 1}, environment=CPU_ONLY
+        )
         with ExitStack() as stack:
             with self._stage("teacher servers"):
-                servers = {
-                    name: stack.enter_context(TeacherServer(name, path, self.layout.logs / f"serve_{name}.log"))
-                    for name, path in self.teachers(models).items()
-                }
-                for server in servers.values():
-                    server.wait_ready()
-            self._train(models["student"], servers)
-        return models, {name: server.peak_memory_mb for name, server in servers.items()}
+                endpoints = stack.enter_context(servers)
+            self._train(models["student"], endpoints, servers)
+        return models, servers.peak_memory_mb
 
     def say(self, line: str) -> None:
         """One line of progress, with the time since the start."""
@@ -114,9 +114,9 @@ class Demo:
         write_records(self.layout.split("record"), splits.train[: settings.record])
         return splits.train
 
-    def _train(self, student: Pretrained, servers: dict[str, TeacherServer]) -> None:
+    def _train(self, student: Pretrained, endpoints: dict[str, str], servers: LocalTeachers) -> None:
         """All arms, the recorded epoch and its replay, in one launch of the two ranks."""
-        ports = {name: server.grpc_port for name, server in servers.items()}
+        ports = {name: int(endpoint.rpartition(":")[2]) for name, endpoint in endpoints.items()}
         plan_path = self.layout.output / "runs" / "plan.json"
         plan = self.plan(student.path, ports)
         plan_path.write_text(json.dumps(plan, indent=2), encoding="utf-8")
@@ -128,11 +128,9 @@ class Demo:
                 [*launcher, "-m", "experiments.demo.arms", str(plan_path)], self.layout.logs / "arms.log", self._show
             )
         except DemoError:
-            for server in servers.values():
-                server.check_alive()
+            servers.check_alive()
             raise
-        for server in servers.values():
-            server.check_alive()
+        servers.check_alive()
         for run in plan:
             self.seconds[run["name"]] = results.seconds(Path(run["config"]["run"]["output_dir"]))
         inside = sum(self.seconds[run["name"]] for run in plan)

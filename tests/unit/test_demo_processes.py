@@ -1,18 +1,15 @@
-"""The demo's child processes: output in logs, failures with the log's end, nothing left running."""
+"""The demo's child processes: output in logs, failures with the log's end."""
 
 from __future__ import annotations
 
 import os
-import signal
-import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 
-from experiments.demo.processes import DemoError, TeacherServer, end, free_ports, run_logged, start_logged
+from experiments.demo.processes import DemoError, run_logged
 from experiments.demo.run import main
 from kvcore.errors import FieldError
 
@@ -49,31 +46,6 @@ def test_a_caller_that_gives_up_leaves_no_process(tmp_path: Path) -> None:
         )
     with pytest.raises(ProcessLookupError):
         os.kill(int(str(caught.value)), 0)
-
-
-def test_a_process_that_ignores_sigterm_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("experiments.demo.processes.STOP_SECONDS", 0.2)
-    code = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('on', flush=True); time.sleep(60)"
-    process = start_logged(python(code), tmp_path / "x.log")
-    while "on" not in (tmp_path / "x.log").read_text(encoding="utf-8"):
-        time.sleep(0.01)
-    end(process)
-    assert process.returncode == -signal.SIGKILL
-
-
-def test_a_server_that_dies_is_reported_with_the_end_of_its_log(tmp_path: Path) -> None:
-    nowhere = tmp_path / "nowhere"
-    server = TeacherServer("teacher_x", nowhere, tmp_path / "serve.log")
-    with server, pytest.raises(DemoError, match="teacher_x's server ended") as caught:
-        server.wait_ready()
-    assert str(nowhere) in str(caught.value)
-
-
-def test_free_ports_differ_and_can_be_listened_on() -> None:
-    ports = free_ports(4)
-    assert len(set(ports)) == 4
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", ports[0]))
 
 
 def test_the_demo_does_not_empty_a_folder_that_is_not_its_own(tmp_path: Path) -> None:
