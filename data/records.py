@@ -19,17 +19,21 @@ from kvcore.plan import SpanKind
 from kvcore.types import Sample, Span
 
 _FIELDS = ("id", "prompt", "reasoning", "answer")
-_MAY_BE_EMPTY = frozenset({"reasoning"})
+_MAY_BE_EMPTY = frozenset({"reasoning", "dataset"})
 
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """One question with its worked reasoning and its answer; the texts are joined as they stand, spaces included."""
+    """One question with its worked reasoning and its answer; the texts are joined as they stand, spaces included.
+
+    `dataset`: where it comes from, empty if that isn't said; validation tells its figures apart by it.
+    """
 
     id: str
     prompt: str
     reasoning: str
     answer: str
+    dataset: str = ""
 
     @property
     def text(self) -> str:
@@ -53,7 +57,7 @@ class Record:
 
 
 def load_records(path: Path, limit: int | None = None) -> list[Record]:
-    """Reads the first `limit` records of a file or a saved dataset, or all; keys beyond the four are ignored.
+    """Reads the first `limit` records of a file or a saved dataset, or all; keys beyond `Record`'s are ignored.
 
     Raises:
         ConfigError: there is no such file or saved dataset, or it holds no record.
@@ -64,7 +68,8 @@ def load_records(path: Path, limit: int | None = None) -> list[Record]:
     place_of_id: dict[str, str] = {}
     for place, tree in islice(_rows(path), limit):
         where = f"{path}:{place}"
-        record = Record(**{name: _text(tree, name, where) for name in _FIELDS})
+        dataset = _text(tree, "dataset", where) if "dataset" in tree else ""
+        record = Record(**{name: _text(tree, name, where) for name in _FIELDS}, dataset=dataset)
         if record.id in place_of_id:
             raise FieldError(f"{where}: id", f"'{record.id}' is the id of {place_of_id[record.id]} already")
         place_of_id[record.id] = f"{'row' if path.is_dir() else 'line'} {place}"
@@ -75,8 +80,12 @@ def load_records(path: Path, limit: int | None = None) -> list[Record]:
 
 
 def write_records(path: Path, records: Iterable[Record]) -> None:
-    """Writes one record a line, replacing the file."""
-    lines = (json.dumps(asdict(record), ensure_ascii=False) + "\n" for record in records)
+    """Writes one record a line, replacing the file; a dataset that isn't said is left out."""
+    trees = (asdict(record) for record in records)
+    lines = (
+        json.dumps({name: text for name, text in tree.items() if text or name in _FIELDS}, ensure_ascii=False) + "\n"
+        for tree in trees
+    )
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", encoding="utf-8", newline="\n") as file:
         file.writelines(lines)

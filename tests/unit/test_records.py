@@ -25,7 +25,7 @@ def write_lines(path: Path, *lines: str) -> Path:
 def test_records_survive_the_file_whatever_the_script(tmp_path: Path) -> None:
     records = [
         Record("a", "2 +3 =", " 5", " 5"),
-        Record("b", "问题\n第二行", "", " 🙂\u2028é"),
+        Record("b", "问题\n第二行", "", " 🙂\u2028é", dataset="math23k"),
         Record("c", 'quote " and \\ and tab\t', "\r\n", "x"),
     ]
     write_records(tmp_path / "deep" / "r.jsonl", records)
@@ -50,6 +50,7 @@ def test_blank_lines_and_further_keys_are_ignored(tmp_path: Path) -> None:
         (json.dumps({k: v for k, v in GOOD.items() if k != "reasoning"}), "reasoning", "missing"),
         (json.dumps({**GOOD, "answer": 3}), "answer", "found int (3)"),
         (json.dumps({**GOOD, "prompt": ""}), "prompt", "empty"),
+        (json.dumps({**GOOD, "dataset": None}), "dataset", "found NoneType"),
         (json.dumps({**GOOD, "answer": "\ud800"}), "answer", "surrogate"),
         (json.dumps({**GOOD, "id": "first"}), "id", "line 1"),
     ],
