@@ -31,6 +31,18 @@ def load_config(path: Path, overrides: Iterable[str], model: type[ModelT]) -> Mo
         ConfigError: the file is missing or is no YAML mapping.
         FieldError: a field is unknown, has the wrong type, or is out of range.
     """
+    tree = read_yaml(path)
+    for override in overrides:
+        apply_override(tree, override)
+    return parse(tree, model)
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """A YAML file's mapping.
+
+    Raises:
+        ConfigError: the file is missing or is no YAML mapping.
+    """
     if not path.is_file():
         raise ConfigError(f"{path}: no such configuration file")
     try:
@@ -39,10 +51,7 @@ def load_config(path: Path, overrides: Iterable[str], model: type[ModelT]) -> Mo
         raise ConfigError(f"{path}: not valid YAML: {error}") from error
     if not isinstance(raw, dict):
         raise ConfigError(f"{path}: expected a mapping at the top level, found {type(raw).__name__}")
-    tree = cast("dict[str, Any]", raw)
-    for override in overrides:
-        apply_override(tree, override)
-    return parse(tree, model)
+    return cast("dict[str, Any]", raw)
 
 
 def apply_override(tree: dict[str, Any], override: str) -> None:
