@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +19,8 @@ from student_trainer.evaluate import answer, is_correct, mean_over_ranks, rank_b
 from student_trainer.model import TrainBatch
 
 Fetch = Callable[[Sequence[Record]], TrainBatch]
+BY_DATASET = "val/by_dataset/"
+_WEIGHTS = "routing/weights_mean/"
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,11 +45,34 @@ class Validation:
             entry["kv_loss"] = self.metrics["val/kv_loss"]
         if self.kv_error_KLH is not None:
             entry["kv_error"] = dict(zip(TENSORS, self.kv_error_KLH.tolist(), strict=True))
-        routing = "routing/weights_mean/"
-        weights = {name.removeprefix(routing): w for name, w in self.metrics.items() if name.startswith(routing)}
+        weights = self._below(_WEIGHTS)
         if weights:
             entry["routing_weights_mean"] = weights
+        by_dataset = self._by_dataset(parts.val)
+        if by_dataset:
+            entry["by_dataset"] = by_dataset
         return {entry["dataset"]: entry, "average": score}
+
+    def _below(self, prefix: str) -> dict[str, float]:
+        """The metrics whose names begin so, without that beginning."""
+        return {name.removeprefix(prefix): value for name, value in self.metrics.items() if name.startswith(prefix)}
+
+    def _by_dataset(self, records: Sequence[Record]) -> dict[str, dict[str, Any]]:
+        """Each named dataset's share of the figures."""
+        found: dict[str, dict[str, Any]] = {}
+        for dataset, count in Counter(record.dataset for record in records if record.dataset).items():
+            prefix = f"{BY_DATASET}{dataset}/"
+            accuracy = self.metrics[f"{prefix}accuracy"]
+            one: dict[str, Any] = {
+                "score": 100 * accuracy,
+                "num_examples": count,
+                "loss": self.metrics[f"{prefix}loss"],
+            }
+            if f"{prefix}kv_loss" in self.metrics:
+                one["kv_loss"] = self.metrics[f"{prefix}kv_loss"]
+            weights = self._below(f"{prefix}{_WEIGHTS}")
+            found[dataset] = one | ({"routing_weights_mean": weights} if weights else {})
+        return found
 
 
 @torch.no_grad()
@@ -59,13 +85,10 @@ def validate(module: nn.Module, parts: Parts, fetch: Fetch, device: torch.device
         fetch: gets a micro-batch with the teachers' K/V.
         device: this rank's.
     """
-    config, records = parts.config, parts.val
-    latent = config.student.mode == "latent"
-    totals: dict[str, float] = {"count": 0.0, "accuracy": 0.0, "loss": 0.0, "kv_loss": 0.0}
+    latent = parts.config.student.mode == "latent"
+    sums: dict[str, dict[str, float]] = {}
     errors: Tensor | None = None
-    rank, world_size = dist.get_rank(), dist.get_world_size()
-    for indices, counted in rank_batches(len(records), config.run.micro_batch, rank, world_size):
-        chosen = [records[index] for index in indices]
+    for dataset, chosen, counted in _batches(parts.val, parts.config.run.micro_batch):
         # What fills a batch up enters no mean; every rank runs its pass all the same.
         losses = module(fetch(chosen).first(max(1, counted)))
         written = answer(
@@ -73,33 +96,58 @@ def validate(module: nn.Module, parts: Parts, fetch: Fetch, device: torch.device
             parts.collator,
             parts.tokenizer,
             chosen,
-            config.data.answer_tokens,
+            parts.config.data.answer_tokens,
             device,
             latent=latent,
         )
-        totals["count"] += counted
-        totals["accuracy"] += sum(
-            is_correct(text, record, latent=latent)
-            for text, record in zip(written[:counted], chosen[:counted], strict=True)
-        )
+        right = [is_correct(text, record, latent=latent) for text, record in zip(written, chosen, strict=True)]
+        found = {"count": float(counted), "accuracy": float(sum(right[:counted]))}
         for name, value in losses.items():
             if name in ("loss", "kv_loss") or name.startswith("routing/"):
-                totals[name] = totals.get(name, 0.0) + float(value) * counted
+                found[name] = float(value) * counted
+        _add(sums.setdefault(dataset, {}), found)
         if "kv_error_KLH" in losses:
             errors = losses["kv_error_KLH"] * counted + (0.0 if errors is None else errors)
-    count = totals["count"]
+    totals: dict[str, float] = {}
+    for one in sums.values():
+        _add(totals, one)
     means = mean_over_ranks(totals, device)
     metrics = {"val/loss": means["loss"], "val/task_metrics/accuracy": means["accuracy"]}
     metrics |= {name: value for name, value in means.items() if name.startswith("routing/")}
+    metrics |= _by_dataset(sums, device)
     if not parts.teachers:
         return Validation(metrics, None)
     metrics["val/kv_loss"] = means["kv_loss"]
     if errors is not None:
-        errors = _mean_error(errors, count, device)
+        errors = _mean_error(errors, totals["count"], device)
         for tensor, by_layer_LH in zip(TENSORS, errors, strict=True):
             layers = by_layer_LH.mean(dim=1).tolist()
             metrics |= {f"val/kv_loss/{tensor}/layer{layer}": value for layer, value in enumerate(layers)}
     return Validation(metrics, errors)
+
+
+def _batches(records: Sequence[Record], micro_batch: int) -> Iterator[tuple[str, list[Record], int]]:
+    """This rank's batches, and how many records of each count; a batch is of one dataset, so its means are too."""
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    for dataset in dict.fromkeys(record.dataset for record in records):
+        group = [record for record in records if record.dataset == dataset]
+        for indices, counted in rank_batches(len(group), micro_batch, rank, world_size):
+            yield dataset, [group[index] for index in indices], counted
+
+
+def _by_dataset(sums: Mapping[str, dict[str, float]], device: torch.device) -> dict[str, float]:
+    """The named datasets' metrics. All ranks have the same datasets in the same order."""
+    metrics: dict[str, float] = {}
+    for dataset, one in sums.items():
+        means = mean_over_ranks(one, device) if dataset else {}
+        kept = [name for name in means if name in ("accuracy", "loss", "kv_loss") or name.startswith(_WEIGHTS)]
+        metrics |= {f"{BY_DATASET}{dataset}/{name}": means[name] for name in kept}
+    return metrics
+
+
+def _add(totals: dict[str, float], found: dict[str, float]) -> None:
+    for name, value in found.items():
+        totals[name] = totals.get(name, 0.0) + value
 
 
 def _mean_error(errors_KLH: Tensor, count: float, device: torch.device) -> Tensor:
