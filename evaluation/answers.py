@@ -1,0 +1,266 @@
+"""The answer that a model's text ends in, and whether it is the right one.
+
+What stands in a box counts first, then what follows the last "the answer is", then the text itself. A text that names
+no answer, or two at once, has none: it is wrong, and nothing is guessed for it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+
+from lm_eval.tasks.hendrycks_math.utils import is_equiv
+
+from evaluation.number_text import find_numbers, number_text, parse_number, plain, spelt_number
+from kvcore.errors import FieldError
+
+_PHRASE = re.compile(
+    r"""
+    \#{4}
+    | \b answers? \b (?:\s+to\b[^.\n:]{0,80}?)? \s*
+      (?: (?:is|was|are|equals|(?:would|should|must|will)\s+be)\b | [:=] ){1,2}
+    | (?:答案|答) \s* (?:应该?|应当)? \s* (?:是|为|等于|选|[:=]){1,2}
+    """,
+    re.VERBOSE | re.IGNORECASE,
+)
+_CHOICE_PHRASE = re.compile(
+    _PHRASE.pattern
+    + r"""
+    | \b(?:choose|pick|select|go\s+with|option|choice)\b \s*:?
+    | (?:正确)?(?:选项|选择) \s* (?:是|为|应为|[:])* | (?:故|应|应该|因此|所以|我)?选 \s* :?
+    """,
+    re.VERBOSE | re.IGNORECASE,
+)
+# A full stop ends a sentence, a decimal point or an abbreviation's dot does not.
+_SENTENCE_END = re.compile(r"[.!?;](?=\s|$)|。")
+_NEGATED = re.compile(
+    r"\b(?:not|isn't|rather\s+than)\s+(?:option\s+|choice\s+)?\S+(?:\s+but\b)?|不是\S?|而非\S?", re.IGNORECASE
+)
+_BOX = re.compile(r"\\(?:boxed|fbox)\s*")
+_WRAPPED = re.compile(r"\\(?:text|textbf|mathrm|mathbf|mbox|rm)\s*\{([^{}]*)\}")
+_OPENERS = r"\s:*_\"'(\[【{{<$"
+_INLINE_MATH = re.compile(r"\$\$?([^$]+)\$\$?|\\\((.+?)\\\)|\\\[(.+?)\\\]", re.DOTALL)
+
+
+def extract_number(text: str) -> str | None:
+    """The number that a text answers with, in its shortest form (`1234`, `-3.5`, `1/3`), or None."""
+    text = plain(text)
+    for candidate in _candidates(text, _PHRASE):
+        tail = candidate.rpartition("=")[2] if "=" in candidate else candidate
+        for part in (tail, candidate):
+            found = find_numbers(part)
+            if found:
+                return number_text(found[0].value)
+            spelt = spelt_number(part)
+            if spelt is not None:
+                return number_text(spelt)
+    found = find_numbers(text)
+    if found:
+        return number_text(found[-1].value)
+    spelt = spelt_number(text) if len(text.split()) <= 3 else None
+    return None if spelt is None else number_text(spelt)
+
+
+def extract_choice(text: str, letters: str = "ABCD", choices: Sequence[str] = ()) -> str | None:
+    """The letter of the choice that a text answers with, or None where it names none or several.
+
+    Args:
+        text: what the model wrote.
+        letters: the letters that are offered, upper case.
+        choices: what stands behind each letter, for a text that repeats a choice and not its letter.
+    """
+    text = plain(text)
+    for candidate in _candidates(text, _CHOICE_PHRASE):
+        if _names_several(candidate, letters):
+            return None
+        letter = _leading_letter(candidate, letters) or _one_choice(candidate, letters, choices)
+        letter = letter or _letter_within(candidate, letters)
+        if letter:
+            return letter
+    right = re.findall(rf"\(?\b([{letters}])\b\)?\s+is\s+(?:the\s+)?(?:correct|right|best|true)\b", text)
+    if right:
+        return right[-1]
+    if _names_several(text, letters):
+        return None
+    opening = _leading_letter(text, letters) if re.match(r"[^A-Za-z]*[A-Za-z]\s+(?:is|was)\b", text) is None else None
+    return opening or _one_choice(text, letters, choices) or _last_letter(text, letters)
+
+
+def extract_label(text: str, labels: Sequence[str]) -> str | None:
+    """Which of a few words (Yes, No) a text answers with, spelt as in `labels`, or None."""
+    text = plain(text)
+    pattern = re.compile(r"\b(?:" + "|".join(map(re.escape, labels)) + r")\b", re.IGNORECASE)
+    spelt = {label.lower(): label for label in labels}
+    for candidate in (*_candidates(text, _PHRASE), text):
+        leading = pattern.match(re.sub(rf"^[{_OPENERS}]+", "", candidate))
+        label = leading or (None if candidate is text else pattern.search(candidate))
+        if label:
+            return spelt[label[0].lower()]
+    found = pattern.findall(text)
+    return spelt[found[-1].lower()] if found else None
+
+
+def extract_math(text: str) -> str | None:
+    """The expression that a text answers with, as it was written, or None."""
+    text = plain(text)
+    boxed = _boxed(text)
+    if boxed is not None:
+        return boxed.strip() or None
+    for candidate in _after(text, _PHRASE):
+        inline = _INLINE_MATH.search(candidate)
+        if inline:
+            return next(group for group in inline.groups() if group).strip()
+        if candidate.strip(" $"):
+            return candidate.strip(" $:")
+    inline = list(_INLINE_MATH.finditer(text))
+    if inline:
+        return next(group for group in inline[-1].groups() if group).strip()
+    lines = [line.strip(" .。") for line in text.splitlines() if line.strip(" .。")]
+    if len(lines) == 1 and len(lines[0].split()) <= 6:
+        return lines[0]
+    return extract_number(text)
+
+
+def extract_words(text: str) -> str | None:
+    """The list of words that a text ends in, separated by single blanks, or None."""
+    text = plain(text)
+    lines = [line for line in text.splitlines() if line.strip()]
+    found = next(_candidates(text, _PHRASE), lines[-1] if lines else "")
+    return " ".join(re.findall(r"[^\s,;、]+", found.rstrip(" ."))) or None
+
+
+def extract_brackets(text: str) -> str | None:
+    """The brackets that a text ends in, separated by single blanks, or None."""
+    text = plain(text)
+    runs = re.findall(r"[\[\](){}<>](?:\s*[\[\](){}<>])*", next(_after(text, _PHRASE), text))
+    return " ".join(re.sub(r"\s", "", runs[-1])) if runs else None
+
+
+def same_number(answer: str, target: str) -> bool:
+    """Whether two texts are the same number, however written.
+
+    Raises:
+        FieldError: the target is no number.
+    """
+    wanted = parse_number(target)
+    if wanted is None:
+        raise FieldError("answer", f"the reference '{target}' is no number")
+    return parse_number(answer) == wanted
+
+
+def same_math(answer: str, target: str) -> bool:
+    """Whether two expressions are the same: as numbers, or as text under lm-eval's rules for MATH."""
+    unwrapped, wanted = (_WRAPPED.sub(r"\1", plain(text)).strip() for text in (answer, target))
+    values = parse_number(unwrapped), parse_number(wanted)
+    if None not in values:
+        return values[0] == values[1]
+    return bool(is_equiv(unwrapped.rstrip("."), wanted.rstrip(".")))
+
+
+def _candidates(text: str, phrase: re.Pattern[str]) -> Iterator[str]:
+    """Where an answer may stand, the likeliest first: the last box, then what follows each phrase, the last first."""
+    boxed = _boxed(text)
+    if boxed is not None:
+        yield _WRAPPED.sub(r"\1", boxed)
+    yield from _after(text, phrase)
+
+
+def _after(text: str, phrase: re.Pattern[str]) -> Iterator[str]:
+    """What follows each phrase to the end of its sentence, the last phrase first, without what it denies."""
+    for match in reversed(list(phrase.finditer(text))):
+        following = text[match.end() :].lstrip(" \t:*_\n")
+        line = following.partition("\n")[0]
+        end = _SENTENCE_END.search(line)
+        sentence = line[: end.start()] if end and end.start() > 0 else line
+        kept = _NEGATED.sub(" ", sentence)
+        yield _WRAPPED.sub(r"\1", kept) if phrase is not _PHRASE else kept
+
+
+def _boxed(text: str) -> str | None:
+    """What the last complete box holds."""
+    for match in reversed(list(_BOX.finditer(text))):
+        rest = text[match.end() :]
+        if not rest.startswith("{"):
+            word = re.match(r"[^\s$.,{}]+", rest)
+            if word:
+                return word[0]
+            continue
+        depth = 0
+        for place, sign in enumerate(rest):
+            depth += (sign == "{") - (sign == "}")
+            if depth == 0:
+                return rest[1:place]
+    return None
+
+
+def _leading_letter(text: str, letters: str) -> str | None:
+    """The letter that a text opens with."""
+    opened = re.match(rf"[{_OPENERS}]*(?:(?:option|choice|letter|选项|选)[{_OPENERS}]*)?", text, re.IGNORECASE)
+    rest = text[opened.end() if opened else 0 :]
+    small = re.match(rf"([{letters.lower()}])\s*[).\]}}]*\s*$", rest)
+    if small:
+        return small[1].upper()
+    match = re.match(rf"([{letters}])(?![A-Za-z0-9'])", rest)
+    if not match or (match[1] in "AI" and _is_article(rest[1:])):
+        return None
+    return match[1]
+
+
+def _is_article(rest: str) -> bool:
+    """Whether A or I goes on as a sentence does ("A dog") and is no letter of a choice ("A because ...")."""
+    word = re.match(r"\s+([a-z]+)", rest)
+    return bool(word) and word[1] not in ("because", "since", "as", "and", "or", "which", "due", "based")
+
+
+def _letter_within(text: str, letters: str) -> str | None:
+    """The first letter in brackets, or else the only one that stands alone."""
+    bracketed = re.findall(rf"[(\[]([{letters}])[)\]]", text)
+    return bracketed[0] if bracketed else _single(_standing(text, letters))
+
+
+def _last_letter(text: str, letters: str) -> str | None:
+    """The last letter in brackets, or else the only one that stands alone in the last line."""
+    bracketed = re.findall(rf"[(\[]([{letters}])[)\]]", text)
+    if bracketed:
+        return bracketed[-1]
+    lines = [line for line in text.splitlines() if line.strip()]
+    concluded = (
+        re.split(r"\b(?:so|therefore|thus|hence)\b|因此|所以", lines[-1], flags=re.IGNORECASE) if lines else [""]
+    )
+    return _single(_standing(concluded[-1], letters))
+
+
+def _standing(text: str, letters: str) -> list[str]:
+    """Every letter that stands alone, articles and pronouns left out."""
+    matches = re.finditer(rf"(?<![A-Za-z0-9'])([{letters}])(?![A-Za-z0-9'])", text)
+    return [match[1] for match in matches if not (match[1] in "AI" and _is_article(text[match.end() :]))]
+
+
+def _single(letters: list[str]) -> str | None:
+    return letters[0] if len(set(letters)) == 1 else None
+
+
+def _names_several(text: str, letters: str) -> bool:
+    """Whether a text opens with two letters side by side: "A or B", "both (A) and (C)"."""
+    one = rf"[(\[]?([{letters}])[)\]]?"
+    match = re.match(
+        rf"[{_OPENERS}]*(?:both\s+|either\s+)?{one}\s*(?:or|and|/|,|&|或|和|与|、)\s*{one}(?![A-Za-z0-9])", text
+    )
+    return bool(match) and match[1] != match[2]
+
+
+def _one_choice(text: str, letters: str, choices: Sequence[str]) -> str | None:
+    """The letter of the only choice whose words the text holds; one inside another that it holds does not count."""
+    words = _folded(text)
+    held = [index for index, choice in enumerate(choices) if _folded(choice).strip() and _folded(choice) in words]
+    outer = [
+        index
+        for index in held
+        if not any(other != index and _folded(choices[index]) in _folded(choices[other]) for other in held)
+    ]
+    return letters[outer[0]] if len(outer) == 1 else None
+
+
+def _folded(text: str) -> str:
+    words = re.findall(r"[^\W_]+", plain(text).casefold())
+    return f" {' '.join(words)} "
