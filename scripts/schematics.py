@@ -9,12 +9,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 
-from experiments.demo.picture import THEMES
+from experiments.charts import LIGHT
 
-_THEME = THEMES["light"]
+_THEME = LIGHT
 INK, FAINT, PALE = _THEME.ink, _THEME.faint, "#eef2f6"
-BLUE, GREEN = _THEME.arms["kv_two_teachers"], _THEME.arms["kv_one_teacher"]
-GREY, RED = _THEME.arms["no_kv"], _THEME.arms["shuffled_kv"]
+BLUE, RED, GREEN, _, _, GREY, *_ = _THEME.series
 
 Point = tuple[float, float]
 

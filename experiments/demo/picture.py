@@ -2,54 +2,32 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
-from matplotlib import rc_context
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
+from experiments.charts import DARK, LIGHT, Theme, draw
 from experiments.demo.results import Curve, Results
 from experiments.demo.settings import ArmName
 
-Chart = Callable[[Axes, Results, "Theme"], None]
+Chart = Callable[[Axes, Results, Theme], None]
+
+THEMES: dict[Literal["light", "dark"], Theme] = {"light": LIGHT, "dark": DARK}
+_PLACES: dict[ArmName, int] = {"kv_two_teachers": 0, "kv_one_teacher": 2, "no_kv": 5, "shuffled_kv": 1}
 
 
-@dataclass(frozen=True, slots=True)
-class Theme:
-    """Colours of one surrounding."""
-
-    ground: str
-    ink: str
-    faint: str
-    arms: dict[ArmName, str]
-
-
-THEMES: dict[Literal["light", "dark"], Theme] = {
-    "light": Theme(
-        "#ffffff",
-        "#1b1f24",
-        "#c9d1d9",
-        {"kv_two_teachers": "#0b62a4", "kv_one_teacher": "#1a936f", "no_kv": "#8a8f98", "shuffled_kv": "#c8553d"},
-    ),
-    "dark": Theme(
-        "#14181d",
-        "#e6edf3",
-        "#3d444d",
-        {"kv_two_teachers": "#5cb3ff", "kv_one_teacher": "#4fd1a1", "no_kv": "#9aa4af", "shuffled_kv": "#ff8a70"},
-    ),
-}
+def _colour(theme: Theme, arm: ArmName) -> str:
+    return theme.series[_PLACES[arm]]
 
 
 def draw_accuracy(axes: Axes, results: Results, theme: Theme) -> None:
     """Accuracy of each arm, one dot a seed, against chance."""
     names = list(results.arms)
     means = [sum(results.arms[name].accuracy) / len(results.arms[name].accuracy) for name in names]
-    axes.barh(names, means, color=[theme.arms[name] for name in names], height=0.6)
+    axes.barh(names, means, color=[_colour(theme, name) for name in names], height=0.6)
     for row, name in enumerate(names):
         seeds = results.arms[name].accuracy
         if len(seeds) > 1:
@@ -86,7 +64,7 @@ def draw_kv_loss(axes: Axes, results: Results, theme: Theme) -> None:
 def draw_costs(axes: Axes, results: Results, theme: Theme) -> None:
     """Bytes that travelled per sample against the teachers' whole caches."""
     sent, raw = results.bytes_per_sample, results.raw_bf16_bytes_per_sample
-    colors = [theme.arms["kv_two_teachers"], theme.arms["no_kv"]]
+    colors = [_colour(theme, "kv_two_teachers"), _colour(theme, "no_kv")]
     axes.barh(["sent", "whole bf16 cache"], [sent, raw], color=colors, height=0.6)
     for row, value in enumerate((sent, raw)):
         axes.text(value + raw * 0.02, row, f"{value:,.0f}", va="center")
@@ -99,7 +77,7 @@ def draw_stages(axes: Axes, results: Results, theme: Theme) -> None:
     """Where the time of one request goes, and what of it the training thread waited for."""
     names = list(results.stages_ms)
     values = [results.stages_ms[name] for name in names]
-    colors = [theme.arms["shuffled_kv" if name == "stall" else "kv_two_teachers"] for name in names]
+    colors = [_colour(theme, "shuffled_kv" if name == "stall" else "kv_two_teachers") for name in names]
     axes.barh(names, values, color=colors, height=0.6)
     for row, value in enumerate(values):
         axes.text(value + max(values) * 0.02, row, f"{value:.1f}", va="center")
@@ -119,55 +97,26 @@ CHARTS: dict[str, Chart] = {
 
 def draw_picture(results: Results) -> bytes:
     """All charts on one light PNG."""
-    theme = THEMES["light"]
-    with rc_context(_style(theme)):
-        figure = Figure(figsize=(12, 12), layout="constrained")
+
+    def fill(figure: Figure, theme: Theme) -> None:
         places = figure.subplot_mosaic([["0", "0"], ["1", "2"], ["3", "4"]])
         for number, chart in enumerate(CHARTS.values()):
             chart(places[str(number)], results, theme)
         figure.suptitle("kvdistill demo: reasoning in latents, taught by K/V", fontweight="bold")
-        return _bytes(figure, "png")
+
+    return draw(fill, LIGHT, (12, 12), "png")
 
 
 def draw_chart(chart: Chart, results: Results, theme: Theme) -> bytes:
     """One chart as SVG."""
-    with rc_context(_style(theme)):
-        figure = Figure(figsize=(5.4, 3.4), layout="constrained")
-        chart(figure.subplots(), results, theme)
-        return _bytes(figure, "svg")
+    return draw(lambda figure, theme: chart(figure.subplots(), results, theme), theme, (5.4, 3.4), "svg")
 
 
 def _curves(axes: Axes, curves: dict[ArmName, Curve], theme: Theme) -> None:
     for name, curve in curves.items():
         if curve.steps:
             style = "--" if name == "shuffled_kv" else "-"
-            axes.plot(curve.steps, curve.values, style, color=theme.arms[name], label=name)
+            axes.plot(curve.steps, curve.values, style, color=_colour(theme, name), label=name)
     axes.set_xlabel("step")
     if axes.get_lines():
         axes.legend(frameon=False, fontsize="small")
-
-
-def _style(theme: Theme) -> dict[Any, Any]:
-    return {
-        "font.size": 11,
-        "axes.titlesize": 12,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "figure.facecolor": theme.ground,
-        "axes.facecolor": theme.ground,
-        "savefig.facecolor": theme.ground,
-        "text.color": theme.ink,
-        "axes.labelcolor": theme.ink,
-        "axes.titlecolor": theme.ink,
-        "axes.edgecolor": theme.faint,
-        "xtick.color": theme.ink,
-        "ytick.color": theme.ink,
-        "svg.hashsalt": "kvdistill",
-    }
-
-
-def _bytes(figure: Figure, kind: Literal["png", "svg"]) -> bytes:
-    FigureCanvasAgg(figure)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format=kind, dpi=110, metadata={"Date": None} if kind == "svg" else None)
-    return buffer.getvalue()
