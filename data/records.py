@@ -68,8 +68,7 @@ def load_records(path: Path, limit: int | None = None) -> list[Record]:
     place_of_id: dict[str, str] = {}
     for place, tree in islice(_rows(path), limit):
         where = f"{path}:{place}"
-        dataset = _text(tree, "dataset", where) if "dataset" in tree else ""
-        record = Record(**{name: _text(tree, name, where) for name in _FIELDS}, dataset=dataset)
+        record = to_record(tree, where)
         if record.id in place_of_id:
             raise FieldError(f"{where}: id", f"'{record.id}' is the id of {place_of_id[record.id]} already")
         place_of_id[record.id] = f"{'row' if path.is_dir() else 'line'} {place}"
@@ -77,6 +76,16 @@ def load_records(path: Path, limit: int | None = None) -> list[Record]:
     if not records:
         raise ConfigError(f"{path}: holds no record")
     return records
+
+
+def to_record(tree: Mapping[str, Any], where: str) -> Record:
+    """The record of a line or row; keys beyond `Record`'s are ignored.
+
+    Raises:
+        FieldError: a field is missing, no text, or empty where it may not be; names `where` and the field.
+    """
+    dataset = _text(tree, "dataset", where) if "dataset" in tree else ""
+    return Record(**{name: _text(tree, name, where) for name in _FIELDS}, dataset=dataset)
 
 
 def write_records(path: Path, records: Iterable[Record]) -> None:
@@ -106,7 +115,7 @@ def _rows(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
         return enumerate(saved_rows(path), start=1)
     if not path.is_file():
         raise ConfigError(f"{path}: no such data file or directory")
-    return ((number, _parse(line, f"{path}:{number}")) for number, line in _lines(path))
+    return ((number, parse_line(line, f"{path}:{number}")) for number, line in _lines(path))
 
 
 def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
@@ -117,7 +126,12 @@ def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
                 yield number, line
 
 
-def _parse(line: bytes, where: str) -> Mapping[str, Any]:
+def parse_line(line: bytes, where: str) -> Mapping[str, Any]:
+    """The JSON object of one line.
+
+    Raises:
+        FieldError: it is no UTF-8, no JSON, or no object; names `where`.
+    """
     try:
         raw: object = json.loads(line.decode("utf-8"))
     except UnicodeDecodeError as error:
