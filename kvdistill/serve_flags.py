@@ -22,6 +22,7 @@ PANELS: Mapping[str, Mapping[str, str]] = {
         "dtype": "Of the weights; auto is bf16 on a GPU and fp32 on a CPU.",
         "device": "auto, cpu, cuda or cuda:N.",
         "load_in_8bit": "Quantise the weights with bitsandbytes (extra: gpu).",
+        "load_in_4bit": "The same, in 4 bits.",
         "trust_remote_code": "Run the Python code that comes with the model.",
         "threads": "CPU threads of torch; its own choice by default.",
     },

@@ -20,7 +20,8 @@ class ServeConfig(StrictModel):
 
     `model`: a directory or hub id that transformers loads; for the engine `fake` a specification such as
     `fake:layers=3,heads=2,dim=16,delay_ms=0`. `name`: how the teacher calls itself, the model by default.
-    `dtype: auto` is bf16 on a GPU and fp32 on a CPU. A port of 0 picks a free one.
+    `dtype: auto` is bf16 on a GPU and fp32 on a CPU; quantised weights (`load_in_8bit`, `load_in_4bit`) are computed in
+    it. A port of 0 picks a free one.
     `max_sample_tokens`: the longest sample, the model's own context by default. `max_batch_tokens`: padded tokens that
     go through the model at once. `max_queued_tokens`: what may wait or run before requests are refused.
     `max_streams`: requests open at once. `max_frame_bytes`: the largest body of one frame. `stream_window_bytes`: what
@@ -36,6 +37,7 @@ class ServeConfig(StrictModel):
     dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d{1,3})?)$")] = "auto"
     load_in_8bit: bool = False
+    load_in_4bit: bool = False
     trust_remote_code: bool = False
     grpc_host: Annotated[str, Field(min_length=1)] = "127.0.0.1"
     grpc_port: Port = 0
@@ -65,6 +67,8 @@ class ServeConfig(StrictModel):
                 f"stream_window_bytes: {self.stream_window_bytes} is less than one frame, which takes up to "
                 f"{self.max_frame_bytes} bytes (max_frame_bytes)"
             )
+        if self.load_in_8bit and self.load_in_4bit:
+            raise ValueError("load_in_4bit: weights are read in 8 or in 4 bits, not both")
         if self.engine == "fake" and not self.model.startswith("fake:"):
             raise ValueError(f"model: the engine 'fake' takes one such as fake:layers=3,heads=2; got '{self.model}'")
         return self

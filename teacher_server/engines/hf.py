@@ -43,6 +43,8 @@ logger = logging.getLogger(__name__)
 
 DtypeName = Literal["fp32", "bf16", "fp16"]
 DTYPES: dict[DtypeName, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+# What bitsandbytes makes of the weights, by the field that asks for it.
+QUANTISED = {"load_in_8bit": "int8", "load_in_4bit": "fp4"}
 
 # Arguments that some models give their attention and that scaled-dot-product attention leaves out.
 _INEXACT_ARGUMENTS = ("softcap", "s_aux", "position_bias")
@@ -226,7 +228,8 @@ def load(config: ServeConfig) -> HFEngine:
     weight_files(directory)
     tokenizer = _load_tokenizer(directory, config)
     model = _load_model(directory, config, device, DTYPES[dtype])
-    loaded_as = f"int8 weights in {dtype}" if config.load_in_8bit else dtype
+    quantised = _quantised(config)
+    loaded_as = f"{QUANTISED[quantised]} weights in {dtype}" if quantised else dtype
     digest = weights_digest(directory, model.config.to_dict(), loaded_as)
     engine = HFEngine(model, tokenizer, config, loaded_as, digest)
     logger.info("loaded %s on %s in %s", config.teacher_name, device, loaded_as)
@@ -243,13 +246,19 @@ def _device(name: str) -> torch.device:
 
 
 def _dtype(config: ServeConfig, device: torch.device) -> DtypeName:
-    if config.load_in_8bit and device.type != "cuda":
-        raise FieldError("load_in_8bit", f"needs a GPU, and the device is '{device}'")
-    if config.load_in_8bit and not is_bitsandbytes_available():
-        raise FieldError("load_in_8bit", "needs the package bitsandbytes: pip install 'kvdistill[gpu]'")
+    quantised = _quantised(config)
+    if quantised and device.type != "cuda":
+        raise FieldError(quantised, f"needs a GPU, and the device is '{device}'")
+    if quantised and not is_bitsandbytes_available():
+        raise FieldError(quantised, "needs the package bitsandbytes: pip install 'kvdistill[gpu]'")
     if config.dtype != "auto":
         return config.dtype
     return "bf16" if device.type == "cuda" else "fp32"
+
+
+def _quantised(config: ServeConfig) -> str | None:
+    """The field that asks for quantised weights, if one does."""
+    return next((field for field in QUANTISED if getattr(config, field)), None)
 
 
 def _load_tokenizer(directory: Path, config: ServeConfig) -> PreTrainedTokenizerBase:
@@ -275,6 +284,8 @@ def _load_model(directory: Path, config: ServeConfig, device: torch.device, dtyp
         options["device_map"] = {"": device}
     if config.load_in_8bit:
         options["quantization_config"] = BitsAndBytesConfig(load_in_8bit=True)
+    if config.load_in_4bit:
+        options["quantization_config"] = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=dtype)
     try:
         options["config"] = AutoConfig.from_pretrained(directory, trust_remote_code=config.trust_remote_code)
     except (OSError, ValueError) as error:

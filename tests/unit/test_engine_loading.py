@@ -134,6 +134,7 @@ def test_a_damaged_model_is_named_with_what_is_wrong(tiny: Path, damage: Callabl
     ("options", "field", "reason"),
     [
         ({"load_in_8bit": True}, "load_in_8bit", "needs a GPU"),
+        ({"load_in_4bit": True}, "load_in_4bit", "needs a GPU"),
         ({"device": "cuda:7"}, "device", "cuda:7"),
         ({"max_sample_tokens": 513}, "max_sample_tokens", "got 513; the model reads at most 512"),
         ({"revision": "main"}, "revision", "no revisions"),
