@@ -1,0 +1,81 @@
+"""What a mixture was made of: counts, dropped rows by reason, overlaps, and the shares asked for and reached."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from data.question_pool import QuestionPool
+from data.sources import Source
+
+Report = dict[str, Any]
+# A share this much below the one asked for is worth a warning; less is rounding.
+_NOTABLE = 0.01
+
+_log = logging.getLogger(__name__)
+
+
+def describe(
+    pools: Mapping[str, QuestionPool],
+    sources: Mapping[str, Source],
+    overlaps: Mapping[tuple[str, str], int],
+    asked_shares: Mapping[str, float],
+    splits: Mapping[str, Sequence[Mapping[str, str]]],
+) -> Report:
+    """The report, of plain JSON values; `splits` are the rows of each."""
+    return {
+        "datasets": {
+            name: {
+                "source": str(sources[name]),
+                "rows": pool.rows,
+                "questions": len(pool.entries),
+                "records": pool.record_count,
+                "without_reasoning": pool.unreasoned,
+                "dropped": dict(pool.dropped),
+                "asked_share": asked_shares[name],
+                **{split: _count(rows, "dataset")[name] for split, rows in splits.items()},
+            }
+            for name, pool in pools.items()
+        },
+        "overlaps": {" and ".join(pair): count for pair, count in overlaps.items()},
+        "splits": {
+            split: {
+                "records": len(rows),
+                "questions": len({_question(row) for row in rows}),
+                "styles": dict(_count(rows, "style")),
+                "chinese_share": _count(rows, "language")["zh"] / max(len(rows), 1),
+            }
+            for split, rows in splits.items()
+        },
+    }
+
+
+def log(report: Report) -> None:
+    """One line for each dataset and split, and a warning where a dataset was too small for its share."""
+    total = sum(split["records"] for split in report["splits"].values())
+    for name, found in report["datasets"].items():
+        _log.info(
+            "%s: %d rows of %s, %d questions, dropped %s; %d train and %d val records",
+            name, found["rows"], found["source"], found["questions"], found["dropped"] or "none",
+            found["train"], found["val"],
+        )  # fmt: skip
+        share = (found["train"] + found["val"]) / max(total, 1)
+        if share < found["asked_share"] - _NOTABLE:
+            _log.warning(
+                "%s has %d usable records: it is %.1f %% of the mixture, not %.1f %%; the others fill in",
+                name, found["records"], 100 * share, 100 * found["asked_share"],
+            )  # fmt: skip
+    for split, found in report["splits"].items():
+        _log.info("%s: %s", split, found)
+    for pair, count in report["overlaps"].items():
+        _log.info("%d questions are in %s, and were kept once", count, pair)
+
+
+def _count(rows: Sequence[Mapping[str, str]], column: str) -> Counter[str]:
+    return Counter(row[column] for row in rows)
+
+
+def _question(row: Mapping[str, str]) -> str:
+    return row["id"].removesuffix(f"-{row['style']}")

@@ -1,0 +1,307 @@
+"""Several reasoning datasets mixed into one training and one validation set that share no question.
+
+One row per question and style, in eight text columns: `prompt`, `reasoning`, `answer`, `style` (cot or direct),
+`task_type`, `dataset`, `language`, `id`. `python -m data.multi_task_dataset --help` does the same from a shell.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from datasets import Dataset, Features, Value
+from rich.console import Console
+from rich.progress import track
+
+from data.families import find_family
+from data.mixing import apportion_splits
+from data.mixture_report import Report, describe, log
+from data.prompts import STYLES, Style
+from data.question_pool import Entry, PoolReader, QuestionPool
+from data.records import Record, epoch_order
+from data.sources import default_data_dir, find_source, read_rows
+from kvcore.errors import ConfigError, FieldError, KVDistillError
+from kvcore.offsets import read_text
+
+BASE = ("gsm8k", "svamp", "strategyqa")
+EXTENDED = ("math", "arc_challenge", "hotpotqa")
+CHINESE = "math23k"
+COLUMNS = ("prompt", "reasoning", "answer", "style", "task_type", "dataset", "language", "id")
+
+Row = dict[str, str]
+
+
+class MultiTaskReasoningDataset:
+    """Reads datasets, keeps each question once, mixes them, and splits them by question.
+
+    `train_samples` and `val_samples` count records: a question with worked reasoning makes one of style `cot` and one
+    of style `direct`, which stay in one split; one without (ARC) makes `direct` alone.
+
+    Args:
+        base_datasets: always read.
+        extended_datasets: read if `use_extended`.
+        math23k_ratio: the share of Math23K, the Chinese one, in both splits; 0 leaves it out.
+        seed: what is drawn, and in which order.
+        styles: of the records to make.
+        weights: shares of the datasets other than Math23K, 1.0 where not named. What a dataset is too small for goes
+            to the others; the report says so.
+        local_paths: copies by dataset; `data_dir` (default: $KVDISTILL_DATA_DIR) is a directory of them. Where there
+            is none, the Hugging Face hub is read.
+        tokenizer: with it, questions with a record longer than `max_tokens` of its tokens are left out: the student's
+            path or hub id, so that no record is too long for training.
+        allow_fewer: take fewer records than asked for where there are no more, instead of an error.
+
+    After `load_and_prepare`, `report` holds counts, dropped rows by reason, overlaps and shares.
+
+    Raises:
+        FieldError: a dataset, style, share or number that there is not.
+    """
+
+    def __init__(  # noqa: PLR0913 as the guide's call names them all
+        self,
+        base_datasets: Sequence[str] = BASE,
+        extended_datasets: Sequence[str] = EXTENDED,
+        use_extended: bool = True,
+        math23k_ratio: float = 0.2,
+        train_samples: int = 15000,
+        val_samples: int = 2000,
+        seed: int = 42,
+        styles: Sequence[Style] = STYLES,
+        *,
+        weights: Mapping[str, float] | None = None,
+        local_paths: Mapping[str, str | Path] | None = None,
+        data_dir: str | Path | None = None,
+        tokenizer: str | Path | None = None,
+        max_tokens: int = 2048,
+        allow_fewer: bool = False,
+    ) -> None:
+        self.base_datasets = list(base_datasets)
+        self.extended_datasets = list(extended_datasets)
+        self.use_extended = use_extended
+        self.math23k_ratio = math23k_ratio
+        self.train_samples = train_samples
+        self.val_samples = val_samples
+        self.seed = seed
+        self.styles = list(styles)
+        self.weights = dict(weights or {})
+        self.local_paths = dict(local_paths or {})
+        self.data_dir = Path(data_dir) if data_dir else default_data_dir()
+        self.tokenizer = tokenizer
+        self.max_tokens = max_tokens
+        self.allow_fewer = allow_fewer
+        self.report: Report = {}
+        self._check()
+
+    @property
+    def datasets(self) -> list[str]:
+        """The datasets to read, Math23K last."""
+        extended = self.extended_datasets if self.use_extended else []
+        return [*self.base_datasets, *extended, *([CHINESE] if self.math23k_ratio > 0 else [])]
+
+    def load_and_prepare(self) -> tuple[Dataset, Dataset]:
+        """Reads everything and returns the training and the validation set.
+
+        Raises:
+            ConfigError: a dataset cannot be had or read, or there are too few records; says what to do.
+        """
+        sources = {name: find_source(find_family(name), self.local_paths, self.data_dir) for name in self.datasets}
+        reader = PoolReader(self.styles, self.seed, self._fits())
+        most_rows = self.train_samples + self.val_samples
+        pools = {
+            name: reader.read(source.family, read_rows(source, self.seed, most_rows))
+            for name, source in track(
+                sources.items(), description="Reading datasets", console=Console(stderr=True), total=len(sources)
+            )
+        }
+        quotas = self._quotas(pools)
+        taken = {name: pool.take(quotas[name][1], quotas[name][0]) for name, pool in pools.items()}
+        val = self._mixed(pools, {name: entries[0] for name, entries in taken.items()}, self.val_samples)
+        train = self._mixed(pools, {name: entries[1] for name, entries in taken.items()}, self.train_samples)
+        self.report = describe(pools, sources, reader.overlaps, self._shares(), {"train": train, "val": val})
+        log(self.report)
+        return _dataset(train), _dataset(val)
+
+    def write_report(self, path: str | Path) -> None:
+        """Writes the report as JSON, replacing the file.
+
+        Raises:
+            ConfigError: nothing was prepared yet.
+        """
+        if not self.report:
+            raise ConfigError("there is no report before load_and_prepare")
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(self.report, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+
+    def _check(self) -> None:
+        names = self.datasets
+        for field, value in (("base_datasets", self.base_datasets), ("extended_datasets", self.extended_datasets)):
+            for name in value:
+                find_family(name, field)
+                if name == CHINESE:
+                    raise FieldError(field, f"{CHINESE} is mixed in by math23k_ratio; leave it out here")
+        repeated = [name for name in names if names.count(name) > 1]
+        if repeated:
+            raise FieldError("extended_datasets", f"'{repeated[0]}' is named twice")
+        if not 0.0 <= self.math23k_ratio <= 1.0:
+            raise FieldError("math23k_ratio", f"{self.math23k_ratio} is not from 0 to 1")
+        if self.math23k_ratio < 1.0 and not set(names) - {CHINESE}:
+            raise FieldError("base_datasets", "names no dataset")
+        for field, count in (("train_samples", self.train_samples), ("val_samples", self.val_samples)):
+            if count < 1:
+                raise FieldError(field, f"{count} is no number of records; the least is 1")
+        self._check_options()
+
+    def _check_options(self) -> None:
+        if not self.styles or len(set(self.styles)) < len(self.styles) or not set(self.styles) <= set(STYLES):
+            raise FieldError("styles", f"{self.styles} must name one or both of {', '.join(STYLES)}")
+        for name, weight in self.weights.items():
+            if name not in self.datasets or name == CHINESE:
+                raise FieldError(f"weights.{name}", f"is none of {', '.join(self.datasets)} that weights divide")
+            if not (math.isfinite(weight) and weight >= 0.0):
+                raise FieldError(f"weights.{name}", f"{weight} is no share; the least is 0")
+        for name in self.local_paths:
+            find_family(name, "local_paths")
+        if self.data_dir is not None and not self.data_dir.is_dir():
+            raise FieldError("data_dir", f"{self.data_dir} is no directory")
+
+    def _shares(self) -> dict[str, float]:
+        """Each dataset's share as asked for; they sum to 1."""
+        others = {name: self.weights.get(name, 1.0) for name in self.datasets if name != CHINESE}
+        whole = sum(others.values()) or 1.0
+        shares = {name: (1.0 - self.math23k_ratio) * weight / whole for name, weight in others.items()}
+        return shares | ({CHINESE: self.math23k_ratio} if CHINESE in self.datasets else {})
+
+    def _quotas(self, pools: Mapping[str, QuestionPool]) -> dict[str, tuple[int, int]]:
+        """Each dataset's (train, val) records, in steps of a question's records."""
+        step = len(self.styles)
+        train, val = math.ceil(self.train_samples / step), math.ceil(self.val_samples / step)
+        chinese = round(train * self.math23k_ratio), round(val * self.math23k_ratio)
+        shares = self._shares()
+        quotas: dict[str, tuple[int, int]] = {}
+        for counts, names in (
+            ((train - chinese[0], val - chinese[1]), [name for name in pools if name != CHINESE]),
+            (chinese, [name for name in pools if name == CHINESE]),
+        ):
+            capacities = {name: pools[name].capacity(step) for name in names}
+            if sum(capacities[name] for name in names if shares[name] > 0) < sum(counts) and not self.allow_fewer:
+                raise self._too_few(pools, names, step * sum(counts))
+            units = apportion_splits(*counts, {name: shares[name] for name in names}, capacities)
+            quotas |= {name: (step * train, step * val) for name, (train, val) in units.items()}
+        return quotas
+
+    def _too_few(self, pools: Mapping[str, QuestionPool], names: Sequence[str], needed: int) -> ConfigError:
+        found = ", ".join(f"{name} {pools[name].record_count}" for name in names)
+        return ConfigError(
+            f"{self.train_samples} training and {self.val_samples} validation records with a Chinese share of "
+            f"{self.math23k_ratio} need {needed} usable records of: {found}; ask for fewer, name further datasets, "
+            "or set allow_fewer to take what there is"
+        )
+
+    def _mixed(
+        self, pools: Mapping[str, QuestionPool], entries: Mapping[str, Sequence[Entry]], count: int
+    ) -> list[Row]:
+        """Shuffled rows, at most `count`: quotas are whole questions."""
+        rows = [
+            asdict(record)
+            | {
+                "style": style,
+                "task_type": pools[name].family.task_type,
+                "dataset": name,
+                "language": pools[name].family.language,
+            }
+            for name, found in entries.items()
+            for entry in found
+            for style, record in entry.records
+        ]
+        return [rows[place] for place in epoch_order(len(rows), self.seed, 0)[:count]]
+
+    def _fits(self) -> Callable[[Record], bool] | None:
+        """Whether a record is short enough for training, counted as the student's batches are."""
+        if self.tokenizer is None:
+            return None
+        # Imported where it is needed: it loads torch.
+        from transformers import AutoTokenizer  # noqa: PLC0415
+
+        tokenizer = AutoTokenizer.from_pretrained(str(self.tokenizer))
+
+        def fits(record: Record) -> bool:
+            parts = (record.prompt, record.reasoning, record.answer)
+            counts = (len(read_text(tokenizer, part, add_special_tokens=not at)[0]) for at, part in enumerate(parts))
+            return sum(counts) + 1 <= self.max_tokens
+
+        return fits
+
+
+def _dataset(rows: Sequence[Row]) -> Dataset:
+    columns = {name: [row[name] for row in rows] for name in COLUMNS}
+    return Dataset.from_dict(columns, features=Features({name: Value("string") for name in COLUMNS}))
+
+
+EXAMPLES = """**Examples**
+
+`python -m data.multi_task_dataset --output data/prepared`
+
+`python -m data.multi_task_dataset --output data/prepared --data-dir /data/copies --math23k-ratio 0.2`
+
+`python -m data.multi_task_dataset --output small --base gsm8k --no-extended --math23k-ratio 0 --train-samples 2000`
+"""
+
+
+def prepare(  # noqa: PLR0913, PLR0917 a command's arguments are its flags
+    output: Annotated[Path, typer.Option(help="Gets train/, val/ and report.json.")],
+    base: Annotated[
+        list[str] | None, typer.Option(help="A dataset; repeat for more. Default: the usual three.")
+    ] = None,
+    extended: Annotated[bool, typer.Option(help="Read MATH, ARC-Challenge and HotpotQA too.")] = True,
+    math23k_ratio: Annotated[float, typer.Option(help="The Chinese share; 0 leaves it out.")] = 0.2,
+    train_samples: Annotated[int, typer.Option(help="Training records.")] = 15000,
+    val_samples: Annotated[int, typer.Option(help="Validation records.")] = 2000,
+    seed: Annotated[int, typer.Option(help="What is drawn, and in which order.")] = 42,
+    data_dir: Annotated[Path | None, typer.Option(help="Directory of local copies.")] = None,
+    tokenizer: Annotated[str | None, typer.Option(help="The student: leaves out what is too long for it.")] = None,
+    max_tokens: Annotated[int, typer.Option(help="The longest record, in the student's tokens.")] = 2048,
+    allow_fewer: Annotated[
+        bool, typer.Option("--allow-fewer", help="Take fewer records if there are no more.")
+    ] = False,
+) -> None:
+    """Mix reasoning datasets into data for training and validation that share no question."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    loader = MultiTaskReasoningDataset(
+        base or BASE,
+        use_extended=extended,
+        math23k_ratio=math23k_ratio,
+        train_samples=train_samples,
+        val_samples=val_samples,
+        seed=seed,
+        data_dir=data_dir,
+        tokenizer=tokenizer,
+        max_tokens=max_tokens,
+        allow_fewer=allow_fewer,
+    )
+    train, val = loader.load_and_prepare()
+    train.save_to_disk(output / "train")
+    val.save_to_disk(output / "val")
+    loader.write_report(output / "report.json")
+
+
+def main() -> None:
+    """Runs `prepare` as a command; errors that users meet end in one line."""
+    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="markdown")
+    app.command(epilog=EXAMPLES)(prepare)
+    try:
+        app()
+    except KVDistillError as error:
+        typer.echo(f"multi_task_dataset: {error}", err=True)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()
