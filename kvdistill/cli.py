@@ -48,6 +48,24 @@ DEMO_EXAMPLES = """**Examples**
 `kvdistill demo --seeds 3`
 """
 
+REPORT_EXAMPLES = """**Examples**
+
+`kvdistill report outputs/three_stage_routing`
+
+`kvdistill report outputs/run_a outputs/run_b --output outputs/compared`
+"""
+
+SWEEP_EXAMPLES = """**Examples**
+
+`kvdistill sweep configs/sweeps/compression.yaml --list`
+
+`kvdistill sweep configs/sweeps/compression.yaml`
+
+`kvdistill sweep configs/sweeps/compression.yaml --slurm --set slurm.partition=gpu`
+
+`kvdistill sweep configs/sweeps/compression.yaml --table`
+"""
+
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="markdown"
 )
@@ -110,3 +128,31 @@ def demo(
     from experiments.demo.run import main as run
 
     run(output=output, quick=quick, seeds=seeds)
+
+
+@app.command(epilog=REPORT_EXAMPLES)
+def report(
+    outputs: Annotated[list[Path], typer.Argument(help="Folders of training runs, or folders above some.")],
+    output: Annotated[Path, typer.Option(help="Where tables, pictures and the page go.")] = Path("outputs/report"),
+) -> None:
+    """Compare training runs: scores, learning curves, routing weights, KV loss by layer."""
+    from experiments.report.write import write_report
+
+    write_report(outputs, output)
+
+
+@app.command(epilog=SWEEP_EXAMPLES)
+def sweep(
+    file: Annotated[Path, typer.Argument(help="YAML file; docs/sweeps.md says what is in it.")],
+    overrides: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Set one key of the file; repeat for more.")
+    ] = None,
+    slurm: Annotated[bool, typer.Option("--slurm", help="Submit what is left as a SLURM array.")] = False,
+    list_only: Annotated[bool, typer.Option("--list", help="Only say what would run, and what is done.")] = False,
+    table_only: Annotated[bool, typer.Option("--table", help="Only write the table of what is done.")] = False,
+    task: Annotated[int | None, typer.Option(min=0, help="Run this one alone, by its number in --list.")] = None,
+) -> None:
+    """Run a matrix of trainings over seeds, resumably, and end in one table with intervals."""
+    from experiments.sweep.run import main as run
+
+    run(file, overrides or [], slurm=slurm, list_only=list_only, table_only=table_only, task=task)
