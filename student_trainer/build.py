@@ -8,7 +8,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -18,7 +18,7 @@ from align.head_dim_adapter import KVGeometry
 from align.report import AlignmentReport
 from data.collate import Collator
 from data.records import Record, load_records
-from kvcore.errors import ConfigError, KVDistillError, TeacherRefusedError
+from kvcore.errors import KVDistillError, TeacherRefusedError
 from kvcore.plan import KVPlan
 from kvcore.projections import kv_projections
 from kvcore.types import BatchKV, TeacherInfo
@@ -32,6 +32,7 @@ from student_trainer.kv_sources.base import KVSource
 from student_trainer.kv_weight import auto_kv_weight
 from student_trainer.latent import LatentStudent, load_reasoning, new_reasoning
 from student_trainer.model import DistillModel, TrainBatch
+from student_trainer.pretrained import load_pretrained
 from student_trainer.sampling import Sampling
 from student_trainer.window import Window
 
@@ -128,24 +129,7 @@ def build(config: TrainConfig, rank: int, world_size: int) -> Parts:
 
 
 def _load_student(settings: StudentConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    from transformers import AutoModelForCausalLM, AutoTokenizer, logging  # noqa: PLC0415 - slow to import
-
-    logging.disable_progress_bar()
-    dtype = torch.bfloat16 if settings.dtype == "bf16" else torch.float32
-    try:
-        loaded = AutoModelForCausalLM.from_pretrained(
-            settings.path, dtype=dtype, attn_implementation="sdpa", use_safetensors=True, output_loading_info=True
-        )
-        tokenizer = AutoTokenizer.from_pretrained(settings.path)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"student.path: cannot load '{settings.path}': {error}") from error
-    lm, report = cast("tuple[PreTrainedModel, dict[str, Any]]", loaded)
-    if report["missing_keys"]:
-        # transformers fills them with random values.
-        missing = sorted(report["missing_keys"])
-        raise ConfigError(
-            f"student.path: '{settings.path}' lacks {len(missing)} weights of its model: {missing[0]}, ..."
-        )
+    lm, tokenizer = load_pretrained(settings.path, settings.dtype, "student.path")
     kv_projections(lm)
     if settings.gradient_checkpointing:
         lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})

@@ -152,10 +152,10 @@ class LatentStudent(nn.Module):
         logits_BTV = self._logits(hidden_BTE[:, : -1 if predict else 0])
         return TextReading(logits_BTV, k_BLHTD, v_BLHTD, hidden_BTE, states_BSTE)
 
-    def logits(self, inputs_BTE: Tensor, mask_BT: Tensor) -> Tensor:
-        """Logits [B,T,V] after reading inputs as they are."""
+    def logits(self, inputs_BTE: Tensor, mask_BT: Tensor, first: int = 0) -> Tensor:
+        """Logits [B,T-first,V] after reading inputs as they are; those before column `first` are not computed."""
         hidden_BTE, _ = self._hidden(inputs_BTE, mask_BT)
-        return self._logits(hidden_BTE)
+        return self._logits(hidden_BTE[:, first:])
 
     def embed(self, ids: Tensor) -> Tensor:
         """Input embeddings [...,E] of token ids."""
