@@ -115,7 +115,7 @@ class _Server:
         self.peak_memory_mb = 0.0
         self._log, self._environment = log, environment
         serve = [sys.executable, "-m", "kvdistill", "serve", "--model", model, "--name", name]
-        self._command = [*serve, "--grpc-port", "0", "--http-port", "0", *_as_arguments(flags)]
+        self._command = [*serve, "--grpc-port", "0", "--http-port", "0", *as_arguments(flags)]
         self._process: subprocess.Popen[str] | None = None
 
     def __enter__(self) -> Self:
@@ -129,7 +129,7 @@ class _Server:
 
     def ready(self) -> bool:
         """Whether the log says that requests are taken, and where."""
-        if not self.endpoint and (event := _event(self._log, "ready")):
+        if not self.endpoint and (event := find_event(self._log, "ready")):
             self.endpoint = f"127.0.0.1:{event['grpc_port']}"
         return bool(self.endpoint)
 
@@ -177,7 +177,8 @@ def _candidates(base: str) -> Iterator[str]:
     yield from (f"{base}.{number}" for number in itertools.count(2))
 
 
-def _as_arguments(flags: Mapping[str, object]) -> list[str]:
+def as_arguments(flags: Mapping[str, object]) -> list[str]:
+    """Flags as a command line takes them; None or False leaves one out, True gives it alone."""
     arguments: list[str] = []
     for name, value in flags.items():
         if value is None or value is False:
@@ -200,7 +201,7 @@ def _gpus() -> int:
     return torch.cuda.device_count()
 
 
-def _event(log: Path, name: str) -> dict[str, Any] | None:
+def find_event(log: Path, name: str) -> dict[str, Any] | None:
     """The first line of a server's log that tells of an event; libraries may write other lines between."""
     for line in log.read_text(encoding="utf-8", errors="replace").splitlines():
         if f'"{name}"' not in line:

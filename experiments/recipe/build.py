@@ -1,0 +1,144 @@
+"""From the recipe's settings to the trainer's configuration. Free of torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from experiments.recipe.settings import STAGES, FusionKind, RecipeSettings
+from kvcore.config import parse
+from student_trainer.config import TrainConfig
+from student_trainer.local_teachers import teacher_names
+
+SELECTORS = {"right": "right", "r-kv": "r_kv", "full": "full"}
+# What a map that a router trains starts from: where there is no router, it stays that.
+UNTRAINED = {"linear": "ridge", "learned": "ratio"}
+# With less than this, weights by similarity are close to even: K/V of all teachers look much alike.
+SIMILARITY_TEMPERATURE = 0.2
+
+
+@dataclass(frozen=True, slots=True)
+class DataFiles:
+    """What the trainer reads."""
+
+    train: Path
+    val: Path
+
+    @classmethod
+    def under(cls, directory: Path) -> DataFiles:
+        """The two files in a directory."""
+        return cls(directory / "train.jsonl", directory / "val.jsonl")
+
+
+def train_config(
+    settings: RecipeSettings, endpoints: Mapping[str, Sequence[str]], data: DataFiles, world_size: int
+) -> TrainConfig:
+    """The configuration of the run, or of its three stages.
+
+    Args:
+        settings: what the user asked for.
+        endpoints: of each teacher by name; empty offline.
+        data: training and validation records.
+        world_size: ranks that share a step's samples.
+
+    Raises:
+        FieldError: two settings do not go together; named as the trainer's configuration names them.
+    """
+    weights = settings.fixed_weights or (1.0,) * len(settings.teachers)
+    names = teacher_names(settings.teachers)
+    tree: dict[str, Any] = {
+        "student": _student(settings),
+        "teachers": [
+            {"name": name, "endpoints": list(endpoints.get(name, ())), "weight": weight}
+            for name, weight in zip(names, weights, strict=True)
+        ],
+        "kv": {"mode": settings.kv_mode, "store": settings.store, "selection": _selection(settings)},
+        "align": _align(settings, settings.fusion),
+        "fuse": _fuse(settings, settings.fusion),
+        "loss": {"kv_weight": settings.kv_loss_weight, "kv_loss": settings.kv_loss_type},
+        "data": {
+            "train": data.train,
+            "val": data.val,
+            "max_tokens": settings.max_length,
+            "answer_tokens": settings.answer_tokens,
+        },
+        "optim": {
+            "lr": settings.learning_rate,
+            "warmup_ratio": settings.warmup_ratio,
+            "max_grad_norm": settings.max_grad_norm,
+        },
+        "run": _run(settings, world_size),
+    }
+    if settings.train_phase == "all":
+        tree["stages"] = [
+            {"name": name, "fuse": _fuse(settings, kind), "align": _align(settings, kind)} for name, kind in STAGES
+        ]
+    return parse(tree, TrainConfig)
+
+
+def _student(settings: RecipeSettings) -> dict[str, Any]:
+    return {
+        "path": settings.student_model_name_or_path,
+        "dtype": "bf16" if settings.bf16 else "fp32",
+        "mode": settings.student_mode,
+        "latents": settings.num_latents,
+        "passes": settings.latent_passes,
+        "gradient_checkpointing": settings.gradient_checkpointing,
+    }
+
+
+def _selection(settings: RecipeSettings) -> dict[str, Any]:
+    full = settings.kv_compression == "full"
+    return {
+        "selector": SELECTORS[settings.kv_compression],
+        "budget": 0 if full else settings.num_latents,
+        "span": "all" if full and settings.student_mode == "token" else "reasoning",
+        # Heads and layers of another geometry are mixed on their way to the student's: all need the same tokens.
+        "scope": "sample",
+    }
+
+
+def _align(settings: RecipeSettings, kind: FusionKind) -> dict[str, Any]:
+    chosen = {"layer_map": settings.layer_map_strategy, "head_adapter": settings.head_adapt_strategy}
+    if kind != "learnable":
+        chosen = {name: UNTRAINED.get(strategy, strategy) for name, strategy in chosen.items()}
+    resampled = settings.kv_compression == "full" and settings.student_mode == "latent"
+    return {
+        **chosen,
+        "time": "linear" if resampled else "none",
+        "calibration_samples": settings.calibration_samples,
+    }
+
+
+def _fuse(settings: RecipeSettings, kind: FusionKind) -> dict[str, Any]:
+    if kind == "fixed":
+        return {"kind": kind}
+    temperature = settings.temperature or (SIMILARITY_TEMPERATURE if kind == "similarity" else None)
+    constant = {"temperature": temperature, "temperature_floor": temperature, "temperature_decay": 0.0}
+    chosen = {"kind": kind, **(constant if temperature else {})}
+    if kind == "similarity":
+        return {**chosen, "metric": settings.similarity_metric}
+    return {
+        **chosen,
+        "router": settings.router_type,
+        "router_width": settings.router_hidden_dim,
+        "entropy_weight": settings.entropy_reg_weight,
+    }
+
+
+def _run(settings: RecipeSettings, world_size: int) -> dict[str, Any]:
+    micro_batch = settings.per_device_train_batch_size
+    return {
+        "output_dir": settings.output_dir,
+        "seed": settings.seed,
+        "steps": settings.max_steps,
+        "epochs": None if settings.max_steps else settings.num_train_epochs,
+        "global_batch": micro_batch * settings.gradient_accumulation_steps * world_size,
+        "micro_batch": micro_batch,
+        "zero_stage": settings.zero_stage,
+        "log_every": settings.logging_steps,
+        "eval_every": settings.eval_steps,
+        "save_every": settings.save_steps,
+    }

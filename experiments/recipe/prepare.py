@@ -1,0 +1,128 @@
+"""The recipe's training and validation records, made once and kept beside the run."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from data.prompts import STYLES
+from data.records import Record, load_records, write_records
+from experiments.recipe.build import DataFiles
+from experiments.recipe.settings import MIX, RecipeSettings
+from kvcore.errors import ConfigError
+
+logger = logging.getLogger(__name__)
+
+BASE = ("gsm8k", "svamp", "strategyqa")
+EXTENDED = ("math", "arc_challenge", "hotpotqa")
+CHINESE = "math23k"
+_WHAT = "prepared.json"
+_SHAPING = {
+    "student_model_name_or_path",
+    "max_length",
+    "student_mode",
+    "kv_compression",
+    "dataset_name",
+    "train_samples",
+    "val_samples",
+    "use_extended_datasets",
+    "math23k_ratio",
+    "data_dir",
+    "seed",
+}
+
+
+def prepare_data(settings: RecipeSettings, directory: Path) -> DataFiles:
+    """Writes train.jsonl and val.jsonl into `directory`, unless they are there from the same settings.
+
+    Where the K/V of the reasoning are what is learnt from, records without it are left out, and counted in the log.
+
+    Raises:
+        ConfigError: a dataset cannot be had, or holds too little; says which and what to do.
+    """
+    files = DataFiles.under(directory)
+    digest = hashlib.blake2b(settings.model_dump_json(include=_SHAPING).encode(), digest_size=16).hexdigest()
+    marker = directory / _WHAT
+    if marker.is_file() and json.loads(marker.read_text(encoding="utf-8"))["settings"] == digest:
+        logger.info("data: %s is there already", directory)
+        return files
+    train, val = _records(settings)
+    directory.mkdir(parents=True, exist_ok=True)
+    marker.unlink(missing_ok=True)
+    for path, records in ((files.train, train), (files.val, val)):
+        kept = _usable(records, settings, path.stem)
+        write_records(path, kept)
+    marker.write_text(json.dumps({"settings": digest}) + "\n", encoding="utf-8")
+    return files
+
+
+def _records(settings: RecipeSettings) -> tuple[Sequence[Record], Sequence[Record]]:
+    names = settings.dataset_name
+    directory = Path(names[0])
+    if len(names) == 1 and directory.is_dir():
+        limits = {"train": settings.train_samples, "val": settings.val_samples}
+        train, val = (load_records(_split(directory, name), limit) for name, limit in limits.items())
+        return train, val
+    if len(names) == 1 and ("/" in names[0] or names[0].startswith(".")):
+        raise ConfigError(f"--dataset_name: no directory '{names[0]}' here; it would hold train and val")
+    return _mixed(settings)
+
+
+def _split(directory: Path, name: str) -> Path:
+    """A saved dataset, or a file of JSON Lines."""
+    for path in (directory / name, directory / f"{name}.jsonl"):
+        if path.exists():
+            return path
+    raise ConfigError(f"--dataset_name: {directory} holds neither {name} (a saved dataset) nor {name}.jsonl")
+
+
+def _mixed(settings: RecipeSettings) -> tuple[Sequence[Record], Sequence[Record]]:
+    from data.multi_task_dataset import MultiTaskReasoningDataset  # noqa: PLC0415 - loads Hugging Face datasets
+
+    if MIX in settings.dataset_name and len(settings.dataset_name) > 1:
+        raise ConfigError(f"--dataset_name: {MIX} is a mix already; name it alone, or datasets without it")
+    mix = settings.dataset_name == (MIX,)
+    named = BASE if mix else tuple(name for name in settings.dataset_name if name != CHINESE)
+    chinese = mix or CHINESE in settings.dataset_name
+    loader = MultiTaskReasoningDataset(
+        base_datasets=list(named),
+        extended_datasets=list(EXTENDED) if mix else [],
+        use_extended=mix and settings.use_extended_datasets,
+        math23k_ratio=settings.math23k_ratio if chinese else 0.0,
+        train_samples=settings.train_samples,
+        val_samples=settings.val_samples,
+        data_dir=settings.data_dir,
+        seed=settings.seed,
+        styles=STYLES if _matches_whole_text(settings) else ("cot",),
+        tokenizer=settings.student_model_name_or_path,
+        max_tokens=settings.max_length,
+    )
+    train, val = loader.load_and_prepare()
+    return [_as_record(row) for row in train.to_list()], [_as_record(row) for row in val.to_list()]
+
+
+def _as_record(row: Mapping[str, Any]) -> Record:
+    return Record(row["id"], row["prompt"], row["reasoning"], row["answer"], row["dataset"])
+
+
+def _matches_whole_text(settings: RecipeSettings) -> bool:
+    """Whether K/V of prompt and answer are matched too, which samples without reasoning have."""
+    return settings.student_mode == "token" and settings.kv_compression == "full"
+
+
+def _usable(records: Sequence[Record], settings: RecipeSettings, split: str) -> list[Record]:
+    """Without the records that have no tokens to match K/V at."""
+    kept = [record for record in records if _matches_whole_text(settings) or record.reasoning]
+    logger.info("data: %d %s records", len(kept), split)
+    without = Counter(record.dataset or "one dataset" for record in records if not record.reasoning)
+    if len(kept) < len(records):
+        shown = ", ".join(f"{count} of {name}" for name, count in sorted(without.items()))
+        logger.info("data: left out of %s for want of reasoning: %s", split, shown)
+    if not kept:
+        raise ConfigError(f"--dataset_name: no {split} record has reasoning, whose K/V are to be matched")
+    return kept

@@ -1,0 +1,31 @@
+"""The guide's training command: flags in, the trainer's configuration out. It holds no training loop of its own."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from experiments.recipe.flags import read_flags
+from kvcore.errors import ConfigError, KVDistillError
+
+EXIT_FAILED = 1
+EXIT_USAGE = 2
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Entry point; `--help` shows every flag with examples."""
+    program = Path(__file__).name
+    try:
+        settings = read_flags(sys.argv[1:] if arguments is None else arguments, program)
+        # Imported late, so that --help and mistakes are instant.
+        from experiments.recipe.run import run  # noqa: PLC0415
+
+        run(settings)
+    except KVDistillError as error:
+        print(f"{program}: {error}", file=sys.stderr)
+        return EXIT_USAGE if isinstance(error, ConfigError) else EXIT_FAILED
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
