@@ -7,7 +7,7 @@ import pytest
 from kvcore.errors import ConfigError, FieldError
 from student_trainer import local_teachers
 from student_trainer.config import TeacherConfig
-from student_trainer.local_teachers import _as_arguments, _places, teacher_names
+from student_trainer.local_teachers import _places, as_arguments, teacher_names
 
 
 def test_a_teacher_is_called_by_the_end_of_its_path_or_hub_id() -> None:
@@ -48,4 +48,4 @@ def test_several_gpus_are_dealt_out_in_turn(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_flags_that_are_unset_are_left_out() -> None:
     flags = {"dtype": "fp32", "load_in_8bit": True, "trust_remote_code": False, "revision": None, "threads": 2}
-    assert _as_arguments(flags) == ["--dtype", "fp32", "--load-in-8bit", "--threads", "2"]
+    assert as_arguments(flags) == ["--dtype", "fp32", "--load-in-8bit", "--threads", "2"]
