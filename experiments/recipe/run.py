@@ -10,10 +10,10 @@ from contextlib import ExitStack
 import yaml
 
 from experiments.recipe.build import DataFiles, train_config
-from experiments.recipe.endpoints import read_endpoints
 from experiments.recipe.settings import RecipeSettings
 from kvcore.errors import ConfigError, KVDistillError
 from student_trainer.config import TrainConfig
+from student_trainer.endpoints import read_endpoints
 from student_trainer.local_teachers import LocalTeachers, teacher_names
 
 # What `kvdistill train --config` would take to do the same again.
