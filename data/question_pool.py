@@ -6,7 +6,7 @@ import re
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
 
 import xxhash
 
@@ -106,6 +106,7 @@ class PoolReader:
 
     def _entry(self, pool: QuestionPool, question: Question) -> Entry:
         family = pool.family
+        _refuse_broken(question)
         key = question_key(question.stem)
         self._refuse_repeated(family.name, key)
         styles: list[Style] = [style for style in self._styles if style == "direct" or question.reasoning]
@@ -114,7 +115,8 @@ class PoolReader:
         records: tuple[tuple[Style, Record], ...] = tuple(
             (style, record_of(question, style, family.language, f"{family.name}-{key}-{style}")) for style in styles
         )
-        self._refuse_unusable([record for _, record in records])
+        if self._fits is not None and not all(self._fits(record) for _, record in records):
+            raise RowDroppedError("is longer than max_tokens")
         self._dataset_of[key] = family.name
         pool.unreasoned += not question.reasoning
         return Entry(key, records)
@@ -127,8 +129,9 @@ class PoolReader:
             self.overlaps[first, name] += 1
             raise RowDroppedError(f"is a question of {first} too")
 
-    def _refuse_unusable(self, records: Sequence[Record]) -> None:
-        if any("\ud800" <= character <= "\udfff" for record in records for character in record.text):
-            raise RowDroppedError("holds half of a surrogate pair")
-        if self._fits is not None and not all(self._fits(record) for record in records):
-            raise RowDroppedError("is longer than max_tokens")
+
+def _refuse_broken(question: Question) -> None:
+    try:
+        "".join(astuple(question)).encode()
+    except UnicodeEncodeError as error:
+        raise RowDroppedError("holds half of a surrogate pair") from error

@@ -6,7 +6,7 @@ import re
 
 from data.families.base import Family, Question, Row, RowDroppedError, text_of
 
-_BOX = re.compile(r"\\f?boxed(?![a-zA-Z])")
+_BOX = re.compile(r"\\(?:boxed|fbox)(?![a-zA-Z])")
 # Authors also write \boxed 7.
 _BARE = re.compile(r"\s+([^\s$.,]+)")
 

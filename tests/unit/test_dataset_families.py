@@ -1,0 +1,153 @@
+"""Rows of each dataset, in its true schema, become questions."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from data.families import NAMES, find_family
+from data.families.base import Question, RowDroppedError
+from data.families.math import last_boxed
+from kvcore.errors import FieldError
+from tests.support.guide_data import MAKERS
+
+FIXTURES = Path(__file__).parents[1] / "fixtures" / "datasets"
+
+
+def rows(name: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (FIXTURES / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def questions(name: str) -> list[Question]:
+    return [find_family(name).parse(row) for row in rows(name)]
+
+
+@pytest.mark.parametrize(
+    ("name", "answers"),
+    [
+        ("gsm8k", ["6", "2000", "-5", "3.5", "54", "19", "13", "90", "16", "850", "50", "10"]),
+        ("svamp", ["58", "84", "5", "102", "12", "6", "40", "61", "308", "3.5", "768", "49"]),
+        ("strategyqa", ["no", "no", "yes", "yes", "yes", "no", "yes", "no", "yes", "no", "no", "no"]),
+        ("math23k", ["35", "90", "2/5", "90", "65", "40", "7.5", "94", "1(1/4)", "40%", "10", "300"]),
+        ("arc_challenge", ["B", "C", "B", "A", "B", "B", "C", "B", "D", "B", "C", "A"]),
+        (
+            "hotpotqa",
+            ["Port Lin", "Kest", "Marn", "Ossel", "Tarn", "Ulm Bay", "Vell", "Wex", "Yarrow", "Zell", "Arden", "no"],
+        ),
+        (
+            "math",
+            [
+                "4",
+                r"\frac{1}{2}",
+                "6",
+                "2",
+                "5",
+                r"\left\{-\sqrt{2}, \sqrt{2}\right\}",
+                r"\dfrac{1}{2}",
+                r"a\sqrt{2}",
+                "55",
+                r"\frac{1}{3}",
+                "12",
+                r"\begin{pmatrix} 0 & 1 \\ 1 & 0 \end{pmatrix}",
+            ],
+        ),
+    ],
+)
+def test_answers_are_read_from_the_true_schema(name: str, answers: list[str]) -> None:
+    assert [question.answer for question in questions(name)] == answers
+
+
+def test_gsm8k_reasons_without_the_calculators_notes_and_the_result() -> None:
+    assert questions("gsm8k")[0].reasoning == "She bakes 3*12=36 rolls.\nShe keeps 36-30=6 rolls."
+
+
+def test_svamp_asks_body_and_question_and_reasons_by_the_equation() -> None:
+    found = questions("svamp")
+    assert found[0].stem.startswith("There are 87 oranges in a crate and 29 in a bowl. How many")
+    assert [question.reasoning for question in found[:1] + found[4:6]] == [
+        "87 - 29 = 58",
+        "( ( 3 + 5 ) + 4 ) = 12",
+        "1.5 * 4 = 6",
+    ]
+
+
+def test_strategyqa_takes_facts_as_one_text_or_as_a_list() -> None:
+    row = rows("strategyqa")[0]
+    parse = find_family("strategyqa").parse
+    assert parse(row).reasoning == "Penguins cannot fly. A roof is higher than a penguin can jump."
+    assert parse(row | {"facts": ["One. ", "Two."]}).reasoning == "One. Two."
+
+
+def test_math23k_reasons_by_its_equation_and_result() -> None:
+    assert questions("math23k")[3].reasoning == "x=150*(1-40%)=90"
+
+
+def test_arc_has_lettered_options_whatever_their_labels_and_no_reasoning() -> None:
+    numbered = questions("arc_challenge")[4]
+    assert numbered.options == "A. metre\nB. newton\nC. kelvin\nD. second"
+    assert numbered.reasoning == ""
+
+
+def test_hotpotqa_reads_the_supporting_paragraphs_only_and_reasons_by_their_facts() -> None:
+    first, last = questions("hotpotqa")[0], questions("hotpotqa")[-1]
+    assert first.context == (
+        "Blue Harbour: Blue Harbour is a novel by Ada Kern. It has twelve chapters.\n"
+        "Ada Kern: Ada Kern is a writer. The writer was born in Port Lin."
+    )
+    assert first.reasoning == "Blue Harbour is a novel by Ada Kern. The writer was born in Port Lin."
+    # The second fact of the last row lies beyond its paragraph's end.
+    assert last.reasoning == "Hill Song was written by Mo Fenn, born in 1901."
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "reason"),
+    [
+        ("gsm8k", {"answer": "It is 6."}, "no '#### result'"),
+        ("gsm8k", {"question": " "}, "empty question"),
+        ("svamp", {"Answer": None}, "empty Answer"),
+        ("strategyqa", {"answer": "yes"}, "neither true nor false"),
+        ("math23k", {"ans": ""}, "empty ans"),
+        ("math", {"solution": "It is 4."}, "no .boxed result"),
+        ("math", {"solution": "It is $\\boxed{4$."}, "no .boxed result"),
+        ("arc_challenge", {"answerKey": "E"}, "not among the choices"),
+        ("hotpotqa", {"supporting_facts": {"title": ["None"], "sent_id": [0]}}, "no supporting fact"),
+    ],
+)
+def test_a_row_that_makes_no_question_says_why(name: str, change: dict[str, Any], reason: str) -> None:
+    with pytest.raises(RowDroppedError, match=reason):
+        find_family(name).parse(rows(name)[0] | change)
+
+
+@pytest.mark.parametrize(
+    ("solution", "result"),
+    [
+        (r"\boxed{\frac{1}{2}}", r"\frac{1}{2}"),
+        (r"first \boxed{1}, then \boxed{2}", "2"),
+        (r"\boxed 7.", "7"),
+        (r"\boxed {x}", "x"),
+        (r"\boxed{\{1,2\}}", r"\{1,2\}"),
+        (r"\boxed{}", None),
+        (r"\boxedness{3}", None),
+        ("plain", None),
+    ],
+)
+def test_the_last_box_is_read_with_its_braces(solution: str, result: str | None) -> None:
+    assert last_boxed(solution) == result
+
+
+def test_an_unknown_dataset_is_refused_with_the_nearest() -> None:
+    with pytest.raises(FieldError, match="did you mean 'gsm8k'"):
+        find_family("gsm8")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_made_up_rows_have_the_columns_of_the_true_ones_and_parse(name: str) -> None:
+    family = find_family(name)
+    made = [MAKERS[name](index) for index in range(50)]
+    assert list(made[0]) == list(rows(name)[0])
+    assert family.name == name
+    assert set(family.columns) <= set(made[0])
+    assert len({family.parse(row).stem for row in made}) == len(made)
