@@ -118,6 +118,14 @@ def train(
     run(config, overrides)
 
 
+@app.command(add_help_option=False, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def extract(context: typer.Context) -> None:
+    """Write the K/V that teachers have for a dataset to a .pt file or a store."""
+    from extraction.command import main as run
+
+    raise typer.Exit(run(context.args, "kvdistill extract"))
+
+
 @app.command(epilog=DEMO_EXAMPLES)
 def demo(
     quick: Annotated[bool, typer.Option("--quick", help="Fewer steps: under 3 minutes.")] = False,

@@ -1,0 +1,42 @@
+"""The command: flags in, exit status out."""
+
+from __future__ import annotations
+
+import logging
+import signal
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+from extraction.flags import read_flags
+from kvcore.errors import ConfigError, KVDistillError
+
+EXIT_FAILED = 1
+EXIT_USAGE = 2
+
+
+def main(arguments: Sequence[str], program: str) -> int:
+    """Runs one extraction; errors that users meet end in one line on stderr. Returns the exit status.
+
+    SIGTERM ends it like Ctrl-C: what was fetched is stored, servers are ended, and the same command goes on from there.
+    """
+    try:
+        config = read_flags(arguments, program)
+        logging.basicConfig(level=logging.INFO, format="%(asctime)s  %(message)s", datefmt="%H:%M:%S", force=True)
+        for name in ("httpx", "datasets", "transformers"):
+            logging.getLogger(name).setLevel(logging.WARNING)
+        signal.signal(signal.SIGTERM, _leave)
+        from extraction.run import extract  # noqa: PLC0415 - torch is slow to import, and mistakes show before
+
+        extract(config)
+    except KVDistillError as error:
+        sys.stderr.write(f"{program}: {error}\n")
+        return EXIT_USAGE if isinstance(error, ConfigError) else EXIT_FAILED
+    except KeyboardInterrupt:
+        sys.stderr.write(f"{program}: interrupted; the same command goes on from here\n")
+        return 128 + signal.SIGINT
+    return 0
+
+
+def _leave(number: int, _frame: object) -> NoReturn:
+    sys.exit(128 + number)

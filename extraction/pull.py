@@ -1,0 +1,95 @@
+"""Brings every missing sample from the teachers to their stores, all teachers at once."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Sequence
+from concurrent.futures import FIRST_EXCEPTION, CancelledError, Future, ThreadPoolExecutor, wait
+from itertools import islice
+
+from extraction.progress import ExtractionProgress
+from extraction.survey import Survey
+from extraction.teachers import Teacher
+from kvcore.types import EncodedSampleKV
+
+# What a kill -9 may cost at most, besides a full shard of the store.
+FLUSH_SECONDS = 120.0
+
+Failures = dict[int, str]
+
+
+def pull(teachers: Sequence[Teacher], rows: Sequence[int], survey: Survey, prefetch: int) -> dict[str, Failures]:
+    """Fetches and stores rows that are not stored yet; returns, by teacher, those that it could not serve, and why.
+
+    Raises:
+        KVDistillError: what ended the first teacher that failed; the others are stopped, and what came is stored.
+    """
+    batches = {teacher.name: list(teacher.batches(rows)) for teacher in teachers}
+    lengths = survey.lengths()
+    work = {
+        name: (sum(map(len, wanted)), int(sum(lengths[row] for batch in wanted for row in batch)))
+        for name, wanted in batches.items()
+    }
+    stop = threading.Event()
+    with ExtractionProgress(work) as progress, ThreadPoolExecutor(len(teachers)) as pool:
+        pulls = {
+            teacher.name: pool.submit(_pull, teacher, batches[teacher.name], survey, progress, prefetch, stop)
+            for teacher in teachers
+        }
+        try:
+            _wait(list(pulls.values()))
+        finally:
+            stop.set()
+            for teacher in teachers:
+                teacher.source.close()
+    return {name: future.result() for name, future in pulls.items()}
+
+
+def _wait(futures: Sequence[Future[Failures]]) -> None:
+    """Returns when all have ended; raises the first error as soon as it is there. A signal gets through."""
+    waiting = set(futures)
+    while waiting:
+        done, waiting = wait(waiting, timeout=0.5, return_when=FIRST_EXCEPTION)
+        for future in done:
+            future.result()
+
+
+def _pull(
+    teacher: Teacher,
+    batches: Sequence[Sequence[int]],
+    survey: Survey,
+    progress: ExtractionProgress,
+    prefetch: int,
+    stop: threading.Event,
+) -> Failures:
+    """Everything from one teacher, in this thread."""
+    failures: Failures = {}
+    upcoming = iter(batches)
+    ahead = deque(_announced(teacher, batch) for batch in islice(upcoming, prefetch))
+    flushed = time.monotonic()
+    while ahead and not stop.is_set():
+        batch, samples = ahead.popleft()
+        ahead.extend(_announced(teacher, following) for following in islice(upcoming, 1))
+        try:
+            answers = teacher.source.fetch(samples)
+        except CancelledError:
+            # Only `pull` closes a source early, and it says why.
+            break
+        for row, answer in zip(batch, answers, strict=True):
+            if (reason := teacher.keep(row, answer)) is not None:
+                failures[row] = reason
+        written = sum(answer.nbytes for answer in answers if isinstance(answer, EncodedSampleKV))
+        tokens = int(survey.tokens_R3[list(batch)].sum())
+        progress.advance(teacher.name, samples=len(batch), tokens=tokens, written=written)
+        if time.monotonic() - flushed > FLUSH_SECONDS:
+            teacher.writer.flush()
+            flushed = time.monotonic()
+    return failures
+
+
+def _announced(teacher: Teacher, batch: Sequence[int]) -> tuple[Sequence[int], list]:
+    samples = [teacher.sample(row) for row in batch]
+    teacher.source.announce(samples)
+    return batch, samples

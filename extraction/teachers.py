@@ -1,0 +1,193 @@
+"""One teacher of an extraction: its source, its store, and which samples are there already."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from align.aligner import plan_for
+from align.head_dim_adapter import KVGeometry
+from extraction.config import ExtractConfig
+from extraction.dataset import Items
+from extraction.survey import Survey, slots_of, stored_bytes
+from kvcore.errors import ConfigError, TeacherRefusedError
+from kvcore.plan import KVPlan
+from kvcore.store import KVStoreReader, KVStoreWriter
+from kvcore.store_manifest import MANIFEST_NAME
+from kvcore.types import EncodedSampleKV, MissingKV, Sample, TeacherInfo
+from student_trainer.config import AlignConfig, KVConfig, TeacherConfig
+from student_trainer.kv_sources import KVSource, build_source
+
+PlanFactory = Callable[[TeacherInfo], KVPlan]
+
+# Samples that tell how many tokens of the teacher one of the student is.
+_PROBE_SAMPLES = 8
+# Of K/V in one answer.
+_REQUEST_BYTES = 256 << 20
+
+
+def plan_factory(config: ExtractConfig, student: KVGeometry) -> PlanFactory:
+    """Makes each teacher's plan: the one that training with the same settings would make."""
+    align = AlignConfig(layer_map=config.layer_map_strategy).model_dump(exclude={"time", "calibration_samples"})
+
+    def plan(info: TeacherInfo) -> KVPlan:
+        if config.all_layers:
+            return KVPlan(layers=tuple(range(info.layers)), selection=config.selection, codec=config.codec_spec)
+        return plan_for(student, info, selection=config.selection, codec=config.codec_spec, **align)
+
+    return plan
+
+
+def student_geometry(path: str) -> KVGeometry:
+    """The student's geometry, from its configuration alone.
+
+    Raises:
+        ConfigError: there is no such model.
+    """
+    from transformers import AutoConfig  # noqa: PLC0415 - slow to import
+
+    try:
+        found: Any = AutoConfig.from_pretrained(path).get_text_config()
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"--student_model: cannot read the configuration of '{path}': {error}") from error
+    heads = getattr(found, "num_key_value_heads", None) or found.num_attention_heads
+    head_dim = getattr(found, "head_dim", None) or found.hidden_size // found.num_attention_heads
+    return KVGeometry(found.num_hidden_layers, heads, head_dim)
+
+
+def stored_rows(directory: Path, info: TeacherInfo, plan: KVPlan, items: Items, survey: Survey) -> NDArray[np.bool_]:
+    """Which rows a store has, [R]; none where there is no store."""
+    found_R = np.zeros(survey.rows, np.bool_)
+    if not (directory / MANIFEST_NAME).exists():
+        return found_R
+    with KVStoreReader(directory) as reader:
+        for row in survey.kept():
+            found_R[row] = items[row].record.sample().content_key(info.weights_digest, plan) in reader
+    return found_R
+
+
+class Teacher:
+    """A connected teacher.
+
+    Args:
+        name: of the teacher, and of its store's folder.
+        endpoints: its replicas.
+        config: what to extract.
+        plan: makes its plan.
+        items: the dataset.
+        survey: of the dataset.
+
+    Raises:
+        TeacherUnavailableError: nobody answers.
+        TeacherRefusedError: the teacher does not have the selector.
+        StoreError: the store holds another teacher or plan, or another worker of this number writes there.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        endpoints: Sequence[str],
+        config: ExtractConfig,
+        plan: PlanFactory,
+        items: Items,
+        survey: Survey,
+    ) -> None:
+        self.name = name
+        self._items, self._survey = items, survey
+        self._batch_tokens = config.batch_tokens
+        kv = KVConfig(
+            selection=config.selection,
+            codec=config.codec_spec,
+            prefetch=config.prefetch,
+            request_timeout_s=config.request_timeout_s,
+            patience_s=config.patience_s,
+        )
+        teacher = TeacherConfig(name=name, endpoints=tuple(endpoints))
+        self.source: KVSource = build_source(teacher, kv, plan, config.worker, config.workers)
+        try:
+            self._check_selector()
+            self.writer = KVStoreWriter(config.store / name, self.source.info, self.source.plan, config.writer)
+        except BaseException:
+            self.source.close()
+            raise
+        self.stored_R = stored_rows(config.store / name, self.source.info, self.source.plan, items, survey)
+        self.tokens_per_student_token = 1.0
+
+    def probe(self, student_fingerprint: str) -> None:
+        """Measures how many of the teacher's tokens one of the student's is, where the tokenizers differ."""
+        missing = [row for row in self._survey.kept() if not self.stored_R[row]]
+        if self.source.info.tokenizer_fingerprint == student_fingerprint or not missing:
+            return
+        chosen = missing[:: math.ceil(len(missing) / _PROBE_SAMPLES)]
+        answers = self.source.fetch([self.sample(row) for row in chosen])
+        lengths = self._survey.lengths()
+        pairs = [
+            (answer.token_ids_T.numel(), int(lengths[row]))
+            for row, answer in zip(chosen, answers, strict=True)
+            if isinstance(answer, EncodedSampleKV)
+        ]
+        if pairs:
+            self.tokens_per_student_token = sum(own for own, _ in pairs) / sum(student for _, student in pairs)
+
+    def sample(self, row: int) -> Sample:
+        """A row as the teacher is asked for it."""
+        return self._items[row].record.sample()
+
+    def slots(self, row: int) -> int:
+        """About how many tokens are kept of a row."""
+        candidates = math.ceil(self._survey.candidates(self.source.plan, row) * self.tokens_per_student_token)
+        return slots_of(candidates, self.source.plan)
+
+    def bytes_of(self, row: int) -> int:
+        """About how much a row takes in the store."""
+        tokens = math.ceil(int(self._survey.tokens_R3[row].sum()) * self.tokens_per_student_token)
+        return stored_bytes(self.slots(row), tokens, self.source.plan, self.source.info)
+
+    def missing_bytes(self) -> int:
+        """About how much the store will grow until it has every row."""
+        return sum(self.bytes_of(row) for row in self._survey.kept() if not self.stored_R[row])
+
+    def batches(self, rows: Sequence[int]) -> Iterator[list[int]]:
+        """Rows that are not stored yet, longest first, in requests of at most `batch_tokens` padded tokens.
+
+        What a request brings fits in memory too: of few tokens, where all of a large teacher's are kept.
+        """
+        lengths = np.ceil(self._survey.lengths() * self.tokens_per_student_token)
+        batch: list[int] = []
+        room = _REQUEST_BYTES
+        for row in sorted((row for row in rows if not self.stored_R[row]), key=lambda row: -lengths[row]):
+            size = self.bytes_of(row)
+            longest = lengths[batch[0]] if batch else 0
+            full = len(batch) == self.source.info.max_samples_per_request or size > room
+            if batch and (full or longest * (len(batch) + 1) > self._batch_tokens):
+                yield batch
+                batch, room = [], _REQUEST_BYTES
+            batch.append(row)
+            room -= size
+        if batch:
+            yield batch
+
+    def keep(self, row: int, answer: EncodedSampleKV | MissingKV) -> str | None:
+        """Stores an answer; the reason where there is none."""
+        if isinstance(answer, MissingKV):
+            return answer.reason
+        self.writer.add(answer)
+        self.stored_R[row] = True
+        return None
+
+    def close(self) -> None:
+        """Ends the connections and puts on disk what was fetched."""
+        try:
+            self.source.close()
+        finally:
+            self.writer.close()
+
+    def _check_selector(self) -> None:
+        offered, wanted = self.source.info.selectors, self.source.plan.selection.selector
+        if wanted not in offered:
+            raise TeacherRefusedError(self.name, f"offers the selectors {', '.join(offered)}, not '{wanted}'")

@@ -1,0 +1,8 @@
+"""Write the K/V that teachers have for a dataset to a .pt file or a store; `--help` says how."""
+
+import sys
+
+from extraction.command import main
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:], "extract_dual_style_kv.py"))
