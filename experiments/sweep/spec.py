@@ -1,0 +1,100 @@
+"""What a sweep's file holds. Free of torch."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+from typing import Annotated, Self
+
+from pydantic import Field, model_validator
+
+from kvcore.config import StrictModel
+
+Scalar = bool | int | float | str
+Flags = dict[str, Scalar | tuple[Scalar, ...]]
+# Options name folders, so they are plain.
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]{0,63}")
+# Set for each run.
+_OWN_FLAGS = ("output_dir", "seed")
+_OWN_EVALUATION_FLAGS = ("model_path", "output_file")
+
+
+class SweepConfig(StrictModel):
+    """A matrix of trainings: every combination of the axes' options, each with every seed.
+
+    `config`: a file of flags of experiments/train_multi_teacher_kv.py, such as configs/experiments/*.yaml.
+    `flags`: flags over it, without dashes. `matrix`: for each axis its options by name, each a mapping of flags (also
+    `config`); a list is short for an axis that is a flag itself. Later axes win over earlier ones, axes over `flags`.
+    `seeds`: `--seed` of the repetitions, which the intervals are over.
+    `command`: what trains, to which the flags are appended; torchrun goes here.
+    `evaluation`: flags of evaluation/multi_task_eval.py for every best model; none: validation scores alone.
+    `slurm`: options of sbatch by their long names, for `--slurm`. `max_parallel`: array tasks at a time.
+    `output_dir`: gets a folder for each run, and table.md and table.csv.
+    """
+
+    output_dir: Path
+    seeds: Annotated[tuple[int, ...], Field(min_length=1)] = (0, 1, 2)
+    config: Path | None = None
+    flags: Flags = Field(default_factory=dict)
+    matrix: Annotated[dict[str, dict[str, Flags] | tuple[Scalar, ...]], Field(min_length=1)]
+    command: str = "python experiments/train_multi_teacher_kv.py"
+    evaluation: Flags | None = None
+    slurm: dict[str, str | int] = Field(default_factory=dict)
+    max_parallel: Annotated[int, Field(ge=1)] | None = None
+
+    @property
+    def axes(self) -> dict[str, dict[str, Flags]]:
+        """The flags of every option of every axis."""
+        return {
+            axis: options if isinstance(options, dict) else {_text(value): {axis: value} for value in options}
+            for axis, options in self.matrix.items()
+        }
+
+    @model_validator(mode="after")
+    def _names_are_plain(self) -> Self:
+        if len(set(self.seeds)) != len(self.seeds):
+            raise ValueError(f"seeds: must differ, got {list(self.seeds)}")
+        for axis, options in self.matrix.items():
+            names = list(self.axes[axis])
+            if not names:
+                raise ValueError(f"matrix.{axis}: has no option")
+            if len(names) != len(options):
+                raise ValueError(f"matrix.{axis}: options must differ, got {list(options)}")
+            for name in (axis, *names):
+                if not _NAME.fullmatch(name):
+                    raise ValueError(
+                        f"matrix.{axis}: '{name}' names a folder, so it takes letters, digits and _.+- only; write "
+                        "the option as NAME: {FLAG: VALUE}"
+                    )
+        return self
+
+    @model_validator(mode="after")
+    def _flags_are_free(self) -> Self:
+        places = {"flags": self.flags} | {
+            f"matrix.{axis}.{name}": flags for axis, options in self.axes.items() for name, flags in options.items()
+        }
+        for place, flags in places.items():
+            for flag in _OWN_FLAGS:
+                if flag in flags:
+                    raise ValueError(f"{place}.{flag}: is set for each run; see {'seeds' if flag == 'seed' else flag}")
+        for flag in _OWN_EVALUATION_FLAGS:
+            if flag in (self.evaluation or {}):
+                raise ValueError(f"evaluation.{flag}: is set for each best model")
+        if not shlex.split(self.command):
+            raise ValueError("command: is empty")
+        return self
+
+
+def _text(value: Scalar) -> str:
+    """A value as a flag takes it."""
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def as_arguments(flags: Flags) -> list[str]:
+    """Flags as a command takes them."""
+    arguments: list[str] = []
+    for name, value in flags.items():
+        values = value if isinstance(value, tuple) else (value,)
+        arguments += [f"--{name}", *(_text(one) for one in values)]
+    return arguments
