@@ -38,6 +38,7 @@ class Validation:
             "metric": "accuracy",
             "score": score,
             "num_examples": len(parts.val),
+            "split": "validation",
             "step": step,
             "loss": self.metrics["val/loss"],
         }
