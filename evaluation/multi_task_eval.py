@@ -1,0 +1,84 @@
+"""Evaluate a model on several benchmarks; `--help` says how."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from evaluation.settings import EvalSettings, read_flags
+from kvcore.errors import ConfigError, FieldError, KVDistillError
+
+logger = logging.getLogger(__name__)
+
+EXIT_FAILED = 1
+EXIT_USAGE = 2
+
+
+def main(arguments: Sequence[str], program: str) -> int:
+    """Runs one evaluation; errors that users meet end in one line on stderr. Returns the exit status."""
+    if not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_MININTERVAL", "60")  # A log needs no line for each question.
+    try:
+        settings = read_flags(arguments, program)
+        logging.basicConfig(level=logging.INFO, format="%(asctime)s  %(message)s", datefmt="%H:%M:%S", force=True)
+        for name in ("lm_eval", "httpx", "datasets", "transformers"):
+            logging.getLogger(name).setLevel(logging.ERROR)
+        evaluate(settings)
+    except KVDistillError as error:
+        sys.stderr.write(f"{program}: {error}\n")
+        return EXIT_USAGE if isinstance(error, ConfigError) else EXIT_FAILED
+    return 0
+
+
+def evaluate(settings: EvalSettings) -> dict[str, Any]:
+    """Evaluates on every dataset, writes the results and each question's line, and returns the results.
+
+    Raises:
+        ConfigError: a dataset or the model cannot be had; nothing was evaluated.
+        KVDistillError: the model's figures cannot be scored.
+    """
+    from evaluation.models import load_model  # noqa: PLC0415 - torch and lm-eval are slow to import
+    from evaluation.scores import dataset_entry, write_lines  # noqa: PLC0415
+    from evaluation.suite import load_benchmarks  # noqa: PLC0415
+    from student_trainer.tracking import write_json  # noqa: PLC0415
+
+    output = settings.output
+    benchmarks = load_benchmarks(settings.eval_datasets, settings.data_dir, settings.tasks_dir)
+    model = load_model(settings.model_path, settings.dtype, settings.device, settings.batch_size)
+    for benchmark in benchmarks:
+        benchmark.limit_answers(settings.max_new_tokens, model)
+    results: dict[str, Any] = {}
+    for number, benchmark in enumerate(benchmarks, start=1):
+        place = f"{number} of {len(benchmarks)}, {benchmark.name}"
+        logger.info("%s: %d questions", place, benchmark.count(settings.limit))
+        lines = benchmark.run(model, settings.limit)
+        write_lines(output.with_suffix("") / f"{benchmark.name}.jsonl", lines)
+        entry = dataset_entry(benchmark.name, benchmark.metric, lines)
+        results[benchmark.name] = entry | {"model": settings.model_path, "limit": settings.limit}
+        logger.info("%s: %.2f %%, 95 %% interval %.2f to %.2f", place, entry["score"], *entry["ci95"])
+    average = sum(entry["score"] for entry in results.values()) / len(results)
+    written = _validation_of(settings.model_path, output) | results | {"average": average}
+    write_json(output, written)
+    logger.info("average of %d datasets: %.2f; written to %s", len(results), average, output)
+    return written
+
+
+def _validation_of(model_path: str, output: Path) -> dict[str, Any]:
+    """What training wrote of the same model into the same file; its own validation stays beside the benchmarks."""
+    if not output.is_file() or output.resolve().parent != Path(model_path).resolve().parent:
+        return {}
+    try:
+        before = json.loads(output.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise FieldError("--output_file", f"{output} is there and holds no JSON: {error}; remove it") from error
+    entries = before.items() if isinstance(before, dict) else ()
+    return {name: entry for name, entry in entries if isinstance(entry, dict) and entry.get("split") == "validation"}
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:], "multi_task_eval.py"))

@@ -1,0 +1,101 @@
+"""From lm-eval's samples to what is written down: one entry for each dataset, and one line for each question."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+
+from evaluation.scoring import NO_ANSWER
+from kvcore.errors import ConfigError, KVDistillError
+
+Entry = dict[str, Any]
+_CHUNK = 250
+
+
+def bootstrap_interval(values: Sequence[float], resamples: int = 10_000, seed: int = 0) -> tuple[float, float]:
+    """The 95 % percentile interval of the mean, from means of questions drawn with replacement."""
+    generator = np.random.default_rng(seed)
+    array_N = np.asarray(values, dtype=np.float64)
+    means = [
+        array_N[generator.integers(len(array_N), size=(min(_CHUNK, resamples - start), len(array_N)))].mean(axis=1)
+        for start in range(0, resamples, _CHUNK)
+    ]
+    low, high = np.percentile(np.concatenate(means), (2.5, 97.5))
+    return float(low), float(high)
+
+
+def question_lines(samples: Mapping[str, Sequence[Mapping[str, Any]]], metric: str, filter_name: str) -> list[Entry]:
+    """One entry for each question, in the order that it was asked.
+
+    Args:
+        samples: lm-eval's, by task.
+        metric: whose value is the question's score, 0 to 1.
+        filter_name: the filter that it is counted under.
+
+    Raises:
+        KVDistillError: the model gave a likelihood that is no finite number, or a score is not from 0 to 1.
+    """
+    lines = [
+        _line(task, sample, metric)
+        for task, of_task in samples.items()
+        for sample in of_task
+        if sample["filter"] == filter_name
+    ]
+    for line in lines:
+        if any(not math.isfinite(choice["loglikelihood"]) for choice in line.get("choices", ())):
+            raise KVDistillError(
+                f"{line['task']}: the model's log-likelihoods are not finite at question {line['id']}; a model in half "
+                "precision may overflow: try --dtype fp32"
+            )
+        if not 0.0 <= line["score"] <= 1.0:
+            raise ConfigError(f"{line['task']}: '{metric}' is {line['score']}, and a score in percent needs 0 to 1")
+    return lines
+
+
+def dataset_entry(name: str, metric: str, lines: Sequence[Entry]) -> Entry:
+    """What `eval_results.json` says of one dataset; scores and interval in percent."""
+    values = [line["score"] for line in lines]
+    low, high = bootstrap_interval(values)
+    entry: Entry = {
+        "dataset": name,
+        "metric": metric,
+        "score": 100 * sum(values) / len(values),
+        "num_examples": len(values),
+        "ci95": [100 * low, 100 * high],
+        "no_answer": sum(line["answer"] == NO_ANSWER for line in lines),
+    }
+    tasks = list(dict.fromkeys(line["task"] for line in lines))
+    if len(tasks) > 1:
+        entry["subjects"] = {task.rpartition("::")[2]: _mean(lines, task) for task in tasks}
+    return entry
+
+
+def write_lines(path: Path, lines: Iterable[Entry]) -> None:
+    """Writes one JSON object a line, replacing the file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", encoding="utf-8", newline="\n") as file:
+        file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+
+
+def _mean(lines: Sequence[Entry], task: str) -> Entry:
+    values = [line["score"] for line in lines if line["task"] == task]
+    return {"score": 100 * sum(values) / len(values), "num_examples": len(values)}
+
+
+def _line(task: str, sample: Mapping[str, Any], metric: str) -> Entry:
+    arguments = cast("Sequence[Sequence[Any]]", sample["arguments"])
+    line: Entry = {"task": task, "id": sample["doc_id"], "prompt": arguments[0][0]}
+    first = sample["resps"][0][0]
+    if isinstance(first, str):
+        line |= {"output": first, "answer": sample["filtered_resps"][0]}
+    else:
+        weighed = [float(responses[0][0]) for responses in sample["resps"]]
+        choices = [argument[1] for argument in arguments]
+        line["answer"] = choices[weighed.index(max(weighed))]
+        line["choices"] = [{"text": text, "loglikelihood": value} for text, value in zip(choices, weighed, strict=True)]
+    return line | {"target": sample["target"], "score": float(sample[metric])}
