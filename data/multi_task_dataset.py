@@ -198,7 +198,7 @@ class MultiTaskReasoningDataset:
         return quotas
 
     def _too_few(self, pools: Mapping[str, QuestionPool], names: Sequence[str], needed: int) -> ConfigError:
-        found = ", ".join(f"{name} {pools[name].record_count}" for name in names)
+        found = ", ".join(f"{name} {_usable(pools[name])}" for name in names)
         return ConfigError(
             f"{self.train_samples} training and {self.val_samples} validation records with a Chinese share of "
             f"{self.math23k_ratio} need {needed} usable records of: {found}; ask for fewer, name further datasets, "
@@ -238,6 +238,11 @@ class MultiTaskReasoningDataset:
             return sum(counts) + 1 <= self.max_tokens
 
         return fits
+
+
+def _usable(pool: QuestionPool) -> str:
+    dropped = ", ".join(f"{count} {reason}" for reason, count in pool.dropped.items())
+    return f"{pool.record_count} (left out: {dropped})" if dropped else str(pool.record_count)
 
 
 def _dataset(rows: Sequence[Row]) -> Dataset:

@@ -116,7 +116,7 @@ class PoolReader:
             (style, record_of(question, style, family.language, f"{family.name}-{key}-{style}")) for style in styles
         )
         if self._fits is not None and not all(self._fits(record) for _, record in records):
-            raise RowDroppedError("is longer than max_tokens")
+            raise RowDroppedError("longer than max_tokens")
         self._dataset_of[key] = family.name
         pool.unreasoned += not question.reasoning
         return Entry(key, records)
@@ -124,14 +124,14 @@ class PoolReader:
     def _refuse_repeated(self, name: str, key: str) -> None:
         first = self._dataset_of.get(key)
         if first == name:
-            raise RowDroppedError("repeats a question of this dataset")
+            raise RowDroppedError("repeated in this dataset")
         if first is not None:
             self.overlaps[first, name] += 1
-            raise RowDroppedError(f"is a question of {first} too")
+            raise RowDroppedError(f"a question of {first} too")
 
 
 def _refuse_broken(question: Question) -> None:
     try:
         "".join(astuple(question)).encode()
     except UnicodeEncodeError as error:
-        raise RowDroppedError("holds half of a surrogate pair") from error
+        raise RowDroppedError("half of a surrogate pair") from error
