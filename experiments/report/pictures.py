@@ -56,7 +56,8 @@ def _learning(runs: Sequence[Run]) -> Picture | str:
         for axes, (title, names) in zip(figure.subplots(1, len(_CURVES)), _CURVES, strict=True):
             for number, run in enumerate(runs):
                 for name in names:
-                    _line(axes, run.series(name), theme, number, thin=len(names) > 1 and name.startswith("train/"))
+                    thin = len(names) > 1 and name.startswith("train/")
+                    _line(axes, run.series(name), theme, number, width=0.8 if thin else 1.8)
             _titled(axes, title, "step")
         axes_accuracy, _, axes_kv = figure.axes
         axes_accuracy.yaxis.set_major_formatter(PercentFormatter(1.0))
@@ -83,8 +84,10 @@ def _routing(runs: Sequence[Run]) -> Picture | str:
 
     def fill(figure: Figure, theme: Theme) -> None:
         for axes, run in zip(_panels(figure, len(routed)), routed, strict=False):
-            for name in run.names(WEIGHTS):
-                _line(axes, run.series(f"{WEIGHTS}{name}"), theme, teachers.index(name))
+            # Thinner and thinner, so that equal weights show every teacher.
+            for place, name in enumerate(reversed(run.names(WEIGHTS))):
+                width = 1.8 * (len(teachers) - place)
+                _line(axes, run.series(f"{WEIGHTS}{name}"), theme, teachers.index(name), width=width)
             axes.set_ylim(0, 1.02)
             axes.yaxis.set_major_formatter(PercentFormatter(1.0))
             _titled(axes, run.name, "step")
@@ -208,7 +211,7 @@ def _line(
     theme: Theme,
     number: int,
     *,
-    thin: bool = False,
+    width: float = 1.8,
     marker: str | None = None,
 ) -> None:
     if not points:
@@ -220,8 +223,7 @@ def _line(
         [y for _, y in points],
         _line_style(theme, number),
         color=_colour(theme, number),
-        linewidth=0.8 if thin else 1.8,
-        alpha=0.7 if thin else 1.0,
+        linewidth=width,
         marker=marker,
         markersize=4,
     )

@@ -1,0 +1,211 @@
+"""The report of training runs: what it finds, says, draws, and what it says is missing."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from matplotlib.figure import Figure
+from matplotlib.image import imread
+
+from experiments.charts import LIGHT, draw
+from experiments.report.pictures import kv_by_layer, pictures, weights_by_dataset
+from experiments.report.runs import find_runs, read_run
+from experiments.report.table import comparison, comparison_csv, markdown
+from experiments.report.write import write_report
+from kvcore.errors import ConfigError
+from tests.support.finished_runs import write_run
+
+STAGES = ("stage1_fixed", "stage2_similarity", "stage3_learnable")
+MEASURED = {"gsm8k_test": {"dataset": "gsm8k_test", "score": 61.25, "num_examples": 1319, "ci95": [58.5, 64.0]}}
+
+
+@pytest.fixture
+def stages(tmp_path: Path) -> Path:
+    """Three stages: the second was evaluated further, the third has not ended."""
+    home = tmp_path / "three_stage_routing"
+    write_run(home / STAGES[0])
+    write_run(home / STAGES[1], by_dataset={"gsm8k": 0.9, "math23k": 0.3}, scores=MEASURED)
+    write_run(home / STAGES[2], by_dataset={"gsm8k": 0.7}, ended=False)
+    return home
+
+
+class Page(HTMLParser):
+    """What a browser would load, and the words of the page."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.addresses: list[str] = []
+        self.words: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        assert tag not in {"script", "link", "iframe"}
+        self.addresses += [value or "" for name, value in attrs if name in {"src", "srcset", "href"}]
+
+    def handle_data(self, data: str) -> None:
+        self.words.append(data)
+
+
+def test_runs_are_found_below_a_folder_in_order_once_and_named_by_what_tells_them_apart(stages: Path) -> None:
+    (stages / STAGES[0] / "checkpoints" / "step-1").mkdir(parents=True)
+    (stages / STAGES[0] / "checkpoints" / "step-1" / "summary.json").write_text("{}")
+    assert [run.name for run in find_runs([stages, stages / STAGES[1]])] == list(STAGES)
+    assert [run.name for run in find_runs([stages / STAGES[1]])] == [STAGES[1]]
+    other = write_run(stages.parent / "other" / "run")
+    assert [run.name for run in find_runs([other, stages])] == ["other/run", *(f"{stages.name}/{s}" for s in STAGES)]
+
+
+def test_a_folder_without_runs_is_an_error_that_names_it(stages: Path) -> None:
+    (stages.parent / "empty").mkdir()
+    with pytest.raises(ConfigError, match="empty: holds no run"):
+        find_runs([stages, stages.parent / "empty"])
+    with pytest.raises(ConfigError, match="nowhere: no such folder"):
+        find_runs([stages.parent / "nowhere"])
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "said"),
+    [
+        ("eval_results.json", '{"val": {"score": "high"}}', "'score'"),
+        ("eval_results.json", '{"val": {}}', "'score'"),
+        ("summary.json", "{", "not valid JSON"),
+        ("metrics.jsonl", "[1]\n", "expected a JSON object"),
+    ],
+)
+def test_a_damaged_file_is_an_error_that_names_it(tmp_path: Path, file: str, text: str, said: str) -> None:
+    run = write_run(tmp_path / "run")
+    (run / file).write_text(text)
+    with pytest.raises(ConfigError, match=said) as caught:
+        find_runs([run])
+    assert str(run / file) in str(caught.value)
+
+
+def test_a_line_that_is_being_written_is_not_read(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run")
+    with (run / "metrics.jsonl").open("a", encoding="utf-8") as file:
+        file.write('{"step": 40, "trai')
+    assert read_run(run, "run").steps == 30
+
+
+def test_figures_at_the_best_step_are_those_of_that_validation(stages: Path) -> None:
+    _, second, third = find_runs([stages])
+    assert second.validation["step"] == 20
+    # One that has not ended has no best step yet.
+    assert third.validation["step"] == 30
+    assert weights_by_dataset(second) == {
+        "gsm8k": {"ada": pytest.approx(0.9), "ben": pytest.approx(0.1)},
+        "math23k": {"ada": pytest.approx(0.3), "ben": pytest.approx(0.7)},
+    }
+    assert [layer for layer, _ in kv_by_layer(second, "v")] == [0, 1, 2]
+    assert [error for _, error in kv_by_layer(second, "v")] == pytest.approx([0.4, 0.41, 0.42])
+
+
+def test_layers_are_in_the_order_of_their_numbers(tmp_path: Path) -> None:
+    run = read_run(write_run(tmp_path / "run", layers=12), "run")
+    assert [layer for layer, _ in kv_by_layer(run, "k")] == list(range(12))
+
+
+def test_the_table_has_every_dataset_and_says_what_is_not_known(stages: Path) -> None:
+    headings, rows = comparison(find_runs([stages]))
+    assert headings[:4] == ["run", "val", "gsm8k_test", "average"]
+    assert rows[1][:5] == [STAGES[1], "60.0", "61.2 [58.5, 64.0]", "60.0", "0.400"]
+    assert rows[0][2] == "-"
+    assert rows[0][5:] == ["30", "12.5", "3.4%", "23,456"]
+    assert rows[2][5:] == ["30, unfinished", "-", "-", "-"]
+    assert markdown(["a", "b"], [["x|y", "1"]]) == "| a | b |\n| --- | --- |\n| x\\|y | 1 |\n"
+
+
+def test_the_csv_holds_every_figure_apart(stages: Path) -> None:
+    rows = list(csv.DictReader(io.StringIO(comparison_csv(find_runs([stages])))))
+    assert [row["run"] for row in rows] == list(STAGES)
+    second = rows[1]
+    assert (float(second["gsm8k_test"]), float(second["gsm8k_test_low"])) == (61.25, 58.5)
+    assert (second["gsm8k_test_num_examples"], second["finished"], second["steps"]) == ("1319", "True", "30")
+    assert rows[0]["gsm8k_test"] == ""
+    assert (rows[2]["finished"], rows[2]["seconds"]) == ("False", "")
+
+
+def test_the_report_writes_page_tables_and_pictures(stages: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    output = stages.parent / "report"
+    paths = write_report([stages], output)
+    pngs = ("learning_curves", "routing_weights", "routing_by_dataset", "kv_loss_by_layer")
+    assert [path.name for path in paths] == [
+        "report.html",
+        "report.md",
+        "report.csv",
+        *(f"{name}.png" for name in pngs),
+    ]
+    assert sorted(path.name for path in output.iterdir()) == sorted(path.name for path in paths)
+    page = Page(paths[0].read_text(encoding="utf-8"))
+    assert len(page.addresses) == 2 * len(pngs)
+    assert all(address.startswith("data:image/svg+xml;base64,") for address in page.addresses)
+    assert {*STAGES, "61.2 [58.5, 64.0]"} <= set(page.words)
+    for path in paths[3:]:
+        image = imread(path)
+        assert min(image.shape[:2]) > 300
+        assert image[..., :3].std() > 0.03
+    said = capsys.readouterr().out
+    assert said.startswith(paths[1].read_text(encoding="utf-8"))
+    assert str(paths[0]) in said
+
+
+@pytest.mark.parametrize(
+    ("name", "figure", "other"),
+    [
+        ("learning_curves", '"train/loss": 1.4', '"train/loss": 0.4'),
+        ("routing_weights", '"routing/weights_mean/ada": 0.5', '"routing/weights_mean/ada": 0.2'),
+        ("routing_by_dataset", 'gsm8k/routing/weights_mean/ada": 0.9', 'gsm8k/routing/weights_mean/ada": 0.4'),
+        ("kv_loss_by_layer", '"val/kv_loss/v/layer0": 0.4', '"val/kv_loss/v/layer0": 0.6'),
+    ],
+)
+def test_pictures_follow_the_figures(tmp_path: Path, name: str, figure: str, other: str) -> None:
+    run = write_run(tmp_path / "run", by_dataset={"gsm8k": 0.9})
+
+    def drawn() -> bytes:
+        (picture,) = (picture for picture in pictures(find_runs([run]))[0] if picture.name == name)
+        return draw(picture.fill, LIGHT, picture.inches, "png")
+
+    before = drawn()
+    assert drawn() == before
+    metrics = run / "metrics.jsonl"
+    text = metrics.read_text(encoding="utf-8")
+    metrics.write_text(text.replace(figure, other), encoding="utf-8")
+    assert figure in text
+    assert drawn() != before
+
+
+def test_what_cannot_be_drawn_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "scores"
+    folder.mkdir()
+    (folder / "eval_results.json").write_text(json.dumps({**MEASURED, "average": 61.25}))
+    paths = write_report([folder], tmp_path / "report")
+    assert [path.suffix for path in paths] == [".html", ".md", ".csv"]
+    page = "".join(Page(paths[0].read_text(encoding="utf-8")).words)
+    said = capsys.readouterr().out
+    for sentence in (
+        "No learning curves",
+        "No routing weights:",
+        "No routing weights by dataset",
+        "No KV loss by layer",
+    ):
+        assert sentence in page
+        assert sentence in said
+    assert "unfinished" not in page
+
+
+def test_more_runs_than_colours_can_be_told_apart(tmp_path: Path) -> None:
+    for number in range(10):
+        write_run(tmp_path / "runs" / f"run{number}")
+    drawn, missing = pictures(find_runs([tmp_path / "runs"]))
+    assert [picture.name for picture in drawn] == ["learning_curves", "routing_weights", "kv_loss_by_layer"]
+    assert len(missing) == 1
+    figure = Figure()
+    drawn[0].fill(figure, LIGHT)
+    (legend,) = figure.legends
+    looks = {(line.get_color(), line.get_linestyle()) for line in legend.get_lines()}
+    assert len(looks) == 10
