@@ -105,7 +105,8 @@ class FuseConfig(StrictModel):
 
     `kind`: `fixed` takes the teachers' `weight`; `similarity` weighs each teacher, sample by sample, by how near its
     aligned K/V are to what the student's own are on the same text (`metric`); `learnable` asks a `router`
-    that sees the prompt and is trained by the answer's cross-entropy with the fused K/V in the student's cache.
+    that sees the prompt and is trained by the answer's cross-entropy after written reasoning with the fused K/V in the
+    student's cache.
     `router_width`: its hidden size. `per_layer`: weights for each layer. `choose`: `soft` mixes, `top1` takes the best.
     The temperature of the softmax is max(`temperature_floor`, `temperature` - `temperature_decay` x epoch).
     `entropy_weight`: how much an even distribution is rewarded (`learnable`). `collapse_at`: a mean weight above it is
@@ -308,6 +309,16 @@ class TrainConfig(StrictModel):
             raise ValueError("align.head_adapter: 'identity' leaves align.direction 'to_teacher' nothing to train")
         if align.layer_map == "learned" and not routed:
             raise ValueError("align.layer_map: 'learned' is trained by the router loss: it needs fuse.kind 'learnable'")
+        if routed:
+            self._check_judged_tokens(self.kv.selection)
+
+    def _check_judged_tokens(self, selection: Selection) -> None:
+        if selection.scope != "sample" or selection.span not in ("reasoning", "all"):
+            raise ValueError(
+                "kv.selection: the router loss puts K/V at the reasoning's tokens, the same in all layers and heads: "
+                "fuse.kind 'learnable' needs scope 'sample' and span 'reasoning' or 'all'; got "
+                f"'{selection.scope}' and '{selection.span}'"
+            )
 
     def _check_selection(self, selection: Selection) -> None:
         latents, align = self.student.latents, self.align

@@ -23,7 +23,7 @@ class AlignedTeacher:
 
     `standard_k`, `standard_v`: the same, less the mean that calibration measured, over its deviation. `own_k`, `own_v`:
     the student's own at the same tokens of the text, standardised alike; `compared_BLHM` is True where it has one.
-    Both are of the slots as they came, before they were resampled. Only routing reads them.
+    Only routing reads them.
     """
 
     k_BLHMD: Tensor
@@ -34,26 +34,22 @@ class AlignedTeacher:
     own_k: Tensor | None = None
     own_v: Tensor | None = None
     compared_BLHM: Tensor | None = None
-    slots_BM: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)
-class Fused:
-    """One target out of several teachers.
+class TeacherWeights:
+    """How much each teacher counts.
 
     `weights`: [N] (fixed), [B,N] or [B,L,N]; `soft`: the same before a choice of one; `present_BN`: who had anything.
     """
 
-    k_BLHMD: Tensor
-    v_BLHMD: Tensor
-    mask_BM: Tensor
     weights: Tensor
     soft: Tensor
     present_BN: Tensor
 
 
 class Fusion(nn.Module):
-    """Weighs the teachers of each sample and fuses them.
+    """Weighs the teachers of each sample, and fuses them.
 
     Args:
         settings: kind, metric, router and temperature.
@@ -105,27 +101,28 @@ class Fusion(nn.Module):
             epoch, settings.temperature, settings.temperature_decay, settings.temperature_floor
         )
 
-    def combine(self, teachers: Sequence[AlignedTeacher], prompt_state_BE: Tensor | None = None) -> Fused:
-        """Weighs and fuses. `prompt_state_BE`: the student's state at the prompt's end, for the router."""
-        mask_NBM = torch.stack([teacher.mask_BM for teacher in teachers])
-        present_BN = mask_NBM.any(dim=2).T
+    def weigh(self, teachers: Sequence[AlignedTeacher], prompt_state_BE: Tensor) -> TeacherWeights:
+        """Every sample's weights. `prompt_state_BE`: the student's state at the prompt's end, for the router."""
+        present_BN = torch.stack([teacher.mask_BM.any(dim=1) for teacher in teachers], dim=1)
         if self.settings.kind == "fixed":
-            soft = weights = self._fixed_N.to(mask_NBM.device)
-        else:
-            logits = self._logits(teachers, prompt_state_BE)
-            soft = to_weights(logits, present_BN, self.temperature, "soft")
-            weights = to_weights(logits, present_BN, self.temperature, self.settings.choose)
-        return Fused(*_fuse(teachers, mask_NBM, weights), weights, soft, present_BN)
+            fixed_N = self._fixed_N.to(present_BN.device)
+            return TeacherWeights(fixed_N, fixed_N, present_BN)
+        logits = self._logits(teachers, prompt_state_BE)
+        soft = to_weights(logits, present_BN, self.temperature, "soft")
+        weights = to_weights(logits, present_BN, self.temperature, self.settings.choose)
+        return TeacherWeights(weights, soft, present_BN)
 
-    def fuse_fixed(self, teachers: Sequence[AlignedTeacher]) -> tuple[Tensor, Tensor, Tensor]:
-        """k_BLHMD, v_BLHMD and mask_BM with the fixed weights, whatever the kind: what targets are scaled by."""
+    def fuse(self, teachers: Sequence[AlignedTeacher], weights: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """k_BLHMD, v_BLHMD and mask_BM under weights as `weigh` gives them; without any, under the fixed ones."""
         mask_NBM = torch.stack([teacher.mask_BM for teacher in teachers])
-        return _fuse(teachers, mask_NBM, self._fixed_N.to(mask_NBM.device))
+        weights = self._fixed_N.to(mask_NBM.device) if weights is None else weights
+        k_BLHMD, mask_BM = fuse(torch.stack([teacher.k_BLHMD for teacher in teachers]), mask_NBM, weights)
+        v_BLHMD, _ = fuse(torch.stack([teacher.v_BLHMD for teacher in teachers]), mask_NBM, weights)
+        return k_BLHMD, v_BLHMD, mask_BM
 
-    def _logits(self, teachers: Sequence[AlignedTeacher], prompt_state_BE: Tensor | None) -> Tensor:
+    def _logits(self, teachers: Sequence[AlignedTeacher], prompt_state_BE: Tensor) -> Tensor:
         if self.router is None:
             return self._similarities(teachers)
-        assert prompt_state_BE is not None, "the router reads the prompt"
         nothing_BNF = prompt_state_BE.new_zeros(len(prompt_state_BE), len(teachers), 0)
         summary_BNF = torch.stack([_summary(one) for one in teachers], dim=1) if self.reads_kv else nothing_BNF
         return self.router(prompt_state_BE.detach(), summary_BNF)
@@ -154,31 +151,23 @@ class Fusion(nn.Module):
         sim_BLN = torch.where(compared_BN[:, None] | least_BL1.isinf(), sim_BLN, least_BL1)
         return sim_BLN if self.settings.per_layer else sim_BLN.mean(dim=1)
 
-    def metrics(self, fused: Fused) -> dict[str, Tensor]:
+    def metrics(self, found: TeacherWeights) -> dict[str, Tensor]:
         """Mean weight of each teacher over the samples that have any, and the entropy of the soft weights, in nats."""
-        weights = fused.weights.detach()
+        weights = found.weights.detach()
         per_sample_BN = weights if weights.dim() == 2 else weights.mean(dim=1)
-        counted = fused.present_BN.any(dim=1).sum().clamp(min=1)
+        counted = found.present_BN.any(dim=1).sum().clamp(min=1)
         means_N = per_sample_BN.sum(dim=0) / counted
         named = {f"routing/weights_mean/{name}": mean for name, mean in zip(self.names, means_N, strict=True)}
-        return named | {"routing/entropy": entropy(fused.soft, fused.present_BN)}
-
-
-def _fuse(teachers: Sequence[AlignedTeacher], mask_NBM: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    k_BLHMD, mask_BM = fuse(torch.stack([teacher.k_BLHMD for teacher in teachers]), mask_NBM, weights)
-    v_BLHMD, _ = fuse(torch.stack([teacher.v_BLHMD for teacher in teachers]), mask_NBM, weights)
-    return k_BLHMD, v_BLHMD, mask_BM
+        return named | {"routing/entropy": entropy(found.soft, found.present_BN)}
 
 
 def _summary(teacher: AlignedTeacher) -> Tensor:
     """[B,F]: mean over the slots of a teacher's standardised K/V, all layers, heads and dims in a row."""
     assert teacher.standard_k is not None
     assert teacher.standard_v is not None
-    assert teacher.slots_BM is not None
-    slots_BM = teacher.slots_BM
-    counts_B = slots_BM.sum(dim=1).clamp(min=1)
+    counts_B = teacher.mask_BM.sum(dim=1).clamp(min=1)
     parts: list[Tensor] = []
     for x_BLHMD in (teacher.standard_k, teacher.standard_v):
-        kept_BLHMD = x_BLHMD.detach().masked_fill(~slots_BM[:, None, None, :, None], 0.0)
+        kept_BLHMD = x_BLHMD.detach().masked_fill(~teacher.mask_BM[:, None, None, :, None], 0.0)
         parts.append((kept_BLHMD.sum(dim=3) / counts_B[:, None, None, None]).flatten(1))
     return torch.cat(parts, dim=1)

@@ -17,15 +17,14 @@ from kvcore.types import Tensor
 
 @dataclass(frozen=True, slots=True)
 class Injection:
-    """Content K/V for some columns of a sequence, where `mask_BM` is True; the student keeps its own elsewhere.
+    """Content K/V for the columns of a sequence where `mask_BT` is True; the student keeps its own elsewhere.
 
     Keys are un-rotated: the model turns them to the positions of its columns, as it does its own.
     """
 
-    columns: slice
-    k_BLHMD: Tensor
-    v_BLHMD: Tensor
-    mask_BM: Tensor
+    k_BLHTD: Tensor
+    v_BLHTD: Tensor
+    mask_BT: Tensor
 
 
 @contextmanager
@@ -37,8 +36,8 @@ def inject_kv(model: nn.Module, injection: Injection) -> Iterator[None]:
     """
     handles: list[Any] = []
     for projection in kv_projections(model):
-        for module, x_BLHMD in ((projection.key, injection.k_BLHMD), (projection.value, injection.v_BLHMD)):
-            replace = partial(_replaced, projection, injection, x_BLHMD[:, projection.layer])
+        for module, x_BLHTD in ((projection.key, injection.k_BLHTD), (projection.value, injection.v_BLHTD)):
+            replace = partial(_replaced, projection, injection.mask_BT, x_BLHTD[:, projection.layer])
             handles.append(
                 module.register_forward_hook(lambda _module, _inputs, output, replace=replace: replace(output))
             )
@@ -49,16 +48,9 @@ def inject_kv(model: nn.Module, injection: Injection) -> Iterator[None]:
             handle.remove()
 
 
-def _replaced(projection: KVProjection, injection: Injection, x_BHMD: Tensor, output: Tensor) -> Tensor:
+def _replaced(projection: KVProjection, mask_BT: Tensor, x_BHTD: Tensor, output: Tensor) -> Tensor:
     """A projection's output with some columns replaced, in the form that the module gave."""
-    own_BHTD = projection.heads_first(output)
-    before, own_BHMD, after = (
-        own_BHTD[:, :, : injection.columns.start],
-        own_BHTD[:, :, injection.columns],
-        own_BHTD[:, :, injection.columns.stop :],
-    )
-    kept = injection.mask_BM[:, None, :, None]
+    kept = mask_BT[:, None, :, None]
     # Where nothing is injected x may hold anything, which must not reach the gradient either.
-    x_BHMD = x_BHMD.masked_fill(~kept, 0.0).to(output.dtype)
-    mixed_BHMD = torch.where(kept, x_BHMD, own_BHMD)
-    return projection.as_output(torch.cat([before, mixed_BHMD, after], dim=2), output)
+    x_BHTD = x_BHTD.masked_fill(~kept, 0.0).to(output.dtype)
+    return projection.as_output(torch.where(kept, x_BHTD, projection.heads_first(output)), output)

@@ -55,18 +55,15 @@ class LatentReasoning(nn.Module):
 class AnswerReading:
     """One pass over prompt, latents and answer.
 
-    `logits_BAV` predict each answer token; `k_BLHMD`, `v_BLHMD` are the latents' in the last pass, at the columns
-    `latents` of `inputs_BTE` (with `mask_BT`); `prompt_state_BE` is the last hidden state of the prompt's last token,
-    `before_answer_BSE` every layer's state of the last latent, if asked for.
+    `logits_BAV` predict each answer token; `k_BLHMD`, `v_BLHMD` are the latents' in the last pass; `prompt_state_BE` is
+    the last hidden state of the prompt's last token, `before_answer_BSE` every layer's state of the last latent, if
+    asked for.
     """
 
     logits_BAV: Tensor
     k_BLHMD: Tensor
     v_BLHMD: Tensor
     prompt_state_BE: Tensor
-    inputs_BTE: Tensor
-    mask_BT: Tensor
-    latents: slice
     before_answer_BSE: Tensor | None
 
 
@@ -132,9 +129,6 @@ class LatentStudent(nn.Module):
             k_BLHMD,
             v_BLHMD,
             hidden_BTE[:, start - 1],
-            inputs_BTE,
-            mask_BT,
-            slice(start, end),
             torch.stack([layer[:, end - 1] for layer in layers], dim=1) if layers else None,
         )
 

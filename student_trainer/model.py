@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,7 +18,7 @@ from student_trainer.config import TrainConfig
 from student_trainer.fusion import AlignedTeacher, Fusion
 from student_trainer.latent import AnswerReading, LatentStudent, TextReading
 from student_trainer.losses import codi_loss, cross_entropy, error_by_layer_and_head, kv_distance
-from student_trainer.router_loss import RouterLoss
+from student_trainer.router_loss import router_loss
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,7 +138,7 @@ class DistillModel(nn.Module):
         own = _OwnKV(answer.k_BLHMD, answer.v_BLHMD, answer.prompt_state_BE)
         if self.fusion is not None and self.fusion.compares:
             own = replace(own, text=self._read_quietly(tokens) if text is None else text)
-        return losses | self._kv_losses(batch, own, lambda: RouterLoss.of_latents(self.student, answer, tokens))
+        return losses | self._kv_losses(batch, own)
 
     @torch.no_grad()
     def _read_quietly(self, tokens: StudentBatch) -> TextReading:
@@ -153,20 +153,21 @@ class DistillModel(nn.Module):
         prompt_end_B = tokens.prompt_mask_BP.sum(dim=1) - 1
         rows_B = torch.arange(len(prompt_end_B), device=prompt_end_B.device)
         own = _OwnKV(text.k_BLHTD, text.v_BLHTD, text.hidden_BTE[rows_B, prompt_end_B])
-        return losses | self._kv_losses(batch, own, lambda: RouterLoss.of_text(self.student, tokens))
+        return losses | self._kv_losses(batch, own)
 
-    def _kv_losses(self, batch: TrainBatch, own: _OwnKV, judge: Callable[[], RouterLoss]) -> dict[str, Tensor]:
+    def _kv_losses(self, batch: TrainBatch, own: _OwnKV) -> dict[str, Tensor]:
         if self.fusion is None:
             return self._compare(own, self._targets(batch))
-        fused = self.fusion.combine(self._aligned(batch, own), own.prompt_state_BE)
-        target = Target(
-            fused.k_BLHMD.detach(), fused.v_BLHMD.detach(), fused.mask_BM, self.fused_scale_LK, self.fused_variance_LK
-        )
+        aligned = self._aligned(batch, own)
+        found = self.fusion.weigh(aligned, own.prompt_state_BE)
+        k_BLHMD, v_BLHMD, mask_BM = self.fusion.fuse(self._resampled(aligned, batch), found.weights)
+        target = Target(k_BLHMD.detach(), v_BLHMD.detach(), mask_BM, self.fused_scale_LK, self.fused_variance_LK)
         losses = self._compare(own, [(self.aligners[0], target, 1.0)])
         if self.fusion.settings.kind != "fixed":
-            losses |= self.fusion.metrics(fused)
+            losses |= self.fusion.metrics(found)
         if self.fusion.learns and self.training:
-            losses["routing/router_loss"] = judge()(fused.k_BLHMD, fused.v_BLHMD, fused.mask_BM)
+            at_text = self.fusion.fuse(self._at_text(aligned, batch), found.weights)
+            losses["routing/router_loss"] = router_loss(self.student, batch.tokens, *at_text)
             losses["routing/entropy_reg"] = -self._config.fuse.entropy_weight * losses["routing/entropy"]
         return losses
 
@@ -193,10 +194,10 @@ class DistillModel(nn.Module):
     def _targets(self, batch: TrainBatch) -> list[tuple[Aligner, Target, float]]:
         """Each teacher's own target; as it has a map of its own, targets of several are not fused."""
         found: list[tuple[Aligner, Target, float]] = []
-        for aligner, kv, weight in zip(self.aligners, self._laid_out(batch), self.weights.values(), strict=True):
-            k_BLHMD, v_BLHMD = aligner.targets(kv)
-            one = self._resampled(AlignedTeacher(k_BLHMD.detach(), v_BLHMD.detach(), kv.mask_BM), kv, batch.tokens)
-            target = Target(one.k_BLHMD, one.v_BLHMD, one.mask_BM, aligner.scale_LK, aligner.variance_LK)
+        aligned = self._resampled(self._aligned(batch, None), batch)
+        for aligner, one, weight in zip(self.aligners, aligned, self.weights.values(), strict=True):
+            k_BLHMD, v_BLHMD = one.k_BLHMD.detach(), one.v_BLHMD.detach()
+            target = Target(k_BLHMD, v_BLHMD, one.mask_BM, aligner.scale_LK, aligner.variance_LK)
             found.append((aligner, target, weight))
         return found
 
@@ -214,7 +215,7 @@ class DistillModel(nn.Module):
             one = AlignedTeacher(*aligner.targets(kv), kv.mask_BM)
             if own is not None and self.fusion is not None and self.fusion.reads_kv:
                 one = self._standardised(one, aligner, kv, batch.tokens, own)
-            found.append(self._resampled(one, kv, batch.tokens))
+            found.append(one)
         return found
 
     def _standardised(
@@ -225,9 +226,7 @@ class DistillModel(nn.Module):
             mean_LHD = aligner.mean(TENSORS[column])
             return (x_BLHMD.detach().float() - mean_LHD[None, :, :, None]) / deviation_L[None, :, None, None, None]
 
-        one = replace(
-            one, standard_k=standard(one.k_BLHMD, 0), standard_v=standard(one.v_BLHMD, 1), slots_BM=kv.mask_BM
-        )
+        one = replace(one, standard_k=standard(one.k_BLHMD, 0), standard_v=standard(one.v_BLHMD, 1))
         if self.fusion is None or not self.fusion.compares:
             return one
         if own.text is None:
@@ -242,20 +241,36 @@ class DistillModel(nn.Module):
         compared_BLHM = compared_BLHM.expand(own_k.shape[:4])
         return replace(one, own_k=standard(own_k, 0), own_v=standard(own_v, 1), compared_BLHM=compared_BLHM)
 
-    def _resampled(self, one: AlignedTeacher, kv: BatchKV, tokens: StudentBatch) -> AlignedTeacher:
+    def _resampled(self, aligned: Sequence[AlignedTeacher], batch: TrainBatch) -> list[AlignedTeacher]:
         """With as many slots as the student has latents, where the run resamples."""
         if self._time is None:
-            return one
-        source_BM = _segments(kv, tokens, self._config.kv.selection.span)
-        target_BS = torch.full((len(source_BM), self._config.student.latents), _REASONING, device=source_BM.device)
-        k_BLHMD, mask_BM = self._time.resample(one.k_BLHMD, source_BM, target_BS)
-        v_BLHMD, _ = self._time.resample(one.v_BLHMD, source_BM, target_BS)
-        return replace(one, k_BLHMD=k_BLHMD, v_BLHMD=v_BLHMD, mask_BM=mask_BM)
+            return list(aligned)
+        found: list[AlignedTeacher] = []
+        for one, kv in zip(aligned, batch.teachers, strict=True):
+            source_BM = _segments(kv, batch.tokens, self._config.kv.selection.span)
+            target_BS = torch.full((len(source_BM), self._config.student.latents), _REASONING, device=source_BM.device)
+            k_BLHMD, mask_BM = self._time.resample(one.k_BLHMD, source_BM, target_BS)
+            v_BLHMD, _ = self._time.resample(one.v_BLHMD, source_BM, target_BS)
+            found.append(AlignedTeacher(k_BLHMD, v_BLHMD, mask_BM))
+        return found
+
+    def _at_text(self, aligned: Sequence[AlignedTeacher], batch: TrainBatch) -> list[AlignedTeacher]:
+        """At the student's tokens of the written text, where slots are not its tokens already."""
+        if not self._latent:
+            return list(aligned)
+        found: list[AlignedTeacher] = []
+        for one, kv in zip(aligned, batch.teachers, strict=True):
+            slots = BatchKV(one.k_BLHMD, one.v_BLHMD, one.mask_BM, kv.byte_ends_BLHM)
+            text = at_student_tokens(slots, batch.tokens.text_byte_ends_BT)
+            assert text.k_BLHMD is not None
+            assert text.v_BLHMD is not None
+            found.append(AlignedTeacher(text.k_BLHMD, text.v_BLHMD, text.mask_BM))
+        return found
 
     def fused(self, batch: TrainBatch) -> tuple[Tensor, Tensor, Tensor]:
         """k_BLHMD, v_BLHMD and mask_BM of the teachers' aligned K/V, averaged with their fixed weights."""
         assert self.fusion is not None, "one teacher alone is not fused"
-        return self.fusion.fuse_fixed(self._aligned(batch, None))
+        return self.fusion.fuse(self._resampled(self._aligned(batch, None), batch))
 
     def freeze(self, fused_scale_LK: Tensor, fused_variance_LK: Tensor) -> None:
         """Takes the fused targets' scale, and remembers all that calibration fitted, for checkpoints."""

@@ -16,7 +16,8 @@ from tests.support.tiny_models import FAMILIES, Family, build_model, tiny_spec
 
 IDS_BT = torch.tensor([[5, 9, 31, 7, 12, 80, 44], [200, 3, 4, 90, 11, 6, 17]])
 COLUMNS = slice(2, 5)
-EVERYWHERE_BM = torch.ones(2, 3, dtype=torch.bool)
+# Which of all columns these are.
+INSIDE_BT = torch.tensor([[False, False, True, True, True, False, False]] * 2)
 
 
 def model_of(family: Family) -> PreTrainedModel:
@@ -28,6 +29,13 @@ def other_kv(model: PreTrainedModel) -> tuple[Tensor, Tensor]:
     with torch.no_grad(), capture_kv(model) as capture:
         model(IDS_BT.flip(1) + 3)
     return capture.columns(1, 4)
+
+
+def at_columns(k_BLHMD: Tensor, v_BLHMD: Tensor, mask_BT: Tensor = INSIDE_BT) -> Injection:
+    """K/V for the columns, NaN at all others."""
+    around = (0, 0, COLUMNS.start, IDS_BT.shape[1] - COLUMNS.stop)
+    k_BLHTD, v_BLHTD = (torch.nn.functional.pad(x, around, value=torch.nan) for x in (k_BLHMD, v_BLHMD))
+    return Injection(k_BLHTD, v_BLHTD, mask_BT)
 
 
 def injected_logits(model: PreTrainedModel, injection: Injection) -> Tensor:
@@ -56,7 +64,7 @@ def test_a_models_own_kv_change_nothing(family: Family) -> None:
     model = model_of(family)
     with torch.no_grad(), capture_kv(model) as capture:
         plain = model(IDS_BT).logits
-    injection = Injection(COLUMNS, *capture.columns(2, 5), EVERYWHERE_BM)
+    injection = at_columns(*capture.columns(2, 5))
     torch.testing.assert_close(injected_logits(model, injection), plain, atol=1e-6, rtol=1e-6)
 
 
@@ -64,7 +72,7 @@ def test_a_models_own_kv_change_nothing(family: Family) -> None:
 def test_later_tokens_see_what_an_overwritten_cache_would_show_them(family: Family) -> None:
     model = model_of(family)
     k_BLHMD, v_BLHMD = other_kv(model)
-    logits = injected_logits(model, Injection(COLUMNS, k_BLHMD, v_BLHMD, EVERYWHERE_BM))
+    logits = injected_logits(model, at_columns(k_BLHMD, v_BLHMD))
     for row in range(2):
         expected = logits_through_a_cache(model, row, k_BLHMD[row], v_BLHMD[row])
         torch.testing.assert_close(logits[row, COLUMNS.stop :], expected, atol=1e-5, rtol=1e-5)
@@ -75,14 +83,15 @@ def test_later_tokens_see_what_an_overwritten_cache_would_show_them(family: Fami
 def test_where_nothing_is_injected_the_model_keeps_its_own_and_anything_may_stand_there() -> None:
     model = model_of("qwen3")
     k_BLHMD, v_BLHMD = other_kv(model)
-    mask_BM = torch.tensor([[False, False, True], [False, False, False]])  # Own K/V before it do not depend on it.
-    empty = ~mask_BM[:, None, None, :, None]
+    mask_BT = torch.zeros_like(INSIDE_BT)
+    mask_BT[0, COLUMNS.stop - 1] = True  # Own K/V before it do not depend on it.
+    empty = ~mask_BT[:, None, None, COLUMNS, None]
     with torch.no_grad(), capture_kv(model) as capture:
         model(IDS_BT)
     own_k, own_v = capture.columns(2, 5)
-    mixed = Injection(COLUMNS, torch.where(empty, own_k, k_BLHMD), torch.where(empty, own_v, v_BLHMD), EVERYWHERE_BM)
+    mixed = at_columns(torch.where(empty, own_k, k_BLHMD), torch.where(empty, own_v, v_BLHMD))
     k_leaf, v_leaf = (x.masked_fill(empty, torch.nan).requires_grad_() for x in (k_BLHMD, v_BLHMD))
-    logits = injected_logits(model, Injection(COLUMNS, k_leaf, v_leaf, mask_BM))
+    logits = injected_logits(model, at_columns(k_leaf, v_leaf, mask_BT))
     torch.testing.assert_close(logits, injected_logits(model, mixed), atol=1e-6, rtol=1e-6)
     logits.square().sum().backward()
     for leaf in (k_leaf, v_leaf):
@@ -95,7 +104,7 @@ def test_the_model_is_restored_even_after_an_error() -> None:
     model = model_of("llama")
     plain = model(IDS_BT).logits
     k_BLHMD, v_BLHMD = other_kv(model)
-    with pytest.raises(ZeroDivisionError), inject_kv(model, Injection(COLUMNS, k_BLHMD, v_BLHMD, EVERYWHERE_BM)):
+    with pytest.raises(ZeroDivisionError), inject_kv(model, at_columns(k_BLHMD, v_BLHMD)):
         raise ZeroDivisionError
     assert model(IDS_BT).logits.equal(plain)
 
@@ -108,9 +117,9 @@ def test_in_every_architecture_kv_go_back_in_the_form_they_came(name: str) -> No
     with capture_kv(model) as capture:
         plain = model(ids_BT).last_hidden_state
     k_BLHMD, v_BLHMD = capture.columns(2, 5)
-    with inject_kv(model, Injection(COLUMNS, k_BLHMD, v_BLHMD, EVERYWHERE_BM)):
+    with inject_kv(model, at_columns(k_BLHMD, v_BLHMD)):
         torch.testing.assert_close(model(ids_BT).last_hidden_state, plain, atol=1e-5, rtol=1e-5)
-    with inject_kv(model, Injection(COLUMNS, k_BLHMD.flip(3), v_BLHMD.flip(3), EVERYWHERE_BM)):
+    with inject_kv(model, at_columns(k_BLHMD.flip(3), v_BLHMD.flip(3))):
         changed = (model(ids_BT).last_hidden_state - plain).abs()
     assert changed[:, : COLUMNS.start].max() == 0
     assert changed[:, COLUMNS.stop :].max() > 1e-4

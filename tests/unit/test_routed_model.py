@@ -13,11 +13,12 @@ from align.head_dim_adapter import TENSORS
 from fuse.similarity import Metric, teacher_similarity
 from kvcore.types import BatchKV, Tensor
 from student_trainer import fusion
+from student_trainer import model as model_module
 from student_trainer.calibrate import calibrate
 from student_trainer.config import LossConfig
 from student_trainer.losses import codi_loss, cross_entropy
 from student_trainer.model import DistillModel, TrainBatch
-from student_trainer.router_loss import RouterLoss
+from student_trainer.router_loss import router_loss
 from tests.support.training_parts import LATENTS, RECORDS, distill_model, one_rank, train_batch
 
 BATCH = RECORDS[40:44]
@@ -189,29 +190,28 @@ def test_the_router_loss_trains_router_and_adapters_and_nothing_of_the_student(m
 
 def test_the_router_loss_is_the_answers_cross_entropy_and_its_gradient_that_of_the_injected_kv() -> None:
     model = model_of(fuse={"kind": "learnable"})
-    batch = train_batch(model, BATCH)
-    tokens = batch.tokens
-    answer = model.student.read_answer(
-        tokens.prompt_ids_BP, tokens.prompt_mask_BP, tokens.answer_ids_BA, tokens.answer_mask_BA
-    )
-    router = RouterLoss.of_latents(model.student, answer, tokens)
-    k_BLHMD, v_BLHMD = (x.detach().requires_grad_() for x in (answer.k_BLHMD, answer.v_BLHMD))
-    every_BM = torch.ones(k_BLHMD.shape[0], k_BLHMD.shape[3], dtype=torch.bool)
-    loss = router(k_BLHMD, v_BLHMD, every_BM)
+    tokens = train_batch(model, BATCH).tokens
+    text = model.student.read_text(tokens.text_ids_BT, tokens.text_mask_BT)
+    answers = [answer_places(tokens.text_byte_ends_BT[row], tokens.text_mask_BT[row], row) for row in range(len(BATCH))]
+    expected = cross_entropy(text.logits_BTV, tokens.text_ids_BT[:, 1:], torch.tensor(answers)[:, 1:])
+    k_BLHTD, v_BLHTD = (x.detach().requires_grad_() for x in (text.k_BLHTD, text.v_BLHTD))
+    every_BT = tokens.text_mask_BT
+    loss = router_loss(model.student, tokens, k_BLHTD, v_BLHTD, every_BT)
     # A student that reads its own K/V answers as it does without an injection.
-    expected = cross_entropy(answer.logits_BAV, tokens.answer_ids_BA, tokens.answer_mask_BA)
     assert float(loss.detach()) == pytest.approx(float(expected.detach()), rel=1e-5)
     loss.backward()
-    direction = torch.randn(k_BLHMD.shape, generator=torch.Generator().manual_seed(0))
+    direction = torch.randn(k_BLHTD.shape, generator=torch.Generator().manual_seed(0))
     step = 1e-2
-    for moved, leaf in enumerate((k_BLHMD, v_BLHMD)):
+    for moved, leaf in enumerate((k_BLHTD, v_BLHTD)):
         assert leaf.grad is not None
         ahead, behind = (
             float(
-                router(
-                    k_BLHMD.detach() + (moved == 0) * sign * step * direction,
-                    v_BLHMD.detach() + (moved == 1) * sign * step * direction,
-                    every_BM,
+                router_loss(
+                    model.student,
+                    tokens,
+                    k_BLHTD.detach() + (moved == 0) * sign * step * direction,
+                    v_BLHTD.detach() + (moved == 1) * sign * step * direction,
+                    every_BT,
                 )
             )
             for sign in (1, -1)
@@ -219,30 +219,60 @@ def test_the_router_loss_is_the_answers_cross_entropy_and_its_gradient_that_of_t
         assert (ahead - behind) / (2 * step) == pytest.approx(float((leaf.grad * direction).sum()), rel=2e-2)
 
 
-def test_in_text_kv_stand_in_the_reasonings_places_and_the_answer_is_judged() -> None:
-    model = model_of("token", fuse={"kind": "learnable"})
-    tokens = train_batch(model, BATCH, None).tokens
-    router = RouterLoss.of_text(model.student, tokens)
-    for row, record in enumerate(BATCH):
-        ends = tokens.text_byte_ends_BT[row].tolist()
-        prompt, reasoning = len(record.prompt.encode()), len((record.prompt + record.reasoning).encode())
-        inside = [prompt < end <= reasoning for end in ends]
-        assert router.allowed_BM[row].tolist() == inside
-        answer = [
-            bool(there) and (end > reasoning or end < 0)
-            for end, there in zip(ends, tokens.text_mask_BT[row], strict=True)
-        ]
-        assert router.target_mask_BA[row].tolist() == answer[1:]
+def reasoning_places(ends_T: Tensor, row: int) -> list[bool]:
+    record = BATCH[row]
+    prompt, reasoning = len(record.prompt.encode()), len((record.prompt + record.reasoning).encode())
+    return [prompt < end <= reasoning for end in ends_T.tolist()]
+
+
+def answer_places(ends_T: Tensor, mask_T: Tensor, row: int) -> list[bool]:
+    """The end-of-text token, which stands for no text, is part of the answer."""
+    reasoning = len((BATCH[row].prompt + BATCH[row].reasoning).encode())
+    pairs = zip(ends_T.tolist(), mask_T.tolist(), strict=True)
+    return [there and (end > reasoning or end < 0) for end, there in pairs]
+
+
+def test_kv_stand_in_the_reasonings_places_alone_and_only_where_there_are_any() -> None:
+    model = model_of(fuse={"kind": "learnable"})
+    tokens = train_batch(model, BATCH).tokens
     text = model.student.read_text(tokens.text_ids_BT, tokens.text_mask_BT)
     k_BLHTD, v_BLHTD = text.k_BLHTD.detach(), text.v_BLHTD.detach()
-    expected = cross_entropy(text.logits_BTV, tokens.text_ids_BT[:, 1:], router.target_mask_BA)
-    inside = router.allowed_BM[:, None, None, :, None]
-    own, elsewhere, within = (
-        float(router(k_BLHTD + 9 * places, v_BLHTD + 9 * places, tokens.text_mask_BT))
-        for places in (torch.zeros_like(inside), ~inside, inside)
+    inside_BT = torch.tensor([reasoning_places(ends_T, row) for row, ends_T in enumerate(tokens.text_byte_ends_BT)])
+    inside = inside_BT[:, None, None, :, None]
+
+    def judged(moved: Tensor, mask_BT: Tensor) -> float:
+        return float(router_loss(model.student, tokens, k_BLHTD + 9 * moved, v_BLHTD + 9 * moved, mask_BT))
+
+    every_BT = torch.ones_like(inside_BT)
+    own = judged(torch.zeros_like(inside), every_BT)
+    assert judged(~inside, every_BT) == own
+    assert judged(inside, ~inside_BT) == own
+    assert judged(inside, every_BT) != pytest.approx(own, rel=1e-2)
+
+
+@pytest.mark.parametrize("mode", ["latent", "token"])
+def test_the_judge_sees_each_teachers_kv_at_the_tokens_that_end_where_its_slots_do(
+    mode: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = model_of(mode, fuse={"kind": "learnable"})
+    batch = train_batch(model, BATCH, LATENTS if mode == "latent" else None)
+    seen: list[tuple[Tensor, ...]] = []
+    monkeypatch.setattr(
+        model_module, "router_loss", lambda *arguments: (seen.append(arguments[2:]), router_loss(*arguments))[1]
     )
-    assert own == elsewhere == pytest.approx(float(expected.detach()), rel=1e-5)
-    assert within != pytest.approx(own, rel=1e-2)
+    model(batch)
+    ((k_BLHTD, v_BLHTD, mask_BT),) = seen
+    for row, ends_T in enumerate(batch.tokens.text_byte_ends_BT.tolist()):
+        for t, end in enumerate(ends_T):
+            # The first token of the text is a sink, which token mode leaves out.
+            slots = [kv.byte_ends_BLHM[row, 0, 0].tolist() for kv in batch.teachers]
+            having = [n for n, ends in enumerate(slots) if end >= 0 and end in ends and (mode == "latent" or t > 0)]
+            assert bool(mask_BT[row, t]) == bool(having)
+            for x_BLHTD, column in ((k_BLHTD, 0), (v_BLHTD, 1)) if having else ():
+                found = [
+                    model.aligners[n].targets(batch.teachers[n])[column][row, :, :, slots[n].index(end)] for n in having
+                ]
+                torch.testing.assert_close(x_BLHTD[row, :, :, t], sum(found) / len(found), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("choose", ["soft", "top1"])
