@@ -32,9 +32,10 @@ def write_run(
     layers: int = 3,
     ended: bool = True,
     scores: Mapping[str, Mapping[str, Any]] | None = None,
+    exist_ok: bool = False,
 ) -> Path:
     """A run of three validations, the best of them the most accurate; `scores` are further entries of its results."""
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=exist_ok)
     lines: list[dict[str, float]] = []
     for step, accuracy in zip(STEPS, accuracies, strict=True):
         weights = {f"routing/weights_mean/{teacher}": 0.5 for teacher in TEACHERS}

@@ -1,0 +1,198 @@
+"""Sweeps as people run them, with a command in the trainer's place that takes no time."""
+
+from __future__ import annotations
+
+import csv
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from tests.support.servers import REPOSITORY, wait_until
+
+TRAINER = "python -m tests.support.stand_in_trainer"
+EVALUATOR = """
+import argparse, json, pathlib
+parser = argparse.ArgumentParser()
+for name in ("model_path", "output_file"): parser.add_argument("--" + name, type=pathlib.Path)
+parser.add_argument("--eval_datasets", nargs="+")
+flags = parser.parse_args()
+assert flags.model_path.is_dir()
+if pathlib.Path("no_evaluation").exists(): raise SystemExit(4)
+found = {name: {"dataset": name, "metric": "m", "score": 40.0, "num_examples": 5} for name in flags.eval_datasets}
+flags.output_file.write_text(json.dumps({**found, "average": 40.0}))
+"""
+
+
+class Sweep:
+    """One sweep's file, and the command line on it."""
+
+    def __init__(self, directory: Path, **changes: Any) -> None:
+        self.directory, self.out = directory, directory / "out"
+        self.file = directory / "sweep.yaml"
+        tree = {
+            "output_dir": "out",
+            "seeds": [0, 1, 2],
+            "flags": {"student_model_name_or_path": "tiny", "teacher_models": ["a", "b"], "max_steps": 3},
+            "matrix": {"kv_compression": ["right", "r-kv"]},
+            "command": TRAINER,
+            **changes,
+        }
+        self.file.write_text(yaml.safe_dump(tree), encoding="utf-8")
+        self.environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+
+    def start(self, *flags: str) -> subprocess.Popen[str]:
+        command = [sys.executable, "-m", "kvdistill", "sweep", "sweep.yaml", *flags]
+        pipe = subprocess.PIPE
+        return subprocess.Popen(
+            command, cwd=self.directory, env=self.environment, stdout=pipe, stderr=pipe, text=True, encoding="utf-8"
+        )
+
+    def run(self, *flags: str, code: int = 0) -> str:
+        """Its output; what went wrong with it."""
+        process = self.start(*flags)
+        said, errors = process.communicate(timeout=60)
+        assert process.returncode == code, said + errors
+        return said + errors
+
+    def log(self, run: str, step: str = "train") -> Path:
+        return self.out / "runs" / run / "logs" / f"{step}.log"
+
+    def rows(self) -> list[dict[str, str]]:
+        with (self.out / "table.csv").open(encoding="utf-8") as file:
+            return list(csv.DictReader(file))
+
+
+def test_a_sweep_ends_in_a_table_and_does_nothing_twice(tmp_path: Path) -> None:
+    sweep = Sweep(tmp_path)
+    said = sweep.run()
+    assert [line.split("  ")[:2] for line in said.splitlines()[:6]] == [
+        [f"{number + 1}/6", f"{option}/seed{number % 3}"] for number, option in enumerate(["right"] * 3 + ["r-kv"] * 3)
+    ]
+    table = (sweep.out / "table.md").read_text(encoding="utf-8")
+    assert table in said
+    rows = sweep.rows()
+    assert [row["kv_compression"] for row in rows] == ["right", "r-kv"]
+    for row in rows:
+        by_seed = [float(value) for value in row["val_by_seed"].split()]
+        assert len(set(by_seed)) == 3
+        assert float(row["val"]) == pytest.approx(sum(by_seed) / 3)
+        assert float(row["val_low"]) < float(row["val"]) < float(row["val_high"])
+        assert f"| {row['kv_compression']} | {float(row['val']):.1f} ± " in table
+    before = {path: path.stat().st_mtime_ns for path in (sweep.out / "runs").rglob("*.log")}
+    assert len(before) == 6
+    assert sweep.run().startswith(table)
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    assert sweep.run("--list").count("  done  ") == 6
+
+
+def test_a_failed_run_is_named_keeps_no_other_from_running_and_is_tried_again(tmp_path: Path) -> None:
+    sweep = Sweep(tmp_path)
+    fail = sweep.out / "runs" / "right" / "fail"
+    fail.parent.mkdir(parents=True)
+    fail.touch()
+    said = sweep.run(code=1)
+    assert "3 of 6 runs failed" in said
+    assert "FAILED  right/seed1: `train` ended with code 3" in said
+    assert "flags [" in said
+    assert "3 of 6 runs are not done and not in the table: right/seed0, right/seed1, right/seed2" in said
+    empty, full = sweep.rows()
+    assert (empty["val"], empty["seeds"], full["seeds"]) == ("", "", "0 1 2")
+    fail.unlink()
+    said = sweep.run()
+    assert "3/3  right/seed2" in said
+    assert "r-kv/seed" not in said
+    assert all(row["seeds"] == "0 1 2" for row in sweep.rows())
+
+
+def test_results_of_other_settings_are_refused_before_anything_runs(tmp_path: Path) -> None:
+    sweep = Sweep(tmp_path)
+    sweep.run("--set", "seeds=[0]")
+    said = sweep.run("--set", "flags.max_steps=4", code=2)
+    assert "right/seed0 holds a finished training of other settings" in said
+    assert not (sweep.out / "runs" / "right" / "seed1").exists()
+    # Where things are, and more of them, does not matter.
+    sweep.run("--set", "flags.teacher_device=cpu", "--set", "seeds=[0, 1]")
+
+
+def test_a_command_that_trains_nothing_does_not_count(tmp_path: Path) -> None:
+    said = Sweep(tmp_path, command="true").run(code=1)
+    assert "`train` ended well and left no training behind" in said
+
+
+def test_sigterm_lets_the_training_save_and_the_same_command_goes_on(tmp_path: Path) -> None:
+    sweep = Sweep(tmp_path)
+    wait = sweep.out / "runs" / "right" / "wait"
+    wait.parent.mkdir(parents=True)
+    wait.touch()
+    process = sweep.start()
+    try:
+        wait_until(lambda: (wait.parent / "seed0" / "waiting").exists(), 20)
+        assert "right/seed0: another sweep is at it" in sweep.run("--task", "0", code=1)
+        process.send_signal(signal.SIGTERM)
+        process.communicate(timeout=20)
+    finally:
+        process.kill()
+    assert process.returncode == 128 + signal.SIGTERM
+    assert sweep.log("right/seed0").read_text(encoding="utf-8").endswith("checkpoint saved\n")
+    assert not (sweep.out / "runs" / "right" / "seed1").exists()
+    wait.unlink()
+    sweep.run()
+    assert all(row["seeds"] == "0 1 2" for row in sweep.rows())
+
+
+def test_every_stages_best_model_is_evaluated_and_has_its_row(tmp_path: Path) -> None:
+    (tmp_path / "evaluation").mkdir()
+    (tmp_path / "evaluation" / "multi_task_eval.py").write_text(EVALUATOR, encoding="utf-8")
+    evaluation = {"eval_datasets": ["gsm8k_test", "bbh"]}
+    sweep = Sweep(tmp_path, matrix={"kv_loss_type": ["mse"]}, evaluation=evaluation, seeds=[0, 1])
+    phases = ("--set", "flags.train_phase=all")
+    (tmp_path / "no_evaluation").touch()
+    assert "`evaluate0` ended with code 4" in sweep.run(*phases, code=1)
+    assert sweep.run(*phases, "--list").count("  trained  ") == 2
+    (tmp_path / "no_evaluation").unlink()
+    trained = sweep.log("mse/seed0").stat().st_mtime_ns
+    sweep.run(*phases)
+    assert sweep.log("mse/seed0").stat().st_mtime_ns == trained
+    assert [(row["stage"], row["gsm8k_test"], row["seeds"]) for row in sweep.rows()] == [
+        ("stage1", "40.0", "0 1"),
+        ("stage2", "40.0", "0 1"),
+    ]
+    # Other datasets are evaluated without training again.
+    sweep.run(*phases, "--set", "evaluation.eval_datasets=[gpqa]")
+    assert sweep.log("mse/seed0").stat().st_mtime_ns == trained
+    assert sweep.rows()[0]["gpqa"] == "40.0"
+
+
+def test_an_array_holds_what_is_left_and_each_task_runs_one(tmp_path: Path) -> None:
+    sweep = Sweep(tmp_path, slurm={"partition": "gpu", "gres": "gpu:8"}, max_parallel=2)
+    assert sweep.run("--task", "1").startswith("right/seed1: ")
+    assert not (sweep.out / "table.csv").exists()
+    assert "--task: the sweep has runs 0 to 5, got 6" in sweep.run("--task", "6", code=2)
+    taken = tmp_path / "bin"
+    taken.mkdir()
+    (taken / "sbatch").write_text(f'#!/bin/sh\ncp "$2" {taken}/\necho "7;cluster"\n', encoding="utf-8")
+    (taken / "sbatch").chmod(0o755)
+    sweep.environment["PATH"] = f"{taken}:{sweep.environment['PATH']}"
+    assert "submitted 5 of 6 runs as job 7, and the table after them as job 7" in sweep.run("--slurm")
+    array, table = ((taken / f"{name}.sbatch").read_text(encoding="utf-8") for name in ("array", "table"))
+    for line in ("#SBATCH --array=0,2,3,4,5%2\n", "#SBATCH --gres=gpu:8\n", "#SBATCH --partition=gpu\n", "pipefail"):
+        assert line in array
+    assert (sweep.out / "logs").is_dir()
+    assert array.rstrip().endswith('sweep.yaml --task "$SLURM_ARRAY_TASK_ID"')
+    assert "#SBATCH --dependency=afterany:7\n" in table
+    assert "gres" not in table
+    assert table.rstrip().endswith("sweep.yaml --table")
+    (taken / "sbatch").write_text("#!/bin/sh\necho 'invalid partition' >&2\nexit 1\n", encoding="utf-8")
+    assert "invalid partition" in sweep.run("--slurm", code=1)
+
+
+def test_without_slurm_an_array_is_refused(tmp_path: Path) -> None:
+    sweep = Sweep(tmp_path)
+    sweep.environment["PATH"] = str(tmp_path)
+    assert "--slurm: no sbatch on PATH" in sweep.run("--slurm", code=2)
