@@ -21,8 +21,7 @@ EXIT_USAGE = 2
 
 def main(arguments: Sequence[str], program: str) -> int:
     """Runs one evaluation; errors that users meet end in one line on stderr. Returns the exit status."""
-    if not sys.stderr.isatty():
-        os.environ.setdefault("TQDM_MININTERVAL", "60")  # A log needs no line for each question.
+    os.environ["TQDM_DISABLE"] = "1"  # Progress is shown once for a dataset, not by each library for each step.
     try:
         settings = read_flags(arguments, program)
         logging.basicConfig(level=logging.INFO, format="%(asctime)s  %(message)s", datefmt="%H:%M:%S", force=True)
@@ -56,10 +55,13 @@ def evaluate(settings: EvalSettings) -> dict[str, Any]:
     for number, benchmark in enumerate(benchmarks, start=1):
         place = f"{number} of {len(benchmarks)}, {benchmark.name}"
         logger.info("%s: %d questions", place, benchmark.count(settings.limit))
-        lines = benchmark.run(model, settings.limit)
+        lines, truncated = benchmark.run(model, settings.limit)
+        if truncated:
+            logger.warning("%s: %d prompts are too long for this model and lost their beginning", place, truncated)
         write_lines(output.with_suffix("") / f"{benchmark.name}.jsonl", lines)
         entry = dataset_entry(benchmark.name, benchmark.metric, lines)
-        results[benchmark.name] = entry | {"model": settings.model_path, "limit": settings.limit}
+        entry |= {"truncated_prompts": truncated, "limit": settings.limit, "model": settings.model_path}
+        results[benchmark.name] = entry
         logger.info("%s: %.2f %%, 95 %% interval %.2f to %.2f", place, entry["score"], *entry["ci95"])
     average = sum(entry["score"] for entry in results.values()) / len(results)
     written = _validation_of(settings.model_path, output) | results | {"average": average}

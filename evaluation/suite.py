@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import datasets
+from datasets.exceptions import DatasetsError
 from lm_eval.api.metrics import mean
 from lm_eval.evaluator import evaluate
 from lm_eval.tasks import TaskManager
@@ -19,6 +20,7 @@ from lm_eval.tasks import TaskManager
 from evaluation.latent_lm import LatentLM
 from evaluation.scores import Entry, question_lines
 from evaluation.settings import BENCHMARKS
+from evaluation.watched_lm import WatchedLM
 from kvcore.errors import ConfigError, FieldError
 
 if TYPE_CHECKING:
@@ -37,7 +39,7 @@ _LOADING_ERRORS = (
     TypeError,
     AttributeError,
     ImportError,
-    datasets.exceptions.DatasetsError,
+    DatasetsError,
 )
 
 
@@ -79,12 +81,18 @@ class Benchmark:
                 )
             task.set_config(key="generation_kwargs", value={"max_gen_toks": longest}, update=True)
 
-    def run(self, model: Any, limit: int | None) -> list[Entry]:
-        """Asks the questions (of each subject the first `limit`) and returns one entry for each."""
-        found = evaluate(lm=model, task_dict=self.loaded, limit=limit, bootstrap_iters=0, log_samples=True)
+    def run(self, model: Any, limit: int | None) -> tuple[list[Entry], int]:
+        """Asks the questions, of each subject the first `limit`.
+
+        Returns:
+            one entry for each question, and how many prompts lost their beginning, as the model reads no more.
+        """
+        watched = WatchedLM(model, self.name)
+        with _quiet():
+            found = evaluate(lm=watched, task_dict=self.loaded, limit=limit, bootstrap_iters=0, log_samples=True)
         assert found is not None, "one process evaluates"
         samples = cast("dict[str, Any]", found)["samples"]
-        return question_lines(samples, self.metric, self.filter)
+        return question_lines(samples, self.metric, self.filter), watched.truncated
 
 
 def load_benchmarks(

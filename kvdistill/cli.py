@@ -126,6 +126,14 @@ def extract(context: typer.Context) -> None:
     raise typer.Exit(run(context.args, "kvdistill extract"))
 
 
+@app.command("eval", add_help_option=False, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def evaluate(context: typer.Context) -> None:
+    """Evaluate a model, thinking in latents or not, on benchmarks with lm-evaluation-harness."""
+    from evaluation.multi_task_eval import main as run
+
+    raise typer.Exit(run(context.args, "kvdistill eval"))
+
+
 @app.command(epilog=DEMO_EXAMPLES)
 def demo(
     quick: Annotated[bool, typer.Option("--quick", help="Fewer steps: under 3 minutes.")] = False,
