@@ -135,7 +135,8 @@ def _progress(count: int) -> Iterator[Callable[[str], None]]:
             else:
                 shown = bar.tasks[0]
                 seconds = (shown.elapsed or 0.0) / max(1.0, shown.completed) * (count - shown.completed)
-                _say(f"{int(shown.completed)}/{count}  {said}  ETA {int(seconds // 60)}:{int(seconds % 60):02d}")
+                left = f"{int(seconds // 60)}:{int(seconds % 60):02d}"
+                _say(f"{int(shown.completed)}/{count}  ETA {left}  {said}")
 
         yield advance
 
