@@ -121,6 +121,8 @@ def test_too_few_records_are_an_error_with_the_numbers_unless_fewer_will_do(copi
         prepare(copies, train_samples=1000)
     with pytest.raises(ConfigError, match=r"Chinese share of 0.6 need 150 usable records of: math23k 120"):
         prepare(copies, math23k_ratio=0.6)
+    with pytest.raises(ConfigError, match="need 250 usable"):
+        prepare(copies, use_extended=False, math23k_ratio=0, weights={"gsm8k": 0.0})
     loader, train_ds, val_ds = prepare(copies, train_samples=1000, allow_fewer=True)
     assert len(train_ds) + len(val_ds) == 5 * 120 + 60 + 120
     assert len(val_ds) == pytest.approx(len(train_ds) / 20, abs=2)
