@@ -5,10 +5,10 @@ DEMO_ARGS ?=
 CHECKS = $(VENV)/bin/python scripts/run_checks.py
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint format proto docs clean
+.PHONY: help setup demo test test-slurm lint format proto docs clean
 
 help: ## Show this help
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo
 	@echo "  make demo DEMO_ARGS=--quick      options of kvdistill demo"
 	@echo "  make test PYTHON=python3.12      another Python, 3.11 or later"
@@ -22,6 +22,9 @@ demo: setup ## Two teacher servers, one student, a report in outputs/demo
 
 test: setup ## Every check and every test
 	@$(CHECKS)
+
+test-slurm: setup ## Whole jobs on a SLURM cluster on this machine; needs root, installs SLURM by apt-get
+	@$(CHECKS) e2e_slurm
 
 lint: setup ## Style, types, import layers, proto: the checks without tests
 	@$(CHECKS) lint types imports proto

@@ -1,4 +1,6 @@
-"""Every check of the repository, in stages: `python scripts/run_checks.py [STAGE ...]`, all of them by default.
+"""Every check of the repository, in stages: `python scripts/run_checks.py [STAGE ...]`.
+
+Without a stage it runs all but `e2e_slurm`, which needs root and SLURM (and installs it by apt-get where it can).
 
 A stage that fails ends the run. The time of each stage and the totals of the tests come last.
 """
@@ -6,6 +8,8 @@ A stage that fails ends the run. The time of each stage and the totals of the te
 from __future__ import annotations
 
 import argparse
+import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -18,6 +22,10 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 BIN = Path(sys.executable).parent
 PROTO = "protos/kv_cache.proto"
+# Runs only when named.
+ON_REQUEST = {"e2e_slurm"}
+SLURM_PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch")
+SLURM_PACKAGES = ("slurmctld", "slurmd", "slurm-client", "munge")
 PROTO_OUTPUTS = ("--python_out", "--pyi_out", "--grpc_python_out")
 
 
@@ -62,6 +70,7 @@ class Run:
             "contract": lambda: self.pytest("contract", "-n", "2"),
             "integration": lambda: self.pytest("integration"),
             "e2e": lambda: self.pytest("e2e"),
+            "e2e_slurm": lambda: slurm_is_here() and self.pytest("e2e_slurm"),
         }
 
     def pytest(self, folder: str, *options: str) -> bool:
@@ -96,6 +105,19 @@ class Run:
         if failed:
             say(f"\nstage '{failed}' failed; alone: {Path(sys.executable).name} scripts/run_checks.py {failed}")
         say(f"===== {self.totals} in {sum(self.seconds.values()):.2f}s =====")
+
+
+def slurm_is_here() -> bool:
+    """Whether SLURM is installed, after trying to install it; says what is missing."""
+    sbin = "/usr/local/sbin:/usr/sbin:/sbin"
+    lacking = [name for name in SLURM_PROGRAMS if not (shutil.which(name) or shutil.which(name, path=sbin))]
+    if not lacking:
+        return True
+    install = ("apt-get", "install", "--yes", "--no-install-recommends", *SLURM_PACKAGES)
+    if os.geteuid() == 0 and shutil.which("apt-get"):
+        return call("apt-get", "update", "--quiet") and call(*install)
+    say(f"not installed: {', '.join(lacking)}. As root: {' '.join(install)}")
+    return False
 
 
 def proto_is_fresh_and_clean() -> bool:
@@ -150,7 +172,7 @@ def main() -> int:
     if arguments.write_proto:
         return 0 if generate_proto(ROOT) else 1
     try:
-        return 0 if run.execute(arguments.stage or list(run.stages())) else 1
+        return 0 if run.execute(arguments.stage or [name for name in run.stages() if name not in ON_REQUEST]) else 1
     except KeyboardInterrupt:
         say("interrupted")
         return 130

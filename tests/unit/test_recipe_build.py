@@ -1,0 +1,129 @@
+"""From the recipe's settings to the trainer's configuration."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from experiments.recipe.build import DataFiles, train_config
+from experiments.recipe.run import check, serve_flags
+from experiments.recipe.settings import RecipeSettings
+from kvcore.errors import ConfigError, FieldError
+from student_trainer.config import TrainConfig
+
+DATA = DataFiles(Path("train.jsonl"), Path("val.jsonl"))
+ENDPOINTS = {"Qwen2.5-7B": ["n1:1"], "Qwen2.5-14B": ["n2:2", "n3:3"]}
+
+
+def settings(**changes: Any) -> RecipeSettings:
+    given = {
+        "student_model_name_or_path": "Qwen/Qwen2.5-1.5B",
+        "teacher_models": ("Qwen/Qwen2.5-7B", "Qwen/Qwen2.5-14B"),
+        "output_dir": Path("out"),
+    }
+    return RecipeSettings(**{**given, **changes})
+
+
+def config(world_size: int = 1, **changes: Any) -> TrainConfig:
+    return train_config(settings(**changes), ENDPOINTS, DATA, world_size)
+
+
+def test_flags_reach_the_trainer() -> None:
+    made = config(
+        world_size=4,
+        fixed_weights=(0.25, 0.75),
+        kv_compression="r-kv",
+        kv_loss_type="mse",
+        kv_loss_weight=0.1,
+        layer_map_strategy="cka",
+        head_adapt_strategy="pool",
+        learning_rate=1e-4,
+        warmup_ratio=0.2,
+        max_grad_norm=0.5,
+        per_device_train_batch_size=3,
+        gradient_accumulation_steps=5,
+        num_train_epochs=2,
+        eval_steps=11,
+        save_steps=12,
+        logging_steps=13,
+        bf16=False,
+        gradient_checkpointing=False,
+    )
+    assert [(teacher.name, teacher.endpoints, teacher.weight) for teacher in made.teachers] == [
+        ("Qwen2.5-7B", ("n1:1",), 0.25),
+        ("Qwen2.5-14B", ("n2:2", "n3:3"), 0.75),
+    ]
+    assert (made.kv.selection.selector, made.kv.selection.budget) == ("r_kv", 24)
+    assert (made.loss.kv_loss, made.loss.kv_weight) == ("mse", 0.1)
+    assert (made.align.layer_map, made.align.head_adapter) == ("cka", "pool")
+    assert (made.optim.lr, made.optim.warmup_ratio, made.optim.max_grad_norm) == (1e-4, 0.2, 0.5)
+    assert (made.run.global_batch, made.run.micro_batch, made.run.epochs, made.run.steps) == (60, 3, 2, None)
+    assert (made.run.eval_every, made.run.save_every, made.run.log_every) == (11, 12, 13)
+    assert (made.student.dtype, made.student.gradient_checkpointing) == ("fp32", False)
+    assert config(max_steps=7).run.epochs is None
+
+
+def test_a_phase_is_its_way_of_fusing() -> None:
+    assert [config(train_phase=phase).fuse.kind for phase in ("1", "2", "3")] == ["fixed", "similarity", "learnable"]
+    router = config(fusion_strategy="learnable", router_type="gate", router_hidden_dim=8, entropy_reg_weight=0.05).fuse
+    assert (router.router, router.router_width, router.entropy_weight) == ("gate", 8, 0.05)
+    warm = config(fusion_strategy="similarity", similarity_metric="dot", temperature=0.7).fuse
+    assert (warm.metric, warm.temperature, warm.temperature_floor, warm.temperature_decay) == ("dot", 0.7, 0.7, 0.0)
+
+
+def test_all_phases_follow_one_another_in_the_guides_folders() -> None:
+    made = config(train_phase="all", head_adapt_strategy="linear", layer_map_strategy="learned")
+    stages = [made.stage(index) for index in range(3)]
+    assert [stage.run.output_dir.name for stage in stages] == ["stage1_fixed", "stage2_similarity", "stage3_learnable"]
+    assert [stage.fuse.kind for stage in stages] == ["fixed", "similarity", "learnable"]
+    # Only a router trains a target's maps.
+    assert [stage.align.head_adapter for stage in stages] == ["ridge", "ridge", "linear"]
+    assert [stage.align.layer_map for stage in stages] == ["ratio", "ratio", "learned"]
+    assert stages[2].student.path == "out/stage2_similarity/best_model"
+
+
+@pytest.mark.parametrize(
+    ("mode", "compression", "selected", "time"),
+    [
+        ("latent", "right", ("right", 24, "reasoning"), "none"),
+        ("latent", "full", ("full", 0, "reasoning"), "linear"),
+        ("token", "full", ("full", 0, "all"), "none"),
+        ("token", "r-kv", ("r_kv", 24, "reasoning"), "none"),
+    ],
+)
+def test_compression_says_which_tokens_leave_a_teacher(
+    mode: str, compression: str, selected: tuple[str, int, str], time: str
+) -> None:
+    made = config(student_mode=mode, kv_compression=compression)
+    selection = made.kv.selection
+    assert (selection.selector, selection.budget, selection.span) == selected
+    assert made.align.time == time
+
+
+def test_a_store_is_kept_beside_the_run_unless_it_is_named() -> None:
+    assert config(kv_mode="online").kv.store is None
+    assert config(kv_mode="record").kv.store == Path("out/kv_store")
+    assert config(kv_mode="offline", kv_store=Path("store")).kv.store == Path("store")
+
+
+def test_fewer_teachers_are_the_first_ones() -> None:
+    assert [teacher.name for teacher in config(num_teachers=1).teachers] == ["Qwen2.5-7B"]
+
+
+def test_quantised_teachers_compute_in_the_type_that_was_named() -> None:
+    chosen = settings(load_in_4bit=True, bnb_4bit_compute_dtype="float16")
+    assert serve_flags(chosen) == {"dtype": "fp16", "load_in_8bit": False, "load_in_4bit": True}
+    assert serve_flags(settings())["dtype"] == "auto"
+
+
+def test_what_does_not_go_together_shows_before_anything_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(FieldError, match=r"no teacher is named 'Qwen2\.5-7'; did you mean 'Qwen2\.5-7B'"):
+        check(settings(teacher_endpoints=("Qwen2.5-7=n:1",)), DATA, 1)
+    with pytest.raises(FieldError, match=r"teacher 'Qwen2\.5-14B' has no endpoint"):
+        check(settings(teacher_endpoints=("Qwen/Qwen2.5-7B=n:1",)), DATA, 1)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match="ranks on other nodes cannot reach servers started here"):
+        check(settings(), DATA, 4)
+    assert check(settings(), DATA, 2) == {}
