@@ -45,7 +45,7 @@ def test_command_line_and_configurations_load_nothing_heavy() -> None:
     assert not HEAVY & set(loaded)
 
 
-@pytest.mark.parametrize("command", ["serve", "train", "demo"])
+@pytest.mark.parametrize("command", ["serve", "train", "demo", "report", "sweep"])
 def test_help_of_each_command_shows_examples(
     command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -196,6 +196,23 @@ def test_demo_options_reach_the_demo(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert started == [
         {"output": tmp_path, "quick": True, "seeds": 3},
         {"output": Path("outputs/demo"), "quick": False, "seeds": 1},
+    ]
+
+
+def test_report_and_sweep_options_reach_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[tuple[object, ...]] = []
+    put_in_place(monkeypatch, "experiments.report.write", "write_report", lambda *given: started.append(given))
+    put_in_place(monkeypatch, "experiments.sweep.run", "main", lambda *given, **how: started.append((*given, how)))
+    assert call(monkeypatch, "report", "a", "b", "--output", str(tmp_path)) == 0
+    assert call(monkeypatch, "report", "a") == 0
+    assert call(monkeypatch, "sweep", "s.yaml", "--set", "seeds=[0]", "--task", "3") == 0
+    assert call(monkeypatch, "sweep", "s.yaml", "--slurm") == 0
+    how = {"slurm": False, "list_only": False, "table_only": False, "task": None}
+    assert started == [
+        ([Path("a"), Path("b")], tmp_path),
+        ([Path("a")], Path("outputs/report")),
+        (Path("s.yaml"), ["seeds=[0]"], how | {"task": 3}),
+        (Path("s.yaml"), [], how | {"slurm": True}),
     ]
 
 
