@@ -21,7 +21,8 @@ from student_trainer.model import DistillModel, TrainBatch
 from student_trainer.router_loss import router_loss
 from tests.support.training_parts import LATENTS, RECORDS, distill_model, one_rank, train_batch
 
-BATCH = RECORDS[40:44]
+# The last one's answer is longer, so that the others' texts are padded.
+BATCH = (*RECORDS[40:43], replace(RECORDS[43], answer=RECORDS[43].answer + " or thereabouts"))
 BOTH = {"ada": 1.0, "ben": 1.0}
 KV_ALONE = LossConfig(reasoning_ce_weight=0.0, kv_weight=1.0)
 
@@ -238,16 +239,18 @@ def test_kv_stand_in_the_reasonings_places_alone_and_only_where_there_are_any() 
     text = model.student.read_text(tokens.text_ids_BT, tokens.text_mask_BT)
     k_BLHTD, v_BLHTD = text.k_BLHTD.detach(), text.v_BLHTD.detach()
     inside_BT = torch.tensor([reasoning_places(ends_T, row) for row, ends_T in enumerate(tokens.text_byte_ends_BT)])
-    inside = inside_BT[:, None, None, :, None]
 
-    def judged(moved: Tensor, mask_BT: Tensor) -> float:
-        return float(router_loss(model.student, tokens, k_BLHTD + 9 * moved, v_BLHTD + 9 * moved, mask_BT))
+    def judged(moved_BT: Tensor, mask_BT: Tensor) -> float:
+        moved = 9 * moved_BT[:, None, None, :, None]
+        return float(router_loss(model.student, tokens, k_BLHTD + moved, v_BLHTD + moved, mask_BT))
 
     every_BT = torch.ones_like(inside_BT)
-    own = judged(torch.zeros_like(inside), every_BT)
-    assert judged(~inside, every_BT) == own
-    assert judged(inside, ~inside_BT) == own
-    assert judged(inside, every_BT) != pytest.approx(own, rel=1e-2)
+    own = judged(~every_BT, every_BT)
+    assert judged(every_BT, ~inside_BT) == own
+    for t in range(inside_BT.shape[1]):
+        one_BT = torch.zeros_like(inside_BT)
+        one_BT[:, t] = True
+        assert (judged(one_BT, every_BT) != own) == bool(inside_BT[:, t].any())
 
 
 @pytest.mark.parametrize("mode", ["latent", "token"])
