@@ -41,15 +41,15 @@ def draw_direction(figure: Figure) -> None:
 
 
 def draw_router_loss(figure: Figure) -> None:
-    """Fused K/V in the latents' places, and the way of the gradient back to what made them."""
+    """Fused K/V in the reasoning's places, and the way of the gradient back to what made them."""
     axes = figure.subplots()
     _canvas(axes, 20, 9.2)
-    columns = ((0.6, 4.3, "prompt", FAINT), (5.2, 5.4, "latents", GREEN), (10.9, 3.9, "answer", FAINT))
+    columns = ((0.6, 4.3, "prompt", FAINT), (5.2, 5.4, "reasoning", FAINT), (10.9, 3.9, "answer", FAINT))
     draw_box(axes, (0.3, 2.4), (14.8, 2.3), "", GREY, filled=False)
     axes.text(0.7, 4.25, "the student's cache", va="center", color=GREY)
     axes.text(14.7, 4.25, "no gradient to the student", va="center", ha="right", color=GREY)
     for x, width, words, colour in columns:
-        fused = words == "latents"
+        fused = words == "reasoning"
         draw_box(axes, (x, 0.3), (width, 1.1), words, colour)
         draw_box(axes, (x, 2.6), (width, 1.1), "fused K/V" if fused else "own K/V", BLUE if fused else FAINT)
         if not fused:
