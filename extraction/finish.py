@@ -112,8 +112,8 @@ def finish(config: ExtractConfig, survey: Survey, items: Items, names: list[str]
             first = skipped[0]
             raise TeacherRefusedError(
                 first.teacher,
-                f"cannot serve {len(skipped)} samples, the first of them '{first.id}': {first.reason}. All others are "
-                "stored; give the same command with --on_missing skip to go on without these",
+                f"cannot serve '{first.id}': {first.reason}. {len(lacking)} samples lack K/V of some teacher, all "
+                "others are stored; give the same command with --on_missing skip to go on without them",
             )
         if not rows:
             raise ConfigError("no sample is left that every teacher can serve")
@@ -251,7 +251,7 @@ def _say_result(config: ExtractConfig, written: int, samples: int, size: int, le
     for reason, count in Counter(entry["reason"] for entry in left_out).most_common(5):
         logger.warning("left out: %d samples: %s (%s lists all)", count, reason, config.report_path)
     if config.format == "store":
-        selection = config.selection.model_dump(mode="json", exclude_defaults=True)
+        selection = config.selection.model_dump(mode="json", include={"selector", "budget", "span", "scope"})
         flags = [f"kv.selection.{name}={value}" for name, value in selection.items()]
         settings = ["kv.mode=offline", f"kv.store={result}", f"kv.codec.name={config.codec_spec.name}", *flags]
         logger.info("train from it with: kvdistill train ... %s", " ".join(f"--set {setting}" for setting in settings))

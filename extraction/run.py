@@ -89,7 +89,6 @@ class _Run:
 
     def pull(self) -> dict[str, dict[int, str]]:
         """Brings this worker's rows to the stores; returns what teachers could not serve."""
-        config = self.config
         with ExitStack() as stack:
             endpoints: Mapping[str, Sequence[str]] = self.endpoints
             servers: LocalTeachers | None = None

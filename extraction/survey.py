@@ -27,8 +27,8 @@ TOO_LONG = "longer than --max_length"
 NO_SPAN = "no text in the span"
 _PARTS: tuple[SpanKind, ...] = ("prompt", "reasoning", "answer")
 _READ_AT_ONCE = 512
-# Measured: a journal line, a shard's header and the index for one sample, and what grows with the layers.
-_SAMPLE_BYTES, _LAYER_BYTES = 2600, 44
+# Measured: a journal line, a shard's header and the index, of one sample, and of its tensors and layers.
+_SAMPLE_BYTES, _TENSOR_BYTES, _LAYER_BYTES = 300, 210, 44
 # A sample of a .pt file beside its tensors and texts, for each teacher.
 _PT_BYTES = 600
 
@@ -124,7 +124,8 @@ def stored_bytes(slots: int, tokens: int, plan: KVPlan, info: TeacherInfo) -> in
     parts = [part for kind in KINDS for part in part_layout(plan.codec, kind, info.kv_heads, slots, info.head_dim)]
     layer = sum(int(np.prod(shape)) * dtype.itemsize for _, dtype, shape in parts)
     choosers = {"sample": 1, "layer": len(plan.layers), "head": len(plan.layers) * info.kv_heads}[plan.selection.scope]
-    fixed = 8 * tokens + 4 * slots * choosers + _SAMPLE_BYTES
+    # Positions, token ids and byte ends stand beside the parts.
+    fixed = 8 * tokens + 4 * slots * choosers + _SAMPLE_BYTES + _TENSOR_BYTES * (len(parts) + 3)
     return len(plan.layers) * (layer + _LAYER_BYTES) + fixed
 
 

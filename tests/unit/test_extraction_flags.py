@@ -1,0 +1,119 @@
+"""The extraction's flags: the guide's names and defaults, and mistakes told before anything is loaded."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from extraction.config import ExtractConfig
+from extraction.flags import GROUPS, parser, read_flags
+from kvcore.errors import ConfigError
+from kvcore.plan import Selection
+from tests.support.servers import REPOSITORY
+
+NEEDED = ["--teacher_models", "a/t1", "a/t2", "--student_model", "a/s", "--dataset_path", "d", "--output_dir", "o"]
+
+
+def read(*more: str) -> ExtractConfig:
+    return read_flags([*NEEDED, *more], "x")
+
+
+def test_the_guides_command_is_understood() -> None:
+    config = read("--output_name", "train_kv", "--kv_compression", "right", "--max_length", "2048", "--device", "cuda")
+    assert config.teacher_models == ("a/t1", "a/t2")
+    assert (config.device, config.max_length, config.format) == ("cuda", 2048, "pt")
+    assert config.pt_path == Path("o/train_kv.pt")
+
+
+def test_only_models_dataset_and_directory_have_to_be_named() -> None:
+    config = read()
+    assert (config.output_name, config.kv_compression, config.max_length) == ("train_kv", "right", 2048)
+    assert config.selection == Selection(selector="right", budget=24, span="all")
+    assert (config.codec_spec.name, config.all_layers, config.store) == ("bf16", True, Path("o/train_kv.parts"))
+
+
+@pytest.mark.parametrize(
+    ("flags", "selection"),
+    [
+        (["--kv_compression", "right"], Selection(selector="right", budget=24, span="reasoning")),
+        (["--kv_compression", "r-kv", "--kv_budget", "8"], Selection(selector="r_kv", budget=8, span="reasoning")),
+        (["--kv_compression", "full"], Selection(selector="full", span="all")),
+        (["--kv_compression", "full", "--span", "reasoning"], Selection(selector="full", span="reasoning")),
+    ],
+)
+def test_a_store_holds_what_training_reads_by_default(flags: list[str], selection: Selection) -> None:
+    config = read("--format", "store", *flags)
+    assert config.selection == selection
+    assert (config.codec_spec.name, config.all_layers, config.store) == ("int8", False, Path("o/train_kv"))
+
+
+def test_shards_count_from_one() -> None:
+    assert [(read("--shard", f"{i}/3").worker, read("--shard", f"{i}/3").workers) for i in (1, 2, 3)] == [
+        (0, 3),
+        (1, 3),
+        (2, 3),
+    ]
+
+
+@pytest.mark.parametrize(("given", "value"), [(["true"], True), (["False"], False), ([], True)])
+def test_booleans_are_true_or_false(given: list[str], value: bool) -> None:
+    assert read("--load_in_8bit", *given).load_in_8bit is value
+
+
+@pytest.mark.parametrize(
+    ("flags", "problem"),
+    [
+        (["--kv_compresion", "right"], "unknown flag --kv_compresion; did you mean --kv_compression?"),
+        (["--output-name=x"], "unknown flag --output-name=x; did you mean --output_name?"),
+        (["--kv_compression", "left"], "invalid choice: 'left'"),
+        (["--load_in_8bit", "maybe"], "expected true or false, got 'maybe'"),
+        (["--max_length", "0"], "--max_length: "),
+        (["--shard", "0/3"], "counts from 1/N"),
+        (["--shard", "4/3"], "counts from 1/N"),
+        (["--shard", "one"], "--shard: "),
+        (["--kv_compression", "full", "--kv_budget", "3"], "takes no budget; got 3"),
+        (["--scope", "head"], "chooses the same tokens everywhere"),
+        (["--output_name", "../x"], "--output_name: "),
+        (["--load_in_8bit", "true", "--teacher_endpoints", "t1=h:1"], "load_in_8bit: is for servers that are started"),
+    ],
+)
+def test_mistakes_are_named(flags: list[str], problem: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        read(*flags)
+    assert problem in str(caught.value)
+
+
+def test_a_flag_that_is_needed_is_named() -> None:
+    with pytest.raises(ConfigError, match="--student_model"):
+        read_flags(["--teacher_models", "a", "--dataset_path", "d", "--output_dir", "o"], "x")
+
+
+def test_every_field_has_a_flag_and_help_says_how_to_use_them() -> None:
+    fields = [name for group in GROUPS.values() for name in group]
+    assert sorted(fields) == sorted(ExtractConfig.model_fields)
+    shown = parser("x").format_help()
+    assert all(f"--{name}" in shown for name in fields)
+    assert "examples:" in shown
+    assert "--shard 2/4" in shown
+
+
+@pytest.mark.parametrize("command", [["scripts/extract_dual_style_kv.py"], ["-m", "kvdistill", "extract"]])
+def test_both_commands_end_a_mistake_with_one_line_and_status_2(command: list[str]) -> None:
+    done = subprocess.run(
+        [sys.executable, *command, *NEEDED, "--nonsense", "1"],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert "unknown flag --nonsense" in done.stderr
+
+
+def test_mistakes_show_before_torch_is_loaded() -> None:
+    code = "import sys, extraction.command; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, check=False).returncode == 0

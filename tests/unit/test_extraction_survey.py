@@ -1,0 +1,134 @@
+"""What an extraction reads of a dataset, leaves out of it, and says that it will write."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+
+from extraction.config import ExtractConfig
+from extraction.dataset import Items
+from extraction.pt_file import PTWriter
+from extraction.survey import pt_bytes, slots_of, stored_bytes, survey
+from kvcore.errors import ConfigError, FieldError
+from kvcore.plan import CodecSpec, KVPlan, Selection
+from kvcore.store import KVStoreWriter
+from tests.support.kv_fakes import INFO, kv_of, samples
+from tests.support.tiny_models import build_tokenizer
+
+ROWS = [
+    {"id": "a-cot", "prompt": "2+2? ", "reasoning": "It is 4. ", "answer": "4", "style": "cot", "dataset": "sums"},
+    {"id": "a-direct", "prompt": "2+2? ", "reasoning": "", "answer": "4", "style": "direct", "dataset": "sums"},
+    {"id": "b", "prompt": "二加二? ", "reasoning": "等于四。" * 9, "answer": "四", "task_type": "math"},
+    {"id": "c", "prompt": "Why?", "reasoning": "", "answer": "So."},
+]
+TOKENIZER = build_tokenizer("qwen2")
+
+
+def as_lines(directory: Path, rows: list[dict[str, Any]]) -> Path:
+    path = directory / "data.jsonl"
+    path.write_text("\n\n".join(json.dumps(row, ensure_ascii=False) for row in rows), encoding="utf-8")
+    return path
+
+
+def config(**changes: Any) -> ExtractConfig:
+    settings = {"teacher_models": ("t",), "student_model": "s", "dataset_path": Path("d"), "output_dir": Path("o")}
+    return ExtractConfig(**{**settings, **changes})
+
+
+def test_lines_and_saved_datasets_are_the_same_items(tmp_path: Path) -> None:
+    keys = ("id", "prompt", "reasoning", "answer", "style", "dataset", "task_type")
+    Dataset.from_list([{key: row.get(key, "") for key in keys} for row in ROWS]).save_to_disk(str(tmp_path / "saved"))
+    lines, saved = Items(as_lines(tmp_path, ROWS)), Items(tmp_path / "saved")
+    assert [lines[row] for row in range(4)] == [saved[row] for row in range(4)]
+    assert [lines[row].style for row in range(4)] == ["cot", "direct", "cot", "direct"]
+    assert [lines[row].record.dataset for row in range(4)] == ["sums", "sums", "", ""]
+    assert lines[2].task_type == "math"
+    assert len(Items(tmp_path / "saved", limit=3)) == 3
+
+
+def test_a_dataset_that_is_not_there_or_no_dataset_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="no such data file"):
+        Items(tmp_path / "nowhere")
+    with pytest.raises(ConfigError, match="save_to_disk"):
+        Items(tmp_path)
+    with pytest.raises(ConfigError, match="no record"):
+        Items(as_lines(tmp_path, []))
+    with pytest.raises(FieldError, match=r"data\.jsonl:2: answer"):
+        Items(as_lines(tmp_path, [ROWS[0], {"id": "x", "prompt": "p", "reasoning": ""}]))[1]
+
+
+def test_tokens_are_counted_part_by_part_as_training_counts_them(tmp_path: Path) -> None:
+    found = survey(Items(as_lines(tmp_path, ROWS)), TOKENIZER, config())
+    for row, tree in enumerate(ROWS):
+        for column, part in enumerate(("prompt", "reasoning", "answer")):
+            assert found.tokens_R3[row, column] == len(TOKENIZER(tree[part])["input_ids"])
+    assert found.left_out == {}
+
+
+def test_the_longest_sample_that_training_takes_is_kept_and_one_more_token_is_left_out(tmp_path: Path) -> None:
+    items = Items(as_lines(tmp_path, ROWS))
+    longest = int(survey(items, TOKENIZER, config()).lengths().max()) + 1
+    assert survey(items, TOKENIZER, config(max_length=longest)).left_out == {}
+    left_out = survey(items, TOKENIZER, config(max_length=longest - 1)).left_out
+    assert left_out == {2: f"longer than --max_length {longest - 1}"}
+
+
+def test_samples_without_text_in_the_span_are_left_out_by_name(tmp_path: Path) -> None:
+    found = survey(Items(as_lines(tmp_path, ROWS)), TOKENIZER, config(span="reasoning"))
+    assert found.left_out == dict.fromkeys((1, 3), "no text in the span 'reasoning'")
+    assert list(found.kept()) == [0, 2]
+
+
+def test_a_dataset_of_which_nothing_is_left_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="all 4 samples are left out"):
+        survey(Items(as_lines(tmp_path, ROWS)), TOKENIZER, config(max_length=1))
+
+
+def test_an_id_that_comes_twice_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="'a-cot' is the id of row 1 already"):
+        survey(Items(as_lines(tmp_path, [*ROWS, ROWS[0]])), TOKENIZER, config())
+
+
+def test_another_text_is_another_dataset(tmp_path: Path) -> None:
+    digests = set()
+    for reasoning in ("It is 4. ", "It is 4."):
+        items = Items(as_lines(tmp_path, [{**ROWS[0], "reasoning": reasoning}]))
+        digests.add(survey(items, TOKENIZER, config()).digest)
+    assert len(digests) == 2
+
+
+@pytest.mark.parametrize("codec", ["raw", "bf16", "int8"])
+def test_the_size_that_is_told_is_the_size_that_is_written(tmp_path: Path, codec: Any) -> None:
+    plan = KVPlan(
+        layers=(0, 1, 2), selection=Selection(selector="right", budget=6, span="all"), codec=CodecSpec(name=codec)
+    )
+    sent = [kv_of(sample, plan=plan) for sample in samples(200)]
+    with KVStoreWriter(tmp_path / "store", INFO, plan, "w") as store:
+        for kv in sent:
+            store.add(kv)
+    told = sum(stored_bytes(kv.slots, kv.token_ids_T.numel(), plan, INFO) for kv in sent)
+    written = sum(file.stat().st_size for file in (tmp_path / "store").iterdir())
+    assert written == pytest.approx(told, rel=0.15)
+    assert written < told
+
+    dtype = torch.float32 if codec == "raw" else torch.bfloat16
+    with PTWriter(tmp_path / "x.pt") as file:
+        for kv in sent:
+            x_LHMD = torch.zeros(3, INFO.kv_heads, kv.slots, INFO.head_dim, dtype=dtype)
+            entry = {"teacher": "t", "keys": x_LHMD, "values": x_LHMD + 1, "positions": kv.positions.flatten()}
+            file.append({"example_id": kv.sample_id, "teacher_kvs": [{**entry, "seq_len": 9}]})
+    told = sum(pt_bytes(kv.slots, plan, INFO) for kv in sent)
+    written = (tmp_path / "x.pt").stat().st_size
+    assert written == pytest.approx(told, rel=0.2)
+    assert written < told
+
+
+def test_a_plan_keeps_its_budget_or_all() -> None:
+    right = KVPlan(layers=(0,), selection=Selection(selector="right", budget=4))
+    assert [slots_of(count, right) for count in (2, 4, 9)] == [2, 4, 4]
+    assert slots_of(9, KVPlan(layers=(0,))) == 9
