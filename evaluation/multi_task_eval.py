@@ -25,7 +25,7 @@ def main(arguments: Sequence[str], program: str) -> int:
     try:
         settings = read_flags(arguments, program)
         logging.basicConfig(level=logging.INFO, format="%(asctime)s  %(message)s", datefmt="%H:%M:%S", force=True)
-        for name in ("lm_eval", "httpx", "datasets", "transformers"):
+        for name in ("lm_eval", "httpx", "datasets", "huggingface_hub", "transformers"):
             logging.getLogger(name).setLevel(logging.ERROR)
         evaluate(settings)
     except KVDistillError as error:

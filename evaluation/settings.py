@@ -81,7 +81,7 @@ def parser(program: str) -> argparse.ArgumentParser:
         argument_default=argparse.SUPPRESS,
     )
     add = made.add_argument
-    add("--model_path", required=True, metavar="PATH", help="a best_model, or a directory or hub id for transformers")
+    add("--model_path", metavar="PATH", help="required: a best_model, or a directory or hub id for transformers")
     add(
         "--eval_datasets",
         nargs="+",
@@ -124,4 +124,5 @@ def read_flags(arguments: Sequence[str], program: str) -> EvalSettings:
     try:
         return parse(given, EvalSettings)
     except FieldError as error:
-        raise FieldError(f"--{error.field}", error.problem) from error
+        required = error.problem.startswith("Field required")
+        raise FieldError(f"--{error.field}", "is required" if required else error.problem) from error

@@ -1,0 +1,244 @@
+"""The benchmarks as they are asked and scored: prompts, references, local copies, and what stops an evaluation."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from datasets import Dataset
+from lm_eval.tasks import TaskManager
+
+from data.families.base import Question
+from data.prompts import prompt_of
+from evaluation import scoring, suite
+from evaluation.scoring import NO_ANSWER
+from evaluation.settings import BENCHMARKS
+from evaluation.suite import Benchmark, load_benchmarks
+from kvcore.errors import ConfigError, FieldError
+from tests.support import benchmark_data
+from tests.support.benchmark_data import BBH_TARGETS, write_benchmarks
+
+QUESTIONS = 3
+
+
+@pytest.fixture(scope="module")
+def copies(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("copies")
+    write_benchmarks(directory, QUESTIONS)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def benchmarks(copies: Path) -> dict[str, Benchmark]:
+    return {each.name: each for each in load_benchmarks(BENCHMARKS, copies)}
+
+
+def ask(benchmark: Benchmark, task: str | None = None) -> tuple[Any, dict[str, Any], str]:
+    """A task, its second question and the prompt."""
+    chosen = benchmark.tasks[task] if task else next(iter(benchmark.tasks.values()))
+    doc = chosen.eval_docs[1]
+    return chosen, doc, str(chosen.fewshot_context(doc, 0))
+
+
+def score(task: Any, doc: dict[str, Any], text: str) -> float:
+    """What a text scores, by the way that lm-eval goes from texts to scores."""
+    (pipeline,) = task._filters
+    texts = [[text]]
+    for step in pipeline.filters:
+        texts = step().apply(texts, [doc])
+    return task.process_results(doc, list(texts))["exact_match"]
+
+
+def test_every_benchmark_and_subject_is_there(benchmarks: dict[str, Benchmark]) -> None:
+    assert tuple(benchmarks) == BENCHMARKS
+    counts = {name: len(benchmark.tasks) for name, benchmark in benchmarks.items()}
+    several = {"bbh": 27, "cmmlu_subset": 12, "ceval_subset": 12}
+    assert counts == dict.fromkeys(BENCHMARKS, 1) | several
+    assert benchmarks["bbh"].count(None) == 27 * QUESTIONS
+    assert benchmarks["bbh"].count(2) == 27 * 2
+    assert {name for name, benchmark in benchmarks.items() if benchmark.metric == "acc"} == {
+        "truthfulqa",
+        "cmmlu_subset",
+        "ceval_subset",
+    }
+
+
+@pytest.mark.parametrize(
+    ("name", "right", "wrong"),
+    [
+        ("gsm8k_test", "1200 + 36 = 1236. The answer is 1,236.", "The answer is 1."),
+        ("gsm8k_test", " 1200+35 is 1235, and one more.\n#### 1236", "#### 1235"),
+        ("math500", "so we get $\\boxed{1.5}$", "\\boxed{\\frac{2}{3}}"),
+        ("math500", " \\dfrac{3}{2}", "3"),
+    ],
+)
+def test_texts_are_scored_by_the_answer_in_them(
+    benchmarks: dict[str, Benchmark], name: str, right: str, wrong: str
+) -> None:
+    task, doc, _ = ask(benchmarks[name])
+    assert score(task, doc, right) == 1.0
+    assert score(task, doc, wrong) == 0.0
+    assert score(task, doc, "I cannot say.") == 0.0
+
+
+def test_every_subject_of_bbh_knows_its_answers(benchmarks: dict[str, Benchmark]) -> None:
+    for name in benchmarks["bbh"].tasks:
+        task, doc, _ = ask(benchmarks["bbh"], name)
+        target = BBH_TARGETS.get(name.removeprefix("bbh::"), "(B)")
+        for text in (f" {target}", f"Let us see. So the answer is {target}.", target.replace("(B)", "B")):
+            assert score(task, doc, text) == 1.0, (name, text)
+        assert score(task, doc, "So the answer is nothing") == 0.0, name
+
+
+def test_gpqa_asks_the_same_in_every_run(benchmarks: dict[str, Benchmark], copies: Path) -> None:
+    (again,) = load_benchmarks(["gpqa"], copies)
+    task, doc, prompt = ask(benchmarks["gpqa"])
+    assert ask(again)[2] == prompt
+    assert doc["choices"]["ABCD".index(doc["gold"])] == "1 joules"
+    assert score(task, doc, f"The answer is ({doc['gold']})") == 1.0
+    assert score(task, doc, "I think it is 1 joules") == 1.0
+    assert score(task, doc, "The answer is A or B.") == 0.0
+
+
+def test_prompts_are_those_that_students_are_trained_on(benchmarks: dict[str, Benchmark]) -> None:
+    def trained(stem: str, language: str, options: str = "", *, direct: bool = False) -> str:
+        question = Question(stem, "", "x", options=options)
+        return prompt_of(question, "direct" if direct else "cot", language)
+
+    _, doc, prompt = ask(benchmarks["gsm8k_test"])
+    assert prompt == trained(doc["question"], "en")
+    _, doc, prompt = ask(benchmarks["math500"])
+    assert prompt == trained(doc["problem"], "en")
+    _, doc, prompt = ask(benchmarks["bbh"], "bbh::navigate")
+    assert prompt == trained(doc["input"], "en")
+    _, doc, prompt = ask(benchmarks["gpqa"])
+    options = "\n".join(f"{letter}. {choice}" for letter, choice in zip("ABCD", doc["choices"], strict=True))
+    assert prompt == trained(doc["question"], "en", options)
+    for name, column in (("cmmlu_subset", "Question"), ("ceval_subset", "question")):
+        task, doc, prompt = ask(benchmarks[name])
+        options = "\n".join(f"{letter}. {doc[letter]}" for letter in "ABCD")
+        # The letter is weighed at once, so the question asks for the result alone.
+        assert prompt == trained(doc[column], "zh", options, direct=True)
+        assert task.doc_to_choice(doc) == list("ABCD")
+        assert task.doc_to_target(doc) == 1
+
+
+def test_truthfulqa_keeps_its_opening_questions(benchmarks: dict[str, Benchmark]) -> None:
+    task, doc, prompt = ask(benchmarks["truthfulqa"])
+    assert prompt.count("Q: ") == 7
+    assert prompt.endswith(f"Q: {doc['question']}\nA:")
+    assert task.doc_to_target(doc) == 0
+
+
+@pytest.mark.parametrize("form", ["json", "parquet", "directory of a split", "parquet in a directory", "saved"])
+def test_a_local_copy_has_any_common_form(form: str, copies: Path, tmp_path: Path) -> None:
+    rows = [json.loads(line) for line in (copies / "gsm8k_test.jsonl").read_text(encoding="utf-8").splitlines()]
+    table = Dataset.from_list(rows)
+    place = tmp_path / "gsm8k_test"
+    match form:
+        case "json":
+            (tmp_path / "gsm8k_test.json").write_text(json.dumps(rows), encoding="utf-8")
+        case "parquet":
+            table.to_parquet(tmp_path / "gsm8k_test.parquet")
+        case "directory of a split":
+            place.mkdir()
+            shutil.copy(copies / "gsm8k_test.jsonl", place / "test.jsonl")
+            (place / "train.jsonl").write_text('{"question": "other", "answer": "#### 1"}\n', encoding="utf-8")
+        case "parquet in a directory":
+            place.mkdir()
+            table.to_parquet(place / "test-00000-of-00001.parquet")
+        case _:
+            table.save_to_disk(place)
+    (benchmark,) = load_benchmarks(["gsm8k_test"], tmp_path)
+    docs = benchmark.tasks["gsm8k_test"].eval_docs
+    assert [doc["question"] for doc in docs] == [row["question"] for row in rows]
+
+
+def test_all_datasets_that_cannot_be_had_are_named_at_once(copies: Path, tmp_path: Path) -> None:
+    for name in ("gsm8k_test.jsonl", "truthfulqa.jsonl"):
+        shutil.copy(copies / name, tmp_path)
+    (tmp_path / "math500.jsonl").write_text('{"question": "1+1?", "answer": "2"}\n', encoding="utf-8")
+    (tmp_path / "bbh").mkdir()
+    with pytest.raises(ConfigError) as caught:
+        load_benchmarks(["gsm8k_test", "math500", "gpqa", "bbh"], tmp_path)
+    message = str(caught.value)
+    assert "3 of 4 datasets cannot be evaluated, so none was" in message
+    assert "math500: " in message
+    assert "has no column problem; it has question, answer" in message
+    assert "gpqa: " in message
+    assert "Idavidrein/gpqa" in message
+    assert "--data_dir" in message
+    assert "bbh/boolean_expressions: " in message
+    assert "gsm8k_test: " not in message
+
+
+def test_an_empty_copy_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "gsm8k_test.json").write_text("[]", encoding="utf-8")
+    with pytest.raises(ConfigError, match="gsm8k_test"):
+        load_benchmarks(["gsm8k_test"], tmp_path)
+
+
+def test_names_are_checked_before_anything_is_read(tmp_path: Path) -> None:
+    with pytest.raises(FieldError, match="stands twice"):
+        load_benchmarks(["gpqa", "gpqa"])
+    with pytest.raises(FieldError, match="there is no directory"):
+        load_benchmarks(["gpqa"], tmp_path / "missing")
+
+
+def test_names_that_nobody_knows_name_the_nearest(copies: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # lm-eval's own tasks take half a minute to list.
+    without_theirs = lambda **options: TaskManager(**options | {"include_defaults": False})  # noqa: E731
+    monkeypatch.setattr(suite, "TaskManager", without_theirs)
+    with pytest.raises(FieldError, match="no dataset is called 'gsm8k_tset'; did you mean 'gsm8k_test'"):
+        load_benchmarks(["gpqa", "gsm8k_tset"], copies)
+
+
+def test_tasks_of_ones_own_run_beside_the_benchmarks(tmp_path: Path) -> None:
+    (tmp_path / "own.yaml").write_text(OWN_TASK.format(path=tmp_path / "own.jsonl"), encoding="utf-8")
+    (tmp_path / "own.jsonl").write_text('{"q": "1+1=", "a": "2"}\n', encoding="utf-8")
+    (benchmark,) = load_benchmarks(["own"], tasks_dir=tmp_path)
+    assert (benchmark.metric, benchmark.filter) == ("exact_match", "none")
+    assert benchmark.count(None) == 1
+
+
+def test_a_metric_that_is_no_mean_has_no_score(tmp_path: Path) -> None:
+    text = OWN_TASK.replace("generate_until", "loglikelihood_rolling").replace("exact_match", "word_perplexity")
+    text = text.replace("aggregation: mean", "aggregation: weighted_perplexity")
+    (tmp_path / "own.yaml").write_text(text.format(path=tmp_path / "own.jsonl"), encoding="utf-8")
+    (tmp_path / "own.jsonl").write_text('{"q": "1+1=", "a": "2"}\n', encoding="utf-8")
+    with pytest.raises(ConfigError, match="'word_perplexity' is no mean"):
+        load_benchmarks(["own"], tasks_dir=tmp_path)
+
+
+def test_answers_are_as_long_as_the_model_has_room_for(copies: Path) -> None:
+    (benchmark,) = load_benchmarks(["gsm8k_test"], copies)
+
+    class Short:
+        max_length = 300
+
+    task = benchmark.tasks["gsm8k_test"]
+    with pytest.raises(FieldError, match="answers of up to 512 tokens, and this model reads 300"):
+        benchmark.limit_answers(None, Short())
+    benchmark.limit_answers(20, Short())
+    assert task.config.generation_kwargs["max_gen_toks"] == 20
+    assert task.config.generation_kwargs["until"] == ["Question:"]
+
+
+def test_the_mark_for_no_answer_is_never_right() -> None:
+    assert scoring.score({"gold": NO_ANSWER}, [NO_ANSWER]) == {"exact_match": 0.0}
+    assert benchmark_data.MAKERS.keys() | benchmark_data.SUBJECT_MAKERS.keys() == set(BENCHMARKS)
+
+
+OWN_TASK = """
+task: own
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {path}}}}}
+test_split: test
+output_type: generate_until
+doc_to_text: "{{{{q}}}}"
+doc_to_target: "{{{{a}}}}"
+metric_list: [{{metric: exact_match, aggregation: mean, higher_is_better: true}}]
+"""

@@ -1,0 +1,119 @@
+"""From samples to entries: scores in percent, intervals, and nothing that is not a number."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from evaluation.scores import bootstrap_interval, dataset_entry, question_lines, write_lines
+from evaluation.scoring import NO_ANSWER
+from kvcore.errors import ConfigError, KVDistillError
+
+
+def generated(doc_id: int, score: float, answer: str = "4") -> dict[str, Any]:
+    return {
+        "doc_id": doc_id,
+        "arguments": [("Question: 2+2?\nAnswer:", {"until": []})],
+        "resps": [["The answer is 4"]],
+        "filtered_resps": [answer],
+        "filter": "answer",
+        "target": "4",
+        "exact_match": score,
+    }
+
+
+def weighed(*likelihoods: float) -> dict[str, Any]:
+    return {
+        "doc_id": 0,
+        "arguments": [("Q:", f" {letter}") for letter in "ABCD"[: len(likelihoods)]],
+        "resps": [[(value, False)] for value in likelihoods],
+        "filtered_resps": [(value, False) for value in likelihoods],
+        "filter": "none",
+        "target": 1,
+        "acc": 1.0,
+    }
+
+
+def test_the_interval_is_that_of_the_mean() -> None:
+    values = [1.0] * 70 + [0.0] * 30
+    low, high = bootstrap_interval(values)
+    error = 1.96 * (0.7 * 0.3 / 100) ** 0.5
+    assert (low, high) == pytest.approx((0.7 - error, 0.7 + error), abs=0.015)
+    assert bootstrap_interval(values) == (low, high)
+    assert bootstrap_interval(values, seed=1) != (low, high)
+    narrow = bootstrap_interval(values * 25)
+    assert narrow[1] - narrow[0] == pytest.approx((high - low) / 5, rel=0.1)
+
+
+def test_the_interval_covers_the_truth_about_as_often_as_it_says() -> None:
+    generator = np.random.default_rng(3)
+    covered = 0
+    for _ in range(100):
+        low, high = bootstrap_interval((generator.random(80) < 0.4).astype(float).tolist(), resamples=500)
+        covered += low <= 0.4 <= high
+    assert 88 <= covered <= 100
+
+
+def test_an_entry_has_what_the_guide_reads() -> None:
+    samples = {"gsm8k_test": [generated(0, 1.0), generated(1, 0.0, NO_ANSWER), generated(2, 1.0), generated(3, 1.0)]}
+    entry = dataset_entry("gsm8k_test", "exact_match", question_lines(samples, "exact_match", "answer"))
+    assert entry["dataset"] == "gsm8k_test"
+    assert entry["metric"] == "exact_match"
+    assert entry["score"] == 75.0
+    assert entry["num_examples"] == 4
+    assert entry["no_answer"] == 1
+    assert entry["ci95"][0] <= 75.0 <= entry["ci95"][1]
+    assert "subjects" not in entry
+
+
+def test_subjects_are_told_apart_and_questions_weigh_the_same() -> None:
+    samples = {"bbh::navigate": [generated(0, 1.0)], "bbh::snarks": [generated(0, 0.0), generated(1, 0.0)]}
+    entry = dataset_entry("bbh", "exact_match", question_lines(samples, "exact_match", "answer"))
+    assert entry["score"] == pytest.approx(100 / 3)
+    assert entry["subjects"] == {
+        "navigate": {"score": 100.0, "num_examples": 1},
+        "snarks": {"score": 0.0, "num_examples": 2},
+    }
+
+
+def test_each_question_has_a_line(tmp_path: Path) -> None:
+    lines = question_lines({"t": [generated(0, 1.0), generated(1, 0.0)]}, "exact_match", "answer")
+    write_lines(tmp_path / "new" / "t.jsonl", lines)
+    first, _ = [json.loads(line) for line in (tmp_path / "new" / "t.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert first == {
+        "task": "t",
+        "id": 0,
+        "prompt": "Question: 2+2?\nAnswer:",
+        "output": "The answer is 4",
+        "answer": "4",
+        "target": "4",
+        "score": 1.0,
+    }
+
+
+def test_a_weighed_question_shows_its_choices() -> None:
+    (line,) = question_lines({"t": [weighed(-3.0, -1.5)]}, "acc", "none")
+    assert line["answer"] == " B"
+    assert line["choices"] == [{"text": " A", "loglikelihood": -3.0}, {"text": " B", "loglikelihood": -1.5}]
+
+
+def test_only_the_chosen_filter_counts() -> None:
+    strict = generated(0, 0.0) | {"filter": "strict-match"}
+    (line,) = question_lines({"t": [generated(0, 1.0), strict]}, "exact_match", "answer")
+    assert line["score"] == 1.0
+
+
+def test_likelihoods_that_are_no_numbers_are_no_answers() -> None:
+    # The right choice of TruthfulQA is its first, and the first of several NaN is taken for the largest.
+    for bad in (float("nan"), float("-inf")):
+        with pytest.raises(KVDistillError, match="not finite at question 0"):
+            question_lines({"truthfulqa": [weighed(bad, bad)]}, "acc", "none")
+
+
+def test_scores_beyond_percent_are_refused() -> None:
+    with pytest.raises(ConfigError, match="needs 0 to 1"):
+        question_lines({"t": [generated(0, 17.0)]}, "exact_match", "answer")

@@ -1,0 +1,66 @@
+"""The flags of the evaluation."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from evaluation.settings import BENCHMARKS, read_flags
+from kvcore.errors import ConfigError, FieldError
+
+
+def read(*arguments: str):
+    return read_flags(arguments, "multi_task_eval.py")
+
+
+def test_the_guides_flags_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("KVDISTILL_DATA_DIR", raising=False)
+    settings = read("--model_path", "m/best_model", "--eval_datasets", "gpqa", "bbh", "--output_file", "m/results.json")
+    assert settings.model_path == "m/best_model"
+    assert settings.eval_datasets == ("gpqa", "bbh")
+    assert settings.output == Path("m/results.json")
+    assert settings.data_dir is None
+    assert settings.limit is None
+
+
+def test_every_benchmark_is_the_default(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("KVDISTILL_DATA_DIR", str(tmp_path))
+    settings = read("--model_path", "m", "--limit", "5")
+    assert settings.eval_datasets == BENCHMARKS
+    assert settings.data_dir == tmp_path
+    assert settings.limit == 5
+
+
+def test_results_stand_beside_the_model(tmp_path: Path) -> None:
+    (tmp_path / "best_model").mkdir()
+    assert read("--model_path", str(tmp_path / "best_model")).output == tmp_path / "eval_results.json"
+    with pytest.raises(FieldError, match="--output_file: is required"):
+        _ = read("--model_path", "Qwen/Qwen2.5-1.5B").output
+
+
+def test_mistakes_name_their_flag() -> None:
+    with pytest.raises(ConfigError, match="unknown flag --eval_dataset; did you mean --eval_datasets"):
+        read("--model_path", "m", "--eval_dataset", "gpqa")
+    with pytest.raises(FieldError, match="--model_path: is required"):
+        read("--limit", "3")
+    with pytest.raises(FieldError, match=r"--limit: .*greater than or equal to 1"):
+        read("--model_path", "m", "--limit", "0")
+    with pytest.raises(ConfigError, match="invalid int value: 'many'"):
+        read("--model_path", "m", "--limit", "many")
+    with pytest.raises(FieldError, match="--device"):
+        read("--model_path", "m", "--device", "gpu")
+
+
+def test_help_has_examples_and_loads_nothing_heavy(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        read("--help")
+    assert ended.value.code == 0
+    shown = capsys.readouterr().out
+    assert "examples:" in shown
+    assert all(name in shown for name in BENCHMARKS)
+    code = "import sys, evaluation.multi_task_eval; print(*sys.modules)"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert not {"torch", "transformers", "lm_eval", "datasets"} & set(loaded)
