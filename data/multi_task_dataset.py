@@ -10,7 +10,7 @@ import json
 import logging
 import math
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
@@ -18,9 +18,10 @@ from typing import Annotated
 import typer
 from datasets import Dataset, Features, Value
 from rich.console import Console
-from rich.progress import track
+from rich.progress import Progress, TaskID
 
 from data.families import find_family
+from data.families.base import Row as DatasetRow
 from data.mixing import apportion_splits
 from data.mixture_report import Report, describe, log
 from data.prompts import STYLES, Style
@@ -36,6 +37,9 @@ CHINESE = "math23k"
 COLUMNS = ("prompt", "reasoning", "answer", "style", "task_type", "dataset", "language", "id")
 
 Row = dict[str, str]
+_SHOWN_EVERY = 200
+
+_log = logging.getLogger(__name__)
 
 
 class MultiTaskReasoningDataset:
@@ -114,12 +118,14 @@ class MultiTaskReasoningDataset:
         sources = {name: find_source(find_family(name), self.local_paths, self.data_dir) for name in self.datasets}
         reader = PoolReader(self.styles, self.seed, self._fits())
         most_rows = self.train_samples + self.val_samples
-        pools = {
-            name: reader.read(source.family, read_rows(source, self.seed, most_rows))
-            for name, source in track(
-                sources.items(), description="Reading datasets", console=Console(stderr=True), total=len(sources)
-            )
-        }
+        pools: dict[str, QuestionPool] = {}
+        with _progress() as progress:
+            task = progress.add_task("", total=len(sources))
+            for name, source in sources.items():
+                rows = _watched(read_rows(source, self.seed, most_rows), name, progress, task)
+                pools[name] = reader.read(source.family, rows)
+                progress.advance(task)
+                _log.info("read %d questions of %s from %s", len(pools[name].entries), name, source)
         quotas = self._quotas(pools)
         taken = {name: pool.take(quotas[name][1], quotas[name][0]) for name, pool in pools.items()}
         val = self._mixed(pools, {name: entries[0] for name, entries in taken.items()}, self.val_samples)
@@ -238,6 +244,19 @@ class MultiTaskReasoningDataset:
             return sum(counts) + 1 <= self.max_tokens
 
         return fits
+
+
+def _progress() -> Progress:
+    """A bar over the datasets with an ETA; in a log file the lines that are logged must do."""
+    console = Console(stderr=True)
+    return Progress(console=console, disable=not console.is_terminal)
+
+
+def _watched(rows: Iterable[DatasetRow], name: str, progress: Progress, task: TaskID) -> Iterator[DatasetRow]:
+    for number, row in enumerate(rows):
+        if number % _SHOWN_EVERY == 0:
+            progress.update(task, description=f"Reading {name}: {number:,} rows")
+        yield row
 
 
 def _usable(pool: QuestionPool) -> str:
