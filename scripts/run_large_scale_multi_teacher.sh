@@ -4,6 +4,7 @@
 #SBATCH --ntasks-per-node=1
 #SBATCH --cpus-per-task=16
 #SBATCH --gpus-per-node=8
+#SBATCH --mem=0
 #SBATCH --time=72:00:00
 #SBATCH --output=%x-%j.out
 #SBATCH --open-mode=append
@@ -25,8 +26,10 @@ source scripts/job_environment.sh
 default STUDENT "Qwen/Qwen2.5-1.5B"
 if [[ -z "${TEACHER_MODELS:-}${TEACHERS:-}" ]]; then
     default TEACHER_MODELS "Qwen/Qwen2.5-7B Qwen/Qwen2.5-14B Qwen/Qwen2.5-32B"
-    default NUM_TEACHERS "3"
-    default FIXED_WEIGHTS "0.33,0.33,0.34"  # one for each of the first NUM_TEACHERS teachers
+    default NUM_TEACHERS "3"                # the first so many of them
+    if [[ "${NUM_TEACHERS:-}" == 3 ]]; then
+        default FIXED_WEIGHTS "0.33,0.33,0.34"
+    fi
 fi
 default NUM_TEACHERS ""                     # all of TEACHER_MODELS
 default FIXED_WEIGHTS ""                    # equal weights

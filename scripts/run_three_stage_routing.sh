@@ -4,6 +4,7 @@
 #SBATCH --ntasks-per-node=1
 #SBATCH --cpus-per-task=16
 #SBATCH --gpus-per-node=8
+#SBATCH --mem=0
 #SBATCH --time=72:00:00
 #SBATCH --output=%x-%j.out
 #SBATCH --open-mode=append

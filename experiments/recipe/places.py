@@ -154,8 +154,9 @@ class Slurm(Place):
         steps = _output(["squeue", "--steps", "--noheader", "--jobs", self.job, "--format", "%i %j"]).splitlines()
         for step in (step.split() for step in steps):
             if step[1:] == [name]:
-                # It may have ended by itself.
-                subprocess.run(["scancel", f"--signal={number.name[3:]}", step[0]], check=False)  # noqa: S607
+                # It may have ended by itself; and SLURM 22.05 reports an error for a signal that it has delivered.
+                command = ["scancel", f"--signal={number.name[3:]}", step[0]]
+                subprocess.run(command, check=False, capture_output=True)
 
     def _srun(self, name: str, nodes: Sequence[Node], tasks_per_node: int) -> list[str]:
         cpus = int(os.environ.get("SLURM_CPUS_ON_NODE", "1"))

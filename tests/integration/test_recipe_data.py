@@ -1,0 +1,92 @@
+"""The recipe's records: the guide's mix from local copies, or a directory; made once; nothing left out in silence."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from data.records import Record, load_records, write_records
+from experiments.recipe.prepare import prepare_data
+from experiments.recipe.settings import RecipeSettings
+from kvcore.errors import ConfigError
+from tests.support.guide_data import write_guide_datasets
+from tests.support.tiny_models import save_tiny_model, tiny_spec
+
+
+@pytest.fixture(scope="module")
+def student(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny_model(tmp_path_factory.mktemp("student"), tiny_spec("qwen2", layers=1))
+
+
+def settings(student: Path, **changes: Any) -> RecipeSettings:
+    given = {
+        "student_model_name_or_path": str(student),
+        "teacher_models": ("a",),
+        "output_dir": Path("out"),
+        "train_samples": 40,
+        "val_samples": 10,
+    }
+    return RecipeSettings(**{**given, **changes})
+
+
+def test_the_guides_mix_comes_from_local_copies_with_worked_reasoning_where_that_is_matched(
+    student: Path, tmp_path: Path
+) -> None:
+    write_guide_datasets(tmp_path / "copies", 40)
+    files = prepare_data(settings(student, data_dir=tmp_path / "copies"), tmp_path / "latent")
+    train, val = load_records(files.train), load_records(files.val)
+    assert (len(train), len(val)) == (40, 10)
+    assert all(record.reasoning for record in (*train, *val))
+    counts = Counter(record.dataset for record in train)
+    assert counts["math23k"] == 8
+    assert counts.keys() == {"gsm8k", "svamp", "strategyqa", "math", "hotpotqa", "math23k"}
+    assert not {record.prompt for record in train} & {record.prompt for record in val}
+
+    whole = settings(student, data_dir=tmp_path / "copies", student_mode="token", kv_compression="full")
+    files = prepare_data(whole, tmp_path / "token")
+    both = load_records(files.train)
+    assert {bool(record.reasoning) for record in both} == {True, False}
+    assert "arc_challenge" in {record.dataset for record in both}
+
+
+def test_named_datasets_are_taken_alone(student: Path, tmp_path: Path) -> None:
+    write_guide_datasets(tmp_path / "copies", 40)
+    named = settings(student, data_dir=tmp_path / "copies", dataset_name=("gsm8k", "math23k"), math23k_ratio=0.5)
+    counts = Counter(record.dataset for record in load_records(prepare_data(named, tmp_path / "data").train))
+    assert counts == {"gsm8k": 20, "math23k": 20}
+
+
+def test_a_directory_is_read_as_it_is_and_made_ready_once(
+    student: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with_reasoning = [Record(f"a{number}", f"Q{number}?", " because", " 1", "one") for number in range(5)]
+    write_records(tmp_path / "train.jsonl", [*with_reasoning, Record("b", "Q?", "", " 1", "two")])
+    write_records(tmp_path / "val.jsonl", with_reasoning[:2])
+    chosen = settings(student, dataset_name=(str(tmp_path),))
+    with caplog.at_level(logging.INFO):
+        files = prepare_data(chosen, tmp_path / "out")
+    assert load_records(files.train) == with_reasoning
+    assert "left out of train for want of reasoning: 1 of two" in caplog.text
+    before = files.train.stat().st_mtime_ns
+    prepare_data(chosen, tmp_path / "out")
+    assert files.train.stat().st_mtime_ns == before
+    prepare_data(chosen.model_copy(update={"train_samples": 3}), tmp_path / "out")
+    assert len(load_records(files.train)) == 3
+
+
+@pytest.mark.parametrize(
+    ("names", "problem"),
+    [
+        (("./no/such",), "no directory './no/such' here"),
+        (("gsm8k", "multi_reasoning_cot_direct"), "is a mix already"),
+        (("gsm9k",), "gsm9k"),
+    ],
+)
+def test_data_that_cannot_be_had_is_named(student: Path, tmp_path: Path, names: tuple[str, ...], problem: str) -> None:
+    with pytest.raises(ConfigError, match=problem):
+        prepare_data(settings(student, dataset_name=names, data_dir=tmp_path), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
