@@ -55,6 +55,8 @@ def main(
         ConfigError: the file, or the settings of any run, are wrong.
         SweepError: runs failed; names them and their logs.
     """
+    if sum((slurm, list_only, table_only, task is not None)) > 1:
+        raise ConfigError("--slurm, --list, --table and --task exclude one another; give one of them")
     runs = plan(load_config(file, overrides, SweepConfig))
     left = [run for run in runs if not run.is_done]
     if task is not None:
@@ -64,7 +66,7 @@ def main(
     elif table_only or (slurm and not left):
         _sum_up(runs)
     elif slurm:
-        job, table = submit(runs, left, file, overrides)
+        job, table = submit(runs, left)
         _say(f"submitted {len(left)} of {len(runs)} runs as job {job}, and the table after them as job {table}")
     else:
         failed = _all(left)

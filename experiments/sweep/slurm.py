@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import shlex
 import shutil
 import subprocess
@@ -9,7 +10,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import yaml
+
 from experiments.sweep.plan import PlannedRun
+from experiments.sweep.spec import SweepConfig
 from kvcore.errors import ConfigError, KVDistillError
 
 # Enough for a checkpoint before the time limit; options of the file win.
@@ -20,8 +24,10 @@ class SubmissionError(KVDistillError):
     """SLURM did not take a job."""
 
 
-def submit(runs: Sequence[PlannedRun], left: Sequence[PlannedRun], file: Path, overrides: Sequence[str]) -> list[str]:
+def submit(runs: Sequence[PlannedRun], left: Sequence[PlannedRun]) -> list[str]:
     """Submits the runs that are left as one array, and after it the job that writes the table.
+
+    The tasks read a copy of the sweep: a queue is long, and a change to the file would give their numbers to others.
 
     Returns:
         the ids of both jobs.
@@ -36,7 +42,7 @@ def submit(runs: Sequence[PlannedRun], left: Sequence[PlannedRun], file: Path, o
     logs.mkdir(parents=True, exist_ok=True)
     parallel = f"%{sweep.max_parallel}" if sweep.max_parallel else ""
     array = ",".join(str(run.number) for run in left) + parallel
-    command = ["sweep", str(file.resolve()), *(part for override in overrides for part in ("--set", override))]
+    command = ["sweep", str(_copy(sweep))]
     name = sweep.output_dir.name
     options = _DEFAULTS | {"job-name": name, "output": f"{logs}/%A_%a.log"} | sweep.slurm | {"array": array}
     job = _sbatch(_script(options, command, ' --task "$SLURM_ARRAY_TASK_ID"'), sweep.output_dir / "array.sbatch")
@@ -44,6 +50,14 @@ def submit(runs: Sequence[PlannedRun], left: Sequence[PlannedRun], file: Path, o
     shared = {option: sweep.slurm[option] for option in ("partition", "account", "qos") if option in sweep.slurm}
     table = _sbatch(_script(after | shared, command, " --table"), sweep.output_dir / "table.sbatch")
     return [job, table]
+
+
+def _copy(sweep: SweepConfig) -> Path:
+    text = yaml.safe_dump(sweep.model_dump(mode="json"), sort_keys=False)
+    digest = hashlib.blake2b(text.encode(), digest_size=6).hexdigest()
+    path = sweep.output_dir.resolve() / f"submitted_{digest}.yaml"
+    path.write_text(text, encoding="utf-8")
+    return path
 
 
 def _script(options: dict[str, str | int], command: Sequence[str], last: str) -> str:

@@ -184,10 +184,16 @@ def test_an_array_holds_what_is_left_and_each_task_runs_one(tmp_path: Path) -> N
     for line in ("#SBATCH --array=0,2,3,4,5%2\n", "#SBATCH --gres=gpu:8\n", "#SBATCH --partition=gpu\n", "pipefail"):
         assert line in array
     assert (sweep.out / "logs").is_dir()
-    assert array.rstrip().endswith('sweep.yaml --task "$SLURM_ARRAY_TASK_ID"')
+    (copy,) = sweep.out.glob("submitted_*.yaml")
+    assert array.rstrip().endswith(f'sweep {copy} --task "$SLURM_ARRAY_TASK_ID"')
     assert "#SBATCH --dependency=afterany:7\n" in table
     assert "gres" not in table
-    assert table.rstrip().endswith("sweep.yaml --table")
+    assert table.rstrip().endswith(f"sweep {copy} --table")
+    # Its tasks are the same runs, whatever becomes of the file.
+    listed = sweep.run("--list")
+    sweep.file.write_text(copy.read_text(encoding="utf-8"), encoding="utf-8")
+    assert sweep.run("--list") == listed
+    assert "exclude one another" in sweep.run("--list", "--task", "1", code=2)
     (taken / "sbatch").write_text("#!/bin/sh\necho 'invalid partition' >&2\nexit 1\n", encoding="utf-8")
     assert "invalid partition" in sweep.run("--slurm", code=1)
 
