@@ -16,7 +16,6 @@ import torch
 from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils_hf import stop_sequences_criteria
 from torch.nn.utils.rnn import pad_sequence
-from tqdm import tqdm
 
 from kvcore.errors import KVDistillError
 from kvcore.types import Tensor
@@ -90,14 +89,13 @@ class LatentLM(_HFLM):
     def _loglikelihood_tokens(
         self, requests: list[Pair], disable_tqdm: bool = False, override_bs: int | None = None
     ) -> list[LogLikelihood]:
+        del disable_tqdm
         results: list[LogLikelihood | None] = [None] * len(requests)
         size = override_bs or self.batch_size_per_gpu
         questions = sorted(_questions(requests), key=lambda question: -len(question.prompt))
-        with tqdm(total=len(requests), disable=disable_tqdm, desc="Running loglikelihood requests") as progress:
-            for start in range(0, len(questions), size):
-                for place, found in self._weigh(questions[start : start + size]):
-                    results[place] = found
-                    progress.update(1)
+        for start in range(0, len(questions), size):
+            for place, found in self._weigh(questions[start : start + size]):
+                results[place] = found
         assert None not in results
         return results  # pyright: ignore[reportReturnType]
 

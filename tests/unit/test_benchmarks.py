@@ -153,7 +153,7 @@ def test_a_local_copy_has_any_common_form(form: str, copies: Path, tmp_path: Pat
         case _:
             table.save_to_disk(place)
     (benchmark,) = load_benchmarks(["gsm8k_test"], tmp_path)
-    docs = benchmark.tasks["gsm8k_test"].eval_docs
+    docs: Any = benchmark.tasks["gsm8k_test"].eval_docs
     assert [doc["question"] for doc in docs] == [row["question"] for row in rows]
 
 
@@ -190,8 +190,7 @@ def test_names_are_checked_before_anything_is_read(tmp_path: Path) -> None:
 
 def test_names_that_nobody_knows_name_the_nearest(copies: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # lm-eval's own tasks take half a minute to list.
-    without_theirs = lambda **options: TaskManager(**options | {"include_defaults": False})  # noqa: E731
-    monkeypatch.setattr(suite, "TaskManager", without_theirs)
+    monkeypatch.setattr(suite, "TaskManager", lambda **given: TaskManager(**{**given, "include_defaults": False}))
     with pytest.raises(FieldError, match="no dataset is called 'gsm8k_tset'; did you mean 'gsm8k_test'"):
         load_benchmarks(["gpqa", "gsm8k_tset"], copies)
 
