@@ -40,7 +40,7 @@ def main() -> None:
 
 def _save_and_end(_number: int, _frame: FrameType | None) -> None:
     # A checkpoint takes its time.
-    time.sleep(0.3)
+    time.sleep(1.0)
     _say("checkpoint saved")
     sys.exit(1)
 

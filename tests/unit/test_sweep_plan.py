@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 import yaml
 
+from experiments.sweep import table
 from experiments.sweep.plan import PlannedRun, plan
 from experiments.sweep.spec import SweepConfig
-from experiments.sweep.table import Mean, student_quantile
+from experiments.sweep.table import Mean, Row, student_quantile
 from kvcore.config import load_config, parse
 from kvcore.errors import ConfigError, FieldError
 
@@ -123,6 +124,14 @@ def test_intervals_are_students() -> None:
     assert mean.half == pytest.approx(4.30265 * math.sqrt(13.0 / 3), rel=1e-5)
     assert Mean.of([4.0]) == Mean(4.0, None, 1)
     assert Mean.of([2.0, 2.0]).half == 0.0
+
+
+def test_a_figure_that_a_seed_lacks_says_so() -> None:
+    row = Row(("right",), "", [0, 1, 2], {"val": [50.0, 52.0, 57.0], "bbh": [40.0], "KV loss": [0.5, 0.5]})
+    assert table._cell(row, "val") == "53.0 ± 9.0"
+    assert table._cell(row, "bbh") == "40.0 (1 of 3 seeds)"
+    assert table._cell(row, "KV loss") == "0.500 ± 0.000 (2 of 3 seeds)"
+    assert table._cell(row, "gpqa") == "-"
 
 
 def test_fields_of_the_wrong_type_are_refused() -> None:
