@@ -1,7 +1,7 @@
 """HotpotQA (Yang et al. 2018, arXiv 1809.09600): questions over several Wikipedia paragraphs.
 
-The paragraphs that hold the supporting facts are read before the question, the distracting ones are left out: all ten
-would be ten times as long. The supporting sentences reason.
+The paragraphs that hold the supporting facts are read before the question, the distracting ones are left out: all
+ten would make prompts about five times as long. The supporting sentences reason.
 """
 
 from __future__ import annotations
