@@ -26,3 +26,9 @@ export HF_HOME="${HF_HOME:-${HOME:-$PWD}/.cache/huggingface}"
 export HF_DATASETS_CACHE="${HF_DATASETS_CACHE:-$HF_HOME/datasets}"
 export HF_HUB_CACHE="${HF_HUB_CACHE:-${TRANSFORMERS_CACHE:-$HF_HOME/hub}}"
 export TOKENIZERS_PARALLELISM=false
+# Data that were made before are taken, unless the variables describe others.
+described="${CONFIG:-}${DATASET:-}${USE_EXTENDED:-}${MATH23K_RATIO:-}${DATA_DIR:-}"
+if [[ -z "$described" && -d data/prepared/train && -d data/prepared/val ]]; then
+    export DATASET=./data/prepared
+    echo "data: $DATASET is there and is used (DATASET names others)"
+fi

@@ -8,13 +8,16 @@ import logging
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 from data.prompts import STYLES
 from data.records import Record, load_records, write_records
 from experiments.recipe.build import DataFiles
 from experiments.recipe.settings import MIX, RecipeSettings
-from kvcore.errors import ConfigError
+from kvcore.errors import ConfigError, FieldError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +43,8 @@ _SHAPING = {
 def prepare_data(settings: RecipeSettings, directory: Path) -> DataFiles:
     """Writes train.jsonl and val.jsonl into `directory`, unless they are there from the same settings.
 
-    Where the K/V of the reasoning are what is learnt from, records without it are left out, and counted in the log.
+    Records longer than `max_length` are left out, and where the K/V of the reasoning are what is learnt from, those
+    without it: both are counted in the log.
 
     Raises:
         ConfigError: a dataset cannot be had, or holds too little; says which and what to do.
@@ -66,7 +70,8 @@ def _records(settings: RecipeSettings) -> tuple[Sequence[Record], Sequence[Recor
     directory = Path(names[0])
     if len(names) == 1 and directory.is_dir():
         limits = {"train": settings.train_samples, "val": settings.val_samples}
-        train, val = (load_records(_split(directory, name), limit) for name, limit in limits.items())
+        read = {name: load_records(_split(directory, name), limit) for name, limit in limits.items()}
+        train, val = (_short(records, settings, name) for name, records in read.items())
         return train, val
     if len(names) == 1 and ("/" in names[0] or names[0].startswith(".")):
         raise ConfigError(f"--dataset_name: no directory '{names[0]}' here; it would hold train and val")
@@ -81,11 +86,41 @@ def _split(directory: Path, name: str) -> Path:
     raise ConfigError(f"--dataset_name: {directory} holds neither {name} (a saved dataset) nor {name}.jsonl")
 
 
+def _short(records: Sequence[Record], settings: RecipeSettings, split: str) -> list[Record]:
+    """Without the records that training would refuse for their length."""
+    from data.collate import Collator  # noqa: PLC0415 - loads torch
+
+    collator = Collator(_tokenizer(settings.student_model_name_or_path), settings.max_length)
+
+    def fits(record: Record) -> bool:
+        try:
+            collator.tokens(record)
+        except FieldError:
+            return False
+        return True
+
+    kept = [record for record in records if fits(record)]
+    if len(kept) < len(records):
+        left_out = len(records) - len(kept)
+        logger.info("data: left out of %s: %d longer than --max_length %d", split, left_out, settings.max_length)
+    return kept
+
+
+def _tokenizer(student: str) -> PreTrainedTokenizerBase:
+    from transformers import AutoTokenizer  # noqa: PLC0415 - slow to import
+
+    try:
+        return cast("PreTrainedTokenizerBase", AutoTokenizer.from_pretrained(student))
+    except (OSError, ValueError) as error:
+        raise FieldError("student.path", f"cannot load '{student}': {error}") from error
+
+
 def _mixed(settings: RecipeSettings) -> tuple[Sequence[Record], Sequence[Record]]:
     from data.multi_task_dataset import MultiTaskReasoningDataset  # noqa: PLC0415 - loads Hugging Face datasets
 
     if MIX in settings.dataset_name and len(settings.dataset_name) > 1:
         raise ConfigError(f"--dataset_name: {MIX} is a mix already; name it alone, or datasets without it")
+    _tokenizer(settings.student_model_name_or_path)  # A student that is not there shows before anything is read.
     mix = settings.dataset_name == (MIX,)
     named = BASE if mix else tuple(name for name in settings.dataset_name if name != CHINESE)
     chinese = mix or CHINESE in settings.dataset_name

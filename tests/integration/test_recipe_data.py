@@ -78,6 +78,27 @@ def test_a_directory_is_read_as_it_is_and_made_ready_once(
     assert len(load_records(files.train)) == 3
 
 
+def test_records_of_a_directory_that_are_too_long_are_left_out_and_counted(
+    student: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    long, short = Record("a", "Q?" * 30, " because", " 1"), Record("b", "Q?", " because", " 1")
+    write_records(tmp_path / "train.jsonl", [long, short])
+    write_records(tmp_path / "val.jsonl", [short])
+    with caplog.at_level(logging.INFO):
+        files = prepare_data(settings(student, dataset_name=(str(tmp_path),), max_length=40), tmp_path / "out")
+    assert load_records(files.train) == [short]
+    assert "left out of train: 1 longer than --max_length 40" in caplog.text
+
+
+@pytest.mark.parametrize("names", [("gsm8k",), ("{directory}",)])
+def test_a_student_that_is_not_there_is_named_before_data_is_made(names: tuple[str, ...], tmp_path: Path) -> None:
+    for split in ("train", "val"):
+        write_records(tmp_path / f"{split}.jsonl", [Record("a", "Q?", " because", " 1")])
+    names = tuple(name.format(directory=tmp_path) for name in names)
+    with pytest.raises(ConfigError, match=r"student.path: cannot load 'no/such-student'"):
+        prepare_data(settings(Path("no/such-student"), dataset_name=names, data_dir=tmp_path), tmp_path / "out")
+
+
 @pytest.mark.parametrize(
     ("names", "problem"),
     [
