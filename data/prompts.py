@@ -1,8 +1,7 @@
 r"""How a question becomes a record's prompt, reasoning and answer, by style and language.
 
-The prompt of style `cot` is the one that evaluation asks with (`Question: ...\nAnswer:`, as lm-evaluation-harness
-writes GSM8K): after it the student reasons, in text or in latents. That of `direct` asks for the result alone. The
-reasoning ends with GSM8K's mark `####`, so that the answer is the result and nothing else.
+After the prompt of style `cot` (`Question: ...\nAnswer:`, as lm-evaluation-harness writes GSM8K) the student reasons, in
+text or in latents. That of `direct` asks for the result alone. Evaluation asks with the same prompts. The reasoning ends with GSM8K's mark `####`, so that the answer is the result and nothing else.
 """
 
 from __future__ import annotations

@@ -129,6 +129,7 @@ def test_a_row_that_makes_no_question_says_why(name: str, change: dict[str, Any]
         (r"\boxed 7.", "7"),
         (r"\boxed {x}", "x"),
         (r"\boxed{\{1,2\}}", r"\{1,2\}"),
+        (r"\boxed{\left\{1,2\right.}", r"\left\{1,2\right."),
         (r"\boxed{}", None),
         (r"\boxedness{3}", None),
         ("plain", None),
