@@ -10,7 +10,7 @@ from pathlib import Path
 from types import NoneType
 from typing import Any, get_args, get_origin
 
-from experiments.recipe.settings import MIX, RecipeSettings
+from experiments.recipe.settings import MIX, TRAIN_SAMPLES, VAL_SAMPLES, RecipeSettings
 from kvcore.config import apply_override, parse, read_yaml
 from kvcore.errors import ConfigError, FieldError
 
@@ -55,8 +55,8 @@ GROUPS: Mapping[str, Mapping[str, str]] = {
     },
     "data": {
         "dataset_name": f"{MIX} (the guide's mix), names of datasets, or a directory with train and val",
-        "train_samples": "training records",
-        "val_samples": "validation records",
+        "train_samples": f"training records; {TRAIN_SAMPLES} of datasets by default, and all of a directory",
+        "val_samples": f"validation records; {VAL_SAMPLES} of datasets by default, and all of a directory",
         "use_extended_datasets": f"{MIX} has math, arc_challenge and hotpotqa too",
         "math23k_ratio": f"share of Chinese questions in {MIX}",
         "data_dir": "local copies of the datasets; $KVDISTILL_DATA_DIR by default, else the hub",

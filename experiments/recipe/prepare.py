@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, cast
 from data.prompts import STYLES
 from data.records import Record, load_records, write_records
 from experiments.recipe.build import DataFiles
-from experiments.recipe.settings import MIX, RecipeSettings
+from experiments.recipe.settings import MIX, TRAIN_SAMPLES, VAL_SAMPLES, RecipeSettings
 from kvcore.errors import ConfigError, FieldError
 
 if TYPE_CHECKING:
@@ -129,8 +129,8 @@ def _mixed(settings: RecipeSettings) -> tuple[Sequence[Record], Sequence[Record]
         extended_datasets=list(EXTENDED) if mix else [],
         use_extended=mix and settings.use_extended_datasets,
         math23k_ratio=settings.math23k_ratio if chinese else 0.0,
-        train_samples=settings.train_samples,
-        val_samples=settings.val_samples,
+        train_samples=settings.train_samples or TRAIN_SAMPLES,
+        val_samples=settings.val_samples or VAL_SAMPLES,
         data_dir=settings.data_dir,
         seed=settings.seed,
         styles=STYLES if _matches_whole_text(settings) else ("cot",),

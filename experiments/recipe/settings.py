@@ -23,6 +23,8 @@ STAGES: tuple[tuple[str, FusionKind], ...] = (
 )
 # The guide's mix of datasets, by the name that it has there.
 MIX = "multi_reasoning_cot_direct"
+# How many records datasets give where no number is asked for.
+TRAIN_SAMPLES, VAL_SAMPLES = 15000, 2000
 
 
 class RecipeSettings(StrictModel):
@@ -44,8 +46,8 @@ class RecipeSettings(StrictModel):
     bnb_4bit_compute_dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
 
     dataset_name: Annotated[tuple[str, ...], Field(min_length=1)] = (MIX,)
-    train_samples: Positive = 15000
-    val_samples: Positive = 2000
+    train_samples: Positive | None = None
+    val_samples: Positive | None = None
     use_extended_datasets: bool = True
     math23k_ratio: Share = 0.2
     data_dir: Path | None = None

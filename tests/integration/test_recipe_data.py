@@ -66,7 +66,7 @@ def test_a_directory_is_read_as_it_is_and_made_ready_once(
     with_reasoning = [Record(f"a{number}", f"Q{number}?", " because", " 1", "one") for number in range(5)]
     write_records(tmp_path / "train.jsonl", [*with_reasoning, Record("b", "Q?", "", " 1", "two")])
     write_records(tmp_path / "val.jsonl", with_reasoning[:2])
-    chosen = settings(student, dataset_name=(str(tmp_path),))
+    chosen = settings(student, dataset_name=(str(tmp_path),), train_samples=None)
     with caplog.at_level(logging.INFO):
         files = prepare_data(chosen, tmp_path / "out")
     assert load_records(files.train) == with_reasoning

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from experiments.recipe.flags import GROUPS, parser, read_flags
-from experiments.recipe.settings import RecipeSettings
+from experiments.recipe.settings import TRAIN_SAMPLES, VAL_SAMPLES, RecipeSettings
 from experiments.train_multi_teacher_kv import main
 from kvcore.errors import ConfigError
 from tests.support.servers import REPOSITORY
@@ -92,7 +92,7 @@ def test_defaults_are_the_guides() -> None:
     assert (settings.per_device_train_batch_size, settings.gradient_accumulation_steps) == (2, 16)
     assert (settings.learning_rate, settings.warmup_ratio) == (2e-5, 0.1)
     assert (settings.router_hidden_dim, settings.entropy_reg_weight) == (256, 0.01)
-    assert (settings.train_samples, settings.val_samples, settings.math23k_ratio) == (15000, 2000, 0.2)
+    assert (TRAIN_SAMPLES, VAL_SAMPLES, settings.math23k_ratio) == (15000, 2000, 0.2)
 
 
 def test_flags_win_over_the_file(tmp_path: Path) -> None:

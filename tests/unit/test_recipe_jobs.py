@@ -87,6 +87,7 @@ def test_variables_become_flags() -> None:
         "FIXED_WEIGHTS": "0.5,0.5",
         "OUTPUT_DIR": "out",
         "TEMPERATURE": "",
+        "LEARNING_RATE": "",
         "USE_BF16": "false",
         "EXTRA_ARGS": "--max_steps 3 --data_dir 'my copies'",
         "HOME": "/root",
