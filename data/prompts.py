@@ -1,7 +1,8 @@
 r"""How a question becomes a record's prompt, reasoning and answer, by style and language.
 
-After the prompt of style `cot` (`Question: ...\nAnswer:`, as lm-evaluation-harness writes GSM8K) the student reasons, in
-text or in latents. That of `direct` asks for the result alone. Evaluation asks with the same prompts. The reasoning ends with GSM8K's mark `####`, so that the answer is the result and nothing else.
+After the prompt of style `cot` (`Question: ...\nAnswer:`, as lm-evaluation-harness writes GSM8K) the student reasons,
+in text or in latents. That of `direct` asks for the result alone. Evaluation asks with the same prompts. The reasoning
+ends with GSM8K's mark `####`, so that the answer is the result and nothing else.
 """
 
 from __future__ import annotations
