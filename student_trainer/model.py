@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -95,6 +96,10 @@ class DistillModel(nn.Module):
         self.fusion: Fusion | None = None
         if aligners and aligners[0].direction == "to_student" and (len(aligners) > 1 or config.fuse.kind != "fixed"):
             self.fusion = Fusion(config.fuse, self.weights, aligners[0].student, int(student.lm.config.hidden_size))
+        # In a list, for nothing of it trains, is saved or is sharded.
+        self._judge: list[LatentStudent] = []
+        if self.fusion is not None and self.fusion.learns:
+            self._judge = [_frozen_copy(student, checkpointing=config.student.gradient_checkpointing)]
         self._time = None if config.align.time == "none" else TimeAligner(config.align.time)
         self._frozen: dict[str, Tensor] = {}
 
@@ -167,7 +172,8 @@ class DistillModel(nn.Module):
             losses |= self.fusion.metrics(found)
         if self.fusion.learns and self.training:
             at_text = self.fusion.fuse(self._at_text(aligned, batch), found.weights)
-            losses["routing/router_loss"] = router_loss(self.student, batch.tokens, *at_text)
+            judge = self._judge[0].to(own.k_BLHMD.device)
+            losses["routing/router_loss"] = router_loss(judge, batch.tokens, *at_text)
             losses["routing/entropy_reg"] = -self._config.fuse.entropy_weight * losses["routing/entropy"]
         return losses
 
@@ -312,6 +318,13 @@ class DistillModel(nn.Module):
     def report(self) -> dict[str, Any]:
         """Each teacher's alignment, ready for JSON."""
         return {name: aligner.report() for name, aligner in zip(self.weights, self.aligners, strict=True)}
+
+
+def _frozen_copy(student: LatentStudent, *, checkpointing: bool) -> LatentStudent:
+    """The student as it is before the first step, to judge K/V that were aligned with it."""
+    judge = copy.deepcopy(student).requires_grad_(requires_grad=False)
+    # transformers checkpoints activations in training mode alone.
+    return judge.train(checkpointing)
 
 
 def _next_token_loss(logits_BTV: Tensor, tokens: StudentBatch) -> Tensor:

@@ -12,32 +12,33 @@ from student_trainer.losses import cross_entropy
 
 
 def router_loss(
-    student: LatentStudent, tokens: StudentBatch, k_BLHTD: Tensor, v_BLHTD: Tensor, mask_BT: Tensor
+    judge: LatentStudent, tokens: StudentBatch, k_BLHTD: Tensor, v_BLHTD: Tensor, mask_BT: Tensor
 ) -> Tensor:
-    """Cross-entropy of the answer when the student reads the written text with other K/V at its reasoning's tokens.
+    """Cross-entropy of the answer when a student reads the written text with other K/V at its reasoning's tokens.
 
     A router rewarded by the KV loss would pick the teacher that is easiest to imitate; the answer tells which teacher
     is right. The text is read in latent mode too: a student can answer from written reasoning long before it can from
     latents, and a judge that cannot answer yet says nothing about teachers.
 
     Args:
-        student: the judge. It gets no gradient: only what made the K/V does.
+        judge: the student that the K/V were aligned with, as it was then. It gets no gradient: only what made the K/V
+            does.
         tokens: prompt, reasoning and answer.
-        k_BLHTD, v_BLHTD: fused K/V in the student's space, at its own tokens.
-        mask_BT: where they are; elsewhere, and outside the reasoning, the student keeps its own.
+        k_BLHTD, v_BLHTD: fused K/V in its space, at its own tokens.
+        mask_BT: where they are; elsewhere, and outside the reasoning, it keeps its own.
 
     Returns:
         The scalar loss, whose gradient reaches `k_BLHTD` and `v_BLHTD` and nothing else.
     """
     reasoning_BT, answer_BT = places(tokens)
     k_leaf, v_leaf = (x.detach().requires_grad_() for x in (k_BLHTD, v_BLHTD))
-    inputs_BTE = student.embed(tokens.text_ids_BT).detach()
+    inputs_BTE = judge.embed(tokens.text_ids_BT).detach()
     injection = Injection(k_leaf, v_leaf, mask_BT & reasoning_BT)
     # The injection outlasts the backward, since gradient checkpointing runs the forward again in it.
-    with torch.enable_grad(), inject_kv(student.lm, injection):
+    with torch.enable_grad(), inject_kv(judge.lm, injection):
         # Logits are the largest tensor of all, so only from the first answer on.
         first = int(answer_BT.any(dim=0).nonzero()[0])
-        logits_BTV = student.logits(inputs_BTE, tokens.text_mask_BT, first - 1)[:, :-1]
+        logits_BTV = judge.logits(inputs_BTE, tokens.text_mask_BT, first - 1)[:, :-1]
         loss = cross_entropy(logits_BTV, tokens.text_ids_BT[:, first:], answer_BT[:, first:])
         # By hand, since a backward through the student would leave gradients on its parameters too.
         k_gradient, v_gradient = torch.autograd.grad(loss, (k_leaf, v_leaf))

@@ -1,7 +1,9 @@
 """Every selector under real 2x eviction: `python -m experiments.comparisons.selectors`.
 
 The reasoning holds three running values among three fillers, at places drawn per question, and three of these six
-tokens leave the teacher: who keeps the values? One teacher, so that a slot holds one token; scope `sample`.
+tokens leave the teacher: who keeps what the student needs? As in KaVa (arXiv 2510.02312) the teacher is the warm
+student itself, reading the written reasoning, so that every layer and head may keep its own tokens and nothing is
+aligned.
 """
 
 from __future__ import annotations
@@ -10,38 +12,53 @@ from dataclasses import replace
 from pathlib import Path
 
 from experiments.comparisons.base import NO_KV, Comparison, Way, run
-from experiments.demo.settings import LATENTS, TEACHERS, Settings
+from experiments.demo.pretrain import Pretrained
+from experiments.demo.settings import LATENTS, Config, ModelName, Settings
 from kvcore.plan import SELECTORS
 
-TEACHER = TEACHERS[:1]
+TEACHER = "itself"
 FILLERS = 3
+STEPS, RATE = 600, 4e-3
+PRETRAIN_RATE = 3e-3
+PRETRAIN_STEPS: dict[ModelName, int] = {"teacher_a": 1, "teacher_b": 1, "student": 1500}
+SAME_MODEL: Config = {"head_adapter": "identity"}
 
 
 def _way(selector: str) -> Way:
-    selection = {"selector": selector, "budget": LATENTS, "span": "reasoning", "scope": "sample"}
-    return Way(selector, TEACHER, {"kv": {"selection": selection}})
+    selection = {"selector": selector, "budget": LATENTS, "span": "reasoning", "scope": "head"}
+    return Way(selector, (TEACHER,), {"kv": {"selection": selection}, "align": SAME_MODEL})
 
 
 # `full` evicts nothing, so that its six slots are resampled to the three latents.
-FULL = Way("full", TEACHER, {"kv": {"selection": {"selector": "full"}}, "align": {"time": "linear"}})
-SHUFFLED = Way("shuffled KV", TEACHER, _way("r_kv").changes | {"kv": {"control": "shuffled"}})
+FULL = Way("full", (TEACHER,), {"kv": {"selection": {"selector": "full"}}, "align": {**SAME_MODEL, "time": "linear"}})
+SHUFFLED = Way(
+    "shuffled KV", (TEACHER,), _way("r_kv").changes | {"kv": {**_way("r_kv").changes["kv"], "control": "shuffled"}}
+)
 WAYS = (*(_way(name) for name in SELECTORS if name != "full"), FULL, NO_KV, SHUFFLED)
 
 
+class Selectors(Comparison):
+    """A comparison whose teacher is the student before it learns to think in latents."""
+
+    def teachers(self, models: dict[ModelName, Pretrained]) -> dict[str, Path]:
+        """The warm student; the demo's teachers are not asked."""
+        return {TEACHER: models["student"].path}
+
+
 def make(output: Path, settings: Settings, seeds: int) -> Comparison:
-    """The comparison. The rates let teacher and student solve this task in writing; the second teacher is not asked."""
-    steps = {"teacher_a": 1500, "teacher_b": 10, "student": 1500}
+    """The comparison. Rates and steps were chosen on validation items of seed 0."""
     settings = replace(
         settings,
         fillers=FILLERS,
-        pretrain_steps=steps,
-        pretrain_lr=3e-3,
+        pretrain_steps=PRETRAIN_STEPS,
+        pretrain_lr=PRETRAIN_RATE,
         test=1000,
-        arm_steps=240,
-        arm_lr=4e-3,
+        arm_steps=STEPS,
+        arm_lr=RATE,
         evaluations=2,
+        ranks=1,
     )
-    return Comparison(WAYS, output, settings, seeds)
+    return Selectors(WAYS, output, settings, seeds)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from kvcore.config import parse
 from kvcore.plan import SELECTORS
 from student_trainer.config import TrainConfig
 
-PORTS = {"teacher_a": 50051, "teacher_b": 50052, bad_teacher.BAD: 50053}
+PORTS = {"teacher_a": 50051, "teacher_b": 50052, bad_teacher.BAD: 50053, selectors.TEACHER: 50054}
 
 
 @pytest.mark.parametrize("module", [bad_teacher, directions, selectors, token_pairs])

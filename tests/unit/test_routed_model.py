@@ -253,6 +253,20 @@ def test_kv_stand_in_the_reasonings_places_alone_and_only_where_there_are_any() 
         assert (judged(one_BT, every_BT) != own) == bool(inside_BT[:, t].any())
 
 
+def test_the_judge_is_the_student_that_the_kv_were_aligned_with_however_it_learns() -> None:
+    model = model_of(fuse={"kind": "learnable"})
+    batch = train_batch(model, BATCH)
+    names = ("routing/router_loss", "answer_ce")
+    judged, answered = (float(model(batch)[name].detach()) for name in names)
+    with torch.no_grad():
+        for parameter in model.student.parameters():
+            parameter.mul_(1.5)
+    judged_after, answered_after = (float(model(batch)[name].detach()) for name in names)
+    assert judged_after == judged
+    assert answered_after != answered
+    assert not any("judge" in name for name in (*model.state_dict(), *dict(model.named_parameters())))
+
+
 @pytest.mark.parametrize("mode", ["latent", "token"])
 def test_the_judge_sees_each_teachers_kv_at_the_tokens_that_end_where_its_slots_do(
     mode: str, monkeypatch: pytest.MonkeyPatch
