@@ -38,6 +38,7 @@ _NEGATED = re.compile(
 )
 _BOX = re.compile(r"\\(?:boxed|fbox)\s*")
 _WRAPPED = re.compile(r"\\(?:text|textbf|mathrm|mathbf|mbox|rm)\s*\{([^{}]*)\}")
+_UNITS = re.compile(r"(?<=[\d}])\s+[A-Za-z]{2,}(?:[\s/][A-Za-z]+)*\.?$")
 _OPENERS = r"\s:*_\"'(\[【{{<$"
 _INLINE_MATH = re.compile(r"\$\$?([^$]+)\$\$?|\\\((.+?)\\\)|\\\[(.+?)\\\]", re.DOTALL)
 
@@ -149,9 +150,9 @@ def same_number(answer: str, target: str) -> bool:
 
 
 def same_math(answer: str, target: str) -> bool:
-    """Whether two expressions are the same: as numbers, or as text under lm-eval's rules for MATH."""
+    """Whether two expressions are the same: as numbers, units aside, or as text under lm-eval's rules for MATH."""
     unwrapped, wanted = (_WRAPPED.sub(r"\1", plain(text)).strip() for text in (answer, target))
-    values = parse_number(unwrapped), parse_number(wanted)
+    values = [parse_number(_UNITS.sub("", text)) for text in (unwrapped, wanted)]
     if None not in values:
         return values[0] == values[1]
     return bool(is_equiv(unwrapped.rstrip("."), wanted.rstrip(".")))

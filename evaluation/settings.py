@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from kvcore.config import StrictModel, parse
 from kvcore.errors import ConfigError, FieldError
@@ -46,6 +46,13 @@ class EvalSettings(StrictModel):
     max_new_tokens: Positive | None = None
     device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d{1,3})?)$")] = "auto"
     dtype: Literal["auto", "fp32", "bf16"] = "auto"
+
+    @field_validator("output_file")
+    @classmethod
+    def _is_json(cls, path: Path | None) -> Path | None:
+        if path is not None and path.suffix != ".json":
+            raise ValueError("expected a name that ends in .json; the folder of the questions' lines has it without")
+        return path
 
     @property
     def output(self) -> Path:

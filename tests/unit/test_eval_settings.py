@@ -50,6 +50,8 @@ def test_mistakes_name_their_flag() -> None:
         read("--model_path", "m", "--limit", "0")
     with pytest.raises(ConfigError, match="invalid int value: 'many'"):
         read("--model_path", "m", "--limit", "many")
+    with pytest.raises(FieldError, match=r"--output_file: .*ends in .json"):
+        read("--model_path", "m", "--output_file", "results")
     with pytest.raises(FieldError, match="--device"):
         read("--model_path", "m", "--device", "gpu")
 
