@@ -157,8 +157,9 @@ class LossConfig(StrictModel):
 class DataConfig(StrictModel):
     """Training and validation samples with `id`, `prompt`, `reasoning` and `answer`.
 
-    `train`, `val`: JSON Lines, or a directory made by `save_to_disk` of the datasets library. `max_tokens`: the longest sample, in the student's tokens. `answer_tokens`: how many the student may write in
-    validation (in token mode its reasoning counts too). `val_samples`: only the first so many of `val`.
+    `train`, `val`: JSON Lines, or a directory made by `save_to_disk` of the datasets library. `max_tokens`: the longest
+    sample, in the student's tokens. `answer_tokens`: how many the student may write in validation (in token mode its
+    reasoning counts too). `val_samples`: only the first so many of `val`.
     """
 
     train: Path
