@@ -103,7 +103,7 @@ def finish(config: ExtractConfig, survey: Survey, items: Items, names: list[str]
             return True
         readers = {name: stack.enter_context(KVStoreReader(config.store / name)) for name in names}
         rows, lacking = _stored_rows(survey, items, readers)
-        skipped = [entry for entry in _read_skipped(config, survey) if entry.row in lacking]
+        skipped = [entry for entry in read_skipped(config, survey) if entry.row in lacking]
         absent = len(lacking - {entry.row for entry in skipped})
         if absent:
             logger.info("%d samples are still to come from other shards; the last one to end completes it", absent)
@@ -203,7 +203,8 @@ def _stored_rows(survey: Survey, items: Items, readers: Mapping[str, KVStoreRead
     return rows, lacking
 
 
-def _read_skipped(config: ExtractConfig, survey: Survey) -> list[Skipped]:
+def read_skipped(config: ExtractConfig, survey: Survey) -> list[Skipped]:
+    """What teachers could not serve when they were last asked, of all workers."""
     found: list[Skipped] = []
     for path in sorted(config.store.glob("skipped-*.json")):
         tree = json.loads(path.read_text(encoding="utf-8"))

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, cast
 
 from extraction.config import ExtractConfig
 from extraction.dataset import Items
-from extraction.finish import clean_up, finish, forget_skipped, is_finished, write_skipped
+from extraction.finish import clean_up, finish, forget_skipped, is_finished, read_skipped, write_skipped
 from extraction.progress import in_bytes
 from extraction.pull import pull
 from extraction.survey import Survey, pt_bytes, survey
@@ -48,10 +48,10 @@ def extract(config: ExtractConfig) -> bool:
         logger.info("%s is complete already: nothing to do", config.report_path)
         return True
     config.store.mkdir(parents=True, exist_ok=True)
-    forget_skipped(config)
     if run.has_all():
         logger.info("everything is stored already in %s", config.store)
     else:
+        forget_skipped(config)
         write_skipped(config, run.survey, run.items, run.pull())
     return finish(config, run.survey, run.items, list(run.models))
 
@@ -74,7 +74,13 @@ class _Run:
         self.rows = [row for row in self.survey.kept() if row % config.workers == config.worker]
 
     def has_all(self) -> bool:
-        """Whether this worker's rows are stored for every teacher, so that none needs to be started."""
+        """Whether this worker's rows are stored for every teacher, so that none needs to be started.
+
+        With `on_missing` `skip`, rows that a teacher could not serve are not asked for again.
+        """
+        known = read_skipped(self.config, self.survey) if self.config.on_missing == "skip" else []
+        impossible = {entry.row for entry in known}
+        rows = [row for row in self.rows if row not in impossible]
         for name in self.models:
             directory = self.config.store / name
             if not (directory / MANIFEST_NAME).exists():
@@ -83,7 +89,7 @@ class _Run:
                 info, plan = reader.info, reader.plan
             if plan.digest() != self.plan(info).digest():
                 return False
-            if not stored_rows(directory, info, plan, self.items, self.survey)[self.rows].all():
+            if not stored_rows(directory, info, plan, self.items, self.survey)[rows].all():
                 return False
         return True
 

@@ -28,7 +28,7 @@ PlanFactory = Callable[[TeacherInfo], KVPlan]
 # Samples that tell how many tokens of the teacher one of the student is.
 _PROBE_SAMPLES = 8
 # Of K/V in one answer.
-_REQUEST_BYTES = 256 << 20
+_REQUEST_BYTES = 64 << 20
 
 
 def plan_factory(config: ExtractConfig, student: KVGeometry) -> PlanFactory:

@@ -155,8 +155,14 @@ def test_shards_in_any_order_make_the_file_that_one_worker_makes(extract: Any, t
     assert not (tmp_path / "three" / "train_kv.parts").exists()
 
 
-def test_a_killed_run_goes_on_with_what_is_missing(
-    world: ExtractionWorld, endpoints: list[str], extract: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
+def test_a_run_that_was_ended_goes_on_with_what_is_missing(
+    world: ExtractionWorld,
+    endpoints: list[str],
+    extract: Any,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    how: signal.Signals,
 ) -> None:
     # Shards of a few kilobytes and requests of one sample, so that a kill comes between shards.
     code = (
@@ -173,8 +179,9 @@ def test_a_killed_run_goes_on_with_what_is_missing(
     try:
         wait_until(lambda: len(list(store.glob("*.safetensors"))) >= 3, seconds=60)
     finally:
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+        process.send_signal(how)
+        status = process.wait()
+    assert status == (-signal.SIGKILL if how == signal.SIGKILL else 128 + signal.SIGTERM)
     with KVStoreReader(store) as reader:
         stored = len(reader)
     assert 0 < stored < 40
@@ -237,7 +244,8 @@ def test_long_samples_and_such_as_a_teacher_cannot_serve_are_told_and_listed(
     assert "this teacher takes at most 512" in said
     assert "1 samples lack K/V of some teacher" in said
     assert not (tmp_path / "out" / "train_kv.pt").exists()
-    assert extract(dataset_path=dataset, on_missing="skip") == 0
+    nowhere = ["ada=127.0.0.1:1", "ben=127.0.0.1:1"]
+    assert extract(dataset_path=dataset, on_missing="skip", teacher_endpoints=nowhere) == 0
     assert "left out: 1 samples: longer than --max_length 2048" in capsys.readouterr().err
     data = load_pt(tmp_path / "out" / "train_kv.pt")
     assert [entry["example_id"] for entry in data] == [lines[0]["id"], lines[3]["id"]]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,16 @@ def write(path: Path, count: int, **options: Any) -> None:
     with PTWriter(path, **options) as file:
         for number in range(count):
             file.append(item(number))
+
+
+def write_then(path: Path, last: Callable[[PTWriter], None]) -> None:
+    with PTWriter(path, chunk_bytes=1) as file:
+        file.append(item(1))
+        last(file)
+
+
+def interrupt(_file: PTWriter) -> None:
+    raise KeyboardInterrupt
 
 
 def assert_same(found: Any, expected: Any) -> None:
@@ -93,8 +104,10 @@ def test_the_same_list_gives_the_same_bytes(tmp_path: Path) -> None:
 def test_an_error_leaves_what_was_there_before(tmp_path: Path) -> None:
     path = tmp_path / "x.pt"
     path.write_bytes(b"before")
-    with pytest.raises(TypeError, match="generator"), PTWriter(path, chunk_bytes=1) as file:
-        file.append({**item(1), "what no file can hold": (number for number in range(3))})
+    with pytest.raises(TypeError, match="generator"):
+        write_then(path, lambda file: file.append({"what no file can hold": (number for number in range(3))}))
+    with pytest.raises(KeyboardInterrupt):
+        write_then(path, interrupt)
     assert path.read_bytes() == b"before"
     assert [path.name for path in tmp_path.iterdir()] == ["x.pt"]
 
