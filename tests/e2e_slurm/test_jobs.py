@@ -109,6 +109,8 @@ def test_three_stages_follow_one_another(cluster: SlurmCluster, world: World, tm
     [
         ({"TEACHERS": "no/such-model"}, "1:0", "teacher 'such-model': its server on n2 ended with code 2"),
         ({"STUDENT": "no/such-student"}, "1:0", "student.path: cannot load 'no/such-student'"),
+        # One that only the ranks notice.
+        ({"HEAD_ADAPT_STRATEGY": "identity"}, "1:0", "training failed with code 2"),
         ({"KV_COMPRESSION": "left"}, "2:0", "--kv_compression: Input should be 'full', 'right' or 'r-kv'"),
     ],
 )
