@@ -184,7 +184,8 @@ class RunConfig(StrictModel):
     """Length, batch, parallelism, and what is written when.
 
     Exactly one of `steps` and `epochs` sets the length. `global_batch` samples make one optimiser step, whatever the
-    number of ranks; `micro_batch` of them go through a rank at a time. Intervals of 0 mean only at the end.
+    number of ranks; `micro_batch` of them go through a rank at a time. Intervals of 0 mean only at the end. `best_by`:
+    what the validation that `best_model` comes from is best in; among equals in accuracy the lower loss is better.
     """
 
     output_dir: Path
@@ -198,6 +199,7 @@ class RunConfig(StrictModel):
     eval_every: Annotated[int, Field(ge=0)] = 0
     save_every: Annotated[int, Field(ge=0)] = 0
     keep_checkpoints: Positive = 2
+    best_by: Literal["accuracy", "loss", "kv_loss"] = "accuracy"
     resume: Literal["auto", "never"] = "auto"
 
     @model_validator(mode="after")
@@ -288,6 +290,8 @@ class TrainConfig(StrictModel):
         for teacher in self.teachers:
             if self.kv.mode != "offline" and not teacher.endpoints:
                 raise ValueError(f"teachers: '{teacher.name}' has no endpoints, which kv.mode '{self.kv.mode}' needs")
+        if self.run.best_by == "kv_loss" and not self.teachers:
+            raise ValueError("run.best_by: 'kv_loss' needs teachers")
         if self.teachers:
             self._check_selection(self.kv.selection)
             self._check_training_maps()

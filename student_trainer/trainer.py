@@ -264,14 +264,17 @@ class Trainer:
         current = {name: value for name, value in found.metrics.items() if name.startswith("val/")}
         current["step"] = float(self.step)
 
-        def quality(of: dict[str, float]) -> tuple[float, float]:
-            return of["val/task_metrics/accuracy"], -of["val/loss"]
-
-        if self.best is None or quality(current) > quality(self.best):
+        if self.best is None or self._quality(current) > self._quality(self.best):
             self.best = current
             save_model(self.engine, self.parts, self.out / BEST_MODEL)
             if self.rank == 0:
                 write_json(self.out / "eval_results.json", found.results(self.parts, self.step))
+
+    def _quality(self, metrics: dict[str, float]) -> tuple[float, float]:
+        """The higher, the better, by what the run is to be best in."""
+        best_by = self.parts.config.run.best_by
+        first = metrics["val/task_metrics/accuracy"] if best_by == "accuracy" else -metrics[f"val/{best_by}"]
+        return first, -metrics["val/loss"]
 
     def _flush(self) -> None:
         failure: KVDistillError | None = None

@@ -141,4 +141,5 @@ def _run(settings: RecipeSettings, world_size: int) -> dict[str, Any]:
         "log_every": settings.logging_steps,
         "eval_every": settings.eval_steps,
         "save_every": settings.save_steps,
+        "best_by": settings.metric_for_best_model.removeprefix("eval_"),
     }

@@ -88,7 +88,9 @@ class RecipeSettings(StrictModel):
     save_steps: NotNegative = 1000
     logging_steps: Positive = 50
     answer_tokens: Positive = 32
-    metric_for_best_model: Literal["accuracy", "eval_accuracy"] = "accuracy"
+    metric_for_best_model: Literal["accuracy", "loss", "kv_loss", "eval_accuracy", "eval_loss", "eval_kv_loss"] = (
+        "accuracy"
+    )
 
     @property
     def teachers(self) -> tuple[str, ...]:

@@ -47,6 +47,7 @@ def test_flags_reach_the_trainer() -> None:
         num_train_epochs=2,
         eval_steps=11,
         save_steps=12,
+        metric_for_best_model="eval_kv_loss",
         logging_steps=13,
         bf16=False,
         gradient_checkpointing=False,
@@ -61,6 +62,7 @@ def test_flags_reach_the_trainer() -> None:
     assert (made.optim.lr, made.optim.warmup_ratio, made.optim.max_grad_norm) == (1e-4, 0.2, 0.5)
     assert (made.run.global_batch, made.run.micro_batch, made.run.epochs, made.run.steps) == (60, 3, 2, None)
     assert (made.run.eval_every, made.run.save_every, made.run.log_every) == (11, 12, 13)
+    assert made.run.best_by == "kv_loss"
     assert (made.student.dtype, made.student.gradient_checkpointing) == ("fp32", False)
     assert config(max_steps=7).run.epochs is None
 

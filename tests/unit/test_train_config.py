@@ -87,6 +87,18 @@ def test_resampling_takes_any_number_of_slots(selection: dict[str, Any]) -> None
             "align.time: .*got 'answer' and 'sample'",
         ),
         ({"fuse": {"collapse_at": 0.4}}, "fuse.collapse_at"),
+        ({"run": {"output_dir": "out", "steps": 1, "best_by": "kv_loss"}, "teachers": []}, "run.best_by"),
+        (
+            {"fuse": {"kind": "learnable"}, "kv": {"selection": {"selector": "right", "budget": 24, "scope": "head"}}},
+            "kv.selection",
+        ),
+        (
+            {
+                "fuse": {"kind": "learnable"},
+                "kv": {"selection": {"selector": "right", "budget": 24, "span": "prompt", "scope": "sample"}},
+            },
+            "kv.selection",
+        ),
         ({"loss": {"kv_weight": "automatic"}}, "loss.kv_weight"),
     ],
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
@@ -184,6 +185,20 @@ def test_the_best_model_is_the_most_accurate_then_the_one_with_the_least_loss(tm
         trainer._keep_best(Validation({"val/task_metrics/accuracy": accuracy, "val/loss": loss}, None))
         assert trainer.best is not None
         assert trainer.best["step"] == best
+
+
+@pytest.mark.parametrize(("best_by", "best"), [("accuracy", 1), ("loss", 2), ("kv_loss", 3)])
+def test_the_best_model_is_best_in_what_the_run_asks_for(tmp_path: Path, best_by: str, best: int) -> None:
+    trainer = trainer_in(tmp_path)
+    run = trainer.parts.config.run.model_copy(update={"best_by": best_by})
+    config = trainer.parts.config.model_copy(update={"run": run})
+    trainer.parts = dataclasses.replace(trainer.parts, config=config)
+    for step, (accuracy, loss, kv_loss) in enumerate([(0.9, 3.0, 2.0), (0.1, 1.0, 3.0), (0.2, 2.0, 1.0)], start=1):
+        trainer.step = step
+        metrics = {"val/task_metrics/accuracy": accuracy, "val/loss": loss, "val/kv_loss": kv_loss}
+        trainer._keep_best(Validation(metrics, None))
+    assert trainer.best is not None
+    assert trainer.best["step"] == best
 
 
 def test_windows_add_up() -> None:
