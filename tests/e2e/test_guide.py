@@ -32,8 +32,7 @@ SHORT = {
     "DEVICE": "cpu",
     "GRAD_ACCUM": "2",
     "VAL_SAMPLES": "12",
-    "EXTRA_ARGS": "--max_steps 2 --num_latents 4 --latent_passes 1 --calibration_samples 32 --logging_steps 1 "
-    "--answer_tokens 2",
+    "EXTRA_ARGS": "--max_steps 2 --latent_passes 1 --calibration_samples 32 --logging_steps 1 --answer_tokens 2",
 }
 
 

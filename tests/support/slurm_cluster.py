@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import secrets
+import shlex
 import shutil
 import socket
 import stat
@@ -65,10 +66,12 @@ class SlurmCluster:
     Args:
         directory: for its state and logs, on a path without blanks.
         nodes: how many.
+        task_environment: variables that every task gets, the job's script too, as a site's TaskProlog gives them.
     """
 
-    def __init__(self, directory: Path, nodes: int) -> None:
+    def __init__(self, directory: Path, nodes: int, task_environment: Mapping[str, str] | None = None) -> None:
         self.directory, self.count = directory, nodes
+        self._task_environment = task_environment or {}
         self.environment = {**os.environ, "SLURM_CONF": str(directory / "slurm.conf")}
         self._daemons: list[subprocess.Popen[bytes]] = []
 
@@ -137,7 +140,7 @@ class SlurmCluster:
             f"Gres=gpu:{GPUS} State=UNKNOWN"
             for number, listens in enumerate(ports, start=1)
         )
-        text = CONFIGURATION.format(directory=directory, host=host, port=port, nodes=nodes)
+        text = CONFIGURATION.format(directory=directory, host=host, port=port, nodes=nodes) + self._task_prolog()
         (directory / "slurm.conf").write_text(text, encoding="utf-8")
         for number in range(GPUS):
             # SLURM wants a device for each GPU; these are /dev/null.
@@ -156,6 +159,16 @@ class SlurmCluster:
             (directory / "spool" / f"n{number}").mkdir(parents=True)
             self._daemon("slurmd", "-D", "-N", f"n{number}")
         wait_until(self._all_idle, START_SECONDS)
+
+    def _task_prolog(self) -> str:
+        """Writes the program that tells slurmd the tasks' variables; its line of the configuration."""
+        if not self._task_environment:
+            return ""
+        lines = [f"echo {shlex.quote(f'export {name}={value}')}" for name, value in self._task_environment.items()]
+        program = self.directory / "task_prolog.sh"
+        program.write_text("\n".join(["#!/bin/sh", *lines, ""]), encoding="utf-8")
+        program.chmod(0o755)
+        return f"TaskProlog={program}\n"
 
     def _daemon(self, program: str, *arguments: str) -> None:
         found = shutil.which(program, path=_path())

@@ -1,0 +1,98 @@
+"""The `sbatch` lines of docs/guide.md as they stand, submitted from a copy of the checkout with tiny models.
+
+The cluster gives every task what the lines leave to a site: that GPUs are missing, and that trainings are short.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+import pytest
+
+from data.multi_task_dataset import MultiTaskReasoningDataset
+from tests.support.guide import PAGE, STAGES, Checkout, blocks
+from tests.support.slurm_cluster import SlurmCluster
+from tests.support.training import metrics
+
+NODES = 4
+JOB_SECONDS = 600.0
+# What each block is known by.
+THREE_STAGES, LARGE_SCALE, SCENARIO = (
+    "qwen_dual",
+    "sbatch scripts/run_large_scale_multi_teacher.sh",
+    "cross_family.yaml",
+)
+MODELS = ("Qwen/Qwen2.5-1.5B", "Qwen/Qwen2.5-7B", "Qwen/Qwen2.5-14B", "Qwen/Qwen2.5-32B", "meta-llama/Llama-3.1-8B")
+STEPS = 2
+SHORT = {
+    "DEVICE": "cpu",
+    "HF_HUB_OFFLINE": "1",
+    "OMP_NUM_THREADS": "1",
+    "GRAD_ACCUM": "2",
+    "TRAIN_SAMPLES": "64",
+    "VAL_SAMPLES": "8",
+    "EXTRA_ARGS": f"--max_steps {STEPS} --latent_passes 1 --calibration_samples 32 --logging_steps 1 --answer_tokens 2",
+}
+
+
+@pytest.fixture(scope="module")
+def guide(tmp_path_factory: pytest.TempPathFactory) -> Checkout:
+    return Checkout(tmp_path_factory.mktemp("guide") / "checkout", 24, MODELS)
+
+
+@pytest.fixture(scope="module")
+def cluster(guide: Checkout, tmp_path_factory: pytest.TempPathFactory) -> Iterator[SlurmCluster]:
+    site = {**SHORT, "KVDISTILL_DATA_DIR": str(guide.directory / "copies")}
+    with SlurmCluster(tmp_path_factory.mktemp("slurm") / "cluster", NODES, site) as running:
+        guide.environment["SLURM_CONF"] = running.environment["SLURM_CONF"]
+        yield running
+
+
+def submitted(guide: Checkout, cluster: SlurmCluster, piece: str) -> tuple[int, str]:
+    """The number of the job that a block submits, which has to succeed, and its output."""
+    (job,) = re.findall(r"^Submitted batch job (\d+)$", guide.run(guide.block(piece)), re.MULTILINE)
+    shown = cluster.wait(int(job), JOB_SECONDS)
+    (log,) = guide.directory.glob(f"*-{job}.out")
+    said = log.read_text(encoding="utf-8", errors="replace")
+    assert shown["JobState"] == "COMPLETED", said[-8000:]
+    return int(job), said
+
+
+def test_three_stages_train_on_data_that_were_prepared(guide: Checkout, cluster: SlurmCluster) -> None:
+    loader = MultiTaskReasoningDataset(train_samples=64, val_samples=16, data_dir=guide.directory / "copies")
+    for name, split in zip(("train", "val"), loader.load_and_prepare(), strict=True):
+        split.save_to_disk(str(guide.directory / "data" / "prepared" / name))
+    job, said = submitted(guide, cluster, THREE_STAGES)
+    assert "data: ./data/prepared is there and is used" in said
+    # Servers on nodes of their own, the ranks on the third.
+    assert f"job qwen_dual-{job}: 1 ranks on each of n1\n" in said
+    assert "teacher Qwen2.5-7B on n2 (cpu)\n" in said
+    assert "teacher Qwen2.5-14B on n3 (cpu)\n" in said
+    for stage in STAGES:
+        trained = guide.directory / "outputs" / "three_stage_routing" / stage
+        assert metrics(trained, "routing/weights_mean/Qwen2.5-14B").keys() == {1, STEPS}
+        assert (trained / "best_model" / "model.safetensors").is_file()
+
+
+def test_three_large_teachers_weigh_as_the_script_says(guide: Checkout, cluster: SlurmCluster) -> None:
+    _, said = submitted(guide, cluster, LARGE_SCALE)
+    trained = guide.directory / "outputs" / "large_scale_multi_teacher"
+    for teacher, node, weight in (("7B", "n2", 0.33), ("14B", "n3", 0.33), ("32B", "n4", 0.34)):
+        assert f"teacher Qwen2.5-{teacher} on {node} (cpu)\n" in said
+        assert metrics(trained, f"routing/weights_mean/Qwen2.5-{teacher}")[STEPS] == pytest.approx(weight)
+
+
+def test_a_scenario_has_teachers_of_two_families_and_mixes_its_own_data(guide: Checkout, cluster: SlurmCluster) -> None:
+    _, said = submitted(guide, cluster, SCENARIO)
+    assert "data: ./data/prepared" not in said
+    last = guide.directory / "outputs" / "cross_family" / STAGES[-1]
+    weights = [metrics(last, f"routing/weights_mean/{name}")[STEPS] for name in ("Qwen2.5-7B", "Llama-3.1-8B")]
+    assert sum(weights) == pytest.approx(1.0, abs=1e-3)
+
+
+def test_no_block_is_left_that_needs_slurm() -> None:
+    left = [block.text for block in blocks(PAGE) if block.needs_slurm]
+    for piece in (THREE_STAGES, LARGE_SCALE, SCENARIO):
+        left.remove(next(text for text in left if piece in text))
+    assert left == []

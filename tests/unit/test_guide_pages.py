@@ -1,0 +1,126 @@
+"""The guide says what there is: its commands, the defaults of flags and variables, and the same in both languages."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from experiments.recipe.flags import parser
+from experiments.recipe.settings import TRAIN_SAMPLES, VAL_SAMPLES, RecipeSettings
+from tests.support.guide import CHINESE_PAGE, PAGE, blocks
+from tests.support.servers import REPOSITORY
+
+PAGES = (PAGE, CHINESE_PAGE)
+# What users were promised; each stands in a block as it is here, line by line.
+PROMISED = (
+    """from data.multi_task_dataset import MultiTaskReasoningDataset
+loader = MultiTaskReasoningDataset(base_datasets=['gsm8k', 'svamp', 'strategyqa'], extended_datasets=['math', 'arc_challenge', 'hotpotqa'],
+    use_extended=True, math23k_ratio=0.2, train_samples=15000, val_samples=2000)
+train_ds, val_ds = loader.load_and_prepare()
+train_ds.save_to_disk('./data/prepared/train'); val_ds.save_to_disk('./data/prepared/val')
+""",  # noqa: E501
+    """python scripts/extract_dual_style_kv.py --teacher_models "Qwen/Qwen2.5-7B" "Qwen/Qwen2.5-14B" --student_model "Qwen/Qwen2.5-1.5B" \\
+    --dataset_path "./data/prepared/train" --output_dir "./kv_cache/qwen_dual_teacher" --output_name "train_kv" --kv_compression "right" --max_length 2048 --device cuda
+""",  # noqa: E501
+    """python -c "import torch; kv_data = torch.load('./kv_cache/qwen_dual_teacher/train_kv.pt'); print(len(kv_data)); print(kv_data[0]['teacher_kvs'][0]['keys'].shape)"
+""",  # noqa: E501
+    """sbatch --job-name="qwen_dual" --export=STUDENT="Qwen/Qwen2.5-1.5B",TEACHERS="Qwen/Qwen2.5-7B Qwen/Qwen2.5-14B" scripts/run_three_stage_routing.sh
+""",  # noqa: E501
+    "sbatch scripts/run_large_scale_multi_teacher.sh\n",
+    """python evaluation/multi_task_eval.py --model_path "./outputs/three_stage_routing/stage3_learnable/best_model" \\
+    --eval_datasets gsm8k_test math500 bbh gpqa truthfulqa cmmlu_subset ceval_subset --output_file "./outputs/three_stage_routing/stage3_learnable/eval_results.json"
+""",  # noqa: E501
+    "python experiments/train_multi_teacher_kv.py --load_in_8bit true --bnb_4bit_compute_dtype bfloat16 ",
+    "tensorboard --logdir outputs/three_stage_routing/stage2_similarity\n",
+)
+# Defaults that the page gives in words, by what they are for the program.
+IN_WORDS = {"required", "all", "none", "equal", "its own"}
+# Where the default depends on another flag: what it is without that one.
+DEPENDING = {"--fusion_strategy": "fixed", "--train_samples": str(TRAIN_SAMPLES), "--val_samples": str(VAL_SAMPLES)}
+
+
+@pytest.mark.parametrize("command", PROMISED)
+def test_promised_commands_stand_in_the_guide_as_they_are(command: str) -> None:
+    assert [block.text for block in blocks(PAGE) if block.text.startswith(command)]
+
+
+def test_both_languages_have_the_same_blocks() -> None:
+    english, chinese = map(blocks, PAGES)
+    assert len(english) > 10
+    assert english == chinese
+
+
+def test_both_languages_have_the_same_sections_tables_and_names() -> None:
+    english, chinese = map(outline, PAGES)
+    assert english == chinese
+
+
+def outline(page: Path) -> dict[str, list[str]]:
+    """Headings' numbers, the shape of tables, and what stands in code marks, other than in prose order."""
+    text = re.sub(r"^```.*?^```$", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+    rows = [line for line in text.splitlines() if line.startswith("|")]
+    return {
+        "headings": re.findall(r"^(#+(?: \d+)?) ", text, re.MULTILINE),
+        "rows": [f"{line.count('|')} {' '.join(re.findall('`[^`]+`', line))}" for line in rows],
+        "names": sorted(re.findall(r"`[^`]+`", text)),
+        "links": sorted(set(re.findall(r"\]\(([a-z]+\.md)\)", text)) - {"guide.md"}),
+    }
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_within_a_page_lead_to_a_heading(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    anchors = {
+        re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
+        for heading in re.findall(r"^#+ (.+)$", text, re.MULTILINE)
+    }
+    assert set(re.findall(r"\]\(#([^)]+)\)", text)) - anchors == set()
+
+
+def test_flags_are_those_of_the_command_with_their_defaults() -> None:
+    known = {option: action.dest for action in parser("")._actions for option in action.option_strings}
+    shown = table_rows(r"^\| (`--.*?) \| (.*?) \|")
+    for flags, default in shown:
+        for flag in re.findall(r"--\w+", flags):
+            field = RecipeSettings.model_fields[known[flag]]
+            assert stated(default) == actual(field.get_default(), required=field.is_required(), flag=flag)
+    assert len(shown) == 39
+
+
+def stated(cell: str) -> str:
+    return "" if cell in IN_WORDS - {"required"} else cell.strip("`")
+
+
+def actual(default: object, *, required: bool, flag: str) -> str:
+    if required:
+        return "required"
+    if default is None:
+        return DEPENDING.get(flag, "")
+    if isinstance(default, bool):
+        return str(default).lower()
+    if isinstance(default, tuple):
+        return " ".join(default)
+    return str(default)
+
+
+@pytest.mark.parametrize(
+    ("script", "column"), [("run_three_stage_routing.sh", 1), ("run_large_scale_multi_teacher.sh", 2)]
+)
+def test_variables_have_the_defaults_of_the_scripts(script: str, column: int) -> None:
+    text = (REPOSITORY / "scripts" / script).read_text(encoding="utf-8")
+    # The first of two is what holds where no teachers are named.
+    set_here: dict[str, str] = {}
+    for name, value in re.findall(r'^ *default (\w+) "(.*?)"', text, re.MULTILINE):
+        set_here.setdefault(name, re.sub(r"^\$\{\w+:-(.*)\}$", r"\1", value))
+    for row in table_rows(r"^\| (`[A-Z]\w+`.*?) \| (.*?) \| (.*?) \| .*\|$"):
+        names = re.findall(r"`(\w+)`", row[0])
+        if names[0] == "HF_HOME":
+            continue
+        shown = "" if row[column] in IN_WORDS | {"all three"} else row[column].strip("`")
+        assert shown == next(set_here[name] for name in names if name in set_here), names
+
+
+def table_rows(pattern: str) -> list[tuple[str, ...]]:
+    return re.findall(pattern, PAGE.read_text(encoding="utf-8"), re.MULTILINE)
