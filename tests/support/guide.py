@@ -123,9 +123,9 @@ class Checkout:
 
 def shorten(saved: Path, rows: int) -> None:
     """Leaves the first rows of a saved dataset."""
-    kept = Dataset.from_list(list(Dataset.load_from_disk(str(saved)).select(range(rows))))
+    whole = Dataset.load_from_disk(str(saved), keep_in_memory=True)
     shutil.rmtree(saved)
-    kept.save_to_disk(str(saved))
+    whole.select(range(rows)).save_to_disk(str(saved))
 
 
 def _copy_sources(directory: Path) -> None:
