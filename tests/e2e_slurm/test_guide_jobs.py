@@ -19,7 +19,7 @@ NODES = 4
 JOB_SECONDS = 600.0
 # What each block is known by.
 THREE_STAGES, LARGE_SCALE, SCENARIO = (
-    "qwen_dual",
+    "sbatch --job-name",
     "sbatch scripts/run_large_scale_multi_teacher.sh",
     "cross_family.yaml",
 )
