@@ -37,9 +37,14 @@ _NEGATED = re.compile(
     r"\b(?:not|isn't|rather\s+than)\s+(?:option\s+|choice\s+)?\S+(?:\s+but\b)?|不是\S?|而非\S?", re.IGNORECASE
 )
 _BOX = re.compile(r"\\(?:boxed|fbox)\s*")
+# H_{2} is H_2.
+_ONE_IN_BRACES = re.compile(r"([_^])\{(\w)\}")
 _WRAPPED = re.compile(r"\\(?:text|textbf|mathrm|mathbf|mbox|rm)\s*\{([^{}]*)\}")
 _UNITS = re.compile(r"(?<=[\d}])\s+[A-Za-z]{2,}(?:[\s/][A-Za-z]+)*\.?$")
 _OPENERS = r"\s:*_\"'(\[【{{<$"
+# A number is one word with its decimals, and so is a sign before it: -1 is not 1, nor is 1.5 a 5.
+_WORD = re.compile(r"(?:(?<![\w)\]])-(?=\d))?[^\W_]+(?:(?<=\d)[.,]\d+)*|[-+*/^<>=](?=\s?[\d(\\])")
+_CHINESE_CHARACTER = re.compile(r"[\u4e00-\u9fff]")
 _INLINE_MATH = re.compile(r"\$\$?([^$]+)\$\$?|\\\((.+?)\\\)|\\\[(.+?)\\\]", re.DOTALL)
 
 
@@ -58,7 +63,7 @@ def extract_number(text: str) -> str | None:
     found = find_numbers(text)
     if found:
         return number_text(found[-1].value)
-    spelt = spelt_number(text) if len(text.split()) <= 3 else None
+    spelt = spelt_number(text) if _is_brief(text) else None
     return None if spelt is None else number_text(spelt)
 
 
@@ -92,7 +97,9 @@ def extract_label(text: str, labels: Sequence[str]) -> str | None:
     text = plain(text)
     pattern = re.compile(r"\b(?:" + "|".join(map(re.escape, labels)) + r")\b", re.IGNORECASE)
     spelt = {label.lower(): label for label in labels}
-    for candidate in (*_candidates(text, _PHRASE), text):
+    candidates = list(_candidates(text, _PHRASE))
+    text = re.sub(rf"\bnot\s+(?:\w+ly\s+)?(?:{pattern.pattern})", " ", text, flags=re.IGNORECASE)
+    for candidate in (*candidates, text):
         leading = pattern.match(re.sub(rf"^[{_OPENERS}]+", "", candidate))
         label = leading or (None if candidate is text else pattern.search(candidate))
         if label:
@@ -151,11 +158,18 @@ def same_number(answer: str, target: str) -> bool:
 
 def same_math(answer: str, target: str) -> bool:
     """Whether two expressions are the same: as numbers, units aside, or as text under lm-eval's rules for MATH."""
-    unwrapped, wanted = (_WRAPPED.sub(r"\1", plain(text)).strip() for text in (answer, target))
+    unwrapped, wanted = (
+        _ONE_IN_BRACES.sub(r"\1\2", _WRAPPED.sub(r"\1", plain(text))).strip() for text in (answer, target)
+    )
     values = [parse_number(_UNITS.sub("", text)) for text in (unwrapped, wanted)]
     if None not in values:
         return values[0] == values[1]
     return bool(is_equiv(unwrapped.rstrip("."), wanted.rstrip(".")))
+
+
+def _is_brief(text: str) -> bool:
+    """Whether a text has so few words that a number spelt among them is what it says."""
+    return len(text.split()) <= 3 and len(_CHINESE_CHARACTER.findall(text)) <= 10
 
 
 def _candidates(text: str, phrase: re.Pattern[str]) -> Iterator[str]:
@@ -263,5 +277,5 @@ def _one_choice(text: str, letters: str, choices: Sequence[str]) -> str | None:
 
 
 def _folded(text: str) -> str:
-    words = re.findall(r"[^\W_]+", plain(text).casefold())
+    words = _WORD.findall(plain(text).casefold())
     return f" {' '.join(words)} "

@@ -50,7 +50,8 @@ _NUMBER = re.compile(
 _DIGITS = dict(zip("零〇一二两三四五六七八九", (0, 0, 1, 2, 2, 3, 4, 5, 6, 7, 8, 9), strict=True))
 _UNITS = {"十": 10, "百": 100, "千": 1000}
 _INTEGER = "[零〇一二两三四五六七八九十百千万亿]+"
-_CHINESE = re.compile(f"负?(?:{_INTEGER}分之)?{_INTEGER}(?:点[零〇一二两三四五六七八九]+)?")
+# In 一共 (in all) and its like, 一 counts nothing.
+_CHINESE = re.compile(f"(?!一[共起样般些定直旦切])负?(?:{_INTEGER}分之)?{_INTEGER}(?:点[零〇一二两三四五六七八九]+)?")
 
 _ONES = (
     *("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve"),

@@ -76,6 +76,9 @@ NUMBERS = {
     "答案是二〇二四": "2024",
     "答案：3.5万元": "35000",
     "答案不是5，而是7": "7",
+    "一共是二十三个苹果": "23",
+    "答：一共有三十六个": "36",
+    "这道题目很难，我想了一个小时也不知道": None,
     "There is no number": None,
     "Nobody knows, not one of them.": None,
     "1/0": None,
@@ -131,6 +134,10 @@ LABELS = {
     ("valid", "valid invalid"): "valid",
     ("not ( True ) and False is False", "True False"): "False",
     ("Nobody knows", "Yes No"): None,
+    ("The argument is not valid", "valid invalid"): None,
+    ("It is not deductively valid: invalid", "valid invalid"): "invalid",
+    ("not True", "True False"): None,
+    ("not True is False", "True False"): "False",
 }
 
 EXPRESSIONS = {
@@ -161,6 +168,8 @@ EQUAL = [
     ("10\\text{ cm}", "10"),
     ("12 apples", "12"),
     ("60 miles per hour", "60\\text{ mph}"),
+    ("4210_5", "4210_{5}"),
+    ("x^{2}+1", "x^2+1"),
     ("\\left(3,\\frac{\\pi}{2}\\right)", "(3, \\frac{\\pi}{2})"),
 ]
 DIFFERENT = [
@@ -198,6 +207,11 @@ def test_a_choice_is_read(text: str, answer: str | None) -> None:
         ("It is New York City", ["York", "New York", "Boston", "Rome"], "B"),
         ("Rome or Paris", ["Rome", "Paris", "Oslo", "Bonn"], None),
         ("答案是北京", ["上海", "北京", "天津", "重庆"], "B"),
+        ("The answer is -1.5 V", ["1.5 V", "-1.5 V", "3 V", "-3 V"], "B"),
+        ("The answer is -1 V", ["1 V", "2 V", "3 V", "4 V"], None),
+        ("The answer is 1 V", ["-1 V", "2 V", "3 V", "4 V"], None),
+        ("The answer is 1.5", ["5", "10", "20", "40"], None),
+        ("x^2+1", ["x^2-1", "2x^2", "x^3", "y"], None),
     ],
 )
 def test_a_choice_may_be_named_by_its_words(text: str, choices: list[str], answer: str | None) -> None:
