@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import argparse
-import difflib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, NoReturn
+from typing import Annotated, Literal
 
 from pydantic import Field, field_validator
 
-from kvcore.config import StrictModel, parse
-from kvcore.errors import ConfigError, FieldError
+from kvcore.config import StrictModel
+from kvcore.errors import FieldError
+from kvcore.flags import FlagSet
 
 BENCHMARKS = ("gsm8k_test", "math500", "bbh", "gpqa", "truthfulqa", "cmmlu_subset", "ceval_subset")
 
@@ -30,11 +29,29 @@ _EXAMPLES = """examples:
     python evaluation/multi_task_eval.py --model_path Qwen/Qwen2.5-1.5B --eval_datasets gsm8k gsm8k_test \\
         --output_file outputs/qwen_1_5b.json --dtype bf16 --batch_size 32"""
 
+# Headings of --help, in order; under each its fields and what to say about them.
+_GROUPS: Mapping[str, Mapping[str, str]] = {
+    "model": {
+        "model_path": "a best_model, or a directory or hub id for transformers",
+        "device": "auto, cpu, cuda or cuda:N",
+        "dtype": "of the weights; auto is as they were saved",
+        "batch_size": "questions read at once",
+        "max_new_tokens": "longest answer; the task's own by default, and 64 after latents, which reason without words",
+    },
+    "benchmarks": {
+        "eval_datasets": "any of the default ones, or any task of lm-evaluation-harness by its name there",
+        "data_dir": "local copies: PATH/NAME.jsonl and so on; $KVDISTILL_DATA_DIR by default",
+        "tasks_dir": "more tasks, as YAML files of lm-evaluation-harness",
+        "limit": "only the first so many questions of each dataset, or of each of its subjects",
+    },
+    "output": {"output_file": "results; eval_results.json beside the model's directory by default"},
+}
+
 Positive = Annotated[int, Field(ge=1)]
 
 
 class EvalSettings(StrictModel):
-    """One evaluation; `parser` says what each field means."""
+    """One evaluation; `_GROUPS` says what each field means."""
 
     model_path: Annotated[str, Field(min_length=1)]
     eval_datasets: Annotated[tuple[str, ...], Field(min_length=1)] = BENCHMARKS
@@ -70,66 +87,19 @@ class EvalSettings(StrictModel):
         return Path(self.model_path).resolve().parent / "eval_results.json"
 
 
-class _Parser(argparse.ArgumentParser):
-    """Reports mistakes as our errors."""
-
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError(message)
-
-
-def parser(program: str) -> argparse.ArgumentParser:
-    """The parser with every flag."""
-    made = _Parser(
-        prog=program,
-        description=_DESCRIPTION,
-        epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-        argument_default=argparse.SUPPRESS,
-    )
-    add = made.add_argument
-    add("--model_path", metavar="PATH", help="required: a best_model, or a directory or hub id for transformers")
-    add(
-        "--eval_datasets",
-        nargs="+",
-        metavar="NAME",
-        help=f"{', '.join(BENCHMARKS)} (default: all of these), or any task of lm-evaluation-harness by its name there",
-    )
-    add("--output_file", metavar="FILE", help="results (default: eval_results.json beside the model's directory)")
-    add("--data_dir", metavar="DIR", help="local copies: DIR/NAME.jsonl and so on (default: $KVDISTILL_DATA_DIR)")
-    add("--tasks_dir", metavar="DIR", help="more tasks, as YAML files of lm-evaluation-harness")
-    add("--limit", type=int, metavar="N", help="only the first N questions of each dataset, or of each of its subjects")
-    add("--batch_size", type=int, metavar="N", help="questions read at once (default: 8)")
-    add(
-        "--max_new_tokens",
-        type=int,
-        metavar="N",
-        help="longest answer (default: the task's own, and 64 after latents, where no reasoning is written)",
-    )
-    add("--device", metavar="DEVICE", help="auto, cpu, cuda or cuda:N (default: auto)")
-    add("--dtype", choices=("auto", "fp32", "bf16"), help="of the weights (default: auto, as they were saved)")
-    return made
+_FLAGS = FlagSet(EvalSettings, _DESCRIPTION, _EXAMPLES, _GROUPS)
 
 
 def read_flags(arguments: Sequence[str], program: str) -> EvalSettings:
     """Settings from the command line; `--help` prints and exits.
 
     Raises:
-        ConfigError: a flag is unknown (names the nearest), lacks a value, or one that is needed is missing.
-        FieldError: a value that cannot be used, by its flag.
+        ConfigError: a flag is unknown (names the nearest) or lacks a value.
+        FieldError: a value is missing or cannot be used, by its flag.
     """
-    made = parser(program)
-    known, extra = made.parse_known_args(list(arguments))
-    if extra:
-        flags = [flag for action in made._actions for flag in action.option_strings]  # noqa: SLF001 - no public list
-        near = difflib.get_close_matches(extra[0].partition("=")[0], flags, n=1, cutoff=0.0)
-        raise ConfigError(f"unknown flag {extra[0]}; did you mean {near[0]}?")
-    given: dict[str, Any] = vars(known)
+    settings = _FLAGS.read(arguments, program)
+    if settings.data_dir is not None:
+        return settings
     from data.sources import default_data_dir  # noqa: PLC0415 - slow to import, and --help needs none of it
 
-    given.setdefault("data_dir", default_data_dir())
-    try:
-        return parse(given, EvalSettings)
-    except FieldError as error:
-        required = error.problem.startswith("Field required")
-        raise FieldError(f"--{error.field}", "is required" if required else error.problem) from error
+    return settings.model_copy(update={"data_dir": default_data_dir()})

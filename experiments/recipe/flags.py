@@ -2,19 +2,12 @@
 
 from __future__ import annotations
 
-import argparse
-import difflib
-import re
-from collections.abc import Mapping, Sequence
-from pathlib import Path
-from types import NoneType
-from typing import Any, get_args, get_origin
+from collections.abc import Mapping
 
 from experiments.recipe.settings import MIX, TRAIN_SAMPLES, VAL_SAMPLES, RecipeSettings
-from kvcore.config import apply_override, parse, read_yaml
-from kvcore.errors import ConfigError, FieldError
+from kvcore.flags import FlagSet
 
-ALIASES = {"student_model_name_or_path": ("--student_model",)}
+DESCRIPTION = "Train a student on the keys and values of one or several teachers. Booleans are true or false."
 
 EXAMPLES = """examples:
   Two teachers, fixed weights; starts a server for each teacher on this machine:
@@ -107,133 +100,12 @@ GROUPS: Mapping[str, Mapping[str, str]] = {
     },
 }
 
-
-def parser(program: str) -> argparse.ArgumentParser:
-    """The parser; a flag that is not given leaves no trace in what it returns."""
-    made = argparse.ArgumentParser(
-        prog=program,
-        description="Train a student on the keys and values of one or several teachers. Booleans are true or false.",
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-        argument_default=argparse.SUPPRESS,
-    )
-    made.add_argument("--config", type=Path, help="YAML file of these flags without dashes; flags given here win")
-    for heading, fields in GROUPS.items():
-        group = made.add_argument_group(heading)
-        for name, text in fields.items():
-            options = (f"--{name}", *ALIASES.get(name, ()))
-            nargs = "+" if _is_list(name) else None
-            group.add_argument(*options, dest=name, nargs=nargs, metavar=_metavar(name), help=_help(name, text))
-    return made
-
-
-def read_flags(arguments: Sequence[str], program: str) -> RecipeSettings:
-    """Settings from the command line, over those of `--config`.
-
-    Raises:
-        ConfigError: a flag is unknown (with the nearest one), or two do not go together.
-        FieldError: a value is wrong; named as the flag.
-    """
-    made = parser(program)
-    given, rest = made.parse_known_args(arguments)
-    for extra in rest:
-        raise ConfigError(_unknown(extra, made))
-    flags = vars(given)
-    path: Path | None = flags.pop("config", None)
-    tree = read_yaml(path) if path else {}
-    for name, text in flags.items():
-        _set(tree, name, text)
-    try:
-        return parse(tree, RecipeSettings)
-    except FieldError as error:
-        raise _as_flag(error) from error
-
-
-def _set(tree: dict[str, Any], name: str, text: str | list[str]) -> None:
-    """Puts a flag's text into the tree as the type of its field."""
-    kinds = _kinds(name)
-    if name == "fixed_weights":
-        tree[name] = [_number(part) for part in re.split(r"[\s,;]+", " ".join(text)) if part]
-    elif bool in kinds:
-        if text not in ("true", "false"):
-            raise FieldError(f"--{name}", f"expected true or false, got '{text}'")
-        tree[name] = text == "true"
-    elif {int, float} & kinds:
-        apply_override(tree, f"{name}={text}")
-    else:
-        tree[name] = text
-
-
-def _number(text: str) -> float:
-    try:
-        return float(text)
-    except ValueError as error:
-        raise FieldError("--fixed_weights", f"expected numbers, got '{text}'") from error
-
-
-def _kinds(name: str) -> set[Any]:
-    """The plain types in a field's annotation, those of a Literal's choices too."""
-    found: set[Any] = set()
-    waiting: list[Any] = [RecipeSettings.model_fields[name].annotation]
-    while waiting:
-        kind = waiting.pop()
-        if isinstance(kind, type):
-            found.add(kind)
-        elif isinstance(kind, str | int) and not isinstance(kind, bool):
-            found.add(type(kind))
-        else:
-            waiting += get_args(kind)
-    return found
-
-
-def _is_list(name: str) -> bool:
-    return get_origin(RecipeSettings.model_fields[name].annotation) is tuple
-
-
-def _choices(name: str) -> list[str]:
-    annotation = RecipeSettings.model_fields[name].annotation
-    kinds = [annotation, *get_args(annotation)]
-    return [str(choice) for kind in kinds for choice in get_args(kind) if isinstance(choice, str | int)] or (
-        [str(kind) for kind in get_args(annotation) if isinstance(kind, str)]
-    )
-
-
-def _metavar(name: str) -> str:
-    kinds = _kinds(name) - {NoneType}
-    if bool in kinds:
-        return "true|false"
-    if choices := list(dict.fromkeys(_choices(name))):
-        return ("NUMBER|" if float in kinds else "") + "|".join(choices)
-    if Path in kinds:
-        return "PATH"
-    return "NUMBER" if {int, float} & kinds else "TEXT"
-
-
-def _help(name: str, text: str) -> str:
-    field = RecipeSettings.model_fields[name]
-    default = field.get_default()
-    if field.is_required():
-        return f"{text} (required)".replace("%", "%%")
-    if default in (None, ()):
-        return text.replace("%", "%%")
-    shown = str(default).lower() if isinstance(default, bool) else default
-    shown = " ".join(shown) if isinstance(shown, tuple) else shown
-    return f"{text} (default: {shown})".replace("%", "%%")
-
-
-def _unknown(extra: str, made: argparse.ArgumentParser) -> str:
-    flag = extra.partition("=")[0]
-    if not flag.startswith("-"):
-        return f"'{extra}': no flag stands before it; --help lists them"
-    known = [option for action in made._actions for option in action.option_strings]  # noqa: SLF001 - no public way
-    near = difflib.get_close_matches(flag, known, n=1, cutoff=0.0)
-    return f"{flag}: unknown flag; did you mean {near[0]}?"
-
-
-def _as_flag(error: FieldError) -> ConfigError:
-    name = error.field.partition(".")[0]
-    if name not in RecipeSettings.model_fields:
-        # Two fields that do not go together: the message names the first of them. Or an unknown key of the file.
-        return ConfigError(f"--{error.problem}" if name == RecipeSettings.__name__ else str(error))
-    return FieldError(f"--{name}", "is required" if error.problem.startswith("Field required") else error.problem)
+_FLAGS = FlagSet(
+    RecipeSettings,
+    DESCRIPTION,
+    EXAMPLES,
+    GROUPS,
+    aliases={"student_model_name_or_path": ("--student_model",)},
+    config_file=True,
+)
+parser, read_flags = _FLAGS.parser, _FLAGS.read

@@ -42,13 +42,13 @@ def test_results_stand_beside_the_model(tmp_path: Path) -> None:
 
 
 def test_mistakes_name_their_flag() -> None:
-    with pytest.raises(ConfigError, match="unknown flag --eval_dataset; did you mean --eval_datasets"):
+    with pytest.raises(ConfigError, match="--eval_dataset: unknown flag; did you mean --eval_datasets"):
         read("--model_path", "m", "--eval_dataset", "gpqa")
     with pytest.raises(FieldError, match="--model_path: is required"):
         read("--limit", "3")
     with pytest.raises(FieldError, match=r"--limit: .*greater than or equal to 1"):
         read("--model_path", "m", "--limit", "0")
-    with pytest.raises(ConfigError, match="invalid int value: 'many'"):
+    with pytest.raises(FieldError, match=r"--limit: .*valid integer \(got 'many'\)"):
         read("--model_path", "m", "--limit", "many")
     with pytest.raises(FieldError, match=r"--output_file: .*ends in .json"):
         read("--model_path", "m", "--output_file", "results")

@@ -113,7 +113,7 @@ def test_flags_win_over_the_file(tmp_path: Path) -> None:
         ("--kv_compression rkv", "--kv_compression: Input should be 'full', 'right' or 'r-kv' (got 'rkv')"),
         ("--kv_loss_weight often", "--kv_loss_weight: "),
         ("--fixed_weights 0.5", "--fixed_weights: 2 teachers need as many weights, got 1 (a comma inside sbatch"),
-        ("--fixed_weights a,b", "--fixed_weights: expected numbers, got 'a'"),
+        ("--fixed_weights a,b", "--fixed_weights: Input should be a valid number (got 'a')"),
         ("--fixed_weights 1 0", "--fixed_weights: Input should be greater than 0"),
         ("--num_teachers 3", "--num_teachers: 3 asked for, and teacher_models names 2"),
         ("--train_phase 2 --fusion_strategy learnable", "--fusion_strategy: train_phase 2 is 'similarity'"),
