@@ -59,8 +59,8 @@ def prepare_data(settings: RecipeSettings, directory: Path) -> DataFiles:
     directory.mkdir(parents=True, exist_ok=True)
     marker.unlink(missing_ok=True)
     for path, records in ((files.train, train), (files.val, val)):
-        kept = _usable(records, settings, path.stem)
-        write_records(path, kept)
+        logger.info("data: %d %s records", len(records), path.stem)
+        write_records(path, records)
     marker.write_text(json.dumps({"settings": digest}) + "\n", encoding="utf-8")
     return files
 
@@ -69,9 +69,10 @@ def _records(settings: RecipeSettings) -> tuple[Sequence[Record], Sequence[Recor
     names = settings.dataset_name
     directory = Path(names[0])
     if len(names) == 1 and directory.is_dir():
-        limits = {"train": settings.train_samples, "val": settings.val_samples}
-        read = {name: load_records(_split(directory, name), limit) for name, limit in limits.items()}
-        train, val = (_short(records, settings, name) for name, records in read.items())
+        read = {name: load_records(_split(directory, name)) for name in ("train", "val")}
+        usable = {name: _usable(records, settings, name) for name, records in read.items()}
+        limits = (settings.train_samples, settings.val_samples)
+        train, val = (_first(usable[name], settings, name, limit) for name, limit in zip(usable, limits, strict=True))
         return train, val
     if len(names) == 1 and ("/" in names[0] or names[0].startswith(".")):
         raise ConfigError(f"--dataset_name: no directory '{names[0]}' here; it would hold train and val")
@@ -86,23 +87,28 @@ def _split(directory: Path, name: str) -> Path:
     raise ConfigError(f"--dataset_name: {directory} holds neither {name} (a saved dataset) nor {name}.jsonl")
 
 
-def _short(records: Sequence[Record], settings: RecipeSettings, split: str) -> list[Record]:
-    """Without the records that training would refuse for their length."""
+def _first(records: Sequence[Record], settings: RecipeSettings, split: str, limit: int | None) -> list[Record]:
+    """The first `limit` records, or all, without those that training would refuse for their length."""
     from data.collate import Collator  # noqa: PLC0415 - loads torch
 
     collator = Collator(_tokenizer(settings.student_model_name_or_path), settings.max_length)
-
-    def fits(record: Record) -> bool:
+    kept: list[Record] = []
+    left_out = 0
+    for record in records:
+        if len(kept) == limit:
+            break
         try:
             collator.tokens(record)
         except FieldError:
-            return False
-        return True
-
-    kept = [record for record in records if fits(record)]
-    if len(kept) < len(records):
-        left_out = len(records) - len(kept)
+            left_out += 1
+        else:
+            kept.append(record)
+    if left_out:
         logger.info("data: left out of %s: %d longer than --max_length %d", split, left_out, settings.max_length)
+    if not kept:
+        raise ConfigError(f"--max_length: every {split} record is longer than {settings.max_length} tokens")
+    if limit is not None and len(kept) < limit:
+        logger.warning("data: %d of the %d %s records asked for are there", len(kept), limit, split)
     return kept
 
 
@@ -153,7 +159,6 @@ def _matches_whole_text(settings: RecipeSettings) -> bool:
 def _usable(records: Sequence[Record], settings: RecipeSettings, split: str) -> list[Record]:
     """Without the records that have no tokens to match K/V at."""
     kept = [record for record in records if _matches_whole_text(settings) or record.reasoning]
-    logger.info("data: %d %s records", len(kept), split)
     without = Counter(record.dataset or "one dataset" for record in records if not record.reasoning)
     if len(kept) < len(records):
         shown = ", ".join(f"{count} of {name}" for name, count in sorted(without.items()))

@@ -90,6 +90,21 @@ def test_records_of_a_directory_that_are_too_long_are_left_out_and_counted(
     assert "left out of train: 1 longer than --max_length 40" in caplog.text
 
 
+def test_as_many_usable_records_of_a_directory_as_are_asked_for(
+    student: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    short = [Record(f"a{number}", f"Q{number}?", " because", " 1") for number in range(4)]
+    unusable = [Record("b", "Q?", "", " 1"), Record("c", "Q?" * 30, " because", " 1")]
+    write_records(tmp_path / "train.jsonl", [*unusable, *short])
+    write_records(tmp_path / "val.jsonl", short[:1])
+    chosen = settings(student, dataset_name=(str(tmp_path),), max_length=40, train_samples=3, val_samples=2)
+    files = prepare_data(chosen, tmp_path / "out")
+    assert load_records(files.train) == short[:3]
+    assert "1 of the 2 val records asked for are there" in caplog.text
+    with pytest.raises(ConfigError, match=r"--max_length: every train record is longer than 5 tokens"):
+        prepare_data(chosen.model_copy(update={"max_length": 5}), tmp_path / "out")
+
+
 @pytest.mark.parametrize("names", [("gsm8k",), ("{directory}",)])
 def test_a_student_that_is_not_there_is_named_before_data_is_made(names: tuple[str, ...], tmp_path: Path) -> None:
     for split in ("train", "val"):
