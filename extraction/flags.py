@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-import argparse
-import difflib
-import types
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, NoReturn, Union, get_args, get_origin, get_type_hints
 
 from extraction.config import DEFAULT_BUDGET, ExtractConfig
-from kvcore.config import parse
-from kvcore.errors import ConfigError, FieldError
+from kvcore.flags import FlagSet
 
 DESCRIPTION = """Write the K/V that teachers have for a dataset, in both styles (cot, direct), to a file or a store.
 
@@ -74,81 +69,14 @@ GROUPS: Mapping[str, Mapping[str, str]] = {
 }
 
 
-class _Parser(argparse.ArgumentParser):
-    """Reports mistakes as our errors."""
-
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError(message)
+FLAGS = FlagSet(ExtractConfig, DESCRIPTION, EXAMPLES, GROUPS, switches=True)
 
 
 def read_flags(arguments: Sequence[str], program: str) -> ExtractConfig:
     """Reads the command line; `--help` prints and exits.
 
     Raises:
-        ConfigError: a flag is unknown (names the nearest), lacks a value, or one that is needed is missing.
-        FieldError: a value that can't be used, by its flag.
+        ConfigError: a flag is unknown (names the nearest) or lacks a value, or two do not go together.
+        FieldError: a value is missing or cannot be used, by its flag.
     """
-    made = parser(program)
-    known, extra = made.parse_known_args(list(arguments))
-    if extra:
-        flags = [flag for action in made._actions for flag in action.option_strings]  # noqa: SLF001 - no public list
-        near = difflib.get_close_matches(extra[0].partition("=")[0], flags, n=1, cutoff=0.0)
-        raise ConfigError(f"unknown flag {extra[0]}; did you mean {near[0]}?")
-    given = {name: value for name, value in vars(known).items() if value is not None}
-    try:
-        return parse(given, ExtractConfig)
-    except FieldError as error:
-        if error.field not in ExtractConfig.model_fields:
-            raise ConfigError(error.problem) from error
-        raise FieldError(f"--{error.field}", error.problem) from error
-
-
-def parser(program: str) -> argparse.ArgumentParser:
-    """The parser with every flag."""
-    made = _Parser(
-        prog=program,
-        description=DESCRIPTION,
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    hints = get_type_hints(ExtractConfig)
-    for title, fields in GROUPS.items():
-        group = made.add_argument_group(title)
-        for name, text in fields.items():
-            group.add_argument(f"--{name}", **_options(name, hints[name], text))
-    return made
-
-
-def _options(name: str, kind: Any, text: str) -> dict[str, Any]:
-    """What argparse is told of a field."""
-    field = ExtractConfig.model_fields[name]
-    shown = "" if field.is_required() or field.default in (None, ()) else f" (default: {_shown(field.default)})"
-    options: dict[str, Any] = {"help": (text + shown).replace("%", "%%"), "required": field.is_required()}
-    options["metavar"] = name.rpartition("_")[2].upper()
-    parts = {part for part in get_args(kind) if part is not types.NoneType} if _is_union(kind) else {kind}
-    for part in parts:
-        if part is bool:
-            options |= {"type": _boolean, "nargs": "?", "const": True, "metavar": "true|false"}
-        elif part in (int, float):
-            options["type"] = part
-        elif get_origin(part) is Literal:
-            options["choices"] = get_args(part)
-            del options["metavar"]
-        elif get_origin(part) is tuple:
-            options["nargs"] = "+"
-    return options
-
-
-def _is_union(kind: Any) -> bool:
-    return get_origin(kind) in (Union, types.UnionType)
-
-
-def _boolean(text: str) -> bool:
-    if text.lower() not in ("true", "false"):
-        raise argparse.ArgumentTypeError(f"expected true or false, got '{text}'")
-    return text.lower() == "true"
-
-
-def _shown(value: object) -> str:
-    return str(value).lower() if isinstance(value, bool) else str(value)
+    return FLAGS.read(arguments, program)

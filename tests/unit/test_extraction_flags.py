@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from extraction.config import ExtractConfig
-from extraction.flags import GROUPS, parser, read_flags
+from extraction.flags import FLAGS, GROUPS, read_flags
 from kvcore.errors import ConfigError
 from kvcore.plan import Selection
 from tests.support.servers import REPOSITORY
@@ -66,9 +66,9 @@ def test_booleans_are_true_or_false(given: list[str], value: bool) -> None:
 @pytest.mark.parametrize(
     ("flags", "problem"),
     [
-        (["--kv_compresion", "right"], "unknown flag --kv_compresion; did you mean --kv_compression?"),
-        (["--output-name=x"], "unknown flag --output-name=x; did you mean --output_name?"),
-        (["--kv_compression", "left"], "invalid choice: 'left'"),
+        (["--kv_compresion", "right"], "--kv_compresion: unknown flag; did you mean --kv_compression?"),
+        (["--output-name=x"], "--output-name: unknown flag; did you mean --output_name?"),
+        (["--kv_compression", "left"], "--kv_compression: Input should be 'right', 'r-kv' or 'full' (got 'left')"),
         (["--load_in_8bit", "maybe"], "expected true or false, got 'maybe'"),
         (["--max_length", "0"], "--max_length: "),
         (["--shard", "0/3"], "counts from 1/N"),
@@ -94,7 +94,7 @@ def test_a_flag_that_is_needed_is_named() -> None:
 def test_every_field_has_a_flag_and_help_says_how_to_use_them() -> None:
     fields = [name for group in GROUPS.values() for name in group]
     assert sorted(fields) == sorted(ExtractConfig.model_fields)
-    shown = parser("x").format_help()
+    shown = FLAGS.parser("x").format_help()
     assert all(f"--{name}" in shown for name in fields)
     assert "examples:" in shown
     assert "--shard 2/4" in shown
@@ -111,7 +111,7 @@ def test_both_commands_end_a_mistake_with_one_line_and_status_2(command: list[st
     )
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1
-    assert "unknown flag --nonsense" in done.stderr
+    assert "--nonsense: unknown flag" in done.stderr
 
 
 def test_mistakes_show_before_torch_is_loaded() -> None:
