@@ -20,7 +20,7 @@ from datasets import Dataset, Features, Value
 from rich.console import Console
 from rich.progress import Progress, TaskID
 
-from data.families import find_family
+from data.families import BASE, CHINESE, EXTENDED, find_family
 from data.families.base import Row as DatasetRow
 from data.mixing import apportion_splits
 from data.mixture_report import Report, describe, log
@@ -31,9 +31,6 @@ from data.sources import default_data_dir, find_source, read_rows
 from kvcore.errors import ConfigError, FieldError, KVDistillError
 from kvcore.offsets import read_text
 
-BASE = ("gsm8k", "svamp", "strategyqa")
-EXTENDED = ("math", "arc_challenge", "hotpotqa")
-CHINESE = "math23k"
 COLUMNS = ("prompt", "reasoning", "answer", "style", "task_type", "dataset", "language", "id")
 
 Row = dict[str, str]

@@ -18,6 +18,10 @@ _MODULES = {
     "hotpotqa": "data.families.hotpotqa",
 }
 NAMES = tuple(_MODULES)
+# What the usual mixture is of.
+BASE = ("gsm8k", "svamp", "strategyqa")
+EXTENDED = ("math", "arc_challenge", "hotpotqa")
+CHINESE = "math23k"
 
 
 def find_family(name: str, field: str = "dataset") -> Family:

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+from data.families import BASE, CHINESE, EXTENDED
 from data.prompts import STYLES
 from data.records import Record, load_records, write_records
 from experiments.recipe.build import DataFiles
@@ -21,9 +22,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-BASE = ("gsm8k", "svamp", "strategyqa")
-EXTENDED = ("math", "arc_challenge", "hotpotqa")
-CHINESE = "math23k"
 _WHAT = "prepared.json"
 _SHAPING = {
     "student_model_name_or_path",
