@@ -39,7 +39,7 @@ _SHAPING = {
 
 
 def prepare_data(settings: RecipeSettings, directory: Path) -> DataFiles:
-    """Writes train.jsonl and val.jsonl into `directory`, unless they are there from the same settings.
+    """Writes train.jsonl and val.jsonl into `directory`, unless they are there from the same settings and files.
 
     Records longer than `max_length` are left out, and where the K/V of the reasoning are what is learnt from, those
     without it: both are counted in the log.
@@ -48,7 +48,7 @@ def prepare_data(settings: RecipeSettings, directory: Path) -> DataFiles:
         ConfigError: a dataset cannot be had, or holds too little; says which and what to do.
     """
     files = DataFiles.under(directory)
-    digest = hashlib.blake2b(settings.model_dump_json(include=_SHAPING).encode(), digest_size=16).hexdigest()
+    digest = _digest(settings)
     marker = directory / _WHAT
     if marker.is_file() and json.loads(marker.read_text(encoding="utf-8"))["settings"] == digest:
         logger.info("data: %s is there already", directory)
@@ -63,10 +63,28 @@ def prepare_data(settings: RecipeSettings, directory: Path) -> DataFiles:
     return files
 
 
+def _digest(settings: RecipeSettings) -> str:
+    """Of all that decides which records come out, the files of a directory among it."""
+    digest = hashlib.blake2b(settings.model_dump_json(include=_SHAPING).encode(), digest_size=16)
+    directory = _directory(settings)
+    for path in (_split(directory, "train"), _split(directory, "val")) if directory else ():
+        for part in sorted(path.rglob("*")) if path.is_dir() else (path,):
+            if part.is_file():
+                with part.open("rb") as file:
+                    digest.update(hashlib.file_digest(file, "blake2b").digest())
+    return digest.hexdigest()
+
+
+def _directory(settings: RecipeSettings) -> Path | None:
+    """The directory that holds the data, where `dataset_name` is one."""
+    directory = Path(settings.dataset_name[0])
+    return directory if len(settings.dataset_name) == 1 and directory.is_dir() else None
+
+
 def _records(settings: RecipeSettings) -> tuple[Sequence[Record], Sequence[Record]]:
     names = settings.dataset_name
-    directory = Path(names[0])
-    if len(names) == 1 and directory.is_dir():
+    directory = _directory(settings)
+    if directory is not None:
         read = {name: load_records(_split(directory, name)) for name in ("train", "val")}
         usable = {name: _usable(records, settings, name) for name, records in read.items()}
         limits = (settings.train_samples, settings.val_samples)

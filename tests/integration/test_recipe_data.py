@@ -78,6 +78,15 @@ def test_a_directory_is_read_as_it_is_and_made_ready_once(
     assert len(load_records(files.train)) == 3
 
 
+def test_a_directory_whose_content_has_changed_is_read_again(student: Path, tmp_path: Path) -> None:
+    for answer in (" 1", " 2"):
+        records = [Record("a", "Q?", " because", answer)]
+        write_records(tmp_path / "train.jsonl", records)
+        write_records(tmp_path / "val.jsonl", records)
+        files = prepare_data(settings(student, dataset_name=(str(tmp_path),)), tmp_path / "out")
+        assert load_records(files.train) == records
+
+
 def test_records_of_a_directory_that_are_too_long_are_left_out_and_counted(
     student: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
