@@ -5,6 +5,7 @@ A file of JSON Lines, or a directory that `datasets.Dataset.save_to_disk` wrote.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
@@ -19,6 +20,7 @@ from kvcore.plan import SpanKind
 from kvcore.types import Sample, Span
 
 _FIELDS = ("id", "prompt", "reasoning", "answer")
+_CHUNK_BYTES = 1 << 20
 _MAY_BE_EMPTY = frozenset({"reasoning", "dataset"})
 
 
@@ -98,6 +100,23 @@ def write_records(path: Path, records: Iterable[Record]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", encoding="utf-8", newline="\n") as file:
         file.writelines(lines)
+
+
+def content_digest(path: Path) -> str:
+    """32 hexadecimal digits of what a file or a saved dataset holds, wherever it is and whenever it was written.
+
+    Raises:
+        ConfigError: it is not there.
+    """
+    if not path.exists():
+        raise ConfigError(f"{path}: no such data file or directory")
+    digest = hashlib.blake2b(digest_size=16)
+    # Beside its rows a saved dataset has notes that differ from one writing to the next.
+    for part in sorted(path.glob("*.arrow")) if path.is_dir() else [path]:
+        with part.open("rb") as file:
+            while chunk := file.read(_CHUNK_BYTES):
+                digest.update(chunk)
+    return digest.hexdigest()
 
 
 def epoch_order(count: int, seed: int, epoch: int) -> list[int]:

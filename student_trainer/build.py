@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import time
 from collections.abc import Sequence
@@ -17,7 +16,7 @@ from align.aligner import Aligner, plan_for
 from align.head_dim_adapter import KVGeometry
 from align.report import AlignmentReport
 from data.collate import Collator
-from data.records import Record, load_records
+from data.records import Record, content_digest, load_records
 from kvcore.errors import KVDistillError, TeacherRefusedError
 from kvcore.plan import KVPlan
 from kvcore.projections import kv_projections
@@ -198,14 +197,11 @@ def _identity(config: TrainConfig, count: int, teachers: Sequence[Teacher]) -> d
     }
     weights = {teacher.name: teacher.weight for teacher in config.teachers}
     # A path is no proof: an earlier stage may have been trained anew.
-    settings["student"]["weights"] = [_digest(path) for path in sorted(Path(config.student.path).glob("*.safetensors"))]
-    data = [count, _digest(config.data.train)]
+    settings["student"]["weights"] = [
+        content_digest(path) for path in sorted(Path(config.student.path).glob("*.safetensors"))
+    ]
+    data = [count, content_digest(config.data.train)]
     return settings | {"run": run, "teachers": plans, "weights": weights, "control": config.kv.control, "data": data}
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
 
 
 def _resume(config: TrainConfig, identity: dict[str, Any], rank: int) -> Checkpoint | None:

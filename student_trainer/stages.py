@@ -11,6 +11,7 @@ from typing import Any
 
 import torch.distributed as dist
 
+from data.records import content_digest
 from kvcore.errors import ConfigError
 from student_trainer import ds_engine
 from student_trainer.config import TrainConfig
@@ -32,7 +33,7 @@ def run_stages(config: TrainConfig, run: Callable[[TrainConfig], dict[str, Any]]
         each stage's summary.
 
     Raises:
-        ConfigError: a finished stage had other settings than it has in `config`.
+        ConfigError: a finished stage had other settings or data than it has in `config`.
     """
     rank, _ = ds_engine.start(config.run.seed)
     summaries: list[dict[str, Any]] = []
@@ -66,16 +67,18 @@ def _is_done(directory: Path, digest: str) -> bool:
         return False
     if json.loads(marker.read_text(encoding="utf-8"))["settings"] != digest:
         raise ConfigError(
-            f"{directory} holds a finished stage of other settings; restore them, choose another run.output_dir, or "
-            "start over with --set run.resume=never"
+            f"{directory} holds a finished stage of other settings or data; restore them, choose another "
+            "run.output_dir, or start over with --set run.resume=never"
         )
     return True
 
 
 def _digest(settings: TrainConfig) -> str:
-    """Of all settings that shape the result; where K/V come from does not, as long as the teachers are the same."""
+    """Of all settings and data that shape the result. Where K/V come from does not, if the teachers are the same."""
     tree = settings.model_dump(mode="json", include={"student", "align", "fuse", "loss", "data", "optim"})
     tree["run"] = settings.run.model_dump(mode="json", include={"seed", "steps", "epochs", "global_batch"})
     tree["kv"] = settings.kv.model_dump(mode="json", include={"selection", "codec", "on_missing", "control"})
+    # A path is no proof: its file may have been written anew.
+    tree["content"] = [content_digest(path) for path in (settings.data.train, settings.data.val) if path]
     tree["teachers"] = [[teacher.name, teacher.weight] for teacher in settings.teachers]
     return hashlib.blake2b(json.dumps(tree, sort_keys=True).encode(), digest_size=16).hexdigest()

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from data.families import BASE, CHINESE, EXTENDED
 from data.prompts import STYLES
-from data.records import Record, load_records, write_records
+from data.records import Record, content_digest, load_records, write_records
 from experiments.recipe.build import DataFiles
 from experiments.recipe.settings import MIX, TRAIN_SAMPLES, VAL_SAMPLES, RecipeSettings
 from kvcore.errors import ConfigError, FieldError
@@ -67,11 +67,9 @@ def _digest(settings: RecipeSettings) -> str:
     """Of all that decides which records come out, the files of a directory among it."""
     digest = hashlib.blake2b(settings.model_dump_json(include=_SHAPING).encode(), digest_size=16)
     directory = _directory(settings)
-    for path in (_split(directory, "train"), _split(directory, "val")) if directory else ():
-        for part in sorted(path.rglob("*")) if path.is_dir() else (path,):
-            if part.is_file():
-                with part.open("rb") as file:
-                    digest.update(hashlib.file_digest(file, "blake2b").digest())
+    if directory is not None:
+        for split in ("train", "val"):
+            digest.update(content_digest(_split(directory, split)).encode())
     return digest.hexdigest()
 
 

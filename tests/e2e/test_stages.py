@@ -69,6 +69,9 @@ def test_three_stages_run_in_one_command_and_go_on_where_they_were_interrupted(
     whole, cut = (three_stages(world, endpoints, tmp_path / name) for name in ("whole", "cut"))
     for name in ("whole", "cut"):
         (tmp_path / f"{name}-log").mkdir()
+    val = tmp_path / "val.jsonl"
+    val.write_bytes(Path(cut["data"]["val"]).read_bytes())
+    cut["data"] = cut["data"] | {"val": str(val)}
     said = finish(*start_cli(whole, 2, tmp_path / "whole-log"))
     for index, stage in enumerate(STAGES):
         directory = tmp_path / "whole" / stage
@@ -97,9 +100,12 @@ def test_three_stages_run_in_one_command_and_go_on_where_they_were_interrupted(
     said = finish(*start_cli(cut, 2, tmp_path / "cut-log"))
     assert said.count(": done before") == 3
     changed = {**cut, "loss": cut["loss"] | {"kv_weight": 2.0}}
-    process, log = start_cli(changed, 1, tmp_path / "cut-log")
-    assert process.wait(120) != 0
-    assert "holds a finished stage of other settings" in log.read_text(encoding="utf-8")
+    for again in (changed, cut):
+        process, log = start_cli(again, 1, tmp_path / "cut-log")
+        assert process.wait(120) != 0
+        assert "holds a finished stage of other settings" in log.read_text(encoding="utf-8")
+        # The same settings, and other data under the same path.
+        val.write_bytes(val.read_bytes() + b"\n")
 
 
 def test_routing_gives_the_same_losses_under_every_zero_stage_and_with_checkpointing(

@@ -11,7 +11,7 @@ from datasets import Dataset, DatasetDict
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data.records import Record, epoch_order, load_records, write_records
+from data.records import Record, content_digest, epoch_order, load_records, write_records
 from kvcore.errors import ConfigError, FieldError
 
 GOOD = {"id": "a", "prompt": "1 +1 =", "reasoning": " 2", "answer": " 2"}
@@ -83,6 +83,19 @@ def test_a_saved_dataset_is_read_like_a_file_and_its_further_columns_ignored(tmp
     Dataset.from_list(rows).save_to_disk(tmp_path / "saved")
     assert load_records(tmp_path / "saved") == [Record(**GOOD), Record("b", GOOD["prompt"], "", GOOD["answer"])]
     assert [record.id for record in load_records(tmp_path / "saved", limit=1)] == ["a"]
+
+
+def test_a_digest_is_of_what_is_held_not_of_where_or_when_it_was_written(tmp_path: Path) -> None:
+    for name, row in (("one", GOOD), ("same", GOOD), ("other", GOOD | {"answer": "9"})):
+        write_lines(tmp_path / f"{name}.jsonl", json.dumps(row))
+        Dataset.from_list([row]).save_to_disk(tmp_path / name)
+        state = tmp_path / name / "state.json"
+        state.write_text(state.read_text(encoding="utf-8") + " " * len(name), encoding="utf-8")
+    for suffix in ("", ".jsonl"):
+        one, same, other = (content_digest(tmp_path / f"{name}{suffix}") for name in ("one", "same", "other"))
+        assert one == same != other
+    with pytest.raises(ConfigError, match="no such data file or directory"):
+        content_digest(tmp_path / "none")
 
 
 @pytest.mark.parametrize(
