@@ -12,6 +12,7 @@ from datasets import Dataset
 from lm_eval.api.filter import Filter
 
 from evaluation import answers
+from evaluation.number_text import parse_number
 from kvcore.errors import FieldError
 
 NO_ANSWER = "[no answer]"
@@ -66,7 +67,15 @@ score_math = partial(score, kind="math")
 
 def gsm8k_docs(rows: Dataset) -> Dataset:
     """GSM8K: the result stands after `####`."""
-    return rows.map(lambda row: {"gold": row["answer"].rpartition("####")[2].strip()})
+    return rows.map(_gsm8k_doc)
+
+
+def _gsm8k_doc(row: Doc) -> dict[str, Any]:
+    gold = row["answer"].rpartition("####")[2].strip()
+    if parse_number(gold) is None:
+        # Else it would show when all questions are answered.
+        raise FieldError("gsm8k_test", f"the answer of '{row['question']:.60}' is no number: '{gold:.60}'")
+    return {"gold": gold}
 
 
 def math500_docs(rows: Dataset) -> Dataset:

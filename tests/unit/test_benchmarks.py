@@ -175,6 +175,13 @@ def test_all_datasets_that_cannot_be_had_are_named_at_once(copies: Path, tmp_pat
     assert "gsm8k_test: " not in message
 
 
+def test_a_reference_that_is_no_number_shows_before_a_model_runs(tmp_path: Path) -> None:
+    row = {"question": "How many?", "answer": "Two and two make four."}
+    (tmp_path / "gsm8k_test.jsonl").write_text(json.dumps(row) + "\n", encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"gsm8k_test: the answer of 'How many\?' is no number: 'Two and"):
+        load_benchmarks(["gsm8k_test"], tmp_path)
+
+
 def test_an_empty_copy_is_refused(tmp_path: Path) -> None:
     (tmp_path / "gsm8k_test.json").write_text("[]", encoding="utf-8")
     with pytest.raises(ConfigError, match="gsm8k_test"):
