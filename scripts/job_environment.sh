@@ -15,7 +15,7 @@ if [[ ! -f experiments/train_multi_teacher_kv.py ]]; then
 fi
 if [[ -z "${PYTHON:-}" ]]; then
     # sbatch --export=A=... passes no activated environment on.
-    if [[ -x .venv/bin/python ]]; then PYTHON=.venv/bin/python; else PYTHON=$(command -v python3); fi
+    if [[ -x .venv/bin/python ]]; then PYTHON=.venv/bin/python; else PYTHON=$(command -v python3 || echo python3); fi
 fi
 if ! "$PYTHON" -c 'import pydantic, torch' 2>/dev/null; then
     echo "$PYTHON lacks kvdistill's packages: run make setup here, or set PYTHON" >&2
