@@ -22,7 +22,7 @@ _SUFFIXES = (*_BUILDERS, ".json")
 # Rows held while a large dataset is shuffled as it is read.
 _SHUFFLE_BUFFER = 10_000
 # pyarrow's errors are ValueErrors, a hub that does not answer is an OSError.
-_FOREIGN_ERRORS = (OSError, ValueError, DatasetsError)
+READ_ERRORS = (OSError, ValueError, DatasetsError)
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +79,7 @@ def read_rows(source: Source, seed: int, most_rows: int) -> Iterator[Row]:
             yield from _checked(family, cast("Iterable[Row]", part))
     except ConfigError:
         raise
-    except _FOREIGN_ERRORS as error:
+    except READ_ERRORS as error:
         reason = " ".join(str(error).split())
         raise ConfigError(
             f"dataset '{family.name}' cannot be read from {source}: {reason}; {_how_to_provide(family.name)}"

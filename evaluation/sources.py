@@ -10,15 +10,12 @@ from pathlib import Path
 from typing import Any, cast
 
 from datasets import Dataset, load_dataset
-from datasets.exceptions import DatasetsError
 
 from data.saved_dataset import is_saved, load_saved
-from data.sources import DATA_DIR_VARIABLE
+from data.sources import DATA_DIR_VARIABLE, READ_ERRORS
 from kvcore.errors import ConfigError
 
 _BUILDERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".arrow": "arrow"}
-# pyarrow's errors are ValueErrors, a hub that does not answer is an OSError.
-_FOREIGN_ERRORS = (OSError, ValueError, DatasetsError)
 
 
 def load_docs(
@@ -54,7 +51,7 @@ def load_docs(
     local = _local_copy(dataset, subject, split, Path(data_dir)) if data_dir else None
     try:
         rows = _read(local, split) if local else cast("Dataset", load_dataset(hub, subject or config, split=split))
-    except _FOREIGN_ERRORS as error:
+    except READ_ERRORS as error:
         raise ConfigError(f"{name}: {_reason(error)}; {_how_to_provide(dataset, hub, subject, split)}") from error
     missing = [column for column in columns if column not in rows.column_names]
     if missing:

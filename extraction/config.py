@@ -8,13 +8,12 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, model_validator
 
 from kvcore.config import StrictModel
-from kvcore.plan import CodecName, CodecSpec, Scope, Selection, SelectionSpan, Selector
+from kvcore.plan import COMPRESSIONS, CodecName, CodecSpec, Scope, Selection, SelectionSpan
 
 Positive = Annotated[int, Field(ge=1)]
 NonNegative = Annotated[float, Field(ge=0.0)]
 
 DEFAULT_BUDGET = 24
-_SELECTORS: dict[str, Selector] = {"right": "right", "r-kv": "r_kv", "full": "full"}
 
 
 class ExtractConfig(StrictModel):
@@ -52,7 +51,7 @@ class ExtractConfig(StrictModel):
         full = self.kv_compression == "full"
         span: SelectionSpan = "all" if full or self.format == "pt" else "reasoning"
         budget = 0 if full else self.kv_budget or DEFAULT_BUDGET
-        selector = _SELECTORS[self.kv_compression]
+        selector = COMPRESSIONS[self.kv_compression]
         return Selection(selector=selector, budget=budget, span=self.span or span, scope=self.scope)
 
     @property

@@ -19,6 +19,8 @@ Scope = Literal["head", "layer", "sample"]
 ImportancePool = Literal["max", "mean"]
 
 SELECTORS: tuple[Selector, ...] = ("full", "right", "r_kv", "uniform", "random", "keydiff")
+# The names that commands take for `kv_compression`.
+COMPRESSIONS: dict[str, Selector] = {"full": "full", "right": "right", "r-kv": "r_kv"}
 CODECS: tuple[CodecName, ...] = ("raw", "bf16", "int8")
 
 

@@ -9,10 +9,10 @@ from typing import Any
 
 from experiments.recipe.settings import STAGES, FusionKind, RecipeSettings
 from kvcore.config import parse
+from kvcore.plan import COMPRESSIONS
 from student_trainer.config import TrainConfig
 from student_trainer.local_teachers import teacher_names
 
-SELECTORS = {"right": "right", "r-kv": "r_kv", "full": "full"}
 # What a map that a router trains starts from: where there is no router, it stays that.
 UNTRAINED = {"linear": "ridge", "learned": "ratio"}
 # With less than this, weights by similarity are close to even: K/V of all teachers look much alike.
@@ -92,7 +92,7 @@ def _student(settings: RecipeSettings) -> dict[str, Any]:
 def _selection(settings: RecipeSettings) -> dict[str, Any]:
     full = settings.kv_compression == "full"
     return {
-        "selector": SELECTORS[settings.kv_compression],
+        "selector": COMPRESSIONS[settings.kv_compression],
         "budget": 0 if full else settings.num_latents,
         "span": "all" if full and settings.student_mode == "token" else "reasoning",
         # Heads and layers of another geometry are mixed on their way to the student's: all need the same tokens.
