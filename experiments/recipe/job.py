@@ -90,18 +90,23 @@ class Job:
         self._say(layout)
         with self._listening():
             try:
-                self._prepare()
-                for name, model in named.items():
-                    for number, seat in enumerate(layout.teachers[name]):
-                        self._serve(name, model, number, seat)
-                self._train(layout, self._endpoints(list(named)))
+                self._serve_and_train(layout, named)
             except StoppedError as stopped:
                 # SLURM sends it when the time is nearly over; whoever sends SIGTERM runs the job again if they want to.
                 if stopped.number == signal.SIGUSR1:
+                    # Last of all, since it ends whatever the job still runs.
                     self._place.requeue()
                 raise
-            finally:
-                self._place.stop_servers([process for process, _, _ in self._servers.values()])
+
+    def _serve_and_train(self, layout: Layout, named: Mapping[str, str]) -> None:
+        try:
+            self._prepare()
+            for name, model in named.items():
+                for number, seat in enumerate(layout.teachers[name]):
+                    self._serve(name, model, number, seat)
+            self._train(layout, self._endpoints(list(named)))
+        finally:
+            self._place.stop_servers([process for process, _, _ in self._servers.values()])
 
     def _say(self, layout: Layout) -> None:
         nodes = ", ".join(node.name for node in layout.trainers)

@@ -139,16 +139,32 @@ class Slurm(Place):
 
     def stop_servers(self, servers: Sequence[subprocess.Popen[str]]) -> None:
         """See `Place.stop_servers`."""
-        self._signal_steps(_SERVER, signal.SIGTERM)
+        try:
+            self._signal_steps(_SERVER, signal.SIGTERM)
+        except ConfigError as error:
+            # SLURM may be ending the job's processes, squeue among them; why it ends matters more.
+            logger.warning("%s; the servers are ended without draining", error)
+            end_all(servers)
         give_up_at = time.monotonic() + STOP_SECONDS
         while any(server.poll() is None for server in servers) and time.monotonic() < give_up_at:
             time.sleep(_POLL_SECONDS)
         end_all(servers)
 
     def requeue(self) -> None:
-        """See `Place.requeue`."""
+        """See `Place.requeue`.
+
+        Raises:
+            ConfigError: SLURM refuses.
+        """
         logger.info("asking SLURM to run job %s again", self.job)
-        subprocess.run(["scontrol", "requeue", self.job], check=True)  # noqa: S607
+        command = ["scontrol", "requeue", self.job]
+        done = subprocess.run(command, check=False, capture_output=True, text=True)
+        # Below 0 it was ended by a signal: SLURM is ending the whole job already.
+        if done.returncode > 0:
+            raise ConfigError(
+                f"SLURM does not requeue job {self.job} ({done.stderr.strip()}); submitted again, it goes on from the "
+                "checkpoint"
+            )
 
     def _signal_steps(self, name: str, number: signal.Signals) -> None:
         steps = _output(["squeue", "--steps", "--noheader", "--jobs", self.job, "--format", "%i %j"]).splitlines()
