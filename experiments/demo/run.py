@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import shutil
-import signal
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from data.records import Record, write_records
 from data.synthetic import ChainTask, make_splits
@@ -32,6 +31,7 @@ from experiments.demo.settings import (
 )
 from kvcore.errors import FieldError
 from student_trainer.local_teachers import LocalTeachers
+from student_trainer.processes import ended_by_sigterm
 
 _MARKER = ".kvdistill-demo"
 
@@ -46,7 +46,7 @@ def main(output: Path, *, quick: bool = False, seeds: int = 1) -> None:
         DemoError: a process failed, or the run from the store does not repeat the recorded one.
     """
     demo = Demo(output, QUICK if quick else FULL, seeds)
-    with _ended_by_sigterm():
+    with ended_by_sigterm():
         found = demo.run()
     paths = write_report(found, output)
     if not found.replay.matches:
@@ -199,17 +199,3 @@ def _empty(runs: Path) -> None:
     shutil.rmtree(runs, ignore_errors=True)
     runs.mkdir(parents=True)
     (runs / _MARKER).touch()
-
-
-@contextmanager
-def _ended_by_sigterm() -> Iterator[None]:
-    """Inside the block SIGTERM unwinds the stack, so that every process that was started is ended."""
-
-    def leave(*_: object) -> NoReturn:
-        sys.exit(128 + signal.SIGTERM)
-
-    before = signal.signal(signal.SIGTERM, leave)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import fcntl
 import shlex
-import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NoReturn
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -22,7 +20,7 @@ from experiments.sweep.table import write_table
 from kvcore.config import load_config
 from kvcore.errors import ConfigError, FieldError, KVDistillError
 from student_trainer.config import BEST_MODEL
-from student_trainer.processes import start_logged, tail, tied
+from student_trainer.processes import ended_by_sigterm, start_logged, tail, tied
 from student_trainer.tracking import write_json
 
 
@@ -82,7 +80,7 @@ def _one(runs: Sequence[PlannedRun], number: int) -> None:
     if number >= len(runs):
         raise FieldError("--task", f"the sweep has runs 0 to {len(runs) - 1}, got {number}")
     run = runs[number]
-    with _ended_by_sigterm():
+    with ended_by_sigterm():
         _say(f"{run.name}: done before" if run.is_done else f"{run.name}: {shlex.join(run.command)}")
         execute(run)
 
@@ -103,7 +101,7 @@ def _sum_up(runs: Sequence[PlannedRun]) -> None:
 def _all(left: Sequence[PlannedRun]) -> list[str]:
     """Runs one after the other; gives the names of those that failed, and says why at once."""
     failed: list[str] = []
-    with _ended_by_sigterm(), _progress(len(left)) as advance:
+    with ended_by_sigterm(), _progress(len(left)) as advance:
         for run in left:
             try:
                 execute(run)
@@ -194,20 +192,6 @@ def _step(run: PlannedRun, command: Sequence[str], name: str) -> None:
             process.wait()
     if code != 0:
         raise SweepError(f"{run.name}: `{name}` ended with code {code}; the end of {log}:\n{tail(log)}")
-
-
-@contextmanager
-def _ended_by_sigterm() -> Iterator[None]:
-    """Inside the block SIGTERM unwinds the stack, so that what was started is told to end, and waited for."""
-
-    def leave(*_: object) -> NoReturn:
-        sys.exit(128 + signal.SIGTERM)
-
-    before = signal.signal(signal.SIGTERM, leave)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def _say(text: str) -> None:
