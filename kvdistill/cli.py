@@ -66,6 +66,10 @@ SWEEP_EXAMPLES = """**Examples**
 `kvdistill sweep configs/sweeps/compression.yaml --table`
 """
 
+Overrides = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Set one key of the file; repeat for more.")
+]
+
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="markdown"
 )
@@ -106,9 +110,7 @@ def serve(**flags: Any) -> None:
 @app.command(epilog=TRAIN_EXAMPLES)
 def train(
     config: Annotated[Path, typer.Option(help="YAML file; docs/configuration.md lists its keys.")],
-    overrides: Annotated[
-        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Set one key of the file; repeat for more.")
-    ] = None,
+    overrides: Overrides = None,
 ) -> None:
     """Train a student on its teachers' K/V. Start it with torchrun or deepspeed for several ranks."""
     overrides = overrides or []
@@ -160,9 +162,7 @@ def report(
 @app.command(epilog=SWEEP_EXAMPLES)
 def sweep(
     file: Annotated[Path, typer.Argument(help="YAML file; docs/sweeps.md says what is in it.")],
-    overrides: Annotated[
-        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Set one key of the file; repeat for more.")
-    ] = None,
+    overrides: Overrides = None,
     slurm: Annotated[bool, typer.Option("--slurm", help="Submit what is left as a SLURM array.")] = False,
     list_only: Annotated[bool, typer.Option("--list", help="Only say what would run, and what is done.")] = False,
     table_only: Annotated[bool, typer.Option("--table", help="Only write the table of what is done.")] = False,
