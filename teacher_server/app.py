@@ -39,6 +39,7 @@ log = logging.getLogger(__name__)
 MAX_REQUEST_BYTES = 16 * MIB
 RETEST_SECONDS = 10.0
 LAST_WORDS_SECONDS = 2.0
+SAMPLE_SECONDS = 5.0
 
 GRPC_OPTIONS: tuple[tuple[str, int], ...] = (
     ("grpc.max_receive_message_length", MAX_REQUEST_BYTES),
@@ -187,16 +188,25 @@ class TeacherServer:
         self.state.http_port = listener.getsockname()[1]
         server = HttpServer(build_app(self.state))
         task = asyncio.create_task(server.serve(sockets=[listener]))
+        sampling = asyncio.create_task(self._sample())
         try:
             yield
         finally:
+            sampling.cancel()
             server.should_exit = True
             await task
+
+    async def _sample(self) -> None:
+        while True:
+            self.state.sample()
+            await asyncio.sleep(SAMPLE_SECONDS)
 
     @contextlib.asynccontextmanager
     async def _grpc(self) -> AsyncIterator[None]:
         await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
-        server = grpc.aio.server(interceptors=(CallInterceptor(SERVICE, self.state.metrics),), options=GRPC_OPTIONS)
+        server = grpc.aio.server(
+            interceptors=(CallInterceptor(SERVICE, self.state.metrics, self.state.activity),), options=GRPC_OPTIONS
+        )
         server.add_generic_rpc_handlers((self._service.handler(),))
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         enable_server_reflection((SERVICE, HEALTH_SERVICE, REFLECTION_SERVICE), server)

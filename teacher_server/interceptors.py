@@ -7,14 +7,14 @@ import logging
 import time
 import uuid
 from collections.abc import Awaitable, Callable
-from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, NoReturn, cast
 
 import grpc
 import grpc.aio
 
 from kvcore.errors import FieldError, KVDistillError
+from teacher_server.activity import Activity, Call
 from teacher_server.logs import log_event
 from teacher_server.metrics import Metrics
 from teacher_server.sample_queue import BusyError
@@ -24,33 +24,6 @@ log = logging.getLogger(__name__)
 
 PUSHBACK = "grpc-retry-pushback-ms"
 Method = Callable[[Any, grpc.aio.ServicerContext], Awaitable[Any]]
-
-
-@dataclass(slots=True)
-class Call:
-    """What is known of a call when it ends."""
-
-    method: str
-    peer: str
-    started: float = field(default_factory=time.perf_counter)
-    request_id: str = ""
-    codec: str = ""
-    samples: int = 0
-    failed_samples: int = 0
-    tokens: int = 0
-    frames: int = 0
-    sent_bytes: int = 0
-    first_frame_s: float | None = None
-    code: str = grpc.StatusCode.OK.name
-    problem: str = ""
-
-
-_current: ContextVar[Call] = ContextVar("call")
-
-
-def current_call() -> Call:
-    """The call that this task answers; a fresh one outside of any."""
-    return _current.get(Call("", ""))
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,11 +65,13 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
     Args:
         service: its full name; other services pass through.
         metrics: of the server.
+        activity: of the server.
     """
 
-    def __init__(self, service: str, metrics: Metrics) -> None:
+    def __init__(self, service: str, metrics: Metrics, activity: Activity) -> None:
         self._prefix = f"/{service}/"
         self._metrics = metrics
+        self._activity = activity
 
     async def intercept_service(
         self,
@@ -120,16 +95,16 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
     def _watched(self, method: Method, name: str) -> Method:
         async def watched(request: Any, context: grpc.aio.ServicerContext) -> Any:
             call = Call(name, context.peer())
-            _current.set(call)
-            try:
-                return await method(request, context)
-            except asyncio.CancelledError:
-                call.code = _why_cancelled(context).name
-                raise
-            except Exception as error:  # noqa: BLE001  the boundary where every error becomes a status
-                await _abort(call, error, context)
-            finally:
-                self._record(call)
+            with self._activity.during(call):
+                try:
+                    return await method(request, context)
+                except asyncio.CancelledError:
+                    call.code = _why_cancelled(context).name
+                    raise
+                except Exception as error:  # noqa: BLE001  the boundary where every error becomes a status
+                    await _abort(call, error, context)
+                finally:
+                    self._record(call)
 
         return watched
 

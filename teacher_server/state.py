@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from kvcore.errors import KVDistillError
+from teacher_server.activity import Activity
 from teacher_server.config import ServeConfig
 from teacher_server.engines.base import TeacherEngine
 from teacher_server.metrics import Metrics
@@ -41,6 +42,7 @@ class ServerState:
 
     config: ServeConfig
     metrics: Metrics = field(default_factory=Metrics)
+    activity: Activity = field(default_factory=Activity)
     not_ready: str | None = "the model is loading"
     backend: Backend | None = None
     open_streams: int = 0
@@ -116,7 +118,14 @@ class ServerState:
                 "stream_window_bytes": config.stream_window_bytes,
             },
             "load": self.load(),
+            "throughput": self.activity.throughput(),
+            "connections": self.activity.connections(),
+            "recent_errors": self.activity.problems(),
         }
+
+    def sample(self) -> None:
+        """Notes how much was done so far, for rates over the last minute."""
+        self.activity.sample(self.metrics.registry.get_sample_value("kvdistill_tokens_total") or 0.0)
 
     def render_metrics(self) -> bytes:
         """The metrics, with the gauges as they stand."""
