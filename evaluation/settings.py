@@ -21,12 +21,12 @@ model. Every benchmark is loaded before the model is: if one cannot be, none is 
 
 _EXAMPLES = """examples:
   The seven benchmarks of the guide, from the hub:
-    python evaluation/multi_task_eval.py --model_path outputs/three_stage_routing/stage3_learnable/best_model
+    COMMAND --model_path outputs/three_stage_routing/stage3_learnable/best_model
   Two of them from local copies, the first 100 questions (of each subject):
-    python evaluation/multi_task_eval.py --model_path outputs/run/best_model --eval_datasets gsm8k_test bbh \\
+    COMMAND --model_path outputs/run/best_model --eval_datasets gsm8k_test bbh \\
         --data_dir copies --limit 100 --output_file outputs/run/quick_eval.json
   A baseline, under lm-evaluation-harness's own five-shot GSM8K:
-    python evaluation/multi_task_eval.py --model_path Qwen/Qwen2.5-1.5B --eval_datasets gsm8k gsm8k_test \\
+    COMMAND --model_path Qwen/Qwen2.5-1.5B --eval_datasets gsm8k gsm8k_test \\
         --output_file outputs/qwen_1_5b.json --dtype bf16 --batch_size 32"""
 
 # Headings of --help, in order; under each its fields and what to say about them.
@@ -87,7 +87,7 @@ class EvalSettings(StrictModel):
         return Path(self.model_path).resolve().parent / "eval_results.json"
 
 
-_FLAGS = FlagSet(EvalSettings, _DESCRIPTION, _EXAMPLES, _GROUPS)
+FLAGS = FlagSet(EvalSettings, _DESCRIPTION, _EXAMPLES, _GROUPS, script="evaluation/multi_task_eval.py")
 
 
 def read_flags(arguments: Sequence[str], program: str) -> EvalSettings:
@@ -97,7 +97,7 @@ def read_flags(arguments: Sequence[str], program: str) -> EvalSettings:
         ConfigError: a flag is unknown (names the nearest) or lacks a value.
         FieldError: a value is missing or cannot be used, by its flag.
     """
-    settings = _FLAGS.read(arguments, program)
+    settings = FLAGS.read(arguments, program)
     if settings.data_dir is not None:
         return settings
     from data.sources import default_data_dir  # noqa: PLC0415 - slow to import, and --help needs none of it

@@ -14,14 +14,15 @@ interruption of any kind, goes on where it was."""
 
 EXAMPLES = """examples:
   Two teachers, each served on this machine while the command runs, into one .pt file:
-    python scripts/extract_dual_style_kv.py --teacher_models Qwen/Qwen2.5-7B Qwen/Qwen2.5-14B \\
+    COMMAND --teacher_models Qwen/Qwen2.5-7B Qwen/Qwen2.5-14B \\
         --student_model Qwen/Qwen2.5-1.5B --dataset_path data/prepared/train --output_dir kv_cache/qwen --device cuda
   A store that `kvdistill train` reads with kv.mode=offline, from servers that run elsewhere:
-    python scripts/extract_dual_style_kv.py --teacher_models Qwen/Qwen2.5-7B --student_model Qwen/Qwen2.5-1.5B \\
+    COMMAND --teacher_models Qwen/Qwen2.5-7B --student_model Qwen/Qwen2.5-1.5B \\
         --teacher_endpoints Qwen2.5-7B=node1:50051,node2:50051 --format store --kv_compression r-kv \\
         --dataset_path data/prepared/train --output_dir kv_cache/qwen
   One of four workers, for example of a SLURM array; the last to end writes the .pt file:
-    python scripts/extract_dual_style_kv.py ... --shard 2/4"""
+    COMMAND --teacher_models Qwen/Qwen2.5-7B --student_model Qwen/Qwen2.5-1.5B \\
+        --dataset_path data/prepared/train --output_dir kv_cache/qwen --shard 2/4"""
 
 # Headings of --help, in order; under each its fields and what to say about them.
 GROUPS: Mapping[str, Mapping[str, str]] = {
@@ -69,7 +70,7 @@ GROUPS: Mapping[str, Mapping[str, str]] = {
 }
 
 
-FLAGS = FlagSet(ExtractConfig, DESCRIPTION, EXAMPLES, GROUPS, switches=True)
+FLAGS = FlagSet(ExtractConfig, DESCRIPTION, EXAMPLES, GROUPS, switches=True, script="scripts/extract_dual_style_kv.py")
 
 
 def read_flags(arguments: Sequence[str], program: str) -> ExtractConfig:

@@ -6,7 +6,7 @@ import argparse
 import difflib
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import NoneType
@@ -29,11 +29,12 @@ class FlagSet(Generic[ModelT]):
     Args:
         model: what the flags are read into. Where its fields do not go together, its message begins with one of them.
         description: what the command does.
-        examples: shown at the end of `--help`.
+        examples: shown at the end of `--help`; COMMAND stands for the command.
         groups: headings of `--help`, in order; under each its fields and what to say about them.
         aliases: further flags for a field.
         config_file: whether `--config FILE` reads a YAML file of fields, over which flags win.
         switches: whether a boolean's flag alone means true.
+        script: the script that is the command where it is not `kvdistill NAME`.
     """
 
     model: type[ModelT]
@@ -43,13 +44,15 @@ class FlagSet(Generic[ModelT]):
     aliases: Mapping[str, tuple[str, ...]] = field(default_factory=dict[str, tuple[str, ...]])
     config_file: bool = False
     switches: bool = False
+    script: str = ""
 
     def parser(self, program: str) -> argparse.ArgumentParser:
         """The parser with every flag; one that is not given leaves no trace in what it returns."""
+        command = program if program.startswith("kvdistill ") else f"python {self.script}"
         made = _Parser(
             prog=program,
             description=self.description,
-            epilog=self.examples,
+            epilog=self.examples.replace("COMMAND", command),
             formatter_class=argparse.RawDescriptionHelpFormatter,
             allow_abbrev=False,
             argument_default=argparse.SUPPRESS,
@@ -62,6 +65,14 @@ class FlagSet(Generic[ModelT]):
             for name, text in fields.items():
                 group.add_argument(*self._flags(name), dest=name, **self._options(name, text))
         return made
+
+    def texts(self) -> Iterator[tuple[str, str]]:
+        """Every flag with what is said about it."""
+        yield "--help", "Show every flag, with examples."
+        for fields in self.groups.values():
+            for name, text in fields.items():
+                for flag in self._flags(name):
+                    yield flag, text
 
     def read(self, arguments: Sequence[str], program: str) -> ModelT:
         """Reads a command line; `--help` prints and exits.

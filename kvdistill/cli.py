@@ -11,6 +11,8 @@ import typer
 
 from kvcore.config import load_config
 from kvcore.errors import ConfigError, KVDistillError
+from kvcore.flags import FlagSet
+from kvdistill.passed_on import SETTINGS, passed_on
 from kvdistill.serve_flags import serve_config, with_serve_flags
 from student_trainer.config import TrainConfig
 
@@ -70,9 +72,19 @@ Overrides = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Set one key of the file; repeat for more.")
 ]
 
-app = typer.Typer(
-    no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="markdown"
-)
+app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="markdown")
+
+
+def _extract_flags() -> FlagSet[Any]:
+    from extraction.flags import FLAGS
+
+    return FLAGS
+
+
+def _eval_flags() -> FlagSet[Any]:
+    from evaluation.settings import FLAGS
+
+    return FLAGS
 
 
 def main() -> None:
@@ -120,7 +132,7 @@ def train(
     run(config, overrides)
 
 
-@app.command(add_help_option=False, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+@app.command(cls=passed_on(_extract_flags), add_help_option=False, context_settings=SETTINGS)
 def extract(context: typer.Context) -> None:
     """Write the K/V that teachers have for a dataset to a .pt file or a store."""
     from extraction.command import main as run
@@ -128,7 +140,7 @@ def extract(context: typer.Context) -> None:
     raise typer.Exit(run(context.args, "kvdistill extract"))
 
 
-@app.command("eval", add_help_option=False, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+@app.command("eval", cls=passed_on(_eval_flags), add_help_option=False, context_settings=SETTINGS)
 def evaluate(context: typer.Context) -> None:
     """Evaluate a model, thinking in latents or not, on benchmarks with lm-evaluation-harness."""
     from evaluation.multi_task_eval import main as run

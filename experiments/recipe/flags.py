@@ -100,7 +100,7 @@ GROUPS: Mapping[str, Mapping[str, str]] = {
     },
 }
 
-_FLAGS = FlagSet(
+FLAGS = FlagSet(
     RecipeSettings,
     DESCRIPTION,
     EXAMPLES,
@@ -108,4 +108,4 @@ _FLAGS = FlagSet(
     aliases={"student_model_name_or_path": ("--student_model",)},
     config_file=True,
 )
-parser, read_flags = _FLAGS.parser, _FLAGS.read
+parser, read_flags = FLAGS.parser, FLAGS.read

@@ -1,0 +1,87 @@
+"""What `--help` shows can be typed: every command has examples, and each is one that the command accepts."""
+
+from __future__ import annotations
+
+import shlex
+from typing import Any
+
+import pytest
+import typer
+
+from data.multi_task_dataset import EXAMPLES as DATA_EXAMPLES
+from data.multi_task_dataset import prepare
+from evaluation.settings import FLAGS as EVAL_FLAGS
+from experiments.recipe.flags import FLAGS as RECIPE_FLAGS
+from extraction.flags import FLAGS as EXTRACT_FLAGS
+from kvcore.flags import FlagSet
+from kvdistill.cli import app
+from tests.support.servers import REPOSITORY
+
+FLAG_SETS: dict[str, FlagSet[Any]] = {
+    "kvdistill extract": EXTRACT_FLAGS,
+    "kvdistill eval": EVAL_FLAGS,
+    "experiments/train_multi_teacher_kv.py": RECIPE_FLAGS,
+}
+COMMANDS: dict[str, Any] = typer.main.get_command(app).commands  # pyright: ignore[reportAttributeAccessIssue]
+OWN_HELP = [name for name in COMMANDS if f"kvdistill {name}" not in FLAG_SETS]
+
+
+def examples(text: str) -> list[str]:
+    """The command lines in an epilog: in code marks, or indented by four."""
+    joined = text.replace("\\\n", " ")
+    marked = [line[1:-1] for line in joined.splitlines() if line.startswith("`") and line.endswith("`")]
+    return marked or [line.strip() for line in joined.splitlines() if line.startswith("    ")]
+
+
+def arguments_after(command: str, line: str) -> list[str]:
+    """The words after a command that may have a launcher before it."""
+    assert command in line, line
+    return shlex.split(line.partition(command)[2])
+
+
+@pytest.mark.parametrize("name", OWN_HELP)
+def test_every_example_of_a_command_is_accepted_by_it(name: str) -> None:
+    command = COMMANDS[name]
+    shown = examples(command.epilog or "")
+    assert shown
+    assert "**Examples**" in command.epilog
+    for line in shown:
+        command.make_context(name, arguments_after(f"kvdistill {name}", line))
+
+
+@pytest.mark.parametrize("name", FLAG_SETS)
+def test_every_example_of_a_flag_set_is_accepted_by_it(name: str) -> None:
+    flags = FLAG_SETS[name]
+    shown = examples(flags.parser(name).epilog or "")
+    assert shown
+    for line in shown:
+        flags.read(arguments_after(name, line), name)
+
+
+def test_every_example_of_the_data_command_is_accepted_by_it() -> None:
+    made = typer.Typer()
+    made.command()(prepare)
+    command = typer.main.get_command(made)
+    shown = examples(DATA_EXAMPLES)
+    assert shown
+    for line in shown:
+        command.make_context("prepare", arguments_after("-m data.multi_task_dataset", line))
+
+
+@pytest.mark.parametrize("name", OWN_HELP)
+def test_every_flag_of_a_command_says_what_it_is_for(name: str) -> None:
+    assert COMMANDS[name].help
+    silent = [flag.name for flag in COMMANDS[name].params if not (getattr(flag, "help", None) or flag.hidden)]
+    assert silent == []
+
+
+def test_files_in_the_examples_exist() -> None:
+    named = [
+        word
+        for command in COMMANDS.values()
+        for line in examples(command.epilog or "")
+        for word in shlex.split(line)
+        if word.startswith("configs/")
+    ]
+    assert named
+    assert [path for path in named if not (REPOSITORY / path).is_file()] == []
