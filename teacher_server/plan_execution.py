@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,52 +16,30 @@ from kvcore.plan import KVPlan
 from kvcore.select import needs_importance, needs_keys, needs_seeds, select, select_sample
 from kvcore.selectors.random import sample_seed
 from kvcore.types import TeacherInfo, Tensor
-from teacher_server.engines.base import SPAN_KINDS, LayerOutput, TeacherEngine, TokenizedSample
+from teacher_server.engines.base import (
+    SPAN_KINDS,
+    Emit,
+    ExecutionTimings,
+    Fail,
+    LayerOutput,
+    LayerResult,
+    LayerwiseModel,
+    PlannedSample,
+    SampleFailure,
+    TokenizedSample,
+    Wanted,
+)
 
 _POSITION_BYTES = 4
 
 
 @dataclass(frozen=True, slots=True)
-class PlannedSample:
-    """A tokenised sample and what its caller wants of it."""
+class PlanRow:
+    """What of a sample its plan is executed on: the tokens it may choose from, ascending, and what draws start from."""
 
-    tokens: TokenizedSample
     plan: KVPlan
-
-
-@dataclass(frozen=True, slots=True)
-class LayerResult:
-    """One layer of several samples, selected, encoded and on the host.
-
-    `indices`: rows of the batch; every tensor's leading b follows them. `parts`: encoded tensors by wire name
-    (`k.codes`, `v.scale`, ...). `positions`: [b,H,M] or [b,1,M] int32. `relative_error`: per row, by kind.
-    """
-
-    indices: list[int]
-    layer: int
-    parts: dict[str, Tensor]
-    positions: Tensor
-    relative_error: dict[str, list[float]]
-
-
-@dataclass(frozen=True, slots=True)
-class SampleFailure:
-    """One sample of a batch that ended without its K/V; nothing more is emitted for it."""
-
-    index: int
-    problem: str
-
-
-@dataclass(frozen=True, slots=True)
-class ExecutionTimings:
-    """Seconds a batch spent in the model, and in selecting, encoding and copying."""
-
-    prefill_s: float
-    encode_s: float
-
-
-Emit = Callable[[LayerResult], None]
-Fail = Callable[[SampleFailure], None]
+    candidates_N: NDArray[np.int64]
+    seed: int
 
 
 def check_plan(plan: KVPlan, info: TeacherInfo) -> None:
@@ -128,35 +106,70 @@ def encoded_bytes(plan: KVPlan, tokens: TokenizedSample, info: TeacherInfo) -> i
     return per_layer * len(plan.layers)
 
 
-def execute(engine: TeacherEngine, batch: Sequence[PlannedSample], emit: Emit, fail: Fail) -> ExecutionTimings:
-    """Runs one batch, whose plans may differ, through the engine and emits each layer as it finishes.
+def execute(
+    model: LayerwiseModel, batch: Sequence[PlannedSample], emit: Emit, fail: Fail, wanted: Wanted = lambda _row: True
+) -> ExecutionTimings:
+    """Runs one batch, whose plans may differ, through the model and emits each layer as it finishes.
 
     Every sample must have passed `check_plan` and `check_sample`. A sample's layers come in ascending order, at once,
     but for selectors that read keys in scope `sample`: they choose when the plan's last layer is known, and all layers
     leave then. `fail` is called at most once for a sample, as soon as its K/V turn out to be unusable: not finite, or
-    past the plan's `max_relative_error`; the others go on.
+    past the plan's `max_relative_error`; the others go on. What is not `wanted` any more is not encoded.
     """
-    groups = _group(batch)
-    layers = sorted({layer for group in groups for layer in group.plan.layers})
-    with_importance = any(needs_importance(group.plan.selection) for group in groups)
+    run = PlanRun([plan_row(sample) for sample in batch], fail)
     in_sink_s = encode_s = 0.0
 
     def sink(output: LayerOutput) -> None:
         nonlocal in_sink_s, encode_s
         _await_device(output.k_BHTD)
         entered = time.perf_counter()
-        for group in groups:
-            if output.layer in group.plan.layers:
-                started = time.perf_counter()
-                results = group.receive(output, len(batch), fail)
-                encode_s += time.perf_counter() - started
-                for result in results:
-                    emit(result)
+        run.keep(wanted)
+        results = run.receive(output)
+        encode_s += time.perf_counter() - entered
+        for result in results:
+            emit(result)
         in_sink_s += time.perf_counter() - entered
 
     started = time.perf_counter()
-    engine.prefill([sample.tokens for sample in batch], layers, with_importance, sink)
+    model.prefill([sample.tokens for sample in batch], run.layers, run.with_importance, sink)
     return ExecutionTimings(prefill_s=time.perf_counter() - started - in_sink_s, encode_s=encode_s)
+
+
+def plan_row(sample: PlannedSample) -> PlanRow:
+    """What a sample's plan needs to know of it."""
+    selection = sample.plan.selection
+    seed = sample_seed(selection.seed, sample.tokens.token_ids) if needs_seeds(selection) else 0
+    return PlanRow(sample.plan, candidate_tokens(sample.tokens, sample.plan), seed)
+
+
+class PlanRun:
+    """The plans of one batch at work on its layers.
+
+    Args:
+        rows: the batch; `LayerOutput`s have its order.
+        fail: called for a row whose K/V turn out to be unusable.
+        own_heads: the KV heads that leave from here; all choose, and all leave unless told otherwise.
+    """
+
+    def __init__(self, rows: Sequence[PlanRow], fail: Fail, own_heads: slice = slice(None)) -> None:
+        self._groups = _group(rows, own_heads)
+        self._batch_size = len(rows)
+        self._fail = fail
+        self.layers = sorted({layer for row in rows for layer in row.plan.layers})
+        self.with_importance = any(needs_importance(row.plan.selection) for row in rows)
+
+    def keep(self, wanted: Wanted) -> None:
+        """Leaves out of what follows the rows that are not wanted."""
+        for group in self._groups:
+            group.keep(wanted)
+
+    def receive(self, output: LayerOutput) -> list[LayerResult]:
+        """Takes the batch's next layer and returns what is ready to leave."""
+        results: list[LayerResult] = []
+        for group in self._groups:
+            if output.layer in group.plan.layers:
+                results += group.receive(output, self._batch_size, self._fail)
+        return results
 
 
 def _await_device(tensor: Tensor) -> None:
@@ -174,23 +187,16 @@ def _kinds(plan: KVPlan) -> list[Kind]:
     return kinds
 
 
-def _group(batch: Sequence[PlannedSample]) -> list[_Group]:
+def _group(batch: Sequence[PlanRow], own_heads: slice) -> list[_Group]:
     rows: dict[tuple[KVPlan, int], list[int]] = {}
-    candidates = [candidate_tokens(sample.tokens, sample.plan) for sample in batch]
-    for row, sample in enumerate(batch):
-        rows.setdefault((sample.plan, candidates[row].size), []).append(row)
-    return [
-        _Group(plan, members, torch.from_numpy(np.stack([candidates[row] for row in members])), _seeds(batch, members))
-        for (plan, _), members in rows.items()
-    ]
-
-
-def _seeds(batch: Sequence[PlannedSample], rows: Sequence[int]) -> Tensor:
-    """What the draws of some rows start from, [B] int64; zeros for plans that draw nothing."""
-    samples = [batch[row] for row in rows]
-    if not needs_seeds(samples[0].plan.selection):
-        return torch.zeros(len(rows), dtype=torch.int64)
-    return torch.tensor([sample_seed(sample.plan.selection.seed, sample.tokens.token_ids) for sample in samples])
+    for place, row in enumerate(batch):
+        rows.setdefault((row.plan, row.candidates_N.size), []).append(place)
+    groups: list[_Group] = []
+    for (plan, _), members in rows.items():
+        candidates_BN = torch.from_numpy(np.stack([batch[place].candidates_N for place in members]))
+        seeds_B = torch.tensor([batch[place].seed for place in members], dtype=torch.int64)
+        groups.append(_Group(plan, members, candidates_BN, seeds_B, own_heads))
+    return groups
 
 
 @dataclass(slots=True)
@@ -224,12 +230,17 @@ def _gather_tokens(x_BHTD: Tensor, positions_BGM: Tensor) -> Tensor:
 class _Group:
     """Samples of one batch with the same plan and as many candidates, so that each layer is one stack of tensors."""
 
-    def __init__(self, plan: KVPlan, rows: list[int], candidates_BN: Tensor, seeds_B: Tensor) -> None:
+    def __init__(self, plan: KVPlan, rows: list[int], candidates_BN: Tensor, seeds_B: Tensor, own_heads: slice) -> None:
         self.plan = plan
         self._rows = rows
+        self._own_heads = own_heads
         self._candidates_BN, self._seeds_B = candidates_BN, seeds_B
         self._waits = plan.selection.scope == "sample" and needs_keys(plan.selection)
         self._held: list[_Layer] = []
+
+    def keep(self, wanted: Wanted) -> None:
+        """Leaves out the rows that are not wanted."""
+        self._keep_places([place for place, row in enumerate(self._rows) if wanted(row)])
 
     def receive(self, output: LayerOutput, batch_size: int, fail: Fail) -> list[LayerResult]:
         """Takes the batch's next layer and returns what is ready to leave."""
@@ -282,8 +293,10 @@ class _Group:
 
     def _encode(self, layer: _Layer, positions_BGM: Tensor) -> LayerResult:
         tensors: dict[str, Tensor] = {}
+        if positions_BGM.shape[1] > 1:
+            positions_BGM = positions_BGM[:, self._own_heads]
         for kind in _kinds(self.plan):
-            source_BHTD = layer.k_BHTD if kind == "k" else layer.v_BHTD
+            source_BHTD = (layer.k_BHTD if kind == "k" else layer.v_BHTD)[:, self._own_heads]
             encoded = encode(_gather_tokens(source_BHTD, positions_BGM), kind, self.plan.codec)
             tensors |= {f"{kind}.{name}": part for name, part in encoded.parts.items()}
             tensors[f"{kind} error"] = encoded.relative_error_B
@@ -315,13 +328,15 @@ class _Group:
 
     def _drop(self, problems: Mapping[int, str], fail: Fail) -> None:
         """Fails rows of the group, by their place in it, and goes on with the others."""
-        if not problems:
+        for place, problem in problems.items():
+            fail(SampleFailure(self._rows[place], problem))
+        self._keep_places([place for place in range(len(self._rows)) if place not in problems])
+
+    def _keep_places(self, places: Sequence[int]) -> None:
+        if len(places) == len(self._rows):
             return
-        for row, problem in problems.items():
-            fail(SampleFailure(self._rows[row], problem))
-        kept = [row for row in range(len(self._rows)) if row not in problems]
-        index_B = torch.tensor(kept, dtype=torch.long, device=self._candidates_BN.device)
-        self._rows = [self._rows[row] for row in kept]
+        index_B = torch.tensor(places, dtype=torch.long, device=self._candidates_BN.device)
+        self._rows = [self._rows[place] for place in places]
         self._candidates_BN, self._seeds_B = self._candidates_BN[index_B], self._seeds_B[index_B]
         self._held = [layer.rows(index_B) for layer in self._held]
 

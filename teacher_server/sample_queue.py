@@ -15,7 +15,7 @@ from typing import Protocol
 
 from kvcore.errors import KVDistillError
 from kvcore.types import Timings
-from teacher_server.plan_execution import LayerResult, PlannedSample
+from teacher_server.engines.base import LayerResult, PlannedSample
 
 MIN_RETRY_MS, MAX_RETRY_MS, UNMEASURED_RETRY_MS = 50, 10_000, 1000
 

@@ -10,10 +10,9 @@ import uuid
 from collections.abc import Callable, Sequence
 
 from kvcore.types import Timings
-from teacher_server.engines.base import TeacherEngine
+from teacher_server.engines.base import ExecutionTimings, LayerResult, SampleFailure, TeacherEngine
 from teacher_server.logs import log_event
 from teacher_server.metrics import Metrics
-from teacher_server.plan_execution import ExecutionTimings, LayerResult, SampleFailure, execute
 from teacher_server.sample_queue import Job, Lane, SampleQueue
 
 log = logging.getLogger(__name__)
@@ -56,11 +55,11 @@ class Scheduler:
         error: Exception | None = None
         timings = ExecutionTimings(0.0, 0.0)
         try:
-            timings = execute(
-                self._engine,
+            timings = self._engine.run(
                 [job.planned for job in batch],
                 lambda result: self._post(self._hand_over, batch, result),
                 lambda failure: self._post(self._fail_one, batch, failure),
+                lambda row: not batch[row].lane.gone,
             )
         except Exception as caught:  # noqa: BLE001  a model and its libraries raise anything; the server stays up
             error = caught

@@ -19,8 +19,8 @@ from kvcore.types import Sample
 from kvcore.wire import TEACHER_METADATA, info_to_proto, plan_from_proto, sample_from_proto, teacher_metadata
 from protos import kv_cache_pb2 as pb
 from teacher_server.activity import Call, current_call
-from teacher_server.engines.base import TeacherEngine, TokenizedSample
-from teacher_server.plan_execution import PlannedSample, check_plan, check_sample, encoded_bytes
+from teacher_server.engines.base import PlannedSample, TeacherEngine, TokenizedSample
+from teacher_server.plan_execution import check_plan, check_sample, encoded_bytes
 from teacher_server.sample_queue import Job, Lane
 from teacher_server.state import Backend, ServerState
 from teacher_server.streams import AnswerStream

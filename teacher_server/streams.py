@@ -11,7 +11,7 @@ import torch
 
 from kvcore.frames import FrameWriter
 from kvcore.types import Timings
-from teacher_server.plan_execution import LayerResult
+from teacher_server.engines.base import LayerResult
 from teacher_server.sample_queue import Job
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from kvcore.plan import ImportancePool, SelectionSpan
+from kvcore.plan import ImportancePool, KVPlan, SelectionSpan
 from kvcore.types import Sample, TeacherInfo, Tensor
 
 
@@ -48,8 +48,63 @@ class LayerOutput:
 LayerSink = Callable[[LayerOutput], None]
 
 
+class LayerwiseModel(Protocol):
+    """A model that hands over each layer as it computes it."""
+
+    def prefill(
+        self, batch: Sequence[TokenizedSample], layers: Sequence[int], with_importance: bool, sink: LayerSink
+    ) -> None:
+        """Runs the batch once and calls `sink` for each of `layers`, in ascending order, as that layer finishes."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedSample:
+    """A tokenised sample and what its caller wants of it."""
+
+    tokens: TokenizedSample
+    plan: KVPlan
+
+
+@dataclass(frozen=True, slots=True)
+class LayerResult:
+    """One layer of several samples, selected, encoded and on the host.
+
+    `indices`: rows of the batch; every tensor's leading b follows them. `parts`: encoded tensors by wire name
+    (`k.codes`, `v.scale`, ...). `positions`: [b,H,M] or [b,1,M] int32. `relative_error`: per row, by kind.
+    """
+
+    indices: list[int]
+    layer: int
+    parts: dict[str, Tensor]
+    positions: Tensor
+    relative_error: dict[str, list[float]]
+
+
+@dataclass(frozen=True, slots=True)
+class SampleFailure:
+    """One sample of a batch that ended without its K/V; nothing more is emitted for it."""
+
+    index: int
+    problem: str
+
+
+@dataclass(frozen=True, slots=True)
+class ExecutionTimings:
+    """Seconds a batch spent in the model, and in selecting, encoding and copying."""
+
+    prefill_s: float
+    encode_s: float
+
+
+Emit = Callable[[LayerResult], None]
+Fail = Callable[[SampleFailure], None]
+Wanted = Callable[[int], bool]
+"""Whether anybody still waits for a row of the batch."""
+
+
 class TeacherEngine(Protocol):
-    """One frozen teacher in this process. `prefill` is called from one thread at a time."""
+    """One frozen teacher. `run` is called from one thread at a time."""
 
     @property
     def info(self) -> TeacherInfo:
@@ -64,10 +119,13 @@ class TeacherEngine(Protocol):
         """
         ...
 
-    def prefill(
-        self, batch: Sequence[TokenizedSample], layers: Sequence[int], with_importance: bool, sink: LayerSink
-    ) -> None:
-        """Runs the batch once and calls `sink` for each of `layers`, in ascending order, as that layer finishes."""
+    def run(self, batch: Sequence[PlannedSample], emit: Emit, fail: Fail, wanted: Wanted) -> ExecutionTimings:
+        """Runs a batch, whose plans may differ, where the model is, and emits each layer as it is encoded.
+
+        A sample's layers are emitted in ascending order, and each once. `fail` is called at most once for a sample, and
+        nothing more is emitted for it. A sample that `wanted` denies may end without either. All three are called from
+        the calling thread.
+        """
         ...
 
     def close(self) -> None:

@@ -15,8 +15,18 @@ from kvcore.errors import FieldError
 from kvcore.plan import CODECS, SELECTORS
 from kvcore.types import Sample, TeacherInfo, Tensor
 from teacher_server.config import ServeConfig
-from teacher_server.engines.base import LayerOutput, LayerSink, TokenizedSample
+from teacher_server.engines.base import (
+    Emit,
+    ExecutionTimings,
+    Fail,
+    LayerOutput,
+    LayerSink,
+    PlannedSample,
+    TokenizedSample,
+    Wanted,
+)
 from teacher_server.engines.reading import read_sample
+from teacher_server.plan_execution import execute
 
 DEFAULT_CONTEXT = 4096
 BOS = 256
@@ -128,7 +138,7 @@ class FakeEngine:
     def prefill(
         self, batch: Sequence[TokenizedSample], layers: Sequence[int], with_importance: bool, sink: LayerSink
     ) -> None:
-        """See `TeacherEngine.prefill`."""
+        """See `LayerwiseModel.prefill`."""
         self._inject_faults([tokens.sample.id for tokens in batch])
         tokens_BT = _pad([tokens.token_ids for tokens in batch])
         not_finite_B = torch.tensor([tokens.sample.id in self._faults.not_finite for tokens in batch])
@@ -141,6 +151,10 @@ class FakeEngine:
                 k_BHTD[not_finite_B] = torch.nan
                 largest_BHT, mean_BHT = self._importance(tokens_BT, layer) if with_importance else (None, None)
                 sink(LayerOutput(layer, k_BHTD, self._noise(tokens_BT, layer, salt=2), largest_BHT, mean_BHT))
+
+    def run(self, batch: Sequence[PlannedSample], emit: Emit, fail: Fail, wanted: Wanted) -> ExecutionTimings:
+        """See `TeacherEngine.run`."""
+        return execute(self, batch, emit, fail, wanted)
 
     def close(self) -> None:
         """See `TeacherEngine.close`."""

@@ -27,7 +27,17 @@ from kvcore.plan import CODECS, SELECTORS
 from kvcore.projections import KVProjection, kv_projections
 from kvcore.types import Sample, TeacherInfo
 from teacher_server.config import ServeConfig
-from teacher_server.engines.base import SPAN_KINDS, LayerOutput, LayerSink, TokenizedSample
+from teacher_server.engines.base import (
+    SPAN_KINDS,
+    Emit,
+    ExecutionTimings,
+    Fail,
+    LayerOutput,
+    LayerSink,
+    PlannedSample,
+    TokenizedSample,
+    Wanted,
+)
 from teacher_server.engines.hf_attention import (
     ATTENTION_NAME,
     AnswerRows,
@@ -38,6 +48,7 @@ from teacher_server.engines.hf_attention import (
 )
 from teacher_server.engines.reading import read_sample
 from teacher_server.engines.weights import model_directory, weight_files, weights_digest
+from teacher_server.plan_execution import execute
 
 logger = logging.getLogger(__name__)
 
@@ -128,7 +139,7 @@ class HFEngine:
     def prefill(
         self, batch: Sequence[TokenizedSample], layers: Sequence[int], with_importance: bool, sink: LayerSink
     ) -> None:
-        """See `TeacherEngine.prefill`. A layer is handed over before its attention is computed."""
+        """See `LayerwiseModel.prefill`. A layer is handed over before its attention is computed."""
         answer = self._answer_rows(batch) if with_importance else None
         last = max(layers)
 
@@ -139,6 +150,10 @@ class HFEngine:
                 raise _LastLayerReadError
 
         self._forward([tokens.token_ids for tokens in batch], [self._projections[layer] for layer in layers], receive)
+
+    def run(self, batch: Sequence[PlannedSample], emit: Emit, fail: Fail, wanted: Wanted) -> ExecutionTimings:
+        """See `TeacherEngine.run`."""
+        return execute(self, batch, emit, fail, wanted)
 
     def close(self) -> None:
         """See `TeacherEngine.close`."""

@@ -30,8 +30,8 @@ from kvcore.types import BatchKV, EncodedSampleKV
 from student_trainer.capture import capture_kv
 from teacher_server.config import ServeConfig
 from teacher_server.engines import load_engine
-from teacher_server.engines.base import TeacherEngine
-from teacher_server.plan_execution import LayerResult, PlannedSample, SampleFailure, execute
+from teacher_server.engines.base import LayerResult, PlannedSample, SampleFailure, TeacherEngine
+from teacher_server.plan_execution import execute
 from tests.support.tiny_models import Family, save_tiny_model, tiny_spec
 
 

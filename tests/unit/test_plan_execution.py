@@ -13,12 +13,17 @@ from kvcore.errors import FieldError
 from kvcore.plan import CodecSpec, ImportancePool, KVPlan, Scope, Selection, Selector
 from kvcore.types import Sample, Span
 from teacher_server.config import ServeConfig
-from teacher_server.engines.base import SPAN_KINDS, LayerOutput, LayerSink, TokenizedSample
-from teacher_server.engines.fake import FakeEngine, FakeFaults, FakeModel
-from teacher_server.plan_execution import (
+from teacher_server.engines.base import (
+    SPAN_KINDS,
+    LayerOutput,
     LayerResult,
+    LayerSink,
     PlannedSample,
     SampleFailure,
+    TokenizedSample,
+)
+from teacher_server.engines.fake import FakeEngine, FakeFaults, FakeModel
+from teacher_server.plan_execution import (
     candidate_tokens,
     check_plan,
     check_sample,
@@ -212,6 +217,20 @@ def test_keys_or_values_alone_leave_alone() -> None:
         kind = "k" if keys else "v"
         assert list(result.parts) == [f"{kind}.data"]
         assert list(result.relative_error) == [kind]
+
+
+def test_what_nobody_waits_for_any_more_is_not_encoded() -> None:
+    engine, results = make_engine(), list[LayerResult]()
+    plan = KVPlan(layers=(0, 1), selection=Selection(selector="keydiff", budget=2, scope="layer"), codec=RAW)
+    batch = [PlannedSample(engine.tokenize(make_sample(name)), plan) for name in ("a", "b")]
+
+    def wanted(row: int) -> bool:
+        return row == 1 or not results
+
+    engine.run(batch, results.append, lambda failure: pytest.fail(failure.problem), wanted)
+    assert [result.indices for result in results] == (
+        [[0, 1], [1]] if plan.selection.scope != "sample" else [[0, 1]] * 2
+    )
 
 
 class RecordingEngine(FakeEngine):

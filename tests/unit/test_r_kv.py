@@ -20,8 +20,8 @@ from kvcore.selectors.r_kv import r_kv_scores
 from kvcore.types import Sample, Span
 from teacher_server.config import ServeConfig
 from teacher_server.engines import load_engine
-from teacher_server.engines.base import SPAN_KINDS, TeacherEngine, TokenizedSample
-from teacher_server.plan_execution import LayerResult, PlannedSample, execute
+from teacher_server.engines.base import SPAN_KINDS, LayerResult, PlannedSample, TeacherEngine, TokenizedSample
+from teacher_server.plan_execution import execute
 from tests.support import naive_selection as naive
 from tests.support.reference_kv import PlainLayer, load_reference, plain_layers, reference_kv
 from tests.support.selection_batches import LAYERS, TOKENS, random_batch

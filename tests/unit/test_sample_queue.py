@@ -12,8 +12,7 @@ from hypothesis import strategies as st
 
 from kvcore.plan import KVPlan
 from kvcore.types import Sample
-from teacher_server.engines.base import TokenizedSample
-from teacher_server.plan_execution import PlannedSample
+from teacher_server.engines.base import PlannedSample, TokenizedSample
 from teacher_server.sample_queue import BusyError, Job, Lane, SampleQueue, Sink
 
 PLAN = KVPlan(layers=(0,))
