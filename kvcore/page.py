@@ -7,9 +7,11 @@ from collections.abc import Iterable, Sequence
 from html import escape
 
 _STYLE = """
-:root { color-scheme: light dark; --ground: #ffffff; --ink: #1b1f24; --soft: #57606a; --line: #d0d7de; --bad: #b3261e; }
+:root { color-scheme: light dark; --ground: #ffffff; --ink: #1b1f24; --soft: #57606a; --line: #d0d7de; --bad: #b3261e;
+  --good: #157347; }
 @media (prefers-color-scheme: dark) {
-  :root { --ground: #14181d; --ink: #e6edf3; --soft: #9aa4af; --line: #3d444d; --bad: #ff8a70; }
+  :root { --ground: #14181d; --ink: #e6edf3; --soft: #9aa4af; --line: #3d444d; --bad: #ff8a70;
+    --good: #4cc38a; }
 }
 body { margin: 0 auto; padding: 1.25rem; max-width: 70rem; background: var(--ground); color: var(--ink);
   font: 1rem/1.5 system-ui, sans-serif; }
@@ -33,8 +35,8 @@ footer { margin-top: 2rem; color: var(--soft); font-size: .9rem; }
 """
 
 
-def page(title: str, parts: Iterable[str]) -> str:
-    """The whole document, of parts that are HTML already."""
+def page(title: str, parts: Iterable[str], head: str = "") -> str:
+    """The whole document, of parts that are HTML already; `head` ends its head."""
     return f"""<!doctype html>
 <html lang="en">
 <head>
@@ -42,7 +44,7 @@ def page(title: str, parts: Iterable[str]) -> str:
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{escape(title)}</title>
 <style>{_STYLE}</style>
-</head>
+{head}</head>
 <body>
 {chr(10).join(parts)}
 </body>

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import html
 import socket
 from collections.abc import Iterator
-from typing import Any
 
 import uvicorn
 from fastapi import FastAPI, Response
@@ -14,42 +12,9 @@ from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse
 from prometheus_client import CONTENT_TYPE_LATEST
 
 from kvcore.errors import FieldError
+from kvcore.live_page import HEADERS
+from teacher_server.page import render_page
 from teacher_server.state import ServerState
-
-PAGE = """<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="refresh" content="5">
-<title>{name} - kvdistill</title>
-<style>
-:root {{ color-scheme: light dark; --ink: #1c1e21; --dim: #5f6670; --paper: #fff; --line: #dfe2e7;
-  --ok: #157347; --bad: #b3261e; }}
-@media (prefers-color-scheme: dark) {{
-  :root {{ --ink: #e6e8eb; --dim: #9aa2ad; --paper: #16181c; --line: #30353d; --ok: #4cc38a; --bad: #ff8a80; }}
-}}
-body {{ font: 15px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper); max-width: 46rem;
-  margin: 2rem auto; padding: 0 1rem; }}
-h1 {{ font-size: 1.4rem; overflow-wrap: anywhere; }}
-h2 {{ font-size: 1rem; margin: 1.6rem 0 .3rem; }}
-table {{ border-collapse: collapse; width: 100%; }}
-th, td {{ text-align: left; padding: .3rem .6rem .3rem 0; border-bottom: 1px solid var(--line); vertical-align: top; }}
-th {{ font-weight: normal; color: var(--dim); width: 14rem; }}
-td {{ overflow-wrap: anywhere; font-variant-numeric: tabular-nums; }}
-.ready {{ color: var(--ok); }} .waiting {{ color: var(--bad); }}
-a {{ color: inherit; }}
-</style>
-</head>
-<body>
-<h1>{name}</h1>
-<p class="{phase}" role="status">{status}</p>
-{tables}
-<p><a href="/info">info</a> · <a href="/metrics">metrics</a> ·
-<a href="/healthz">healthz</a> · <a href="/readyz">readyz</a></p>
-</body>
-</html>
-"""
 
 
 def build_app(state: ServerState) -> FastAPI:
@@ -81,39 +46,9 @@ def build_app(state: ServerState) -> FastAPI:
     @app.get("/", response_class=HTMLResponse)
     async def page() -> HTMLResponse:
         """The same for people."""
-        policy = "default-src 'none'; style-src 'unsafe-inline'; frame-ancestors 'none'"
-        return HTMLResponse(render_page(state), headers={"Content-Security-Policy": policy})
+        return HTMLResponse(render_page(state.describe()), headers=HEADERS)
 
     return app
-
-
-def render_page(state: ServerState) -> str:
-    """The status page: no script, nothing from elsewhere, every value escaped."""
-    info = state.describe()
-    tables = {"Load": info["load"], "Teacher": info["teacher"] or {}, "Limits": info["limits"]}
-    own = {key: info[key] for key in ("uptime_seconds", "grpc_port", "http_port")}
-    ready = state.not_ready is None
-    return PAGE.format(
-        name=html.escape(info["name"]),
-        phase="ready" if ready else "waiting",
-        status="Ready" if ready else f"Not ready: {html.escape(info['not_ready_reason'])}",
-        tables="\n".join(_table(title, rows) for title, rows in {"Server": own, **tables}.items() if rows),
-    )
-
-
-def _table(title: str, rows: dict[str, Any]) -> str:
-    lines = (
-        f"<tr><th>{_text(name.replace('_', ' '))}</th><td>{_text(value)}</td></tr>" for name, value in rows.items()
-    )
-    return f"<h2>{html.escape(title)}</h2>\n<table>{''.join(lines)}</table>"
-
-
-def _text(value: object) -> str:
-    if isinstance(value, dict):
-        value = ", ".join(f"{key}={entry}" for key, entry in value.items())
-    elif isinstance(value, list | tuple):
-        value = ", ".join(str(entry) for entry in value)
-    return html.escape(str(value))
 
 
 class HttpServer(uvicorn.Server):

@@ -1,0 +1,79 @@
+"""Who is connected to a server, and what went wrong lately."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+
+from teacher_server.activity import MAX_PROBLEM_LENGTH, MAX_PROBLEMS, WINDOW_SECONDS, Activity, Call, current_call
+
+
+def ended(activity: Activity, code: str, problem: str = "", **rest: object) -> None:
+    call = Call("StreamKV", "ipv4:10.0.0.1:5000", code=code, problem=problem)
+    for name, value in rest.items():
+        setattr(call, name, value)
+    with activity.during(call):
+        pass
+
+
+def test_a_call_is_shown_while_it_runs_and_not_afterwards() -> None:
+    activity = Activity()
+    with activity.during(Call("StreamKV", "ipv4:10.0.0.1:5000")):
+        current_call().request_id, current_call().sent_bytes = "step7", 2048
+        (shown,) = activity.connections()
+        assert (shown["peer"], shown["request_id"], shown["sent_bytes"]) == ("ipv4:10.0.0.1:5000", "step7", 2048)
+        assert shown["seconds"] >= 0
+    assert activity.connections() == []
+
+
+def test_a_call_that_raises_is_forgotten_too() -> None:
+    activity = Activity()
+    with pytest.raises(RuntimeError), activity.during(Call("StreamKV", "peer")):
+        raise RuntimeError
+    assert activity.connections() == []
+
+
+def test_failures_are_told_the_latest_first_and_neither_success_nor_a_caller_that_left_is_one() -> None:
+    activity = Activity()
+    ended(activity, "INVALID_ARGUMENT", "plan.layers: got 99")
+    ended(activity, "OK", samples=3)
+    ended(activity, "CANCELLED")
+    ended(activity, "OK", samples=3, failed_samples=2)
+    assert [(one["code"], one["problem"]) for one in activity.problems()] == [
+        ("SAMPLES_FAILED", "2 of 3 samples failed"),
+        ("INVALID_ARGUMENT", "plan.layers: got 99"),
+    ]
+
+
+def test_the_same_failure_with_other_figures_is_counted_and_pushes_no_other_out() -> None:
+    activity = Activity()
+    ended(activity, "INTERNAL", "internal error")
+    for tokens in range(10 * MAX_PROBLEMS):
+        ended(activity, "RESOURCE_EXHAUSTED", f"{tokens} tokens are queued")
+    busy, broken = activity.problems()
+    assert (busy["count"], busy["problem"]) == (10 * MAX_PROBLEMS, f"{10 * MAX_PROBLEMS - 1} tokens are queued")
+    assert (broken["code"], broken["count"]) == ("INTERNAL", 1)
+
+
+def test_neither_many_failures_nor_long_ones_take_more_than_their_room() -> None:
+    activity = Activity()
+    for letter in range(2 * MAX_PROBLEMS):
+        ended(activity, "INVALID_ARGUMENT", chr(97 + letter) * 10_000)
+    assert len(activity.problems()) == MAX_PROBLEMS
+    assert {len(one["problem"]) for one in activity.problems()} == {MAX_PROBLEM_LENGTH}
+
+
+def test_rates_are_those_of_the_last_minute(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 1000.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    activity = Activity()
+    assert activity.throughput()["tokens_per_second"] == 0
+    activity.sample(0)
+    now += 10 * WINDOW_SECONDS  # Ten minutes in which nothing was asked of it.
+    activity.sample(0)
+    for tokens in (50, 100):
+        now += 5
+        with activity.during(Call("StreamKV", "peer", sent_bytes=1000)):
+            activity.sample(tokens)
+    assert activity.throughput() == {"seconds": 10.0, "tokens_per_second": 10.0, "bytes_per_second": 200.0}
