@@ -83,7 +83,7 @@ class Parts:
                 teacher.name, results, teacher.source.info, teacher.source.plan, slots, self.config.kv.on_missing
             )
             caches.append(_to_device(received.kv, ds_engine.device()))
-            window.receive(received, waited_s=fetched - began, decode_s=time.monotonic() - fetched)
+            window.receive(teacher.name, received, waited_s=fetched - began, decode_s=time.monotonic() - fetched)
         return TrainBatch(self.collator(records).to(ds_engine.device()), tuple(caches))
 
     def flush(self) -> None:

@@ -209,6 +209,17 @@ class RunConfig(StrictModel):
         return self
 
 
+class MonitorConfig(StrictModel):
+    """HTTP on rank 0 while it trains: `/metrics` for Prometheus, `/healthz` for probes.
+
+    Off without a `port`; 0 takes a free one, which the log names. There is no password: leave it on loopback, or in a
+    private network.
+    """
+
+    host: Annotated[str, Field(min_length=1)] = "127.0.0.1"
+    port: Annotated[int, Field(ge=0, le=65535)] | None = None
+
+
 def _merged(base: Section, changes: Section) -> Section:
     """`base` with what `changes` names, at any depth."""
     merged = dict(base)
@@ -247,6 +258,7 @@ class TrainConfig(StrictModel):
     data: DataConfig
     optim: OptimConfig = OptimConfig()
     run: RunConfig
+    monitor: MonitorConfig = MonitorConfig()
     stages: tuple[StageConfig, ...] = ()
 
     def stage(self, index: int) -> TrainConfig:

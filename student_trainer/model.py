@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -102,6 +103,7 @@ class DistillModel(nn.Module):
             self._judge = [_frozen_copy(student, checkpointing=config.student.gradient_checkpointing)]
         self._time = None if config.align.time == "none" else TimeAligner(config.align.time)
         self._frozen: dict[str, Tensor] = {}
+        self._align_seconds = 0.0
 
     def forward(self, batch: TrainBatch) -> dict[str, Tensor]:
         """Scalar losses: `loss` to minimise and its parts; `kv_loss` is normalised: 1.0 is predicting the mean.
@@ -216,12 +218,14 @@ class DistillModel(nn.Module):
 
     def _aligned(self, batch: TrainBatch, own: _OwnKV | None) -> list[AlignedTeacher]:
         """Every teacher in the student's space; with what routing compares, if `own` is given and it does."""
+        began = time.monotonic()
         found: list[AlignedTeacher] = []
         for aligner, kv in zip(self.aligners, self._laid_out(batch), strict=True):
             one = AlignedTeacher(*aligner.targets(kv), kv.mask_BM)
             if own is not None and self.fusion is not None and self.fusion.reads_kv:
                 one = self._standardised(one, aligner, kv, batch.tokens, own)
             found.append(one)
+        self._align_seconds += time.monotonic() - began
         return found
 
     def _standardised(
@@ -272,6 +276,11 @@ class DistillModel(nn.Module):
             assert text.v_BLHMD is not None
             found.append(AlignedTeacher(text.k_BLHMD, text.v_BLHMD, text.mask_BM))
         return found
+
+    def take_align_seconds(self) -> float:
+        """How long bringing teachers into the student's space took since the last call; on a GPU, to launch it."""
+        spent, self._align_seconds = self._align_seconds, 0.0
+        return spent
 
     def fused(self, batch: TrainBatch) -> tuple[Tensor, Tensor, Tensor]:
         """k_BLHMD, v_BLHMD and mask_BM of the teachers' aligned K/V, averaged with their fixed weights."""

@@ -5,21 +5,24 @@ from __future__ import annotations
 import json
 import logging
 import resource
-import time
 from pathlib import Path
 from typing import Any
+
+from student_trainer.run_state import RunState
 
 logger = logging.getLogger(__name__)
 
 
 class Tracker:
-    """Writes metrics of rank 0; on other ranks it does nothing."""
+    """Writes metrics of rank 0, and keeps them in `state`; on other ranks it does nothing."""
 
-    def __init__(self, output_dir: Path, steps: int, *, enabled: bool, first_step: int) -> None:
+    def __init__(
+        self, output_dir: Path, steps: int, *, enabled: bool, first_step: int, state: RunState | None = None
+    ) -> None:
         self._enabled = enabled
         self._steps = steps
-        self._first_step = first_step
-        self._started = time.monotonic()
+        self.state = RunState() if state is None else state
+        self.state.begin(steps, first_step)
         if not enabled:
             return
         from torch.utils.tensorboard import SummaryWriter  # noqa: PLC0415 - slow to import
@@ -38,13 +41,13 @@ class Tracker:
             self._board.add_scalar(name, value, step)
         self._lines.write(json.dumps({"step": step} | metrics) + "\n")
         self._lines.flush()
+        self.state.log(step, metrics)
 
     def progress(self, step: int, metrics: dict[str, float]) -> None:
         """One line for people: step, losses, stall, time left."""
         if not self._enabled:
             return
-        elapsed = time.monotonic() - self._started
-        left = elapsed / max(1, step - self._first_step) * (self._steps - step)
+        left = self.state.eta_seconds or 0.0
         parts = [f"step {step}/{self._steps}"]
         for name, label in (("train/loss", "loss"), ("train/ce_loss", "ce"), ("train/kv_loss", "kv")):
             if name in metrics:

@@ -28,10 +28,12 @@ from student_trainer.config import BEST_MODEL, OptimConfig, TrainConfig
 from student_trainer.export import save_model
 from student_trainer.kv_sources import counters
 from student_trainer.model import TrainBatch
+from student_trainer.monitor import monitored
+from student_trainer.run_state import RunState
 from student_trainer.stages import run_stages
 from student_trainer.tracking import Tracker, peak_memory_mb, write_json
 from student_trainer.validation import Validation, validate
-from student_trainer.window import Window
+from student_trainer.window import Window, from_rows
 
 logger = logging.getLogger(__name__)
 
@@ -59,15 +61,16 @@ def main(config_path: Path, overrides: list[str]) -> None:
 def run(config: TrainConfig) -> dict[str, Any]:
     """Trains to the end, or on from the newest checkpoint, and returns what `summary.json` holds."""
     rank, world_size = ds_engine.start(config.run.seed)
-    parts = build(config, rank, world_size)
-    trainer: Trainer | None = None
-    try:
-        trainer = Trainer(config, parts, rank, world_size)
-        return trainer.train()
-    finally:
-        parts.close()
-        if trainer is not None:
-            trainer.engine.close()
+    with monitored(config, enabled=rank == 0) as state:
+        parts = build(config, rank, world_size)
+        trainer: Trainer | None = None
+        try:
+            trainer = Trainer(config, parts, rank, world_size, state)
+            return trainer.train()
+        finally:
+            parts.close()
+            if trainer is not None:
+                trainer.engine.close()
 
 
 def learning_rate(optim: OptimConfig, step: int, steps: int) -> float:
@@ -84,8 +87,12 @@ def learning_rate(optim: OptimConfig, step: int, steps: int) -> float:
 class Trainer:
     """Runs one configuration on one rank."""
 
-    def __init__(self, config: TrainConfig, parts: Parts, rank: int, world_size: int) -> None:
+    def __init__(
+        self, config: TrainConfig, parts: Parts, rank: int, world_size: int, state: RunState | None = None
+    ) -> None:
         self.config, self.parts, self.rank, self.world_size = config, parts, rank, world_size
+        self.state = RunState() if state is None else state
+        self.state.connected({teacher.name: teacher.source for teacher in parts.teachers})
         self.out = config.run.output_dir
         self.device = ds_engine.device()
         if parts.resumed is not None:
@@ -108,10 +115,13 @@ class Trainer:
         if self.step == self.parts.sampling.steps == self.evaluated and summary.is_file():
             return self._already_done(summary)
         before = {number: signal.signal(number, self._request_stop) for number in (signal.SIGTERM, signal.SIGINT)}
-        tracker = Tracker(self.out, self.parts.sampling.steps, enabled=self.rank == 0, first_step=self.step)
+        tracker = Tracker(
+            self.out, self.parts.sampling.steps, enabled=self.rank == 0, first_step=self.step, state=self.state
+        )
         started = time.monotonic()
         try:
-            self._loop(tracker)
+            with self.state.during("training"):
+                self._loop(tracker)
             return self._finish(time.monotonic() - started)
         finally:
             tracker.close()
@@ -170,7 +180,8 @@ class Trainer:
             self.window.micro_batches += 1
         self.step += 1
         self.window.samples += self.config.run.global_batch
-        self.window.seconds += time.monotonic() - began
+        self.window.spent(time.monotonic() - began, align_s=self.parts.model.take_align_seconds())
+        self.state.stepped(self.step, self.config.run.global_batch)
 
     def _set_epoch(self, step: int) -> None:
         if self.parts.model.fusion is not None:
@@ -203,15 +214,12 @@ class Trainer:
     def _log(self, tracker: Tracker) -> None:
         window, self.window = self.window, Window()
         self.total.add(window)
-        names = sorted(window.losses)
-        sums = torch.tensor(
-            [window.losses[name] for name in names]
-            + [window.stall_s, window.encoded_bytes, window.received, window.missing],
-            dtype=torch.float64,
-            device=self.device,
-        )
+        names, teachers = sorted(window.losses), [teacher.name for teacher in self.parts.teachers]
+        row = [window.losses[name] for name in names] + window.teacher_rows(teachers)
+        sums = torch.tensor(row, dtype=torch.float64, device=self.device)
         dist.all_reduce(sums)
-        *losses, stall_s, encoded_bytes, received, missing = sums.tolist()
+        losses, by_teacher = sums.tolist()[: len(names)], from_rows(teachers, sums.tolist()[len(names) :])
+        self.state.account(window.seconds, window.stages, by_teacher)
         per_loss = window.micro_batches * self.world_size
         metrics = {
             (name if "/" in name else f"train/{name}"): value / per_loss
@@ -221,12 +229,7 @@ class Trainer:
         metrics["train/epoch"] = self.parts.sampling.epoch(self.step)
         metrics["train/samples_per_second"] = window.samples / window.seconds
         if self.parts.teachers:
-            metrics["kv/stall_fraction"] = stall_s / self.world_size / window.seconds
-            metrics["kv/bytes_per_sample"] = encoded_bytes / max(received, 1.0) * len(self.parts.teachers)
-            metrics["kv/missing_samples"] = missing
-            metrics |= {
-                f"kv/{stage}_s": seconds / max(1, window.micro_batches) for stage, seconds in window.stages.items()
-            }
+            metrics |= window.figures(by_teacher, self.world_size)
             for teacher in self.parts.teachers:
                 counted = counters(teacher.source)
                 metrics |= {f"kv/{name}/{teacher.name}": counted.get(name, 0) for name in ("switches", "retries")}
@@ -251,7 +254,10 @@ class Trainer:
             self.evaluated = self.step
             return
         self.engine.module.eval()
-        found = validate(self.engine.module, self.parts, lambda records: self._fetch(records, Window()), self.device)
+        with self.state.during("validating"):
+            found = validate(
+                self.engine.module, self.parts, lambda records: self._fetch(records, Window()), self.device
+            )
         tracker.log(self.step, {name: value for name, value in found.metrics.items() if name.startswith("val/")})
         if self.rank == 0:
             shown = ", ".join(f"{name} {found.metrics[name]:.4f}" for name in SHOWN if name in found.metrics)
@@ -292,13 +298,14 @@ class Trainer:
             "best": self.best,
             "identity": self.parts.identity,
         }
-        return checkpoint.save(
-            self.out / "checkpoints",
-            self.engine,
-            self.parts.model.frozen_state(),
-            state,
-            self.config.run.keep_checkpoints,
-        )
+        with self.state.during("saving"):
+            return checkpoint.save(
+                self.out / "checkpoints",
+                self.engine,
+                self.parts.model.frozen_state(),
+                state,
+                self.config.run.keep_checkpoints,
+            )
 
     def _finish(self, seconds: float) -> dict[str, Any]:
         self._flush()

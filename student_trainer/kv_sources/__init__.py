@@ -9,7 +9,7 @@ from contextlib import ExitStack
 from kvcore.plan import KVPlan
 from kvcore.types import TeacherInfo
 from student_trainer.config import KVConfig, TeacherConfig
-from student_trainer.kv_sources.base import KVResult, KVSource, WrappingSource
+from student_trainer.kv_sources.base import KVResult, KVSource, SourceHealth, WrappingSource
 from student_trainer.kv_sources.failover import FailoverSource
 from student_trainer.kv_sources.offline import OfflineSource
 from student_trainer.kv_sources.prefetch import Prefetch
@@ -17,7 +17,7 @@ from student_trainer.kv_sources.record import Record
 from student_trainer.kv_sources.remote import RemoteSource
 from student_trainer.kv_sources.shuffled import ShuffledControl
 
-__all__ = ["KVResult", "KVSource", "build_source", "counters", "flush", "unshuffled"]
+__all__ = ["KVResult", "KVSource", "SourceHealth", "build_source", "counters", "flush", "health", "unshuffled"]
 
 logger = logging.getLogger(__name__)
 
@@ -64,6 +64,14 @@ def counters(source: KVSource) -> dict[str, float]:
         elif isinstance(part, FailoverSource):
             found |= {"switches": part.switches, "retries": part.retries}
     return found
+
+
+def health(source: KVSource) -> SourceHealth | None:
+    """How the replicas behind a source do; None where K/V come from a store alone. From any thread."""
+    for part in _parts(source):
+        if isinstance(part, FailoverSource):
+            return part.health()
+    return None
 
 
 def flush(source: KVSource) -> None:

@@ -3,12 +3,36 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 from kvcore.plan import KVPlan
 from kvcore.types import EncodedSampleKV, MissingKV, Sample, TeacherInfo
 
 KVResult = EncodedSampleKV | MissingKV
+
+
+@dataclass(frozen=True, slots=True)
+class EndpointHealth:
+    """One replica: `problem` is what it last failed with, None while it is trusted to answer."""
+
+    endpoint: str
+    problem: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class SourceHealth:
+    """A teacher's replicas as one rank sees them.
+
+    `current`: the endpoint that is asked. `answered_s_ago`: seconds since the teacher last answered a request whole,
+    None if it never did. `switches`, `retries`: so far.
+    """
+
+    current: str
+    endpoints: tuple[EndpointHealth, ...]
+    answered_s_ago: float | None
+    switches: int
+    retries: int
 
 
 class KVSource(Protocol):

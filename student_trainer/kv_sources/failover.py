@@ -14,7 +14,7 @@ from typing import Protocol
 from kvcore.errors import ProtocolError, TeacherMismatchError, TeacherUnavailableError
 from kvcore.plan import KVPlan
 from kvcore.types import Sample, TeacherInfo
-from student_trainer.kv_sources.base import KVResult
+from student_trainer.kv_sources.base import EndpointHealth, KVResult, SourceHealth
 
 logger = logging.getLogger(__name__)
 
@@ -93,8 +93,12 @@ class _Endpoint:
         self.failed_at = self.retry_at = -math.inf
 
     def report(self) -> str:
+        return f"{self.name}: {self.problem}"
+
+    @property
+    def problem(self) -> str:
         error = self.last_error
-        return f"{self.name}: {error.problem if isinstance(error, TeacherUnavailableError) else error}"
+        return error.problem if isinstance(error, TeacherUnavailableError) else str(error)
 
 
 class FailoverSource:
@@ -119,6 +123,7 @@ class FailoverSource:
         self._patience_s = patience_s
         self._reference: tuple[str, TeacherInfo, KVPlan] | None = None
         self._attempts_repeated = 0
+        self._answered_at: float | None = None
         self._closed = threading.Event()
 
     @property
@@ -153,6 +158,17 @@ class FailoverSource:
                 except TeacherUnavailableError as error:
                     self._failed(endpoint, error, missing=0)
         return self.info
+
+    def health(self) -> SourceHealth:
+        """How the replicas do; from any thread."""
+        answered_at = self._answered_at
+        return SourceHealth(
+            current=self._current.name,
+            endpoints=tuple(EndpointHealth(one.name, one.problem if one.failures else None) for one in self._endpoints),
+            answered_s_ago=None if answered_at is None else time.monotonic() - answered_at,
+            switches=self.switches,
+            retries=self.retries,
+        )
 
     def announce(self, samples: Sequence[Sample]) -> None:
         """Does nothing: this source does not prefetch."""
@@ -237,6 +253,7 @@ class FailoverSource:
             )
 
     def _answered(self, endpoint: _Endpoint) -> None:
+        self._answered_at = time.monotonic()
         endpoint.recover()
         if endpoint is not self._current:
             self.switches += 1

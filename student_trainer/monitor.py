@@ -1,0 +1,78 @@
+"""Rank 0 over HTTP while it trains: /metrics for Prometheus, /healthz for probes."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import socket
+from collections.abc import Iterator
+
+from fastapi import FastAPI, Response
+from fastapi.responses import PlainTextResponse
+from prometheus_client import CONTENT_TYPE_LATEST
+
+from kvcore.errors import FieldError
+from kvcore.http_server import bind, serving_in_thread
+from student_trainer.build import fail_together
+from student_trainer.config import TrainConfig
+from student_trainer.run_metrics import RunMetrics
+from student_trainer.run_state import RunState
+
+logger = logging.getLogger(__name__)
+
+
+class RunMonitor:
+    """The routes over a run's state. They only ever read."""
+
+    def __init__(self, config: TrainConfig, state: RunState) -> None:
+        self.config, self.state = config, state
+        self.app = FastAPI(title="kvdistill trainer", docs_url=None, redoc_url=None)
+        metrics = RunMetrics(config, state)
+
+        @self.app.get("/healthz", response_class=PlainTextResponse)
+        def healthz() -> str:
+            """The process lives."""
+            return "ok\n"
+
+        @self.app.get("/metrics", response_class=PlainTextResponse)
+        def read_metrics() -> Response:
+            """Prometheus text format."""
+            return Response(metrics.render(), media_type=CONTENT_TYPE_LATEST)
+
+
+@contextlib.contextmanager
+def monitored(config: TrainConfig, *, enabled: bool) -> Iterator[RunState]:
+    """Makes a run's state, and serves it while the run goes on where `monitor.port` asks for it.
+
+    Every rank comes here; only the one with `enabled` listens.
+
+    Raises:
+        FieldError: the address cannot be had; other ranks raise KVDistillError.
+    """
+    state = RunState()
+    with contextlib.ExitStack() as stack:
+        if config.monitor.port is not None:
+            listener = _listen(config, enabled=enabled)
+            if listener is not None:
+                stack.enter_context(serving_in_thread(RunMonitor(config, state).app, listener))
+                logger.info("monitor: http://%s:%d/", *listener.getsockname()[:2])
+        try:
+            yield state
+        except BaseException:
+            state.phase = "failed"
+            raise
+        state.phase = "done"
+
+
+def _listen(config: TrainConfig, *, enabled: bool) -> socket.socket | None:
+    listener: socket.socket | None = None
+    failure: FieldError | None = None
+    if enabled:
+        assert config.monitor.port is not None
+        try:
+            listener = bind(config.monitor.host, config.monitor.port, "monitor.port")
+        except FieldError as error:
+            failure = error
+    # A rank that went on alone would wait in its first collective for one that has ended.
+    fail_together(failure)
+    return listener

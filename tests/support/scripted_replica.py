@@ -1,0 +1,45 @@
+"""A teacher's endpoint in memory that fails when told to."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from kvcore.errors import TeacherUnavailableError
+from kvcore.types import Sample, TeacherInfo
+from student_trainer.kv_sources.base import KVResult
+from tests.support.kv_fakes import INFO, PLAN, kv_of
+
+
+class ScriptedReplica:
+    """Answers at most `answers_left` samples, then fails with `error` until it is healed."""
+
+    def __init__(self, endpoint: str, info: TeacherInfo = INFO) -> None:
+        self.endpoint = endpoint
+        self.plan = PLAN
+        self.retries = 0
+        self.info = info
+        self.up = True
+        self.answers_left: int | None = None
+        self.error: Exception = TeacherUnavailableError("math", "UNAVAILABLE: connection reset")
+        self.asked: list[list[str]] = []
+        self.connects = 0
+        self.closed = False
+
+    def connect(self) -> TeacherInfo:
+        self.connects += 1
+        if not self.up:
+            raise TeacherUnavailableError("math", "UNAVAILABLE: connection refused")
+        return self.info
+
+    def fetch_into(self, samples: Sequence[Sample], answers: list[KVResult | None]) -> None:
+        missing = [i for i, answer in enumerate(answers) if answer is None]
+        self.asked.append([samples[i].id for i in missing])
+        for i in missing:
+            if self.answers_left == 0:
+                raise self.error
+            answers[i] = kv_of(samples[i], self.info)
+            if self.answers_left is not None:
+                self.answers_left -= 1
+
+    def close(self) -> None:
+        self.closed = True

@@ -1,0 +1,129 @@
+"""Rank 0 over HTTP: what Prometheus reads, and when there is anything to read."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from kvcore.errors import FieldError
+from student_trainer.config import TrainConfig
+from student_trainer.kv_sources.failover import FailoverSource
+from student_trainer.monitor import monitored
+from student_trainer.run_state import RunState
+from student_trainer.window import STAGES, TeacherSums
+from tests.support.kv_fakes import MemorySource, samples
+from tests.support.scripted_replica import ScriptedReplica
+from tests.support.training_parts import one_rank, train_config
+
+Series = dict[tuple[str, ...], float]
+
+
+@pytest.fixture(autouse=True)
+def _one_process() -> Iterator[None]:
+    with one_rank():
+        yield
+
+
+def config(tmp_path: Path, port: int | None) -> TrainConfig:
+    return train_config(run={"output_dir": str(tmp_path / "outputs" / "night")}, monitor={"port": port})
+
+
+def read(text: str, name: str) -> Series:
+    """A metric's values by the values of its labels, in the order of the labels' names."""
+    return {
+        tuple(value for _, value in sorted(sample.labels.items())): sample.value
+        for family in text_string_to_metric_families(text)
+        for sample in family.samples
+        if sample.name == f"kvdistill_train_{name}"
+    }
+
+
+def url_in(messages: list[str]) -> str:
+    return next(message.removeprefix("monitor: ") for message in messages if message.startswith("monitor: "))
+
+
+def trained(state: RunState) -> None:
+    """A state as it is after some steps with one teacher of two replicas, one of them dead, and one from a store."""
+    dead, alive = ScriptedReplica("dead:1"), ScriptedReplica("alive:2")
+    dead.up = False
+    live = FailoverSource("ada", [dead, alive], patience_s=5.0)
+    live.connect()
+    live.fetch(samples(2))
+    state.connected({"ada": live, "ben": MemorySource()})
+    state.begin(100, first_step=10)
+    state.phase = "training"
+    state.stepped(11, 64)
+    state.log(11, {"train/loss": 2.0, "train/kv_loss": 0.5, "train/lr": 1e-3, "routing/weights_mean/ada": 0.75})
+    sent = TeacherSums(64, 3, 4096.0, dict.fromkeys(STAGES, 0.25) | {"prefill": 2.0})
+    state.account(1.0, {"stall": 0.75, "prefill": 2.0, "queue": 0.25}, {"ada": sent})
+
+
+def test_metrics_say_how_the_run_and_each_teacher_does(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO"), monitored(config(tmp_path, 0), enabled=True) as state:
+        trained(state)
+        url = url_in(caplog.messages)
+        assert httpx.get(f"{url}healthz").text == "ok\n"
+        text = httpx.get(f"{url}metrics").text
+    assert read(text, "step") == {(): 11}
+    assert read(text, "planned_steps") == {(): 100}
+    assert read(text, "samples_total") == {(): 64}
+    assert read(text, "loss") == {("loss",): 2.0, ("kv_loss",): 0.5}
+    assert read(text, "learning_rate") == {(): 1e-3}
+    assert read(text, "teacher_weight_ratio") == {("ada",): 0.75}
+    assert read(text, "teacher_samples_total") == {("ada",): 64, ("ben",): 0}
+    assert read(text, "teacher_missing_samples_total")[("ada",)] == 3
+    assert read(text, "teacher_received_bytes_total")[("ada",)] == 4096
+    assert read(text, "teacher_stage_seconds_total")[("prefill", "ada")] == 2.0
+    assert read(text, "teacher_endpoint_up") == {("alive:2", "ada"): 1, ("dead:1", "ada"): 0}
+    assert read(text, "teacher_switches_total") == {("ada",): 1}
+    assert 0 <= read(text, "teacher_staleness_seconds")[("ada",)] < 60
+    assert [stage for stage, value in read(text, "bottleneck").items() if value] == [("prefill",)]
+    assert [phase for phase, value in read(text, "phase").items() if value] == [("training",)]
+    assert read(text, "disk_free_bytes")[()] > 0
+
+
+def test_a_run_that_has_not_begun_shows_no_figure_that_it_does_not_have(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level("INFO"), monitored(config(tmp_path, 0), enabled=True):
+        text = httpx.get(f"{url_in(caplog.messages)}metrics").text
+    assert read(text, "phase")[("starting",)] == 1
+    for name in ("loss", "eta_seconds", "last_step_timestamp_seconds", "teacher_weight_ratio", "stall_ratio"):
+        assert read(text, name) == {}, name
+
+
+@pytest.mark.parametrize(("port", "enabled"), [(None, True), (0, False)])
+def test_nothing_listens_unless_asked_for_and_on_other_ranks(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, port: int | None, enabled: bool
+) -> None:
+    with caplog.at_level("INFO"), monitored(config(tmp_path, port), enabled=enabled) as state:
+        assert state.phase == "starting"
+    assert caplog.messages == []
+    assert state.phase == "done"
+
+
+def test_a_port_that_is_taken_ends_the_run_before_it_begins(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        refused = pytest.raises(FieldError, match=rf"monitor.port: cannot listen on 127.0.0.1:{port}")
+        with refused, monitored(config(tmp_path, port), enabled=True):
+            pytest.fail("it went on")
+
+
+def test_the_port_is_free_again_after_the_run_whatever_its_end(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    states: list[RunState] = []
+    failed = pytest.raises(RuntimeError)
+    with caplog.at_level("INFO"), failed, monitored(config(tmp_path, 0), enabled=True) as state:
+        states.append(state)
+        raise RuntimeError
+    assert states[0].phase == "failed"
+    port = int(url_in(caplog.messages).rsplit(":", 1)[1].rstrip("/"))
+    with socket.create_server(("127.0.0.1", port)):
+        pass
