@@ -1,12 +1,13 @@
-"""What a teacher engine is: tokenise, and run a batch while handing over each layer as it finishes."""
+"""What a teacher engine is: tokenise, run a batch while handing over each layer as it finishes, and write text."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
 
 from kvcore.plan import ImportancePool, KVPlan, SelectionSpan
+from kvcore.selectors.random import sample_seed
 from kvcore.types import Sample, TeacherInfo, Tensor
 
 
@@ -22,6 +23,12 @@ class TokenizedSample:
     token_ids: tuple[int, ...]
     byte_ends: tuple[int, ...]
     span_ids: tuple[int, ...]
+
+    @property
+    def prompt_ids(self) -> tuple[int, ...]:
+        """The tokens that a model writes on from: without what its tokenizer puts behind a text, such as an EOS."""
+        after_text = next((place for place, end in enumerate(reversed(self.byte_ends)) if end >= 0), 0)
+        return self.token_ids[: len(self.token_ids) - after_text]
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +79,7 @@ class LayerResult:
 
     `indices`: rows of the batch; every tensor's leading b follows them. `parts`: encoded tensors by wire name
     (`k.codes`, `v.scale`, ...). `positions`: [b,H,M] or [b,1,M] int32. `relative_error`: per row, by kind.
+    `norms`: where the heads are not all of the model's, the Frobenius norms that the errors are relative to, likewise.
     """
 
     indices: list[int]
@@ -79,6 +87,20 @@ class LayerResult:
     parts: dict[str, Tensor]
     positions: Tensor
     relative_error: dict[str, list[float]]
+    norms: dict[str, list[float]] = field(default_factory=dict)
+
+    def subset(self, places: Sequence[int]) -> LayerResult:
+        """The result of some of its samples, by their place in `indices`."""
+        if list(places) == list(range(len(self.indices))):
+            return self
+        return LayerResult(
+            [self.indices[place] for place in places],
+            self.layer,
+            {name: part[list(places)] for name, part in self.parts.items()},
+            self.positions[list(places)],
+            {kind: [values[place] for place in places] for kind, values in self.relative_error.items()},
+            {kind: [values[place] for place in places] for kind, values in self.norms.items()},
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,8 +125,44 @@ Wanted = Callable[[int], bool]
 """Whether anybody still waits for a row of the batch."""
 
 
+FinishReason = Literal["stop", "length"]
+
+
+@dataclass(frozen=True, slots=True)
+class GenerateOptions:
+    """How a teacher writes.
+
+    `max_new_tokens`: at most this many. `temperature`: 0 writes the likeliest token each time (greedy); otherwise
+    tokens are drawn, from the smallest set whose probabilities reach `top_p`. `stop`: texts that end the writing.
+    """
+
+    max_new_tokens: int
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 0
+    stop: tuple[str, ...] = ()
+
+    def seed_for(self, prompt: TokenizedSample) -> int:
+        """What the draws of one prompt start from, 63 bits: the same in every batch and on every replica."""
+        return sample_seed(self.seed, prompt.prompt_ids) & (2**63 - 1)
+
+
+@dataclass(frozen=True, slots=True)
+class Written:
+    """What a teacher wrote behind a prompt.
+
+    `text`: up to the stop text that ended it, without the model's special tokens. `finish_reason`: `stop` where the
+    model ended by itself or met a stop text, `length` where `max_new_tokens` cut it off. `tokens`: how many the model
+    wrote, also those that stand for no text.
+    """
+
+    text: str
+    finish_reason: FinishReason
+    tokens: int
+
+
 class TeacherEngine(Protocol):
-    """One frozen teacher. `run` is called from one thread at a time."""
+    """One frozen teacher. `run` and `generate` are called from one thread at a time."""
 
     @property
     def info(self) -> TeacherInfo:
@@ -125,6 +183,18 @@ class TeacherEngine(Protocol):
         A sample's layers are emitted in ascending order, and each once. `fail` is called at most once for a sample, and
         nothing more is emitted for it. A sample that `wanted` denies may end without either. All three are called from
         the calling thread.
+        """
+        ...
+
+    def generate(
+        self, prompts: Sequence[TokenizedSample], options: GenerateOptions, wanted: Wanted
+    ) -> list[Written | SampleFailure]:
+        """Writes on from each prompt's `prompt_ids`; one outcome for each, in their order.
+
+        Every prompt leaves room for `max_new_tokens` within `info.max_sample_tokens`. What is written depends on the
+        prompt and the options, not on the rest of the batch, as far as the model's rounding does not. A prompt that
+        `wanted` denies may end at any token; nobody looks at its outcome. Nothing of the model's own defaults applies
+        but for the tokens that end its text.
         """
         ...
 

@@ -13,17 +13,22 @@ import torch
 
 from kvcore.errors import FieldError
 from kvcore.plan import CODECS, SELECTORS
+from kvcore.selectors.random import sample_seed
 from kvcore.types import Sample, TeacherInfo, Tensor
 from teacher_server.config import ServeConfig
 from teacher_server.engines.base import (
     Emit,
     ExecutionTimings,
     Fail,
+    FinishReason,
+    GenerateOptions,
     LayerOutput,
     LayerSink,
     PlannedSample,
+    SampleFailure,
     TokenizedSample,
     Wanted,
+    Written,
 )
 from teacher_server.engines.reading import read_sample
 from teacher_server.plan_execution import execute
@@ -71,8 +76,9 @@ class FakeError(RuntimeError):
 class FakeFaults:
     """What goes wrong at which sample ids.
 
-    `fail`: the whole batch raises. `not_finite`: the sample's keys hold NaN in every layer. `die`: the process kills
-    itself, as an out-of-memory killer would. `slow`: seconds that the sample's batch waits before its first layer.
+    `fail`: the whole batch raises. `not_finite`: the sample's keys hold NaN in every layer, and nothing is written for
+    it. `die`: the process kills itself, as an out-of-memory killer would. `slow`: seconds that the sample's batch waits
+    before its first layer or token.
     """
 
     fail: frozenset[str] = frozenset()
@@ -156,6 +162,21 @@ class FakeEngine:
         """See `TeacherEngine.run`."""
         return execute(self, batch, emit, fail, wanted)
 
+    def generate(
+        self, prompts: Sequence[TokenizedSample], options: GenerateOptions, wanted: Wanted
+    ) -> list[Written | SampleFailure]:
+        """See `TeacherEngine.generate`. A byte is a token; each step of the batch takes `delay_ms`."""
+        self._inject_faults([tokens.sample.id for tokens in prompts])
+        written = [write(tokens, options) for tokens in prompts]
+        for step in range(max(one.tokens for one in written) if self._model.delay_ms else 0):
+            if not any(wanted(row) and step < one.tokens for row, one in enumerate(written)):
+                break
+            time.sleep(self._model.delay_ms / 1000.0)
+        return [
+            SampleFailure(row, "told to write nothing") if tokens.sample.id in self._faults.not_finite else one
+            for row, (tokens, one) in enumerate(zip(prompts, written, strict=True))
+        ]
+
     def close(self) -> None:
         """See `TeacherEngine.close`."""
 
@@ -185,6 +206,20 @@ class FakeEngine:
 def load(config: ServeConfig) -> FakeEngine:
     """The fake teacher that `config.model` specifies."""
     return FakeEngine(config, FakeModel.parse(config.model))
+
+
+def write(prompt: TokenizedSample, options: GenerateOptions) -> Written:
+    """A few sums and an answer, made of the prompt and, unless it is greedy, of the seed."""
+    state = options.seed_for(prompt) if options.temperature else sample_seed(0, prompt.prompt_ids)
+    numbers = torch.randint(0, 100, (4, 2), generator=torch.Generator().manual_seed(state & (2**63 - 1))).tolist()
+    text = "".join(f" {a} + {b} = {a + b}." for a, b in numbers) + f" Answer: {sum(map(sum, numbers))}"
+    finish: FinishReason = "stop"
+    if len(text) > options.max_new_tokens:
+        text, finish = text[: options.max_new_tokens], "length"
+    places = [place for stop in options.stop if (place := text.find(stop)) >= 0]
+    if places:
+        text, finish = text[: min(places)], "stop"
+    return Written(text, finish, len(text))
 
 
 def _pad(token_ids: Sequence[Sequence[int]]) -> Tensor:

@@ -32,11 +32,14 @@ from teacher_server.engines.base import (
     Emit,
     ExecutionTimings,
     Fail,
+    GenerateOptions,
     LayerOutput,
     LayerSink,
     PlannedSample,
+    SampleFailure,
     TokenizedSample,
     Wanted,
+    Written,
 )
 from teacher_server.engines.hf_attention import (
     ATTENTION_NAME,
@@ -46,6 +49,7 @@ from teacher_server.engines.hf_attention import (
     answer_importance,
     tapped,
 )
+from teacher_server.engines.hf_generate import HFWriter
 from teacher_server.engines.reading import read_sample
 from teacher_server.engines.weights import model_directory, weight_files, weights_digest
 from teacher_server.plan_execution import execute
@@ -105,6 +109,7 @@ class HFEngine:
         digest: str,
     ) -> None:
         self._base = _base_model(model)
+        self._writer = HFWriter(model, tokenizer)
         self._projections = kv_projections(self._base)
         self._embedding = cast("nn.Embedding", self._base.get_input_embeddings())
         self._reader = HFReader(tokenizer, self._embedding.num_embeddings)
@@ -155,11 +160,17 @@ class HFEngine:
         """See `TeacherEngine.run`."""
         return execute(self, batch, emit, fail, wanted)
 
+    def generate(
+        self, prompts: Sequence[TokenizedSample], options: GenerateOptions, wanted: Wanted
+    ) -> list[Written | SampleFailure]:
+        """See `TeacherEngine.generate`."""
+        return self._writer.write(prompts, options, wanted)
+
     def close(self) -> None:
         """See `TeacherEngine.close`."""
         on_gpu = self._embedding.weight.is_cuda
         self._projections.clear()
-        del self._base, self._embedding
+        del self._base, self._embedding, self._writer
         if on_gpu:
             torch.cuda.empty_cache()
 
@@ -315,6 +326,9 @@ def _load_model(directory: Path, config: ServeConfig, device: torch.device, dtyp
     # transformers fills in random values for weights that a checkpoint lacks.
     prefix = f"{model.base_model_prefix}."
     missing = sorted(name for name in report["missing_keys"] if name.startswith(prefix))
+    if len(missing) < len(report["missing_keys"]):
+        # As transformers has it for models that cannot write: this one's head would be random.
+        model.generation_config = None  # pyright: ignore[reportAttributeAccessIssue]
     if missing:
         raise FieldError("model", f"the checkpoint of '{config.model}' lacks {len(missing)} weights: {missing[0]}, ...")
     return model.eval().requires_grad_(False)
