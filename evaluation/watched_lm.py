@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import logging
-import time
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, Self, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from lm_eval.api.model import LM
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from kvcore.progress import Meter
 
 if TYPE_CHECKING:
     from lm_eval.api.instance import Instance
 
-logger = logging.getLogger(__name__)
-
-PLAIN_SECONDS = 15.0
 # Batches that the model is handed at once: progress shows after each such share.
 _BATCHES = 4
 
@@ -33,7 +29,7 @@ class WatchedLM(LM):
     def __init__(self, model: Any, name: str, console: Console | None = None) -> None:
         super().__init__()
         self._model, self._name = model, name
-        self._console = console or Console(stderr=True)
+        self._console = console
         self._truncated: set[str] = set()
 
     @property
@@ -67,44 +63,11 @@ class WatchedLM(LM):
         order = sorted(range(len(requests)), key=lambda place: (-len(requests[place].args[0]), requests[place].args[0]))
         results: list[Any] = [None] * len(requests)
         share = _BATCHES * self._model.batch_size
-        with _Meter(self._name, len(requests), self._console) as meter:
+        with Meter({self._name: len(requests)}, self._console) as meter:
             for start in range(0, len(order), share):
                 places = order[start : start + share]
                 answers = ask([requests[place] for place in places], disable_tqdm=True)
                 for place, answer in zip(places, answers, strict=True):
                     results[place] = answer
-                meter.advance(len(places))
+                meter.advance(self._name, len(places))
         return results
-
-
-class _Meter:
-    """A bar in a terminal, a line every so often elsewhere."""
-
-    def __init__(self, name: str, total: int, console: Console) -> None:
-        self._name, self._total, self._done = name, total, 0
-        self._started = self._said = time.monotonic()
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        self._bar = Progress(*columns, console=console) if console.is_terminal else None
-        self._task = self._bar.add_task(name, total=total) if self._bar else None
-
-    def __enter__(self) -> Self:
-        if self._bar:
-            self._bar.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._bar:
-            self._bar.stop()
-
-    def advance(self, count: int) -> None:
-        """Counts finished requests."""
-        self._done += count
-        if self._bar and self._task is not None:
-            self._bar.update(self._task, completed=self._done)
-            return
-        now = time.monotonic()
-        if now - self._said >= PLAIN_SECONDS and self._done < self._total:
-            self._said = now
-            left = (now - self._started) / self._done * (self._total - self._done)
-            minutes, seconds = divmod(round(left), 60)
-            logger.info("%s: %d of %d requests, ETA %d:%02d", self._name, self._done, self._total, minutes, seconds)

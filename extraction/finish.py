@@ -16,7 +16,6 @@ from typing import Any
 
 from extraction.config import ExtractConfig
 from extraction.dataset import Items
-from extraction.progress import in_bytes
 from extraction.pt_file import PTWriter
 from extraction.survey import Survey
 from kvcore.codec import decode_batch
@@ -24,6 +23,7 @@ from kvcore.errors import ConfigError, TeacherRefusedError
 from kvcore.store import KVStoreReader, merge_index
 from kvcore.store_journal import replace_file
 from kvcore.types import EncodedSampleKV
+from kvcore.units import in_bytes
 
 logger = logging.getLogger(__name__)
 

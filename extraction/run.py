@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, cast
 from extraction.config import ExtractConfig
 from extraction.dataset import Items
 from extraction.finish import clean_up, finish, forget_skipped, is_finished, read_skipped, write_skipped
-from extraction.progress import in_bytes
 from extraction.pull import pull
 from extraction.survey import Survey, pt_bytes, survey
 from extraction.teachers import Teacher, plan_factory, stored_rows, student_geometry
@@ -19,6 +18,7 @@ from kvcore.errors import ConfigError, TeacherError
 from kvcore.offsets import fingerprint
 from kvcore.store import KVStoreReader
 from kvcore.store_manifest import MANIFEST_NAME
+from kvcore.units import in_bytes
 from student_trainer.endpoints import read_endpoints
 from student_trainer.local_teachers import LocalTeachers, teacher_names
 

@@ -5,12 +5,11 @@ from __future__ import annotations
 import fcntl
 import shlex
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from experiments.report.runs import find_runs
 from experiments.sweep.plan import STATE, PlannedRun, plan, search_path
@@ -19,6 +18,7 @@ from experiments.sweep.spec import SweepConfig
 from experiments.sweep.table import write_table
 from kvcore.config import load_config
 from kvcore.errors import ConfigError, FieldError, KVDistillError
+from kvcore.progress import Meter
 from student_trainer.config import BEST_MODEL
 from student_trainer.processes import ended_by_sigterm, start_logged, tail, tied
 from student_trainer.tracking import write_json
@@ -101,44 +101,17 @@ def _sum_up(runs: Sequence[PlannedRun]) -> None:
 def _all(left: Sequence[PlannedRun]) -> list[str]:
     """Runs one after the other; gives the names of those that failed, and says why at once."""
     failed: list[str] = []
-    with ended_by_sigterm(), _progress(len(left)) as advance:
+    with ended_by_sigterm(), Meter({"runs": len(left)}, Console(), every=0, say=_say) as meter:
         for run in left:
             try:
                 execute(run)
             except SweepError as error:
                 failed.append(run.name)
-                advance(f"FAILED  {error}")
+                _say(f"FAILED  {error}")
             else:
-                advance(run.name)
+                _say(f"done  {run.name}")
+            meter.advance("runs")
     return failed
-
-
-@contextmanager
-def _progress(count: int) -> Iterator[Callable[[str], None]]:
-    """A bar with the time left on a terminal, else a line a run."""
-    console = Console()
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-    with Progress(
-        *columns,
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-        console=console,
-        disable=not console.is_terminal,
-    ) as bar:
-        task = bar.add_task("runs", total=count)
-
-        def advance(said: str) -> None:
-            bar.update(task, advance=1)
-            if console.is_terminal:
-                console.print(said, markup=False, highlight=False)
-            else:
-                shown = bar.tasks[0]
-                seconds = (shown.elapsed or 0.0) / max(1.0, shown.completed) * (count - shown.completed)
-                left = f"{int(seconds // 60)}:{int(seconds % 60):02d}"
-                _say(f"{int(shown.completed)}/{count}  ETA {left}  {said}")
-
-        yield advance
 
 
 def execute(run: PlannedRun) -> None:

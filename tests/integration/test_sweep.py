@@ -71,8 +71,9 @@ class Sweep:
 def test_a_sweep_ends_in_a_table_and_does_nothing_twice(tmp_path: Path) -> None:
     sweep = Sweep(tmp_path)
     said = sweep.run()
-    assert [line.split("  ")[::2] for line in said.splitlines()[:6]] == [
-        [f"{number + 1}/6", f"{option}/seed{number % 3}"] for number, option in enumerate(["right"] * 3 + ["r-kv"] * 3)
+    runs = [f"{option}/seed{seed}" for option in ("right", "r-kv") for seed in range(3)]
+    assert [line.split(",")[0] for line in said.splitlines()[:12]] == [
+        line for number, run in enumerate(runs, start=1) for line in (f"done  {run}", f"runs: {number}/6")
     ]
     table = (sweep.out / "table.md").read_text(encoding="utf-8")
     assert table in said
@@ -105,7 +106,7 @@ def test_a_failed_run_is_named_keeps_no_other_from_running_and_is_tried_again(tm
     assert (empty["val"], empty["seeds"], full["seeds"]) == ("", "", "0 1 2")
     fail.unlink()
     said = sweep.run()
-    assert "3/3  ETA 0:00  right/seed2" in said
+    assert "done  right/seed2\nruns: 3/3, 0:00:00 left\n" in said
     assert "r-kv/seed" not in said
     assert all(row["seeds"] == "0 1 2" for row in sweep.rows())
 
