@@ -122,7 +122,7 @@ class Trainer:
         try:
             with self.state.during("training"):
                 self._loop(tracker)
-            return self._finish(time.monotonic() - started)
+                return self._finish(time.monotonic() - started)
         finally:
             tracker.close()
             for number, handler in before.items():

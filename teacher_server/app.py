@@ -21,11 +21,12 @@ from grpc_reflection.v1alpha.reflection import SERVICE_NAME as REFLECTION_SERVIC
 from grpc_reflection.v1alpha.reflection import enable_server_reflection
 
 from kvcore.errors import FieldError, KVDistillError
+from kvcore.http_server import HttpServer, bind
 from teacher_server import logs
 from teacher_server.config import MIB, ServeConfig
 from teacher_server.engines import load_engine
 from teacher_server.engines.base import TeacherEngine
-from teacher_server.http import HttpServer, bind, build_app
+from teacher_server.http import build_app
 from teacher_server.interceptors import CallInterceptor
 from teacher_server.logs import log_event
 from teacher_server.sample_queue import BusyError, SampleQueue
@@ -184,7 +185,7 @@ class TeacherServer:
 
     @contextlib.asynccontextmanager
     async def _http(self) -> AsyncIterator[None]:
-        listener = bind(self._config.http_host, self._config.http_port)
+        listener = bind(self._config.http_host, self._config.http_port, "http_port")
         self.state.http_port = listener.getsockname()[1]
         server = HttpServer(build_app(self.state))
         task = asyncio.create_task(server.serve(sockets=[listener]))

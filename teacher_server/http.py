@@ -2,16 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
-import socket
-from collections.abc import Iterator
-
-import uvicorn
 from fastapi import FastAPI, Response
 from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse
 from prometheus_client import CONTENT_TYPE_LATEST
 
-from kvcore.errors import FieldError
 from kvcore.live_page import HEADERS
 from teacher_server.page import render_page
 from teacher_server.state import ServerState
@@ -49,28 +43,3 @@ def build_app(state: ServerState) -> FastAPI:
         return HTMLResponse(render_page(state.describe()), headers=HEADERS)
 
     return app
-
-
-class HttpServer(uvicorn.Server):
-    """uvicorn on the process's event loop, which keeps its hands off the signals."""
-
-    def __init__(self, app: FastAPI) -> None:
-        super().__init__(uvicorn.Config(app, log_config=None, access_log=False, lifespan="off", server_header=False))
-
-    @contextlib.contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        """Signals belong to the application."""
-        yield
-
-
-def bind(host: str, port: int) -> socket.socket:
-    """A listening TCP socket.
-
-    Raises:
-        FieldError: the address cannot be had.
-    """
-    try:
-        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
-        return socket.create_server(address[:2], family=family, backlog=128)
-    except OSError as error:
-        raise FieldError("http_port", f"cannot listen on {host}:{port}: {error.strerror or error}") from error
