@@ -17,8 +17,6 @@ from typing import Annotated
 
 import typer
 from datasets import Dataset, Features, Value
-from rich.console import Console
-from rich.progress import Progress, TaskID
 
 from data.families import BASE, CHINESE, EXTENDED, find_family
 from data.families.base import Row as DatasetRow
@@ -30,11 +28,13 @@ from data.records import Record, epoch_order
 from data.sources import default_data_dir, find_source, read_rows
 from kvcore.errors import ConfigError, FieldError, KVDistillError
 from kvcore.offsets import read_text
+from kvcore.progress import Meter
 
 COLUMNS = ("prompt", "reasoning", "answer", "style", "task_type", "dataset", "language", "id")
 
 Row = dict[str, str]
 _SHOWN_EVERY = 200
+_METER = "datasets"
 
 _log = logging.getLogger(__name__)
 
@@ -116,12 +116,11 @@ class MultiTaskReasoningDataset:
         reader = PoolReader(self.styles, self.seed, self._fits())
         most_rows = self.train_samples + self.val_samples
         pools: dict[str, QuestionPool] = {}
-        with _progress() as progress:
-            task = progress.add_task("", total=len(sources))
+        with Meter({_METER: len(sources)}) as meter:
             for name, source in sources.items():
-                rows = _watched(read_rows(source, self.seed, most_rows), name, progress, task)
+                rows = _watched(read_rows(source, self.seed, most_rows), name, meter)
                 pools[name] = reader.read(source.family, rows)
-                progress.advance(task)
+                meter.advance(_METER)
                 _log.info("read %d questions of %s from %s", len(pools[name].entries), name, source)
         quotas = self._quotas(pools)
         taken = {name: pool.take(quotas[name][1], quotas[name][0]) for name, pool in pools.items()}
@@ -243,16 +242,10 @@ class MultiTaskReasoningDataset:
         return fits
 
 
-def _progress() -> Progress:
-    """A bar over the datasets with an ETA; in a log file the lines that are logged must do."""
-    console = Console(stderr=True)
-    return Progress(console=console, disable=not console.is_terminal)
-
-
-def _watched(rows: Iterable[DatasetRow], name: str, progress: Progress, task: TaskID) -> Iterator[DatasetRow]:
+def _watched(rows: Iterable[DatasetRow], name: str, meter: Meter) -> Iterator[DatasetRow]:
     for number, row in enumerate(rows):
         if number % _SHOWN_EVERY == 0:
-            progress.update(task, description=f"Reading {name}: {number:,} rows")
+            meter.advance(_METER, 0, f"{name}: {number:,} rows")
         yield row
 
 
