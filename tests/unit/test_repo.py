@@ -27,6 +27,7 @@ DISTRIBUTIONS = {
     "grpc": "grpcio",
     "grpc_health": "grpcio-health-checking",
     "grpc_reflection": "grpcio-reflection",
+    "opentelemetry": "opentelemetry-api",
     "yaml": "pyyaml",
     "pydantic_core": "pydantic",
     "starlette": "fastapi",
