@@ -313,7 +313,7 @@ def main() -> None:
     try:
         app()
     except KVDistillError as error:
-        typer.echo(f"multi_task_dataset: {error}", err=True)
+        typer.echo(f"multi_task_dataset: {error.line()}", err=True)
         sys.exit(2)
 
 

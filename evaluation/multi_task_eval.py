@@ -29,7 +29,7 @@ def main(arguments: Sequence[str], program: str) -> int:
             logging.getLogger(name).setLevel(logging.ERROR)
         evaluate(settings)
     except KVDistillError as error:
-        sys.stderr.write(f"{program}: {error}\n")
+        sys.stderr.write(f"{program}: {error.line()}\n")
         return EXIT_USAGE if isinstance(error, ConfigError) else EXIT_FAILED
     return 0
 

@@ -22,7 +22,7 @@ def main(arguments: list[str] | None = None) -> int:
 
         run(settings)
     except KVDistillError as error:
-        print(f"{program}: {error}", file=sys.stderr)
+        print(f"{program}: {error.line()}", file=sys.stderr)
         return EXIT_USAGE if isinstance(error, ConfigError) else EXIT_FAILED
     return 0
 

@@ -30,7 +30,7 @@ def main(arguments: Sequence[str], program: str) -> int:
 
         extract(config)
     except KVDistillError as error:
-        sys.stderr.write(f"{program}: {error}\n")
+        sys.stderr.write(f"{program}: {error.line()}\n")
         return EXIT_USAGE if isinstance(error, ConfigError) else EXIT_FAILED
     except KeyboardInterrupt:
         sys.stderr.write(f"{program}: interrupted; the same command goes on from here\n")

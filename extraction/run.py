@@ -13,7 +13,7 @@ from extraction.dataset import Items
 from extraction.finish import clean_up, finish, forget_skipped, is_finished, read_skipped, write_skipped
 from extraction.pull import pull
 from extraction.survey import Survey, pt_bytes, survey
-from extraction.teachers import Teacher, plan_factory, stored_rows, student_geometry
+from extraction.teachers import Teacher, model_geometry, plan_factory, stored_rows
 from kvcore.errors import ConfigError, TeacherError
 from kvcore.offsets import fingerprint
 from kvcore.store import KVStoreReader
@@ -65,7 +65,7 @@ class _Run:
         self.endpoints = (
             read_endpoints(config.teacher_endpoints, config.teacher_models) if config.teacher_endpoints else {}
         )
-        self.plan = plan_factory(config, student_geometry(config.student_model))
+        self.plan = plan_factory(config, model_geometry(config.student_model, "--student_model"))
         self.items = Items(config.dataset_path, config.limit)
         tokenizer = _tokenizer(config.student_model)
         self.student_fingerprint = fingerprint(tokenizer)

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from extraction.config import ExtractConfig
 from extraction.dataset import Items
-from kvcore.codec import KINDS, part_layout
+from kvcore.codec import KINDS, layer_bytes, part_layout
 from kvcore.errors import ConfigError
 from kvcore.plan import KVPlan, SpanKind
 from kvcore.types import TeacherInfo
@@ -121,11 +121,11 @@ def stored_bytes(slots: int, tokens: int, plan: KVPlan, info: TeacherInfo) -> in
         plan: how they are kept.
         info: the teacher.
     """
-    parts = [part for kind in KINDS for part in part_layout(plan.codec, kind, info.kv_heads, slots, info.head_dim)]
-    layer = sum(int(np.prod(shape)) * dtype.itemsize for _, dtype, shape in parts)
+    parts = sum(len(part_layout(plan.codec, kind, info.kv_heads, slots, info.head_dim)) for kind in KINDS)
+    layer = layer_bytes(plan.codec, info.kv_heads, slots, info.head_dim)
     choosers = {"sample": 1, "layer": len(plan.layers), "head": len(plan.layers) * info.kv_heads}[plan.selection.scope]
     # Positions, token ids and byte ends stand beside the parts.
-    fixed = 8 * tokens + 4 * slots * choosers + _SAMPLE_BYTES + _TENSOR_BYTES * (len(parts) + 3)
+    fixed = 8 * tokens + 4 * slots * choosers + _SAMPLE_BYTES + _TENSOR_BYTES * (parts + 3)
     return len(plan.layers) * (layer + _LAYER_BYTES) + fixed
 
 

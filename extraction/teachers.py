@@ -15,7 +15,7 @@ from align.head_dim_adapter import KVGeometry
 from extraction.config import ExtractConfig
 from extraction.dataset import Items
 from extraction.survey import Survey, slots_of, stored_bytes
-from kvcore.errors import ConfigError, TeacherRefusedError
+from kvcore.errors import FieldError, TeacherRefusedError
 from kvcore.plan import KVPlan
 from kvcore.store import KVStoreReader, KVStoreWriter
 from kvcore.store_manifest import MANIFEST_NAME
@@ -43,18 +43,22 @@ def plan_factory(config: ExtractConfig, student: KVGeometry) -> PlanFactory:
     return plan
 
 
-def student_geometry(path: str) -> KVGeometry:
-    """The student's geometry, from its configuration alone.
+def model_geometry(path: str, field: str) -> KVGeometry:
+    """A model's geometry, from its configuration alone.
+
+    Args:
+        path: a directory or hub id that transformers loads.
+        field: what an error calls `path`.
 
     Raises:
-        ConfigError: there is no such model.
+        FieldError: there is no such model.
     """
     from transformers import AutoConfig  # noqa: PLC0415 - slow to import
 
     try:
         found: Any = AutoConfig.from_pretrained(path).get_text_config()
     except (OSError, ValueError) as error:
-        raise ConfigError(f"--student_model: cannot read the configuration of '{path}': {error}") from error
+        raise FieldError(field, f"cannot read the configuration of '{path}': {error}") from error
     heads = getattr(found, "num_key_value_heads", None) or found.num_attention_heads
     head_dim = getattr(found, "head_dim", None) or found.hidden_size // found.num_attention_heads
     return KVGeometry(found.num_hidden_layers, heads, head_dim)

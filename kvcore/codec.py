@@ -8,6 +8,7 @@ scale, so |decoded - x| <= scale / 2 for every element whose group has a normal 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, cast
@@ -67,6 +68,12 @@ def part_layout(spec: CodecSpec, kind: Kind, heads: int, slots: int, head_dim: i
     groups = -(-shape[_group_dim(kind)] // spec.group_size)
     scale_shape = (heads, groups, head_dim) if kind == "k" else (heads, slots, groups)
     return [("codes", torch.int8, shape), ("scale", torch.bfloat16, scale_shape)]
+
+
+def layer_bytes(spec: CodecSpec, heads: int, slots: int, head_dim: int) -> int:
+    """What the keys and values of one layer of one sample take, packed."""
+    parts = [part for kind in KINDS for part in part_layout(spec, kind, heads, slots, head_dim)]
+    return sum(math.prod(shape) * dtype.itemsize for _, dtype, shape in parts)
 
 
 def decode_batch(samples: Sequence[EncodedSampleKV]) -> BatchKV:

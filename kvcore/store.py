@@ -8,7 +8,7 @@ under its name and only then is it entered into the journal: what a crash interr
 from __future__ import annotations
 
 import re
-from collections.abc import KeysView
+from collections.abc import Iterator, KeysView
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
@@ -33,7 +33,8 @@ from kvcore.types import EncodedSampleKV, TeacherInfo, Tensor
 SHARD_SUFFIX = ".safetensors"
 DEFAULT_SHARD_BYTES = 256 * 2**20
 
-_POSITIONS, _TOKEN_IDS, _BYTE_ENDS = "positions", "token_ids", "byte_ends"
+# Tensors that stand beside the codec's parts.
+POSITIONS, TOKEN_IDS, BYTE_ENDS = "positions", "token_ids", "byte_ends"
 
 
 def merge_index(directory: Path) -> int:
@@ -113,7 +114,7 @@ class KVStoreWriter:
             return
         if sample.layers != self._plan.layers or sample.codec != self._plan.codec:
             raise StoreError(f"{self._directory}: sample '{sample.sample_id}' does not follow the store's plan")
-        fixed = {_POSITIONS: sample.positions, _TOKEN_IDS: sample.token_ids_T, _BYTE_ENDS: sample.byte_ends_T}
+        fixed = {POSITIONS: sample.positions, TOKEN_IDS: sample.token_ids_T, BYTE_ENDS: sample.byte_ends_T}
         # Samples that arrived together share memory; copies let it go and keep each tensor contiguous.
         tensors = {
             name: tensor.detach().to("cpu").clone(memory_format=torch.contiguous_format)
@@ -211,16 +212,13 @@ class KVStoreReader:
         Raises:
             StoreError: a file is missing, truncated or damaged.
         """
-        place = self._places.get(key)
-        if place is None:
+        if key not in self._places:
             return None
-        entry = parse_line(bytes(self._files.read(place.journal, place.offset, place.length)))
-        if entry is None or entry.key != key:
-            raise StoreError(f"{self._directory / place.journal}: no entry of '{key}' at byte {place.offset}")
+        entry = self._entry(key)
         tensors = {
             name: self._files.tensor(entry.shard, f"{key}/{name}", tensor) for name, tensor in entry.tensors.items()
         }
-        positions, token_ids_T, byte_ends_T = (tensors.pop(name) for name in (_POSITIONS, _TOKEN_IDS, _BYTE_ENDS))
+        positions, token_ids_T, byte_ends_T = (tensors.pop(name) for name in (POSITIONS, TOKEN_IDS, BYTE_ENDS))
         return EncodedSampleKV(
             sample_id=entry.sample_id,
             key=key,
@@ -232,6 +230,21 @@ class KVStoreReader:
             byte_ends_T=byte_ends_T,
             relative_error=entry.relative_error,
         )
+
+    def entries(self) -> Iterator[SampleEntry]:
+        """What the journals say of each sample, its tensors unread: sizes, shapes, errors.
+
+        Raises:
+            StoreError: a journal is damaged.
+        """
+        return map(self._entry, self._places)
+
+    def _entry(self, key: str) -> SampleEntry:
+        place = self._places[key]
+        entry = parse_line(bytes(self._files.read(place.journal, place.offset, place.length)))
+        if entry is None or entry.key != key:
+            raise StoreError(f"{self._directory / place.journal}: no entry of '{key}' at byte {place.offset}")
+        return entry
 
     def close(self) -> None:
         """Closes the files. Safe to call twice."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
 import sys
 from pathlib import Path
@@ -18,6 +19,15 @@ from student_trainer.config import TrainConfig
 
 EXIT_FAILED = 1
 EXIT_USAGE = 2
+
+FIRST_EXAMPLES = """**Examples**
+
+`kvdistill demo --quick`
+
+`kvdistill serve --model Qwen/Qwen2.5-7B --grpc-port 50051`
+
+`kvdistill train --config run.yaml`
+"""
 
 SERVE_EXAMPLES = """**Examples**
 
@@ -68,11 +78,42 @@ SWEEP_EXAMPLES = """**Examples**
 `kvdistill sweep configs/sweeps/compression.yaml --table`
 """
 
+PLAN_EXAMPLES = """**Examples**
+
+`kvdistill plan --config run.yaml`
+
+`kvdistill plan --config run.yaml --teacher-model qwen14b=Qwen/Qwen2.5-14B --teacher-model llama8b=/models/llama`
+
+`kvdistill plan --config run.yaml --set kv.codec.name=bf16 --set run.global_batch=256`
+"""
+
+DOCTOR_EXAMPLES = """**Examples**
+
+`kvdistill doctor`
+
+`kvdistill doctor --teacher node1:50051 --teacher node2:50051`
+
+`kvdistill doctor --config run.yaml --output /scratch/outputs`
+"""
+
+INSPECT_EXAMPLES = """**Examples**
+
+`kvdistill inspect node1:50051`
+
+`kvdistill inspect outputs/store`
+
+`kvdistill inspect kv_cache/qwen_dual_teacher/train_kv.pt`
+
+`kvdistill inspect outputs/run/alignment.json`
+"""
+
 Overrides = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Set one key of the file; repeat for more.")
 ]
 
-app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="markdown")
+app = typer.Typer(
+    no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="markdown", epilog=FIRST_EXAMPLES
+)
 
 
 def _extract_flags() -> FlagSet[Any]:
@@ -92,7 +133,7 @@ def main() -> None:
     try:
         app()
     except KVDistillError as error:
-        typer.echo(f"kvdistill: {_rank()}{error}", err=True)
+        typer.echo(f"kvdistill: {_rank()}{error.line()}", err=True)
         sys.exit(EXIT_USAGE if isinstance(error, ConfigError) else EXIT_FAILED)
 
 
@@ -101,9 +142,18 @@ def _rank() -> str:
     return f"rank {os.environ['RANK']}: " if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
 
 
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"kvdistill {importlib.metadata.version('kvdistill')}")
+        raise typer.Exit
+
+
 @app.callback()
 def launched(
     local_rank: Annotated[int | None, typer.Option("--local_rank", hidden=True)] = None,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
 ) -> None:
     """Train a small student LLM to match the key/value caches of large teachers, pulled live over gRPC."""
     # The deepspeed launcher passes --local_rank to whatever it starts; the same number is in LOCAL_RANK.
@@ -130,6 +180,54 @@ def train(
     from student_trainer.trainer import main as run
 
     run(config, overrides)
+
+
+@app.command(epilog=PLAN_EXAMPLES)
+def plan(
+    config: Annotated[Path, typer.Option(help="YAML file of a run, as for train.")],
+    overrides: Overrides = None,
+    teacher_model: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=PATH", help="A teacher's model, read instead of asking its server; repeat for more."
+        ),
+    ] = None,
+) -> None:
+    """Show what a run will ask of each teacher: layers, tokens, bytes a sample and an epoch, bandwidth."""
+    settings = load_config(config, overrides or [], TrainConfig)
+    from kvdistill.planning import plan_text
+
+    typer.echo(plan_text(settings, teacher_model or []))
+
+
+@app.command(epilog=DOCTOR_EXAMPLES)
+def doctor(
+    teacher: Annotated[
+        list[str] | None,
+        typer.Option(metavar="HOST:PORT", help="A teacher server that should answer; repeat for more."),
+    ] = None,
+    config: Annotated[Path | None, typer.Option(help="A run whose teachers should answer.")] = None,
+    output: Annotated[Path, typer.Option(help="Where runs will write.")] = Path("outputs"),
+) -> None:
+    """Check this machine and its teachers, and say what to do next; ends with status 1 where there is a problem."""
+    run = load_config(config, [], TrainConfig) if config else None
+    endpoints = [endpoint for listed in (run.teachers if run else ()) for endpoint in listed.endpoints]
+    from kvdistill.doctor import checks
+    from kvdistill.doctor import report as checks_report
+
+    found = checks([*(teacher or []), *endpoints], output)
+    typer.echo(checks_report(found))
+    raise typer.Exit(EXIT_FAILED if any(check.state == "problem" for check in found) else 0)
+
+
+@app.command("inspect", epilog=INSPECT_EXAMPLES)
+def show(
+    target: Annotated[str, typer.Argument(help="HOST:PORT of a server, a store, a .pt file, or a run's folder.")],
+) -> None:
+    """Show what a teacher server offers, what a store or an extraction holds, or how a run was aligned."""
+    from kvdistill.inspection import inspect
+
+    typer.echo(inspect(target))
 
 
 @app.command(cls=passed_on(_extract_flags), add_help_option=False, context_settings=SETTINGS)

@@ -257,7 +257,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         logger.info("%s", stopped)
         return 128 + stopped.number
     except KVDistillError as error:
-        print(f"job: {error}", file=sys.stderr)
+        print(f"job: {error.line()}", file=sys.stderr)
         return EXIT_USAGE if isinstance(error, ConfigError) else EXIT_FAILED
     logger.info("done: %s", settings.output_dir)
     return 0

@@ -45,7 +45,7 @@ def test_command_line_and_configurations_load_nothing_heavy() -> None:
     assert not HEAVY & set(loaded)
 
 
-@pytest.mark.parametrize("command", ["serve", "train", "demo", "report", "sweep"])
+@pytest.mark.parametrize("command", ["serve", "train", "plan", "doctor", "inspect", "demo", "report", "sweep"])
 def test_help_of_each_command_shows_examples(
     command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -149,7 +149,8 @@ def test_missing_configuration_file_is_named(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert call(monkeypatch, "train", "--config", "nowhere.yaml") == 2
-    assert capsys.readouterr().err == "kvdistill: nowhere.yaml: no such configuration file\n"
+    error = capsys.readouterr().err
+    assert error == "kvdistill: nowhere.yaml: no such configuration file; the folder configs has some to start from\n"
 
 
 def test_lost_teacher_ends_with_status_1_and_the_rank_that_lost_it(
@@ -164,7 +165,10 @@ def test_lost_teacher_ends_with_status_1_and_the_rank_that_lost_it(
     config = tmp_path / "run.yaml"
     config.write_text(MINIMAL_RUN, encoding="utf-8")
     assert call(monkeypatch, "train", "--config", str(config)) == 1
-    assert capsys.readouterr().err == "kvdistill: rank 1: teacher 'qwen': no endpoint answers\n"
+    assert capsys.readouterr().err == (
+        "kvdistill: rank 1: teacher 'qwen': no endpoint answers; "
+        "next: kvdistill doctor --teacher HOST:PORT says what answers there\n"
+    )
 
 
 def test_bug_keeps_its_traceback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

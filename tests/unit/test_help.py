@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 from typing import Any
 
@@ -13,6 +14,7 @@ from data.multi_task_dataset import prepare
 from evaluation.settings import FLAGS as EVAL_FLAGS
 from experiments.recipe.flags import FLAGS as RECIPE_FLAGS
 from extraction.flags import FLAGS as EXTRACT_FLAGS
+from kvcore.errors import KVDistillError
 from kvcore.flags import FlagSet
 from kvdistill.cli import app
 from tests.support.servers import REPOSITORY
@@ -73,6 +75,21 @@ def test_every_flag_of_a_command_says_what_it_is_for(name: str) -> None:
     assert COMMANDS[name].help
     silent = [flag.name for flag in COMMANDS[name].params if not (getattr(flag, "help", None) or flag.hidden)]
     assert silent == []
+
+
+def errors_below(kind: type[KVDistillError]) -> list[type[KVDistillError]]:
+    return [kind, *(found for below in kind.__subclasses__() for found in errors_below(below))]
+
+
+def test_what_an_error_says_to_do_next_is_a_command_that_there_is() -> None:
+    steps = [error.next_step for error in errors_below(KVDistillError) if "kvdistill " in error.next_step]
+    assert len(steps) > 3
+    for step in steps:
+        name, *arguments = shlex.split(re.search(r"kvdistill ([^,)]*)", step)[1])  # pyright: ignore[reportOptionalSubscript]
+        if name == "--version":
+            continue
+        flags = [flag for parameter in COMMANDS[name].params for flag in parameter.opts]
+        assert all(word in flags for word in arguments if word.startswith("--")), step
 
 
 def test_files_in_the_examples_exist() -> None:
