@@ -5,10 +5,10 @@ DEMO_ARGS ?=
 CHECKS = $(VENV)/bin/python scripts/run_checks.py
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slurm lint format proto docs clean
+.PHONY: help setup demo test test-slurm test-deploy lint format proto docs clean
 
 help: ## Show this help
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo
 	@echo "  make demo DEMO_ARGS=--quick      options of kvdistill demo"
 	@echo "  make test PYTHON=python3.12      another Python, 3.11 or later"
@@ -26,6 +26,9 @@ test: setup ## Every check and every test
 test-slurm: setup ## Whole jobs on a SLURM cluster on this machine; needs root, installs SLURM by apt-get
 	@$(CHECKS) e2e_slurm
 
+test-deploy: setup ## Containers, manifests, alerts and dashboards under their checkers; tools in .venv-deploy
+	@$(CHECKS) deploy
+
 lint: setup ## Style, types, import layers, proto: the checks without tests
 	@$(CHECKS) lint types imports proto
 
@@ -39,5 +42,5 @@ docs: setup ## Regenerate docs/configuration.md from the configuration models
 	@$(VENV)/bin/python scripts/make_config_reference.py
 
 clean: ## Remove the environment and the caches; outputs/ stays
-	rm -rf $(VENV) build .pytest_cache .ruff_cache .hypothesis .import_linter_cache *.egg-info
+	rm -rf $(VENV) .venv-deploy build .pytest_cache .ruff_cache .hypothesis .import_linter_cache *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,8 +1,13 @@
 """Every check of the repository, in stages: `python scripts/run_checks.py [STAGE ...]`.
 
-Without a stage it runs all but `e2e_slurm`, which needs root and SLURM (and installs it by apt-get where it can).
+Without a stage it runs all but `e2e_slurm` and `deploy`, which need programs of Debian packages, and install them by
+apt-get where they may.
 
 A stage that fails ends the run. The time of each stage and the totals of the tests come last.
+
+Examples:
+  python scripts/run_checks.py
+  python scripts/run_checks.py lint types unit
 """
 
 from __future__ import annotations
@@ -15,7 +20,7 @@ import sys
 import tempfile
 import time
 import xml.etree.ElementTree as ET
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -23,7 +28,7 @@ ROOT = Path(__file__).resolve().parent.parent
 BIN = Path(sys.executable).parent
 PROTO = "protos/kv_cache.proto"
 # Runs only when named.
-ON_REQUEST = {"e2e_slurm"}
+ON_REQUEST = {"deploy", "e2e_slurm"}
 SLURM_PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch")
 SLURM_PACKAGES = ("slurmctld", "slurmd", "slurm-client", "munge")
 PROTO_OUTPUTS = ("--python_out", "--pyi_out", "--grpc_python_out")
@@ -70,7 +75,8 @@ class Run:
             "contract": lambda: self.pytest("contract", "-n", "2"),
             "integration": lambda: self.pytest("integration"),
             "e2e": lambda: self.pytest("e2e"),
-            "e2e_slurm": lambda: slurm_is_here() and self.pytest("e2e_slurm"),
+            "e2e_slurm": lambda: programs_are_here(SLURM_PROGRAMS, SLURM_PACKAGES) and self.pytest("e2e_slurm"),
+            "deploy": lambda: call(sys.executable, "-m", "scripts.deploy_checks"),
         }
 
     def pytest(self, folder: str, *options: str) -> bool:
@@ -107,13 +113,13 @@ class Run:
         say(f"===== {self.totals} in {sum(self.seconds.values()):.2f}s =====")
 
 
-def slurm_is_here() -> bool:
-    """Whether SLURM is installed, after trying to install it; says what is missing."""
+def programs_are_here(programs: Sequence[str], packages: Sequence[str]) -> bool:
+    """Whether programs of Debian packages are installed, after trying to install them; says what is missing."""
     sbin = "/usr/local/sbin:/usr/sbin:/sbin"
-    lacking = [name for name in SLURM_PROGRAMS if not (shutil.which(name) or shutil.which(name, path=sbin))]
+    lacking = [name for name in programs if not (shutil.which(name) or shutil.which(name, path=sbin))]
     if not lacking:
         return True
-    install = ("apt-get", "install", "--yes", "--no-install-recommends", *SLURM_PACKAGES)
+    install = ("apt-get", "install", "--yes", "--no-install-recommends", *packages)
     if os.geteuid() == 0 and shutil.which("apt-get"):
         return call("apt-get", "update", "--quiet") and call(*install)
     say(f"not installed: {', '.join(lacking)}. As root: {' '.join(install)}")
