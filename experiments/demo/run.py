@@ -76,13 +76,17 @@ class Demo:
         """The models to serve, by the teachers' names."""
         return {name: models[name].path for name in TEACHERS}
 
-    def train_arms(self) -> tuple[dict[ModelName, Pretrained], dict[str, float]]:
-        """Data, models, servers, and every arm. Returns the models and each server's peak memory in MiB."""
-        _empty(self.layout.output / "runs")
+    def models(self) -> dict[ModelName, Pretrained]:
+        """Data, the trained teachers and the warmed-up student."""
         with self._stage("data"):
             train = self._write_data()
         with self._stage("teachers and warm-up"):
-            models = pretrain(self.settings, self.layout, train, self.say)
+            return pretrain(self.settings, self.layout, train, self.say)
+
+    def train_arms(self) -> tuple[dict[ModelName, Pretrained], dict[str, float]]:
+        """Data, models, servers, and every arm. Returns the models and each server's peak memory in MiB."""
+        _empty(self.layout.output / "runs")
+        models = self.models()
         paths = {name: str(path) for name, path in self.teachers(models).items()}
         servers = LocalTeachers(
             paths, self.layout.logs, device="cpu", dtype="fp32", options={"threads": 1}, environment=CPU_ONLY

@@ -1,0 +1,192 @@
+"""docker-compose.yml and the images' recipe, held to what the servers and the trainer really take."""
+
+from __future__ import annotations
+
+import ast
+import json
+import re
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer.main
+import yaml
+
+from kvcore.config import load_config
+from kvdistill.cli import app
+from kvdistill.serve_flags import serve_config
+from scripts.image_requirements import TEACHER_NEEDS_NOT, name_of, requirements
+from student_trainer.config import TrainConfig
+from teacher_server.config import ServeConfig
+
+ROOT = Path(__file__).resolve().parents[2]
+DOCKERFILE = (ROOT / "deploy/docker/Dockerfile").read_text("utf-8")
+TEACHERS = ("teacher-a", "teacher-b-1", "teacher-b-2")
+GPU_TEACHERS = ("teacher-a-gpu", "teacher-b-gpu")
+STUDENTS = ("student", "student-gpu")
+
+
+def without_variables(text: str) -> str:
+    """What compose reads where the user sets nothing: `${NAME:-default}` is its default."""
+    return re.sub(r"\$\{\w+:?-([^}]*)\}", r"\1", text)
+
+
+PROJECT: dict[str, Any] = yaml.safe_load(without_variables((ROOT / "docker-compose.yml").read_text("utf-8")))
+SERVICES: dict[str, dict[str, Any]] = PROJECT["services"]
+each_service = pytest.mark.parametrize("service", SERVICES.values(), ids=SERVICES)
+each_teacher = pytest.mark.parametrize("name", [*TEACHERS, *GPU_TEACHERS])
+each_student = pytest.mark.parametrize("name", STUDENTS)
+
+
+def seconds(duration: str) -> float:
+    return float(duration.removesuffix("s"))
+
+
+def served_by(name: str) -> ServeConfig:
+    """What a teacher's container serves: the image's entry point and the service's command through the real flags."""
+    entry = next(line for line in DOCKERFILE.splitlines() if line.startswith('ENTRYPOINT ["kvdistill", "serve"'))
+    arguments = [*json.loads(entry.removeprefix("ENTRYPOINT "))[2:], *SERVICES[name]["command"]]
+    with typer.main.get_group(app).commands["serve"].make_context("serve", arguments) as context:
+        return serve_config(context.params)
+
+
+def trained_by(name: str) -> TrainConfig:
+    """What a student's container trains: its command's file and --set, read as `kvdistill train` does."""
+    words = SERVICES[name]["command"]
+    (config,) = [word.removeprefix("--config=/app/") for word in words if word.startswith("--config=")]
+    changes = [word.removeprefix("--set=") for word in words if word.startswith("--set=")]
+    return load_config(ROOT / config, changes, TrainConfig)
+
+
+def names_in_network() -> set[str]:
+    aliases = [s["networks"]["default"]["aliases"] for s in SERVICES.values() if isinstance(s.get("networks"), dict)]
+    return set(SERVICES) | {alias for some in aliases for alias in some}
+
+
+@each_service
+def test_a_port_is_published_on_loopback_alone(service):
+    assert all(re.fullmatch(r"127\.0\.0\.1:\d+:\d+", port) for port in service.get("ports", []))
+
+
+@each_service
+def test_a_container_has_no_rights_to_lose_and_nothing_to_write_but_its_volumes(service):
+    assert service["read_only"] is True
+    assert service["cap_drop"] == ["ALL"]
+    assert service["security_opt"] == ["no-new-privileges:true"]
+    assert not service.get("privileged")
+    assert all(mount.startswith("/tmp:") for mount in service["tmpfs"])
+
+
+@each_service
+def test_a_container_has_its_limits(service):
+    assert {"memory", "pids"} <= service["deploy"]["resources"]["limits"].keys()
+
+
+def test_everything_that_stays_says_whether_it_is_well():
+    assert {name for name, service in SERVICES.items() if "healthcheck" not in service} == {"models"}
+
+
+def test_start_up_waits_for_models_then_for_every_teacher():
+    for name in TEACHERS:
+        assert SERVICES[name]["depends_on"] == {"models": {"condition": "service_completed_successfully"}}
+    assert SERVICES["student"]["depends_on"] == {name: {"condition": "service_healthy"} for name in TEACHERS}
+    assert SERVICES["student-gpu"]["depends_on"] == {name: {"condition": "service_healthy"} for name in GPU_TEACHERS}
+
+
+@each_teacher
+def test_a_teacher_is_asked_where_it_listens(name):
+    config, service = served_by(name), SERVICES[name]
+    assert (config.grpc_host, config.http_host) == ("0.0.0.0", "0.0.0.0")
+    assert [int(port.rpartition(":")[2]) for port in service["ports"]] == [config.grpc_port, config.http_port]
+    assert f"http://127.0.0.1:{config.http_port}/readyz" in service["healthcheck"]["test"][-1]
+    assert f"http://127.0.0.1:{config.http_port}/readyz" in DOCKERFILE
+
+
+@each_teacher
+def test_a_teacher_is_not_ended_before_it_has_drained(name):
+    assert seconds(SERVICES[name]["stop_grace_period"]) > served_by(name).drain_seconds + 5
+
+
+@each_student
+def test_a_student_asks_each_teacher_at_the_services_that_serve_it(name):
+    served = {served_by(teacher).name for teacher in SERVICES[name]["depends_on"]}
+    config = trained_by(name)
+    assert {teacher.name for teacher in config.teachers} == served
+    for teacher in config.teachers:
+        for host, port in (endpoint.split(":") for endpoint in teacher.endpoints):
+            assert host in names_in_network()
+            assert int(port) == served_by("teacher-a").grpc_port
+    assert name == "student-gpu" or [len(teacher.endpoints) for teacher in config.teachers] == [1, 2]
+
+
+@each_student
+def test_a_student_is_watched_where_it_listens_and_writes_to_its_volume(name):
+    config, service = trained_by(name), SERVICES[name]
+    mounts = [mount.split(":")[1] for mount in service["volumes"]]
+    assert config.monitor.host == "0.0.0.0"
+    assert [int(port.rpartition(":")[2]) for port in service["ports"]] == [config.monitor.port]
+    assert f"http://127.0.0.1:{config.monitor.port}/healthz" in service["healthcheck"]["test"][-1]
+    assert config.run.output_dir.is_relative_to("/outputs")
+    assert "outputs:/outputs" in service["volumes"]
+    assert config.data.val is not None
+    for path in (config.data.train, config.data.val):
+        assert any(path.is_relative_to(mount) for mount in mounts)
+
+
+def test_only_what_makes_the_models_may_write_them():
+    writers = [name for name, service in SERVICES.items() if "models:/models" in service.get("volumes", [])]
+    assert writers == ["models"]
+
+
+def test_each_image_is_built_by_one_service_and_named_after_this_version():
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]["version"]
+    ours = {s["image"] for s in SERVICES.values() if s["image"].startswith("kvdistill/")}
+    assert ours == {f"kvdistill/{i}:{version}{v}" for i in ("teacher", "trainer") for v in ("", "-cuda")}
+    assert sorted(s["image"] for s in SERVICES.values() if "build" in s) == sorted(ours)
+
+
+def test_the_images_run_as_a_user_without_rights():
+    stages = re.split(r"^FROM ", DOCKERFILE, flags=re.MULTILINE)
+    images = [stage for stage in stages if re.match(r"base AS (trainer|teacher)\n", stage)]
+    assert len(images) == 2
+    assert all("\nUSER 10001:10001\n" in stage for stage in images)
+
+
+def test_every_image_that_is_pulled_has_a_version():
+    pulled = {s["image"] for s in SERVICES.values() if not s["image"].startswith("kvdistill/")}
+    pulled |= {build["args"]["PYTHON_IMAGE"] for s in SERVICES.values() if (build := s.get("build"))}
+    assert all(re.fullmatch(r"[\w/-]+:v?\d+\.\d+\.\d+(-[\w-]+)?", image) for image in pulled), pulled
+
+
+def test_the_images_are_given_every_package_of_the_project():
+    packages = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["tool"]["setuptools"]["packages"]
+    let_in = {line[1:] for line in (ROOT / ".dockerignore").read_text("utf-8").splitlines() if line.startswith("!")}
+    assert {name.partition(".")[0] for name in packages} - let_in == {"benchmarks"}
+
+
+def test_a_teachers_image_has_all_that_a_teacher_imports():
+    imported: set[str] = set()
+    for package in ("teacher_server", "kvcore", "protos", "kvdistill"):
+        for path in (ROOT / package).rglob("*.py"):
+            for node in ast.parse(path.read_text("utf-8")).body:
+                if isinstance(node, ast.Import):
+                    imported |= {alias.name.partition(".")[0] for alias in node.names}
+                elif isinstance(node, ast.ImportFrom):
+                    imported.add(str(node.module).partition(".")[0])
+    assert imported.isdisjoint(name.replace("-", "_") for name in TEACHER_NEEDS_NOT)
+
+
+@pytest.mark.parametrize("variant", ["cpu", "cuda"])
+def test_images_install_what_the_project_needs_and_a_teacher_less(variant):
+    trainer, teacher = ({name_of(line) for line in requirements(ROOT, i, variant)} for i in ("trainer", "teacher"))
+    assert trainer - teacher == TEACHER_NEEDS_NOT
+    assert ("bitsandbytes" in teacher) == (variant == "cuda")
+    assert requirements(ROOT, "torch", variant)[0].startswith("torch==")
+
+
+def test_prometheus_asks_services():
+    config = yaml.safe_load((ROOT / "deploy/prometheus/prometheus.yml").read_text("utf-8"))
+    targets = [t for job in config["scrape_configs"] for some in job["static_configs"] for t in some["targets"]]
+    ports = dict.fromkeys(TEACHERS, 8001) | {"student": 8010}
+    assert {f"{name}:{port}" for name, port in ports.items()} <= set(targets)
