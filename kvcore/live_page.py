@@ -7,6 +7,7 @@ import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 
+from kvcore import line_chart
 from kvcore.page import page
 
 _STYLE = """
@@ -22,7 +23,10 @@ _STYLE = """
 .stack { width: 100%; } .stack td { overflow-wrap: anywhere; min-width: 0; } .stack td:last-child { min-width: 0; }
 .soft { color: var(--soft); }
 a { color: inherit; margin-right: .75rem; }
-h1 { overflow-wrap: anywhere; }
+h1 { overflow-wrap: anywhere; } h3 { font-size: .95rem; margin: .5rem 0; font-weight: 600; }
+progress { width: 100%; height: .8rem; accent-color: var(--c0); }
+.shares { display: flex; height: 1rem; border-radius: .25rem; overflow: hidden; margin: .5rem 0; }
+.shares div { background: var(--shade); }
 @media (max-width: 40rem) {
   body { padding: 1rem; }
   .tiles { grid-template-columns: repeat(auto-fit, minmax(8.5rem, 1fr)); gap: .5rem; }
@@ -51,7 +55,8 @@ async function refresh() {
     last = new Date();
     stale.hidden = true;
   } catch (error) {
-    stale.textContent = `No answer since ${last.toLocaleTimeString()}. What is shown is from then.`;
+    const when = last.toLocaleTimeString();
+    stale.textContent = `No answer since ${when}: it ended or cannot be reached. What is shown is from then.`;
     stale.hidden = false;
   }
   busy = false;
@@ -63,7 +68,7 @@ document.addEventListener("visibilitychange", refresh);
 # For browsers that run no script. An empty icon, as browsers would ask the server for one.
 _HEAD = f"""<noscript><meta http-equiv="refresh" content="10"></noscript>
 <link rel="icon" href="data:,">
-<style>{_STYLE}</style>"""
+<style>{_STYLE}{line_chart.STYLE}</style>"""
 
 _SCRIPT_HASH = base64.b64encode(hashlib.sha256(_SCRIPT.encode()).digest()).decode()
 
@@ -130,3 +135,12 @@ def stack(headings: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
         for row in rows
     )
     return f'<table class="stack"><thead><tr>{head}</tr></thead>\n<tbody>{body}</tbody></table>'
+
+
+def shares(parts: Mapping[str, float]) -> str:
+    """One bar of parts that add up to 1, with a legend."""
+    coloured = [(f"c{place % 6}", name, share) for place, (name, share) in enumerate(parts.items())]
+    bar = "".join(f'<div class="{kind}" style="flex: {share:.4f}"></div>' for kind, _, share in coloured)
+    legend = "".join(line_chart.key(kind, f"{name} {share:.1%}") for kind, name, share in coloured)
+    said = ", ".join(f"{name} {share:.1%}" for name, share in parts.items())
+    return f'<div class="shares" role="img" aria-label="{escape(said)}">{bar}</div><p>{legend}</p>'

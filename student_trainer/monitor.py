@@ -1,4 +1,4 @@
-"""Rank 0 over HTTP while it trains: /metrics for Prometheus, /healthz for probes."""
+"""Rank 0 over HTTP while it trains: a page for people, /metrics for Prometheus, /healthz for probes."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from kvcore.errors import FieldError
 from kvcore.http_server import bind, serving_in_thread
 from student_trainer.build import fail_together
 from student_trainer.config import TrainConfig
+from student_trainer.live_page import add_live_page
 from student_trainer.run_metrics import RunMetrics
 from student_trainer.run_state import RunState
 
@@ -28,6 +29,7 @@ class RunMonitor:
         self.config, self.state = config, state
         self.app = FastAPI(title="kvdistill trainer", docs_url=None, redoc_url=None)
         metrics = RunMetrics(config, state)
+        add_live_page(self.app, config, state)
 
         @self.app.get("/healthz", response_class=PlainTextResponse)
         def healthz() -> str:
