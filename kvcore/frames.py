@@ -17,7 +17,8 @@ import xxhash
 
 from kvcore.errors import ProtocolError
 from kvcore.plan import KVPlan
-from kvcore.types import Tensor, Timings
+from kvcore.types import Sample, Tensor, Timings
+from kvcore.writing import WrittenText
 
 PROTOCOL_VERSION = 1
 
@@ -150,6 +151,22 @@ class FrameWriter:
         self._used = 0
         self._open: dict[int, _OpenSample] = {}
         self._ended = 0
+
+    def written(self, index: int, prompt: Sample, written: WrittenText) -> list[bytes]:
+        """Says what the teacher wrote behind the prompt of sample `index`: the text behind it, the spans of both."""
+        sample = written.sample
+        assert prompt.text is not None
+        assert sample.text is not None
+        record = {
+            "kind": "written",
+            "index": index,
+            "id": sample.id,
+            "finish_reason": written.finish_reason,
+            "tokens": written.tokens,
+            "spans": [[span.kind, span.start, span.end] for span in sample.spans],
+            "timings": {"queue": written.queue_s, "write": written.write_s},
+        }
+        return self._add(record, index, memoryview(sample.text[len(prompt.text) :].encode()))
 
     def sample(self, index: int, sample_id: str, token_ids: Sequence[int], byte_ends: Sequence[int]) -> list[bytes]:
         """Opens sample `index` of the request: its tokens, and the bytes of text read after each of them."""

@@ -1,4 +1,4 @@
-"""The plan: what a student asks of a teacher's K/V, executed at the source. Free of torch."""
+"""The plan: what a student asks of a teacher's K/V, executed at the source; and how a teacher writes. Free of torch."""
 
 from __future__ import annotations
 
@@ -77,6 +77,23 @@ class KVPlan(StrictModel):
     def digest(self) -> str:
         """Canonical hash: equal plans give equal digests, whatever the order or defaults they were written in."""
         return _digest(self)  # pyright: ignore[reportArgumentType]  frozen models have a hash
+
+
+class Sampling(StrictModel):
+    """How a teacher writes on from a prompt.
+
+    `temperature` 0 writes the likeliest token each time (greedy); otherwise tokens are drawn, from the smallest set
+    whose probabilities reach `top_p`, by `seed` and the prompt alone. `stop`: texts that end the writing and are no
+    part of it. `answer_marker`: the reasoning ends with its first occurrence, and what follows is the answer; without
+    one all is reasoning.
+    """
+
+    max_new_tokens: Annotated[int, Field(ge=1)]
+    temperature: Annotated[float, Field(ge=0.0, le=100.0)] = 0.0
+    top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    stop: Annotated[tuple[Annotated[str, Field(min_length=1, max_length=256)], ...], Field(max_length=16)] = ()
+    answer_marker: Annotated[str, Field(max_length=256)] = ""
 
 
 # Asked for with every sample's content key, of the one or two plans that a process uses.

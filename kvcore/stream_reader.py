@@ -15,11 +15,14 @@ import xxhash
 from kvcore.codec import KINDS
 from kvcore.errors import ProtocolError
 from kvcore.frames import PROTOCOL_VERSION, unpack_frame
-from kvcore.plan import KVPlan
+from kvcore.plan import KVPlan, Sampling
 from kvcore.sample_rows import Group, RowLayout, store_rows
 from kvcore.types import EncodedSampleKV, Sample, TeacherInfo, Tensor, Timings
+from kvcore.writing import WrittenText, written_sample
 
 _UINT64_MAX = 2**64 - 1
+# What a teacher may have written: as much as a server takes in one request.
+_MAX_WRITTEN_BYTES = 16 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -293,6 +296,64 @@ class StreamReader:
         return state
 
 
+class WrittenReader(StreamReader):
+    """Reads the answer to a `Generate` request: each sample's text first, then its K/V.
+
+    `written` holds the texts that have come so far, by the sample's index in the request.
+
+    Args:
+        request_id, plan, info: as of `StreamReader`.
+        samples: the prompts as sent in the request.
+        sampling: as sent in the request.
+    """
+
+    def __init__(
+        self, request_id: str, plan: KVPlan, samples: Sequence[Sample], info: TeacherInfo, sampling: Sampling
+    ) -> None:
+        super().__init__(request_id, plan, samples, info)
+        self.written: dict[int, WrittenText] = {}
+        self._sampling = sampling
+
+    def _take(self, record: dict[str, Any], chunk: memoryview, done: list[Result]) -> None:
+        if record.get("kind") == "written" and not self._ended:
+            self._begin(record, self._open_written(record, len(chunk)), chunk)
+        else:
+            super()._take(record, chunk, done)
+
+    def _open_written(self, record: dict[str, Any], first_bytes: int) -> _Incoming:
+        state = self._state(record.get("index"))
+        index = cast("int", record["index"])
+        if index in self.written or state.tokens:
+            raise ProtocolError(f"sample '{state.sample.id}' was written twice, or after it was opened")
+        if record.get("id") != state.sample.id:
+            raise ProtocolError(f"sample id {record.get('id')!r}, expected '{state.sample.id}'")
+        size = _int(record, "size", first_bytes, _MAX_WRITTEN_BYTES) if "size" in record else first_bytes
+        return _Incoming(size, [state], partial(self._accept_written, state, index, record))
+
+    def _accept_written(self, state: _SampleState, index: int, record: dict[str, Any], body: memoryview) -> None:
+        try:
+            text = str(body, "utf-8")
+        except UnicodeDecodeError as error:
+            raise ProtocolError(f"sample '{state.sample.id}': what was written is not UTF-8: {error}") from error
+        sample = written_sample(state.sample, text, self._sampling.answer_marker)
+        spans = [[span.kind, span.start, span.end] for span in sample.spans]
+        if record.get("spans") != spans:
+            raise ProtocolError(f"sample '{sample.id}' was written with the spans {record.get('spans')!r}, not {spans}")
+        reason = record.get("finish_reason")
+        if reason not in ("stop", "length"):
+            raise ProtocolError(f"sample '{sample.id}' ended its text for the reason {reason!r}")
+        tokens = _int(record, "tokens", 0, self._sampling.max_new_tokens)
+        queue_s, write_s = _seconds(record.get("timings"), ("queue", "write"))
+        self.written[index] = WrittenText(sample, reason, tokens, queue_s, write_s)
+        state.sample = sample
+
+    def _open_sample(self, record: dict[str, Any]) -> _Incoming:
+        incoming = super()._open_sample(record)
+        if record["index"] not in self.written:
+            raise ProtocolError(f"sample '{incoming.states[0].sample.id}' was opened before its text came")
+        return incoming
+
+
 @dataclass(slots=True)
 class _SampleState:
     """What has come of one sample."""
@@ -348,8 +409,11 @@ def _check_number(value: object, name: str) -> float:
 
 
 def _timings(record: object) -> Timings:
+    return Timings(*_seconds(record, ("queue", "prefill", "encode")))
+
+
+def _seconds(record: object, names: Sequence[str]) -> list[float]:
     if not isinstance(record, dict):
-        raise ProtocolError("a sample ended without timings")
+        raise ProtocolError("a sample came without timings")
     stages = cast("dict[str, Any]", record)
-    queue, prefill, encode = (_check_number(stages.get(name), name) for name in ("queue", "prefill", "encode"))
-    return Timings(queue, prefill, encode)
+    return [_check_number(stages.get(name), name) for name in names]

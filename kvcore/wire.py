@@ -13,7 +13,7 @@ from typing import Any, TypeVar, cast, get_args
 
 from kvcore.config import parse
 from kvcore.errors import FieldError
-from kvcore.plan import ImportancePool, KVPlan, Scope, SelectionSpan, SpanKind
+from kvcore.plan import ImportancePool, KVPlan, Sampling, Scope, SelectionSpan, SpanKind
 from kvcore.types import Sample, Span, TeacherInfo
 from protos import kv_cache_pb2 as pb
 
@@ -101,6 +101,41 @@ def _selection_tree(proto: pb.Selection, field: str) -> dict[str, Any]:
     if proto.HasField("seed"):
         selection["seed"] = proto.seed
     return selection
+
+
+def sampling_to_proto(sampling: Sampling) -> pb.Sampling:
+    """Every field is written out.
+
+    Raises:
+        FieldError: a text holds lone surrogates, which UTF-8 cannot carry.
+    """
+    for text in (*sampling.stop, sampling.answer_marker):
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise FieldError("sampling", f"{text!r} is not valid Unicode: {error}") from error
+    return pb.Sampling(**sampling.model_dump())
+
+
+def sampling_from_proto(proto: pb.Sampling, field: str = "sampling") -> Sampling:
+    """Reads how a teacher is to write.
+
+    Raises:
+        FieldError: such as `sampling.top_p: Input should be less than or equal to 1 (got 2.0)`.
+    """
+    tree: dict[str, Any] = {
+        "max_new_tokens": proto.max_new_tokens,
+        "temperature": _finite(proto.temperature, f"{field}.temperature"),
+        "seed": proto.seed,
+        "stop": list(proto.stop),
+        "answer_marker": proto.answer_marker,
+    }
+    if proto.HasField("top_p"):
+        tree["top_p"] = _finite(proto.top_p, f"{field}.top_p")
+    try:
+        return parse(tree, Sampling)
+    except FieldError as error:
+        raise FieldError(f"{field}.{error.field}", error.problem) from error
 
 
 def sample_to_proto(sample: Sample) -> pb.Sample:

@@ -45,6 +45,11 @@ class TeacherKVStub:
                 request_serializer=protos_dot_kv__cache__pb2.KVRequest.SerializeToString,
                 response_deserializer=protos_dot_kv__cache__pb2.KVFrame.FromString,
                 _registered_method=True)
+        self.Generate = channel.unary_stream(
+                '/kvcache.v1.TeacherKV/Generate',
+                request_serializer=protos_dot_kv__cache__pb2.GenerateRequest.SerializeToString,
+                response_deserializer=protos_dot_kv__cache__pb2.KVFrame.FromString,
+                _registered_method=True)
 
 
 class TeacherKVServicer:
@@ -66,6 +71,14 @@ class TeacherKVServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Generate(self, request, context):
+        """Generate has the teacher write on from every prompt, and streams what it wrote and then the K/V of prompt and
+        writing, as StreamKV does.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_TeacherKVServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -77,6 +90,11 @@ def add_TeacherKVServicer_to_server(servicer, server):
             'StreamKV': grpc.unary_stream_rpc_method_handler(
                     servicer.StreamKV,
                     request_deserializer=protos_dot_kv__cache__pb2.KVRequest.FromString,
+                    response_serializer=protos_dot_kv__cache__pb2.KVFrame.SerializeToString,
+            ),
+            'Generate': grpc.unary_stream_rpc_method_handler(
+                    servicer.Generate,
+                    request_deserializer=protos_dot_kv__cache__pb2.GenerateRequest.FromString,
                     response_serializer=protos_dot_kv__cache__pb2.KVFrame.SerializeToString,
             ),
     }
@@ -134,6 +152,33 @@ class TeacherKV:
             target,
             '/kvcache.v1.TeacherKV/StreamKV',
             protos_dot_kv__cache__pb2.KVRequest.SerializeToString,
+            protos_dot_kv__cache__pb2.KVFrame.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Generate(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/kvcache.v1.TeacherKV/Generate',
+            protos_dot_kv__cache__pb2.GenerateRequest.SerializeToString,
             protos_dot_kv__cache__pb2.KVFrame.FromString,
             options,
             channel_credentials,

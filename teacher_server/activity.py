@@ -31,6 +31,7 @@ class Call:
     samples: int = 0
     failed_samples: int = 0
     tokens: int = 0
+    written_tokens: int = 0
     frames: int = 0
     sent_bytes: int = 0
     first_frame_s: float | None = None

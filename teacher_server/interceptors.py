@@ -129,6 +129,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             samples=call.samples,
             failed_samples=call.failed_samples,
             tokens=call.tokens,
+            written_tokens=call.written_tokens,
             frames=call.frames,
             sent_bytes=call.sent_bytes,
         )

@@ -22,19 +22,21 @@ class Metrics:
         self.requests = self._counter("requests_total", "Finished calls.", "method", "code")
         self.samples = self._counter("samples_total", "Finished samples, by their own status.", "status")
         self.tokens = self._counter("tokens_total", "Tokens that went through the model, padding not counted.")
+        self.written_tokens = self._counter("written_tokens_total", "Tokens that the teacher wrote (Generate).")
         self.sent_bytes = self._counter("sent_bytes_total", "Bytes of frames sent, headers included.", "codec")
         self.model_seconds = self._counter("prefill_seconds_total", "Time batches spent in the model.")
+        self.writing_seconds = self._counter("writing_seconds_total", "Time batches spent writing (Generate).")
         self.encode_seconds = self._counter("encode_seconds_total", "Time batches spent selecting, encoding, copying.")
         self.engine_errors = self._counter("engine_errors_total", "Batches that the engine failed on.")
         self.ready = self._gauge("ready", "1 while requests are taken, else 0.")
-        self.streams = self._gauge("open_streams", "StreamKV calls in progress.")
+        self.streams = self._gauge("open_streams", "StreamKV and Generate calls in progress.")
         self.queued_samples = self._gauge("queued_samples", "Samples that wait for the engine.")
         self.queued_tokens = self._gauge(
             "queued_tokens", "Tokens of the samples that wait for the engine or run in it."
         )
         self.queue_wait = self._histogram("queue_wait_seconds", "From a sample's turn to queue until it runs.", SECONDS)
         self.first_frame = self._histogram("first_frame_seconds", "From a call's start to its first frame.", SECONDS)
-        self.duration = self._histogram("request_seconds", "Duration of StreamKV calls.", SECONDS)
+        self.duration = self._histogram("request_seconds", "Duration of StreamKV and Generate calls.", SECONDS)
         self.batch_samples = self._histogram("batch_samples", "Samples that ran together.", SIZES)
         self.batch_tokens = self._histogram("batch_tokens", "Tokens that ran together, padding not counted.", TOKENS)
 

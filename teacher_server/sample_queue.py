@@ -9,13 +9,13 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
 from kvcore.errors import KVDistillError
 from kvcore.types import Timings
-from teacher_server.engines.base import LayerResult, PlannedSample
+from teacher_server.engines.base import GenerateOptions, LayerResult, PlannedSample, SampleFailure, Written
 
 MIN_RETRY_MS, MAX_RETRY_MS, UNMEASURED_RETRY_MS = 50, 10_000, 1000
 
@@ -48,11 +48,20 @@ class Sink(Protocol):
         ...
 
 
+# What came of some prompts, in their order, and the seconds that their batch took.
+OnWritten = Callable[[Sequence["Job"], Sequence[Written | SampleFailure], float], None]
+
+
 @dataclass(slots=True, eq=False)
 class Lane:
-    """One stream's place in the queue. `unsent`: bytes of answers that were asked of the engine and not yet sent."""
+    """One stream's place in the queue.
+
+    `on_written`: who receives what was written behind its samples, on the event loop's thread, where they are prompts.
+    `unsent`: bytes of answers that were asked of the engine and not yet sent.
+    """
 
     sink: Sink
+    on_written: OnWritten | None = None
     pending: deque[Job] = field(default_factory=deque)
     ready: deque[Job] = field(default_factory=deque)
     unsent: int = 0
@@ -61,20 +70,25 @@ class Lane:
 
 @dataclass(slots=True, eq=False)
 class Job:
-    """One sample on its way through the server. `index`: its place in the request; `nbytes`: its answer's size."""
+    """One sample on its way through the server.
+
+    `index`: its place in the request. `nbytes`: its answer's size. `options`: how to write on from it; None where its
+    K/V are wanted. Only jobs with equal options share a batch.
+    """
 
     lane: Lane
     index: int
     planned: PlannedSample
     nbytes: int
+    options: GenerateOptions | None = None
     ready_at: float = 0.0
     waited: float = 0.0
     failed: bool = False
 
     @property
     def tokens(self) -> int:
-        """T, without padding."""
-        return len(self.planned.tokens.token_ids)
+        """T, without padding; with those that may be written."""
+        return len(self.planned.tokens.token_ids) + (self.options.max_new_tokens if self.options else 0)
 
 
 class SampleQueue:
@@ -120,6 +134,16 @@ class SampleQueue:
                 raise self._busy(total)
             lane.pending.extend(jobs)
             self._waiting.append(lane)
+            self._refill()
+
+    def extend(self, lane: Lane, jobs: Sequence[Job]) -> None:
+        """Takes what follows from samples that were admitted: it waits for room, and is never refused."""
+        with self._changed:
+            if lane.gone or not jobs:
+                return
+            if not lane.pending:
+                self._waiting.append(lane)
+            lane.pending.extend(jobs)
             self._refill()
 
     def take(self) -> list[Job]:
@@ -205,9 +229,14 @@ class SampleQueue:
 
     def _next_batch(self) -> list[Job]:
         batch: list[Job] = []
+        passed_over: list[Lane] = []
         longest = 0
+        options = self._rotation[0].ready[0].options
         while self._rotation:
             lane = self._rotation[0]
+            if lane.ready[0].options != options:
+                passed_over.append(self._rotation.popleft())
+                continue
             longest = max(longest, lane.ready[0].tokens)
             if batch and longest * (len(batch) + 1) > self._max_batch_tokens:
                 break
@@ -215,4 +244,6 @@ class SampleQueue:
             self._rotation.rotate(-1)
             if not lane.ready:
                 self._rotation.pop()
+        # Whoever could not come along is the first of the next batch.
+        self._rotation.extendleft(reversed(passed_over))
         return batch

@@ -8,9 +8,17 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Sequence
+from functools import partial
 
 from kvcore.types import Timings
-from teacher_server.engines.base import ExecutionTimings, LayerResult, SampleFailure, TeacherEngine
+from teacher_server.engines.base import (
+    ExecutionTimings,
+    GenerateOptions,
+    LayerResult,
+    SampleFailure,
+    TeacherEngine,
+    Written,
+)
 from teacher_server.logs import log_event
 from teacher_server.metrics import Metrics
 from teacher_server.sample_queue import Job, Lane, SampleQueue
@@ -52,22 +60,30 @@ class Scheduler:
 
     def _run(self, batch: list[Job]) -> None:
         started = time.perf_counter()
-        error: Exception | None = None
-        timings = ExecutionTimings(0.0, 0.0)
+        options = batch[0].options
         try:
-            timings = self._engine.run(
-                [job.planned for job in batch],
-                lambda result: self._post(self._hand_over, batch, result),
-                lambda failure: self._post(self._fail_one, batch, failure),
-                lambda row: not batch[row].lane.gone,
-            )
-        except Exception as caught:  # noqa: BLE001  a model and its libraries raise anything; the server stays up
-            error = caught
+            finish = self._read(batch) if options is None else self._write(batch, options)
+        except Exception as error:  # noqa: BLE001  a model and its libraries raise anything; the server stays up
+            finish = partial(self._fail_batch, batch, error)
         self.queue.done(batch, time.perf_counter() - started)
-        if error is None:
-            self._post(self._finish, batch, timings)
-        else:
-            self._post(self._fail_batch, batch, error)
+        self._post(finish)
+
+    def _read(self, batch: list[Job]) -> Callable[[], None]:
+        timings = self._engine.run(
+            [job.planned for job in batch],
+            lambda result: self._post(self._hand_over, batch, result),
+            lambda failure: self._post(self._fail_one, batch, failure),
+            lambda row: not batch[row].lane.gone,
+        )
+        return partial(self._finish, batch, timings)
+
+    def _write(self, batch: list[Job], options: GenerateOptions) -> Callable[[], None]:
+        started = time.perf_counter()
+        outcomes = self._engine.generate(
+            [job.planned.tokens for job in batch], options, lambda row: not batch[row].lane.gone
+        )
+        assert len(outcomes) == len(batch)
+        return partial(self._finish_writing, batch, outcomes, time.perf_counter() - started)
 
     def _post(self, callback: Callable[..., None], *arguments: object) -> None:
         try:
@@ -96,6 +112,13 @@ class Scheduler:
             spent = [Timings(job.waited, timings.prefill_s, timings.encode_s) for job in done]
             _tell(lane, lane.sink.on_batch_end, done, spent, sum(job.nbytes for job in jobs))
 
+    def _finish_writing(self, batch: list[Job], outcomes: Sequence[Written | SampleFailure], seconds: float) -> None:
+        self._observe_writing(batch, outcomes, seconds)
+        for lane, jobs in _by_lane(batch).items():
+            theirs = [outcome for job, outcome in zip(batch, outcomes, strict=True) if job.lane is lane]
+            assert lane.on_written is not None
+            _tell(lane, lane.on_written, jobs, theirs, seconds)
+
     def _fail_batch(self, batch: list[Job], error: Exception) -> None:
         error_id = uuid.uuid4().hex[:12]
         self._metrics.engine_errors.inc()
@@ -119,6 +142,17 @@ class Scheduler:
         metrics.batch_samples.observe(len(batch))
         metrics.model_seconds.inc(timings.prefill_s)
         metrics.encode_seconds.inc(timings.encode_s)
+        for job in batch:
+            metrics.queue_wait.observe(job.waited)
+
+    def _observe_writing(
+        self, batch: Sequence[Job], outcomes: Sequence[Written | SampleFailure], seconds: float
+    ) -> None:
+        metrics = self._metrics
+        written = sum(outcome.tokens for outcome in outcomes if isinstance(outcome, Written))
+        metrics.tokens.inc(sum(len(job.planned.tokens.token_ids) for job in batch) + written)
+        metrics.written_tokens.inc(written)
+        metrics.writing_seconds.inc(seconds)
         for job in batch:
             metrics.queue_wait.observe(job.waited)
 

@@ -14,12 +14,20 @@ import grpc.aio
 
 from kvcore.errors import FieldError
 from kvcore.frames import FrameWriter
-from kvcore.plan import KVPlan
+from kvcore.plan import KVPlan, Sampling
 from kvcore.types import Sample
-from kvcore.wire import TEACHER_METADATA, info_to_proto, plan_from_proto, sample_from_proto, teacher_metadata
+from kvcore.wire import (
+    TEACHER_METADATA,
+    info_to_proto,
+    plan_from_proto,
+    sample_from_proto,
+    sampling_from_proto,
+    teacher_metadata,
+)
 from protos import kv_cache_pb2 as pb
 from teacher_server.activity import Call, current_call
 from teacher_server.engines.base import PlannedSample, TeacherEngine, TokenizedSample
+from teacher_server.generation import Generation, check_sampling, read_prompts
 from teacher_server.plan_execution import check_plan, check_sample, encoded_bytes
 from teacher_server.sample_queue import Job, Lane
 from teacher_server.state import Backend, ServerState
@@ -41,7 +49,7 @@ class KVQuery:
 
 
 class TeacherKVService:
-    """Describe and StreamKV over one server's state."""
+    """Describe, StreamKV and Generate over one server's state."""
 
     def __init__(self, state: ServerState) -> None:
         self._state = state
@@ -65,6 +73,9 @@ class TeacherKVService:
                 "StreamKV": grpc.unary_stream_rpc_method_handler(
                     self.stream_kv, request_deserializer=pb.KVRequest.FromString, response_serializer=None
                 ),
+                "Generate": grpc.unary_stream_rpc_method_handler(
+                    self.generate, request_deserializer=pb.GenerateRequest.FromString, response_serializer=None
+                ),
             },
         )
 
@@ -84,6 +95,16 @@ class TeacherKVService:
             async with asyncio.timeout(self._state.config.max_request_seconds):
                 await self.answer(query, self._writer(context))
 
+    async def generate(self, request: pb.GenerateRequest, context: grpc.aio.ServicerContext) -> None:
+        """Answers one request to write; errors are mapped by `interceptors.status_of`."""
+        current_call().request_id = request.request_id[:MAX_ID_LENGTH]
+        with self._state.open_stream():
+            query = read_query(request, self._state)
+            sampling = sampling_from_proto(request.sampling)
+            check_sampling(sampling, query.plan, query.samples, self._state.loaded().engine.info)
+            async with asyncio.timeout(self._state.config.max_request_seconds):
+                await self._write_on(query, sampling, self._writer(context))
+
     def _writer(self, context: grpc.aio.ServicerContext) -> Write:
         metadata = ((TEACHER_METADATA, teacher_metadata(self._state.loaded().engine.info)),)
         call = current_call()
@@ -102,25 +123,48 @@ class TeacherKVService:
         Raises:
             BusyError: its samples do not fit into the queue at the moment.
         """
-        backend, call = self._state.loaded(), current_call()
-        call.request_id, call.codec, call.samples = query.request_id, query.plan.codec.name, len(query.samples)
+        backend, call, stream = self._open(query)
         loop = asyncio.get_running_loop()
         read = await loop.run_in_executor(self._tokenizing, tokenize, backend.engine, query)
-        writer = FrameWriter(query.request_id, query.plan, self._state.config.max_frame_bytes)
-        stream = AnswerStream(writer, len(query.samples), self._counter(call))
         lane = Lane(stream)
         jobs = _jobs(lane, query.plan, read, backend)
         call.tokens = sum(job.tokens for job in jobs)
         try:
             if jobs:
                 backend.scheduler.queue.admit(lane, jobs)
-            for index, tokens in enumerate(read):
-                if isinstance(tokens, FieldError):
-                    stream.refuse(index, grpc.StatusCode.INVALID_ARGUMENT.name, str(tokens))
-            stream.settle()
+            _refuse_unreadable(read, stream)
             await _send(stream, lane, backend, call, write)
         finally:
             backend.scheduler.queue.remove(lane)
+
+    async def _write_on(self, query: KVQuery, sampling: Sampling, write: Write) -> None:
+        """Has the teacher write on from a query's prompts, runs what comes of them, and writes all that as frames.
+
+        Raises:
+            BusyError: its samples do not fit into the queue at the moment.
+        """
+        backend, call, stream = self._open(query)
+        loop = asyncio.get_running_loop()
+        read = await loop.run_in_executor(self._tokenizing, read_prompts, backend.engine, query.samples, sampling)
+
+        def count_tokens(written: int, in_samples: int) -> None:
+            call.written_tokens += written
+            call.tokens += in_samples
+
+        generation = Generation(query.plan, sampling, backend, stream, self._tokenizing, count_tokens)
+        try:
+            generation.admit(read)
+            _refuse_unreadable(read, stream)
+            await _send(stream, generation.samples, backend, call, write)
+        finally:
+            generation.close()
+
+    def _open(self, query: KVQuery) -> tuple[Backend, Call, AnswerStream]:
+        """Who answers a query, under which name it is logged, and where its frames go."""
+        call = current_call()
+        call.request_id, call.codec, call.samples = query.request_id, query.plan.codec.name, len(query.samples)
+        writer = FrameWriter(query.request_id, query.plan, self._state.config.max_frame_bytes)
+        return self._state.loaded(), call, AnswerStream(writer, len(query.samples), self._counter(call))
 
     def _counter(self, call: Call) -> Callable[[str], None]:
         metric = self._state.metrics.samples
@@ -130,6 +174,13 @@ class TeacherKVService:
             call.failed_samples += status != "ok"
 
         return count
+
+
+def _refuse_unreadable(read: Sequence[TokenizedSample | FieldError], stream: AnswerStream) -> None:
+    for index, tokens in enumerate(read):
+        if isinstance(tokens, FieldError):
+            stream.refuse(index, grpc.StatusCode.INVALID_ARGUMENT.name, str(tokens))
+    stream.settle()
 
 
 async def _send(stream: AnswerStream, lane: Lane, backend: Backend, call: Call, write: Write) -> None:
@@ -144,7 +195,7 @@ async def _send(stream: AnswerStream, lane: Lane, backend: Backend, call: Call, 
             backend.scheduler.queue.release(lane, outgoing.releases)
 
 
-def read_query(request: pb.KVRequest, state: ServerState) -> KVQuery:
+def read_query(request: pb.KVRequest | pb.GenerateRequest, state: ServerState) -> KVQuery:
     """Checks what can be checked of a request as a whole.
 
     Raises:

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 import torch
 
 from kvcore.frames import FrameWriter
-from kvcore.types import Timings
+from kvcore.types import Sample, Timings
+from kvcore.writing import WrittenText
 from teacher_server.engines.base import LayerResult
 from teacher_server.sample_queue import Job
 
@@ -67,8 +68,14 @@ class AnswerStream:
 
     def settle(self, releases: int = 0) -> None:
         """Sends what is buffered, and the end of the stream after its last sample."""
+        if self._ended:
+            return
         self._ended = not self._remaining
         self._put(self._writer.end() if self._ended else self._writer.flush(), releases)
+
+    def announce(self, index: int, prompt: Sample, written: WrittenText) -> None:
+        """Says what was written behind a prompt, before its K/V."""
+        self._put(self._writer.written(index, prompt, written))
 
     def on_layer(self, jobs: Sequence[Job], rows: Sequence[int], result: LayerResult) -> None:
         """Frames one layer of some samples."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import Any, cast
 
@@ -45,7 +46,8 @@ class HFWriter:
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
         self._model = model
-        self._tokenizer = tokenizer
+        # A copy: the other one reads texts in a thread of its own, and not all of them stand two callers at once.
+        self._tokenizer = copy.deepcopy(tokenizer)
         self._has_head = model.generation_config is not None
         self._ends = _end_tokens(model, tokenizer)
         model.generation_config = GenerationConfig()

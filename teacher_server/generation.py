@@ -1,0 +1,198 @@
+"""What the service does for `Generate`: has prompts written on, reads the results as samples, and queues those."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from concurrent.futures import Executor
+
+import grpc
+
+from kvcore.errors import FieldError
+from kvcore.plan import KVPlan, Sampling
+from kvcore.select import needs_importance
+from kvcore.types import Sample, TeacherInfo
+from kvcore.writing import WrittenText, written_sample
+from teacher_server.engines.base import (
+    GenerateOptions,
+    PlannedSample,
+    SampleFailure,
+    TeacherEngine,
+    TokenizedSample,
+    Written,
+)
+from teacher_server.plan_execution import check_sample, encoded_bytes
+from teacher_server.sample_queue import Job, Lane
+from teacher_server.state import Backend
+from teacher_server.streams import AnswerStream
+
+
+def check_sampling(sampling: Sampling, plan: KVPlan, samples: Sequence[Sample], info: TeacherInfo) -> None:
+    """Refuses a request that no writing can serve.
+
+    Raises:
+        FieldError: naming the request's field.
+    """
+    if sampling.max_new_tokens >= info.max_sample_tokens:
+        raise FieldError(
+            "sampling.max_new_tokens",
+            f"got {sampling.max_new_tokens}; a sample of this teacher, prompt included, has at most "
+            f"{info.max_sample_tokens} tokens (max_sample_tokens)",
+        )
+    by_answer = plan.selection.span == "answer" or needs_importance(plan.selection)
+    if by_answer and not sampling.answer_marker:
+        raise FieldError("sampling.answer_marker", "is empty, and the plan needs to know which tokens are the answer")
+    for index, sample in enumerate(samples):
+        if sample.token_ids is not None:
+            raise FieldError(f"samples.{index}.token_ids", "a prompt to write on from must be text")
+        for at, span in enumerate(sample.spans):
+            if span.kind != "prompt":
+                raise FieldError(f"samples.{index}.spans.{at}.kind", f"must be prompt (got {span.kind})")
+
+
+def read_prompts(
+    engine: TeacherEngine, samples: Sequence[Sample], sampling: Sampling
+) -> list[TokenizedSample | FieldError]:
+    """Reads every prompt as the teacher does; one that cannot be read or leaves too little room harms no other."""
+    read: list[TokenizedSample | FieldError] = []
+    for sample in samples:
+        try:
+            tokens = engine.tokenize(sample)
+            _check_room(tokens, sampling.max_new_tokens, engine.info.max_sample_tokens)
+            read.append(tokens)
+        except FieldError as error:
+            read.append(error)
+    return read
+
+
+def _check_room(tokens: TokenizedSample, new: int, limit: int) -> None:
+    count = len(tokens.token_ids)
+    if count + new > limit:
+        raise FieldError(
+            f"samples[{tokens.sample.id}].text",
+            f"has {count} tokens, and {new} may be written (sampling.max_new_tokens); together this teacher takes at "
+            f"most {limit} (max_sample_tokens)",
+        )
+
+
+class Generation:
+    """The samples of one request on their way from prompts to K/V. For the event loop's thread alone.
+
+    Args:
+        plan: of the request.
+        sampling: of the request.
+        backend: the teacher.
+        stream: where texts, K/V and failures go.
+        tokenizing: the thread that reads texts.
+        count_tokens: called with how many tokens were written, and how many the samples have that they make.
+    """
+
+    def __init__(
+        self,
+        plan: KVPlan,
+        sampling: Sampling,
+        backend: Backend,
+        stream: AnswerStream,
+        tokenizing: Executor,
+        count_tokens: Callable[[int, int], None],
+    ) -> None:
+        self._plan = plan
+        self._sampling = sampling
+        self._backend = backend
+        self._stream = stream
+        self._tokenizing = tokenizing
+        self._count_tokens = count_tokens
+        self._prompts = Lane(stream, self._on_written)
+        self.samples = Lane(stream)
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    def admit(self, prompts: Sequence[TokenizedSample | FieldError]) -> None:
+        """Queues what can be written.
+
+        Raises:
+            BusyError: it does not fit into the queue at the moment.
+        """
+        options = _options(self._sampling)
+        jobs = [
+            # Texts are small: no window holds them back.
+            Job(self._prompts, index, PlannedSample(tokens, self._plan), 0, options)
+            for index, tokens in enumerate(prompts)
+            if not isinstance(tokens, FieldError)
+        ]
+        if jobs:
+            self._backend.scheduler.queue.admit(self._prompts, jobs)
+
+    def close(self) -> None:
+        """Leaves the queue; what the engine still writes has no receiver any more."""
+        for lane in (self._prompts, self.samples):
+            self._backend.scheduler.queue.remove(lane)
+        for task in self._tasks:
+            task.cancel()
+
+    def _on_written(self, jobs: Sequence[Job], outcomes: Sequence[Written | SampleFailure], seconds: float) -> None:
+        task = asyncio.create_task(self._go_on(jobs, outcomes, seconds))
+        self._tasks.add(task)
+        task.add_done_callback(self._finished)
+
+    def _finished(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        error = None if task.cancelled() else task.exception()
+        if isinstance(error, Exception):
+            self._stream.on_crash(error)
+
+    async def _go_on(self, jobs: Sequence[Job], outcomes: Sequence[Written | SampleFailure], seconds: float) -> None:
+        """Sends what was written, and queues it for its K/V."""
+        texts = [self._text(job, outcome, seconds) for job, outcome in zip(jobs, outcomes, strict=True)]
+        loop = asyncio.get_running_loop()
+        read = await loop.run_in_executor(self._tokenizing, _read_written, self._backend.engine, self._plan, texts)
+        following: list[Job] = []
+        for job, text, tokens in zip(jobs, texts, read, strict=True):
+            if isinstance(text, WrittenText):
+                self._stream.announce(job.index, job.planned.tokens.sample, text)
+                self._count_tokens(text.tokens, 0)
+            if isinstance(tokens, TokenizedSample):
+                nbytes = encoded_bytes(self._plan, tokens, self._backend.engine.info)
+                following.append(Job(self.samples, job.index, PlannedSample(tokens, self._plan), nbytes))
+                self._count_tokens(0, following[-1].tokens)
+            else:
+                self._stream.refuse(job.index, grpc.StatusCode.FAILED_PRECONDITION.name, self._explain(text, tokens))
+        self._stream.settle()
+        self._backend.scheduler.queue.extend(self.samples, following)
+
+    def _text(self, job: Job, outcome: Written | SampleFailure, seconds: float) -> WrittenText | str:
+        if isinstance(outcome, SampleFailure):
+            return outcome.problem
+        sample = written_sample(job.planned.tokens.sample, outcome.text, self._sampling.answer_marker)
+        return WrittenText(sample, outcome.finish_reason, outcome.tokens, job.waited, seconds)
+
+    def _explain(self, text: WrittenText | str, problem: str) -> str:
+        if isinstance(text, str):
+            return problem
+        kinds = {span.kind for span in text.sample.spans}
+        marker = self._sampling.answer_marker
+        lacks = f", with no answer behind a marker {marker!r}" if marker and "answer" not in kinds else ""
+        return f"{problem}; the teacher wrote {text.tokens} tokens (finish_reason: {text.finish_reason}){lacks}"
+
+
+def _read_written(
+    engine: TeacherEngine, plan: KVPlan, texts: Sequence[WrittenText | str]
+) -> list[TokenizedSample | str]:
+    """Each text as the teacher reads it, or what is wrong with it."""
+    read: list[TokenizedSample | str] = []
+    for text in texts:
+        if isinstance(text, str):
+            read.append(text)
+            continue
+        try:
+            tokens = engine.tokenize(text.sample)
+            check_sample(tokens, plan, f"samples[{text.sample.id}]")
+            read.append(tokens)
+        except FieldError as error:
+            read.append(str(error))
+    return read
+
+
+def _options(sampling: Sampling) -> GenerateOptions:
+    return GenerateOptions(
+        sampling.max_new_tokens, sampling.temperature, sampling.top_p, sampling.seed, tuple(sampling.stop)
+    )
