@@ -19,6 +19,7 @@ import torch.distributed as dist
 
 from data.records import Record
 from fuse.routing import CollapseDetector
+from kvcore import tracing
 from kvcore.config import load_config
 from kvcore.errors import KVDistillError
 from kvcore.types import Tensor
@@ -49,12 +50,14 @@ def main(config_path: Path, overrides: list[str]) -> None:
     config = load_config(config_path, overrides, TrainConfig)
     level = logging.INFO if os.environ.get("RANK", "0") == "0" else logging.WARNING
     logging.basicConfig(level=level, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", force=True)
+    stop_tracing = tracing.start("kvdistill-trainer", f"rank{os.environ.get('RANK', '0')}")
     try:
         if config.stages:
             run_stages(config, run)
         else:
             run(config)
     finally:
+        stop_tracing()
         ds_engine.stop()
 
 

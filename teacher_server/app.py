@@ -20,6 +20,7 @@ from grpc_health.v1.health import aio as health_aio  # pyright: ignore[reportAtt
 from grpc_reflection.v1alpha.reflection import SERVICE_NAME as REFLECTION_SERVICE
 from grpc_reflection.v1alpha.reflection import enable_server_reflection
 
+from kvcore import tracing
 from kvcore.errors import FieldError, KVDistillError
 from kvcore.http_server import HttpServer, bind
 from teacher_server import logs
@@ -64,10 +65,15 @@ def run(config: ServeConfig) -> None:
     """Serves until SIGTERM or SIGINT, then drains; a second signal ends at once. Logs go to stderr as JSON Lines.
 
     Raises:
-        KVDistillError: a port, the model or the self-test failed.
+        KVDistillError: a port, the model or the self-test failed, or traces cannot be sent as asked.
     """
     logs.configure(config.log_level)
-    if not asyncio.run(_serve_until_signalled(config)):
+    stop_tracing = tracing.start("kvdistill-teacher", config.teacher_name)
+    try:
+        ended = asyncio.run(_serve_until_signalled(config))
+    finally:
+        stop_tracing()
+    if not ended:
         # A thread still runs the model, and tearing the interpreter down under it can crash or hang.
         logging.shutdown()
         os._exit(0)

@@ -18,6 +18,7 @@ from teacher_server.activity import Activity, Call
 from teacher_server.logs import log_event
 from teacher_server.metrics import Metrics
 from teacher_server.sample_queue import BusyError
+from teacher_server.spans import traced
 from teacher_server.state import NotReadyError
 
 log = logging.getLogger(__name__)
@@ -95,7 +96,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
     def _watched(self, method: Method, name: str) -> Method:
         async def watched(request: Any, context: grpc.aio.ServicerContext) -> Any:
             call = Call(name, context.peer())
-            with self._activity.during(call):
+            with self._activity.during(call), traced(call, self._prefix[1:], context.invocation_metadata() or ()):
                 try:
                     return await method(request, context)
                 except asyncio.CancelledError:

@@ -9,11 +9,13 @@ from dataclasses import dataclass
 
 import torch
 
+from kvcore import tracing
 from kvcore.frames import FrameWriter
 from kvcore.types import Sample, Timings
 from kvcore.writing import WrittenText
 from teacher_server.engines.base import LayerResult
 from teacher_server.sample_queue import Job
+from teacher_server.spans import add_batch
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +39,7 @@ class AnswerStream:
         self._writer = writer
         self._remaining = samples
         self._count_sample = count_sample
+        self._span = tracing.current()
         self._opened: set[int] = set()
         self._outbox: deque[Outgoing] = deque()
         self._changed = asyncio.Event()
@@ -96,6 +99,7 @@ class AnswerStream:
 
     def on_batch_end(self, done: Sequence[Job], timings: Sequence[Timings], releases: int) -> None:
         """Ends the samples that are complete."""
+        add_batch(self._span, done, timings)
         for job, spent in zip(done, timings, strict=True):
             self._put(self._writer.sample_end(job.index, spent))
             self._count_sample("ok")

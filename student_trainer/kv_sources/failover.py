@@ -11,6 +11,7 @@ from concurrent.futures import CancelledError
 from dataclasses import dataclass
 from typing import Protocol
 
+from kvcore import tracing
 from kvcore.errors import ProtocolError, TeacherMismatchError, TeacherUnavailableError
 from kvcore.plan import KVPlan
 from kvcore.types import Sample, TeacherInfo
@@ -183,6 +184,11 @@ class FailoverSource:
             ProtocolError: every endpoint sent damaged bytes, again after a retry.
             concurrent.futures.CancelledError: the source was closed meanwhile.
         """
+        ids = tracing.id_list(sample.id for sample in samples)
+        with tracing.span("kv.fetch", attributes={"kvdistill.teacher": self._teacher, "kvdistill.sample_ids": ids}):
+            return self._fetch(samples)
+
+    def _fetch(self, samples: Sequence[Sample]) -> list[KVResult]:
         answers: list[KVResult | None] = [None] * len(samples)
         lost_since: float | None = None
         while True:

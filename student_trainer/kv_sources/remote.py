@@ -12,8 +12,9 @@ from typing import Any
 
 import grpc
 from grpc.experimental import ChannelOptions
+from opentelemetry.trace import SpanKind
 
-from kvcore import wire
+from kvcore import tracing, wire
 from kvcore.errors import FieldError, KVDistillError, ProtocolError, TeacherRefusedError, TeacherUnavailableError
 from kvcore.plan import KVPlan
 from kvcore.stream_reader import StreamReader
@@ -106,7 +107,9 @@ class RemoteSource:
         """
         try:
             timeout_s = max(wait_s, DESCRIBE_TIMEOUT_S)
-            response = self._describe(pb.DescribeRequest(), timeout=timeout_s, wait_for_ready=wait_s > 0)
+            response = self._describe(
+                pb.DescribeRequest(), timeout=timeout_s, wait_for_ready=wait_s > 0, metadata=tracing.headers()
+            )
         except grpc.RpcError as error:
             raise self._mapped(error) from error
         except ValueError as error:
@@ -173,7 +176,8 @@ class RemoteSource:
         while missing := [sample for sample in samples if sample.id not in got]:
             asked = [sample for sample in missing if sample.id not in excused] or missing[:1]
             try:
-                self._stream(asked, got, excused)
+                with tracing.span("kvcache.v1.TeacherKV/StreamKV", SpanKind.CLIENT, self._attributes(asked)):
+                    self._stream(asked, got, excused)
             except _BusyError as busy:
                 self._wait_for_room(busy, give_up_at)
             except ProtocolError as error:
@@ -192,7 +196,7 @@ class RemoteSource:
         request = pb.KVRequest(request_id=request_id, plan=self._plan_message, samples=messages)
         started = time.monotonic()
         try:
-            call = self._stream_kv(request, timeout=self._timeout_s)
+            call = self._stream_kv(request, timeout=self._timeout_s, metadata=tracing.headers())
         except ValueError as error:
             raise self._closed_error() from error
         try:
@@ -214,6 +218,18 @@ class RemoteSource:
             raise self._mapped(error) from error
         finally:
             call.cancel()
+
+    def _attributes(self, asked: Sequence[Sample]) -> tracing.Attributes:
+        """What a request's span says of it."""
+        return {
+            "rpc.system": "grpc",
+            "rpc.service": "kvcache.v1.TeacherKV",
+            "rpc.method": "StreamKV",
+            "server.address": self.endpoint,
+            "kvdistill.teacher": self._teacher,
+            "kvdistill.samples": len(asked),
+            "kvdistill.sample_ids": tracing.id_list(sample.id for sample in asked),
+        }
 
     def _check_teacher(self, metadata: dict[str, Any]) -> None:
         """An endpoint may be restarted, or balanced over servers, behind a channel that reconnects by itself."""

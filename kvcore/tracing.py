@@ -1,0 +1,174 @@
+"""OpenTelemetry traces that follow a request from the trainer through a teacher server.
+
+Off unless the environment asks for them by OpenTelemetry's own variables (`OTEL_EXPORTER_OTLP_ENDPOINT` and its kin),
+which also say where they go, how many are kept, and what the service is called. While off, a span costs a microsecond
+and nothing is sent.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from collections.abc import Callable, Generator, Iterable, Mapping
+
+from opentelemetry import trace
+from opentelemetry.trace import INVALID_SPAN, NoOpTracer, Span, SpanKind, Status, StatusCode, Tracer
+from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
+
+from kvcore.errors import ConfigError
+
+Attributes = Mapping[str, str | int | float | bool | list[str]]
+
+ENDPOINTS = ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT")
+PROTOCOLS = ("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", "OTEL_EXPORTER_OTLP_PROTOCOL")
+EXPORTER = "OTEL_TRACES_EXPORTER"
+# Sample ids on one span; a request can hold many.
+MOST_IDS = 64
+
+_propagator = TraceContextTextMapPropagator()
+_off: Tracer = NoOpTracer()
+_tracer: Tracer = _off
+
+
+def start(service: str, instance: str = "") -> Callable[[], None]:
+    """Begins to export spans where the environment asks for it.
+
+    Args:
+        service: `service.name` of this process, unless OTEL_SERVICE_NAME names it.
+        instance: tells processes of one service apart.
+
+    Returns:
+        what sends the last spans and ends the export; nothing happens if it is off.
+
+    Raises:
+        ConfigError: traces are asked for, but the SDK is not installed or cannot do it that way.
+    """
+    global _tracer  # noqa: PLW0603  one process has one tracer, as OpenTelemetry has it
+    if not _asked_for():
+        return lambda: None
+    try:
+        from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter  # noqa: PLC0415  an extra
+        from opentelemetry.sdk.resources import Resource  # noqa: PLC0415
+        from opentelemetry.sdk.trace import TracerProvider  # noqa: PLC0415
+        from opentelemetry.sdk.trace.export import BatchSpanProcessor  # noqa: PLC0415
+    except ImportError as error:
+        raise ConfigError(
+            f"{_asked_for()} asks for traces, but {error.name} is not installed: pip install -e .[otel], or unset it"
+        ) from error
+    named = os.environ.get("OTEL_SERVICE_NAME") or "service.name=" in os.environ.get("OTEL_RESOURCE_ATTRIBUTES", "")
+    own = ({} if named else {"service.name": service}) | ({"service.instance.id": instance} if instance else {})
+    # A provider of our own: other libraries that look for the global one would add spans of every scrape.
+    provider = TracerProvider(resource=Resource.create(dict(own)), shutdown_on_exit=False)
+    provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter()))
+    _tracer = provider.get_tracer("kvdistill")
+
+    def stop() -> None:
+        global _tracer  # noqa: PLW0603
+        _tracer = _off
+        provider.shutdown()
+
+    return stop
+
+
+def _asked_for() -> str | None:
+    """The variable that asks for traces.
+
+    Raises:
+        ConfigError: it asks for what this program cannot do.
+    """
+    if os.environ.get("OTEL_SDK_DISABLED", "").lower() == "true":
+        return None
+    exporter = os.environ.get(EXPORTER, "")
+    if exporter == "none":
+        return None
+    if exporter not in ("", "otlp"):
+        raise ConfigError(f"{EXPORTER}: got '{exporter}'; traces leave by 'otlp' alone, or 'none' turns them off")
+    asking = EXPORTER if exporter else next((name for name in ENDPOINTS if os.environ.get(name)), None)
+    protocol = next((name for name in PROTOCOLS if os.environ.get(name)), None)
+    if asking and protocol and os.environ[protocol] != "http/protobuf":
+        raise ConfigError(
+            f"{protocol}: got '{os.environ[protocol]}'; traces leave by 'http/protobuf' alone (port 4318)"
+        )
+    return asking
+
+
+@contextlib.contextmanager
+def span(
+    name: str,
+    kind: SpanKind = SpanKind.INTERNAL,
+    attributes: Attributes | None = None,
+    headers: Iterable[tuple[str, str | bytes]] | None = None,
+) -> Generator[Span, None, None]:
+    """A span around a block of this thread or task, below the one that is open there; an error marks it failed.
+
+    Args:
+        name: what happens.
+        kind: on which side of a call.
+        attributes: what is known of it beforehand.
+        headers: of a call from elsewhere, whose `traceparent` is the parent.
+    """
+    if _tracer is _off:
+        yield INVALID_SPAN
+        return
+    parent = None if headers is None else _propagator.extract(_texts(headers))
+    with _tracer.start_as_current_span(
+        name, parent, kind, dict(attributes or {}), record_exception=False, set_status_on_exception=False
+    ) as opened:
+        try:
+            yield opened
+        except Exception as error:
+            # A server's call ends in what it answered, which the interceptor knows.
+            if kind is not SpanKind.SERVER:
+                fail(opened, f"{type(error).__name__}: {error}")
+            raise
+
+
+def current() -> Span:
+    """The span that is open in this thread or task."""
+    return trace.get_current_span()
+
+
+def headers() -> tuple[tuple[str, str], ...]:
+    """What a call carries so that the other side's spans join the one that is open here."""
+    carrier: dict[str, str] = {}
+    if _tracer is not _off:
+        _propagator.inject(carrier)
+    return tuple(carrier.items())
+
+
+def add_span(name: str, parent: Span, began: float, ended: float, attributes: Attributes | None = None) -> None:
+    """Adds a span that was measured before anybody opened one.
+
+    Args:
+        name: what happened.
+        parent: the span that it belongs below.
+        began: by `time.perf_counter`.
+        ended: by `time.perf_counter`.
+        attributes: what is known of it.
+    """
+    if _tracer is _off or not parent.is_recording():
+        return
+    # Nanoseconds since 1970 are beyond what a float holds.
+    epoch = time.time_ns() - time.perf_counter_ns()
+    child = _tracer.start_span(
+        name,
+        trace.set_span_in_context(parent),
+        attributes=dict(attributes or {}),
+        start_time=epoch + int(began * 1e9),
+    )
+    child.end(epoch + int(max(began, ended) * 1e9))
+
+
+def fail(opened: Span, problem: str) -> None:
+    """Marks a span as failed."""
+    opened.set_status(Status(StatusCode.ERROR, problem))
+
+
+def id_list(ids: Iterable[str]) -> list[str]:
+    """Sample ids as an attribute: the first few of many."""
+    return list(ids)[:MOST_IDS]
+
+
+def _texts(headers: Iterable[tuple[str, str | bytes]]) -> dict[str, str]:
+    return {key: value for key, value in headers if isinstance(value, str)}
