@@ -4,7 +4,9 @@ Prints one JSON object as its last line. Every round sends the same requests in 
 medians over the rounds are reported. For the built-in tiny model, `overhead_cpu_ms` is the server's CPU per request
 beyond the model's forward, whose CPU is measured in this process once the server has ended.
 
-    python -m benchmarks.serve [--model PATH] [--samples 64] [--operations 4] [--budget 3] [--requests 20] [--rounds 5]
+Examples:
+  python -m benchmarks.serve
+  python -m benchmarks.serve --model Qwen/Qwen2.5-7B --dtype bf16 --device cuda:0 --budget 24 --requests 50
 """
 
 from __future__ import annotations
@@ -186,7 +188,7 @@ def _rounds(
 
 def main() -> None:
     """Reads the arguments, measures, prints."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="a directory or hub id; a tiny random model by default")
     parser.add_argument("--dtype", default="fp32")
     parser.add_argument("--device", default="auto")

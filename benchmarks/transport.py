@@ -4,7 +4,9 @@ Prints one JSON object as its last line. A server process streams frames of one 
 them. The two ways take turns, and the medians over the rounds are reported: MB/s as the client saw it, and the CPU
 seconds of client and server together for each GB.
 
-    python benchmarks/transport.py [--frame-bytes 1048576] [--megabytes 256] [--rounds 5]
+Examples:
+  python -m benchmarks.transport
+  python -m benchmarks.transport --frame-bytes 262144 --megabytes 512 --rounds 9
 """
 
 from __future__ import annotations
@@ -146,10 +148,10 @@ def medians(results: list[Round]) -> dict[str, float]:
 
 def main() -> None:
     """Reads the arguments, measures, prints."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--frame-bytes", type=int, default=1 << 20)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--frame-bytes", type=int, default=1 << 20, help="body of one frame")
     parser.add_argument("--megabytes", type=int, default=256, help="payload of one round")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=5, help="of which the medians are reported")
     parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.serve:

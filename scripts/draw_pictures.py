@@ -1,13 +1,17 @@
-"""Draws docs/pictures/*.svg, one per step of docs/alignment.md and docs/fusion.md: `python -m scripts.draw_pictures`.
+"""Draws docs/pictures/*.svg, one per step of docs/alignment.md and docs/fusion.md.
 
-Wherever a step computes something, the picture shows what its code gives. Names may follow, to draw only those. The
-same code and the same matplotlib give the same files.
+Wherever a step computes something, the picture shows what its code gives. The same code and the same matplotlib give
+the same files.
+
+Examples:
+  python -m scripts.draw_pictures
+  python -m scripts.draw_pictures layers tokens
 """
 
 from __future__ import annotations
 
+import argparse
 import math
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -317,12 +321,18 @@ def draw(name: str, path: Path) -> None:
         figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
 
 
-def main(names: Sequence[str]) -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("name", nargs="*", help=f"only some of: {', '.join(PICTURES)}")
+    names = parser.parse_args(arguments).name
+    unknown = [name for name in names if name not in PICTURES]
+    if unknown:
+        parser.error(f"no picture named {', '.join(unknown)}; there are: {', '.join(PICTURES)}")
     OUTPUT.mkdir(parents=True, exist_ok=True)
     for name in names or PICTURES:
         draw(name, OUTPUT / f"{name}.svg")
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()

@@ -1,7 +1,13 @@
-"""Writes docs/configuration.md from the configuration models; `--check` says whether the file is fresh."""
+"""Writes docs/configuration.md from the configuration models.
+
+Examples:
+  python -m scripts.make_config_reference
+  python -m scripts.make_config_reference --check
+"""
 
 from __future__ import annotations
 
+import argparse
 import inspect
 import sys
 import types
@@ -116,8 +122,11 @@ def _model_within(annotation: Any) -> type[StrictModel] | None:
 
 def main() -> int:
     """Entry point."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="only say whether the file is fresh; status 1 if not")
+    arguments = parser.parse_args()
     page = reference()
-    if "--check" in sys.argv[1:]:
+    if arguments.check:
         fresh = OUTPUT.is_file() and OUTPUT.read_text(encoding="utf-8") == page
         print(f"{OUTPUT.name}: {'fresh' if fresh else 'stale; run: make docs'}")
         return 0 if fresh else 1

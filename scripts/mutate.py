@@ -1,8 +1,13 @@
-"""Breaks the code in known ways and sees a test fail each time: `python scripts/mutate.py [PATTERN] [--jobs N]`.
+"""Breaks the code in known ways and sees a test fail each time.
 
 tests/mutations.toml lists the mutations, each with the test that kills it. They are made in a copy of the working tree,
 one at a time. The run fails if a mutation survives or does not apply, or if a killer test fails without its mutation.
 `--table` writes the list into docs/testing.md instead.
+
+Examples:
+  python scripts/mutate.py
+  python scripts/mutate.py codec --jobs 2
+  python scripts/mutate.py --table
 """
 
 from __future__ import annotations

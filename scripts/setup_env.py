@@ -2,10 +2,15 @@
 
 Needs Python 3.11 or later with the venv module (Debian: python3-venv) and a package index. Nothing is compiled.
 Runs before anything is installed, so it uses the standard library alone.
+
+Examples:
+  python3 scripts/setup_env.py
+  python3 scripts/setup_env.py /scratch/kvdistill-venv
 """
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import importlib.util
 import json
@@ -103,8 +108,10 @@ def say(message: str) -> None:
 
 
 def main() -> int:
-    """Entry point: `setup_env.py [VENV]`."""
-    venv = Path(sys.argv[1] if len(sys.argv) > 1 else ".venv")
+    """Entry point."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("venv", nargs="?", type=Path, default=Path(".venv"), help="where it goes; .venv by default")
+    venv = parser.parse_args().venv
     try:
         ensure(ROOT, venv if venv.is_absolute() else ROOT / venv)
     except SetupError as error:

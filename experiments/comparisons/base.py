@@ -92,8 +92,8 @@ class Comparison(Demo):
 def run(description: str | None, output: str, make: Callable[[Path, Settings, int], Comparison]) -> None:
     """The command line of a comparison: prints one JSON object as its last line."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, default=Path(output))
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--output", type=Path, default=Path(output), help=f"folder of the runs; {output} by default")
+    parser.add_argument("--seeds", type=int, default=3, help="runs of each way; 3 by default")
     parser.add_argument("--quick", action="store_true", help="the steps of kvdistill demo --quick")
     arguments = parser.parse_args()
     comparison = make(arguments.output, QUICK if arguments.quick else FULL, arguments.seeds)

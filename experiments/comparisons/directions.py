@@ -1,6 +1,10 @@
-"""Both directions of alignment: `python -m experiments.comparisons.directions`.
+"""Both directions of alignment.
 
 Two teachers and one, each with `align.direction` to_student and to_teacher. docs/alignment.md holds the figures.
+
+Examples:
+  python -m experiments.comparisons.directions
+  python -m experiments.comparisons.directions --quick --seeds 1 --output outputs/directions
 """
 
 from __future__ import annotations

@@ -1,9 +1,13 @@
-"""Every selector under real 2x eviction: `python -m experiments.comparisons.selectors`.
+"""Every selector under real 2x eviction.
 
 The reasoning holds three running values among three fillers, at places drawn per question, and three of these six
 tokens leave the teacher: who keeps what the student needs? As in KaVa (arXiv 2510.02312) the teacher is the warm
 student itself, reading the written reasoning, so that every layer and head may keep its own tokens and nothing is
 aligned.
+
+Examples:
+  python -m experiments.comparisons.selectors
+  python -m experiments.comparisons.selectors --quick --seeds 1 --output outputs/selectors
 """
 
 from __future__ import annotations

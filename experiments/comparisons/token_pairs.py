@@ -1,9 +1,13 @@
-"""Two ways to pair the tokens of two tokenizers: `python -m experiments.comparisons.token_pairs`.
+"""Two ways to pair the tokens of two tokenizers.
 
 How many of the student's tokens find a counterpart, and how much of the student's own K/V a ridge map from the
 teacher's explains at them on held-out samples; beside it the same with each teacher row facing another sample's.
 Nothing is trained: an alignment is all that is measured, over whole texts, for other samples with each seed.
 docs/alignment.md holds the figures.
+
+Examples:
+  python -m experiments.comparisons.token_pairs
+  python -m experiments.comparisons.token_pairs --quick --seeds 1 --output outputs/token_pairs
 """
 
 from __future__ import annotations
