@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import logging
+import operator
 import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import CancelledError
-from typing import Any
+from typing import Any, ClassVar
 
 import grpc
+from google.protobuf.message import Message
 from grpc.experimental import ChannelOptions
 from opentelemetry.trace import SpanKind
 
@@ -67,6 +69,8 @@ class RemoteSource:
         timeout_s: deadline of one request.
         patience_s: how long to keep coming back to a teacher that says it is full.
     """
+
+    _METHOD: ClassVar[str] = "StreamKV"
 
     def __init__(
         self, teacher: str, endpoint: str, plan_for: PlanFactory, timeout_s: float = 120.0, patience_s: float = 30.0
@@ -176,7 +180,7 @@ class RemoteSource:
         while missing := [sample for sample in samples if sample.id not in got]:
             asked = [sample for sample in missing if sample.id not in excused] or missing[:1]
             try:
-                with tracing.span("kvcache.v1.TeacherKV/StreamKV", SpanKind.CLIENT, self._attributes(asked)):
+                with tracing.span(f"kvcache.v1.TeacherKV/{self._METHOD}", SpanKind.CLIENT, self._attributes(asked)):
                     self._stream(asked, got, excused)
             except _BusyError as busy:
                 self._wait_for_room(busy, give_up_at)
@@ -190,13 +194,10 @@ class RemoteSource:
 
     def _stream(self, samples: Sequence[Sample], got: dict[str, KVResult], excused: set[str]) -> None:
         """One request; adds each sample to `got` as soon as it is whole, or to `excused` for its first such failure."""
-        request_id = uuid.uuid4().hex
-        reader = StreamReader(request_id, self.plan, samples, self.info)
-        messages = [wire.sample_to_proto(sample) for sample in samples]
-        request = pb.KVRequest(request_id=request_id, plan=self._plan_message, samples=messages)
+        request, reader = self._question(uuid.uuid4().hex, samples)
         started = time.monotonic()
         try:
-            call = self._stream_kv(request, timeout=self._timeout_s, metadata=tracing.headers())
+            call = self._ask(request, timeout=self._timeout_s, metadata=tracing.headers())
         except ValueError as error:
             raise self._closed_error() from error
         try:
@@ -219,12 +220,18 @@ class RemoteSource:
         finally:
             call.cancel()
 
+    def _question(self, request_id: str, samples: Sequence[Sample]) -> tuple[Message, StreamReader]:
+        """A request, and who reads its answer."""
+        messages = [wire.sample_to_proto(sample) for sample in samples]
+        request = pb.KVRequest(request_id=request_id, plan=self._plan_message, samples=messages)
+        return request, StreamReader(request_id, self.plan, samples, self.info)
+
     def _attributes(self, asked: Sequence[Sample]) -> tracing.Attributes:
         """What a request's span says of it."""
         return {
             "rpc.system": "grpc",
             "rpc.service": "kvcache.v1.TeacherKV",
-            "rpc.method": "StreamKV",
+            "rpc.method": self._METHOD,
             "server.address": self.endpoint,
             "kvdistill.teacher": self._teacher,
             "kvdistill.samples": len(asked),
@@ -253,8 +260,8 @@ class RemoteSource:
             response_deserializer=pb.DescribeResponse.FromString,
         )
         # Without a deserialiser every message arrives as the bytes that were sent: no protobuf object, no copy.
-        self._stream_kv = self._channel.unary_stream(
-            "/kvcache.v1.TeacherKV/StreamKV", request_serializer=pb.KVRequest.SerializeToString
+        self._ask = self._channel.unary_stream(
+            f"/kvcache.v1.TeacherKV/{self._METHOD}", request_serializer=operator.methodcaller("SerializeToString")
         )
 
     def _mapped(self, error: Any) -> KVDistillError | _BusyError | CancelledError:
