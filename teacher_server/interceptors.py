@@ -115,9 +115,10 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         metrics.requests.labels(call.method, call.code).inc()
         if call.codec:
             metrics.sent_bytes.labels(call.codec).inc(call.sent_bytes)
-            metrics.duration.observe(seconds)
+            metrics.request_tokens.labels(call.method, call.code).inc(call.tokens)
+            metrics.duration.labels(call.method).observe(seconds)
             if call.first_frame_s is not None:
-                metrics.first_frame.observe(call.first_frame_s)
+                metrics.first_frame.labels(call.method).observe(call.first_frame_s)
         log_event(
             log,
             "call",

@@ -20,6 +20,12 @@ class Metrics:
         self.registry = CollectorRegistry()
         ProcessCollector(registry=self.registry)
         self.requests = self._counter("requests_total", "Finished calls.", "method", "code")
+        self.request_tokens = self._counter(
+            "request_tokens_total",
+            "Tokens of the samples of finished calls, whether or not they ran.",
+            "method",
+            "code",
+        )
         self.samples = self._counter("samples_total", "Finished samples, by their own status.", "status")
         self.tokens = self._counter("tokens_total", "Tokens that went through the model, padding not counted.")
         self.written_tokens = self._counter("written_tokens_total", "Tokens that the teacher wrote (Generate).")
@@ -28,15 +34,23 @@ class Metrics:
         self.writing_seconds = self._counter("writing_seconds_total", "Time batches spent writing (Generate).")
         self.encode_seconds = self._counter("encode_seconds_total", "Time batches spent selecting, encoding, copying.")
         self.engine_errors = self._counter("engine_errors_total", "Batches that the engine failed on.")
+        # The value is always 1: the labels join what other series know by their instance alone.
+        self.teacher = self._gauge("teacher_info", "Which teacher this is.", "teacher", "model", "engine", "dtype")
         self.ready = self._gauge("ready", "1 while requests are taken, else 0.")
         self.streams = self._gauge("open_streams", "StreamKV and Generate calls in progress.")
+        self.streams_limit = self._gauge("open_streams_limit", "Calls in progress at which others are refused.")
         self.queued_samples = self._gauge("queued_samples", "Samples that wait for the engine.")
         self.queued_tokens = self._gauge(
             "queued_tokens", "Tokens of the samples that wait for the engine or run in it."
         )
+        self.queued_tokens_limit = self._gauge("queued_tokens_limit", "Queued tokens at which requests are refused.")
         self.queue_wait = self._histogram("queue_wait_seconds", "From a sample's turn to queue until it runs.", SECONDS)
-        self.first_frame = self._histogram("first_frame_seconds", "From a call's start to its first frame.", SECONDS)
-        self.duration = self._histogram("request_seconds", "Duration of StreamKV and Generate calls.", SECONDS)
+        self.first_frame = self._histogram(
+            "first_frame_seconds", "From a call's start to its first frame.", SECONDS, "method"
+        )
+        self.duration = self._histogram(
+            "request_seconds", "Duration of StreamKV and Generate calls.", SECONDS, "method"
+        )
         self.batch_samples = self._histogram("batch_samples", "Samples that ran together.", SIZES)
         self.batch_tokens = self._histogram("batch_tokens", "Tokens that ran together, padding not counted.", TOKENS)
 
@@ -47,8 +61,8 @@ class Metrics:
     def _counter(self, name: str, text: str, *labels: str) -> Counter:
         return Counter(name, text, labels, namespace="kvdistill", registry=self.registry)
 
-    def _gauge(self, name: str, text: str) -> Gauge:
-        return Gauge(name, text, namespace="kvdistill", registry=self.registry)
+    def _gauge(self, name: str, text: str, *labels: str) -> Gauge:
+        return Gauge(name, text, labels, namespace="kvdistill", registry=self.registry)
 
-    def _histogram(self, name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
-        return Histogram(name, text, namespace="kvdistill", registry=self.registry, buckets=buckets)
+    def _histogram(self, name: str, text: str, buckets: tuple[float, ...], *labels: str) -> Histogram:
+        return Histogram(name, text, labels, namespace="kvdistill", registry=self.registry, buckets=buckets)

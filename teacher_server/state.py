@@ -130,6 +130,11 @@ class ServerState:
     def render_metrics(self) -> bytes:
         """The metrics, with the gauges as they stand."""
         load = self.load()
+        if self.backend is not None:
+            info = self.backend.engine.info
+            self.metrics.teacher.labels(self.config.teacher_name, info.model, info.engine, info.dtype).set(1)
+        self.metrics.streams_limit.set(self.config.max_streams)
+        self.metrics.queued_tokens_limit.set(self.config.max_queued_tokens)
         self.metrics.streams.set(load["open_streams"])
         self.metrics.queued_samples.set(load["queued_samples"])
         self.metrics.queued_tokens.set(load["queued_tokens"])
