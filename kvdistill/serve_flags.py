@@ -43,6 +43,14 @@ PANELS: Mapping[str, Mapping[str, str]] = {
         "max_request_seconds": "Longest a call may take.",
         "drain_seconds": "How long running requests may take after SIGTERM.",
     },
+    "vLLM": {
+        "tensor_parallel_size": "GPUs that each layer is spread over.",
+        "pipeline_parallel_size": "Groups of GPUs that the layers are spread over.",
+        "max_model_len": "Longest sample that the cache is laid out for; the model's context by default.",
+        "gpu_memory_utilization": "Share of each GPU's memory for weights and cache.",
+        "worker_address": "host:port where workers on other nodes reach this server; a local socket by default.",
+        "vllm_args": """Further arguments of vLLM's engine, JSON: '{"max_num_batched_tokens": 16384}'.""",
+    },
     "Log": {"log_level": "Least severe messages that are logged."},
 }
 

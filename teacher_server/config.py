@@ -14,6 +14,15 @@ Positive = Annotated[int, Field(ge=1)]
 Port = Annotated[int, Field(ge=0, le=65535)]
 Seconds = Annotated[float, Field(ge=0.0)]
 
+VLLM_FIELDS = (
+    "tensor_parallel_size",
+    "pipeline_parallel_size",
+    "max_model_len",
+    "gpu_memory_utilization",
+    "worker_address",
+    "vllm_args",
+)
+
 
 class ServeConfig(StrictModel):
     """One teacher replica: what it serves, where it listens, and how much it takes on.
@@ -28,12 +37,17 @@ class ServeConfig(StrictModel):
     one stream may hold for a slow reader. `max_request_seconds`: the deadline of a call, and the most a caller's own
     deadline counts.
     `drain_seconds`: how long running requests may take after SIGTERM. `threads`: torch's CPU threads.
+    Of the engine `vllm` alone: `tensor_parallel_size` and `pipeline_parallel_size`: how many GPUs the model is spread
+    over, their product; `max_model_len`: the longest sample, written text included, that the cache is laid out for;
+    `gpu_memory_utilization`: the share of each GPU's memory that weights and cache may take;
+    `worker_address`: where this server takes keys and values from workers on other nodes; `vllm_args`: further
+    arguments of vLLM's engine as a JSON object.
     """
 
     model: Annotated[str, Field(min_length=1)]
     name: Annotated[str, Field(min_length=1, max_length=256)] | None = None
     revision: str | None = None
-    engine: Literal["hf", "fake"] = "hf"
+    engine: Literal["hf", "vllm", "fake"] = "hf"
     dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d{1,3})?)$")] = "auto"
     load_in_8bit: bool = False
@@ -54,6 +68,12 @@ class ServeConfig(StrictModel):
     drain_seconds: Seconds = 30.0
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
     threads: Positive | None = None
+    tensor_parallel_size: Positive = 1
+    pipeline_parallel_size: Positive = 1
+    max_model_len: Positive | None = None
+    gpu_memory_utilization: Annotated[float, Field(gt=0.0, le=1.0)] = 0.9
+    worker_address: Annotated[str, Field(pattern=r"^\S+:\d{1,5}$")] | None = None
+    vllm_args: str = "{}"
 
     @property
     def teacher_name(self) -> str:
@@ -71,4 +91,17 @@ class ServeConfig(StrictModel):
             raise ValueError("load_in_4bit: weights are read in 8 or in 4 bits, not both")
         if self.engine == "fake" and not self.model.startswith("fake:"):
             raise ValueError(f"model: the engine 'fake' takes one such as fake:layers=3,heads=2; got '{self.model}'")
+        return self
+
+    @model_validator(mode="after")
+    def _engine_has_its_options(self) -> Self:
+        if self.engine == "vllm":
+            refused = {"load_in_8bit", "load_in_4bit", "threads"}
+            hint = "the engine 'vllm' does not take it"
+        else:
+            refused = set(VLLM_FIELDS)
+            hint = f"is for the engine 'vllm'; the engine is '{self.engine}'"
+        wrong = sorted(name for name in refused if getattr(self, name) != type(self).model_fields[name].default)
+        if wrong:
+            raise ValueError(f"{wrong[0]}: {hint}")
         return self

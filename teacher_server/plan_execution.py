@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from kvcore.codec import Kind, encode, part_layout
 from kvcore.errors import FieldError, NonFiniteError
-from kvcore.plan import KVPlan
+from kvcore.plan import CodecSpec, KVPlan
 from kvcore.select import needs_importance, needs_keys, needs_seeds, select, select_sample
 from kvcore.selectors.random import sample_seed
 from kvcore.types import TeacherInfo, Tensor
@@ -148,11 +148,14 @@ class PlanRun:
     Args:
         rows: the batch; `LayerOutput`s have its order.
         fail: called for a row whose K/V turn out to be unusable.
-        own_heads: the KV heads that leave from here; all choose, and all leave unless told otherwise.
+        own_heads: of the heads that layers come with, those that leave; all of them choose.
+        with_norms: whether results say what their errors are relative to.
     """
 
-    def __init__(self, rows: Sequence[PlanRow], fail: Fail, own_heads: slice = slice(None)) -> None:
-        self._groups = _group(rows, own_heads)
+    def __init__(
+        self, rows: Sequence[PlanRow], fail: Fail, own_heads: slice = slice(None), *, with_norms: bool = False
+    ) -> None:
+        self._groups = _group(rows, own_heads, with_norms)
         self._batch_size = len(rows)
         self._fail = fail
         self.layers = sorted({layer for row in rows for layer in row.plan.layers})
@@ -187,7 +190,7 @@ def _kinds(plan: KVPlan) -> list[Kind]:
     return kinds
 
 
-def _group(batch: Sequence[PlanRow], own_heads: slice) -> list[_Group]:
+def _group(batch: Sequence[PlanRow], own_heads: slice, with_norms: bool) -> list[_Group]:
     rows: dict[tuple[KVPlan, int], list[int]] = {}
     for place, row in enumerate(batch):
         rows.setdefault((row.plan, row.candidates_N.size), []).append(place)
@@ -195,7 +198,7 @@ def _group(batch: Sequence[PlanRow], own_heads: slice) -> list[_Group]:
     for (plan, _), members in rows.items():
         candidates_BN = torch.from_numpy(np.stack([batch[place].candidates_N for place in members]))
         seeds_B = torch.tensor([batch[place].seed for place in members], dtype=torch.int64)
-        groups.append(_Group(plan, members, candidates_BN, seeds_B, own_heads))
+        groups.append(_Group(plan, members, candidates_BN, seeds_B, own_heads, with_norms))
     return groups
 
 
@@ -230,10 +233,18 @@ def _gather_tokens(x_BHTD: Tensor, positions_BGM: Tensor) -> Tensor:
 class _Group:
     """Samples of one batch with the same plan and as many candidates, so that each layer is one stack of tensors."""
 
-    def __init__(self, plan: KVPlan, rows: list[int], candidates_BN: Tensor, seeds_B: Tensor, own_heads: slice) -> None:
+    def __init__(
+        self,
+        plan: KVPlan,
+        rows: list[int],
+        candidates_BN: Tensor,
+        seeds_B: Tensor,
+        own_heads: slice,
+        with_norms: bool,
+    ) -> None:
         self.plan = plan
         self._rows = rows
-        self._own_heads = own_heads
+        self._own_heads, self._with_norms = own_heads, with_norms
         self._candidates_BN, self._seeds_B = candidates_BN, seeds_B
         self._waits = plan.selection.scope == "sample" and needs_keys(plan.selection)
         self._held: list[_Layer] = []
@@ -297,14 +308,18 @@ class _Group:
             positions_BGM = positions_BGM[:, self._own_heads]
         for kind in _kinds(self.plan):
             source_BHTD = (layer.k_BHTD if kind == "k" else layer.v_BHTD)[:, self._own_heads]
-            encoded = encode(_gather_tokens(source_BHTD, positions_BGM), kind, self.plan.codec)
+            chosen_BHMD = _gather_tokens(source_BHTD, positions_BGM)
+            encoded = encode(chosen_BHMD, kind, self.plan.codec)
             tensors |= {f"{kind}.{name}": part for name, part in encoded.parts.items()}
             tensors[f"{kind} error"] = encoded.relative_error_B
+            if self._with_norms:
+                tensors[f"{kind} norm"] = chosen_BHMD.flatten(1).double().norm(dim=1)
         tensors["positions"] = self._token_indices(positions_BGM)
         tensors = to_host(tensors)
         errors = {kind: tensors.pop(f"{kind} error").tolist() for kind in _kinds(self.plan)}
+        norms = {kind: tensors.pop(f"{kind} norm").tolist() for kind in _kinds(self.plan) if f"{kind} norm" in tensors}
         positions = tensors.pop("positions")
-        return LayerResult(list(self._rows), layer.layer, tensors, positions, errors)
+        return LayerResult(list(self._rows), layer.layer, tensors, positions, errors, norms)
 
     def _token_indices(self, positions_BGM: Tensor) -> Tensor:
         if not self._waits:
@@ -313,17 +328,13 @@ class _Group:
         return candidates_BGN.gather(2, positions_BGM.long()).to(torch.int32)
 
     def _enforce_error_budget(self, results: Sequence[LayerResult], fail: Fail) -> None:
-        limit = self.plan.codec.max_relative_error
-        if limit is None:
-            return
         problems: dict[int, str] = {}
         for result in results:
-            for kind, errors in result.relative_error.items():
-                for row, error in enumerate(errors):
-                    if error > limit:
-                        where = f"'{kind}' of layer {result.layer} in codec '{self.plan.codec.name}'"
-                        what = f"has a relative error of {error:.3g}; plan.codec.max_relative_error is {limit:.3g}"
-                        problems.setdefault(row, f"{where} {what}")
+            for place in range(len(result.indices)):
+                errors = {kind: values[place] for kind, values in result.relative_error.items()}
+                problem = error_budget_problem(errors, result.layer, self.plan.codec)
+                if problem is not None:
+                    problems.setdefault(place, problem)
         self._drop(problems, fail)
 
     def _drop(self, problems: Mapping[int, str], fail: Fail) -> None:
@@ -343,12 +354,17 @@ class _Group:
 
 def _only(result: LayerResult, rows: Sequence[int]) -> LayerResult:
     """The result without the samples that have failed."""
-    if result.indices == rows:
-        return result
-    kept = [place for place, row in enumerate(result.indices) if row in rows]
-    parts = {name: part[kept] for name, part in result.parts.items()}
-    errors = {kind: [values[place] for place in kept] for kind, values in result.relative_error.items()}
-    return LayerResult(list(rows), result.layer, parts, result.positions[kept], errors)
+    return result.subset([place for place, row in enumerate(result.indices) if row in rows])
+
+
+def error_budget_problem(errors: Mapping[str, float], layer: int, codec: CodecSpec) -> str | None:
+    """What is wrong with a sample's measured errors of one layer, by kind, if anything."""
+    limit = codec.max_relative_error
+    for kind, error in errors.items():
+        if limit is not None and error > limit:
+            where = f"'{kind}' of layer {layer} in codec '{codec.name}'"
+            return f"{where} has a relative error of {error:.3g}; plan.codec.max_relative_error is {limit:.3g}"
+    return None
 
 
 def to_host(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

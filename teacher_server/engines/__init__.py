@@ -9,7 +9,11 @@ from kvcore.errors import FieldError
 from teacher_server.config import ServeConfig
 from teacher_server.engines.base import TeacherEngine
 
-ENGINES: dict[str, str] = {"hf": "teacher_server.engines.hf", "fake": "teacher_server.engines.fake"}
+ENGINES: dict[str, str] = {
+    "hf": "teacher_server.engines.hf",
+    "vllm": "teacher_server.engines.vllm",
+    "fake": "teacher_server.engines.fake",
+}
 
 
 class EngineModule(Protocol):

@@ -15,6 +15,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     BitsAndBytesConfig,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -139,7 +140,11 @@ class HFEngine:
 
     def tokenize(self, sample: Sample) -> TokenizedSample:
         """See `TeacherEngine.tokenize`."""
-        return read_sample(sample, self._reader, self._info.max_sample_tokens)
+        return self.tokenize_up_to(sample, self._info.max_sample_tokens)
+
+    def tokenize_up_to(self, sample: Sample, max_tokens: int) -> TokenizedSample:
+        """The same with another limit."""
+        return read_sample(sample, self._reader, max_tokens)
 
     def prefill(
         self, batch: Sequence[TokenizedSample], layers: Sequence[int], with_importance: bool, sink: LayerSink
@@ -262,6 +267,22 @@ def load(config: ServeConfig) -> HFEngine:
     return engine
 
 
+def load_first_layers(config: ServeConfig, layers: int, dtype: DtypeName) -> tuple[HFEngine, PreTrainedConfig]:
+    """The model cut off after its first layers, on the CPU, and the configuration of the whole.
+
+    It tells how another engine's tokens, keys and values must be, and has the identity of the whole model on this one.
+
+    Raises:
+        FieldError, UnsupportedModelError: as `load`.
+    """
+    directory = model_directory(config.model, config.revision, config.trust_remote_code)
+    weight_files(directory)
+    whole = _load_config(directory, config)
+    model = _load_model(directory, config, torch.device("cpu"), DTYPES[dtype], layers)
+    digest = weights_digest(directory, whole.to_dict(), dtype)
+    return HFEngine(model, _load_tokenizer(directory, config), config, dtype, digest), whole
+
+
 def _device(name: str) -> torch.device:
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -297,7 +318,16 @@ def _load_tokenizer(directory: Path, config: ServeConfig) -> PreTrainedTokenizer
         raise FieldError("model", f"the tokenizer of '{config.model}' cannot be loaded: {error}") from error
 
 
-def _load_model(directory: Path, config: ServeConfig, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
+def _load_config(directory: Path, config: ServeConfig) -> PreTrainedConfig:
+    try:
+        return AutoConfig.from_pretrained(directory, trust_remote_code=config.trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise FieldError("model", f"the configuration of '{config.model}' cannot be read: {error}") from error
+
+
+def _load_model(
+    directory: Path, config: ServeConfig, device: torch.device, dtype: torch.dtype, layers: int | None = None
+) -> PreTrainedModel:
     options: dict[str, Any] = {
         "trust_remote_code": config.trust_remote_code,
         "attn_implementation": ATTENTION_NAME,
@@ -312,10 +342,12 @@ def _load_model(directory: Path, config: ServeConfig, device: torch.device, dtyp
         options["quantization_config"] = BitsAndBytesConfig(load_in_8bit=True)
     if config.load_in_4bit:
         options["quantization_config"] = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=dtype)
-    try:
-        options["config"] = AutoConfig.from_pretrained(directory, trust_remote_code=config.trust_remote_code)
-    except (OSError, ValueError) as error:
-        raise FieldError("model", f"the configuration of '{config.model}' cannot be read: {error}") from error
+    options["config"] = model_config = _load_config(directory, config)
+    if layers is not None:
+        text_config = model_config.get_text_config()
+        text_config.num_hidden_layers = min(layers, text_config.num_hidden_layers)
+        if getattr(text_config, "layer_types", None):
+            text_config.layer_types = text_config.layer_types[:layers]
     try:
         loaded = AutoModelForCausalLM.from_pretrained(directory, **options)
     except ValueError as error:

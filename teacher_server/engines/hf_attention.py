@@ -116,10 +116,11 @@ def _tapped_layer(projection: KVProjection, receive: Receive) -> Iterator[None]:
 
 @dataclass(frozen=True, slots=True)
 class AnswerRows:
-    """The answer's tokens of each sample: indices [B,A], padded with any, and which are none."""
+    """The answer's tokens of each sample: indices [B,A], padded with any; which are none; where their queries stand."""
 
     index_BA: Tensor
     valid_BA: Tensor
+    query_BA: Tensor
 
     @classmethod
     def of(cls, rows: Sequence[Sequence[int]], device: torch.device) -> AnswerRows:
@@ -127,7 +128,7 @@ class AnswerRows:
         longest = max(map(len, rows))
         index_BA = torch.tensor([[*row, *[0] * (longest - len(row))] for row in rows], device=device)
         lengths_B = torch.tensor([len(row) for row in rows], device=device)
-        return cls(index_BA.long(), torch.arange(longest, device=device) < lengths_B[:, None])
+        return cls(index_BA.long(), torch.arange(longest, device=device) < lengths_B[:, None], index_BA.long())
 
 
 def answer_importance(tap: LayerTap, answer: AnswerRows) -> tuple[Tensor, Tensor]:
@@ -145,8 +146,9 @@ def answer_importance(tap: LayerTap, answer: AnswerRows) -> tuple[Tensor, Tensor
     largest_BHT = q_BHGTD.new_zeros((batch, heads, tokens), dtype=torch.float32)
     mean_BHT = torch.zeros_like(largest_BHT)
     at_once = max(1, _PROBABILITIES_AT_ONCE // (batch * heads * group * tokens))
-    for index_Ba, valid_Ba in zip(answer.index_BA.split(at_once, 1), answer.valid_BA.split(at_once, 1), strict=True):
-        rows = index_Ba[:, None, None, :, None].expand(-1, heads, group, -1, head_dim)
+    chunks = (tensor.split(at_once, 1) for tensor in (answer.index_BA, answer.valid_BA, answer.query_BA))
+    for index_Ba, valid_Ba, query_Ba in zip(*chunks, strict=True):
+        rows = query_Ba[:, None, None, :, None].expand(-1, heads, group, -1, head_dim)
         scores_BHGaT = q_BHGTD.gather(3, rows).float() @ k_BH1DT * tap.scaling
         scores_BHGaT = scores_BHGaT + _mask_rows(tap.mask, index_Ba, tokens).unsqueeze(2)
         attention_BHGaT, valid_B1a1 = scores_BHGaT.softmax(dim=-1), valid_Ba[:, None, :, None]

@@ -1,0 +1,57 @@
+"""Compares what vLLM's cache gives with a forward pass of the model's first layers on transformers."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+
+from kvcore.errors import UnsupportedModelError
+from kvcore.plan import CodecSpec, KVPlan, Selection
+from kvcore.types import Sample, Tensor
+from teacher_server.engines.base import LayerResult, PlannedSample, SampleFailure, TeacherEngine, TokenizedSample
+
+REFERENCE_LAYERS = 2
+# Relative error of keys and values; a scrambled cache or a wrong rotation is near 1.
+TOLERANCES = {"fp32": 1e-4, "bf16": 0.03, "fp16": 0.01}
+# More than a block of any size that vLLM uses by default.
+TOKENS = 150
+
+
+class Reference(TeacherEngine, Protocol):
+    """The model's first layers."""
+
+
+def check_against(reference: TeacherEngine, engine: TeacherEngine) -> None:
+    """Reads some tokens with both.
+
+    Raises:
+        UnsupportedModelError: keys or values differ.
+    """
+    layers = tuple(range(min(REFERENCE_LAYERS, reference.info.layers)))
+    count = min(TOKENS, engine.info.max_sample_tokens)
+    # Neither the first of the vocabulary, which are often special, nor all the same.
+    token_ids = tuple(10 + (7 * place) % 200 for place in range(count))
+    sample = reference.tokenize(Sample("cache test", token_ids=token_ids))
+    expected, found = (_read(which, sample, layers) for which in (reference, engine))
+    tolerance = TOLERANCES[engine.info.dtype]
+    for layer in layers:
+        for kind in ("k", "v"):
+            want, have = expected[layer][kind], found[layer][kind]
+            error = float((have - want).norm() / want.norm())
+            if not error <= tolerance:
+                name = "keys" if kind == "k" else "values"
+                raise UnsupportedModelError(
+                    f"the {name} of layer {layer} in vLLM's cache differ from those of transformers by {error:.3g} "
+                    f"(relative; allowed is {tolerance:g}): this vLLM lays its cache out, or rotates, in another way"
+                )
+
+
+def _read(engine: TeacherEngine, tokens: TokenizedSample, layers: tuple[int, ...]) -> dict[int, dict[str, Tensor]]:
+    plan = KVPlan(layers=layers, selection=Selection(selector="full", span="all"), codec=CodecSpec(name="raw"))
+    results: list[LayerResult] = []
+    failures: list[SampleFailure] = []
+    engine.run([PlannedSample(tokens, plan)], results.append, failures.append, lambda _row: True)
+    if failures:
+        raise UnsupportedModelError(f"the cache test failed: {failures[0].problem}")
+    return {r.layer: {kind: r.parts[f"{kind}.data"].to(torch.float64) for kind in ("k", "v")} for r in results}
