@@ -11,9 +11,14 @@ from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).resolve().parent.parent
 # What stands beside docs/, and its page.
-PAGES = {"README.md": "index.md", "CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md"}
-LICENSE = "LICENSE"
-_LINK = re.compile(r"(?P<text>!?\[(?:[^\[\]]|\[[^\]]*\]\([^)]*\))*\])\((?P<target>[^)\s#]+)(?P<anchor>#[^)\s]*)?\)")
+PAGES = {
+    "README.md": "index.md",
+    "CONTRIBUTING.md": "contributing.md",
+    "CHANGELOG.md": "changelog.md",
+    "LICENSE": "license.md",
+}
+# The text is missing where it ends in an image.
+_LINK = re.compile(r"(?P<text>\[[^\[\]]*)?\]\((?P<target>[^)\s#]+)(?P<anchor>#[^)\s]*)?\)")
 _CODE = re.compile(r"(^```.*?^```$|`[^`\n]+`)", re.MULTILINE | re.DOTALL)
 
 
@@ -21,9 +26,9 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Adds the pages that stand beside docs/."""
     for source, page in PAGES.items():
         text = (ROOT / source).read_text(encoding="utf-8")
-        files.append(File.generated(config, page, content=with_site_links(text, PurePosixPath())))
-    text = (ROOT / LICENSE).read_text(encoding="utf-8")
-    files.append(File.generated(config, "license.md", content=f"# License\n\n```text\n{text}```\n"))
+        plain = f"# License\n\n```text\n{text}```\n"
+        content = with_site_links(text, PurePosixPath()) if source.endswith(".md") else plain
+        files.append(File.generated(config, page, content=content))
     return files
 
 
@@ -45,19 +50,15 @@ def with_site_links(markdown: str, folder: PurePosixPath) -> str:
 
 
 def _link(found: re.Match[str], folder: PurePosixPath) -> str:
-    text, target, anchor = found["text"], found["target"], found["anchor"] or ""
-    if "://" in target or target.startswith("mailto:"):
+    text, target, anchor = found["text"] or "", found["target"], found["anchor"] or ""
+    place = None if ":" in target else _normal(folder / target)
+    if place is None or not (ROOT / place).exists():
         return found[0]
-    place = _normal(folder / target)
-    if place is None:
-        return found[0]
-    if place == LICENSE:
-        return f"{text}(license.md)"
     if place in PAGES:
-        return f"{text}({PAGES[place]}{anchor})"
-    if place.startswith("docs/") and not (ROOT / place).is_dir():
-        return f"{text}({place.removeprefix('docs/')}{anchor})"
-    return text[1:-1] if (ROOT / place).exists() else found[0]
+        return f"{text}]({PAGES[place]}{anchor})"
+    if place.startswith("docs/"):
+        return f"{text}]({place.removeprefix('docs/')}{anchor})"
+    return text[1:]
 
 
 def _normal(path: PurePosixPath) -> str | None:

@@ -85,7 +85,7 @@ def test_unknown_stage_is_refused_with_the_known_ones(
     with pytest.raises(SystemExit) as ended:
         main()
     assert ended.value.code == 2
-    assert "no stage named lnit; there are: lint types imports proto unit" in capsys.readouterr().err
+    assert "no stage named lnit; there are: lint types imports proto docs unit" in capsys.readouterr().err
 
 
 @pytest.fixture
