@@ -1,4 +1,4 @@
-"""What deploy/ and docker-compose.yml hold, under the checkers of each format: `python -m scripts.deploy_checks`.
+"""What deploy/, docker-compose.yml and CITATION.cff hold, under the checkers of each format.
 
 The stage `deploy` of run_checks.py. The tools go into `.venv-deploy` from deploy/checks, once; shellcheck and promtool
 are Debian's. The first check that fails ends it, and so does a file that is not there.
@@ -45,8 +45,14 @@ def main() -> int:
         prometheus_files_are_valid,
         expressions_parse,
         metrics_are_clean,
+        citation_is_valid,
     )
     return 0 if all(check() for check in checks) else 1
+
+
+def citation_is_valid() -> bool:
+    """CITATION.cff by its format's schema."""
+    return call(tool("check-jsonschema"), "--builtin-schema", "vendor.citation-file-format", "CITATION.cff")
 
 
 def tools_are_here() -> bool:

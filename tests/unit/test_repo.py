@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
@@ -166,6 +167,13 @@ def test_configuration_reference_is_fresh() -> None:
     command = [sys.executable, "-m", "scripts.make_config_reference", "--check"]
     checked = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert checked.returncode == 0, checked.stdout + checked.stderr
+
+
+def test_citation_names_this_version_and_license() -> None:
+    cited = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    project = PYPROJECT["project"]
+    assert [cited["version"], cited["license"]] == [project["version"], project["license"]]
+    assert [author["name"] for author in cited["authors"]] == [author["name"] for author in project["authors"]]
 
 
 def test_links_between_documents_lead_somewhere() -> None:
