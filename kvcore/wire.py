@@ -104,16 +104,7 @@ def _selection_tree(proto: pb.Selection, field: str) -> dict[str, Any]:
 
 
 def sampling_to_proto(sampling: Sampling) -> pb.Sampling:
-    """Every field is written out.
-
-    Raises:
-        FieldError: a text holds lone surrogates, which UTF-8 cannot carry.
-    """
-    for text in (*sampling.stop, sampling.answer_marker):
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise FieldError("sampling", f"{text!r} is not valid Unicode: {error}") from error
+    """Every field is written out."""
     return pb.Sampling(**sampling.model_dump())
 
 

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import asyncio
 import itertools
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import grpc
-import httpx
 import pytest
 import torch
 from grpc_health.v1 import health_pb2
@@ -25,57 +23,10 @@ from teacher_server import app
 from teacher_server.config import ServeConfig
 from teacher_server.engines.base import LayerOutput, LayerSink, TeacherEngine, TokenizedSample
 from teacher_server.engines.fake import FakeEngine, FakeFaults, FakeModel
-from tests.support.servers import TeacherClient, health, refused, wait_until
+from tests.support.server_in_thread import CONFIG, ServerInThread
+from tests.support.servers import TeacherClient, refused, wait_until
 
-CONFIG = ServeConfig(model="fake:layers=2", engine="fake", drain_seconds=0.2, max_queued_tokens=2000)
 PLAN = KVPlan(layers=(0, 1), selection=Selection(selector="full", span="all"), codec=CodecSpec(name="raw"))
-
-
-class ServerInThread:
-    """A whole server on an event loop of its own, with an engine that the test can reach."""
-
-    def __init__(self, load: Callable[[ServeConfig], TeacherEngine], config: ServeConfig = CONFIG) -> None:
-        self.server: app.TeacherServer
-        self.ended: Future[bool] = Future()
-        self._made = threading.Event()
-        self._loop: asyncio.AbstractEventLoop
-        self._config = config
-        self._load = load
-        self._thread = threading.Thread(target=self._run, name="server")
-        self._thread.start()
-        self._made.wait()
-        wait_until(lambda: bool(self.server.state.grpc_port) or self.ended.done())
-
-    @property
-    def endpoint(self) -> str:
-        return f"127.0.0.1:{self.server.state.grpc_port}"
-
-    def get(self, path: str) -> httpx.Response:
-        return httpx.get(f"http://127.0.0.1:{self.server.state.http_port}{path}", timeout=10)
-
-    def health(self) -> int:
-        return health(self.endpoint)
-
-    def wait_ready(self) -> None:
-        wait_until(lambda: self.get("/readyz").status_code == 200)
-
-    def stop(self) -> None:
-        if not self.ended.done():
-            self._loop.call_soon_threadsafe(self.server.request_stop)
-        self._thread.join(20)
-        assert not self._thread.is_alive()
-
-    def _run(self) -> None:
-        async def serve() -> bool:
-            self._loop = asyncio.get_running_loop()
-            self.server = app.TeacherServer(self._config, self._load)
-            self._made.set()
-            return await self.server.serve()
-
-        try:
-            self.ended.set_result(asyncio.run(serve()))
-        except Exception as error:  # noqa: BLE001  it is raised again where the result is asked for
-            self.ended.set_exception(error)
 
 
 @pytest.fixture

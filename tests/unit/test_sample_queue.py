@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from kvcore.plan import KVPlan
 from kvcore.types import Sample
-from teacher_server.engines.base import PlannedSample, TokenizedSample
+from teacher_server.engines.base import GenerateOptions, PlannedSample, TokenizedSample
 from teacher_server.sample_queue import BusyError, Job, Lane, SampleQueue, Sink
 
 PLAN = KVPlan(layers=(0,))
@@ -23,6 +23,14 @@ def lane_of(tokens: Sequence[int], nbytes: int = 10) -> tuple[Lane, list[Job]]:
     """A stream of samples of these lengths."""
     lane = Lane(NOBODY)
     return lane, [Job(lane, index, PlannedSample(read(count), PLAN), nbytes) for index, count in enumerate(tokens)]
+
+
+def prompts_of(tokens: Sequence[int], new: int, seed: int = 0) -> tuple[Lane, list[Job]]:
+    """A stream of prompts of these lengths to write on from."""
+    lane, jobs = lane_of(tokens, nbytes=0)
+    for job in jobs:
+        job.options = GenerateOptions(new, temperature=1.0, seed=seed)
+    return lane, jobs
 
 
 def read(tokens: int) -> TokenizedSample:
@@ -173,3 +181,49 @@ def test_every_admitted_sample_runs_once_within_all_limits(
             queue.release(job.lane, job.nbytes)
     assert {lane: list(range(count)) for lane, count in admitted.items()} == ran
     assert queue.tokens == 0
+
+
+def test_what_may_be_written_counts_as_tokens() -> None:
+    queue = queue_of(max_tokens=100, max_batch_tokens=60)
+    queue.admit(*prompts_of([10, 10, 10], new=20))
+    assert queue.tokens == 90
+    with pytest.raises(BusyError):
+        queue.admit(*prompts_of([1], new=20))
+    assert [job.tokens for job in queue.take()] == [30, 30]
+
+
+def test_a_batch_is_of_one_kind_and_who_could_not_come_along_is_next() -> None:
+    queue = queue_of(max_batch_tokens=4)
+    reading, writing, other = lane_of([1] * 6), prompts_of([1] * 3, new=1), prompts_of([1], new=1, seed=1)
+    for stream in (reading, writing, other):
+        queue.admit(*stream)
+    batches = [queue.take() for _ in range(5)]
+    assert [(len(batch), {job.options for job in batch}) for batch in batches] == [
+        (4, {None}),
+        (2, {writing[1][0].options}),
+        (1, {other[1][0].options}),
+        (2, {None}),
+        (1, {writing[1][0].options}),
+    ]
+
+
+def test_what_follows_from_admitted_samples_waits_instead_of_being_refused() -> None:
+    queue = queue_of(max_tokens=20, max_batch_tokens=20)
+    first, second = prompts_of([5], new=10), lane_of([20])
+    queue.admit(*first)
+    batch = queue.take()
+    following, jobs = lane_of([12])
+    queue.extend(following, jobs)
+    assert queue.ready_samples == 0
+    with pytest.raises(BusyError):
+        queue.admit(*second)
+    queue.done(batch, 1.0)
+    assert queue.take() == jobs
+
+
+def test_nothing_follows_in_a_stream_that_is_gone() -> None:
+    queue = queue_of()
+    lane, jobs = lane_of([5])
+    queue.remove(lane)
+    queue.extend(lane, jobs)
+    assert (queue.tokens, queue.ready_samples) == (0, 0)

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvcore.errors import FieldError
-from kvcore.plan import CODECS, SELECTORS, CodecSpec, KVPlan, Selection
+from kvcore.plan import CODECS, SELECTORS, CodecSpec, KVPlan, Sampling, Selection
 from kvcore.types import Sample, Span, TeacherInfo
 from kvcore.wire import (
     info_from_proto,
@@ -19,6 +19,8 @@ from kvcore.wire import (
     plan_to_proto,
     sample_from_proto,
     sample_to_proto,
+    sampling_from_proto,
+    sampling_to_proto,
 )
 from protos import kv_cache_pb2 as pb
 from tests.support.streams import INFO
@@ -245,3 +247,49 @@ def test_rope_parameters_that_are_no_object_are_refused(text, problem):
     message.rope_json = text
     with pytest.raises(FieldError, match=f"^rope_json: .*{problem}"):
         info_from_proto(message)
+
+
+stops = st.lists(st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=256), max_size=16).map(tuple)
+samplings = st.builds(
+    Sampling,
+    max_new_tokens=st.integers(1, INT32_MAX),
+    temperature=st.floats(0, 100),
+    top_p=st.floats(0, 1, exclude_min=True),
+    seed=st.integers(0, 2**63 - 1),
+    stop=stops,
+    answer_marker=st.text(st.characters(exclude_categories=["Cs"]), max_size=256),
+)
+
+
+@given(samplings)
+def test_samplings_survive_the_wire(sampling: Sampling) -> None:
+    sent = pb.Sampling.FromString(sampling_to_proto(sampling).SerializeToString())
+    assert sampling_from_proto(sent) == sampling
+
+
+def test_what_a_sampling_leaves_out_is_greedy() -> None:
+    assert sampling_from_proto(pb.Sampling(max_new_tokens=3)) == Sampling(max_new_tokens=3)
+
+
+@pytest.mark.parametrize(
+    ("change", "field"),
+    [
+        ({"max_new_tokens": 0}, "sampling.max_new_tokens"),
+        ({"max_new_tokens": -1}, "sampling.max_new_tokens"),
+        ({"temperature": -0.5}, "sampling.temperature"),
+        ({"temperature": float("nan")}, "sampling.temperature"),
+        ({"temperature": 1000.0}, "sampling.temperature"),
+        ({"top_p": 0.0}, "sampling.top_p"),
+        ({"top_p": 1.5}, "sampling.top_p"),
+        ({"top_p": float("inf")}, "sampling.top_p"),
+        ({"seed": 2**63}, "sampling.seed"),
+        ({"stop": ["a", ""]}, "sampling.stop.1"),
+        ({"stop": ["a"] * 17}, "sampling.stop"),
+        ({"answer_marker": "a" * 257}, "sampling.answer_marker"),
+    ],
+)
+def test_samplings_that_make_no_sense_are_refused_by_field(change: dict[str, Any], field: str) -> None:
+    with pytest.raises(FieldError) as caught:
+        arguments: dict[str, Any] = {"max_new_tokens": 3} | change
+        sampling_from_proto(pb.Sampling(**arguments))
+    assert caught.value.field == field
