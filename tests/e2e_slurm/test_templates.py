@@ -1,4 +1,4 @@
-"""The templates of deploy/slurm on a real SLURM, with tiny models and this cluster's one partition in place of theirs."""
+"""A template of deploy/slurm on a real SLURM, with tiny models and this cluster's one partition in place of three."""
 
 from __future__ import annotations
 
