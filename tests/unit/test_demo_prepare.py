@@ -1,0 +1,42 @@
+"""The demo's models and data alone, in a folder that other machines and containers mount."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from experiments.demo import prepare
+from experiments.demo.pretrain import MODELS, Pretrained
+from experiments.demo.run import Demo
+
+
+@pytest.fixture
+def trained(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Stands in for the trainings: each call makes models in folders of the last name in the list."""
+    names = ["first"]
+
+    def models(demo: Demo) -> dict[str, Pretrained]:
+        homes = {name: demo.layout.cache / f"{name}-{names[-1]}" / "model" for name in MODELS}
+        for name, home in homes.items():
+            home.mkdir(parents=True)
+            (home / "config.json").write_text(f"{name} {names[-1]}", encoding="utf-8")
+        return {name: Pretrained(home, 1.0) for name, home in homes.items()}
+
+    monkeypatch.setattr(Demo, "models", models)
+    return names
+
+
+def test_models_are_found_by_their_names_wherever_the_folder_is_mounted(tmp_path, trained):
+    prepare.main(tmp_path / "made")
+    (tmp_path / "made").rename(tmp_path / "mounted")
+    for name in MODELS:
+        assert (tmp_path / "mounted" / name / "config.json").read_text("utf-8") == f"{name} first"
+
+
+def test_a_name_goes_over_to_the_model_that_was_made_last(tmp_path, trained):
+    prepare.main(tmp_path)
+    trained.append("second")
+    prepare.main(tmp_path)
+    assert (tmp_path / "teacher_a" / "config.json").read_text("utf-8") == "teacher_a second"
+    assert sorted(path.name for path in Path(tmp_path).iterdir()) == ["cache", *sorted(MODELS)]
