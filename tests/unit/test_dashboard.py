@@ -1,0 +1,155 @@
+"""The dashboard, the alerts and the settings beside them hold together with what the programs really say."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Iterator
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from prometheus_client.metrics_core import Metric
+
+from scripts.make_dashboard import OUTPUT, dashboard
+from student_trainer.kv_sources.failover import FailoverSource
+from student_trainer.run_metrics import FIGURES, RunMetrics
+from student_trainer.run_state import RunState
+from student_trainer.window import TeacherSums
+from teacher_server.metrics import Metrics
+from tests.support.scripted_replica import ScriptedReplica
+from tests.support.training_parts import train_config
+
+ROOT = Path(__file__).resolve().parents[2]
+PROMETHEUS = ROOT / "deploy" / "prometheus"
+GRAFANA = ROOT / "deploy" / "grafana"
+PAGE = (ROOT / "docs" / "observability.md").read_text(encoding="utf-8")
+SUFFIXES = {"counter": ("_total",), "histogram": ("_bucket", "_sum", "_count"), "info": ("_info",), "gauge": ("",)}
+
+
+def load(path: Path) -> Any:
+    return yaml.safe_load(path.read_text(encoding="utf-8"))
+
+
+def names(metrics: Iterable[Metric]) -> set[str]:
+    return {metric.name + suffix for metric in metrics for suffix in SUFFIXES[metric.type]}
+
+
+def server_metrics() -> set[str]:
+    return names(Metrics().registry.collect())
+
+
+def trainer_metrics() -> set[str]:
+    teacher = FailoverSource("ada", [ScriptedReplica("a:1")], patience_s=1.0)
+    teacher.connect()
+    state = RunState()
+    state.connected({"ada": teacher})
+    state.stepped(1, 1)
+    state.log(1, dict.fromkeys(FIGURES, 1.0))
+    state.account(1.0, {}, {"ada": TeacherSums()})
+    return names(RunMetrics(train_config(), state).collect())
+
+
+@pytest.fixture(scope="module")
+def known() -> set[str]:
+    return server_metrics() | trainer_metrics()
+
+
+def rules() -> list[dict[str, Any]]:
+    files = sorted((PROMETHEUS / "rules").glob("*.yml"))
+    return [rule for file in files for group in load(file)["groups"] for rule in group["rules"]]
+
+
+def panels() -> Iterator[dict[str, Any]]:
+    yield from dashboard()["panels"]
+
+
+def expressions() -> dict[str, str]:
+    shown = {
+        f"{panel['title']} {target['refId']}": target["expr"]
+        for panel in panels()
+        for target in panel.get("targets", ())
+    }
+    return shown | {rule["alert"]: rule["expr"] for rule in rules()}
+
+
+def test_the_committed_dashboard_is_what_the_code_makes() -> None:
+    assert json.loads(OUTPUT.read_text(encoding="utf-8")) == dashboard(), "run: make docs"
+
+
+def test_panels_and_alerts_ask_for_metrics_that_exist(known: set[str]) -> None:
+    assert len(expressions()) > 50
+    for name, expression in expressions().items():
+        asked = re.findall(r"\b(?:kvdistill|process)_\w+|\bup\b", expression)
+        assert asked, name
+        assert set(asked) <= known | {"up", "process_resident_memory_bytes", "process_cpu_seconds_total"}, name
+
+
+def test_expressions_ask_for_label_values_that_exist() -> None:
+    state = RunMetrics(train_config(), RunState())
+    values = {
+        (label, value)
+        for metric in state.collect()
+        for sample in metric.samples
+        for label, value in sample.labels.items()
+    }
+    for name, expression in expressions().items():
+        for label, value in re.findall(r'\b(phase|stage)="(\w+)"', expression):
+            assert (label, value) in values, name
+
+
+def test_the_page_explains_every_metric_and_every_alert(known: set[str]) -> None:
+    unexplained = {name for name in known if f"`{name.removesuffix('_bucket')}`" not in PAGE}
+    assert {name for name in unexplained if not name.endswith(("_sum", "_count")) and "process_" not in name} == set()
+    headings = re.findall(r"^### (\w+)$", PAGE, re.MULTILINE)
+    assert {rule["alert"] for rule in rules()} <= set(headings)
+
+
+def test_the_page_explains_nothing_that_is_gone(known: set[str]) -> None:
+    told = set(re.findall(r"`(kvdistill_\w+)`", PAGE))
+    assert told <= known | {name.removesuffix("_bucket") for name in known}
+
+
+def test_every_alert_is_tested_to_fire_and_not_to() -> None:
+    files = sorted((PROMETHEUS / "tests").glob("*.yml"))
+    checks = [check for file in files for test in load(file)["tests"] for check in test["alert_rule_test"]]
+    fires = {check["alertname"] for check in checks if check["exp_alerts"]}
+    is_quiet = {check["alertname"] for check in checks if not check["exp_alerts"]}
+    alerts = {rule["alert"] for rule in rules()}
+    assert fires == is_quiet == alerts
+    for rule in rules():
+        assert set(rule["annotations"]) == {"summary", "description"}
+        assert rule["labels"]["severity"] in ("warning", "critical")
+
+
+def test_panels_lie_beside_one_another() -> None:
+    places = [panel["gridPos"] for panel in panels()]
+    assert all(place["x"] >= 0 and place["x"] + place["w"] <= 24 for place in places)
+    for a, b in combinations(places, 2):
+        apart = a["x"] + a["w"] <= b["x"] or b["x"] + b["w"] <= a["x"]
+        above = a["y"] + a["h"] <= b["y"] or b["y"] + b["h"] <= a["y"]
+        assert apart or above, (a, b)
+    numbers = [panel["id"] for panel in panels()]
+    assert len(set(numbers)) == len(numbers)
+
+
+def test_compose_has_what_prometheus_and_grafana_look_for() -> None:
+    compose = (ROOT / "docker-compose.yml").read_text(encoding="utf-8")
+    services = yaml.safe_load(re.sub(r"\$\{\w+:?-([^}]*)\}", r"\1", compose))["services"]
+    jobs = {job["job_name"]: job["static_configs"] for job in load(PROMETHEUS / "prometheus.yml")["scrape_configs"]}
+    targets = {name: [one for group in groups for one in group["targets"]] for name, groups in jobs.items()}
+    teachers = {name for name in services if re.fullmatch(r"teacher-[ab](-\d)?", name)}
+    assert {target.split(":")[0] for target in targets["teacher"]} == teachers
+    for target in (*targets["teacher"], *targets["trainer"]):
+        host, port = target.split(":")
+        assert any(published.endswith(f":{port}") for published in services[host]["ports"])
+    provider = load(GRAFANA / "provisioning" / "dashboards" / "kvdistill.yml")["providers"][0]
+    mounts = dict(mount.split(":")[:2] for mount in services["grafana"]["volumes"])
+    assert mounts["./deploy/grafana/dashboards"] == provider["options"]["path"]
+    source = load(GRAFANA / "provisioning" / "datasources" / "prometheus.yml")["datasources"][0]
+    assert source["url"] == "http://prometheus:9090"
+    assert "prometheus" in services
+    interval = load(PROMETHEUS / "prometheus.yml")["global"]["scrape_interval"]
+    assert source["jsonData"]["timeInterval"] == interval
