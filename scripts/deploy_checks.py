@@ -204,7 +204,11 @@ def promtool_accepts(which: str) -> bool:
     say(f"$ promtool check metrics: {made.stdout.count('# TYPE')} metrics of the {which}")
     command = ["promtool", "check", "metrics"]
     checked = subprocess.run(command, input=made.stdout, text=True, check=False).returncode == 0
-    return checked and made.returncode == 0 and "# TYPE" in made.stdout
+    asked = set(re.findall(r"kvdistill_\w+", " ".join(adapter_expressions()))) if which == "server" else set()
+    unknown = [name for name in sorted(asked) if f"\n{name}" not in made.stdout]
+    if unknown:
+        say(f"{ADAPTER_RULES}: the server has no {', '.join(unknown)}")
+    return checked and made.returncode == 0 and "# TYPE" in made.stdout and not unknown
 
 
 def kustomize() -> str:

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import typer
 import typer.main
 import yaml
 
@@ -108,7 +109,10 @@ def served(command: list[str]) -> ServeConfig:
     if command[: len(SERVE)] != SERVE:
         raise ConfigError(f"expected {' '.join(SERVE)}, got {command}")
     serve = typer.main.get_command(app).commands["serve"]  # pyright: ignore[reportAttributeAccessIssue]
-    return serve_config(serve.make_context("serve", command[len(SERVE) :]).params)
+    try:
+        return serve_config(serve.make_context("serve", command[len(SERVE) :]).params)
+    except typer.BadParameter as error:
+        raise ConfigError(error.format_message()) from error
 
 
 def check_preparation(document: Document) -> None:

@@ -1,0 +1,111 @@
+"""What scripts/deploy_manifests.py finds wrong with the objects of an overlay, and with nothing else."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import yaml
+
+from scripts.deploy_manifests import Document, problems, with_schema
+
+FLAGS = ["--model=m", "--grpc-port=50051", "--http-port=8001", "--drain-seconds=30"]
+TEACHER = {
+    "kind": "StatefulSet",
+    "metadata": {"name": "teacher-a"},
+    "spec": {
+        "replicas": 2,
+        "template": {
+            "spec": {
+                "terminationGracePeriodSeconds": 60,
+                "containers": [
+                    {
+                        "command": ["python", "-m", "kvdistill", "serve"],
+                        "args": FLAGS,
+                        "ports": [{"name": "grpc", "containerPort": 50051}, {"name": "http", "containerPort": 8001}],
+                        "lifecycle": {"preStop": {"sleep": {"seconds": 5}}},
+                    }
+                ],
+            }
+        },
+    },
+}
+PREPARE = {
+    "kind": "Job",
+    "metadata": {"name": "prepare"},
+    "spec": {"template": {"spec": {"containers": [{"args": ["python", "-m", "experiments.demo.prepare", "/models"]}]}}},
+}
+SCALER = {"kind": "HorizontalPodAutoscaler", "spec": {"maxReplicas": 3, "scaleTargetRef": {"name": "teacher-a"}}}
+BOTH = ["teacher-a-0.teacher-a:50051", "teacher-a-1.teacher-a:50051"]
+
+
+def run(endpoints: list[str]) -> Document:
+    config: dict[str, Any] = {
+        "student": {"path": "s"},
+        "teachers": [{"name": "a", "endpoints": endpoints}],
+        "data": {"train": "t"},
+        "run": {"output_dir": "o", "steps": 1},
+    }
+    return {"kind": "ConfigMap", "metadata": {"name": "run"}, "data": {"run.yaml": yaml.safe_dump(config)}}
+
+
+def found(*documents: Document) -> list[str]:
+    return list(problems("demo", documents))
+
+
+def teacher(**changes: Any) -> Document:
+    """The teacher with keys of its container changed."""
+    changed: Document = copy.deepcopy(TEACHER)
+    changed["spec"]["template"]["spec"]["containers"][0].update(changes)
+    return changed
+
+
+def test_parts_that_fit_have_no_problem() -> None:
+    assert found(TEACHER, PREPARE, run(BOTH)) == []
+
+
+@pytest.mark.parametrize(
+    ("changed", "problem"),
+    [
+        (teacher(args=[*FLAGS, "--dtype=fp7"]), "demo: teacher-a: Invalid value for '--dtype'"),
+        (
+            teacher(args=[*FLAGS, "--drain-seconds=46"]),
+            "terminationGracePeriodSeconds is less than preStop and drain, 51",
+        ),
+        (teacher(args=[*FLAGS, "--http-port=8002"]), "it listens on 50051 and 8002"),
+        (teacher(command=["kvdistill"]), "demo: teacher-a: expected python -m kvdistill serve"),
+    ],
+)
+def test_a_server_that_would_not_run_as_its_pod_says_is_named(changed: Document, problem: str) -> None:
+    (said,) = found(changed, PREPARE, run(BOTH))
+    assert problem in said
+
+
+def test_every_replica_is_asked_and_no_other() -> None:
+    assert found(TEACHER, run(BOTH[:1])) == ["demo: run.yaml: teacher-a-1.teacher-a:50051 is not asked"]
+    assert found(TEACHER, SCALER, run(BOTH)) == ["demo: run.yaml: teacher-a-2.teacher-a:50051 is not asked"]
+    assert found(TEACHER, run([*BOTH, "teacher-b-0.teacher-b:50051"])) == [
+        "demo: run.yaml: no pod is at teacher-b-0.teacher-b:50051"
+    ]
+
+
+def test_flags_of_a_preparation_are_read() -> None:
+    wrong = copy.deepcopy(PREPARE)
+    module = "experiments.train_multi_teacher_kv"
+    wrong["spec"]["template"]["spec"]["containers"][0]["args"] = ["python", "-m", module, "--prepare_onyl", "true"]
+    (said,) = found(TEACHER, wrong, run(BOTH))
+    assert "prepare_only" in said
+
+
+def test_an_operators_kind_is_checked_by_the_pods_in_it() -> None:
+    pod = {"spec": {"containers": []}}
+    specs = {"Master": {"template": pod}, "Worker": {"template": pod}}
+    job = {"kind": "PyTorchJob", "metadata": {"name": "trainer"}, "spec": {"pytorchReplicaSpecs": specs}}
+    known = list(with_schema([job, TEACHER]))
+    assert [(document["kind"], document["metadata"]["name"]) for document in known] == [
+        ("Job", "trainer-master"),
+        ("Job", "trainer-worker"),
+        ("StatefulSet", "teacher-a"),
+    ]
+    assert known[0]["spec"]["template"] == pod
