@@ -1,6 +1,6 @@
 """Prints what an image installs, one requirement a line: `image_requirements.py {torch,teacher,trainer} {cpu,cuda}`.
 
-pyproject.toml says what the project needs and constraints.txt which versions; this only says who needs what. Runs in
+pyproject.toml says what the project needs, constraints.txt which versions; this says who needs what. Runs in
 the image's build before anything is installed, so it uses the standard library alone.
 """
 
@@ -13,8 +13,6 @@ from pathlib import Path
 
 # DeepSpeed's setup script imports these while pip builds its wheel.
 BUILD_TOOLS = ("setuptools", "wheel", "packaging", "ninja", "py-cpuinfo")
-# constraints.txt holds what the tests' environment has; this is only for GPUs.
-GPU_PINS = ("bitsandbytes==0.50.2",)
 # A teacher serves a model and no more: no DeepSpeed, no datasets, no evaluation.
 TEACHER_NEEDS_NOT = frozenset({"datasets", "deepspeed", "lm-eval", "matplotlib", "tensorboard"})
 
@@ -32,7 +30,7 @@ def requirements(directory: Path, image: str, variant: str) -> list[str]:
     extras = project["optional-dependencies"]
     needed = project["dependencies"] + extras["otel"]
     if variant == "cuda":
-        needed += [*extras["gpu"], *GPU_PINS]
+        needed += extras["gpu"]
     unneeded = TEACHER_NEEDS_NOT if image == "teacher" else frozenset[str]()
     return [line for line in needed if name_of(line) not in unneeded]
 
