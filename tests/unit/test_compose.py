@@ -22,6 +22,7 @@ from teacher_server.config import ServeConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCKERFILE = (ROOT / "deploy/docker/Dockerfile").read_text("utf-8")
+CUDA_CONSTRAINTS = "deploy/docker/cuda-constraints.txt"
 TEACHERS = ("teacher-a", "teacher-b-1", "teacher-b-2")
 GPU_TEACHERS = ("teacher-a-gpu", "teacher-b-gpu")
 STUDENTS = ("student", "student-gpu")
@@ -163,6 +164,17 @@ def test_the_images_are_given_every_package_of_the_project():
     packages = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["tool"]["setuptools"]["packages"]
     let_in = {line[1:] for line in (ROOT / ".dockerignore").read_text("utf-8").splitlines() if line.startswith("!")}
     assert {name.partition(".")[0] for name in packages} - let_in == {"benchmarks"}
+    copied = re.findall(r"^COPY (?!--from)(.+) \S+$", DOCKERFILE, flags=re.MULTILINE)
+    assert {path for line in copied for path in line.split()} - {"."} <= let_in
+    assert all((ROOT / path).exists() for path in let_in)
+
+
+def test_every_pin_of_the_cuda_images_is_exact_and_no_pin_is_said_twice():
+    lines = {name: (ROOT / name).read_text("utf-8").splitlines() for name in ("constraints.txt", CUDA_CONSTRAINTS)}
+    pins = {name: [line for line in some if not line.startswith("#")] for name, some in lines.items()}
+    assert all(re.fullmatch(r"[\w.-]+==[\w.]+", pin) for some in pins.values() for pin in some)
+    named = [pin.partition("==")[0].lower() for some in pins.values() for pin in some]
+    assert len(named) == len(set(named))
 
 
 def test_a_teachers_image_has_all_that_a_teacher_imports():
