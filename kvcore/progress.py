@@ -34,7 +34,7 @@ class Meter:
     Args:
         totals: how much there is to do, by part; in any unit that takes about equally long each.
         console: where bars are drawn; where it is no terminal, lines are said instead.
-        every: seconds between two lines. A part's last line always comes.
+        every: seconds between two lines. Once there was one, each part's last line comes too.
         say: takes the lines; the log by default.
     """
 
@@ -48,6 +48,7 @@ class Meter:
         self._parts = {name: _Part(total) for name, total in totals.items()}
         self._every, self._say = every, say
         self._began = self._last = time.monotonic()
+        self._spoke = False
         self._lock = threading.Lock()
         console = console or Console(stderr=True)
         columns = (
@@ -80,8 +81,8 @@ class Meter:
             now = time.monotonic()
             if self._bars is not None:
                 self._bars.update(self._tasks[part], completed=one.done, line=self._line(one))
-            elif now - self._last >= self._every or (amount and one.done >= one.total):
-                self._last = now
+            elif now - self._last >= self._every or (self._spoke and amount and one.done >= one.total):
+                self._last, self._spoke = now, True
                 self._say(f"{part}: {self._line(one)}")
 
     def _line(self, part: _Part) -> str:

@@ -249,9 +249,14 @@ def _align(parts: Parts, rank: int, world_size: int) -> None:
         _set_kv_weight(parts, records, rank)
     if rank == 0:
         for name, report in parts.model.report().items():
-            logger.info("alignment with '%s': explained variance %s", name, report["explained_variance"])
+            said = (f"{kind} {_by_layer(values)}" for kind, values in report["explained_variance"].items())
+            logger.info("alignment with '%s': explained variance by layer: %s", name, "; ".join(said))
         config.run.output_dir.mkdir(parents=True, exist_ok=True)
         AlignmentReport(parts.model.report()).write(config.run.output_dir)
+
+
+def _by_layer(values: Sequence[float | None]) -> str:
+    return " ".join("?" if value is None else f"{value:.2f}" for value in values)
 
 
 def _set_kv_weight(parts: Parts, records: Sequence[Record], rank: int) -> None:

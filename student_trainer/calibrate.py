@@ -15,6 +15,7 @@ from data.records import Record
 from kvcore.errors import FieldError, KVDistillError
 from kvcore.types import Tensor
 from student_trainer.model import DistillModel, TrainBatch
+from student_trainer.watched import watched
 
 logger = logging.getLogger(__name__)
 
@@ -33,9 +34,9 @@ class _Samples:
     batcher: Batcher
     micro_batch: int
 
-    def batches(self) -> Iterator[tuple[TrainBatch, Tensor]]:
-        """Micro-batches, and the numbers of their samples among all ranks'."""
-        for start in range(0, len(self.records), self.micro_batch):
+    def batches(self, what: str) -> Iterator[tuple[TrainBatch, Tensor]]:
+        """Micro-batches, and the numbers of their samples among all ranks'; `what` they are for is shown."""
+        for start in watched(what, range(0, len(self.records), self.micro_batch)):
             chosen = slice(start, start + self.micro_batch)
             yield self.batcher(self.records[chosen]), torch.tensor(self.numbers[chosen])
 
@@ -67,9 +68,9 @@ def calibrate(
     samples = _Samples(records, numbers, batcher, micro_batch)
     unmapped = {place: LayerCalibration(one) for place, one in enumerate(model.aligners) if one.needs_layer_pass}
     if unmapped:
-        _run(model, samples, unmapped, fail_together)
+        _run("finding layers", model, samples, unmapped, fail_together)
     calibrations = {place: Calibration(aligner) for place, aligner in enumerate(model.aligners)}
-    _run(model, samples, calibrations, fail_together)
+    _run("fitting alignments", model, samples, calibrations, fail_together)
     if dist.get_rank() == 0:
         for name, aligner in zip(model.weights, model.aligners, strict=True):
             aligner.warn_if_poor(name=name)
@@ -81,6 +82,7 @@ def calibrate(
 
 
 def _run(
+    what: str,
     model: DistillModel,
     samples: _Samples,
     calibrations: Mapping[int, Calibration | LayerCalibration],
@@ -89,7 +91,7 @@ def _run(
     """One pass over the samples for the teachers at the given places."""
     failure: KVDistillError | None = None
     try:
-        for batch, sample_B in samples.batches():
+        for batch, sample_B in samples.batches(what):
             read = _read(model, batch)
             for place, calibration in calibrations.items():
                 calibration.update(batch.teachers[place], sample_B, read)
@@ -121,7 +123,7 @@ def _fused_scale(model: DistillModel, samples: _Samples, fail_together: FailToge
     square_KLF = torch.zeros_like(total_KLF)
     failure: KVDistillError | None = None
     try:
-        for batch, _ in samples.batches():
+        for batch, _ in samples.batches("scaling targets"):
             k_BLHMD, v_BLHMD, mask_BM = model.fused(batch)
             rows, slots = mask_BM.nonzero(as_tuple=True)
             count += len(rows)

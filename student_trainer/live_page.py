@@ -89,7 +89,8 @@ def _what(config: TrainConfig) -> str:
 
 
 def _said(run: RunSnapshot) -> str:
-    said = f"{_PHASES[run.phase]}, running for {in_time(time.time() - run.started_at)}"
+    doing = f" ({run.doing})" if run.doing else ""
+    said = f"{_PHASES[run.phase]}{doing}, running for {in_time(time.time() - run.started_at)}"
     if run.last_step_at is None:
         return said
     return f"{said}; last step {in_time(time.time() - run.last_step_at)} ago"

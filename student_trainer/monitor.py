@@ -17,7 +17,8 @@ from student_trainer.build import fail_together
 from student_trainer.config import TrainConfig
 from student_trainer.live_page import add_live_page
 from student_trainer.run_metrics import RunMetrics
-from student_trainer.run_state import RunState
+from student_trainer.run_state import RunState, current_run
+from student_trainer.terminal import on_terminal
 
 logger = logging.getLogger(__name__)
 
@@ -44,9 +45,9 @@ class RunMonitor:
 
 @contextlib.contextmanager
 def monitored(config: TrainConfig, *, enabled: bool) -> Iterator[RunState]:
-    """Makes a run's state, and serves it while the run goes on where `monitor.port` asks for it.
+    """Makes a run's state, shows it on the terminal if there is one, and serves it where `monitor.port` asks for it.
 
-    Every rank comes here; only the one with `enabled` listens.
+    Every rank comes here; only the one with `enabled` shows anything and listens.
 
     Raises:
         FieldError: the address cannot be had; other ranks raise KVDistillError.
@@ -58,6 +59,8 @@ def monitored(config: TrainConfig, *, enabled: bool) -> Iterator[RunState]:
             if listener is not None:
                 stack.enter_context(serving_in_thread(RunMonitor(config, state).app, listener))
                 logger.info("monitor: http://%s:%d/", *listener.getsockname()[:2])
+        stack.enter_context(on_terminal(state, config.run.output_dir.name, enabled=enabled))
+        stack.callback(current_run.reset, current_run.set(state))
         try:
             yield state
         except BaseException:

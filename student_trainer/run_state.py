@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -39,11 +40,13 @@ class TeacherView:
 class RunSnapshot:
     """The run at one moment. Times of day are Unix seconds; `history` holds (step, value) of every logged figure.
 
-    `busy_seconds`: rank 0's time by `OWN_STAGES`. `bottleneck`: one of `BOTTLENECKS` for the last logged steps.
-    `eta_seconds`: until the last step at the pace so far, None before the first step.
+    `doing`: a long part of the phase, and how far it is. `busy_seconds`: rank 0's time by `OWN_STAGES`. `bottleneck`:
+    one of `BOTTLENECKS` for the last logged steps. `eta_seconds`: until the last step at the pace so far, None before
+    the first step.
     """
 
     phase: Phase
+    doing: str | None
     step: int
     steps: int
     samples: int
@@ -59,7 +62,10 @@ class RunSnapshot:
 
 @dataclass(slots=True)
 class RunState:
-    """Fed by the training thread, read from others through `snapshot`."""
+    """Fed by the training thread, read from others through `snapshot`.
+
+    `doing`: a long part of the phase, and how far it is. `drawn`: a terminal shows all this as it goes.
+    """
 
     phase: Phase = "starting"
     step: int = 0
@@ -68,6 +74,8 @@ class RunState:
     started_at: float = field(default_factory=time.time)
     last_step_at: float | None = None
     bottleneck: str | None = None
+    doing: str | None = None
+    drawn: bool = False
     _first_step: int = 0
     _began: float = field(default_factory=time.monotonic)
     _scalars: dict[str, float] = field(default_factory=dict)
@@ -107,12 +115,20 @@ class RunState:
     def log(self, step: int, figures: Mapping[str, float]) -> None:
         """Keeps logged figures, under the names of docs/metrics.md."""
         with self._lock:
-            for name, value in figures.items():
-                self._scalars[name] = value
-                points = self._history.setdefault(name, [])
-                points.append((step, value))
-                if len(points) > MOST_POINTS:
-                    del points[1::2]
+            self._scalars |= figures
+            self._keep(step, figures)
+
+    def recall(self, step: int, figures: Mapping[str, float]) -> None:
+        """Keeps what an earlier process logged of the same run: its curves go on, while its figures are past."""
+        with self._lock:
+            self._keep(step, figures)
+
+    def _keep(self, step: int, figures: Mapping[str, float]) -> None:
+        for name, value in figures.items():
+            points = self._history.setdefault(name, [])
+            points.append((step, value))
+            if len(points) > MOST_POINTS:
+                del points[1::2]
 
     def account(self, seconds: float, stages: Mapping[str, float], by_teacher: Mapping[str, TeacherSums]) -> None:
         """Adds some steps: rank 0's time in all and by stage, and what each teacher sent to all ranks."""
@@ -133,6 +149,12 @@ class RunState:
             return None
         return (time.monotonic() - self._began) / done * (self.steps - self.step)
 
+    def down(self) -> list[str]:
+        """Says of each teacher with replicas that do not answer how many do."""
+        found = {name: health(source) for name, source in self._sources.items()}
+        counts = {name: [one.problem is None for one in view.endpoints] for name, view in found.items() if view}
+        return [f"{name} {sum(up)}/{len(up)} up" for name, up in counts.items() if not all(up)]
+
     def snapshot(self) -> RunSnapshot:
         """A copy that nobody changes any more."""
         with self._lock:
@@ -144,6 +166,7 @@ class RunState:
             }
             return RunSnapshot(
                 self.phase,
+                self.doing,
                 self.step,
                 self.steps,
                 self.samples,
@@ -156,6 +179,10 @@ class RunState:
                 dict(self._busy),
                 self.bottleneck,
             )
+
+
+# The run that this process is at; None outside of any.
+current_run: ContextVar[RunState | None] = ContextVar("current_run", default=None)
 
 
 def bottleneck(own: Mapping[str, float], stages: Mapping[str, float]) -> str:

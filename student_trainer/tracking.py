@@ -8,6 +8,7 @@ import resource
 from pathlib import Path
 from typing import Any
 
+from kvcore.units import in_time
 from student_trainer.run_state import RunState
 
 logger = logging.getLogger(__name__)
@@ -30,7 +31,8 @@ class Tracker:
         output_dir.mkdir(parents=True, exist_ok=True)
         self._board = SummaryWriter(str(output_dir / "tensorboard"), purge_step=first_step + 1)
         self._lines_path = output_dir / "metrics.jsonl"
-        _drop_lines_after(self._lines_path, first_step)
+        for line in _drop_lines_after(self._lines_path, first_step):
+            self.state.recall(line.pop("step"), line)
         self._lines = self._lines_path.open("a", encoding="utf-8")
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
@@ -44,10 +46,9 @@ class Tracker:
         self.state.log(step, metrics)
 
     def progress(self, step: int, metrics: dict[str, float]) -> None:
-        """One line for people: step, losses, stall, time left."""
-        if not self._enabled:
+        """One line for people: step, losses, stall, time left, and teachers with a replica that does not answer."""
+        if not self._enabled or self.state.drawn:
             return
-        left = self.state.eta_seconds or 0.0
         parts = [f"step {step}/{self._steps}"]
         for name, label in (("train/loss", "loss"), ("train/ce_loss", "ce"), ("train/kv_loss", "kv")):
             if name in metrics:
@@ -55,7 +56,8 @@ class Tracker:
         if "kv/stall_fraction" in metrics:
             parts.append(f"stall {metrics['kv/stall_fraction']:.0%}")
         parts.append(f"{metrics['train/samples_per_second']:.0f} samples/s")
-        parts.append(f"ETA {int(left // 60)}:{int(left % 60):02d}")
+        parts.append(f"ETA {in_time(self.state.eta_seconds or 0.0)}")
+        parts += self.state.down()
         logger.info("  ".join(parts))
 
     def close(self) -> None:
@@ -65,13 +67,15 @@ class Tracker:
             self._lines.close()
 
 
-def _drop_lines_after(path: Path, step: int) -> None:
-    """A run that resumes at `step` repeats what an interrupted one had logged beyond it."""
+def _drop_lines_after(path: Path, step: int) -> list[dict[str, Any]]:
+    """A run that resumes at `step` repeats what an interrupted one had logged beyond it; gives what it had before."""
     if not path.is_file():
-        return
+        return []
     # A line without its end was cut off as it was written, after the checkpoint that the run resumes from.
     lines = [line for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
-    _replace(path, "".join(line for line in lines if json.loads(line)["step"] <= step))
+    kept = [(line, parsed) for line in lines if (parsed := json.loads(line))["step"] <= step]
+    _replace(path, "".join(line for line, _ in kept))
+    return [parsed for _, parsed in kept]
 
 
 def peak_memory_mb() -> float:

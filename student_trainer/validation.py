@@ -17,6 +17,7 @@ from kvcore.types import Tensor
 from student_trainer.build import Parts
 from student_trainer.evaluate import answer, is_correct, mean_over_ranks, rank_batches
 from student_trainer.model import TrainBatch
+from student_trainer.watched import watched
 
 Fetch = Callable[[Sequence[Record]], TrainBatch]
 BY_DATASET = "val/by_dataset/"
@@ -89,7 +90,8 @@ def validate(module: nn.Module, parts: Parts, fetch: Fetch, device: torch.device
     latent = parts.config.student.mode == "latent"
     sums: dict[str, dict[str, float]] = {}
     errors: Tensor | None = None
-    for dataset, chosen, counted in _batches(parts.val, parts.config.run.micro_batch):
+    batches = list(_batches(parts.val, parts.config.run.micro_batch))
+    for dataset, chosen, counted in watched("validating", batches):
         # What fills a batch up enters no mean; every rank runs its pass all the same.
         losses = module(fetch(chosen).first(max(1, counted)))
         written = answer(

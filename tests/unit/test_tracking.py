@@ -8,7 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from student_trainer.kv_sources.failover import FailoverSource
+from student_trainer.run_state import RunState
 from student_trainer.tracking import Tracker, peak_memory_mb, write_json
+from tests.support.scripted_replica import ScriptedReplica
 
 LINES = "metrics.jsonl"
 
@@ -63,7 +66,38 @@ def test_the_progress_line_shows_losses_stall_speed_and_time_left(
     with caplog.at_level(logging.INFO):
         tracker.progress(10, figures | {"kv/stall_fraction": 0.25})
     tracker.close()
-    assert caplog.messages == ["step 10/10  loss 1.5000  ce 1.0000  kv 0.5000  stall 25%  64 samples/s  ETA 0:00"]
+    assert caplog.messages == ["step 10/10  loss 1.5000  ce 1.0000  kv 0.5000  stall 25%  64 samples/s  ETA 0:00:00"]
+
+
+def test_the_progress_line_names_teachers_with_a_dead_replica_and_is_left_out_where_a_terminal_shows_more(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    dead, alive, other = (ScriptedReplica(name) for name in ("dead:1", "alive:2", "other:3"))
+    dead.up = False
+    ada, ben = FailoverSource("ada", [dead, alive], patience_s=5.0), FailoverSource("ben", [other], patience_s=5.0)
+    ada.connect()
+    ben.connect()
+    state = RunState()
+    state.connected({"ada": ada, "ben": ben})
+    tracker = Tracker(tmp_path, 10, enabled=True, first_step=0, state=state)
+    with caplog.at_level(logging.INFO, "student_trainer.tracking"):
+        tracker.progress(1, {"train/samples_per_second": 64.0})
+        state.drawn = True
+        tracker.progress(2, {"train/samples_per_second": 64.0})
+    tracker.close()
+    (said,) = [record.message for record in caplog.records if record.name == "student_trainer.tracking"]
+    assert said.endswith("  ada 1/2 up")
+
+
+def test_the_curves_of_a_resumed_run_go_on_and_its_figures_are_of_this_process(tmp_path: Path) -> None:
+    tracked(tmp_path, [1, 2, 3])
+    state = RunState()
+    tracker = Tracker(tmp_path, 10, enabled=True, first_step=2, state=state)
+    assert state.snapshot().history == {"train/loss": [(1, 0.5), (2, 1.0)]}
+    assert state.snapshot().scalars == {}
+    tracker.log(3, {"train/loss": 9.0})
+    tracker.close()
+    assert state.snapshot().history["train/loss"][-2:] == [(2, 1.0), (3, 9.0)]
 
 
 def test_json_replaces_a_file_whole(tmp_path: Path) -> None:

@@ -1,0 +1,88 @@
+"""A run on a terminal."""
+
+from __future__ import annotations
+
+import io
+import logging
+import sys
+
+import pytest
+from rich.console import Console
+
+from student_trainer.kv_sources.failover import FailoverSource
+from student_trainer.run_state import RunState
+from student_trainer.terminal import on_terminal, render
+from student_trainer.window import STAGES, TeacherSums
+from tests.support.kv_fakes import MemorySource, samples
+from tests.support.scripted_replica import ScriptedReplica
+
+
+@pytest.fixture
+def run() -> RunState:
+    """After one of ten steps, with one teacher of two replicas, one of them dead, and one from a store."""
+    dead, alive = ScriptedReplica("dead:1"), ScriptedReplica("alive:2")
+    dead.up = False
+    live = FailoverSource("ada", [dead, alive], patience_s=5.0)
+    live.connect()
+    live.fetch(samples(2))
+    state = RunState()
+    state.connected({"[bold]ada": live, "ben": MemorySource()})
+    state.begin(10, first_step=0)
+    state.phase = "training"
+    state.stepped(1, 64)
+    state.log(
+        1, {"train/loss": 2.5, "train/kv_loss": 0.875, "kv/stall_fraction": 0.05, "routing/weights_mean/ben": 0.25}
+    )
+    state.account(4.0, {"stall": 1.0}, {"[bold]ada": TeacherSums(64, 3, 2_000_000.0, dict.fromkeys(STAGES, 0.1))})
+    return state
+
+
+def text_of(state: RunState, width: int) -> list[str]:
+    console = Console(file=io.StringIO(), width=width)
+    console.print(render(state.snapshot(), "night"))
+    return console.file.getvalue().splitlines()  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def test_it_says_how_far_the_run_is_how_it_does_and_how_its_teachers_do(run: RunState) -> None:
+    progress, figures, ada, ben = text_of(run, 160)
+    assert progress.split()[:2] == ["night", "training"]
+    assert "step 1/10" in progress
+    assert progress.rstrip().endswith("left")
+    assert figures == "loss 2.5000  KV loss 0.8750  stall 5%  bottleneck train"
+    assert ada.split("  ")[0] == "[bold]ada"
+    for part in ("1 of 2 up", "3 samples missing", "0:00:00 ago", "2.0 MB", "dead:1: UNAVAILABLE: connection refused"):
+        assert part in ada, part
+    assert ben.split() == ["ben", "0.0", "kB", "weight", "0.25", "from", "the", "store"]
+
+
+def test_it_fits_a_narrow_terminal_and_a_run_without_a_step(run: RunState) -> None:
+    assert max(map(len, text_of(run, 60))) <= 60
+    starting = " ".join(text_of(RunState(), 80))
+    assert "starting" in starting
+    assert "left" not in starting
+
+
+def test_the_last_state_stays_on_the_terminal_with_the_log_above_it(
+    run: RunState, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    screen = io.StringIO()
+    monkeypatch.setattr(sys, "__stderr__", screen)
+    monkeypatch.setattr(sys, "stderr", screen)
+    monkeypatch.setattr(logging.getLogger(), "handlers", [logging.StreamHandler(screen)])
+    console = Console(file=screen, force_terminal=True, width=120)
+    with on_terminal(run, "night", enabled=True, console=console):
+        assert run.drawn
+        logging.getLogger("any").warning("checkpoint saved")
+        run.stepped(2, 64)
+    said = screen.getvalue()
+    assert said.index("checkpoint saved") < said.rindex("step 2/10")
+
+
+@pytest.mark.parametrize(("terminal", "enabled"), [(False, True), (True, False)])
+def test_nothing_is_drawn_where_there_is_no_terminal_or_on_other_ranks(
+    run: RunState, terminal: bool, enabled: bool
+) -> None:
+    screen = io.StringIO()
+    with on_terminal(run, "night", enabled=enabled, console=Console(file=screen, force_terminal=terminal)):
+        assert not run.drawn
+    assert screen.getvalue() == ""
