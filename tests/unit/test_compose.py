@@ -164,7 +164,7 @@ def test_the_images_are_given_every_package_of_the_project():
     packages = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["tool"]["setuptools"]["packages"]
     let_in = {line[1:] for line in (ROOT / ".dockerignore").read_text("utf-8").splitlines() if line.startswith("!")}
     assert {name.partition(".")[0] for name in packages} - let_in == {"benchmarks"}
-    copied = re.findall(r"^COPY (?!--from)(.+) \S+$", DOCKERFILE, flags=re.MULTILINE)
+    copied = re.findall(r"^COPY (?!--from)(?:--chmod=755 )?(.+) \S+$", DOCKERFILE, flags=re.MULTILINE)
     assert {path for line in copied for path in line.split()} - {"."} <= let_in
     assert all((ROOT / path).exists() for path in let_in)
 
