@@ -45,9 +45,12 @@ class ServerInThread:
     def wait_ready(self) -> None:
         wait_until(lambda: self.get("/readyz").status_code == 200)
 
+    def request_stop(self) -> None:
+        self._loop.call_soon_threadsafe(self.server.request_stop)
+
     def stop(self) -> None:
         if not self.ended.done():
-            self._loop.call_soon_threadsafe(self.server.request_stop)
+            self.request_stop()
         self._thread.join(20)
         assert not self._thread.is_alive()
 

@@ -289,7 +289,7 @@ def test_what_a_sampling_leaves_out_is_greedy() -> None:
     ],
 )
 def test_samplings_that_make_no_sense_are_refused_by_field(change: dict[str, Any], field: str) -> None:
+    arguments: dict[str, Any] = {"max_new_tokens": 3} | change
     with pytest.raises(FieldError) as caught:
-        arguments: dict[str, Any] = {"max_new_tokens": 3} | change
         sampling_from_proto(pb.Sampling(**arguments))
     assert caught.value.field == field
