@@ -35,6 +35,8 @@ SERVE_EXAMPLES = """**Examples**
 
 `kvdistill serve --model /models/qwen --dtype bf16 --device cuda:1 --grpc-host 0.0.0.0 --grpc-port 50052`
 
+`kvdistill serve --engine vllm --model meta-llama/Llama-3.1-70B --tensor-parallel-size 8 --dtype bf16 --grpc-port 50051`
+
 `kvdistill serve --engine fake --model fake:layers=3,heads=2,dim=16`
 """
 

@@ -19,6 +19,8 @@ from kvdistill.describe import ENDPOINT, describe, in_words, raw_token_bytes
 from kvdistill.tables import in_columns
 
 ALIGNMENT = "alignment.json"
+# More are counted only.
+LISTED_LAYERS = 12
 
 
 def inspect(target: str) -> str:
@@ -126,7 +128,8 @@ def plan_layers(plan: KVPlan, of: int) -> str:
     """Which layers a plan asks for."""
     if len(plan.layers) == of:
         return f"all {of}"
-    return f"{len(plan.layers)} of {of}: {', '.join(map(str, plan.layers))}"
+    named = ", ".join(map(str, plan.layers))
+    return f"{len(plan.layers)} of {of}" + (f": {named}" if len(plan.layers) <= LISTED_LAYERS else "")
 
 
 def plan_tokens(plan: KVPlan) -> str:

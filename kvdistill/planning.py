@@ -59,7 +59,7 @@ class Demand:
 
 
 def plan_text(config: TrainConfig, models: Sequence[str]) -> str:
-    """What a run asks of its teachers, as text; of each stage, where it has stages.
+    """What a run asks of its teachers, as text; where it has stages, once for those that ask the same.
 
     Args:
         config: the run.
@@ -80,11 +80,14 @@ def plan_text(config: TrainConfig, models: Sequence[str]) -> str:
         ("student", f"{config.student.path}: {student.layers} layers, {student.heads} KV heads of {student.head_dim}"),
         ("samples", f"{lengths.records:,}; {lengths.text():.0f} tokens a text, counted in {len(lengths.counted):,}"),
     ]
-    parts = [in_columns(head)]
+    stages_of_tables: dict[str, list[str]] = {}
     for name, stage in _stages(config):
         demands = [_demand(teacher, student, stage, geometry, lengths) for teacher, geometry in geometries.items()]
-        parts.append(_table(name, stage, demands, lengths.records))
-    return "\n\n".join(parts)
+        stages_of_tables.setdefault(_table(stage, demands, lengths.records), []).append(name)
+    tables = [
+        f"stages  {', '.join(names)}\n{table}" if config.stages else table for table, names in stages_of_tables.items()
+    ]
+    return "\n\n".join([in_columns(head), *tables])
 
 
 def _stages(config: TrainConfig) -> Iterator[tuple[str, TrainConfig]]:
@@ -160,11 +163,10 @@ def _demand(teacher: str, student: KVGeometry, config: TrainConfig, geometry: KV
     return Demand(teacher, geometry, plan, fmean(slots), fmean(sizes), cache)
 
 
-def _table(name: str, config: TrainConfig, demands: Sequence[Demand], records: int) -> str:
-    """A stage's demands: what is asked, and what it comes to in a step, an epoch, and on the network."""
+def _table(config: TrainConfig, demands: Sequence[Demand], records: int) -> str:
+    """The demands of a run: what is asked, and what it comes to in a step, an epoch, and on the network."""
     plan = demands[0].plan
-    asked = [("stage", name)] if name else []
-    asked += [("tokens", plan_tokens(plan)), ("codec", plan_codec(plan))]
+    asked = [("tokens", plan_tokens(plan)), ("codec", plan_codec(plan))]
     asked += [(f"layers of {each.teacher}", plan_layers(each.plan, each.geometry.layers)) for each in demands]
     batch = config.run.global_batch
     rows = [["teacher", "tokens kept", "a sample", "whole cache", "reduction", "a step", "an epoch", "1 step/s needs"]]

@@ -61,14 +61,14 @@ def test_more_tokens_or_a_wider_codec_cost_more(world: World) -> None:
     assert sample(selection=selection, codec={"name": "raw"}) > 2 * sample(selection=selection)
 
 
-def test_every_stage_is_shown(world: World) -> None:
-    stages = [{"name": "first"}, {"name": "second", "kv": {"codec": {"name": "bf16"}}}]
+def test_stages_that_ask_the_same_are_shown_together(world: World) -> None:
+    stages = [{"name": "first"}, {"name": "second"}, {"name": "third", "kv": {"codec": {"name": "bf16"}}}]
     shown = plan_text(config(world, stages=stages), models(world))
-    first, second = shown.split("stage")[1:]
-    assert "first" in first
-    assert "int8" in first
-    assert "second" in second
-    assert "bf16" in second
+    together, apart = shown.split("stages  ")[1:]
+    assert together.startswith("first, second\n")
+    assert "int8" in together
+    assert apart.startswith("third\n")
+    assert "bf16" in apart
 
 
 def test_an_offline_run_is_planned_from_its_store(world: World, tmp_path: Path) -> None:
