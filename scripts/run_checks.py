@@ -30,6 +30,8 @@ PROTO = "protos/kv_cache.proto"
 SITE = "site"
 # Runs only when named.
 ON_REQUEST = {"deploy", "e2e_slurm", "vllm"}
+# Importing vLLM warns, of itself and of what it imports.
+VLLM_WARNS = ("-o", "filterwarnings=default", "--disable-warnings")
 SLURM_PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch")
 SLURM_PACKAGES = ("slurmctld", "slurmd", "slurm-client", "munge")
 PROTO_OUTPUTS = ("--python_out", "--pyi_out", "--grpc_python_out")
@@ -77,7 +79,7 @@ class Run:
             "contract": lambda: self.pytest("contract", "-n", "2"),
             "integration": lambda: self.pytest("integration"),
             "e2e": lambda: self.pytest("e2e"),
-            "vllm": lambda: self.pytest("vllm"),
+            "vllm": lambda: self.pytest("vllm", *VLLM_WARNS),
             "e2e_slurm": lambda: programs_are_here(SLURM_PROGRAMS, SLURM_PACKAGES) and self.pytest("e2e_slurm"),
             "deploy": lambda: call(sys.executable, "-m", "scripts.deploy_checks"),
         }

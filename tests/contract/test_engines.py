@@ -13,33 +13,25 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from kvcore.errors import FieldError
-from kvcore.types import Sample, Span
+from kvcore.types import Sample
 from teacher_server.config import ServeConfig
 from teacher_server.engines import hf, hf_attention, load_engine
 from teacher_server.engines.base import SPAN_KINDS, LayerOutput, TeacherEngine, TokenizedSample
+from teacher_server.engines.fake import FakeEngine
 from teacher_server.engines.hf import HFEngine
+from tests.support.engine_contract import *  # noqa: F403  every engine has to pass it
+from tests.support.engine_contract import read_batch
 from tests.support.reference_kv import load_reference, reference_kv
 from tests.support.tiny_models import FAMILIES, Family, save_tiny_model, tiny_spec
 
 TOLERANCE = 1e-5
-TEXTS = (
-    ("The start is 3. ", "3 + 4 = 7, so 0; 0 x 2 = 0. ", "The answer is 2."),
-    ("Größe? ", "思考过程 🙂 naïve. ", "二"),
-    (
-        "Add 4, then multiply by 2 and subtract 5, all modulo 7. ",
-        "7, 0, 2, and so on and so on. ",
-        "Answer: 2, surely 2.",
-    ),
-    ("1", "2", "3"),
-)
 
 
 @dataclass(frozen=True)
 class Case:
     """An engine under test, how it was made, and the same model as a reference where it has one."""
 
-    engine: TeacherEngine
+    engine: HFEngine | FakeEngine
     config: ServeConfig
     reference: PreTrainedModel | None
 
@@ -53,10 +45,10 @@ def cases(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], 
             return loaded[name]
         if name == "fake":
             config = ServeConfig(model="fake:layers=3,heads=2,dim=16", engine="fake", max_sample_tokens=512)
-            return loaded.setdefault(name, Case(load_engine(config), config, None))
+            return loaded.setdefault(name, Case(in_process(config), config, None))
         directory = save_tiny_model(tmp_path_factory.mktemp(name), tiny_spec(cast("Family", name), layers=3))
         config = ServeConfig(model=str(directory), name=name, device="cpu", dtype="fp32")
-        return loaded.setdefault(name, Case(load_engine(config), config, load_reference(directory)))
+        return loaded.setdefault(name, Case(in_process(config), config, load_reference(directory)))
 
     loaded: dict[str, Case] = {}
     yield build
@@ -69,28 +61,25 @@ def case(request: pytest.FixtureRequest, cases: Callable[[str], Case]) -> Case:
     return cases(request.param)
 
 
+@pytest.fixture
+def engine(case: Case) -> TeacherEngine:
+    return case.engine
+
+
 @pytest.fixture(params=FAMILIES)
 def hf_case(request: pytest.FixtureRequest, cases: Callable[[str], Case]) -> Case:
     return cases(request.param)
 
 
-def make_sample(index: int) -> Sample:
-    prompt, reasoning, answer = TEXTS[index]
-    ends = [0, len(prompt), len(prompt + reasoning), len(prompt + reasoning + answer)]
-    spans = tuple(
-        Span(kind, start, end)
-        for kind, start, end in zip(SPAN_KINDS, ends[:-1], ends[1:], strict=True)
-        if kind != "all"
-    )
-    return Sample(f"s{index}", text=prompt + reasoning + answer, spans=spans)
-
-
-def read_batch(engine: TeacherEngine) -> list[TokenizedSample]:
-    return [engine.tokenize(make_sample(index)) for index in range(len(TEXTS))]
+def in_process(config: ServeConfig) -> HFEngine | FakeEngine:
+    """An engine that hands over each layer in this process."""
+    engine = load_engine(config)
+    assert isinstance(engine, HFEngine | FakeEngine)
+    return engine
 
 
 def run(
-    engine: TeacherEngine, batch: list[TokenizedSample], layers: tuple[int, ...], *, importance: bool = False
+    engine: HFEngine | FakeEngine, batch: list[TokenizedSample], layers: tuple[int, ...], *, importance: bool = False
 ) -> list[LayerOutput]:
     outputs: list[LayerOutput] = []
     engine.prefill(batch, layers, importance, outputs.append)
@@ -165,67 +154,6 @@ def test_an_engine_of_the_same_model_has_the_same_identity(case: Case) -> None:
     again = load_engine(case.config)
     assert again.info.same_teacher(case.engine.info)
     again.close()
-
-
-def test_tokens_belong_to_the_span_that_their_last_byte_lies_in(case: Case) -> None:
-    for index in range(len(TEXTS)):
-        sample = make_sample(index)
-        tokens = case.engine.tokenize(sample)
-        assert sample.text is not None
-        data = sample.text.encode()
-        assert len(tokens.token_ids) == len(tokens.byte_ends) == len(tokens.span_ids)
-        assert max(tokens.byte_ends) == len(data)
-        for end, span_id in zip(tokens.byte_ends, tokens.span_ids, strict=True):
-            if end < 0:
-                assert span_id == -1
-                continue
-            character = len(data[: end - 1].decode(errors="ignore"))
-            expected = [span.kind for span in sample.spans if span.start <= character < span.end]
-            assert [SPAN_KINDS[span_id]] == expected
-
-
-def test_token_ids_read_as_the_text_they_came_from(case: Case) -> None:
-    for index in range(len(TEXTS)):
-        read = case.engine.tokenize(make_sample(index))
-        given = Sample("ids", token_ids=read.token_ids, spans=(Span("answer", 1, len(read.token_ids)),))
-        tokens = case.engine.tokenize(given)
-        assert tokens.token_ids == read.token_ids
-        assert tokens.byte_ends == read.byte_ends
-        assert tokens.span_ids == (-1, *[SPAN_KINDS.index("answer")] * (len(read.token_ids) - 1))
-
-
-LONG = "a b c d e f g h i j k l m n o p " * 64
-
-
-@pytest.mark.parametrize(
-    ("sample", "field", "problem"),
-    [
-        (Sample("x", text=""), "samples[x].text", "empty"),
-        (Sample("x", token_ids=()), "samples[x].token_ids", "empty"),
-        (Sample("x"), "samples[x]", "exactly one"),
-        (Sample("x", text="a", token_ids=(1,)), "samples[x]", "exactly one"),
-        (Sample("x", text="\ud800"), "samples[x].text", "surrogate"),
-        (Sample("x", text=LONG), "samples[x].text", "at most 512"),
-        (Sample("x", token_ids=(1,) * 513), "samples[x].token_ids", "has 513 tokens"),
-        (Sample("x", token_ids=(1, 9999)), "samples[x].token_ids", "9999"),
-        (Sample("x", token_ids=(-1,)), "samples[x].token_ids", "-1"),
-        (Sample("x", text="abc", spans=(Span("answer", 0, 4),)), "samples[x].spans[0]", "3 characters"),
-        (Sample("x", text="abc", spans=(Span("answer", 2, 1),)), "samples[x].spans[0]", "2 to 1"),
-        (Sample("x", text="abc", spans=(Span("answer", -1, 1),)), "samples[x].spans[0]", "-1 to 1"),
-        (Sample("x", token_ids=(1, 2), spans=(Span("prompt", 0, 3),)), "samples[x].spans[0]", "2 tokens"),
-        (Sample("x", text="abc", spans=(Span("prompt", 0, 1), Span("prompt", 1, 2))), "samples[x].spans[1]", "second"),
-        (
-            Sample("x", text="abc", spans=(Span("prompt", 0, 2), Span("answer", 1, 3))),
-            "samples[x].spans[1]",
-            "overlaps",
-        ),
-    ],
-)
-def test_samples_that_cannot_be_read_are_refused_by_field(case: Case, sample: Sample, field: str, problem: str) -> None:
-    with pytest.raises(FieldError) as caught:
-        case.engine.tokenize(sample)
-    assert caught.value.field == field
-    assert problem in caught.value.problem
 
 
 def test_a_plan_gets_the_importance_it_asks_for_and_only_when_asked(case: Case) -> None:

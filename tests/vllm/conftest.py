@@ -1,0 +1,77 @@
+"""vLLM on the CPU: tiny models, small caches. Starting one takes many seconds, so each serves all tests that fit it."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from teacher_server.config import ServeConfig
+from teacher_server.engines import load_engine
+from teacher_server.engines.hf import HFEngine
+from teacher_server.engines.vllm import VLLMEngine
+from tests.support.tiny_models import save_tiny_model, tiny_spec
+
+os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+
+# A pass of 48 tokens cuts most prompts up; 24 blocks of 32 tokens hold one prompt of 512 and a half, so that requests
+# push each other out.
+CROWDED = {"max_num_batched_tokens": 48, "num_gpu_blocks_override": 24, "max_num_seqs": 8}
+MODELS: dict[str, tuple[dict[str, Any], dict[str, Any], int]] = {
+    "qwen2": ({"family": "qwen2"}, {}, 1),
+    # One KV head for four query heads, and a scaled rotary embedding.
+    "llama": ({"family": "llama", "kv_heads": 1}, CROWDED, 1),
+    # Norms its queries and keys; each of two ranks computes one of its KV heads.
+    "qwen3": ({"family": "qwen3", "head_dim": 64}, CROWDED, 2),
+}
+
+
+@dataclass(frozen=True)
+class Pair:
+    """The same files on both engines."""
+
+    directory: Path
+    vllm: VLLMEngine
+    hf: HFEngine
+
+
+def save_model(name: str, directory: Path) -> Path:
+    """One of MODELS. vLLM's CPU attention knows heads of 32 dimensions and more."""
+    geometry = {"head_dim": 32, "hidden": 128, **MODELS[name][0]}
+    return save_tiny_model(directory, tiny_spec(**geometry))
+
+
+@pytest.fixture(scope="session")
+def pairs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], Pair]]:
+    """Starts a model when a test first asks for it."""
+
+    def build(name: str) -> Pair:
+        if name not in made:
+            _, arguments, ranks = MODELS[name]
+            directory = save_model(name, tmp_path_factory.mktemp(name))
+            config = ServeConfig(
+                model=str(directory), engine="vllm", tensor_parallel_size=ranks, vllm_args=json.dumps(arguments)
+            )
+            vllm = load_engine(config)
+            hf = load_engine(ServeConfig(model=str(directory), device="cpu", dtype="fp32"))
+            assert isinstance(vllm, VLLMEngine)
+            assert isinstance(hf, HFEngine)
+            made[name] = Pair(directory, vllm, hf)
+        return made[name]
+
+    made: dict[str, Pair] = {}
+    yield build
+    for pair in made.values():
+        pair.vllm.close()
+        pair.hf.close()
+
+
+@pytest.fixture(params=MODELS)
+def pair(request: pytest.FixtureRequest, pairs: Callable[[str], Pair]) -> Pair:
+    return pairs(request.param)

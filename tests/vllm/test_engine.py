@@ -1,0 +1,147 @@
+"""vLLM keeps the engines' contract, and gives what transformers gives, however it schedules the work."""
+
+from __future__ import annotations
+
+import random
+import threading
+from collections.abc import Callable
+
+import pytest
+
+from kvcore.plan import CodecSpec, KVPlan, Selection
+from kvcore.select import needs_keys
+from kvcore.types import Sample, Span
+from teacher_server.engines.base import GenerateOptions, LayerResult, PlannedSample, TeacherEngine
+from tests.support.engine_contract import *  # noqa: F403  every engine has to pass it
+from tests.support.engine_contract import EVERYTHING, RAW, TOLERANCE, Outcome, close, run_plans
+from tests.vllm.conftest import Pair
+
+# Around the ends of blocks of 32, of a pass of 48, and the longest there is.
+LENGTHS = (1, 2, 31, 32, 33, 47, 48, 49, 64, 97, 250, 511, 512)
+
+
+@pytest.fixture
+def engine(pair: Pair) -> TeacherEngine:
+    return pair.vllm
+
+
+def sample_of(length: int, seed: int, name: str = "") -> Sample:
+    """Random tokens in three spans of about the same length."""
+    rng = random.Random(seed)
+    token_ids = tuple(rng.randrange(3, 300) for _ in range(length))
+    first, second = length // 3, 2 * length // 3
+    spans = (Span("prompt", 0, first), Span("reasoning", first, second), Span("answer", second, length))
+    return Sample(name or f"{length}-{seed}", token_ids=token_ids, spans=spans)
+
+
+def assert_equal_on_both(pair: Pair, samples: list[Sample], plan: KVPlan) -> None:
+    """Tokens chosen alike, nearly everywhere the same, and there keys and values equal to 1e-4."""
+    same = layers = 0
+    tokens = [pair.hf.tokenize(sample) for sample in samples]
+    assert tokens == [pair.vllm.tokenize(sample) for sample in samples]
+    expected = run_plans(pair.hf, [(one, plan) for one in tokens])
+    found = run_plans(pair.vllm, [(one, plan) for one in tokens])
+    assert not expected.failures
+    assert not found.failures
+    for row in range(len(samples)):
+        assert len(found.of(row)) == len(plan.layers)
+        for (have, at), (want, place) in zip(found.of(row), expected.of(row), strict=True):
+            assert have.layer == want.layer
+            chosen, expected_choice = have.positions[at].tolist(), want.positions[place].tolist()
+            for one, other in zip(chosen, expected_choice, strict=True):
+                # Of two tokens whose scores are equal but for rounding, either engine may take either.
+                assert len(set(one) - set(other)) <= (1 if needs_keys(plan.selection) else 0)
+            layers += 1
+            if chosen == expected_choice:
+                same += 1
+                for kind in have.relative_error:
+                    assert have.relative_error[kind][at] == pytest.approx(want.relative_error[kind][place], rel=0.02)
+                if plan.codec.name == "raw":
+                    for part in want.parts:
+                        close(have.parts[part][at], want.parts[part][place])
+    assert same >= 0.75 * layers
+
+
+def test_both_engines_serve_the_same_teacher(pair: Pair) -> None:
+    assert pair.vllm.info.same_teacher(pair.hf.info)
+    assert pair.vllm.info.max_sample_tokens == pair.hf.info.max_sample_tokens == 512
+    assert pair.vllm.info.selectors == pair.hf.info.selectors
+
+
+def test_prompts_of_every_length_give_what_transformers_gives(pair: Pair) -> None:
+    samples = [sample_of(length, seed) for seed, length in enumerate(LENGTHS)]
+    assert_equal_on_both(pair, samples, EVERYTHING)
+
+
+@pytest.mark.parametrize("scope", ["head", "layer", "sample"])
+@pytest.mark.parametrize("selector", ["right", "uniform", "random", "keydiff", "r_kv"])
+def test_selectors_choose_what_they_choose_on_transformers(pair: Pair, selector: str, scope: str) -> None:
+    selection = Selection.model_validate(
+        {"selector": selector, "budget": 7, "scope": scope, "span": "all" if scope == "head" else "reasoning"}
+    )
+    samples = [sample_of(length, 100 + length) for length in (31, 64, 97, 250)]
+    for codec in (RAW, CodecSpec(name="int8", group_size=4)):
+        assert_equal_on_both(pair, samples, KVPlan(layers=(0, 2), selection=selection, codec=codec))
+
+
+def test_what_is_found_in_the_prefix_cache_leaves_too(pair: Pair) -> None:
+    shared = sample_of(250, 1).token_ids
+    assert shared is not None
+    samples = [Sample(f"p{end}", token_ids=(*shared[:200], *range(10, 10 + end))) for end in (1, 40, 90)]
+    for _ in range(2):
+        assert_equal_on_both(pair, [*samples, Sample("again", token_ids=shared)], EVERYTHING)
+
+
+def test_attention_of_an_answer_in_the_prefix_cache_is_computed_again(pair: Pair) -> None:
+    plan = KVPlan(layers=(0, 1, 2), selection=Selection(selector="r_kv", budget=5, scope="layer"), codec=RAW)
+    for _ in range(2):
+        assert_equal_on_both(pair, [sample_of(120, 5, "once"), sample_of(90, 6, "more")], plan)
+
+
+def test_requests_that_push_each_other_out_of_the_cache_lose_nothing(pairs: Callable[[str], Pair]) -> None:
+    pair = pairs("llama")
+    samples = [sample_of(300 + 20 * number, 40 + number) for number in range(8)]
+    for selector in ("full", "r_kv"):
+        budget = 0 if selector == "full" else 9
+        selection = Selection.model_validate({"selector": selector, "budget": budget, "span": "all"})
+        assert_equal_on_both(pair, samples, KVPlan(layers=(0, 1, 2), selection=selection, codec=RAW))
+
+
+def test_a_sample_that_is_given_up_ends_and_the_others_go_on(pair: Pair) -> None:
+    samples = [sample_of(400, 70 + number) for number in range(4)]
+    batch = [PlannedSample(pair.vllm.tokenize(sample), EVERYTHING) for sample in samples]
+    outcome, given_up = Outcome(), threading.Event()
+
+    def emit(result: LayerResult) -> None:
+        outcome.results.append(result)
+        given_up.set()
+
+    pair.vllm.run(batch, emit, outcome.failures.append, lambda row: row != 3 or not given_up.is_set())
+    assert not outcome.failures
+    assert all(len(outcome.of(row)) == 3 for row in range(3))
+    assert_equal_on_both(pair, samples[3:], EVERYTHING)
+
+
+def test_it_writes_what_transformers_writes(pair: Pair) -> None:
+    prompts = [Sample("a", text="The start is 3. "), Sample("b", text="Add 4, then multiply by 2")]
+    greedy = GenerateOptions(max_new_tokens=10)
+    written = [
+        engine.generate([engine.tokenize(prompt) for prompt in prompts], greedy, lambda _row: True)
+        for engine in (pair.vllm, pair.hf)
+    ]
+    assert written[0] == written[1]
+
+
+def test_what_it_draws_depends_on_prompt_and_seed_alone(pair: Pair) -> None:
+    engine = pair.vllm
+    first, second = (engine.tokenize(Sample(name, text=f"Start {name}")) for name in ("a", "b"))
+    drawn = GenerateOptions(max_new_tokens=10, temperature=1.0, seed=1)
+    (alone,) = engine.generate([first], drawn, lambda _row: True)
+    together = engine.generate([second, first], drawn, lambda _row: True)
+    (other,) = engine.generate([first], GenerateOptions(max_new_tokens=10, temperature=1.0, seed=2), lambda _row: True)
+    assert together[1] == alone
+    assert other != alone
+
+
+def test_tolerance_is_the_one_that_replicas_are_held_to() -> None:
+    assert TOLERANCE <= 1e-4
