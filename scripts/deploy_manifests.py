@@ -79,6 +79,9 @@ def problems(overlay: str, documents: Sequence[Document]) -> Iterator[str]:
     except ConfigError as error:
         yield f"{overlay}: {error}"
         return
+    slowest = max(most_seconds_to_load(teacher) for teacher in of_kind(documents, "StatefulSet"))
+    if run.kv.patience_s <= slowest:
+        yield f"{overlay}: run.yaml: kv.patience_s is no longer than a server may take to load, {slowest} s"
     served = {f"{name}-{number}.{name}:50051" for name, count in replicas.items() for number in range(count)}
     asked = {endpoint for teacher in run.teachers for endpoint in teacher.endpoints}
     yield from (f"{overlay}: run.yaml: no pod is at {endpoint}" for endpoint in sorted(asked - served))
@@ -97,6 +100,13 @@ def teacher_problems(document: Document) -> Iterator[str]:
     stop = container["lifecycle"]["preStop"]["sleep"]["seconds"] + config.drain_seconds
     if pod["terminationGracePeriodSeconds"] < stop + 10:
         yield f"terminationGracePeriodSeconds is less than preStop and drain, {stop:g} s, and 10 s"
+
+
+def most_seconds_to_load(document: Document) -> int:
+    """How long the startup probe of a server lets it take."""
+    (container,) = document["spec"]["template"]["spec"]["containers"]
+    probe = container["startupProbe"]
+    return probe["periodSeconds"] * probe["failureThreshold"]
 
 
 def served(command: list[str]) -> ServeConfig:

@@ -25,6 +25,7 @@ TEACHER = {
                         "args": FLAGS,
                         "ports": [{"name": "grpc", "containerPort": 50051}, {"name": "http", "containerPort": 8001}],
                         "lifecycle": {"preStop": {"sleep": {"seconds": 5}}},
+                        "startupProbe": {"periodSeconds": 10, "failureThreshold": 30},
                     }
                 ],
             }
@@ -44,6 +45,7 @@ def run(endpoints: list[str]) -> Document:
     config: dict[str, Any] = {
         "student": {"path": "s"},
         "teachers": [{"name": "a", "endpoints": endpoints}],
+        "kv": {"patience_s": 301.0},
         "data": {"train": "t"},
         "run": {"output_dir": "o", "steps": 1},
     }
@@ -88,6 +90,12 @@ def test_every_replica_is_asked_and_no_other() -> None:
     assert found(TEACHER, run([*BOTH, "teacher-b-0.teacher-b:50051"])) == [
         "demo: run.yaml: no pod is at teacher-b-0.teacher-b:50051"
     ]
+
+
+def test_training_waits_longer_than_a_server_may_load() -> None:
+    slow = teacher(startupProbe={"periodSeconds": 10, "failureThreshold": 31})
+    (said,) = found(slow, run(BOTH))
+    assert said == "demo: run.yaml: kv.patience_s is no longer than a server may take to load, 310 s"
 
 
 def test_flags_of_a_preparation_are_read() -> None:
