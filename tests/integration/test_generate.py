@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import re
 import subprocess
 import sys
 import threading
@@ -20,6 +21,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from data.records import load_records
 from kvcore import wire
 from kvcore.errors import TeacherRefusedError
 from kvcore.plan import CodecSpec, KVPlan, Sampling, Selection
@@ -36,6 +38,7 @@ from tests.support.servers import TeacherClient, refused, wait_until
 from tests.support.tiny_models import save_tiny_model, tiny_spec
 
 BUF = Path(sys.executable).with_name("buf")
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "generation.md"
 PROMPTS = tuple(
     Sample(f"p{index}", text=text)
     for index, text in enumerate(("The start is 3. Add 4. ", "Größe? 思考", "1", "Then multiply by 2, all modulo 7. "))
@@ -410,3 +413,20 @@ def test_writing_and_reading_at_once_mix_up_nothing(start: Callable[..., ServerI
         for outcome, expected in zip(outcomes, alone, strict=True):
             assert outcome.key == kv(expected).key
             assert all(torch.equal(part, kv(expected).parts[name]) for name, part in outcome.parts.items())
+
+
+def test_the_documentations_example_writes_records_to_train_on(
+    start: Callable[..., ServerInThread], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = CONFIG.model_copy(update={"max_sample_tokens": 1000})
+    server = start(lambda config: FakeEngine(config, FakeModel(layers=2)), config)
+    (example,) = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
+    assert example.count("127.0.0.1:50051") == 1
+    monkeypatch.chdir(tmp_path)
+    exec(compile(example.replace("127.0.0.1:50051", server.endpoint), PAGE, "exec"), {})
+    records = load_records(tmp_path / "written.jsonl")
+    assert [record.id for record in records] == ["q1", "q2"]
+    for record in records:
+        assert record.prompt.endswith("\nA:")
+        assert record.reasoning.endswith("Answer:")
+        assert int(record.answer) > 0
