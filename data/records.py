@@ -109,7 +109,7 @@ def content_digest(path: Path) -> str:
         ConfigError: it is not there.
     """
     if not path.exists():
-        raise ConfigError(f"{path}: no such data file or directory")
+        raise ConfigError(f"{path}: no such data file or directory; docs/data.md says how to make one")
     digest = hashlib.blake2b(digest_size=16)
     # Beside its rows a saved dataset has notes that differ from one writing to the next.
     for part in sorted(path.glob("*.arrow")) if path.is_dir() else [path]:
@@ -133,7 +133,7 @@ def _rows(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
 
         return enumerate(saved_rows(path), start=1)
     if not path.is_file():
-        raise ConfigError(f"{path}: no such data file or directory")
+        raise ConfigError(f"{path}: no such data file or directory; docs/data.md says how to make one")
     return ((number, parse_line(line, f"{path}:{number}")) for number, line in _lines(path))
 
 

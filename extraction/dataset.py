@@ -62,7 +62,7 @@ class _Lines:
 
     def __init__(self, path: Path) -> None:
         if not path.is_file():
-            raise ConfigError(f"{path}: no such data file or directory")
+            raise ConfigError(f"{path}: no such data file or directory; docs/data.md says how to make one")
         self._path = path
         self._starts = array("Q")
         start = 0

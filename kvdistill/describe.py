@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import re
 from contextlib import closing
 
 from kvcore.plan import KVPlan
 from kvcore.types import TeacherInfo
 from student_trainer.kv_sources.remote import RemoteSource
 
-ENDPOINT = re.compile(r"[^\s/]+:\d{1,5}")
 # Of an unquantised cache, as a model in half precision keeps it.
 RAW_ELEMENT_BYTES = 2
 

@@ -20,8 +20,8 @@ from typing import Literal
 
 import psutil
 
-from kvcore.errors import TeacherError
-from kvdistill.tables import in_columns
+from kvcore.errors import FieldError, TeacherError
+from kvdistill.text import ENDPOINT, in_columns
 
 GIB = 2**30
 # A checkpoint of a small student, and logs.
@@ -53,7 +53,14 @@ class Check:
 
 
 def checks(teachers: Sequence[str], disk: Path) -> list[Check]:
-    """Looks at everything: what does not depend on one another at the same time."""
+    """Looks at everything: what does not depend on one another at the same time.
+
+    Raises:
+        FieldError: a teacher is not given as host:port.
+    """
+    for endpoint in teachers:
+        if not ENDPOINT.fullmatch(endpoint):
+            raise FieldError("--teacher", f"expected HOST:PORT, got '{endpoint}'")
     probes: list[Callable[[], Check]] = [lambda name=name: _package(name) for name in PACKAGES]
     probes += [_gpus, _memory, lambda: _disk(disk), _port]
     probes += [lambda name=name: _extra(name) for name in EXTRAS]

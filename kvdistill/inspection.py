@@ -15,8 +15,8 @@ from kvcore.plan import KVPlan
 from kvcore.store import POSITIONS, SHARD_SUFFIX, TOKEN_IDS, KVStoreReader
 from kvcore.store_journal import SampleEntry
 from kvcore.store_manifest import MANIFEST_NAME
-from kvdistill.describe import ENDPOINT, describe, in_words, raw_token_bytes
-from kvdistill.tables import in_columns
+from kvdistill.describe import describe, in_words, raw_token_bytes
+from kvdistill.text import ENDPOINT, in_columns
 
 ALIGNMENT = "alignment.json"
 # More are counted only.

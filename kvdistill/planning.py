@@ -19,7 +19,7 @@ from kvcore.plan import KVPlan
 from kvcore.store_manifest import read_manifest
 from kvdistill.describe import describe, raw_token_bytes
 from kvdistill.inspection import plan_codec, plan_layers, plan_tokens
-from kvdistill.tables import in_columns
+from kvdistill.text import in_columns
 from student_trainer.config import TeacherConfig, TrainConfig
 
 # Records whose tokens are counted: enough for a mean within a few per cent.

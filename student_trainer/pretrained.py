@@ -35,7 +35,9 @@ def load_pretrained(path: str, dtype: DTypeName, field: str) -> tuple[PreTrained
         )
         tokenizer = AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError) as error:
-        raise FieldError(field, f"cannot load '{path}': {error}") from error
+        reason = " ".join(str(error).split())
+        step = "give a directory that holds a model, or a hub id that this machine can fetch"
+        raise FieldError(field, f"cannot load '{path}': {reason} Next: {step}") from error
     lm, report = cast("tuple[PreTrainedModel, dict[str, Any]]", loaded)
     if report["missing_keys"]:
         # transformers fills them with random values.

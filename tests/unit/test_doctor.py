@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from kvcore.errors import FieldError
 from kvdistill import doctor
 from kvdistill.cli import main
 from kvdistill.doctor import Check, checks, report
@@ -84,6 +85,11 @@ def test_a_teacher_that_is_not_there_ends_the_command_with_status_1(
     shown = capsys.readouterr().out
     assert f"problem  teacher {endpoint}  UNAVAILABLE" in shown
     assert "next: is kvdistill serve running there" in shown
+
+
+def test_a_teacher_without_a_port_is_refused_as_its_flag(tmp_path: Path) -> None:
+    with pytest.raises(FieldError, match="--teacher: expected HOST:PORT, got 'node1'"):
+        checks(["node1"], tmp_path)
 
 
 def test_a_run_s_teachers_are_asked_too(

@@ -1,8 +1,12 @@
-"""Plain text tables: the same in a terminal, a pipe and a log."""
+"""What commands read and write as text: addresses, and tables that are the same in a terminal, a pipe and a log."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
+
+# Of a server: host:port.
+ENDPOINT = re.compile(r"[^\s/]+:\d{1,5}")
 
 
 def in_columns(rows: Sequence[Sequence[str]], right: bool = False) -> str:
