@@ -56,9 +56,10 @@ serve() {
     while [[ $1 != -- ]]; do options+=("$1"); shift; done
     shift
     say "serving $name on $node; its log: $logs/serve_$name.log"
+    : >"$logs/serve_$name.log"
     # Whoever reaches the node can ask it: there is no password. It picks its ports.
     step "$component" server --nodes=1 --ntasks=1 --nodelist="$node" "${options[@]}" -- \
-        "$PYTHON" -m kvdistill serve --name "$name" --grpc-host 0.0.0.0 "$@" >"$logs/serve_$name.log" 2>&1 &
+        "$PYTHON" -m kvdistill serve --name "$name" --grpc-host 0.0.0.0 "$@" >>"$logs/serve_$name.log" 2>&1 &
     server_pid[$name]=$!
     server_node[$name]=$node
 }
