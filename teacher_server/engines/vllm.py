@@ -109,7 +109,8 @@ class VLLMEngine:
         address = config.worker_address
         self._inbox = Inbox(_address(address, Path(self._scratch.name)), key, self._events.put)
         self._loop = asyncio.new_event_loop()
-        threading.Thread(target=self._loop.run_forever, name="vllm", daemon=True).start()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="vllm", daemon=True)
+        self._thread.start()
         transfer = KVTransferConfig(
             kv_connector=KVDistillConnector.__name__,
             kv_connector_module_path=KVDistillConnector.__module__,
@@ -177,15 +178,17 @@ class VLLMEngine:
 
     def close(self) -> None:
         """See `TeacherEngine.close`."""
-        self._loop.call_soon_threadsafe(self._llm.shutdown)
         with contextlib.suppress(TimeoutError):
-            self._on_loop(asyncio.sleep(0)).result(timeout=HANDOVER_SECONDS)
+            self._on_loop(_shut_down(self._llm)).result(timeout=HANDOVER_SECONDS)
         self._end_threads()
         self._reference.close()
 
     def _end_threads(self) -> None:
         self._inbox.close()
         self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join(timeout=1.0)
+        if not self._loop.is_running():
+            self._loop.close()
         self._scratch.cleanup()
 
     def _on_loop(self, work: Coroutine[Any, Any, ResultT]) -> Future[ResultT]:
@@ -303,6 +306,10 @@ def _written(row: int, request: Future[Written]) -> Written | SampleFailure:
 async def _start(arguments: AsyncEngineArgs) -> AsyncLLM:
     """On the loop that it will run on."""
     return AsyncLLM.from_engine_args(arguments)
+
+
+async def _shut_down(llm: AsyncLLM) -> None:
+    llm.shutdown()
 
 
 def _address(worker_address: str | None, scratch: Path) -> str | tuple[str, int]:

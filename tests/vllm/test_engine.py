@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable
 
 import pytest
+from prometheus_client import REGISTRY
 
 from kvcore.plan import CodecSpec, KVPlan, Selection
 from kvcore.select import needs_keys
@@ -84,12 +85,25 @@ def test_selectors_choose_what_they_choose_on_transformers(pair: Pair, selector:
         assert_equal_on_both(pair, samples, KVPlan(layers=(0, 2), selection=selection, codec=codec))
 
 
+def counted(name: str) -> float:
+    """One of vLLM's counters, over all engines that count."""
+    return sum(
+        sample.value
+        for metric in REGISTRY.collect()
+        for sample in metric.samples
+        if sample.name == f"vllm:{name}_total"
+    )
+
+
 def test_what_is_found_in_the_prefix_cache_leaves_too(pair: Pair) -> None:
+    before = counted("prefix_cache_hits")
     shared = sample_of(250, 1).token_ids
     assert shared is not None
     samples = [Sample(f"p{end}", token_ids=(*shared[:200], *range(10, 10 + end))) for end in (1, 40, 90)]
     for _ in range(2):
         assert_equal_on_both(pair, [*samples, Sample("again", token_ids=shared)], EVERYTHING)
+    if pair.counts:
+        assert counted("prefix_cache_hits") > before + 3 * 32
 
 
 def test_attention_of_an_answer_in_the_prefix_cache_is_computed_again(pair: Pair) -> None:
@@ -99,12 +113,13 @@ def test_attention_of_an_answer_in_the_prefix_cache_is_computed_again(pair: Pair
 
 
 def test_requests_that_push_each_other_out_of_the_cache_lose_nothing(pairs: Callable[[str], Pair]) -> None:
-    pair = pairs("llama")
+    pair, before = pairs("llama"), counted("num_preemptions")
     samples = [sample_of(300 + 20 * number, 40 + number) for number in range(8)]
     for selector in ("full", "r_kv"):
         budget = 0 if selector == "full" else 9
         selection = Selection.model_validate({"selector": selector, "budget": budget, "span": "all"})
         assert_equal_on_both(pair, samples, KVPlan(layers=(0, 1, 2), selection=selection, codec=RAW))
+    assert counted("num_preemptions") > before
 
 
 def test_a_sample_that_is_given_up_ends_and_the_others_go_on(pair: Pair) -> None:
