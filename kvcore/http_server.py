@@ -19,7 +19,11 @@ class HttpServer(uvicorn.Server):
     """uvicorn that keeps its hands off signals and logs."""
 
     def __init__(self, app: FastAPI) -> None:
-        super().__init__(uvicorn.Config(app, log_config=None, access_log=False, lifespan="off", server_header=False))
+        super().__init__(
+            uvicorn.Config(
+                app, log_config=None, log_level="warning", access_log=False, lifespan="off", server_header=False
+            )
+        )
 
     @contextlib.contextmanager
     def capture_signals(self) -> Generator[None, None, None]:

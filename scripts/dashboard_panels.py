@@ -183,8 +183,8 @@ def teachers_row() -> tuple[Panel, ...]:
         Panel("Ready", "1 while requests are taken.", (Query(server("ready"), filled),), defaults={"min": 0, "max": 1}),
         Panel("Calls", "By their status.", (Query(by_code, "{{instance}} {{method}} {{code}}"),), "reqps"),
         Panel(
-            "Samples that failed",
-            "Each with a status of its own; the rest of its request goes on.",
+            "Samples",
+            "By their own status: one that fails leaves the rest of its request to go on.",
             (Query(f"sum by (instance, status) ({rate(server('samples_total'))})", "{{instance}} {{status}}"),),
         ),
         Panel(

@@ -104,6 +104,9 @@ def _panel(panel: Panel, number: int, place: dict[str, int]) -> dict[str, Any]:
                 "datasource": DATASOURCE,
                 "expr": query.expr,
                 "legendFormat": query.legend or "__auto",
+                # One number is the one of now: over a range every phase of the past would have its own.
+                "instant": panel.kind != "timeseries",
+                "range": panel.kind == "timeseries",
             }
             for index, query in enumerate(panel.queries)
         ],

@@ -7,6 +7,7 @@ import contextlib
 import logging
 import os
 import signal
+import socket
 import threading
 import time
 from collections.abc import AsyncIterator, Callable
@@ -68,7 +69,7 @@ def run(config: ServeConfig) -> None:
         KVDistillError: a port, the model or the self-test failed, or traces cannot be sent as asked.
     """
     logs.configure(config.log_level)
-    stop_tracing = tracing.start("kvdistill-teacher", config.teacher_name)
+    stop_tracing = tracing.start("kvdistill-teacher", f"{config.teacher_name}@{socket.gethostname()}:{os.getpid()}")
     try:
         ended = asyncio.run(_serve_until_signalled(config))
     finally:

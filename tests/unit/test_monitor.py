@@ -69,6 +69,8 @@ def test_metrics_say_how_the_run_and_each_teacher_does(tmp_path: Path, caplog: p
         url = url_in(caplog.messages)
         assert httpx.get(f"{url}healthz").text == "ok\n"
         text = httpx.get(f"{url}metrics").text
+    told = [record.getMessage() for record in caplog.records if record.name.startswith("uvicorn")]
+    assert told == [], "the run's log is for people who follow the run"
     assert read(text, "step") == {(): 11}
     assert read(text, "planned_steps") == {(): 100}
     assert read(text, "samples_total") == {(): 64}
