@@ -11,6 +11,7 @@ from tests.support.slurm_cluster import SlurmCluster
 from tests.support.training import LATENTS, make_world, metrics
 
 STEPS = 3
+JOB_SECONDS = 400.0
 # What the template asks of a cluster, as this one has it.
 SMALLER = {"partition": "gpu", "ntasks-per-node": 1, "cpus-per-task": 4}
 
@@ -42,7 +43,7 @@ def test_a_job_of_three_components_trains_from_teachers_on_two_of_them(tmp_path:
     )
     with SlurmCluster(tmp_path / "cluster", 4) as cluster:
         job = cluster.submit([f"--output={tmp_path}/job.out", str(script), *flags.split()], environment)
-        shown = cluster.wait(job, 120)
+        shown = cluster.wait(job, JOB_SECONDS)
     said = (tmp_path / "job.out").read_text(encoding="utf-8", errors="replace")
     assert shown["JobState"] == "COMPLETED", said
     assert re.search(r"serving ada on n3;[^\n]*\n.*serving ben on n4;", said), said
