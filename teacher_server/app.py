@@ -10,7 +10,7 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Coroutine
 from typing import TypeVar
 
 import grpc
@@ -43,6 +43,7 @@ MAX_REQUEST_BYTES = 16 * MIB
 RETEST_SECONDS = 10.0
 LAST_WORDS_SECONDS = 2.0
 SAMPLE_SECONDS = 5.0
+LOADING_SECONDS = 15.0
 
 GRPC_OPTIONS: tuple[tuple[str, int], ...] = (
     ("grpc.max_receive_message_length", MAX_REQUEST_BYTES),
@@ -131,7 +132,7 @@ class TeacherServer:
 
     async def _start(self) -> None:
         config, started = self._config, time.monotonic()
-        engine = await _in_daemon_thread(lambda: _load(self._load, config))
+        engine = await _reported(_in_daemon_thread(lambda: _load(self._load, config)), config.model)
         queue = SampleQueue(config.max_queued_tokens, config.max_batch_tokens, config.stream_window_bytes)
         scheduler = Scheduler(engine, queue, self.state.metrics, self._engine_broke.set)
         self.state.backend = Backend(engine, scheduler)
@@ -258,6 +259,17 @@ def _listen(server: grpc.aio.Server, host: str, port: int) -> int:
         return server.add_insecure_port(address)
     except RuntimeError as error:
         raise FieldError("grpc_port", f"cannot listen on {address}: {error}") from error
+
+
+async def _reported(load: Coroutine[None, None, ResultT], model: str) -> ResultT:
+    """Awaits a model, and logs every so often that it still loads."""
+    task, started = asyncio.create_task(load), time.monotonic()
+    try:
+        while not (await asyncio.wait({task}, timeout=LOADING_SECONDS))[0]:
+            log_event(log, "loading", model=model, seconds=round(time.monotonic() - started, 3))
+        return await task
+    finally:
+        task.cancel()
 
 
 async def _in_daemon_thread(function: Callable[[], ResultT]) -> ResultT:

@@ -113,6 +113,24 @@ def test_probes_follow_loading_then_ready_then_draining(start: Callable[..., Ser
     assert server.ended.result() is True
 
 
+def test_a_model_that_loads_for_long_says_so_in_the_log(
+    start: Callable[..., ServerInThread], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(app, "LOADING_SECONDS", 0.02)
+    caplog.set_level("INFO")
+    told = threading.Event()
+
+    def load(config: ServeConfig) -> TeacherEngine:
+        told.wait(20)
+        return FakeEngine(config, FakeModel(layers=2))
+
+    server = start(load)
+    wait_until(lambda: caplog.messages.count("loading") >= 2)
+    told.set()
+    server.wait_ready()
+    assert caplog.records[caplog.messages.index("loading")].fields["model"] == "fake:layers=2"  # pyright: ignore[reportAttributeAccessIssue]
+
+
 def test_loading_that_fails_ends_the_server_with_that_error(start: Callable[..., ServerInThread]) -> None:
     def load(_config: ServeConfig) -> TeacherEngine:
         raise UnsupportedModelError("no such attention")
