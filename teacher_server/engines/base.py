@@ -151,9 +151,9 @@ class GenerateOptions:
 class Written:
     """What a teacher wrote behind a prompt.
 
-    `text`: up to the stop text that ended it, without the model's special tokens. `finish_reason`: `stop` where the
-    model ended by itself or met a stop text, `length` where `max_new_tokens` cut it off. `tokens`: how many the model
-    wrote, also those that stand for no text.
+    `text`: up to the stop text that ended it, without the model's special tokens and without a character that is not
+    complete at its end. `finish_reason`: `stop` where the model ended by itself or met a stop text, `length` where
+    `max_new_tokens` cut it off. `tokens`: how many the model wrote, also those that stand for no text.
     """
 
     text: str
