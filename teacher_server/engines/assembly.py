@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -13,6 +13,9 @@ from kvcore.types import Tensor
 from teacher_server.engines.base import LayerResult, SampleFailure
 from teacher_server.engines.handover import FailureMessage, LayerMessage, Message
 from teacher_server.plan_execution import error_budget_problem
+
+_Group = list[tuple[int, list[tuple[LayerMessage, int]]]]
+"""Samples whose layer has come in the same messages: each one's row, and its pieces by ascending head."""
 
 
 @dataclass(slots=True)
@@ -74,9 +77,9 @@ class Assembly:
         self.drop(row)
         return SampleFailure(row, problem)
 
-    def _complete(self, rows: Sequence[int] | dict[int, int]) -> list[list[tuple[int, list[tuple[LayerMessage, int]]]]]:
+    def _complete(self, rows: Iterable[int]) -> list[_Group]:
         """Layers that have all heads and are next in their sample's order, grouped where they came together."""
-        groups: dict[tuple[int, ...], list[tuple[int, list[tuple[LayerMessage, int]]]]] = {}
+        groups: dict[tuple[int, ...], _Group] = {}
         for row in rows:
             state = self._rows[row]
             while state.open:
@@ -87,9 +90,9 @@ class Assembly:
                 del state.pieces[state.plan.layers[state.emitted]]
                 state.emitted += 1
                 groups.setdefault(tuple(id(message) for message, _ in ordered), []).append((row, ordered))
-        return list(groups.values())
+        return sorted(groups.values(), key=_layer_of)
 
-    def _assemble(self, group: list[tuple[int, list[tuple[LayerMessage, int]]]]) -> LayerResult:
+    def _assemble(self, group: _Group) -> LayerResult:
         """Samples that share their messages, as one result."""
         messages = [message for message, _ in group[0][1]]
         places = [[pieces[rank][1] for _, pieces in group] for rank in range(len(messages))]
@@ -109,11 +112,10 @@ class Assembly:
         kept: list[LayerResult] = []
         failures: list[SampleFailure] = []
         for result in results:
-            codec = self._rows[result.indices[0]].plan.codec
             good: list[int] = []
             for place, row in enumerate(result.indices):
                 errors = {kind: values[place] for kind, values in result.relative_error.items()}
-                problem = error_budget_problem(errors, result.layer, codec)
+                problem = error_budget_problem(errors, result.layer, self._rows[row].plan.codec)
                 if problem is None:
                     good.append(place)
                 elif not self._rows[row].failed:
@@ -122,6 +124,10 @@ class Assembly:
                 kept.append(result.subset(good))
         failed = {failure.index for failure in failures}
         return [_without(result, failed) for result in kept if not failed.issuperset(result.indices)], failures
+
+
+def _layer_of(group: _Group) -> int:
+    return group[0][1][0][0].layer
 
 
 def _rows_of(tensor: Tensor, places: list[int]) -> Tensor:

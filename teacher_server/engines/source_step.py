@@ -83,12 +83,13 @@ def source_row(tag: str, sample: PlannedSample) -> SourceRow:
 
 @dataclass(frozen=True, slots=True)
 class HeadShare:
-    """A tensor-parallel rank's KV heads, of `total`; `ships` is False where another rank has the same."""
+    """A tensor-parallel rank's KV heads, of `total`; of the ranks that have copies of the same, one `ships`."""
 
     first: int
     count: int
     total: int
     ships: bool
+    copies: int = 1
 
     @classmethod
     def of(cls, rank: int, ranks: int, total: int) -> HeadShare:
@@ -96,7 +97,14 @@ class HeadShare:
         if ranks <= total:
             return cls(rank * (total // ranks), total // ranks, total, ships=True)
         copies = ranks // total
-        return cls(rank // copies, 1, total, ships=rank % copies == 0)
+        return cls(rank // copies, 1, total, ships=rank % copies == 0, copies=copies)
+
+    def needs_others(self, plan: KVPlan) -> bool:
+        """Whether this rank must be given the other ranks' heads, of keys and of queries, to choose as they do."""
+        if self.copies > 1 and needs_importance(plan.selection):
+            # The query heads of one KV head are spread over the ranks that have a copy of it.
+            return True
+        return self.count < self.total and needs_all_heads(plan)
 
 
 def needs_all_heads(plan: KVPlan) -> bool:
@@ -119,6 +127,7 @@ class SourceStep:
     def __init__(
         self, rows: Sequence[SourceRow], lengths: Sequence[int], rope: RoPEScaler, share: HeadShare, *, gathered: bool
     ) -> None:
+        assert gathered or not any(share.needs_others(row.row.plan) for row in rows), "other ranks' heads are needed"
         self.tags = [row.tag for row in rows]
         longest = max(row.needed_N.size for row in rows)
         padded = [np.pad(row.needed_N, (0, longest - row.needed_N.size)) for row in rows]
