@@ -210,7 +210,7 @@ class RunConfig(StrictModel):
 
 
 class MonitorConfig(StrictModel):
-    """HTTP on rank 0 while it trains: `/metrics` for Prometheus, `/healthz` for probes.
+    """HTTP on rank 0 while it trains: a page for people, `/metrics` for Prometheus, `/healthz` for probes.
 
     Off without a `port`; 0 takes a free one, which the log names. There is no password: leave it on loopback, or in a
     private network.
