@@ -6,13 +6,14 @@ The standard library's `multiprocessing.connection` frames messages and proves a
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing import AuthenticationError
-from multiprocessing.connection import Client, Connection, Listener
+from multiprocessing.connection import Client, Connection, Listener, answer_challenge, deliver_challenge
 from typing import Any, cast
 
 import msgpack
@@ -24,6 +25,9 @@ from kvcore.types import Tensor
 log = logging.getLogger(__name__)
 
 MAX_MESSAGE_BYTES = 1 << 30
+# Workers that may connect at the same moment.
+BACKLOG = 128
+CLOSING_SECONDS = 5.0
 _DTYPES = {
     str(dtype).removeprefix("torch."): dtype for dtype in (torch.float32, torch.bfloat16, torch.int8, torch.int32)
 }
@@ -62,7 +66,11 @@ Message = LayerMessage | FailureMessage
 
 
 def pack(message: Message) -> bytes:
-    """A message as bytes."""
+    """A message as bytes.
+
+    Raises:
+        ProtocolError: more than `MAX_MESSAGE_BYTES`.
+    """
     if isinstance(message, FailureMessage):
         return cast("bytes", msgpack.packb({"tags": message.tags, "problem": message.problem}))
     tensors = {**message.parts, "positions": message.positions}
@@ -79,11 +87,14 @@ def pack(message: Message) -> bytes:
             for name, tensor in tensors.items()
         ],
     }
-    return cast("bytes", msgpack.packb(header))
+    payload = cast("bytes", msgpack.packb(header))
+    if len(payload) > MAX_MESSAGE_BYTES:
+        raise ProtocolError(f"one layer takes {len(payload)} bytes, and a message at most {MAX_MESSAGE_BYTES}")
+    return payload
 
 
 def unpack(payload: bytes) -> Message:
-    """Undoes `pack`; tensors are read-only views of the payload.
+    """Undoes `pack`; tensors are copies.
 
     Raises:
         ProtocolError: it is no such message.
@@ -94,7 +105,7 @@ def unpack(payload: bytes) -> Message:
             return FailureMessage(header["tags"], header["problem"])
         tensors = {name: _tensor(data, dtype, shape) for name, dtype, shape, data in header.pop("tensors")}
         return LayerMessage(parts=tensors, positions=tensors.pop("positions"), **header)
-    except (ValueError, TypeError, KeyError, RuntimeError, msgpack.UnpackException) as error:
+    except (ValueError, TypeError, LookupError, AttributeError, RuntimeError, msgpack.UnpackException) as error:
         raise ProtocolError(f"a worker sent {len(payload)} bytes that are no message: {error}") from error
 
 
@@ -154,33 +165,33 @@ class Outbox:
         with self._changed:
             self._closed = True
             self._changed.notify()
-        self._thread.join(timeout=5.0)
-        self._connection.close()
+        self._thread.join(timeout=CLOSING_SECONDS)
 
     def _work(self) -> None:
-        while (parcel := self._next()) is not None:
-            try:
-                for message in self._messages(parcel):
-                    self._connection.send_bytes(pack(message))
-            except OSError as error:
-                log.warning("the server no longer takes keys and values: %s", error)
-                self._abandon()
-            with self._changed:
-                self._bytes -= parcel.nbytes
+        with self._connection:
+            while (parcel := self._next()) is not None:
+                try:
+                    for payload in self._payloads(parcel):
+                        self._connection.send_bytes(payload)
+                except OSError as error:
+                    log.warning("the server no longer takes keys and values: %s", error)
+                    self._abandon()
+                with self._changed:
+                    self._bytes -= parcel.nbytes
 
     def _next(self) -> Parcel | None:
         with self._changed:
             self._changed.wait_for(lambda: self._waiting or self._closed)
             return self._waiting.popleft() if self._waiting else None
 
-    def _messages(self, parcel: Parcel) -> Iterable[Message]:
+    def _payloads(self, parcel: Parcel) -> Iterator[bytes]:
         try:
-            yield from parcel.make()
-        except OSError:
-            raise
+            for message in parcel.make():
+                yield pack(message)
         except Exception as error:  # the engine serves other requests; these fail by name
             log.exception("cannot encode keys and values")
-            yield FailureMessage(list(parcel.tags), f"the worker failed on them: {type(error).__name__}: {error}")
+            problem = f"the worker failed on them: {type(error).__name__}: {error}"
+            yield pack(FailureMessage(list(parcel.tags), problem))
 
     def _abandon(self) -> None:
         with self._changed:
@@ -201,7 +212,10 @@ class Inbox:
     """
 
     def __init__(self, address: Address, key: bytes, receive: Callable[[Message], None]) -> None:
-        self._listener = Listener(address, authkey=key)
+        # Workers prove the key in threads of their own: one that says nothing keeps nobody waiting.
+        self._listener = Listener(address, backlog=BACKLOG)
+        self._address = cast("Address", self._listener.address)
+        self._key = key
         self._receive = receive
         self._closed = False
         threading.Thread(target=self._accept, name="kv inbox", daemon=True).start()
@@ -209,24 +223,36 @@ class Inbox:
     @property
     def address(self) -> Address:
         """Where it listens."""
-        return cast("Address", self._listener.address)
+        return self._address
 
     def close(self) -> None:
         """Takes no more workers."""
         self._closed = True
+        with contextlib.suppress(OSError):
+            # A thread that waits for a connection is woken by one, not by the end of the socket.
+            Client(self._address).close()
         self._listener.close()
 
     def _accept(self) -> None:
         while not self._closed:
             try:
                 connection = self._listener.accept()
-            except AuthenticationError as error:
-                log.warning("refused a worker: %s", error)
-            except (OSError, EOFError) as error:
+            except OSError as error:
                 if not self._closed:
                     log.warning("a worker's connection broke: %s", error)
             else:
-                threading.Thread(target=self._read, args=(connection,), name="kv reader", daemon=True).start()
+                threading.Thread(target=self._serve, args=(connection,), name="kv reader", daemon=True).start()
+
+    def _serve(self, connection: Connection) -> None:
+        with connection:
+            try:
+                deliver_challenge(connection, self._key)
+                answer_challenge(connection, self._key)
+            except (AuthenticationError, EOFError, OSError) as error:
+                if not self._closed:
+                    log.warning("refused a worker: %s", error)
+                return
+            self._read(connection)
 
     def _read(self, connection: Connection) -> None:
         try:
@@ -236,5 +262,3 @@ class Inbox:
             log.exception("closing the connection of a worker")
         except (EOFError, OSError):
             log.info("a worker ended its connection")
-        finally:
-            connection.close()
