@@ -27,7 +27,7 @@ from kvcore.http_server import HttpServer, bind
 from teacher_server import logs
 from teacher_server.config import MIB, ServeConfig
 from teacher_server.engines import load_engine
-from teacher_server.engines.base import TeacherEngine
+from teacher_server.engines.base import EngineLostError, TeacherEngine
 from teacher_server.http import build_app
 from teacher_server.interceptors import CallInterceptor
 from teacher_server.logs import log_event
@@ -104,6 +104,7 @@ class TeacherServer:
         self._health = health_aio.HealthServicer()
         self._stop = asyncio.Event()
         self._engine_broke = asyncio.Event()
+        self._lost: EngineLostError | None = None
 
     async def serve(self) -> bool:
         """Runs from start to end; False if a thread of the engine still runs.
@@ -120,7 +121,10 @@ class TeacherServer:
             await self._stop.wait()
             watch.cancel()
             await self._drain()
-        return self._end_engine()
+        ended = self._end_engine()
+        if self._lost is not None:
+            raise self._lost
+        return ended
 
     def request_stop(self) -> None:
         """Begins to drain; ends the process if it drains already."""
@@ -134,7 +138,7 @@ class TeacherServer:
         config, started = self._config, time.monotonic()
         engine = await _reported(_in_daemon_thread(lambda: _load(self._load, config)), config.model)
         queue = SampleQueue(config.max_queued_tokens, config.max_batch_tokens, config.stream_window_bytes)
-        scheduler = Scheduler(engine, queue, self.state.metrics, self._engine_broke.set)
+        scheduler = Scheduler(engine, queue, self.state.metrics, self._on_engine_error)
         self.state.backend = Backend(engine, scheduler)
         self.state.set_ready("the self-test is running")
         await self_test(self._service, engine.info)
@@ -166,6 +170,12 @@ class TeacherServer:
             return False
         await task
         return True
+
+    def _on_engine_error(self, error: Exception) -> None:
+        if isinstance(error, EngineLostError):
+            self._lost = error
+            self._stop.set()
+        self._engine_broke.set()
 
     async def _watch_engine(self) -> None:
         """After a batch that failed, finds out whether the engine still works, and stops serving until it does."""

@@ -33,11 +33,11 @@ class Scheduler:
         engine: called from this scheduler's thread alone.
         queue: what waits for the engine.
         metrics: of the server.
-        on_engine_error: called on the event loop after a batch that the engine failed on.
+        on_engine_error: called on the event loop with what the engine raised on a batch.
     """
 
     def __init__(
-        self, engine: TeacherEngine, queue: SampleQueue, metrics: Metrics, on_engine_error: Callable[[], None]
+        self, engine: TeacherEngine, queue: SampleQueue, metrics: Metrics, on_engine_error: Callable[[Exception], None]
     ) -> None:
         self.queue = queue
         self._engine = engine
@@ -132,7 +132,7 @@ class Scheduler:
                     problem = f"the engine failed on this sample's batch (error {error_id})"
                     _tell(lane, lane.sink.on_failed, job, "INTERNAL", problem)
             _tell(lane, lane.sink.on_batch_end, [], [], sum(job.nbytes for job in jobs))
-        self._on_engine_error()
+        self._on_engine_error(error)
 
     def _observe(self, batch: Sequence[Job], timings: ExecutionTimings) -> None:
         metrics = self._metrics

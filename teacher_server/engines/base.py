@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
+from kvcore.errors import KVDistillError
 from kvcore.plan import ImportancePool, KVPlan, SelectionSpan
 from kvcore.selectors.random import sample_seed
 from kvcore.types import Sample, TeacherInfo, Tensor
@@ -159,6 +160,12 @@ class Written:
     text: str
     finish_reason: FinishReason
     tokens: int
+
+
+class EngineLostError(KVDistillError):
+    """The engine has ended for good; its server has to end too, so that whoever started it can start another."""
+
+    next_step = "see the engine's own message above in this server's log, and start it again"
 
 
 class TeacherEngine(Protocol):

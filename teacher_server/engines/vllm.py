@@ -38,13 +38,14 @@ from vllm.platforms import current_platform
 from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.async_llm import AsyncLLM
 
-from kvcore.errors import FieldError, KVDistillError
+from kvcore.errors import FieldError
 from kvcore.select import needs_importance, needs_keys
 from kvcore.types import Sample, TeacherInfo
 from teacher_server.config import ServeConfig
 from teacher_server.engines.assembly import Assembly
 from teacher_server.engines.base import (
     Emit,
+    EngineLostError,
     ExecutionTimings,
     Fail,
     GenerateOptions,
@@ -72,12 +73,6 @@ HANDOVER_SECONDS = 30.0
 POLL_SECONDS = 0.1
 
 ResultT = TypeVar("ResultT")
-
-
-class EngineDiedError(KVDistillError):
-    """vLLM's engine process ended."""
-
-    next_step = "restart this server; vLLM's own message stands above in its log"
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,7 +136,7 @@ class VLLMEngine:
         """See `TeacherEngine.run`.
 
         Raises:
-            EngineDiedError: vLLM's engine process ended.
+            EngineLostError: vLLM's engine process ended.
         """
         started = time.perf_counter()
         tags = [f"kv-{next(self._numbers)}" for _ in batch]
@@ -196,7 +191,7 @@ class VLLMEngine:
 
     def _check_alive(self) -> None:
         if self._llm.errored:
-            raise EngineDiedError("vLLM's engine process has ended")
+            raise EngineLostError("the engine has ended: vLLM's core process died")
 
     def _cannot_execute(self, sample: PlannedSample) -> str | None:
         selection = sample.plan.selection
