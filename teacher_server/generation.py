@@ -8,6 +8,7 @@ from concurrent.futures import Executor
 
 import grpc
 
+from kvcore import tracing
 from kvcore.errors import FieldError
 from kvcore.plan import KVPlan, Sampling
 from kvcore.select import needs_importance
@@ -23,6 +24,7 @@ from teacher_server.engines.base import (
 )
 from teacher_server.plan_execution import check_sample, encoded_bytes
 from teacher_server.sample_queue import Job, Lane
+from teacher_server.spans import add_writing
 from teacher_server.state import Backend
 from teacher_server.streams import AnswerStream
 
@@ -105,6 +107,7 @@ class Generation:
         self._prompts = Lane(stream, self._on_written)
         self.samples = Lane(stream)
         self._tasks: set[asyncio.Task[None]] = set()
+        self._span = tracing.current()
 
     def admit(self, prompts: Sequence[TokenizedSample | FieldError]) -> None:
         """Queues what can be written.
@@ -130,6 +133,7 @@ class Generation:
             task.cancel()
 
     def _on_written(self, jobs: Sequence[Job], outcomes: Sequence[Written | SampleFailure], seconds: float) -> None:
+        add_writing(self._span, jobs, seconds)
         task = asyncio.create_task(self._go_on(jobs, outcomes, seconds))
         self._tasks.add(task)
         task.add_done_callback(self._finished)

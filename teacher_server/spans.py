@@ -63,12 +63,25 @@ def add_batch(call_span: Span, done: Sequence[Job], timings: Sequence[Timings]) 
     if not done or not call_span.is_recording():
         return
     spent, ended = timings[0], time.perf_counter()
-    taken = max(job.ready_at + job.waited for job in done)
-    said = {
-        "kvdistill.samples": len(done),
-        "kvdistill.tokens": sum(job.tokens for job in done),
-        "kvdistill.sample_ids": tracing.id_list(job.planned.tokens.sample.id for job in done),
-    }
-    tracing.add_span("queue", call_span, min(job.ready_at for job in done), taken, said)
+    taken, said = _add_queue(call_span, done)
     tracing.add_span("prefill", call_span, taken, taken + spent.prefill, said)
     tracing.add_span("encode", call_span, ended - spent.encode, ended, said)
+
+
+def add_writing(call_span: Span, prompts: Sequence[Job], seconds: float) -> None:
+    """Adds what one batch took of a call's prompts: waiting, and writing."""
+    if call_span.is_recording():
+        taken, said = _add_queue(call_span, prompts)
+        tracing.add_span("write", call_span, taken, taken + seconds, said)
+
+
+def _add_queue(call_span: Span, jobs: Sequence[Job]) -> tuple[float, tracing.Attributes]:
+    """Adds the wait of a batch; returns when it ended, and what to say of the batch."""
+    said: tracing.Attributes = {
+        "kvdistill.samples": len(jobs),
+        "kvdistill.tokens": sum(job.tokens for job in jobs),
+        "kvdistill.sample_ids": tracing.id_list(job.planned.tokens.sample.id for job in jobs),
+    }
+    taken = max(job.ready_at + job.waited for job in jobs)
+    tracing.add_span("queue", call_span, min(job.ready_at for job in jobs), taken, said)
+    return taken, said

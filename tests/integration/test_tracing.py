@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
 from kvcore import tracing
 from kvcore.errors import TeacherRefusedError
-from kvcore.plan import KVPlan, Selection
-from kvcore.types import TeacherInfo
+from kvcore.plan import KVPlan, Sampling, Selection
+from kvcore.types import Sample, TeacherInfo
 from student_trainer.kv_sources.failover import FailoverSource
-from student_trainer.kv_sources.remote import RemoteSource
+from student_trainer.kv_sources.generate import TeacherWriter
+from student_trainer.kv_sources.remote import PlanFactory, RemoteSource
 from tests.support.otlp_collector import Collector, ReceivedSpan, otlp_collector
-from tests.support.servers import running_teacher, token_samples
+from tests.support.servers import TeacherProcess, running_teacher, token_samples, wait_until
 
 FAKE = "fake:layers=3,heads=2,dim=16,delay_ms=2"
 STREAM = "kvcache.v1.TeacherKV/StreamKV"
@@ -36,25 +37,39 @@ def free_port() -> int:
         return listener.getsockname()[1]
 
 
-@pytest.fixture
-def collector(monkeypatch: pytest.MonkeyPatch) -> Iterator[Collector]:
-    with otlp_collector() as received:
-        monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", received.url)
+@pytest.fixture(scope="module")
+def collector() -> Iterator[Collector]:
+    with otlp_collector() as received, pytest.MonkeyPatch.context() as environment:
+        environment.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", received.url)
+        environment.setenv("OTEL_BSP_SCHEDULE_DELAY", "50")
         yield received
 
 
-def fetched(tmp_path: Path, plan_maker=plan_for) -> None:
-    """Fetches through a replica that is dead and one that answers; everything is sent when this returns."""
-    with running_teacher(FAKE, tmp_path / "log", engine="fake", name="ada") as server:
-        stop = tracing.start("kvdistill-trainer", "rank0")
-        endpoints = [f"127.0.0.1:{free_port()}", server.endpoint]
-        source = FailoverSource("ada", [RemoteSource("ada", one, plan_maker) for one in endpoints], patience_s=10.0)
-        try:
-            source.connect()
-            source.fetch(SAMPLES)
-        finally:
-            source.close()
-            stop()
+@pytest.fixture(scope="module")
+def server(collector: Collector, tmp_path_factory: pytest.TempPathFactory) -> Iterator[TeacherProcess]:
+    with running_teacher(FAKE, tmp_path_factory.mktemp("server") / "log", engine="fake", name="ada") as running:
+        yield running
+
+
+@contextlib.contextmanager
+def traced_alone(collector: Collector, method: str) -> Iterator[None]:
+    """Traces this side inside the block; then waits for the server's span of its one call."""
+    collector.spans.clear()
+    stop = tracing.start("kvdistill-trainer", "rank0")
+    try:
+        yield
+    finally:
+        stop()
+    wait_until(lambda: bool(collector.named(f"kvcache.v1.TeacherKV/{method}", "SERVER")))
+
+
+def fetch(server: TeacherProcess, plan_maker: PlanFactory = plan_for) -> None:
+    """Fetches through a replica that is dead and one that answers."""
+    endpoints = [f"127.0.0.1:{free_port()}", server.endpoint]
+    source = FailoverSource("ada", [RemoteSource("ada", one, plan_maker) for one in endpoints], patience_s=10.0)
+    with contextlib.closing(source):
+        source.connect()
+        source.fetch(SAMPLES)
 
 
 def only(spans: list[ReceivedSpan]) -> ReceivedSpan:
@@ -62,46 +77,58 @@ def only(spans: list[ReceivedSpan]) -> ReceivedSpan:
     return spans[0]
 
 
-def test_a_sample_is_followed_from_the_trainer_through_the_server(collector: Collector, tmp_path: Path) -> None:
-    fetched(tmp_path)
-    fetch = next(span for span in collector.named("kv.fetch") if span.attributes["kvdistill.sample_ids"] == IDS)
-    assert (fetch.service, fetch.instance, fetch.parent) == ("kvdistill-trainer", "rank0", "")
-    client = only(collector.below(fetch))
+def test_a_sample_is_followed_from_the_trainer_through_the_server(collector: Collector, server: TeacherProcess) -> None:
+    with traced_alone(collector, "StreamKV"):
+        fetch(server)
+    top = next(span for span in collector.named("kv.fetch") if span.attributes["kvdistill.sample_ids"] == IDS)
+    assert (top.service, top.instance, top.parent) == ("kvdistill-trainer", "rank0", "")
+    client = only(collector.below(top))
     assert (client.service, client.kind, client.name) == ("kvdistill-trainer", "CLIENT", STREAM)
     assert client.attributes["kvdistill.sample_ids"] == IDS
-    server = only(collector.below(client))
-    assert (server.service, server.instance.split("@")[0]) == ("kvdistill-teacher", "ada")
-    assert (server.kind, server.name) == ("SERVER", STREAM)
-    assert server.attributes["rpc.grpc.status_code"] == 0
-    assert server.attributes["kvdistill.samples"] == 3
-    assert server.attributes["kvdistill.sent_bytes"] > 0
-    stages = collector.below(server)
+    answer = only(collector.below(client))
+    assert (answer.service, answer.instance.split("@")[0]) == ("kvdistill-teacher", "ada")
+    assert (answer.kind, answer.name) == ("SERVER", STREAM)
+    assert answer.attributes["rpc.grpc.status_code"] == 0
+    assert answer.attributes["kvdistill.samples"] == 3
+    assert answer.attributes["kvdistill.sent_bytes"] > 0
+    stages = collector.below(answer)
     assert sorted(span.name for span in stages) == ["encode", "prefill", "queue", "send"]
     by_name = {span.name: span for span in stages}
     assert by_name["prefill"].attributes["kvdistill.sample_ids"] == IDS
     # The model takes 2 ms a layer.
     assert by_name["prefill"].ended - by_name["prefill"].began >= 4_000_000
     assert by_name["queue"].began <= by_name["queue"].ended < by_name["encode"].ended
-    assert {span.trace for span in [client, server, *stages]} == {fetch.trace}
-    assert all(span.error is None for span in [fetch, client, server, *stages])
+    assert {span.trace for span in [client, answer, *stages]} == {top.trace}
+    assert all(span.error is None for span in [top, client, answer, *stages])
 
 
-def test_a_refusal_is_an_error_on_both_sides_of_one_trace(collector: Collector, tmp_path: Path) -> None:
-    with pytest.raises(TeacherRefusedError):
-        fetched(tmp_path, unknown_layer)
-    server = only(collector.named(STREAM, "SERVER"))
-    assert server.attributes["rpc.grpc.status_code"] == 3
-    assert server.error is not None
-    assert server.error.startswith("INVALID_ARGUMENT: plan.layers")
+def test_a_refusal_is_an_error_on_both_sides_of_one_trace(collector: Collector, server: TeacherProcess) -> None:
+    with traced_alone(collector, "StreamKV"), pytest.raises(TeacherRefusedError):
+        fetch(server, unknown_layer)
+    answer = only(collector.named(STREAM, "SERVER"))
+    assert answer.attributes["rpc.grpc.status_code"] == 3
+    assert answer.error is not None
+    assert answer.error.startswith("INVALID_ARGUMENT: plan.layers")
     client = only(collector.named(STREAM, "CLIENT"))
-    assert (client.trace, client.id) == (server.trace, server.parent)
+    assert (client.trace, client.id) == (answer.trace, answer.parent)
     assert client.error is not None
     assert "plan.layers" in client.error
 
 
-def test_without_the_environment_asking_nothing_is_sent(
-    collector: Collector, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.delenv("OTEL_EXPORTER_OTLP_ENDPOINT")
-    fetched(tmp_path)
-    assert collector.spans == []
+def test_writing_is_a_stage_of_its_own(collector: Collector, server: TeacherProcess) -> None:
+    writer = TeacherWriter("ada", server.endpoint, plan_for, Sampling(max_new_tokens=8))
+    with traced_alone(collector, "Generate"), contextlib.closing(writer):
+        writer.connect()
+        writer.write([Sample("p0", text="1 + 2 = ")])
+    call = only(collector.named("kvcache.v1.TeacherKV/Generate", "SERVER"))
+    assert call.parent == only(collector.named("kvcache.v1.TeacherKV/Generate", "CLIENT")).id
+    stages = [span.name for span in collector.below(call) if span.attributes.get("kvdistill.sample_ids") == ["p0"]]
+    assert stages == ["queue", "write", "queue", "prefill", "encode"]
+
+
+def test_a_caller_that_is_not_traced_begins_a_trace_at_the_server(collector: Collector, server: TeacherProcess) -> None:
+    collector.spans.clear()
+    fetch(server)
+    wait_until(lambda: bool(collector.named(STREAM, "SERVER")))
+    assert {span.service for span in collector.spans} == {"kvdistill-teacher"}
+    assert only(collector.named(STREAM, "SERVER")).parent == ""
