@@ -1,7 +1,7 @@
 """OpenTelemetry traces that follow a request from the trainer through a teacher server.
 
 Off unless the environment asks for them by OpenTelemetry's own variables (`OTEL_EXPORTER_OTLP_ENDPOINT` and its kin),
-which also say where they go, how many are kept, and what the service is called. While off, a span costs a microsecond
+which also say where they go, how many are kept, and what the service is called. While off, a span costs microseconds
 and nothing is sent.
 """
 
