@@ -31,7 +31,7 @@ from kvcore.plan import CodecName, CodecSpec, KVPlan, Selection
 from kvcore.stream_reader import StreamReader
 from kvcore.types import EncodedSampleKV, Sample
 from teacher_server.config import ServeConfig
-from teacher_server.engines import load_engine
+from teacher_server.engines import hf
 from tests.support.servers import TeacherClient, TeacherProcess, running_teacher
 from tests.support.tiny_models import save_tiny_model, tiny_spec
 
@@ -132,7 +132,7 @@ def chain_requests(count: int, samples: int, operations: int) -> list[list[Sampl
 def model_cpu_ms(model: str, requests: list[list[Sample]]) -> float:
     """CPU of one request's forward pass alone, with importance, as R-KV needs it."""
     torch.set_num_threads(1)
-    engine = load_engine(ServeConfig(model=model, device="cpu", dtype="fp32"))
+    engine = hf.load(ServeConfig(model=model, device="cpu", dtype="fp32"))
     read = [[engine.tokenize(sample) for sample in samples] for samples in requests]
     layers = range(engine.info.layers)
     spent: list[float] = []
@@ -189,15 +189,25 @@ def _rounds(
 def main() -> None:
     """Reads the arguments, measures, prints."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--engine", choices=("hf", "vllm"), default="hf")
     parser.add_argument("--model", help="a directory or hub id; a tiny random model by default")
     parser.add_argument("--dtype", default="fp32")
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--samples", type=int, default=64, help="samples of one request")
+    parser.add_argument("--samples", type=int, default=64, help="samples of one request, or batch")
     parser.add_argument("--operations", type=int, default=4, help="length of a sample's chain of operations")
     parser.add_argument("--budget", type=int, default=3, help="R-KV's budget; 0 asks for the whole reasoning")
     parser.add_argument("--requests", type=int, default=20, help="requests of one round and codec")
     parser.add_argument("--rounds", type=int, default=5)
-    sys.stdout.write(json.dumps(run(parser.parse_args())) + "\n")
+    parser.add_argument("--tokens", type=int, default=480, help="of each sample (engine vllm)")
+    arguments = parser.parse_args()
+    if arguments.engine == "vllm":
+        # Where vLLM is not installed, the others can be measured all the same.
+        from benchmarks import serve_vllm  # noqa: PLC0415
+
+        result = serve_vllm.run(arguments)
+    else:
+        result = run(arguments)
+    sys.stdout.write(json.dumps(result) + "\n")
 
 
 if __name__ == "__main__":

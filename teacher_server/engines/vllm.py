@@ -154,6 +154,13 @@ class VLLMEngine:
                 request.cancel()
         return ExecutionTimings(prefill_s=prefill_s, encode_s=encode_s)
 
+    def read_alone(self, batch: Sequence[TokenizedSample]) -> None:
+        """Reads prompts without any plan: what vLLM costs by itself, for benchmarks."""
+        parameters = SamplingParams(max_tokens=1, detokenize=False, skip_reading_prefix_cache=True)
+        reads = [self._on_loop(self._answer(t.token_ids, parameters, f"read-{next(self._numbers)}")) for t in batch]
+        for read in reads:
+            read.result()
+
     def generate(
         self, prompts: Sequence[TokenizedSample], options: GenerateOptions, wanted: Wanted
     ) -> list[Written | SampleFailure]:

@@ -1,0 +1,152 @@
+"""What streaming K/V costs vLLM, and how soon the first layer is there.
+
+The same batches of random tokens go through one engine in turns, without any plan and under each plan; tokens are never
+found in the prefix cache. `cost` is the CPU time of all its processes beyond that of reading alone, as a share of it
+(negative: below the noise). `first_layer_share`: of a single prompt's prefill, how much had passed when the first layer
+had come to the server's process, encoded.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import random
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import psutil
+import torch
+
+from kvcore.plan import CodecSpec, KVPlan, Selection
+from kvcore.types import Sample, Span
+from teacher_server.config import ServeConfig
+from teacher_server.engines import load_engine
+from teacher_server.engines.base import LayerResult, PlannedSample, TokenizedSample
+from teacher_server.engines.vllm import VLLMEngine
+from tests.support.tiny_models import save_tiny_model, tiny_spec
+
+# 72M parameters: the smaller the model, the more encoding weighs beside it.
+SMALL = tiny_spec("qwen2", layers=8, hidden=1024, heads=16, kv_heads=4, head_dim=64, max_positions=1024)
+SELECTIONS = {
+    "right_24_int8": (Selection(selector="right", budget=24, span="all"), CodecSpec(name="int8")),
+    "r_kv_24_int8": (Selection(selector="r_kv", budget=24, span="all", scope="layer"), CodecSpec(name="int8")),
+    "full_int8": (Selection(selector="full", span="all"), CodecSpec(name="int8")),
+}
+SINGLE_PROMPTS = 5
+
+
+@dataclass(slots=True)
+class Spent:
+    """Of one batch: wall and CPU seconds of all processes."""
+
+    wall: list[float]
+    cpu: list[float]
+
+
+def cpu_seconds() -> float:
+    """Of this process and all below it."""
+    own = psutil.Process()
+    times = [process.cpu_times() for process in (own, *own.children(recursive=True))]
+    return sum(one.user + one.system for one in times)
+
+
+def measured(work: Callable[[], None], into: Spent) -> None:
+    """Runs and adds what it took."""
+    cpu, started = cpu_seconds(), time.perf_counter()
+    work()
+    into.wall.append(time.perf_counter() - started)
+    into.cpu.append(cpu_seconds() - cpu)
+
+
+class Batches:
+    """Fresh random prompts, no two with a common beginning of any length."""
+
+    def __init__(self, engine: VLLMEngine, tokens: int) -> None:
+        self._engine, self._tokens = engine, tokens
+        self._seeds = itertools.count()
+
+    def next(self, samples: int) -> list[TokenizedSample]:
+        """One batch."""
+        return [self._prompt(random.Random(next(self._seeds))) for _ in range(samples)]
+
+    def _prompt(self, rng: random.Random) -> TokenizedSample:
+        token_ids = tuple(rng.randrange(3, 300) for _ in range(self._tokens))
+        answer = self._tokens - max(1, self._tokens // 20)
+        # The last twentieth is the answer that R-KV ranks by.
+        sample = Sample(f"{rng.random()}", token_ids=token_ids, spans=(Span("answer", answer, self._tokens),))
+        return self._engine.tokenize(sample)
+
+
+def stream(engine: VLLMEngine, batch: Sequence[TokenizedSample], plan: KVPlan) -> tuple[float, float]:
+    """Runs a batch; returns when its first layer came, and when vLLM had read it all, in seconds."""
+    started, first = time.perf_counter(), [0.0]
+
+    def emit(_result: LayerResult) -> None:
+        first[0] = first[0] or time.perf_counter() - started
+
+    def fail(failure: object) -> None:
+        raise SystemExit(f"a sample failed: {failure}")
+
+    timings = engine.run([PlannedSample(tokens, plan) for tokens in batch], emit, fail, lambda _row: True)
+    return first[0], timings.prefill_s
+
+
+def run(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Starts vLLM and measures."""
+    samples = min(arguments.samples, 4) if arguments.model is None else arguments.samples
+    with tempfile.TemporaryDirectory() as scratch:
+        model = arguments.model or str(save_tiny_model(Path(scratch) / "model", SMALL))
+        engine = cast("VLLMEngine", load_engine(ServeConfig(model=model, engine="vllm", device=arguments.device)))
+        try:
+            result = _measure(engine, samples, arguments)
+        finally:
+            engine.close()
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    return {
+        "benchmark": "serve",
+        "engine": "vllm",
+        "model": arguments.model or "random Qwen2, 29M",
+        "device": device,
+    } | result
+
+
+def _measure(engine: VLLMEngine, samples: int, arguments: argparse.Namespace) -> dict[str, Any]:
+    layers = tuple(range(engine.info.layers))
+    plans = {name: KVPlan(layers=layers, selection=s, codec=c) for name, (s, c) in SELECTIONS.items()}
+    batches = Batches(engine, arguments.tokens)
+    spent = {name: Spent([], []) for name in ("alone", *plans)}
+    for number in range(arguments.rounds + 1):
+        trial = {name: Spent([], []) for name in spent} if number == 0 else spent
+        batch = batches.next(samples)
+        measured(lambda batch=batch: engine.read_alone(batch), trial["alone"])
+        for name, plan in plans.items():
+            batch = batches.next(samples)
+            measured(lambda batch=batch, plan=plan: stream(engine, batch, plan), trial[name])  # type: ignore[misc]
+        sys.stderr.write(f"{number} {json.dumps({name: round(one.wall[-1], 3) for name, one in trial.items()})}\n")
+    singles = [stream(engine, batches.next(1), plans["right_24_int8"]) for _ in range(SINGLE_PROMPTS + 1)][1:]
+    return {
+        "layers": len(layers),
+        "samples": samples,
+        "tokens": arguments.tokens,
+        "rounds": arguments.rounds,
+        **{name: _medians(one, spent["alone"], samples * arguments.tokens) for name, one in spent.items()},
+        "first_layer_share": round(statistics.median(first / prefill for first, prefill in singles), 4),
+        "first_layer_ms": round(1e3 * statistics.median(first for first, _ in singles), 2),
+        "prefill_ms": round(1e3 * statistics.median(prefill for _, prefill in singles), 2),
+    }
+
+
+def _medians(one: Spent, alone: Spent, tokens: int) -> dict[str, float]:
+    pairs = zip(one.cpu, alone.cpu, strict=True)
+    return {
+        "tokens_per_s": round(tokens / statistics.median(one.wall), 1),
+        "cpu_s": round(statistics.median(one.cpu), 4),
+        "cost": round(statistics.median(mine / theirs for mine, theirs in pairs) - 1.0, 4),
+    }
