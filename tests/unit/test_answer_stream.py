@@ -1,0 +1,26 @@
+"""An answer on its way out ends once, after its last sample."""
+
+from __future__ import annotations
+
+import asyncio
+
+from kvcore.frames import FrameWriter, unpack_frame
+from teacher_server.streams import AnswerStream
+from tests.support.streams import PLAN, REQUEST
+
+
+def test_a_stream_ends_once_although_a_batch_ends_after_its_last_sample() -> None:
+    """A sample may fail in the middle of its batch; what was being written for the others fails before that ends."""
+
+    async def kinds() -> list[str]:
+        stream = AnswerStream(FrameWriter(REQUEST, PLAN, 1 << 20), 2, lambda _status: None)
+        stream.refuse(0, "FAILED_PRECONDITION", "not finite")
+        stream.refuse(1, "FAILED_PRECONDITION", "no answer")
+        stream.settle()
+        stream.on_batch_end([], [], 100)
+        found: list[str] = []
+        while (outgoing := await stream.next()) is not None:
+            found += [record["kind"] for record in unpack_frame(outgoing.frame)[0]["records"]]
+        return found
+
+    assert asyncio.run(kinds()) == ["sample_end", "sample_end", "end"]
