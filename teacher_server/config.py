@@ -104,4 +104,6 @@ class ServeConfig(StrictModel):
         wrong = sorted(name for name in refused if getattr(self, name) != type(self).model_fields[name].default)
         if wrong:
             raise ValueError(f"{wrong[0]}: {hint}")
+        if self.worker_address is not None and not 1 <= int(self.worker_address.rpartition(":")[2]) <= 65535:
+            raise ValueError(f"worker_address: got '{self.worker_address}'; a port is 1 to 65535")
         return self

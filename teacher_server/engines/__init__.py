@@ -33,5 +33,12 @@ def load_engine(config: ServeConfig) -> TeacherEngine:
     """
     if config.engine not in ENGINES:
         raise FieldError("engine", f"unknown engine '{config.engine}'; known: {', '.join(ENGINES)}")
-    module = cast("EngineModule", importlib.import_module(ENGINES[config.engine]))
+    try:
+        module = cast("EngineModule", importlib.import_module(ENGINES[config.engine]))
+    except ModuleNotFoundError as error:
+        if error.name != "vllm":
+            raise
+        raise FieldError(
+            "engine", "needs vLLM, which is not installed: pip install -e '.[vllm]' (docs/vllm.md)"
+        ) from error
     return module.load(config)

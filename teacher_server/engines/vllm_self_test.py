@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Protocol
-
 import torch
 
 from kvcore.errors import UnsupportedModelError
@@ -16,10 +14,6 @@ REFERENCE_LAYERS = 2
 TOLERANCES = {"fp32": 1e-4, "bf16": 0.03, "fp16": 0.01}
 # More than a block of any size that vLLM uses by default.
 TOKENS = 150
-
-
-class Reference(TeacherEngine, Protocol):
-    """The model's first layers."""
 
 
 def check_against(reference: TeacherEngine, engine: TeacherEngine) -> None:

@@ -34,6 +34,9 @@ OWN_ARGUMENTS = frozenset(
         "enable_lora",
         "decode_context_parallel_size",
         "prefill_context_parallel_size",
+        "enforce_eager",
+        "hf_overrides",
+        "kv_sharing_fast_prefill",
         "data_parallel_size",
     }
 )

@@ -1,0 +1,331 @@
+"""What vLLM is started with, which flags and models are refused, and that a cache that is read wrongly is noticed."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+from pydantic import ValidationError
+from transformers import GPT2Config, LlamaConfig, MistralConfig, PreTrainedConfig, Qwen2Config, Qwen3Config
+
+from kvcore.errors import FieldError, UnsupportedModelError
+from kvcore.types import Tensor
+from teacher_server.app import TeacherServer
+from teacher_server.config import ServeConfig
+from teacher_server.engines import load_engine
+from teacher_server.engines.base import (
+    Emit,
+    ExecutionTimings,
+    Fail,
+    LayerOutput,
+    LayerSink,
+    PlannedSample,
+    SampleFailure,
+    TokenizedSample,
+    Wanted,
+)
+from teacher_server.engines.fake import FakeEngine, FakeModel
+from teacher_server.engines.vllm_self_test import TOKENS, check_against
+from teacher_server.engines.vllm_settings import OWN_ARGUMENTS, check_supported, engine_arguments, longest_sample
+
+KNOWN = OWN_ARGUMENTS | {"max_num_batched_tokens", "block_size", "attention_backend", "distributed_executor_backend"}
+
+
+def serve(**fields: Any) -> ServeConfig:
+    return ServeConfig.model_validate({"model": "some/model", "engine": "vllm", **fields})
+
+
+# ---------------------------------------------------------------------------------------------------- flags
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("tensor_parallel_size", 2),
+        ("pipeline_parallel_size", 2),
+        ("max_model_len", 100),
+        ("gpu_memory_utilization", 0.5),
+        ("worker_address", "10.0.0.1:6000"),
+        ("vllm_args", '{"block_size": 32}'),
+    ],
+)
+@pytest.mark.parametrize("engine", ["hf", "fake"])
+def test_other_engines_refuse_vllms_flags(engine: str, field: str, value: object) -> None:
+    assert getattr(serve(**{field: value}), field) == value
+    with pytest.raises(ValidationError, match=f"{field}: is for the engine 'vllm'; the engine is '{engine}'"):
+        serve(engine=engine, model="fake:", **{field: value})
+
+
+@pytest.mark.parametrize(("field", "value"), [("load_in_8bit", True), ("load_in_4bit", True), ("threads", 2)])
+def test_vllm_refuses_flags_of_other_engines(field: str, value: object) -> None:
+    with pytest.raises(ValidationError, match=f"{field}: the engine 'vllm' does not take it"):
+        serve(**{field: value})
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("tensor_parallel_size", 0),
+        ("pipeline_parallel_size", 0),
+        ("max_model_len", 0),
+        ("gpu_memory_utilization", 0.0),
+        ("gpu_memory_utilization", 1.1),
+        ("worker_address", "no-port"),
+        ("worker_address", "10.0.0.1:0"),
+        ("worker_address", "10.0.0.1:65536"),
+    ],
+)
+def test_values_out_of_range_are_refused(field: str, value: object) -> None:
+    with pytest.raises(ValidationError, match=field):
+        serve(**{field: value})
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("{", "is no JSON"),
+        ("[1]", "it is a JSON object"),
+        ('{"max_batched": 3}', "'max_batched' is none of vLLM's engine arguments"),
+        *((json.dumps({name: 1}), f"'{name}' is set by the server's own flags") for name in sorted(OWN_ARGUMENTS)),
+    ],
+)
+def test_arguments_that_vllm_must_not_be_given_are_refused_by_name(text: str, reason: str) -> None:
+    with pytest.raises(FieldError, match=reason) as caught:
+        engine_arguments(serve(vllm_args=text), "fp32", 100, frozenset(KNOWN))
+    assert caught.value.field == "vllm_args"
+
+
+def test_vllm_is_started_with_what_was_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_ALLOW_LONG_MAX_MODEL_LEN", "0")
+    config = serve(
+        tensor_parallel_size=8,
+        pipeline_parallel_size=2,
+        gpu_memory_utilization=0.8,
+        vllm_args='{"max_num_batched_tokens": 9, "block_size": 64}',
+    )
+    arguments = engine_arguments(config, "bf16", 100, frozenset(KNOWN))
+    expected = {
+        "model": "some/model",
+        "tensor_parallel_size": 8,
+        "pipeline_parallel_size": 2,
+        "gpu_memory_utilization": 0.8,
+        "dtype": "bfloat16",
+        # The token that it writes counts too.
+        "max_model_len": 101,
+        "max_num_batched_tokens": 9,
+        "block_size": 64,
+        "enforce_eager": True,
+    }
+    assert expected.items() <= arguments.items()
+    assert os.environ["VLLM_ALLOW_LONG_MAX_MODEL_LEN"] == "0", "what a person has set stays"
+
+
+def test_vllm_is_allowed_the_last_position(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_ALLOW_LONG_MAX_MODEL_LEN", "")
+    monkeypatch.delenv("VLLM_ALLOW_LONG_MAX_MODEL_LEN")
+    engine_arguments(serve(), "fp32", 100, frozenset(KNOWN))
+    assert os.environ["VLLM_ALLOW_LONG_MAX_MODEL_LEN"] == "1"
+
+
+# ---------------------------------------------------------------------------------------------------- models
+
+SMALL: dict[str, Any] = {"hidden_size": 32, "num_attention_heads": 2, "max_position_embeddings": 512}
+
+
+def rope(kind: str, **parameters: object) -> dict[str, object]:
+    return {"rope_type": kind, "rope_theta": 10000.0, **parameters}
+
+
+def quantised(config: PreTrainedConfig) -> PreTrainedConfig:
+    config.quantization_config = {"quant_method": "fp8"}
+    return config
+
+
+@pytest.mark.parametrize(
+    ("model", "reason"),
+    [
+        (MistralConfig(**SMALL, sliding_window=128), "sliding window; serve it with --engine hf"),
+        (Qwen2Config(**SMALL, use_sliding_window=True, sliding_window=128), "sliding window"),
+        (quantised(LlamaConfig(**SMALL)), "quantised weights"),
+        (LlamaConfig(**SMALL, rope_parameters=rope("dynamic", factor=2.0)), "rotate 'dynamic' differently"),
+        (
+            LlamaConfig(
+                **SMALL, rope_parameters=rope("longrope", factor=2.0, short_factor=[1.0] * 8, long_factor=[1.0] * 8)
+            ),
+            "rotate 'longrope' differently",
+        ),
+        (GPT2Config(), "no rotary embedding"),
+    ],
+    ids=["window", "window of qwen2", "quantised", "dynamic", "longrope", "no rotation"],
+)
+def test_models_whose_cache_would_not_hold_what_was_computed_are_refused(model: PreTrainedConfig, reason: str) -> None:
+    with pytest.raises(UnsupportedModelError, match=reason):
+        check_supported(serve(), model)
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        LlamaConfig(**SMALL),
+        LlamaConfig(**SMALL, rope_parameters=rope("linear", factor=2.0)),
+        MistralConfig(**SMALL, sliding_window=None),
+        Qwen2Config(**SMALL, use_sliding_window=False, sliding_window=128),
+        Qwen3Config(**SMALL),
+    ],
+    ids=["llama", "linear", "mistral", "qwen2", "qwen3"],
+)
+def test_other_models_are_served(model: PreTrainedConfig) -> None:
+    check_supported(serve(), model)
+
+
+@pytest.mark.parametrize(
+    ("limits", "longest"),
+    [
+        ({}, 512),
+        ({"max_model_len": 512}, 512),
+        ({"max_model_len": 100}, 100),
+        ({"max_sample_tokens": 100}, 100),
+        ({"max_model_len": 200, "max_sample_tokens": 100}, 100),
+        ({"max_model_len": 100, "max_sample_tokens": 200}, 100),
+    ],
+)
+def test_the_longest_sample_is_the_least_of_all_limits(limits: dict[str, int], longest: int) -> None:
+    assert longest_sample(serve(**limits), LlamaConfig(**SMALL)) == longest
+
+
+@pytest.mark.parametrize("field", ["max_model_len", "max_sample_tokens"])
+def test_samples_longer_than_the_models_context_are_refused(field: str) -> None:
+    with pytest.raises(FieldError, match="got 513; the model reads at most 512 tokens") as caught:
+        longest_sample(serve(**{field: 513}), LlamaConfig(**SMALL))
+    assert caught.value.field == field
+
+
+# ---------------------------------------------------------------------------------------------------- installation
+
+
+@pytest.fixture
+def _without_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "vllm", None)
+    monkeypatch.delitem(sys.modules, "teacher_server.engines.vllm", raising=False)
+
+
+@pytest.mark.usefixtures("_without_vllm")
+def test_a_server_without_vllm_says_what_to_install() -> None:
+    async def start() -> None:
+        await TeacherServer(serve()).serve()
+
+    with pytest.raises(FieldError, match=r"needs vLLM, which is not installed: pip install -e '\.\[vllm\]'") as caught:
+        asyncio.run(start())
+    assert caught.value.field == "engine"
+
+
+def test_a_module_that_is_missing_for_another_reason_is_not_taken_for_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "teacher_server.engines.fake", None)
+    with pytest.raises(ModuleNotFoundError, match="fake"):
+        load_engine(ServeConfig(model="fake:", engine="fake"))
+
+
+# ---------------------------------------------------------------------------------------------------- the cache test
+
+Change = Callable[[LayerOutput], tuple[Tensor, Tensor]]
+
+
+class ScrambledEngine(FakeEngine):
+    """Hands over something else than it computed."""
+
+    def __init__(self, change: Change, longest: int = 4096, failing: str = "") -> None:
+        config = ServeConfig(model="fake:", engine="fake", max_sample_tokens=longest)
+        super().__init__(config, FakeModel(layers=3, heads=2, dim=16))
+        self._change, self._failing, self.lengths = change, failing, list[int]()
+
+    def prefill(
+        self, batch: Sequence[TokenizedSample], layers: Sequence[int], with_importance: bool, sink: LayerSink
+    ) -> None:
+        def changed(output: LayerOutput) -> None:
+            sink(LayerOutput(output.layer, *self._change(output), None, None))
+
+        self.lengths += [len(tokens.token_ids) for tokens in batch]
+        super().prefill(batch, layers, with_importance, changed)
+
+    def run(self, batch: Sequence[PlannedSample], emit: Emit, fail: Fail, wanted: Wanted) -> ExecutionTimings:
+        if self._failing:
+            fail(SampleFailure(0, self._failing))
+            return ExecutionTimings(0.0, 0.0)
+        return super().run(batch, emit, fail, wanted)
+
+
+def unchanged(output: LayerOutput) -> tuple[Tensor, Tensor]:
+    return output.k_BHTD, output.v_BHTD
+
+
+def nearly(output: LayerOutput) -> tuple[Tensor, Tensor]:
+    return output.k_BHTD * 1.00005, output.v_BHTD * 0.99995
+
+
+def halves_swapped(output: LayerOutput) -> tuple[Tensor, Tensor]:
+    return output.k_BHTD.roll(8, dims=-1), output.v_BHTD
+
+
+def exchanged(output: LayerOutput) -> tuple[Tensor, Tensor]:
+    return output.v_BHTD, output.k_BHTD
+
+
+def one_block_moved(output: LayerOutput) -> tuple[Tensor, Tensor]:
+    v_BHTD = output.v_BHTD.clone()
+    v_BHTD[:, :, 128:144] = output.v_BHTD[:, :, 0:16]
+    return output.k_BHTD, v_BHTD
+
+
+def heads_swapped_in_the_second_layer(output: LayerOutput) -> tuple[Tensor, Tensor]:
+    return output.k_BHTD.flip(1) if output.layer == 1 else output.k_BHTD, output.v_BHTD
+
+
+def slightly_off(output: LayerOutput) -> tuple[Tensor, Tensor]:
+    return output.k_BHTD * 1.0002, output.v_BHTD
+
+
+@pytest.mark.parametrize("change", [unchanged, nearly])
+def test_a_cache_that_is_read_rightly_passes(change: Change) -> None:
+    engine = ScrambledEngine(change)
+    check_against(ScrambledEngine(unchanged), engine)
+    assert engine.lengths == [TOKENS]
+
+
+@pytest.mark.parametrize(
+    ("change", "what"),
+    [
+        (halves_swapped, "the keys of layer 0"),
+        (exchanged, "the keys of layer 0"),
+        (one_block_moved, "the values of layer 0"),
+        (heads_swapped_in_the_second_layer, "the keys of layer 1"),
+        (slightly_off, "the keys of layer 0 in vLLM's cache differ from those of transformers by 0.0002 "),
+    ],
+)
+def test_keys_or_values_that_differ_are_refused(change: Change, what: str) -> None:
+    with pytest.raises(UnsupportedModelError, match=what):
+        check_against(ScrambledEngine(unchanged), ScrambledEngine(change))
+
+
+def test_an_engine_that_gives_nothing_is_refused() -> None:
+    with pytest.raises(UnsupportedModelError, match="cache test failed: no memory"):
+        check_against(ScrambledEngine(unchanged), ScrambledEngine(unchanged, failing="no memory"))
+
+
+def test_a_server_of_short_samples_is_tested_with_one_of_those() -> None:
+    engine = ScrambledEngine(unchanged, longest=20)
+    check_against(ScrambledEngine(unchanged), engine)
+    assert engine.lengths == [20]
+
+
+def test_a_key_that_is_no_number_is_refused() -> None:
+    def broken(output: LayerOutput) -> tuple[Tensor, Tensor]:
+        return torch.full_like(output.k_BHTD, torch.nan), output.v_BHTD
+
+    with pytest.raises(UnsupportedModelError, match=r"cache test failed: .*not finite"):
+        check_against(ScrambledEngine(unchanged), ScrambledEngine(broken))
