@@ -39,8 +39,8 @@ class HFWriter:
     """Writes with a causal language model. Left padding is masked, and shifts no position.
 
     Args:
-        model: with its head; it has no generation settings where its checkpoint has no head. Its settings are replaced:
-            none but its end tokens applies.
+        model: with its head; it has no generation settings where its checkpoint has no head, or its class cannot
+            generate. Its settings are replaced: none but its end tokens applies.
         tokenizer: the model's.
     """
 
@@ -48,7 +48,7 @@ class HFWriter:
         self._model = model
         # A copy: the other one reads texts in a thread of its own, and not all of them stand two callers at once.
         self._tokenizer = copy.deepcopy(tokenizer)
-        self._has_head = model.generation_config is not None
+        self._can_write = model.generation_config is not None
         self._ends = _end_tokens(model, tokenizer)
         model.generation_config = GenerationConfig()
 
@@ -56,8 +56,8 @@ class HFWriter:
         self, prompts: Sequence[TokenizedSample], options: GenerateOptions, wanted: Wanted
     ) -> list[Written | SampleFailure]:
         """See `TeacherEngine.generate`."""
-        if not self._has_head:
-            problem = "the teacher's checkpoint has no language-model head, so it cannot write"
+        if not self._can_write:
+            problem = "this teacher cannot write: its checkpoint has no language-model head, or its class no generate()"
             return [SampleFailure(row, problem) for row in range(len(prompts))]
         prompt_ids = [list(tokens.prompt_ids) for tokens in prompts]
         longest = max(map(len, prompt_ids))
