@@ -50,7 +50,6 @@ def _instances(name: str, metric: str) -> dict[str, Any]:
         "label": name.capitalize(),
         "type": "query",
         "datasource": DATASOURCE,
-        "definition": f"label_values({metric}, instance)",
         "query": {"query": f"label_values({metric}, instance)", "refId": name},
         "refresh": 2,
         "sort": 1,
