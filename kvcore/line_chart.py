@@ -24,12 +24,11 @@ STYLE = """
 .chart text { fill: var(--soft); font: 11px system-ui, sans-serif; font-variant-numeric: tabular-nums; }
 .chart line { stroke: var(--line); } .chart polyline { fill: none; stroke-width: 1.8; stroke-linejoin: round; }
 .key { display: inline-block; margin-right: .7rem; overflow-wrap: anywhere; }
-.key i { display: inline-block; width: 1rem; border-top: 3px solid; vertical-align: middle; margin-right: .3rem; }
-.key .dashed { border-top-style: dashed; } polyline.dashed { stroke-dasharray: 5 4; }
-""" + "\n".join(
-    f".c{place} {{ --shade: var(--c{place}); stroke: var(--shade); border-color: var(--shade); }}"
-    for place in range(_COLOURS)
-)
+.key i { display: inline-block; width: 1rem; vertical-align: middle; margin-right: .3rem; }
+.key i { border-top: 3px solid var(--shade); }
+.key .dashed { border-top-style: dashed; }
+polyline.dashed { stroke-dasharray: 5 4; }
+""" + "\n".join(f".c{place} {{ --shade: var(--c{place}); stroke: var(--shade); }}" for place in range(_COLOURS))
 
 
 def line_chart(title: str, curves: Mapping[str, Points], top: float | None = None) -> str:

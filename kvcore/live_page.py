@@ -29,7 +29,8 @@ progress { width: 100%; height: .8rem; accent-color: var(--c0); }
 .shares div { background: var(--shade); }
 @media (max-width: 40rem) {
   body { padding: 1rem; }
-  .tiles { grid-template-columns: repeat(auto-fit, minmax(8.5rem, 1fr)); gap: .5rem; }
+  .tiles { grid-template-columns: repeat(auto-fit, minmax(6.8rem, 1fr)); gap: .5rem; }
+  .tiles div { padding: .4rem .5rem; } .tiles dd { font-size: 1.15rem; }
   .facts div { grid-template-columns: 9.5rem 1fr; }
   .stack thead { display: none; }
   .stack, .stack tbody, .stack tr { display: block; }

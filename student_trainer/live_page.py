@@ -33,11 +33,9 @@ _WEIGHT = "routing/weights_mean/"
 _CHARTS: Mapping[str, Mapping[str, str]] = {
     "Loss": {"train": "train/loss", "cross-entropy": "train/ce_loss", "validation": "val/loss"},
     "KV loss (1: predicting the mean)": {"train": "train/kv_loss", "validation": "val/kv_loss"},
-}
-_SHARES: Mapping[str, Mapping[str, str]] = {
-    "Validation accuracy": {"accuracy": "val/task_metrics/accuracy"},
     "Share of time waiting for teachers": {"stall": "kv/stall_fraction"},
 }
+_ACCURACY = {"accuracy": "val/task_metrics/accuracy"}
 _TEACHERS = ("teacher", "replicas", "asked", "last answer", "retries", "switches", "samples", "missing", "K/V a sample")
 _STAGES = ("teacher", *(f"{stage} ms" for stage in TEACHER_STAGES), "decode ms", "stall ms")
 
@@ -122,14 +120,9 @@ def _curves(run: RunSnapshot) -> list[str]:
         return {label: run.history[figure] for label, figure in curves.items() if figure in run.history}
 
     weights = {name.removeprefix(_WEIGHT): name for name in run.history if name.startswith(_WEIGHT)}
-    figures = {title: found(curves) for title, curves in _CHARTS.items()}
-    of_one = {"Routing weights": found(weights)} | {title: found(curves) for title, curves in _SHARES.items()}
-    return [
-        line_chart(title, curves, top)
-        for charted, top in ((figures, None), (of_one, 1.0))
-        for title, curves in charted.items()
-        if curves
-    ]
+    drawn = [(title, found(curves), None) for title, curves in _CHARTS.items()]
+    of_one = [("Routing weights", found(weights), 1.0), ("Validation accuracy", found(_ACCURACY), 1.0)]
+    return [line_chart(title, curves, top) for title, curves, top in (*drawn, *of_one) if curves]
 
 
 def _time(run: RunSnapshot) -> str:

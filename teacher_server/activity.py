@@ -16,6 +16,7 @@ import grpc
 
 MAX_PROBLEMS = 20
 MAX_PROBLEM_LENGTH = 300
+MAX_CALLERS = 256
 WINDOW_SECONDS = 60.0
 
 
@@ -59,12 +60,23 @@ class Problem:
     count: int = 1
 
 
+@dataclass(slots=True)
+class Caller:
+    """What one peer asked for since it was last away for a minute."""
+
+    last: float = 0.0
+    requests: int = 0
+    samples: int = 0
+    sent_bytes: int = 0
+
+
 class Activity:
     """The calls of one server."""
 
     def __init__(self) -> None:
         self._open: dict[Call, None] = {}
         self._problems: dict[tuple[str, ...], Problem] = {}
+        self._callers: dict[str, Caller] = {}
         self._ended_bytes = 0
         # Time, tokens and bytes since the start, the oldest first.
         self._totals: deque[tuple[float, float, float]] = deque()
@@ -79,7 +91,23 @@ class Activity:
         finally:
             self._open.pop(call)
             self._ended_bytes += call.sent_bytes
+            self._count(call)
             self._remember(call)
+
+    def _count(self, call: Call) -> None:
+        self._forget_callers()
+        # The longest away comes first.
+        caller = self._callers[call.peer] = self._callers.pop(call.peer, Caller())
+        caller.last = time.monotonic()
+        caller.requests += 1
+        caller.samples += call.samples
+        caller.sent_bytes += call.sent_bytes
+        if len(self._callers) > MAX_CALLERS:
+            del self._callers[next(iter(self._callers))]
+
+    def _forget_callers(self) -> None:
+        since = time.monotonic() - WINDOW_SECONDS
+        self._callers = {peer: caller for peer, caller in self._callers.items() if caller.last >= since}
 
     def _remember(self, call: Call) -> None:
         code, problem = call.code, call.problem
@@ -137,6 +165,21 @@ class Activity:
                 "seconds": round(now - call.started, 3),
             }
             for call in self._open
+        ]
+
+    def callers(self) -> list[dict[str, Any]]:
+        """Who ended a call within the last minute, the latest first; `seconds` ago."""
+        self._forget_callers()
+        now = time.monotonic()
+        return [
+            {
+                "peer": peer,
+                "requests": caller.requests,
+                "samples": caller.samples,
+                "sent_bytes": caller.sent_bytes,
+                "seconds": round(now - caller.last, 3),
+            }
+            for peer, caller in reversed(self._callers.items())
         ]
 
     def problems(self) -> list[dict[str, Any]]:

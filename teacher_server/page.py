@@ -13,6 +13,7 @@ from kvcore.units import in_bytes, in_time
 
 _LINKS = ("/info", "/metrics", "/healthz", "/readyz")
 _CONNECTED = ("from", "request", "samples", "tokens", "codec", "sent", "for")
+_CALLED = ("from", "requests", "samples", "sent", "last")
 _FAILED = ("last", "times", "status", "problem", "latest from")
 
 
@@ -26,8 +27,10 @@ def render_page(info: Mapping[str, Any]) -> str:
             paragraphs([_geometry(info["teacher"])], "soft") if info["teacher"] else "",
             state(f"{said}, up for {in_time(info['uptime_seconds'])}", good=info["ready"]),
             tiles(_figures(info)),
-            heading("Connected"),
-            _table(_CONNECTED, _connected(info["connections"]), "Nobody is connected."),
+            heading("Open requests"),
+            _table(_CONNECTED, _connected(info["connections"]), "No request is open."),
+            heading("Callers of the last minute"),
+            _table(_CALLED, _called(info["callers"]), "Nobody called."),
             heading("Recent errors"),
             _table(_FAILED, _failed(info["recent_errors"]), "None since the start."),
             heading("Teacher"),
@@ -72,6 +75,19 @@ def _connected(connections: Sequence[Mapping[str, Any]]) -> list[tuple[object, .
             in_time(one["seconds"]),
         )
         for one in connections
+    ]
+
+
+def _called(callers: Sequence[Mapping[str, Any]]) -> list[tuple[object, ...]]:
+    return [
+        (
+            _peer(one["peer"]),
+            f"{one['requests']:,}",
+            f"{one['samples']:,}",
+            in_bytes(one["sent_bytes"]),
+            f"{in_time(one['seconds'])} ago",
+        )
+        for one in callers
     ]
 
 

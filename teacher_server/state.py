@@ -120,6 +120,7 @@ class ServerState:
             "load": self.load(),
             "throughput": self.activity.throughput(),
             "connections": self.activity.connections(),
+            "callers": self.activity.callers(),
             "recent_errors": self.activity.problems(),
         }
 

@@ -114,7 +114,7 @@ def test_a_teachers_page_says_what_it_is_who_is_connected_and_what_went_wrong(
     bad = KVPlan(layers=(0, 99), selection=PLAN.selection, codec=PLAN.codec)
     with shown(browser, teacher.url("/")) as page, TeacherClient(teacher.endpoint) as client:
         assert page.page.inner_text("h1") == NAME
-        assert "Nobody is connected." in page.texts()
+        assert "No request is open." in page.texts()
         refused(lambda: list(client.call(bad, token_samples(1, 4))))
         open_stream = client.call(PLAN, token_samples(200, 4000), "night/step7")
         next(open_stream)

@@ -43,6 +43,12 @@ _CONTRASTS = """() => {
   return found;
 }"""
 
+_LEGENDS = """() => [...document.querySelectorAll(".key i")].filter((key) => {
+  const drawn = (key.closest("figure") ?? document).querySelectorAll("polyline, .shares div");
+  const colours = [...drawn].map((one) => getComputedStyle(one)).flatMap((one) => [one.stroke, one.backgroundColor]);
+  return !colours.includes(getComputedStyle(key).borderTopColor);
+}).length"""
+
 
 @dataclass
 class Shown:
@@ -69,6 +75,10 @@ class Shown:
         found: list[tuple[float, str]] = self.page.evaluate(_CONTRASTS)
         assert found
         return [f"{text}: {ratio:.1f}" for ratio, text in found if ratio < LEAST_CONTRAST]
+
+    def legends_without_a_curve(self) -> int:
+        """Entries of legends in a colour in which the figure draws nothing."""
+        return self.page.evaluate(_LEGENDS)
 
     def ground(self) -> float:
         """How bright the page's ground is, from 0 to 255."""

@@ -6,7 +6,15 @@ import time
 
 import pytest
 
-from teacher_server.activity import MAX_PROBLEM_LENGTH, MAX_PROBLEMS, WINDOW_SECONDS, Activity, Call, current_call
+from teacher_server.activity import (
+    MAX_CALLERS,
+    MAX_PROBLEM_LENGTH,
+    MAX_PROBLEMS,
+    WINDOW_SECONDS,
+    Activity,
+    Call,
+    current_call,
+)
 
 
 def ended(activity: Activity, code: str, problem: str = "", **rest: object) -> None:
@@ -32,6 +40,32 @@ def test_a_call_that_raises_is_forgotten_too() -> None:
     with pytest.raises(RuntimeError), activity.during(Call("StreamKV", "peer")):
         raise RuntimeError
     assert activity.connections() == []
+
+
+def test_who_called_is_known_for_a_minute(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 1000.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    activity = Activity()
+    for peer, samples in (("ada:1", 2), ("ben:2", 1), ("ada:1", 3)):
+        now += 20
+        with activity.during(Call("StreamKV", peer, samples=samples, sent_bytes=100)):
+            pass
+    now += 30
+    assert activity.callers() == [
+        {"peer": "ada:1", "requests": 2, "samples": 5, "sent_bytes": 200, "seconds": 30.0},
+        {"peer": "ben:2", "requests": 1, "samples": 1, "sent_bytes": 100, "seconds": 50.0},
+    ]
+    now += 20
+    assert [one["peer"] for one in activity.callers()] == ["ada:1"]
+
+
+def test_many_callers_take_no_more_than_their_room() -> None:
+    activity = Activity()
+    for number in range(2 * MAX_CALLERS):
+        with activity.during(Call("StreamKV", f"peer:{number}")):
+            pass
+    assert len(activity.callers()) == MAX_CALLERS
+    assert activity.callers()[0]["peer"] == f"peer:{2 * MAX_CALLERS - 1}"
 
 
 def test_failures_are_told_the_latest_first_and_neither_success_nor_a_caller_that_left_is_one() -> None:
