@@ -46,7 +46,8 @@ def with_site_links(markdown: str, folder: PurePosixPath) -> str:
     pieces = _CODE.split(markdown)
     # Odd pieces are the code between.
     pieces[::2] = [_LINK.sub(lambda found: _link(found, folder), prose) for prose in pieces[::2]]
-    return "".join(pieces)
+    text = "".join(pieces)
+    return text.replace('<img src="docs/', '<img src="') if folder == PurePosixPath() else text
 
 
 def _link(found: re.Match[str], folder: PurePosixPath) -> str:

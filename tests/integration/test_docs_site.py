@@ -121,6 +121,7 @@ def test_a_page_outside_the_navigation_fails_the_build(copy: Path) -> None:
     [
         ("[a](docs/guide.md#x)", ".", "[a](guide.md#x)"),
         ("![a](docs/demo.png)", ".", "![a](demo.png)"),
+        ('<img src="docs/demo.png" width="9">', ".", '<img src="demo.png" width="9">'),
         ("[a](CHANGELOG.md)", ".", "[a](changelog.md)"),
         ("[a](../CONTRIBUTING.md#check)", "docs", "[a](contributing.md#check)"),
         ("[a](../LICENSE)", "docs", "[a](license.md)"),
