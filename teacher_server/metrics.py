@@ -28,6 +28,7 @@ class Metrics:
         )
         self.samples = self._counter("samples_total", "Finished samples, by their own status.", "status")
         self.tokens = self._counter("tokens_total", "Tokens that went through the model, padding not counted.")
+        self.cached_tokens = self._counter("cached_tokens_total", "Of them, those found in the engine's prefix cache.")
         self.written_tokens = self._counter("written_tokens_total", "Tokens that the teacher wrote (Generate).")
         self.sent_bytes = self._counter("sent_bytes_total", "Bytes of frames sent, headers included.", "codec")
         self.model_seconds = self._counter("prefill_seconds_total", "Time batches spent in the model.")

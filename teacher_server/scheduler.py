@@ -138,6 +138,7 @@ class Scheduler:
         metrics = self._metrics
         tokens = sum(job.tokens for job in batch)
         metrics.tokens.inc(tokens)
+        metrics.cached_tokens.inc(timings.cached_tokens)
         metrics.batch_tokens.observe(tokens)
         metrics.batch_samples.observe(len(batch))
         metrics.model_seconds.inc(timings.prefill_s)

@@ -114,10 +114,11 @@ class SampleFailure:
 
 @dataclass(frozen=True, slots=True)
 class ExecutionTimings:
-    """Seconds a batch spent in the model, and in selecting, encoding and copying."""
+    """Seconds a batch spent in the model, and in selecting, encoding and copying; tokens found in a prefix cache."""
 
     prefill_s: float
     encode_s: float
+    cached_tokens: int = 0
 
 
 Emit = Callable[[LayerResult], None]

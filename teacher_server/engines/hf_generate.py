@@ -30,7 +30,7 @@ from teacher_server.engines.base import (
 )
 
 # What a decoder makes of bytes that are no character yet.
-_INCOMPLETE = "\ufffd"
+INCOMPLETE = "\ufffd"
 # A character is at most this many tokens: its bytes in UTF-8.
 _TOKENS_PER_CHARACTER = 4
 
@@ -116,7 +116,7 @@ class HFWriter:
         places = [place for stop in stops if (place := text.find(stop)) >= 0]
         if places:
             return text[: min(places)]
-        return text.rstrip(_INCOMPLETE) if reason == "length" else text
+        return text.rstrip(INCOMPLETE) if reason == "length" else text
 
 
 class _Ends(StoppingCriteria):

@@ -21,6 +21,7 @@ import threading
 import time
 from collections.abc import Coroutine, Iterator, Sequence
 from concurrent.futures import Future
+from concurrent.futures import wait as wait_for
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -57,6 +58,7 @@ from teacher_server.engines.base import (
 )
 from teacher_server.engines.handover import Inbox, LayerMessage, Message
 from teacher_server.engines.hf import DtypeName, HFEngine, load_first_layers
+from teacher_server.engines.hf_generate import INCOMPLETE
 from teacher_server.engines.source_step import source_row
 from teacher_server.engines.vllm_connector import PARAMETER, KVDistillConnector
 from teacher_server.engines.vllm_self_test import REFERENCE_LAYERS, check_against
@@ -77,10 +79,11 @@ ResultT = TypeVar("ResultT")
 
 @dataclass(frozen=True, slots=True)
 class _Ended:
-    """vLLM is done with a request; `problem` says why it gave none."""
+    """vLLM is done with a request; `problem` says why it gave none. `cached_tokens`: found in its prefix cache."""
 
     row: int
     problem: str | None
+    cached_tokens: int = 0
 
 
 class VLLMEngine:
@@ -148,11 +151,10 @@ class VLLMEngine:
                 fail(SampleFailure(row, problem))
         requests = {row: self._on_loop(self._prefill(row, tags[row], batch[row])) for row in assembly.open_rows()}
         try:
-            encode_s, prefill_s = self._receive(assembly, emit, fail, wanted, requests, started)
+            return self._receive(assembly, emit, fail, wanted, requests, started)
         finally:
             for request in requests.values():
                 request.cancel()
-        return ExecutionTimings(prefill_s=prefill_s, encode_s=encode_s)
 
     def read_alone(self, batch: Sequence[TokenizedSample]) -> None:
         """Reads prompts without any plan: what vLLM costs by itself, for benchmarks."""
@@ -166,17 +168,13 @@ class VLLMEngine:
     ) -> list[Written | SampleFailure]:
         """See `TeacherEngine.generate`."""
         requests = [self._on_loop(self._write(tokens, options)) for tokens in prompts]
-        written: list[Written | SampleFailure] = []
-        for row, request in enumerate(requests):
-            while not request.done():
+        while waiting := [row for row, request in enumerate(requests) if not request.done()]:
+            for row in waiting:
                 if not wanted(row):
-                    request.cancel()
-                    break
-                with contextlib.suppress(TimeoutError):
-                    request.exception(timeout=POLL_SECONDS)
-            self._check_alive()
-            written.append(_written(row, request))
-        return written
+                    requests[row].cancel()
+            wait_for(requests, timeout=POLL_SECONDS)
+        self._check_alive()
+        return [_written(row, request) for row, request in enumerate(requests)]
 
     def close(self) -> None:
         """See `TeacherEngine.close`."""
@@ -221,15 +219,12 @@ class VLLMEngine:
             skip_reading_prefix_cache=needs_importance(selection),
             extra_args={"kv_transfer_params": {PARAMETER: source_row(tag, sample).pack()}},
         )
-        problem: str | None = "vLLM ended the request"
         try:
-            await self._answer(sample.tokens.token_ids, parameters, tag)
-            problem = None
-        except asyncio.CancelledError:
-            raise
+            output = await self._answer(sample.tokens.token_ids, parameters, tag)
+            ended = _Ended(row, None, output.num_cached_tokens or 0)
         except Exception as error:  # noqa: BLE001  whatever vLLM refuses a request with, ends that sample alone
-            problem = f"vLLM refused the sample: {type(error).__name__}: {error}"
-        self._events.put(_Ended(row, problem))
+            ended = _Ended(row, f"vLLM refused the sample: {type(error).__name__}: {error}")
+        self._events.put(ended)
 
     async def _write(self, tokens: TokenizedSample, options: GenerateOptions) -> Written:
         parameters = SamplingParams(
@@ -243,7 +238,9 @@ class VLLMEngine:
         output = await self._answer(tokens.prompt_ids, parameters, f"write-{next(self._numbers)}")
         (written,) = output.outputs
         reason = "length" if written.finish_reason == "length" else "stop"
-        return Written(written.text, reason, len(written.token_ids))
+        # Cut off inside a character, the text ends with what decoders make of the character's first bytes.
+        text = written.text.rstrip(INCOMPLETE) if reason == "length" else written.text
+        return Written(text, reason, len(written.token_ids))
 
     async def _answer(self, token_ids: Sequence[int], parameters: SamplingParams, name: str) -> Any:
         output: Any = None
@@ -260,9 +257,10 @@ class VLLMEngine:
         wanted: Wanted,
         requests: dict[int, Future[None]],
         started: float,
-    ) -> tuple[float, float]:
-        """Emits until every sample is complete or failed; returns seconds in encoding, and until the last prefill."""
+    ) -> ExecutionTimings:
+        """Emits until every sample is complete or failed. Prefill is what passes until vLLM's last answer."""
         encode_s = prefill_s = 0.0
+        cached_tokens = 0
         due: dict[int, float] = {}
         while open_rows := assembly.open_rows():
             for row in open_rows:
@@ -275,6 +273,7 @@ class VLLMEngine:
             for event in self._next_events():
                 if isinstance(event, _Ended):
                     prefill_s = time.perf_counter() - started
+                    cached_tokens += event.cached_tokens
                     due[event.row] = time.perf_counter() + HANDOVER_SECONDS
                     if event.problem is not None and assembly.is_open(event.row):
                         self._check_alive()
@@ -287,7 +286,7 @@ class VLLMEngine:
                     emit(result)
                 for failure in failures:
                     fail(failure)
-        return encode_s, prefill_s or time.perf_counter() - started
+        return ExecutionTimings(prefill_s or time.perf_counter() - started, encode_s, cached_tokens)
 
     def _next_events(self) -> Iterator[Message | _Ended]:
         with contextlib.suppress(queue.Empty):

@@ -147,16 +147,5 @@ def test_it_writes_what_transformers_writes(pair: Pair) -> None:
     assert written[0] == written[1]
 
 
-def test_what_it_draws_depends_on_prompt_and_seed_alone(pair: Pair) -> None:
-    engine = pair.vllm
-    first, second = (engine.tokenize(Sample(name, text=f"Start {name}")) for name in ("a", "b"))
-    drawn = GenerateOptions(max_new_tokens=10, temperature=1.0, seed=1)
-    (alone,) = engine.generate([first], drawn, lambda _row: True)
-    together = engine.generate([second, first], drawn, lambda _row: True)
-    (other,) = engine.generate([first], GenerateOptions(max_new_tokens=10, temperature=1.0, seed=2), lambda _row: True)
-    assert together[1] == alone
-    assert other != alone
-
-
 def test_tolerance_is_the_one_that_replicas_are_held_to() -> None:
     assert TOLERANCE <= 1e-4
