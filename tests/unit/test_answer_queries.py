@@ -31,7 +31,7 @@ class Request:
         self.name, self.length, self.answer = name, length, answer
         count = -(-length // BLOCK_SIZE)
         # Neither ascending nor one after the other.
-        self.blocks = [first_block + (place * 3) % 7 for place in range(count)]
+        self.blocks = [first_block + (place * 5) % 7 for place in range(count)]
         generator = torch.Generator().manual_seed(first_block)
         self.query = {layer: torch.randn(length, QUERY_HEADS, DIM, generator=generator) for layer in LAYERS}
         self.key = {layer: torch.randn(length, HEADS, DIM, generator=generator) for layer in LAYERS}
