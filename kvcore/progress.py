@@ -34,7 +34,8 @@ class Meter:
     Args:
         totals: how much there is to do, by part; in any unit that takes about equally long each.
         console: where bars are drawn; where it is no terminal, lines are said instead.
-        every: seconds between two lines. Once there was one, each part's last line comes too.
+        every: seconds between two lines.
+        brief: whether what is done before its first line is due leaves no line at all; else a part's last one comes.
         say: takes the lines; the log by default.
     """
 
@@ -43,12 +44,14 @@ class Meter:
         totals: Mapping[str, float],
         console: Console | None = None,
         every: float = PLAIN_SECONDS,
+        *,
+        brief: bool = False,
         say: Callable[[str], None] = logger.info,
     ) -> None:
         self._parts = {name: _Part(total) for name, total in totals.items()}
         self._every, self._say = every, say
         self._began = self._last = time.monotonic()
-        self._spoke = False
+        self._ends = not brief
         self._lock = threading.Lock()
         console = console or Console(stderr=True)
         columns = (
@@ -81,8 +84,8 @@ class Meter:
             now = time.monotonic()
             if self._bars is not None:
                 self._bars.update(self._tasks[part], completed=one.done, line=self._line(one))
-            elif now - self._last >= self._every or (self._spoke and amount and one.done >= one.total):
-                self._last, self._spoke = now, True
+            elif now - self._last >= self._every or (self._ends and amount and one.done >= one.total):
+                self._last, self._ends = now, True
                 self._say(f"{part}: {self._line(one)}")
 
     def _line(self, part: _Part) -> str:

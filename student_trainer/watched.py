@@ -23,7 +23,8 @@ def watched(what: str, batches: Sequence[BatchT]) -> Iterator[BatchT]:
         yield from batches
         return
     lines = Console(stderr=True, force_terminal=False)
-    with Meter({what: len(batches)}, lines, say=logger.debug if run.drawn else logger.info) as meter:
+    say = logger.debug if run.drawn else logger.info
+    with Meter({what: len(batches)}, lines, brief=True, say=say) as meter:
         try:
             for number, batch in enumerate(batches):
                 run.doing = f"{what} {number}/{len(batches)}"

@@ -56,16 +56,16 @@ def test_the_time_left_goes_by_the_pace_so_far(clock: Clock, plain: Console) -> 
 
 def test_lines_go_to_the_log_by_default(plain: Console, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
-    with Meter({"made-up": 1}, plain, every=0) as meter:
+    with Meter({"made-up": 1}, plain) as meter:
         meter.advance("made-up")
     assert caplog.messages == ["made-up: 1/1, 0:00:00 left"]
 
 
-def test_what_is_done_before_its_first_line_is_due_leaves_none(
+def test_what_is_brief_and_done_before_its_first_line_is_due_leaves_none(
     plain: Console, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO)
-    with Meter({"made-up": 1}, plain) as meter:
+    with Meter({"made-up": 1}, plain, brief=True) as meter:
         meter.advance("made-up")
     assert caplog.messages == []
 
