@@ -372,7 +372,15 @@ def to_host(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     if all(tensor.device.type == "cpu" for tensor in tensors.values()):
         return tensors
     packed, order = pack_bytes(tensors)
-    return unpack_bytes(packed.cpu(), order, tensors)
+    return unpack_bytes(_pinned_copy(packed) if packed.is_cuda else packed.cpu(), order, tensors)
+
+
+def _pinned_copy(packed: Tensor) -> Tensor:
+    """A copy in page-locked memory, complete; made on the stream that is current."""
+    host = torch.empty(packed.shape, dtype=packed.dtype, pin_memory=True)
+    host.copy_(packed, non_blocking=True)
+    torch.cuda.current_stream(packed.device).synchronize()
+    return host
 
 
 def pack_bytes(tensors: Mapping[str, Tensor]) -> tuple[Tensor, list[str]]:

@@ -19,12 +19,13 @@ from teacher_server.engines.hf_attention import AnswerRows, LayerTap, answer_imp
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """A request's tokens `start` to `end` in a pass, its answer's tokens, and its blocks."""
+    """A request's tokens `start` to `end` in a pass, its answer's tokens, its blocks, and the layers that count."""
 
     answer_A: NDArray[np.int64]
     start: int
     end: int
     blocks: list[int]
+    layers: frozenset[str]
 
 
 @dataclass(slots=True)
@@ -44,7 +45,7 @@ class AnswerQueries:
     def __init__(self, block_size: int) -> None:
         self._block_size = block_size
         self._kept: dict[str, _Kept] = {}
-        self._slots: dict[str, Tensor] = {}
+        self._slots: dict[str, tuple[Tensor, frozenset[str]]] = {}
         self._query: dict[str, Tensor] = {}
 
     @property
@@ -66,7 +67,8 @@ class AnswerQueries:
         inside = segment.answer_A[(segment.answer_A >= segment.start) & (segment.answer_A < segment.end)]
         if inside.size:
             blocks = np.asarray(segment.blocks)[inside // self._block_size]
-            self._slots[name] = torch.from_numpy(blocks * self._block_size + inside % self._block_size)
+            slots_a = torch.from_numpy(blocks * self._block_size + inside % self._block_size)
+            self._slots[name] = slots_a, segment.layers
 
     def seen(self, layer: str, q_TQD: Tensor) -> None:
         """The pass's queries in one layer, before its attention."""
@@ -78,7 +80,9 @@ class AnswerQueries:
         if q_TQD is None:
             return
         order_T = slots_T.argsort()
-        for name, wanted_a in self._slots.items():
+        for name, (wanted_a, layers) in self._slots.items():
+            if layer not in layers:
+                continue
             place_a = torch.searchsorted(slots_T[order_T], wanted_a.to(slots_T))
             self._kept[name].by_layer.setdefault(layer, []).append(q_TQD[order_T[place_a]])
 

@@ -46,6 +46,10 @@ class Assembly:
         self._rows = [_Row(plan) for plan in plans]
         self._kv_heads = kv_heads
 
+    def row_of(self, tag: str) -> int | None:
+        """The sample of a request; None where it is another batch's."""
+        return self._row_of.get(tag)
+
     def is_open(self, row: int) -> bool:
         """Whether layers of a sample are still to come."""
         return self._rows[row].open

@@ -209,14 +209,18 @@ class Inbox:
         address: a path for a local socket, or host and port where workers are on other nodes.
         key: what workers have to know.
         receive: called with each message, from a thread per worker.
+        lost: called when a worker's connection has ended while this is open.
     """
 
-    def __init__(self, address: Address, key: bytes, receive: Callable[[Message], None]) -> None:
+    def __init__(
+        self, address: Address, key: bytes, receive: Callable[[Message], None], lost: Callable[[], None]
+    ) -> None:
         # Workers prove the key in threads of their own: one that says nothing keeps nobody waiting.
         self._listener = Listener(address, backlog=BACKLOG)
         self._address = cast("Address", self._listener.address)
         self._key = key
         self._receive = receive
+        self._lost = lost
         self._closed = False
         threading.Thread(target=self._accept, name="kv inbox", daemon=True).start()
 
@@ -262,3 +266,5 @@ class Inbox:
             log.exception("closing the connection of a worker")
         except (EOFError, OSError):
             log.info("a worker ended its connection")
+        if not self._closed:
+            self._lost()

@@ -18,11 +18,10 @@ import queue
 import secrets
 import tempfile
 import threading
-import time
 from collections.abc import Coroutine, Iterator, Sequence
 from concurrent.futures import Future
 from concurrent.futures import wait as wait_for
-from dataclasses import dataclass, fields, replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -56,7 +55,8 @@ from teacher_server.engines.base import (
     Wanted,
     Written,
 )
-from teacher_server.engines.handover import Inbox, LayerMessage, Message
+from teacher_server.engines.batch_progress import BatchProgress, Ended
+from teacher_server.engines.handover import Inbox, Message
 from teacher_server.engines.hf import DtypeName, HFEngine, load_first_layers
 from teacher_server.engines.hf_generate import INCOMPLETE
 from teacher_server.engines.source_step import source_row
@@ -70,20 +70,10 @@ log = logging.getLogger(__name__)
 KNOWN_RELEASE = "0.32."
 # What waits in a worker before the samples it belongs to fail.
 OUTBOX_BYTES = 2 << 30
-# How long layers may be under way after vLLM has said that their request ended.
-HANDOVER_SECONDS = 30.0
+SHUTDOWN_SECONDS = 30.0
 POLL_SECONDS = 0.1
 
 ResultT = TypeVar("ResultT")
-
-
-@dataclass(frozen=True, slots=True)
-class _Ended:
-    """vLLM is done with a request; `problem` says why it gave none. `cached_tokens`: found in its prefix cache."""
-
-    row: int
-    problem: str | None
-    cached_tokens: int = 0
 
 
 class VLLMEngine:
@@ -100,12 +90,13 @@ class VLLMEngine:
         self._reference = reference
         self._info = info
         self._pipeline = config.pipeline_parallel_size
-        self._events: queue.SimpleQueue[Message | _Ended] = queue.SimpleQueue()
+        self._events: queue.SimpleQueue[Message | Ended] = queue.SimpleQueue()
+        self._worker_left = threading.Event()
         self._numbers = itertools.count()
         self._scratch = tempfile.TemporaryDirectory(prefix="kvdistill-")
         key = secrets.token_bytes(32)
         address = config.worker_address
-        self._inbox = Inbox(_address(address, Path(self._scratch.name)), key, self._events.put)
+        self._inbox = Inbox(_address(address, Path(self._scratch.name)), key, self._events.put, self._worker_left.set)
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="vllm", daemon=True)
         self._thread.start()
@@ -141,7 +132,6 @@ class VLLMEngine:
         Raises:
             EngineLostError: vLLM's engine process ended.
         """
-        started = time.perf_counter()
         tags = [f"kv-{next(self._numbers)}" for _ in batch]
         assembly = Assembly(tags, [sample.plan for sample in batch], self._info.kv_heads)
         for row, sample in enumerate(batch):
@@ -149,12 +139,21 @@ class VLLMEngine:
             if problem is not None:
                 assembly.drop(row)
                 fail(SampleFailure(row, problem))
-        requests = {row: self._on_loop(self._prefill(row, tags[row], batch[row])) for row in assembly.open_rows()}
+        requests = {row: self._on_loop(self._prefill(tags[row], batch[row])) for row in assembly.open_rows()}
+        progress = BatchProgress(assembly, emit, fail, {row: request.cancel for row, request in requests.items()})
         try:
-            return self._receive(assembly, emit, fail, wanted, requests, started)
+            while assembly.open_rows():
+                self._check_alive()
+                progress.give_up(wanted)
+                for event in self._next_events():
+                    if isinstance(event, Ended):
+                        progress.on_ended(event)
+                    else:
+                        progress.on_message(event)
         finally:
             for request in requests.values():
                 request.cancel()
+        return progress.timings()
 
     def read_alone(self, batch: Sequence[TokenizedSample]) -> None:
         """Reads prompts without any plan: what vLLM costs by itself, for benchmarks."""
@@ -179,7 +178,7 @@ class VLLMEngine:
     def close(self) -> None:
         """See `TeacherEngine.close`."""
         with contextlib.suppress(TimeoutError):
-            self._on_loop(_shut_down(self._llm)).result(timeout=HANDOVER_SECONDS)
+            self._on_loop(_shut_down(self._llm)).result(timeout=SHUTDOWN_SECONDS)
         self._end_threads()
         self._reference.close()
 
@@ -195,6 +194,8 @@ class VLLMEngine:
         return asyncio.run_coroutine_threadsafe(work, self._loop)
 
     def _check_alive(self) -> None:
+        if self._worker_left.is_set():
+            raise EngineLostError("the engine has ended: a worker no longer sends keys and values")
         if self._llm.errored:
             raise EngineLostError("the engine has ended: vLLM's core process died")
 
@@ -208,7 +209,7 @@ class VLLMEngine:
             )
         return None
 
-    async def _prefill(self, row: int, tag: str, sample: PlannedSample) -> None:
+    async def _prefill(self, tag: str, sample: PlannedSample) -> None:
         selection = sample.plan.selection
         parameters = SamplingParams(
             max_tokens=1,
@@ -221,9 +222,9 @@ class VLLMEngine:
         )
         try:
             output = await self._answer(sample.tokens.token_ids, parameters, tag)
-            ended = _Ended(row, None, output.num_cached_tokens or 0)
+            ended = Ended(tag, None, output.num_cached_tokens or 0)
         except Exception as error:  # noqa: BLE001  whatever vLLM refuses a request with, ends that sample alone
-            ended = _Ended(row, f"vLLM refused the sample: {type(error).__name__}: {error}")
+            ended = Ended(tag, f"vLLM refused the sample: {type(error).__name__}: {error}")
         self._events.put(ended)
 
     async def _write(self, tokens: TokenizedSample, options: GenerateOptions) -> Written:
@@ -249,46 +250,7 @@ class VLLMEngine:
             pass
         return output
 
-    def _receive(
-        self,
-        assembly: Assembly,
-        emit: Emit,
-        fail: Fail,
-        wanted: Wanted,
-        requests: dict[int, Future[None]],
-        started: float,
-    ) -> ExecutionTimings:
-        """Emits until every sample is complete or failed. Prefill is what passes until vLLM's last answer."""
-        encode_s = prefill_s = 0.0
-        cached_tokens = 0
-        due: dict[int, float] = {}
-        while open_rows := assembly.open_rows():
-            for row in open_rows:
-                if not wanted(row):
-                    assembly.drop(row)
-                    requests[row].cancel()
-                elif time.perf_counter() > due.get(row, float("inf")):
-                    assembly.drop(row)
-                    fail(SampleFailure(row, f"its keys and values were not complete after {HANDOVER_SECONDS:.0f} s"))
-            for event in self._next_events():
-                if isinstance(event, _Ended):
-                    prefill_s = time.perf_counter() - started
-                    cached_tokens += event.cached_tokens
-                    due[event.row] = time.perf_counter() + HANDOVER_SECONDS
-                    if event.problem is not None and assembly.is_open(event.row):
-                        self._check_alive()
-                        assembly.drop(event.row)
-                        fail(SampleFailure(event.row, event.problem))
-                    continue
-                encode_s += event.encode_s if isinstance(event, LayerMessage) else 0.0
-                results, failures = assembly.take(event)
-                for result in results:
-                    emit(result)
-                for failure in failures:
-                    fail(failure)
-        return ExecutionTimings(prefill_s or time.perf_counter() - started, encode_s, cached_tokens)
-
-    def _next_events(self) -> Iterator[Message | _Ended]:
+    def _next_events(self) -> Iterator[Message | Ended]:
         with contextlib.suppress(queue.Empty):
             yield self._events.get(timeout=POLL_SECONDS)
             while True:

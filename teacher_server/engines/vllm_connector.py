@@ -16,6 +16,7 @@ import logging
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -28,12 +29,13 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 )
 
 from align.rope_scale import RoPEScaler
+from kvcore.errors import UnsupportedModelError
 from kvcore.types import Tensor
 from teacher_server.engines.answer_queries import AnswerQueries, Segment
 from teacher_server.engines.base import LayerOutput
 from teacher_server.engines.handover import Address, FailureMessage, Outbox, Parcel
 from teacher_server.engines.paged_cache import CacheLayout, ReadTokens, layout_of
-from teacher_server.engines.source_step import HeadShare, SourceRow, SourceStep, needs_all_heads
+from teacher_server.engines.source_step import HeadShare, SourceRow, SourceStep
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -75,6 +77,10 @@ class KVDistillConnector(KVConnectorBase_V1):
 
     def __init__(self, vllm_config: VllmConfig, role: KVConnectorRole, kv_cache_config: Any = None) -> None:
         super().__init__(vllm_config, role, kv_cache_config)
+        if kv_cache_config is not None and len(kv_cache_config.kv_cache_groups) != 1:
+            raise UnsupportedModelError(
+                "vLLM keeps this model's layers in several caches; they are read from one alone"
+            )
         self._requests: dict[str, tuple[bytes, int]] = {}
         if role == KVConnectorRole.WORKER:
             self._worker = Worker(vllm_config, self._kv_transfer_config.kv_connector_extra_config)
@@ -197,7 +203,7 @@ class Worker:
 
     def _query_hook(self, name: str, heads: int, head_dim: int) -> Callable[[Any, tuple[Tensor, ...]], None]:
         def hook(_module: Any, arguments: tuple[Tensor, ...]) -> None:
-            if self._queries.wanted:
+            if self._queries.wanted and arguments:
                 self._queries.seen(name, arguments[0].view(-1, heads, head_dim))
 
         return hook
@@ -210,7 +216,9 @@ class Worker:
         for name, scheduled in metadata.scheduled:
             row = SourceRow.unpack(scheduled.content)
             if row.answer_A.size:
-                self._queries.add(name, Segment(row.answer_A, scheduled.start, scheduled.end, scheduled.blocks))
+                layers = frozenset(n for n, layer in self._layers.items() if layer in row.row.plan.layers)
+                segment = Segment(row.answer_A, scheduled.start, scheduled.end, scheduled.blocks, layers)
+                self._guard([row.tag], partial(self._queries.add, name, segment))
             if scheduled.is_last:
                 rows.append((name, row, scheduled))
         if rows:
@@ -219,7 +227,7 @@ class Worker:
     def _begin_pass(self, rows: Sequence[tuple[str, SourceRow, Scheduled]]) -> None:
         if any(NULL_BLOCK in scheduled.blocks for _, _, scheduled in rows):
             raise RuntimeError("vLLM has let go of blocks of the prompt, as it does beyond a sliding window")
-        gathered = self._ranks > 1 and any(needs_all_heads(row.row.plan) for _, row, _ in rows)
+        gathered = any(self._share.needs_others(row.row.plan) for _, row, _ in rows)
         step = SourceStep(
             [row for _, row, _ in rows],
             [scheduled.length for _, _, scheduled in rows],
@@ -261,7 +269,8 @@ class Worker:
         current = self._pass
         if name not in self._layers:
             return
-        self._queries.keep(name, attention.slot_mapping)
+        # What is lost here is missed, and said, when its requests end.
+        self._guard([], lambda: self._queries.keep(name, attention.slot_mapping))
         if current is None or self._layers[name] not in current.step.layers:
             return
         self._guard(current.step.tags, lambda: self._send(current, name, cache))
@@ -270,17 +279,19 @@ class Worker:
         k_NHD, v_NHD = current.read(cache)
         batch = len(current.rows)
         k_BHTD, v_BHTD = (x.unflatten(0, (batch, -1)).transpose(1, 2) for x in (k_NHD, v_NHD))
-        queries = self._queries.take(name, current.names, [row.answer_A for row in current.rows])
+        layer, scale = self._layers[name], self._scales[name]
+        answers = [row.answer_A[: row.answer_A.size * (layer in row.row.plan.layers)] for row in current.rows]
+        queries = self._queries.take(name, current.names, answers)
         if self._gathered:
             k_BHTD, v_BHTD = self._all_heads(k_BHTD), self._all_heads(v_BHTD)
             queries = None if queries is None else queries.with_all_heads(self._all_queries)
-        layer, scale = self._layers[name], self._scales[name]
         ready = torch.cuda.Event() if k_BHTD.is_cuda else None
         if ready is not None:
             ready.record()
 
         def make() -> Any:
-            with _after(ready, k_BHTD.device):
+            read = (k_BHTD, v_BHTD) if queries is None else (k_BHTD, v_BHTD, queries.q_bQAD)
+            with _after(ready, read):
                 importance = (None, None) if queries is None else queries.importance(layer, k_BHTD, scale)
                 yield from current.step.messages(LayerOutput(layer, k_BHTD, v_BHTD, *importance))
 
@@ -301,19 +312,26 @@ class Worker:
         except Exception as error:  # an exception here would end the engine for everyone
             log.exception("cannot read keys and values")
             failure = FailureMessage(list(tags), f"the worker failed on them: {type(error).__name__}: {error}")
-            self._outbox.put(Parcel(0, lambda: [failure], list(tags)))
+            if tags:
+                self._outbox.put(Parcel(0, lambda: [failure], list(tags)))
 
 
 _side_streams: dict[torch.device, Any] = {}
 
 
 @contextlib.contextmanager
-def _after(event: Any, device: torch.device) -> Iterator[None]:
+def _after(event: Any, tensors: Sequence[Tensor]) -> Iterator[None]:
     """On a GPU: work on a stream of its own once `event` has passed, so that the model's stream goes on."""
     if event is None:
         yield
         return
-    stream = _side_streams.setdefault(device, torch.cuda.Stream(device))
+    device = tensors[0].device
+    if device not in _side_streams:
+        _side_streams[device] = torch.cuda.Stream(device)
+    stream = _side_streams[device]
     stream.wait_event(event)
+    for tensor in tensors:
+        # Their memory was taken on the model's stream, which must not have it back too soon.
+        tensor.record_stream(stream)
     with torch.cuda.stream(stream):
         yield

@@ -29,6 +29,7 @@ class Request:
 
     def __init__(self, name: str, length: int, answer: NDArray[np.int64], first_block: int) -> None:
         self.name, self.length, self.answer = name, length, answer
+        self.layers: frozenset[str] = frozenset(LAYERS)
         count = -(-length // BLOCK_SIZE)
         # Neither ascending nor one after the other.
         self.blocks = [first_block + (place * 5) % 7 for place in range(count)]
@@ -38,7 +39,7 @@ class Request:
 
     def segment(self, start: int, end: int) -> Segment:
         """As the scheduler tells it: blocks of what is computed so far."""
-        return Segment(self.answer, start, end, self.blocks[: -(-end // BLOCK_SIZE)])
+        return Segment(self.answer, start, end, self.blocks[: -(-end // BLOCK_SIZE)], self.layers)
 
     def slots(self, start: int, end: int) -> list[int]:
         return [self.blocks[token // BLOCK_SIZE] * BLOCK_SIZE + token % BLOCK_SIZE for token in range(start, end)]
@@ -197,3 +198,12 @@ def test_heads_of_other_ranks_are_put_in(queries: AnswerQueries) -> None:
     assert both.q_bQAD.shape == (1, 2 * QUERY_HEADS, 1, DIM)
     assert both.q_bQAD[0, QUERY_HEADS:, 0].tolist() == (2 * request.query["first"][5]).tolist()
     assert (both.rows, both.answers) == ([0], [[5]])
+
+
+def test_layers_that_no_plan_asks_for_keep_nothing() -> None:
+    queries, request = AnswerQueries(BLOCK_SIZE), Request("a", 9, np.array([7, 8]), 3)
+    request.layers = frozenset({LAYERS[0]})
+    compute(queries, [(request, 0, 9)])
+    assert importance_of(queries, [request], LAYERS[0]) is not None
+    with pytest.raises(RuntimeError, match="not complete"):
+        importance_of(queries, [request], LAYERS[1])

@@ -77,8 +77,13 @@ def received() -> SimpleQueue[Message]:
 
 
 @pytest.fixture
-def inbox(address: Address, received: SimpleQueue[Message]) -> Iterator[Inbox]:
-    inbox = Inbox(address, KEY, received.put)
+def lost() -> threading.Event:
+    return threading.Event()
+
+
+@pytest.fixture
+def inbox(address: Address, received: SimpleQueue[Message], lost: threading.Event) -> Iterator[Inbox]:
+    inbox = Inbox(address, KEY, received.put, lost.set)
     yield inbox
     inbox.close()
 
@@ -366,3 +371,16 @@ def test_a_port_that_nobody_listens_on_is_an_error_at_once() -> None:
         port = free.getsockname()[1]
     with pytest.raises(OSError, match="refused"):
         Outbox(("127.0.0.1", port), KEY, PLENTY)
+
+
+def test_a_worker_that_leaves_is_told_and_the_end_of_the_inbox_is_not(
+    inbox: Inbox, outboxes: Callable[..., Outbox], lost: threading.Event
+) -> None:
+    outbox = outboxes(inbox.address)
+    assert not lost.is_set()
+    outbox.close()
+    assert lost.wait(PATIENCE)
+    lost.clear()
+    outboxes(inbox.address)
+    inbox.close()
+    assert not lost.wait(0.2)

@@ -1,0 +1,79 @@
+"""One batch on its way through vLLM: what its workers and its scheduler say, told to the batch's caller."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from teacher_server.engines.assembly import Assembly
+from teacher_server.engines.base import Emit, ExecutionTimings, Fail, SampleFailure, Wanted
+from teacher_server.engines.handover import LayerMessage, Message
+
+# How long layers may be under way after vLLM has said that their request ended.
+HANDOVER_SECONDS = 30.0
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """vLLM is done with a request; `problem` says why it gave none. `cached_tokens`: found in its prefix cache."""
+
+    tag: str
+    problem: str | None
+    cached_tokens: int = 0
+
+
+class BatchProgress:
+    """Emits layers and fails samples until none is open.
+
+    Args:
+        assembly: of the batch.
+        emit, fail: of the batch's caller.
+        abort: ends a row's request.
+    """
+
+    def __init__(self, assembly: Assembly, emit: Emit, fail: Fail, abort: Mapping[int, Callable[[], object]]) -> None:
+        self._assembly, self._emit, self._fail, self._abort = assembly, emit, fail, abort
+        self._started = time.perf_counter()
+        self._prefill_s = self._encode_s = 0.0
+        self._cached_tokens = 0
+        self._due: dict[int, float] = {}
+
+    def give_up(self, wanted: Wanted) -> None:
+        """Ends samples that nobody waits for, and those whose layers are overdue."""
+        for row in self._assembly.open_rows():
+            if not wanted(row):
+                self._assembly.drop(row)
+                self._abort[row]()
+            elif time.perf_counter() > self._due.get(row, float("inf")):
+                self._end(row, f"its keys and values were not complete {HANDOVER_SECONDS:.0f} s after vLLM had read it")
+
+    def on_ended(self, event: Ended) -> None:
+        """VLLM is done with a request; its layers may still be under way."""
+        row = self._assembly.row_of(event.tag)
+        if row is None:
+            return
+        self._prefill_s = time.perf_counter() - self._started
+        self._cached_tokens += event.cached_tokens
+        self._due[row] = time.perf_counter() + HANDOVER_SECONDS
+        if event.problem is not None and self._assembly.is_open(row):
+            self._end(row, event.problem)
+
+    def on_message(self, message: Message) -> None:
+        """What a worker sent."""
+        if isinstance(message, LayerMessage):
+            self._encode_s += message.encode_s
+        results, failures = self._assembly.take(message)
+        for result in results:
+            self._emit(result)
+        for failure in failures:
+            self._fail(failure)
+
+    def timings(self) -> ExecutionTimings:
+        """What the batch took; prefill is what passed until vLLM's last answer."""
+        prefill_s = self._prefill_s or time.perf_counter() - self._started
+        return ExecutionTimings(prefill_s, self._encode_s, self._cached_tokens)
+
+    def _end(self, row: int, problem: str) -> None:
+        self._assembly.drop(row)
+        self._fail(SampleFailure(row, problem))

@@ -1,0 +1,94 @@
+"""What a batch on vLLM tells its caller: each layer, each failure once, and nothing of other batches."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import pytest
+import torch
+
+from kvcore.plan import CodecSpec, KVPlan, Selection
+from teacher_server.engines import batch_progress
+from teacher_server.engines.assembly import Assembly
+from teacher_server.engines.base import LayerResult, SampleFailure
+from teacher_server.engines.batch_progress import BatchProgress, Ended
+from teacher_server.engines.handover import FailureMessage, LayerMessage
+
+PLAN = KVPlan(layers=(0, 1), selection=Selection(span="all"), codec=CodecSpec(name="raw"))
+
+
+@dataclass
+class Batch:
+    """Two samples, and what their caller and vLLM are told."""
+
+    results: list[LayerResult] = field(default_factory=list)
+    failures: list[SampleFailure] = field(default_factory=list)
+    aborted: list[int] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.assembly = Assembly(["a", "b"], [PLAN, PLAN], kv_heads=1)
+        abort = {row: lambda row=row: self.aborted.append(row) for row in range(2)}
+        self.progress = BatchProgress(self.assembly, self.results.append, self.failures.append, abort)
+
+
+def layer(number: int, *tags: str) -> LayerMessage:
+    parts = {f"{kind}.data": torch.zeros(len(tags), 1, 2, 4) for kind in "kv"}
+    errors = {kind: [0.0] * len(tags) for kind in "kv"}
+    return LayerMessage(
+        list(tags), number, 0, 1, parts, torch.zeros(len(tags), 1, 2, dtype=torch.int32), errors, {}, 0.5
+    )
+
+
+def test_layers_complete_a_batch_and_their_seconds_add_up() -> None:
+    batch = Batch()
+    for number in (0, 1):
+        batch.progress.on_message(layer(number, "a", "b"))
+    batch.progress.on_ended(Ended("a", None, 3))
+    batch.progress.on_ended(Ended("b", None, 4))
+    assert not batch.assembly.open_rows()
+    assert [result.layer for result in batch.results] == [0, 1]
+    timings = batch.progress.timings()
+    assert (timings.encode_s, timings.cached_tokens) == (1.0, 7)
+    assert timings.prefill_s > 0.0
+
+
+def test_what_is_left_of_another_batch_changes_nothing() -> None:
+    batch = Batch()
+    batch.progress.on_ended(Ended("earlier", "refused", 9))
+    batch.progress.on_message(layer(0, "earlier"))
+    batch.progress.on_message(FailureMessage(["earlier"], "lost"))
+    assert batch.assembly.open_rows() == [0, 1]
+    assert not batch.failures
+    assert batch.progress.timings().cached_tokens == 0
+
+
+def test_a_refused_sample_fails_once_and_the_other_goes_on() -> None:
+    batch = Batch()
+    batch.progress.on_ended(Ended("a", "too long"))
+    batch.progress.on_message(FailureMessage(["a"], "again"))
+    batch.progress.on_message(layer(0, "a", "b"))
+    assert batch.failures == [SampleFailure(0, "too long")]
+    assert [result.indices for result in batch.results] == [[1]]
+
+
+def test_a_sample_that_is_given_up_is_aborted_and_not_told() -> None:
+    batch = Batch()
+    batch.progress.give_up(lambda row: row == 1)
+    batch.progress.on_message(layer(0, "a"))
+    assert batch.aborted == [0]
+    assert batch.assembly.open_rows() == [1]
+    assert not batch.failures
+    assert not batch.results
+
+
+def test_layers_that_do_not_come_fail_their_sample_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    batch = Batch()
+    monkeypatch.setattr(batch_progress, "HANDOVER_SECONDS", 0.0)
+    batch.progress.give_up(lambda _row: True)
+    assert not batch.failures
+    batch.progress.on_ended(Ended("a", None))
+    batch.progress.give_up(lambda _row: True)
+    (failure,) = batch.failures
+    assert failure.index == 0
+    assert "not complete" in failure.problem
+    assert batch.assembly.open_rows() == [1]
