@@ -147,6 +147,9 @@ class VLLMEngine:
                 progress.give_up(wanted)
                 for event in self._next_events():
                     if isinstance(event, Ended):
+                        if event.problem is not None:
+                            # A dead engine refuses everything; that is no fault of the sample.
+                            self._check_alive()
                         progress.on_ended(event)
                     else:
                         progress.on_message(event)
@@ -157,7 +160,9 @@ class VLLMEngine:
 
     def read_alone(self, batch: Sequence[TokenizedSample]) -> None:
         """Reads prompts without any plan: what vLLM costs by itself, for benchmarks."""
-        parameters = SamplingParams(max_tokens=1, detokenize=False, skip_reading_prefix_cache=True)
+        parameters = SamplingParams(
+            max_tokens=1, temperature=0.0, detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY
+        )
         reads = [self._on_loop(self._answer(t.token_ids, parameters, f"read-{next(self._numbers)}")) for t in batch]
         for read in reads:
             read.result()

@@ -150,4 +150,4 @@ def test_a_server_whose_engine_died_ends_and_says_so(vllm: TeacherProcess) -> No
             assert isinstance(outcome, SampleFailure)
             assert outcome.code == "INTERNAL"
     assert vllm.wait(60.0) == 1
-    assert "the engine has ended" in vllm.log_path.read_text(encoding="utf-8").splitlines()[-1]
+    assert "the engine has ended" in vllm.log_path.read_text(encoding="utf-8")
