@@ -29,6 +29,9 @@ PANELS: Mapping[str, Mapping[str, str]] = {
     "Where it listens": {
         "grpc_host": "Address of the gRPC service.",
         "grpc_port": "Port of the gRPC service; 0 picks a free one and logs it.",
+        "tls_cert": "PEM file: the gRPC service speaks TLS, and is known by this certificate.",
+        "tls_key": "PEM file: the certificate's key.",
+        "token_file": "File with the token that callers must show, over TLS.",
         "http_host": "Address of /healthz, /readyz, /metrics and /info.",
         "http_port": "Port of the HTTP pages; 0 picks a free one and logs it.",
     },

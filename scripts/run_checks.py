@@ -79,7 +79,7 @@ class Run:
             "docs": site_builds,
             "unit": lambda: self.pytest("unit", "-n", "2"),
             "contract": lambda: self.pytest("contract", "-n", "2"),
-            "integration": lambda: self.pytest("integration"),
+            "integration": lambda: programs_are_here(("openssl",), ("openssl",)) and self.pytest("integration"),
             "e2e": lambda: programs_are_here(BROWSER, BROWSER_PACKAGES) and self.pytest("e2e"),
             "vllm": lambda: self.pytest("vllm", *VLLM_WARNS),
             "e2e_slurm": lambda: programs_are_here(SLURM_PROGRAMS, SLURM_PACKAGES) and self.pytest("e2e_slurm"),

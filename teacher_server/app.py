@@ -33,6 +33,7 @@ from teacher_server.interceptors import CallInterceptor
 from teacher_server.logs import log_event
 from teacher_server.sample_queue import BusyError, SampleQueue
 from teacher_server.scheduler import Scheduler
+from teacher_server.security import read_token, server_credentials
 from teacher_server.self_test import SelfTestError, self_test
 from teacher_server.service import SERVICE, TeacherKVService
 from teacher_server.state import Backend, ServerState
@@ -94,11 +95,15 @@ class TeacherServer:
     Args:
         config: what to serve, where, and its limits.
         load: makes the engine, in a thread of its own.
+
+    Raises:
+        FieldError: a certificate, key or token cannot be read.
     """
 
     def __init__(self, config: ServeConfig, load: Callable[[ServeConfig], TeacherEngine] = load_engine) -> None:
         self.state = ServerState(config)
         self._config = config
+        self._credentials, self._token = server_credentials(config), read_token(config)
         self._load = load
         self._service = TeacherKVService(self.state)
         self._health = health_aio.HealthServicer()
@@ -223,13 +228,12 @@ class TeacherServer:
     @contextlib.asynccontextmanager
     async def _grpc(self) -> AsyncIterator[None]:
         await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
-        server = grpc.aio.server(
-            interceptors=(CallInterceptor(SERVICE, self.state.metrics, self.state.activity),), options=GRPC_OPTIONS
-        )
+        interceptor = CallInterceptor(SERVICE, self.state.metrics, self.state.activity, self._token)
+        server = grpc.aio.server(interceptors=(interceptor,), options=GRPC_OPTIONS)
         server.add_generic_rpc_handlers((self._service.handler(),))
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         enable_server_reflection((SERVICE, HEALTH_SERVICE, REFLECTION_SERVICE), server)
-        self.state.grpc_port = _listen(server, self._config.grpc_host, self._config.grpc_port)
+        self.state.grpc_port = _listen(server, self._config, self._credentials)
         await server.start()
         try:
             yield
@@ -263,10 +267,13 @@ def _load(load: Callable[[ServeConfig], TeacherEngine], config: ServeConfig) -> 
         raise LoadError(f"model: '{config.model}' cannot be loaded: {type(error).__name__}: {error}") from error
 
 
-def _listen(server: grpc.aio.Server, host: str, port: int) -> int:
-    address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+def _listen(server: grpc.aio.Server, config: ServeConfig, credentials: grpc.ServerCredentials | None) -> int:
+    host = f"[{config.grpc_host}]" if ":" in config.grpc_host else config.grpc_host
+    address = f"{host}:{config.grpc_port}"
     try:
-        return server.add_insecure_port(address)
+        if credentials is None:
+            return server.add_insecure_port(address)
+        return server.add_secure_port(address, credentials)
     except RuntimeError as error:
         raise FieldError("grpc_port", f"cannot listen on {address}: {error}") from error
 

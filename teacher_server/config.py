@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
@@ -31,6 +32,8 @@ class ServeConfig(StrictModel):
     `fake:layers=3,heads=2,dim=16,delay_ms=0`. `name`: how the teacher calls itself, the model by default.
     `dtype: auto` is bf16 on a GPU and fp32 on a CPU; quantised weights (`load_in_8bit`, `load_in_4bit`) are computed in
     it. A port of 0 picks a free one.
+    `tls_cert` and `tls_key`: PEM files with which the gRPC service speaks TLS. `token_file`: holds what callers must
+    show then. The HTTP pages have neither.
     `max_sample_tokens`: the longest sample, the model's own context by default. `max_batch_tokens`: padded tokens that
     go through the model at once. `max_queued_tokens`: what may wait or run before requests are refused.
     `max_streams`: requests open at once. `max_frame_bytes`: the largest body of one frame. `stream_window_bytes`: what
@@ -55,6 +58,9 @@ class ServeConfig(StrictModel):
     trust_remote_code: bool = False
     grpc_host: Annotated[str, Field(min_length=1)] = "127.0.0.1"
     grpc_port: Port = 0
+    tls_cert: Path | None = None
+    tls_key: Path | None = None
+    token_file: Path | None = None
     http_host: Annotated[str, Field(min_length=1)] = "127.0.0.1"
     http_port: Port = 0
     max_sample_tokens: Positive | None = None
@@ -91,6 +97,14 @@ class ServeConfig(StrictModel):
             raise ValueError("load_in_4bit: weights are read in 8 or in 4 bits, not both")
         if self.engine == "fake" and not self.model.startswith("fake:"):
             raise ValueError(f"model: the engine 'fake' takes one such as fake:layers=3,heads=2; got '{self.model}'")
+        return self
+
+    @model_validator(mode="after")
+    def _secrets_go_over_tls(self) -> Self:
+        if (self.tls_cert is None) != (self.tls_key is None):
+            raise ValueError("tls_key: a certificate and its key go together (tls_cert, tls_key)")
+        if self.token_file is not None and self.tls_cert is None:
+            raise ValueError("token_file: a token goes over TLS alone; set tls_cert and tls_key")
         return self
 
     @model_validator(mode="after")

@@ -18,6 +18,7 @@ from teacher_server.activity import Activity, Call
 from teacher_server.logs import log_event
 from teacher_server.metrics import Metrics
 from teacher_server.sample_queue import BusyError
+from teacher_server.security import UnauthenticatedError, check_token
 from teacher_server.spans import traced
 from teacher_server.state import NotReadyError
 
@@ -41,20 +42,25 @@ class Status:
         return () if self.pushback_ms is None else ((PUSHBACK, str(self.pushback_ms)),)
 
 
+_CODES: tuple[tuple[type[Exception], grpc.StatusCode], ...] = (
+    (FieldError, grpc.StatusCode.INVALID_ARGUMENT),
+    (UnauthenticatedError, grpc.StatusCode.UNAUTHENTICATED),
+    (NotReadyError, grpc.StatusCode.UNAVAILABLE),
+    (KVDistillError, grpc.StatusCode.FAILED_PRECONDITION),
+)
+
+
 def status_of(error: Exception) -> Status:
     """The status that a caller sees. Errors that nobody raised on purpose show an id alone; the log has the rest."""
-    if isinstance(error, FieldError):
-        return Status(grpc.StatusCode.INVALID_ARGUMENT, str(error))
     if isinstance(error, BusyError):
         return Status(grpc.StatusCode.RESOURCE_EXHAUSTED, str(error), error.retry_ms)
-    if isinstance(error, NotReadyError):
-        return Status(grpc.StatusCode.UNAVAILABLE, str(error))
     if isinstance(error, TimeoutError):
         return Status(
             grpc.StatusCode.DEADLINE_EXCEEDED, "the request ran longer than this server's max_request_seconds"
         )
-    if isinstance(error, KVDistillError):
-        return Status(grpc.StatusCode.FAILED_PRECONDITION, str(error))
+    for kind, code in _CODES:
+        if isinstance(error, kind):
+            return Status(code, str(error))
     error_id = uuid.uuid4().hex[:12]
     log_event(log, "internal_error", level=logging.ERROR, error=error, error_id=error_id)
     return Status(grpc.StatusCode.INTERNAL, f"internal error {error_id}; the server's log has the details")
@@ -67,12 +73,14 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         service: its full name; other services pass through.
         metrics: of the server.
         activity: of the server.
+        token: what callers must show.
     """
 
-    def __init__(self, service: str, metrics: Metrics, activity: Activity) -> None:
+    def __init__(self, service: str, metrics: Metrics, activity: Activity, token: bytes | None = None) -> None:
         self._prefix = f"/{service}/"
         self._metrics = metrics
         self._activity = activity
+        self._token = token
 
     async def intercept_service(
         self,
@@ -98,6 +106,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             call = Call(name, context.peer())
             with self._activity.during(call), traced(call, self._prefix[1:], context.invocation_metadata() or ()):
                 try:
+                    check_token(self._token, context.invocation_metadata() or ())
                     return await method(request, context)
                 except asyncio.CancelledError:
                     call.code = _why_cancelled(context).name

@@ -23,6 +23,7 @@ from kvcore.stream_reader import StreamReader
 from kvcore.types import EncodedSampleKV, MissingKV, Sample, TeacherInfo, Timings
 from protos import kv_cache_pb2 as pb
 from student_trainer.kv_sources.base import KVResult
+from student_trainer.kv_sources.channel import open_channel
 
 logger = logging.getLogger(__name__)
 
@@ -253,7 +254,7 @@ class RemoteSource:
 
     def _open_channel(self, receive_bytes: int) -> None:
         self._receive_bytes = receive_bytes
-        self._channel = grpc.insecure_channel(self.endpoint, options=_channel_options(receive_bytes))
+        self._channel = open_channel(self.endpoint, _channel_options(receive_bytes))
         self._describe = self._channel.unary_unary(
             "/kvcache.v1.TeacherKV/Describe",
             request_serializer=pb.DescribeRequest.SerializeToString,

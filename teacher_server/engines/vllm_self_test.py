@@ -11,7 +11,7 @@ from teacher_server.engines.base import LayerResult, PlannedSample, SampleFailur
 
 REFERENCE_LAYERS = 2
 # Relative error of keys and values; a scrambled cache or a wrong rotation is near 1.
-TOLERANCES = {"fp32": 1e-4, "bf16": 0.03, "fp16": 0.01}
+TOLERANCES = {"fp32": 1e-4, "bf16": 0.1, "fp16": 0.03}
 # More than a block of any size that vLLM uses by default.
 TOKENS = 150
 

@@ -31,7 +31,6 @@ from student_trainer.capture import capture_kv
 from teacher_server.config import ServeConfig
 from teacher_server.engines import load_engine
 from teacher_server.engines.base import LayerResult, PlannedSample, SampleFailure, TeacherEngine
-from teacher_server.plan_execution import execute
 from tests.support.tiny_models import Family, save_tiny_model, tiny_spec
 
 
@@ -81,7 +80,7 @@ def _served(engine: TeacherEngine, record: Record, plan: KVPlan) -> EncodedSampl
     tokens = engine.tokenize(record.sample())
     results: list[LayerResult] = []
     failures: list[SampleFailure] = []
-    execute(engine, [PlannedSample(tokens, plan)], results.append, failures.append)
+    engine.run([PlannedSample(tokens, plan)], results.append, failures.append, lambda _row: True)
     assert not failures
     assert [result.layer for result in results] == list(plan.layers)
     return EncodedSampleKV(

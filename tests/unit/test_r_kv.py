@@ -21,7 +21,6 @@ from kvcore.types import Sample, Span
 from teacher_server.config import ServeConfig
 from teacher_server.engines import load_engine
 from teacher_server.engines.base import SPAN_KINDS, LayerResult, PlannedSample, TeacherEngine, TokenizedSample
-from teacher_server.plan_execution import execute
 from tests.support import naive_selection as naive
 from tests.support.reference_kv import PlainLayer, load_reference, plain_layers, reference_kv
 from tests.support.selection_batches import LAYERS, TOKENS, random_batch
@@ -180,7 +179,7 @@ def run(engine: TeacherEngine, batch: list[PlannedSample]) -> list[list[Any]]:
         for at, row in enumerate(result.indices):
             found[row].append(result.positions[at].tolist())
 
-    execute(engine, batch, emit, lambda failure: pytest.fail(failure.problem))
+    engine.run(batch, emit, lambda failure: pytest.fail(failure.problem), lambda _row: True)
     return found
 
 

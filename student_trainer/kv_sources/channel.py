@@ -1,0 +1,46 @@
+"""How teachers are reached: plain, or over TLS with a token, as two environment variables say.
+
+Variables rather than settings: they hold for every command that asks a teacher, and secrets stay out of configurations.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import grpc
+
+from kvcore.errors import FieldError
+
+TLS_CA = "KVDISTILL_TLS_CA"
+TOKEN_FILE = "KVDISTILL_TOKEN_FILE"  # noqa: S105  the name of a variable
+
+
+def open_channel(endpoint: str, options: Sequence[tuple[str, int]]) -> grpc.Channel:
+    """A channel to `host:port`.
+
+    Raises:
+        FieldError: a file that a variable names cannot be read, or a token would go without TLS.
+    """
+    token = _content(TOKEN_FILE)
+    authorities = _content(TLS_CA)
+    if authorities is None:
+        if token is not None:
+            raise FieldError(TOKEN_FILE, f"a token goes over TLS alone; set {TLS_CA} to the servers' certificate")
+        return grpc.insecure_channel(endpoint, options=options)
+    credentials = grpc.ssl_channel_credentials(authorities)
+    if token is not None:
+        caller = grpc.access_token_call_credentials(token.decode().strip())
+        credentials = grpc.composite_channel_credentials(credentials, caller)
+    return grpc.secure_channel(endpoint, credentials, options=options)
+
+
+def _content(variable: str) -> bytes | None:
+    path = os.environ.get(variable)
+    if not path:
+        return None
+    try:
+        return Path(path).read_bytes()
+    except OSError as error:
+        raise FieldError(variable, f"cannot read {path}: {error.strerror}") from error

@@ -1,0 +1,117 @@
+"""Servers that are known by a certificate, and callers by a token: over real TLS, by the client that trainers use."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+
+import grpc
+import pytest
+from grpc_health.v1 import health_pb2
+
+from kvcore.errors import FieldError, TeacherRefusedError, TeacherUnavailableError
+from kvcore.plan import KVPlan, Selection
+from kvcore.types import EncodedSampleKV, Sample
+from student_trainer.kv_sources.channel import TLS_CA, TOKEN_FILE
+from student_trainer.kv_sources.remote import RemoteSource
+from teacher_server.config import ServeConfig
+from tests.support.servers import TeacherProcess, running_teacher
+
+SECRET = "a-long-secret"
+PLAN = KVPlan(layers=(0,), selection=Selection(span="all"))
+
+
+def certificate(directory: Path) -> tuple[Path, Path]:
+    """A certificate of this machine's loopback, signed by itself, and its key."""
+    directory.mkdir()
+    cert, key = directory / "tls.crt", directory / "tls.key"
+    request = ("openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=localhost")
+    names = ("-addext", "subjectAltName=DNS:localhost,IP:127.0.0.1")
+    subprocess.run([*request, *names, "-keyout", key, "-out", cert], check=True, capture_output=True)
+    return cert, key
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    directory = tmp_path_factory.mktemp("tls")
+    cert, key = certificate(directory / "own")
+    other, _ = certificate(directory / "other")
+    paths = {"cert": cert, "key": key, "other": other}
+    for name, text in (("token", f"{SECRET}\n"), ("wrong", "a-long-secres")):
+        paths[name] = directory / name
+        paths[name].write_text(text, encoding="utf-8")
+    return paths
+
+
+@pytest.fixture(scope="module")
+def teacher(files: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[TeacherProcess]:
+    log = tmp_path_factory.mktemp("log") / "server.log"
+    secrets = {"tls_cert": files["cert"], "tls_key": files["key"], "token_file": files["token"]}
+    with running_teacher("fake:layers=2", log, engine="fake", **secrets) as running:
+        yield running
+
+
+def ask(teacher: TeacherProcess) -> None:
+    with closing(RemoteSource("a", teacher.endpoint, lambda _info: PLAN)) as source:
+        source.connect()
+        (answer,) = source.fetch([Sample("s", text="1 + 2 = 3")])
+        assert isinstance(answer, EncodedSampleKV)
+
+
+def test_with_certificate_and_token_a_caller_is_served(
+    teacher: TeacherProcess, files: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(TLS_CA, str(files["cert"]))
+    monkeypatch.setenv(TOKEN_FILE, str(files["token"]))
+    ask(teacher)
+    assert SECRET not in teacher.log_path.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("shown", [None, "wrong"])
+def test_without_the_token_a_caller_is_refused(
+    teacher: TeacherProcess, files: dict[str, Path], monkeypatch: pytest.MonkeyPatch, shown: str | None
+) -> None:
+    monkeypatch.setenv(TLS_CA, str(files["cert"]))
+    if shown is not None:
+        monkeypatch.setenv(TOKEN_FILE, str(files[shown]))
+    with pytest.raises(TeacherRefusedError, match="asks for a token"):
+        ask(teacher)
+
+
+@pytest.mark.parametrize("authority", [None, "other"])
+def test_a_caller_who_cannot_tell_the_server_does_not_talk_to_it(
+    teacher: TeacherProcess, files: dict[str, Path], monkeypatch: pytest.MonkeyPatch, authority: str | None
+) -> None:
+    if authority is not None:
+        monkeypatch.setenv(TLS_CA, str(files[authority]))
+    with pytest.raises(TeacherUnavailableError):
+        ask(teacher)
+
+
+def test_probes_need_no_token(teacher: TeacherProcess, files: dict[str, Path]) -> None:
+    with grpc.secure_channel(teacher.endpoint, grpc.ssl_channel_credentials(files["cert"].read_bytes())) as channel:
+        check = channel.unary_unary(
+            "/grpc.health.v1.Health/Check",
+            request_serializer=health_pb2.HealthCheckRequest.SerializeToString,
+            response_deserializer=health_pb2.HealthCheckResponse.FromString,
+        )
+        answer = check(health_pb2.HealthCheckRequest(), timeout=10)
+    assert answer.status == health_pb2.HealthCheckResponse.SERVING
+
+
+def test_a_token_never_goes_without_tls(files: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(TOKEN_FILE, str(files["token"]))
+    with pytest.raises(FieldError, match=f"{TOKEN_FILE}: a token goes over TLS alone"):
+        RemoteSource("a", "127.0.0.1:1", lambda _info: PLAN)
+    with pytest.raises(ValueError, match="token_file: a token goes over TLS alone"):
+        ServeConfig(model="fake:", engine="fake", token_file=files["token"])
+    with pytest.raises(ValueError, match="tls_key: a certificate and its key go together"):
+        ServeConfig(model="fake:", engine="fake", tls_cert=files["cert"])
+
+
+def test_a_file_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv(TLS_CA, str(tmp_path / "none"))
+    with pytest.raises(FieldError, match=TLS_CA):
+        RemoteSource("a", "127.0.0.1:1", lambda _info: PLAN)
