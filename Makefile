@@ -6,7 +6,7 @@ DEMO_ARGS ?=
 CHECKS = $(VENV)/bin/python scripts/run_checks.py
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slurm test-deploy lint format proto docs site clean
+.PHONY: help setup demo test test-slurm test-deploy test-vllm lint format proto docs site clean
 
 help: ## Show this help
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -21,7 +21,7 @@ setup: ## Make the virtual environment from the pinned files (nothing to do wher
 demo: setup ## Two teacher servers, one student, a report in outputs/demo
 	@$(VENV)/bin/kvdistill demo $(DEMO_ARGS)
 
-test: setup ## Every check and every test
+test: setup ## The checks and tests that need neither SLURM, vLLM nor the deployment's tools
 	@$(CHECKS)
 
 test-slurm: setup ## Whole jobs on a SLURM cluster on this machine; needs root, installs SLURM by apt-get
@@ -51,5 +51,5 @@ site: setup ## The documentation as a site, in site/index.html
 	@$(CHECKS) --write-site
 
 clean: ## Remove the environment and the caches; outputs/ stays
-	rm -rf $(VENV) .venv-deploy build .pytest_cache .ruff_cache .hypothesis .import_linter_cache *.egg-info
+	rm -rf $(VENV) $(VLLM_VENV) .venv-deploy site build .pytest_cache .ruff_cache .hypothesis .import_linter_cache *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
