@@ -9,12 +9,12 @@ from operator import add
 from pathlib import Path
 from typing import Any
 
-from extraction.progress import in_bytes
 from kvcore.errors import ConfigError
 from kvcore.plan import KVPlan
 from kvcore.store import POSITIONS, SHARD_SUFFIX, TOKEN_IDS, KVStoreReader
 from kvcore.store_journal import SampleEntry
 from kvcore.store_manifest import MANIFEST_NAME
+from kvcore.units import in_bytes
 from kvdistill.describe import describe, in_words, raw_token_bytes
 from kvdistill.text import ENDPOINT, in_columns
 

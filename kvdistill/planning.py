@@ -10,13 +10,13 @@ from typing import Any
 from align.aligner import Aligner
 from align.head_dim_adapter import KVGeometry
 from data.records import Record, load_records
-from extraction.progress import in_bytes
 from extraction.survey import slots_of
 from extraction.teachers import model_geometry
 from kvcore.codec import layer_bytes
 from kvcore.errors import FieldError, TeacherUnavailableError
 from kvcore.plan import KVPlan
 from kvcore.store_manifest import read_manifest
+from kvcore.units import in_bytes
 from kvdistill.describe import describe, raw_token_bytes
 from kvdistill.inspection import plan_codec, plan_layers, plan_tokens
 from kvdistill.text import in_columns

@@ -82,8 +82,8 @@ class VLLMEngine:
     Args:
         reference: the model's first layers on transformers: reads text, and tells what keys and values must be.
         info: of the whole model.
-        llm: runs on `loop`.
-        inbox: what the workers send, by `start`.
+        config: of the server.
+        arguments: of vLLM's engine.
     """
 
     def __init__(self, reference: HFEngine, info: TeacherInfo, config: ServeConfig, arguments: dict[str, Any]) -> None:

@@ -209,7 +209,7 @@ class Worker:
         return hook
 
     def begin(self, metadata: StepMetadata) -> None:
-        """Prepares a pass. A request that cannot be prepared fails alone."""
+        """Prepares a pass. Where that fails, the requests whose prompts end in it fail, and the engine goes on."""
         self._pass = None
         self._queries.begin(metadata.ended)
         rows: list[tuple[str, SourceRow, Scheduled]] = []
