@@ -57,7 +57,7 @@ serve() {
     shift
     say "serving $name on $node; its log: $logs/serve_$name.log"
     : >"$logs/serve_$name.log"
-    # Whoever reaches the node can ask it: there is no password. It picks its ports.
+    # Whoever reaches the node can ask it, unless its flags ask for a token. It picks its ports.
     step "$component" server --nodes=1 --ntasks=1 --nodelist="$node" "${options[@]}" -- \
         "$PYTHON" -m kvdistill serve --name "$name" --grpc-host 0.0.0.0 "$@" >>"$logs/serve_$name.log" 2>&1 &
     server_pid[$name]=$!
