@@ -146,8 +146,19 @@ def _rank() -> str:
 
 def _show_version(wanted: bool) -> None:
     if wanted:
-        typer.echo(f"kvdistill {importlib.metadata.version('kvdistill')}")
+        typer.echo(f"kvdistill {_version()}")
         raise typer.Exit
+
+
+def _version() -> str:
+    try:
+        return importlib.metadata.version("kvdistill")
+    except importlib.metadata.PackageNotFoundError:
+        # Run from a checkout or an image that has the sources alone.
+        import tomllib
+
+        pyproject = Path(__file__).resolve().parent.parent / "pyproject.toml"
+        return tomllib.loads(pyproject.read_text(encoding="utf-8"))["project"]["version"]
 
 
 @app.callback()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import logging
+import os
 import re
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from typing import Any, Self
 
 from kvcore.errors import ConfigError, FieldError, TeacherUnavailableError
 from student_trainer.processes import end, start_logged, tail, tied
+from student_trainer.transport_variables import TLS_CA
 
 logger = logging.getLogger(__name__)
 
@@ -55,6 +57,8 @@ class LocalTeachers:
         environment: Mapping[str, str] | None = None,
         ready_seconds: float = READY_SECONDS,
     ) -> None:
+        if os.environ.get(TLS_CA):
+            raise FieldError(TLS_CA, "is set, and servers that are started here speak plain gRPC on loopback; unset it")
         named = models if isinstance(models, Mapping) else teacher_names(models)
         flags = {"dtype": dtype, "load_in_8bit": load_in_8bit, **(options or {})}
         self._servers = [

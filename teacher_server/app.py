@@ -176,6 +176,15 @@ class TeacherServer:
         await task
         return True
 
+    def _look_after_engine(self) -> None:
+        """An engine may end while nobody asks it anything."""
+        backend = self.state.backend
+        if backend is not None and not self._stop.is_set():
+            try:
+                backend.engine.check()
+            except EngineLostError as error:
+                self._on_engine_error(error)
+
     def _on_engine_error(self, error: Exception) -> None:
         if isinstance(error, EngineLostError):
             self._lost = error
@@ -223,6 +232,7 @@ class TeacherServer:
     async def _sample(self) -> None:
         while True:
             self.state.sample()
+            self._look_after_engine()
             await asyncio.sleep(SAMPLE_SECONDS)
 
     @contextlib.asynccontextmanager
@@ -275,7 +285,8 @@ def _listen(server: grpc.aio.Server, config: ServeConfig, credentials: grpc.Serv
             return server.add_insecure_port(address)
         return server.add_secure_port(address, credentials)
     except RuntimeError as error:
-        raise FieldError("grpc_port", f"cannot listen on {address}: {error}") from error
+        field = "grpc_port" if credentials is None else "tls_cert"
+        raise FieldError(field, f"cannot listen on {address}: {error}") from error
 
 
 async def _reported(load: Coroutine[None, None, ResultT], model: str) -> ResultT:

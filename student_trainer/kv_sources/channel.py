@@ -1,7 +1,4 @@
-"""How teachers are reached: plain, or over TLS with a token, as two environment variables say.
-
-Variables rather than settings: they hold for every command that asks a teacher, and secrets stay out of configurations.
-"""
+"""How teachers are reached: plain, or over TLS with a token, as two environment variables say."""
 
 from __future__ import annotations
 
@@ -12,9 +9,7 @@ from pathlib import Path
 import grpc
 
 from kvcore.errors import FieldError
-
-TLS_CA = "KVDISTILL_TLS_CA"
-TOKEN_FILE = "KVDISTILL_TOKEN_FILE"  # noqa: S105  the name of a variable
+from student_trainer.transport_variables import TLS_CA, TOKEN_FILE
 
 
 def open_channel(endpoint: str, options: Sequence[tuple[str, int]]) -> grpc.Channel:
@@ -23,7 +18,7 @@ def open_channel(endpoint: str, options: Sequence[tuple[str, int]]) -> grpc.Chan
     Raises:
         FieldError: a file that a variable names cannot be read, or a token would go without TLS.
     """
-    token = _content(TOKEN_FILE)
+    token = _token()
     authorities = _content(TLS_CA)
     if authorities is None:
         if token is not None:
@@ -31,9 +26,19 @@ def open_channel(endpoint: str, options: Sequence[tuple[str, int]]) -> grpc.Chan
         return grpc.insecure_channel(endpoint, options=options)
     credentials = grpc.ssl_channel_credentials(authorities)
     if token is not None:
-        caller = grpc.access_token_call_credentials(token.decode().strip())
+        caller = grpc.access_token_call_credentials(token)
         credentials = grpc.composite_channel_credentials(credentials, caller)
     return grpc.secure_channel(endpoint, credentials, options=options)
+
+
+def _token() -> str | None:
+    content = _content(TOKEN_FILE)
+    if content is None:
+        return None
+    token = content.decode(errors="replace").strip()
+    if not token or not token.isascii():
+        raise FieldError(TOKEN_FILE, f"{os.environ[TOKEN_FILE]} holds no token of ASCII characters")
+    return token
 
 
 def _content(variable: str) -> bytes | None:

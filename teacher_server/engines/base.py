@@ -206,6 +206,14 @@ class TeacherEngine(Protocol):
         """
         ...
 
+    def check(self) -> None:
+        """Does nothing while the engine can run. May be called from any thread.
+
+        Raises:
+            EngineLostError: it never will again.
+        """
+        ...
+
     def close(self) -> None:
         """Frees the model."""
         ...

@@ -24,7 +24,7 @@ class Ended:
 
 
 class BatchProgress:
-    """Emits layers and fails samples until none is open.
+    """Emits layers and fails samples while the batch `runs`.
 
     Args:
         assembly: of the batch.
@@ -35,9 +35,16 @@ class BatchProgress:
     def __init__(self, assembly: Assembly, emit: Emit, fail: Fail, abort: Mapping[int, Callable[[], object]]) -> None:
         self._assembly, self._emit, self._fail, self._abort = assembly, emit, fail, abort
         self._started = time.perf_counter()
-        self._prefill_s = self._encode_s = 0.0
+        self._prefill_s = 0.0
+        self._encode_s: dict[int, float] = {}
         self._cached_tokens = 0
+        self._reading = set(abort)
         self._due: dict[int, float] = {}
+
+    @property
+    def runs(self) -> bool:
+        """Whether layers are still to come, or vLLM is still at a request: its last layer's K/V come before its end."""
+        return bool(self._reading or self._assembly.open_rows())
 
     def give_up(self, wanted: Wanted) -> None:
         """Ends samples that nobody waits for, and those whose layers are overdue."""
@@ -45,6 +52,7 @@ class BatchProgress:
             if not wanted(row):
                 self._assembly.drop(row)
                 self._abort[row]()
+                self._reading.discard(row)
             elif time.perf_counter() > self._due.get(row, float("inf")):
                 self._end(row, f"its keys and values were not complete {HANDOVER_SECONDS:.0f} s after vLLM had read it")
 
@@ -53,6 +61,7 @@ class BatchProgress:
         row = self._assembly.row_of(event.tag)
         if row is None:
             return
+        self._reading.discard(row)
         self._prefill_s = time.perf_counter() - self._started
         self._cached_tokens += event.cached_tokens
         self._due[row] = time.perf_counter() + HANDOVER_SECONDS
@@ -62,7 +71,10 @@ class BatchProgress:
     def on_message(self, message: Message) -> None:
         """What a worker sent."""
         if isinstance(message, LayerMessage):
-            self._encode_s += message.encode_s
+            spent = self._encode_s.get(message.heads_from, 0.0)
+            self._encode_s[message.heads_from] = spent + message.encode_s
+            # As long as layers come, none is overdue.
+            self._due = dict.fromkeys(self._due, time.perf_counter() + HANDOVER_SECONDS)
         results, failures = self._assembly.take(message)
         for result in results:
             self._emit(result)
@@ -70,9 +82,8 @@ class BatchProgress:
             self._fail(failure)
 
     def timings(self) -> ExecutionTimings:
-        """What the batch took; prefill is what passed until vLLM's last answer."""
-        prefill_s = self._prefill_s or time.perf_counter() - self._started
-        return ExecutionTimings(prefill_s, self._encode_s, self._cached_tokens)
+        """What the batch took: until vLLM's last answer, and in the slowest of the ranks that encode side by side."""
+        return ExecutionTimings(self._prefill_s, max(self._encode_s.values(), default=0.0), self._cached_tokens)
 
     def _end(self, row: int, problem: str) -> None:
         self._assembly.drop(row)

@@ -177,6 +177,9 @@ class FakeEngine:
             for row, (tokens, one) in enumerate(zip(prompts, written, strict=True))
         ]
 
+    def check(self) -> None:
+        """See `TeacherEngine.check`: it lives as long as this process."""
+
     def close(self) -> None:
         """See `TeacherEngine.close`."""
 

@@ -171,6 +171,9 @@ class HFEngine:
         """See `TeacherEngine.generate`."""
         return self._writer.write(prompts, options, wanted)
 
+    def check(self) -> None:
+        """See `TeacherEngine.check`: it lives as long as this process."""
+
     def close(self) -> None:
         """See `TeacherEngine.close`."""
         on_gpu = self._embedding.weight.is_cuda

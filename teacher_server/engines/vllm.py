@@ -96,7 +96,11 @@ class VLLMEngine:
         self._scratch = tempfile.TemporaryDirectory(prefix="kvdistill-")
         key = secrets.token_bytes(32)
         address = config.worker_address
-        self._inbox = Inbox(_address(address, Path(self._scratch.name)), key, self._events.put, self._worker_left.set)
+        where = _address(address, Path(self._scratch.name))
+        try:
+            self._inbox = Inbox(where, key, self._events.put, self._worker_left.set)
+        except OSError as error:
+            raise FieldError("worker_address", f"cannot listen on {where}: {error.strerror or error}") from error
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="vllm", daemon=True)
         self._thread.start()
@@ -142,14 +146,14 @@ class VLLMEngine:
         requests = {row: self._on_loop(self._prefill(tags[row], batch[row])) for row in assembly.open_rows()}
         progress = BatchProgress(assembly, emit, fail, {row: request.cancel for row, request in requests.items()})
         try:
-            while assembly.open_rows():
-                self._check_alive()
+            while progress.runs:
+                self.check()
                 progress.give_up(wanted)
                 for event in self._next_events():
                     if isinstance(event, Ended):
                         if event.problem is not None:
                             # A dead engine refuses everything; that is no fault of the sample.
-                            self._check_alive()
+                            self.check()
                         progress.on_ended(event)
                     else:
                         progress.on_message(event)
@@ -177,7 +181,7 @@ class VLLMEngine:
                 if not wanted(row):
                     requests[row].cancel()
             wait_for(requests, timeout=POLL_SECONDS)
-        self._check_alive()
+        self.check()
         return [_written(row, request) for row, request in enumerate(requests)]
 
     def close(self) -> None:
@@ -198,7 +202,8 @@ class VLLMEngine:
     def _on_loop(self, work: Coroutine[Any, Any, ResultT]) -> Future[ResultT]:
         return asyncio.run_coroutine_threadsafe(work, self._loop)
 
-    def _check_alive(self) -> None:
+    def check(self) -> None:
+        """See `TeacherEngine.check`."""
         if self._worker_left.is_set():
             raise EngineLostError("the engine has ended: a worker no longer sends keys and values")
         if self._llm.errored:

@@ -29,6 +29,8 @@ OWN_ARGUMENTS = frozenset(
         "trust_remote_code",
         "kv_transfer_config",
         "kv_cache_dtype",
+        "kv_offloading_backend",
+        "kv_offloading_size",
         "quantization",
         "speculative_config",
         "enable_lora",

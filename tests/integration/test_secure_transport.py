@@ -14,8 +14,9 @@ from grpc_health.v1 import health_pb2
 from kvcore.errors import FieldError, TeacherRefusedError, TeacherUnavailableError
 from kvcore.plan import KVPlan, Selection
 from kvcore.types import EncodedSampleKV, Sample
-from student_trainer.kv_sources.channel import TLS_CA, TOKEN_FILE
 from student_trainer.kv_sources.remote import RemoteSource
+from student_trainer.local_teachers import LocalTeachers
+from student_trainer.transport_variables import TLS_CA, TOKEN_FILE
 from teacher_server.config import ServeConfig
 from tests.support.servers import TeacherProcess, running_teacher
 
@@ -114,4 +115,23 @@ def test_a_token_never_goes_without_tls(files: dict[str, Path], monkeypatch: pyt
 def test_a_file_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv(TLS_CA, str(tmp_path / "none"))
     with pytest.raises(FieldError, match=TLS_CA):
+        RemoteSource("a", "127.0.0.1:1", lambda _info: PLAN)
+
+
+def test_servers_that_a_command_starts_itself_are_plain_and_say_so(
+    files: dict[str, Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv(TLS_CA, str(files["cert"]))
+    with pytest.raises(FieldError, match="unset it"):
+        LocalTeachers(["fake:layers=1"], tmp_path)
+
+
+@pytest.mark.parametrize("content", ["", " \n", "ünsafe"])
+def test_a_token_that_is_none_is_refused(
+    files: dict[str, Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, content: str
+) -> None:
+    (tmp_path / "token").write_text(content, encoding="utf-8")
+    monkeypatch.setenv(TLS_CA, str(files["cert"]))
+    monkeypatch.setenv(TOKEN_FILE, str(tmp_path / "token"))
+    with pytest.raises(FieldError, match=TOKEN_FILE):
         RemoteSource("a", "127.0.0.1:1", lambda _info: PLAN)

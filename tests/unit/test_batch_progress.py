@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass, field
 
 import pytest
@@ -44,8 +45,10 @@ def test_layers_complete_a_batch_and_their_seconds_add_up() -> None:
     for number in (0, 1):
         batch.progress.on_message(layer(number, "a", "b"))
     batch.progress.on_ended(Ended("a", None, 3))
+    assert batch.progress.runs
     batch.progress.on_ended(Ended("b", None, 4))
     assert not batch.assembly.open_rows()
+    assert not batch.progress.runs
     assert [result.layer for result in batch.results] == [0, 1]
     timings = batch.progress.timings()
     assert (timings.encode_s, timings.cached_tokens) == (1.0, 7)
@@ -92,3 +95,26 @@ def test_layers_that_do_not_come_fail_their_sample_in_time(monkeypatch: pytest.M
     assert failure.index == 0
     assert "not complete" in failure.problem
     assert batch.assembly.open_rows() == [1]
+
+
+def test_ranks_encode_side_by_side() -> None:
+    batch = Batch()
+    batch.progress.on_message(layer(0, "a"))
+    batch.progress.on_message(dataclasses.replace(layer(0, "b"), heads_from=1, encode_s=0.75))
+    assert batch.progress.timings().encode_s == 0.75
+
+
+def test_a_batch_that_was_given_up_runs_no_longer() -> None:
+    batch = Batch()
+    batch.progress.give_up(lambda _row: False)
+    assert not batch.progress.runs
+
+
+def test_while_layers_come_none_is_overdue(monkeypatch: pytest.MonkeyPatch) -> None:
+    batch = Batch()
+    monkeypatch.setattr(batch_progress, "HANDOVER_SECONDS", 0.0)
+    batch.progress.on_ended(Ended("a", None))
+    monkeypatch.setattr(batch_progress, "HANDOVER_SECONDS", 1000.0)
+    batch.progress.on_message(layer(0, "b"))
+    batch.progress.give_up(lambda _row: True)
+    assert not batch.failures

@@ -26,7 +26,7 @@ def test_pages_show_every_picture_once_and_no_other() -> None:
 
 def test_script_draws_the_pictures_that_are_kept() -> None:
     assert OUTPUT == DOCS / "pictures"
-    assert sorted(f"{name}.svg" for name in PICTURES) == sorted(path.name for path in OUTPUT.iterdir())
+    assert sorted(f"{name}.svg" for name in PICTURES) == sorted(path.name for path in OUTPUT.glob("*.svg"))
 
 
 def test_every_picture_is_described_for_those_who_cannot_see_it() -> None:

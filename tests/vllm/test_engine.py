@@ -102,6 +102,12 @@ def test_what_is_found_in_the_prefix_cache_leaves_too(pair: Pair) -> None:
     samples = [Sample(f"p{end}", token_ids=(*shared[:200], *range(10, 10 + end))) for end in (1, 40, 90)]
     for _ in range(2):
         assert_equal_on_both(pair, [*samples, Sample("again", token_ids=shared)], EVERYTHING)
+    batch = [PlannedSample(pair.vllm.tokenize(Sample("more", token_ids=shared)), EVERYTHING)]
+    timings = pair.vllm.run(
+        batch, lambda _result: None, lambda failure: pytest.fail(failure.problem), lambda _row: True
+    )
+    assert timings.cached_tokens >= 128
+    assert timings.prefill_s > 0.0
     if pair.counts:
         assert counted("prefix_cache_hits") > before + 3 * 32
 
