@@ -59,7 +59,7 @@ class Totals:
 
     def __str__(self) -> str:
         counts = {"failed": self.failed, "passed": self.passed, "skipped": self.skipped, "errors": self.errors}
-        return ", ".join(f"{count} {name}" for name, count in counts.items() if count) or "no tests ran"
+        return ", ".join(f"{count} {name}" for name, count in counts.items() if count) or "no stage with tests"
 
 
 @dataclass
