@@ -47,6 +47,8 @@ class AnswerQueries:
         self._kept: dict[str, _Kept] = {}
         self._slots: dict[str, tuple[Tensor, frozenset[str]]] = {}
         self._query: dict[str, Tensor] = {}
+        # Where each request's tokens stand among those of the pass: the same in every layer.
+        self._places: dict[str, Tensor] = {}
 
     @property
     def wanted(self) -> bool:
@@ -56,6 +58,7 @@ class AnswerQueries:
     def begin(self, ended: Sequence[str]) -> None:
         """A pass begins; what ended is forgotten."""
         self._slots.clear()
+        self._places.clear()
         self._query.clear()
         for name in ended:
             self._kept.pop(name, None)
@@ -79,12 +82,19 @@ class AnswerQueries:
         q_TQD = self._query.pop(layer, None)
         if q_TQD is None:
             return
-        order_T = slots_T.argsort()
-        for name, (wanted_a, layers) in self._slots.items():
-            if layer not in layers:
-                continue
-            place_a = torch.searchsorted(slots_T[order_T], wanted_a.to(slots_T))
-            self._kept[name].by_layer.setdefault(layer, []).append(q_TQD[order_T[place_a]])
+        for name, (_, layers) in self._slots.items():
+            if layer in layers:
+                place_a = self._place(name, slots_T)
+                self._kept[name].by_layer.setdefault(layer, []).append(q_TQD[place_a])
+
+    def _place(self, name: str, slots_T: Tensor) -> Tensor:
+        """Where a request's answer stands in the pass: looked up for all requests in the first layer that asks."""
+        if not self._places:
+            order_T = slots_T.argsort()
+            sorted_T = slots_T[order_T]
+            for other, (wanted_a, _) in self._slots.items():
+                self._places[other] = order_T[torch.searchsorted(sorted_T, wanted_a.to(slots_T))]
+        return self._places[name]
 
     def take(self, layer: str, names: Sequence[str], answers: Sequence[NDArray[np.int64]]) -> BatchQueries | None:
         """The queries of requests whose prompts end; None where no plan asks for them.

@@ -12,12 +12,10 @@ from fastapi import FastAPI
 from fastapi.testclient import TestClient
 
 from student_trainer.config import TrainConfig
-from student_trainer.kv_sources.failover import FailoverSource
 from student_trainer.live_page import add_live_page, render_page
 from student_trainer.run_state import RunState
 from student_trainer.window import STAGES, TeacherSums
-from tests.support.kv_fakes import MemorySource, samples
-from tests.support.scripted_replica import ScriptedReplica
+from tests.support.begun_run import begun_run
 from tests.support.training_parts import train_config
 
 
@@ -29,19 +27,10 @@ def config() -> TrainConfig:
 @pytest.fixture
 def run() -> RunState:
     """After one of ten steps, with one teacher of two replicas, one of them dead, and one from a store."""
-    dead, alive = ScriptedReplica("dead:1"), ScriptedReplica("alive:2")
-    dead.up = False
-    live = FailoverSource("ada", [dead, alive], patience_s=5.0)
-    live.connect()
-    live.fetch(samples(2))
-    state = RunState()
-    state.connected({"<b>ada</b>": live, "ben": MemorySource()})
-    state.begin(10, first_step=0)
-    state.phase = "training"
-    state.stepped(1, 64)
     figures = {"train/loss": 2.5, "train/kv_loss": 0.875, "train/samples_per_second": 1210.4, "val/loss": math.nan}
     weights = {"routing/weights_mean/<b>ada</b>": 0.75, "routing/weights_mean/ben": 0.25}
-    state.log(1, figures | weights | {"kv/stall_fraction": 0.051, "kv/bytes_per_sample": 4096.0})
+    waiting = {"kv/stall_fraction": 0.051, "kv/bytes_per_sample": 4096.0}
+    state = begun_run("<b>ada</b>", figures | weights | waiting)
     sums = TeacherSums(64, 3, 64 * 2048.0, dict.fromkeys(STAGES, 0.064) | {"prefill": 0.64})
     state.account(4.0, {"stall": 1.0, "decode": 0.5, "align": 0.5, "prefill": 0.1}, {"<b>ada</b>": sums})
     return state

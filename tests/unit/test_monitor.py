@@ -12,12 +12,11 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from kvcore.errors import FieldError
 from student_trainer.config import TrainConfig
-from student_trainer.kv_sources.failover import FailoverSource
 from student_trainer.monitor import monitored
 from student_trainer.run_state import RunState
 from student_trainer.window import STAGES, TeacherSums
-from tests.support.kv_fakes import MemorySource, samples
-from tests.support.scripted_replica import ScriptedReplica
+from tests.support.begun_run import half_dead_teacher
+from tests.support.kv_fakes import MemorySource
 from tests.support.training_parts import one_rank, train_config
 
 Series = dict[tuple[str, ...], float]
@@ -49,12 +48,7 @@ def url_in(messages: list[str]) -> str:
 
 def trained(state: RunState) -> None:
     """A state as it is after some steps with one teacher of two replicas, one of them dead, and one from a store."""
-    dead, alive = ScriptedReplica("dead:1"), ScriptedReplica("alive:2")
-    dead.up = False
-    live = FailoverSource("ada", [dead, alive], patience_s=5.0)
-    live.connect()
-    live.fetch(samples(2))
-    state.connected({"ada": live, "ben": MemorySource()})
+    state.connected({"ada": half_dead_teacher(), "ben": MemorySource()})
     state.begin(100, first_step=10)
     state.phase = "training"
     state.stepped(11, 64)

@@ -9,30 +9,17 @@ import sys
 import pytest
 from rich.console import Console
 
-from student_trainer.kv_sources.failover import FailoverSource
 from student_trainer.run_state import RunState
 from student_trainer.terminal import on_terminal, render
 from student_trainer.window import STAGES, TeacherSums
-from tests.support.kv_fakes import MemorySource, samples
-from tests.support.scripted_replica import ScriptedReplica
+from tests.support.begun_run import begun_run
 
 
 @pytest.fixture
 def run() -> RunState:
     """After one of ten steps, with one teacher of two replicas, one of them dead, and one from a store."""
-    dead, alive = ScriptedReplica("dead:1"), ScriptedReplica("alive:2")
-    dead.up = False
-    live = FailoverSource("ada", [dead, alive], patience_s=5.0)
-    live.connect()
-    live.fetch(samples(2))
-    state = RunState()
-    state.connected({"[bold]ada": live, "ben": MemorySource()})
-    state.begin(10, first_step=0)
-    state.phase = "training"
-    state.stepped(1, 64)
-    state.log(
-        1, {"train/loss": 2.5, "train/kv_loss": 0.875, "kv/stall_fraction": 0.05, "routing/weights_mean/ben": 0.25}
-    )
+    figures = {"train/loss": 2.5, "train/kv_loss": 0.875, "kv/stall_fraction": 0.05, "routing/weights_mean/ben": 0.25}
+    state = begun_run("[bold]ada", figures)
     state.account(4.0, {"stall": 1.0}, {"[bold]ada": TeacherSums(64, 3, 2_000_000.0, dict.fromkeys(STAGES, 0.1))})
     return state
 
