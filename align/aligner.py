@@ -10,8 +10,7 @@ from torch import nn
 
 from align.head_dim_adapter import TENSORS, HeadDimAdapter, KVGeometry, TeacherSpaceRegressor, TensorKind
 from align.layer_map import LayerMapper, LearnedLayerMap
-from align.report import describe
-from align.tokenizer_align import METHODS, overlap_weights_batch, pair_ends_batch
+from align.tokenizer_align import METHODS
 from kvcore.errors import ConfigError, FieldError
 from kvcore.plan import CodecSpec, KVPlan, Scope, Selection
 from kvcore.types import BatchKV, TeacherInfo, Tensor
@@ -226,7 +225,7 @@ class Aligner(nn.Module):
 
     def report(self) -> dict[str, Any]:
         """What a person wants to know of this alignment, ready for JSON: None where nothing was measured."""
-        return describe(self)
+        return _describe(self)
 
     def state_tensors(self) -> dict[str, Tensor]:
         """Everything measured, fitted or trained, on CPU, as safetensors takes it."""
@@ -265,97 +264,6 @@ def plan_for(
     return Aligner(geometry, student, **settings).plan(selection, codec)
 
 
-def at_student_tokens(kv: BatchKV, ends_BT: Tensor, method: str = "boundary", skip_first: int = 0) -> BatchKV:
-    """A teacher's cache laid out at the student's tokens: K/V [B,L,H,T,D], zeros where masked.
-
-    `boundary` takes the slot whose token ends at the same byte, `overlap` the mean of those that share bytes with the
-    student's token, weighted by how many. Tokens that find none are masked.
-
-    Args:
-        kv: of a plan with scope `sample`; for `overlap` of whole texts.
-        ends_BT: byte ends of the student's tokens in the same texts, -1 in padding.
-        method: `boundary` or `overlap`.
-        skip_first: so many of each sample's first tokens that stand for text are masked.
-    """
-    assert kv.k_BLHMD is not None, "the plan left keys out"
-    assert kv.v_BLHMD is not None, "the plan left values out"
-    ends_BT = ends_BT.to(kv.mask_BM.device)
-    kept_BT = beyond_first(ends_BT, skip_first)
-    if method == "overlap":
-        weights_BTM, mask_BT = overlap_weights_batch(_slot_ends(kv), ends_BT)
-        mask_BT = mask_BT & kept_BT
-        weights_BTM = weights_BTM * mask_BT[:, :, None]
-        k_BLHTD, v_BLHTD = (_weighted(x, weights_BTM, kv.mask_BM) for x in (kv.k_BLHMD, kv.v_BLHMD))
-    else:
-        index_BT = slots_of_tokens(kv, ends_BT.masked_fill(~kept_BT, -1))
-        mask_BT = index_BT >= 0
-        k_BLHTD, v_BLHTD = (gather_slots(x, index_BT) for x in (kv.k_BLHMD, kv.v_BLHMD))
-    return BatchKV(k_BLHTD, v_BLHTD, mask_BT, ends_BT[:, None, None])
-
-
-def at_teacher_slots(
-    x_BLHTD: Tensor, student_ends_BT: Tensor, kv: BatchKV, skip_first: int = 0
-) -> tuple[Tensor, Tensor]:
-    """The student's own K/V laid out at a teacher's slots: the token that ends where the slot's token ends.
-
-    Args:
-        x_BLHTD: the student's keys or values.
-        student_ends_BT: byte ends of its tokens, -1 in padding.
-        kv: the teacher's, of any scope; with `layer` or `head`, its layers or heads must be as many as the student's.
-        skip_first: so many of each sample's first student tokens that stand for text are not used.
-
-    Returns:
-        x_BLHMD, zeros where masked, and mask_BLHM: False for empty slots and those that no student token ends with.
-    """
-    ends_BLHM = kv.byte_ends_BLHM.masked_fill(~kv.mask_BM[:, None, None], -1).to(x_BLHTD.device)
-    student_BT = student_ends_BT.to(x_BLHTD.device)
-    student_BT = student_BT.masked_fill(~beyond_first(student_BT, skip_first), -1)
-    index_BLHM = pair_ends_batch(student_BT, ends_BLHM.flatten(1)).view_as(ends_BLHM)
-    index_BLHM = index_BLHM.expand(*x_BLHTD.shape[:3], -1)
-    chosen = index_BLHM.clamp(min=0)[..., None].expand(*index_BLHM.shape, x_BLHTD.shape[-1])
-    mask_BLHM = index_BLHM >= 0
-    return x_BLHTD.gather(3, chosen).masked_fill(~mask_BLHM[..., None], 0.0), mask_BLHM
-
-
-def beyond_first(ends_BT: Tensor, count: int) -> Tensor:
-    """[B,T]: True at tokens that stand for text (an end that is not -1), but for each sample's first `count`."""
-    text_BT = ends_BT >= 0
-    return text_BT & (text_BT.cumsum(dim=1) > count)
-
-
-def slots_of_tokens(kv: BatchKV, student_ends_BT: Tensor) -> Tensor:
-    """For each student token the teacher slot whose token ends at the same byte, or -1 (`boundary` pairing).
-
-    Args:
-        kv: of a plan with scope `sample`, or with one layer and head: its slots hold the same token everywhere.
-        student_ends_BT: byte ends of the student's tokens in the same texts, -1 in padding.
-
-    Returns:
-        int64 [B,T], an index into M.
-    """
-    ends_BM = _slot_ends(kv)
-    return pair_ends_batch(ends_BM, student_ends_BT.to(ends_BM.device))
-
-
-def gather_slots(x_BLHMD: Tensor, index_BT: Tensor) -> Tensor:
-    """Slots at each student token: x_BLHTD, zeros where the index is -1 (to be masked by `index_BT >= 0`)."""
-    batch, layers, heads, _, dim = x_BLHMD.shape
-    index = index_BT.clamp(min=0)[:, None, None, :, None].expand(batch, layers, heads, index_BT.shape[1], dim)
-    return x_BLHMD.gather(3, index).masked_fill(index_BT[:, None, None, :, None] < 0, 0.0)
-
-
-def _slot_ends(kv: BatchKV) -> Tensor:
-    """[B,M]: byte ends, -1 in empty slots."""
-    assert kv.byte_ends_BLHM.shape[1:3] == (1, 1), "slots hold different tokens in different layers or heads"
-    return kv.byte_ends_BLHM[:, 0, 0].masked_fill(~kv.mask_BM, -1)
-
-
-def _weighted(x_BLHMD: Tensor, weights_BTM: Tensor, mask_BM: Tensor) -> Tensor:
-    # An empty slot may hold NaN, which a weight of 0 would let through.
-    kept_BLHMD = x_BLHMD.float().masked_fill(~mask_BM[:, None, None, :, None], 0.0)
-    return torch.einsum("btm,blhmd->blhtd", weights_BTM, kept_BLHMD)
-
-
 def _check_settings(direction: str, layer_map: str, head_adapter: str, tokens: str, sink_tokens: int) -> None:
     if direction not in DIRECTIONS:
         raise FieldError("align.direction", f"expected one of {', '.join(DIRECTIONS)}; got '{direction}'")
@@ -372,3 +280,61 @@ def _check_settings(direction: str, layer_map: str, head_adapter: str, tokens: s
         raise FieldError("align.tokens", f"expected one of {', '.join(METHODS)}; got '{tokens}'")
     if sink_tokens < 0:
         raise FieldError("align.sink_tokens", f"expected at least 0; got {sink_tokens}")
+
+
+def _describe(aligner: Aligner) -> dict[str, Any]:
+    """One alignment, ready for JSON: None where nothing was measured."""
+    fit, held_out = aligner.rows_2.tolist()
+    shuffled_LK = aligner.shuffled_LK if aligner.fits_adapter else aligner.shuffled_LK[:0]
+    return {
+        "direction": aligner.direction,
+        "head_adapter": aligner.head_adapter,
+        "layer_strategy": aligner.mapper.strategy,
+        "tokens": aligner.tokens,
+        "sink_tokens": aligner.sink_tokens,
+        "teacher": _geometry(aligner.teacher),
+        "student": _geometry(aligner.student),
+        "layer_map": _mapping(aligner),
+        "cka": _by_tensor(aligner.cka_KST) if aligner.mapper.strategy == "cka" else None,
+        "rows": {"fit": fit, "held_out": held_out},
+        "coverage": _coverage(aligner.coverage_4),
+        "explained_variance": {tensor: _plain(aligner.adapter.explained_variance(tensor)) for tensor in TENSORS},
+        "explained_variance_shuffled": _by_tensor(shuffled_LK.T),
+        "min_explained_variance": aligner.min_explained_variance,
+        "alpha": {tensor: _plain(aligner.adapter.alpha(tensor)) for tensor in TENSORS},
+        "scale": {tensor: _plain(aligner.scale(tensor).tolist()) for tensor in TENSORS},
+        "variance": {tensor: _plain(aligner.variance(tensor).tolist()) for tensor in TENSORS},
+    }
+
+
+def _geometry(geometry: KVGeometry) -> dict[str, int]:
+    return {"layers": geometry.layers, "heads": geometry.heads, "head_dim": geometry.head_dim}
+
+
+def _mapping(aligner: Aligner) -> dict[str, list[list[float]]] | None:
+    if aligner.needs_layer_pass:
+        return None
+    if aligner.learned_map is None:
+        rows = aligner.mapper.get_mapping()
+    else:
+        rows = {s: list(enumerate(row)) for s, row in enumerate(aligner.learned_map.weights().tolist())}
+    return {str(s): [[t, round(weight, 6)] for t, weight in row if round(weight, 6) > 0] for s, row in rows.items()}
+
+
+def _coverage(counts_4: Tensor) -> dict[str, dict[str, int]] | None:
+    tokens, tokens_paired, slots, slots_paired = counts_4.tolist()
+    if tokens == 0:
+        return None
+    return {
+        "student_tokens": {"seen": tokens, "paired": tokens_paired},
+        "teacher_slots": {"seen": slots, "paired": slots_paired},
+    }
+
+
+def _by_tensor(x_K: Tensor) -> dict[str, Any]:
+    return {tensor: _plain(x.tolist()) for tensor, x in zip(TENSORS, x_K, strict=True)}
+
+
+def _plain(values: list[Any]) -> list[Any]:
+    """Numbers, in lists of any depth, as JSON takes them: None for NaN and infinity."""
+    return [_plain(value) if isinstance(value, list) else value if math.isfinite(value) else None for value in values]

@@ -11,10 +11,11 @@ from dataclasses import dataclass
 
 import torch
 
-from align.aligner import Aligner, at_student_tokens, at_teacher_slots, beyond_first, slots_of_tokens
+from align.aligner import Aligner
 from align.head_dim_adapter import TENSORS, HeadDimAdapter, TensorKind
 from align.layer_similarity import CKAStatistics
 from align.linear_maps import RidgeStatistics
+from align.token_layout import at_student_tokens, at_teacher_slots, beyond_first, slots_of_tokens
 from kvcore.errors import FieldError, KVDistillError
 from kvcore.types import BatchKV, Tensor
 

@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from align.aligner import Aligner, at_student_tokens, at_teacher_slots
+from align.aligner import Aligner
 from align.head_dim_adapter import TENSORS
 from align.time_align import TimeAligner
+from align.token_layout import at_student_tokens, at_teacher_slots
 from data.collate import StudentBatch
 from kvcore.types import BatchKV, Tensor
 from student_trainer.config import TrainConfig

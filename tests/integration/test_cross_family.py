@@ -13,10 +13,11 @@ import torch
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from align.aligner import Aligner, at_student_tokens, at_teacher_slots, plan_for
+from align.aligner import Aligner, plan_for
 from align.calibration import Calibration, LayerCalibration, StudentRead
 from align.head_dim_adapter import TENSORS, KVGeometry
 from align.report import AlignmentReport
+from align.token_layout import at_student_tokens, at_teacher_slots
 from data.collate import Collator
 from data.records import Record, epoch_order
 from data.synthetic import ChainTask, make_splits

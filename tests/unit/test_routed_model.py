@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from align.aligner import at_student_tokens
 from align.head_dim_adapter import TENSORS
+from align.token_layout import at_student_tokens
 from fuse.similarity import Metric, teacher_similarity
 from kvcore.types import BatchKV, Tensor
 from student_trainer import fusion
