@@ -13,49 +13,31 @@ import time
 from collections.abc import AsyncIterator, Callable, Coroutine
 from typing import TypeVar
 
-import grpc
-import grpc.aio
-from grpc_health.v1 import health_pb2, health_pb2_grpc
-from grpc_health.v1.health import SERVICE_NAME as HEALTH_SERVICE
+from grpc_health.v1 import health_pb2
 from grpc_health.v1.health import aio as health_aio  # pyright: ignore[reportAttributeAccessIssue]
-from grpc_reflection.v1alpha.reflection import SERVICE_NAME as REFLECTION_SERVICE
-from grpc_reflection.v1alpha.reflection import enable_server_reflection
 
 from kvcore import tracing
-from kvcore.errors import FieldError, KVDistillError
+from kvcore.errors import KVDistillError
 from kvcore.http_server import HttpServer, bind
 from teacher_server import logs
-from teacher_server.config import MIB, ServeConfig
+from teacher_server.config import ServeConfig
 from teacher_server.engines import load_engine
 from teacher_server.engines.base import EngineLostError, TeacherEngine
+from teacher_server.grpc_server import GrpcCrashError, GrpcServer
 from teacher_server.http import build_app
-from teacher_server.interceptors import CallInterceptor
 from teacher_server.logs import log_event
 from teacher_server.sample_queue import BusyError, SampleQueue
 from teacher_server.scheduler import Scheduler
-from teacher_server.security import read_token, server_credentials
 from teacher_server.self_test import SelfTestError, self_test
 from teacher_server.service import SERVICE, TeacherKVService
 from teacher_server.state import Backend, ServerState
 
 log = logging.getLogger(__name__)
 
-MAX_REQUEST_BYTES = 16 * MIB
 RETEST_SECONDS = 10.0
 LAST_WORDS_SECONDS = 2.0
 SAMPLE_SECONDS = 5.0
 LOADING_SECONDS = 15.0
-
-GRPC_OPTIONS: tuple[tuple[str, int], ...] = (
-    ("grpc.max_receive_message_length", MAX_REQUEST_BYTES),
-    # Two servers on one port would each get half of the calls.
-    ("grpc.so_reuseport", 0),
-    # Clients ping every 5 s to notice a dead server; ours notice dead clients, whose streams would hold their window.
-    ("grpc.http2.min_recv_ping_interval_without_data_ms", 4000),
-    ("grpc.keepalive_permit_without_calls", 1),
-    ("grpc.keepalive_time_ms", 20_000),
-    ("grpc.keepalive_timeout_ms", 10_000),
-)
 
 ResultT = TypeVar("ResultT")
 
@@ -69,17 +51,22 @@ def run(config: ServeConfig) -> None:
 
     Raises:
         KVDistillError: a port, the model or the self-test failed, or traces cannot be sent as asked.
+
+    Ends the process with exit status 1 if the gRPC server crashes 5 times within 60 s.
     """
     logs.configure(config.log_level)
     stop_tracing = tracing.start("kvdistill-teacher", f"{config.teacher_name}@{socket.gethostname()}:{os.getpid()}")
     try:
-        ended = asyncio.run(_serve_until_signalled(config))
+        ended, status = asyncio.run(_serve_until_signalled(config)), 0
+    except GrpcCrashError as error:
+        log_event(log, "gave_up", level=logging.ERROR, problem=error.line())
+        ended, status = False, 1
     finally:
         stop_tracing()
     if not ended:
-        # A thread still runs the model, and tearing the interpreter down under it can crash or hang.
+        # A thread may still run the model, and tearing the interpreter down under it can crash or hang.
         logging.shutdown()
-        os._exit(0)
+        os._exit(status)
 
 
 async def _serve_until_signalled(config: ServeConfig) -> bool:
@@ -103,13 +90,13 @@ class TeacherServer:
     def __init__(self, config: ServeConfig, load: Callable[[ServeConfig], TeacherEngine] = load_engine) -> None:
         self.state = ServerState(config)
         self._config = config
-        self._credentials, self._token = server_credentials(config), read_token(config)
         self._load = load
         self._service = TeacherKVService(self.state)
         self._health = health_aio.HealthServicer()
+        self._grpc_server = GrpcServer(self.state, self._service, self._health)
         self._stop = asyncio.Event()
         self._engine_broke = asyncio.Event()
-        self._lost: EngineLostError | None = None
+        self._lost: KVDistillError | None = None
 
     async def serve(self) -> bool:
         """Runs from start to end; False if a thread of the engine still runs.
@@ -120,13 +107,13 @@ class TeacherServer:
         async with self._http(), self._grpc():
             log_event(log, "listening", grpc_port=self.state.grpc_port, http_port=self.state.http_port)
             start = asyncio.create_task(self._start())
-            if not await self._finished_before_stop(start):
-                return False
-            watch = asyncio.create_task(self._watch_engine())
-            await self._stop.wait()
-            watch.cancel()
-            await self._drain()
-        ended = self._end_engine()
+            loaded = await self._finished_before_stop(start)
+            if loaded:
+                watch = asyncio.create_task(self._watch_engine())
+                await self._stop.wait()
+                watch.cancel()
+                await self._drain()
+        ended = loaded and self._end_engine()
         if self._lost is not None:
             raise self._lost
         return ended
@@ -210,7 +197,7 @@ class TeacherServer:
             await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
             log_event(log, "engine_broken", level=logging.ERROR, problem=str(error))
             return False
-        if self.state.not_ready is not None:
+        if self.state.phase_problem is not None:
             await self._serve_from_now()
             log_event(log, "engine_works_again")
         return True
@@ -219,7 +206,7 @@ class TeacherServer:
     async def _http(self) -> AsyncIterator[None]:
         listener = bind(self._config.http_host, self._config.http_port, "http_port")
         self.state.http_port = listener.getsockname()[1]
-        server = HttpServer(build_app(self.state))
+        server = HttpServer(build_app(self.state, self._grpc_server.problem))
         task = asyncio.create_task(server.serve(sockets=[listener]))
         sampling = asyncio.create_task(self._sample())
         try:
@@ -238,18 +225,21 @@ class TeacherServer:
     @contextlib.asynccontextmanager
     async def _grpc(self) -> AsyncIterator[None]:
         await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
-        interceptor = CallInterceptor(SERVICE, self.state.metrics, self.state.activity, self._token)
-        server = grpc.aio.server(interceptors=(interceptor,), options=GRPC_OPTIONS)
-        server.add_generic_rpc_handlers((self._service.handler(),))
-        health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
-        enable_server_reflection((SERVICE, HEALTH_SERVICE, REFLECTION_SERVICE), server)
-        self.state.grpc_port = _listen(server, self._config, self._credentials)
-        await server.start()
+        await self._grpc_server.start()
+        watch = asyncio.create_task(self._watch_grpc())
         try:
             yield
         finally:
-            await server.stop(LAST_WORDS_SECONDS)
+            watch.cancel()
+            await self._grpc_server.stop(LAST_WORDS_SECONDS)
             self._service.close()
+
+    async def _watch_grpc(self) -> None:
+        try:
+            await self._grpc_server.watch()
+        except KVDistillError as error:
+            self._lost = error
+            self._stop.set()
 
     async def _drain(self) -> None:
         self.state.set_ready("the server is draining")
@@ -275,18 +265,6 @@ def _load(load: Callable[[ServeConfig], TeacherEngine], config: ServeConfig) -> 
     except Exception as error:
         log_event(log, "load_failed", level=logging.ERROR, error=error, model=config.model)
         raise LoadError(f"model: '{config.model}' cannot be loaded: {type(error).__name__}: {error}") from error
-
-
-def _listen(server: grpc.aio.Server, config: ServeConfig, credentials: grpc.ServerCredentials | None) -> int:
-    host = f"[{config.grpc_host}]" if ":" in config.grpc_host else config.grpc_host
-    address = f"{host}:{config.grpc_port}"
-    try:
-        if credentials is None:
-            return server.add_insecure_port(address)
-        return server.add_secure_port(address, credentials)
-    except RuntimeError as error:
-        field = "grpc_port" if credentials is None else "tls_cert"
-        raise FieldError(field, f"cannot listen on {address}: {error}") from error
 
 
 async def _reported(load: Coroutine[None, None, ResultT], model: str) -> ResultT:

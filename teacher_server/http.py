@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Awaitable, Callable
+
 from fastapi import FastAPI, Response
 from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse
 from prometheus_client import CONTENT_TYPE_LATEST
@@ -11,8 +13,13 @@ from teacher_server.page import render_page
 from teacher_server.state import ServerState
 
 
-def build_app(state: ServerState) -> FastAPI:
-    """The routes over a server's state."""
+def build_app(state: ServerState, grpc_problem: Callable[[], Awaitable[str | None]]) -> FastAPI:
+    """The routes over a server's state.
+
+    Args:
+        state: of the server.
+        grpc_problem: asks the gRPC side, and says what is wrong with it if it does not answer.
+    """
     app = FastAPI(title="kvdistill teacher server", docs_url=None, redoc_url=None)
 
     @app.get("/healthz", response_class=PlainTextResponse)
@@ -22,10 +29,11 @@ def build_app(state: ServerState) -> FastAPI:
 
     @app.get("/readyz", response_class=PlainTextResponse, responses={503: {"description": "Why not."}})
     async def readyz() -> PlainTextResponse:
-        """Whether requests are taken."""
-        if state.not_ready is None:
+        """Whether requests are taken: the server says so, and its gRPC side answers."""
+        problem = state.not_ready or await grpc_problem()
+        if problem is None:
             return PlainTextResponse("ready\n")
-        return PlainTextResponse(f"{state.not_ready}\n", status_code=503)
+        return PlainTextResponse(f"{problem}\n", status_code=503)
 
     @app.get("/metrics", response_class=PlainTextResponse)
     async def metrics() -> Response:

@@ -35,6 +35,9 @@ class Metrics:
         self.writing_seconds = self._counter("writing_seconds_total", "Time batches spent writing (Generate).")
         self.encode_seconds = self._counter("encode_seconds_total", "Time batches spent selecting, encoding, copying.")
         self.engine_errors = self._counter("engine_errors_total", "Batches that the engine failed on.")
+        self.grpc_crashes = self._counter(
+            "grpc_crashes_total", "Crashes of the gRPC server, each followed by a restart."
+        )
         # The value is always 1: the labels join what other series know by their instance alone.
         self.teacher = self._gauge("teacher_info", "Which teacher this is.", "teacher", "model", "engine", "dtype")
         self.ready = self._gauge("ready", "1 while requests are taken, else 0.")

@@ -37,13 +37,15 @@ class Backend:
 class ServerState:
     """Phase and load.
 
-    `not_ready`: why no requests are taken, None once they are. `idle`: set while no stream is open.
+    `phase_problem`: why the model takes no requests, None once it does. `grpc_problem`: why the gRPC server takes none.
+    `idle`: set while no stream is open.
     """
 
     config: ServeConfig
     metrics: Metrics = field(default_factory=Metrics)
     activity: Activity = field(default_factory=Activity)
-    not_ready: str | None = "the model is loading"
+    phase_problem: str | None = "the model is loading"
+    grpc_problem: str | None = None
     backend: Backend | None = None
     open_streams: int = 0
     grpc_port: int = 0
@@ -54,10 +56,20 @@ class ServerState:
     def __post_init__(self) -> None:
         self.idle.set()
 
+    @property
+    def not_ready(self) -> str | None:
+        """Why no requests are taken, None while they are."""
+        return self.phase_problem or self.grpc_problem
+
     def set_ready(self, not_ready: str | None) -> None:
         """Takes requests from here on, or refuses them with a reason."""
-        self.not_ready = not_ready
-        self.metrics.ready.set(not_ready is None)
+        self.phase_problem = not_ready
+        self.metrics.ready.set(self.not_ready is None)
+
+    def set_grpc_problem(self, problem: str | None) -> None:
+        """Takes requests again after a crash of the gRPC server, or refuses them with a reason."""
+        self.grpc_problem = problem
+        self.metrics.ready.set(self.not_ready is None)
 
     def loaded(self) -> Backend:
         """The teacher.

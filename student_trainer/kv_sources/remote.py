@@ -17,6 +17,7 @@ from grpc.experimental import ChannelOptions
 from opentelemetry.trace import SpanKind
 
 from kvcore import tracing, wire
+from kvcore.channel_arguments import client_arguments
 from kvcore.errors import FieldError, KVDistillError, ProtocolError, TeacherRefusedError, TeacherUnavailableError
 from kvcore.plan import KVPlan
 from kvcore.stream_reader import StreamReader
@@ -254,7 +255,8 @@ class RemoteSource:
 
     def _open_channel(self, receive_bytes: int) -> None:
         self._receive_bytes = receive_bytes
-        self._channel = open_channel(self.endpoint, _channel_options(receive_bytes))
+        options = [*client_arguments(receive_bytes, self._timeout_s), (ChannelOptions.SingleThreadedUnaryStream, 1)]
+        self._channel = open_channel(self.endpoint, options)
         self._describe = self._channel.unary_unary(
             "/kvcache.v1.TeacherKV/Describe",
             request_serializer=pb.DescribeRequest.SerializeToString,
@@ -292,24 +294,6 @@ class RemoteSource:
 
     def _closed_error(self) -> CancelledError:
         return CancelledError(f"teacher '{self._teacher}': the source was closed")
-
-
-def _channel_options(receive_bytes: int) -> list[tuple[str, int]]:
-    return [
-        ("grpc.max_receive_message_length", receive_bytes),
-        # A connection of its own: one does about 1 GB/s, and equal channels of a process would share it.
-        ("grpc.use_local_subchannel_pool", 1),
-        # A peer that vanished without closing is noticed in seconds, also while a long prefill sends nothing.
-        ("grpc.keepalive_time_ms", 5000),
-        ("grpc.keepalive_timeout_ms", 3000),
-        # A ping that measures bandwidth may be on its way already; then no keepalive ping is sent until it times out.
-        ("grpc.http2.ping_timeout_ms", 10_000),
-        ("grpc.http2.max_pings_without_data", 0),
-        ("grpc.initial_reconnect_backoff_ms", 200),
-        ("grpc.min_reconnect_backoff_ms", 3000),
-        ("grpc.max_reconnect_backoff_ms", 1000),
-        (ChannelOptions.SingleThreadedUnaryStream, 1),
-    ]
 
 
 def _chunks(samples: Sequence[Sample], most: int) -> Iterator[list[Sample]]:

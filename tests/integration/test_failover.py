@@ -97,7 +97,7 @@ def test_what_a_lost_replica_left_open_the_other_answers(serve, caplog, end):
     lost, other = serve(SLOW, max_batch_tokens=ONE_AT_A_TIME), serve()
     lost.wait_ready()
     other.wait_ready()
-    source = source_of(lost, other)
+    source = source_of(lost, other, request_timeout_s=10.0)
     with caplog.at_level(logging.WARNING), ThreadPoolExecutor(1) as pool:
         running = pool.submit(source.fetch, samples(12))
         wait_until_served(lost, 4)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
@@ -18,20 +17,11 @@ from student_trainer.kv_sources.remote import RemoteSource
 from student_trainer.local_teachers import LocalTeachers
 from student_trainer.transport_variables import TLS_CA, TOKEN_FILE
 from teacher_server.config import ServeConfig
+from tests.support.certificates import certificate
 from tests.support.servers import TeacherProcess, running_teacher
 
 SECRET = "a-long-secret"
 PLAN = KVPlan(layers=(0,), selection=Selection(span="all"))
-
-
-def certificate(directory: Path) -> tuple[Path, Path]:
-    """A certificate of this machine's loopback, signed by itself, and its key."""
-    directory.mkdir()
-    cert, key = directory / "tls.crt", directory / "tls.key"
-    request = ("openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=localhost")
-    names = ("-addext", "subjectAltName=DNS:localhost,IP:127.0.0.1")
-    subprocess.run([*request, *names, "-keyout", key, "-out", cert], check=True, capture_output=True)
-    return cert, key
 
 
 @pytest.fixture(scope="module")

@@ -36,8 +36,7 @@ class ScriptedTeacher:
         self.script: Script = lambda _frames, _context: None
         self.damage: Callable[[bytes], bytes] = lambda frame: frame
         self.released = threading.Event()
-        options = [("grpc.so_reuseport", 0), ("grpc.http2.min_recv_ping_interval_without_data_ms", 1000)]
-        self._server = grpc.server(ThreadPoolExecutor(8), options=options)
+        self._server = grpc.server(ThreadPoolExecutor(8), options=[("grpc.so_reuseport", 0)])
         handlers = {
             "Describe": grpc.unary_unary_rpc_method_handler(
                 self._describe,
