@@ -12,7 +12,6 @@ from typing import Any
 
 from evaluation.settings import EvalSettings, read_flags
 from kvcore.errors import ConfigError, FieldError, KVDistillError
-from kvcore.extras import require
 
 logger = logging.getLogger(__name__)
 
@@ -25,7 +24,6 @@ def main(arguments: Sequence[str], program: str) -> int:
     os.environ["TQDM_DISABLE"] = "1"  # Progress is shown once for a dataset, not by each library for each step.
     try:
         settings = read_flags(arguments, program)
-        require("train", program)
         logging.basicConfig(level=logging.INFO, format="%(asctime)s  %(message)s", datefmt="%H:%M:%S", force=True)
         for name in ("lm_eval", "httpx", "datasets", "huggingface_hub", "transformers"):
             logging.getLogger(name).setLevel(logging.ERROR)
