@@ -26,17 +26,23 @@ from typing import Any
 import psutil
 import torch
 
+from benchmarks.served import ServedTeacher, save_random_qwen2, served_teacher
 from data.synthetic import ChainTask
 from kvcore.plan import CodecName, CodecSpec, KVPlan, Selection
 from kvcore.stream_reader import StreamReader
 from kvcore.types import EncodedSampleKV, Sample
 from teacher_server.config import ServeConfig
 from teacher_server.engines import hf
-from tests.support.servers import TeacherClient, TeacherProcess, running_teacher
-from tests.support.tiny_models import save_tiny_model, tiny_spec
 
 CODECS: tuple[CodecName, ...] = ("int8", "raw")
-TINY = tiny_spec("qwen2", hidden=64, heads=4, kv_heads=2, head_dim=16)
+TINY = {
+    "num_hidden_layers": 3,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,13 +72,13 @@ class Answer:
     samples: list[EncodedSampleKV]
 
 
-def ask(client: TeacherClient, plan: KVPlan, samples: Sequence[Sample]) -> Answer:
+def ask(teacher: ServedTeacher, plan: KVPlan, samples: Sequence[Sample]) -> Answer:
     """One request, read and verified as a student does."""
     request_id = uuid.uuid4().hex
-    reader = StreamReader(request_id, plan, samples, client.info)
+    reader = StreamReader(request_id, plan, samples, teacher.info)
     answer = Answer(0.0, 0.0, 0, 0, [])
     started = time.perf_counter()
-    for frame in client.call(plan, samples, request_id):
+    for frame in teacher.frames(plan, samples, request_id):
         if not answer.frames:
             answer.first_frame_s = time.perf_counter() - started
         answer.frames += 1
@@ -86,11 +92,11 @@ def ask(client: TeacherClient, plan: KVPlan, samples: Sequence[Sample]) -> Answe
     return answer
 
 
-def measure(teacher: TeacherProcess, client: TeacherClient, plan: KVPlan, requests: list[list[Sample]]) -> Measured:
+def measure(teacher: ServedTeacher, plan: KVPlan, requests: list[list[Sample]]) -> Measured:
     """One round: the requests, one after the other."""
     own = psutil.Process()
     server_before, client_before = teacher.cpu_seconds(), sum(own.cpu_times()[:2])
-    answers = [ask(client, plan, samples) for samples in requests]
+    answers = [ask(teacher, plan, samples) for samples in requests]
     server_s = (teacher.cpu_seconds() - server_before) / len(answers)
     client_s = (sum(own.cpu_times()[:2]) - client_before) / len(answers)
     seconds = sum(answer.seconds for answer in answers)
@@ -147,13 +153,10 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     """Starts the server and measures."""
     requests = chain_requests(arguments.requests, arguments.samples, arguments.operations)
     with tempfile.TemporaryDirectory() as scratch:
-        model = arguments.model or str(save_tiny_model(Path(scratch) / "model", TINY))
-        with (
-            running_teacher(model, Path(scratch) / "log", dtype=arguments.dtype, device=arguments.device) as teacher,
-            TeacherClient(teacher.endpoint) as client,
-        ):
-            rounds = _rounds(arguments, teacher, client, requests)
-            layers, memory_mb = client.info.layers, teacher.memory_mb()
+        model = arguments.model or save_random_qwen2(Path(scratch) / "model", **TINY)
+        with served_teacher(model, Path(scratch) / "logs", arguments.device, arguments.dtype) as teacher:
+            rounds = _rounds(arguments, teacher, requests)
+            layers, memory_mb = teacher.info.layers, teacher.memory_mb()
         results = {codec: medians(measured) for codec, measured in rounds.items()}
         if arguments.model is None and arguments.budget:
             alone_ms = model_cpu_ms(model, requests)
@@ -171,15 +174,15 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _rounds(
-    arguments: argparse.Namespace, teacher: TeacherProcess, client: TeacherClient, requests: list[list[Sample]]
+    arguments: argparse.Namespace, teacher: ServedTeacher, requests: list[list[Sample]]
 ) -> dict[CodecName, list[Measured]]:
     selection = Selection(selector="r_kv", budget=arguments.budget) if arguments.budget else Selection()
-    layers = tuple(range(client.info.layers))
+    layers = tuple(range(teacher.info.layers))
     rounds: dict[CodecName, list[Measured]] = {codec: [] for codec in CODECS}
     for number in range(arguments.rounds + 1):
         for codec in CODECS:
             plan = KVPlan(layers=layers, selection=selection, codec=CodecSpec(name=codec))
-            measured = measure(teacher, client, plan, requests)
+            measured = measure(teacher, plan, requests)
             if number:  # The first round warms both processes up.
                 rounds[codec].append(measured)
                 sys.stderr.write(f"{number} {codec} {json.dumps(asdict(measured))}\n")

@@ -25,16 +25,23 @@ from typing import Any, cast
 import psutil
 import torch
 
+from benchmarks.served import save_random_qwen2
 from kvcore.plan import CodecSpec, KVPlan, Selection
 from kvcore.types import Sample, Span
 from teacher_server.config import ServeConfig
 from teacher_server.engines import load_engine
 from teacher_server.engines.base import LayerResult, PlannedSample, TokenizedSample
 from teacher_server.engines.vllm import VLLMEngine
-from tests.support.tiny_models import save_tiny_model, tiny_spec
 
 # 72M parameters: the smaller the model, the more encoding weighs beside it.
-SMALL = tiny_spec("qwen2", layers=8, hidden=1024, heads=16, kv_heads=4, head_dim=64, max_positions=1024)
+SMALL = {
+    "num_hidden_layers": 8,
+    "hidden_size": 1024,
+    "intermediate_size": 2048,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 1024,
+}
 SELECTIONS = {
     "right_24_int8": (Selection(selector="right", budget=24, span="all"), CodecSpec(name="int8")),
     "r_kv_24_int8": (Selection(selector="r_kv", budget=24, span="all", scope="layer"), CodecSpec(name="int8")),
@@ -82,7 +89,7 @@ class Batches:
         return self._engine.tokenize(Sample("short", token_ids=(5, 6, 7)))
 
     def _prompt(self, rng: random.Random) -> TokenizedSample:
-        token_ids = tuple(rng.randrange(3, 300) for _ in range(self._tokens))
+        token_ids = tuple(rng.randrange(3, 250) for _ in range(self._tokens))
         answer = self._tokens - max(1, self._tokens // 20)
         # The last twentieth is the answer that R-KV ranks by.
         sample = Sample(f"{rng.random()}", token_ids=token_ids, spans=(Span("answer", answer, self._tokens),))
@@ -117,7 +124,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     """Starts vLLM and measures."""
     samples = min(arguments.samples, 4) if arguments.model is None else arguments.samples
     with tempfile.TemporaryDirectory() as scratch:
-        model = arguments.model or str(save_tiny_model(Path(scratch) / "model", SMALL))
+        model = arguments.model or save_random_qwen2(Path(scratch) / "model", **SMALL)
         engine = cast("VLLMEngine", load_engine(ServeConfig(model=model, engine="vllm", device=arguments.device)))
         try:
             result = _measure(engine, samples, arguments)

@@ -10,6 +10,7 @@ from pydantic import Field, field_validator
 
 from kvcore.config import StrictModel
 from kvcore.errors import FieldError
+from kvcore.extras import require
 from kvcore.flags import FlagSet
 
 BENCHMARKS = ("gsm8k_test", "math500", "bbh", "gpqa", "truthfulqa", "cmmlu_subset", "ceval_subset")
@@ -94,10 +95,11 @@ def read_flags(arguments: Sequence[str], program: str) -> EvalSettings:
     """Settings from the command line; `--help` prints and exits.
 
     Raises:
-        ConfigError: a flag is unknown (names the nearest) or lacks a value.
+        ConfigError: a flag is unknown (names the nearest) or lacks a value, or packages are not installed.
         FieldError: a value is missing or cannot be used, by its flag.
     """
     settings = FLAGS.read(arguments, program)
+    require("train", program)
     if settings.data_dir is not None:
         return settings
     from data.sources import default_data_dir  # noqa: PLC0415 - slow to import, and --help needs none of it

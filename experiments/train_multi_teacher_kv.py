@@ -7,6 +7,7 @@ from pathlib import Path
 
 from experiments.recipe.flags import read_flags
 from kvcore.errors import ConfigError, KVDistillError
+from kvcore.extras import require
 
 EXIT_FAILED = 1
 EXIT_USAGE = 2
@@ -17,6 +18,7 @@ def main(arguments: list[str] | None = None) -> int:
     program = Path(__file__).name
     try:
         settings = read_flags(sys.argv[1:] if arguments is None else arguments, program)
+        require("train", program)
         # Imported late, so that --help and mistakes are instant.
         from experiments.recipe.run import run  # noqa: PLC0415
 

@@ -10,6 +10,7 @@ from typing import NoReturn
 
 from extraction.flags import read_flags
 from kvcore.errors import ConfigError, KVDistillError
+from kvcore.extras import require
 
 EXIT_FAILED = 1
 EXIT_USAGE = 2
@@ -22,6 +23,7 @@ def main(arguments: Sequence[str], program: str) -> int:
     """
     try:
         config = read_flags(arguments, program)
+        require("train", program)
         logging.basicConfig(level=logging.INFO, format="%(asctime)s  %(message)s", datefmt="%H:%M:%S", force=True)
         for name in ("httpx", "datasets", "transformers"):
             logging.getLogger(name).setLevel(logging.WARNING)

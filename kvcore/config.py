@@ -44,7 +44,9 @@ def read_yaml(path: Path) -> dict[str, Any]:
         ConfigError: the file is missing or is no YAML mapping.
     """
     if not path.is_file():
-        raise ConfigError(f"{path}: no such configuration file; the folder configs has some to start from")
+        raise ConfigError(
+            f"{path}: no such configuration file; kvdistill's repository has some to start from, in configs/"
+        )
     try:
         raw = _load_yaml(path.read_text(encoding="utf-8"))
     except yaml.YAMLError as error:

@@ -17,6 +17,7 @@ from opentelemetry.trace import INVALID_SPAN, NoOpTracer, Span, SpanKind, Status
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
 from kvcore.errors import ConfigError
+from kvcore.extras import needs
 
 Attributes = Mapping[str, str | int | float | bool | list[str]]
 
@@ -54,7 +55,7 @@ def start(service: str, instance: str = "") -> Callable[[], None]:
         from opentelemetry.sdk.trace.export import BatchSpanProcessor  # noqa: PLC0415
     except ImportError as error:
         raise ConfigError(
-            f"{_asked_for()} asks for traces, but {error.name} is not installed: pip install -e .[otel], or unset it"
+            f"{_asked_for()} asks for traces, which {needs('otel', str(error.name))}, or unset it"
         ) from error
     named = os.environ.get("OTEL_SERVICE_NAME") or "service.name=" in os.environ.get("OTEL_RESOURCE_ATTRIBUTES", "")
     own = ({} if named else {"service.name": service}) | ({"service.instance.id": instance} if instance else {})

@@ -1,8 +1,27 @@
-"""`python -m kvdistill`: what launchers such as torchrun start."""
+"""The command `kvdistill`, and `python -m kvdistill`, which launchers such as torchrun start."""
 
 from __future__ import annotations
 
-from kvdistill.cli import main
+import os
+import sys
+from pathlib import Path
+
+from kvdistill.own_packages import ROOT, shadowed
+
+
+def main() -> None:
+    """Checks that kvdistill's own packages will be imported, then runs the command line."""
+    if problem := shadowed():
+        sys.stderr.write(f"kvdistill: {problem}\n")
+        sys.exit(2)
+    # Child processes start with `python -m`, which searches the current directory first. They need that only if this
+    # process found kvdistill that way.
+    if Path(sys.path[0]).resolve() != ROOT:  # noqa: TID251  it is only read
+        os.environ.setdefault("PYTHONSAFEPATH", "1")
+    from kvdistill.cli import main as run  # noqa: PLC0415 - it imports packages that may be hidden
+
+    run()
+
 
 if __name__ == "__main__":
     main()

@@ -12,6 +12,7 @@ import typer
 
 from kvcore.config import load_config
 from kvcore.errors import ConfigError, KVDistillError
+from kvcore.extras import require
 from kvcore.flags import FlagSet
 from kvdistill.passed_on import SETTINGS, passed_on
 from kvdistill.serve_flags import serve_config, with_serve_flags
@@ -190,6 +191,7 @@ def train(
     """Train a student on its teachers' K/V. Start it with torchrun or deepspeed for several ranks."""
     overrides = overrides or []
     load_config(config, overrides, TrainConfig)  # Mistakes show before torch is imported.
+    require("train", "kvdistill train")
     from student_trainer.trainer import main as run
 
     run(config, overrides)
@@ -266,6 +268,7 @@ def demo(
     output: Annotated[Path, typer.Option(help="Where the report and the picture go.")] = Path("outputs/demo"),
 ) -> None:
     """Two tiny teachers, two servers, one student: the whole loop on this machine, with controls."""
+    require("train", "kvdistill demo")
     from experiments.demo.run import main as run
 
     run(output=output, quick=quick, seeds=seeds)
@@ -277,6 +280,7 @@ def report(
     output: Annotated[Path, typer.Option(help="Where tables, pictures and the page go.")] = Path("outputs/report"),
 ) -> None:
     """Compare training runs: scores, learning curves, routing weights, KV loss by layer."""
+    require("train", "kvdistill report")
     from experiments.report.write import write_report
 
     write_report(outputs, output)
@@ -292,6 +296,7 @@ def sweep(
     task: Annotated[int | None, typer.Option(min=0, help="Run this one alone, by its number in --list.")] = None,
 ) -> None:
     """Run a matrix of trainings over seeds, resumably, and end in one table with intervals."""
+    require("train", "kvdistill sweep")
     from experiments.sweep.run import main as run
 
     run(file, overrides or [], slurm=slurm, list_only=list_only, table_only=table_only, task=task)

@@ -5,7 +5,6 @@ Packages are imported in processes of their own: a broken one may end its proces
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import shutil
 import socket
@@ -21,6 +20,7 @@ from typing import Literal
 import psutil
 
 from kvcore.errors import FieldError, TeacherError
+from kvcore.extras import EXTRAS, install_command, missing
 from kvdistill.text import ENDPOINT, in_columns
 
 GIB = 2**30
@@ -39,7 +39,6 @@ for index in range(torch.cuda.device_count()):
     about = torch.cuda.get_device_properties(index)
     print(f"{index}: {about.name}, {about.total_memory / 2**30:.0f} GiB")
 """
-EXTRAS = {"gpu": ("accelerate", "bitsandbytes"), "vllm": ("vllm",)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +60,8 @@ def checks(teachers: Sequence[str], disk: Path) -> list[Check]:
     for endpoint in teachers:
         if not ENDPOINT.fullmatch(endpoint):
             raise FieldError("--teacher", f"expected HOST:PORT, got '{endpoint}'")
-    probes: list[Callable[[], Check]] = [lambda name=name: _package(name) for name in PACKAGES]
+    needed = [name for name in PACKAGES if name not in missing("train")]
+    probes: list[Callable[[], Check]] = [lambda name=name: _package(name) for name in needed]
     probes += [_gpus, _memory, lambda: _disk(disk), _port]
     probes += [lambda name=name: _extra(name) for name in EXTRAS]
     probes += [lambda endpoint=endpoint: _teacher(endpoint) for endpoint in teachers]
@@ -103,9 +103,8 @@ def _package(name: str) -> Check:
     if done.returncode == 0:
         return Check(name, "ok", done.stdout.split()[-1])
     reason = (done.stderr.strip().splitlines() or [f"ended with {done.returncode}"])[-1]
-    return Check(
-        name, "problem", f"cannot be imported: {reason}", "make setup, which builds .venv from the pinned files"
-    )
+    step = "in a checkout: make setup, which builds .venv from the pinned files; elsewhere: install kvdistill again"
+    return Check(name, "problem", f"cannot be imported: {reason}", step)
 
 
 def _gpus() -> Check:
@@ -156,10 +155,10 @@ def _port() -> Check:
 
 
 def _extra(name: str) -> Check:
-    missing = [package for package in EXTRAS[name] if importlib.util.find_spec(package) is None]
-    if not missing:
-        return Check(f"extra {name}", "ok", ", ".join(EXTRAS[name]))
-    return Check(f"extra {name}", "note", f"without {', '.join(missing)}; where needed: pip install -e .[{name}]")
+    if lacking := missing(name):
+        found = f"without {', '.join(lacking)}; where needed: {install_command(name)}"
+        return Check(f"extra {name}", "note", found)
+    return Check(f"extra {name}", "ok", ", ".join(EXTRAS[name]))
 
 
 def _teacher(endpoint: str) -> Check:

@@ -13,8 +13,6 @@ from pathlib import Path
 
 # DeepSpeed's setup script imports these while pip builds its wheel.
 BUILD_TOOLS = ("setuptools", "wheel", "packaging", "ninja", "py-cpuinfo")
-# A teacher serves a model and no more: no DeepSpeed, no datasets, no evaluation.
-TEACHER_NEEDS_NOT = frozenset({"datasets", "deepspeed", "lm-eval", "matplotlib", "tensorboard"})
 
 
 def requirements(directory: Path, image: str, variant: str) -> list[str]:
@@ -27,19 +25,8 @@ def requirements(directory: Path, image: str, variant: str) -> list[str]:
     if image == "torch":
         return [f"torch=={pins['torch']}", *BUILD_TOOLS]
     project = tomllib.loads((directory / "pyproject.toml").read_text("utf-8"))["project"]
-    extras = project["optional-dependencies"]
-    needed = project["dependencies"] + extras["otel"]
-    if variant == "cuda":
-        needed += extras["gpu"]
-    unneeded = TEACHER_NEEDS_NOT if image == "teacher" else frozenset[str]()
-    return [line for line in needed if name_of(line) not in unneeded]
-
-
-def name_of(requirement: str) -> str:
-    """The package that a requirement names."""
-    found = re.match(r"[\w.-]+", requirement)
-    assert found is not None, requirement
-    return found.group()
+    extras = ["otel", *(["train"] if image == "trainer" else []), *(["gpu"] if variant == "cuda" else [])]
+    return project["dependencies"] + [line for extra in extras for line in project["optional-dependencies"][extra]]
 
 
 if __name__ == "__main__":

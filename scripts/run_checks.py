@@ -79,6 +79,7 @@ class Run:
             "docs": site_builds,
             "unit": lambda: self.pytest("unit", "-n", "2"),
             "contract": lambda: self.pytest("contract", "-n", "2"),
+            "wheel": lambda: self.pytest("wheel"),
             "integration": lambda: programs_are_here(("openssl",), ("openssl",)) and self.pytest("integration"),
             "e2e": lambda: programs_are_here(BROWSER, BROWSER_PACKAGES) and self.pytest("e2e"),
             "vllm": lambda: self.pytest("vllm", *VLLM_WARNS),

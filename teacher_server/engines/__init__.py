@@ -6,6 +6,7 @@ import importlib
 from typing import Protocol, cast
 
 from kvcore.errors import FieldError
+from kvcore.extras import needs
 from teacher_server.config import ServeConfig
 from teacher_server.engines.base import TeacherEngine
 
@@ -38,7 +39,5 @@ def load_engine(config: ServeConfig) -> TeacherEngine:
     except ModuleNotFoundError as error:
         if error.name != "vllm":
             raise
-        raise FieldError(
-            "engine", "needs vLLM, which is not installed: pip install -e '.[vllm]' (docs/vllm.md)"
-        ) from error
+        raise FieldError("engine", f"{needs('vllm', 'vllm')} (docs/vllm.md)") from error
     return module.load(config)

@@ -23,6 +23,7 @@ from transformers.utils.import_utils import is_bitsandbytes_available
 from transformers.utils.logging import disable_progress_bar
 
 from kvcore.errors import FieldError, UnsupportedModelError
+from kvcore.extras import needs
 from kvcore.offsets import fingerprint, read_text
 from kvcore.plan import CODECS, SELECTORS
 from kvcore.projections import KVProjection, kv_projections
@@ -300,7 +301,7 @@ def _dtype(config: ServeConfig, device: torch.device) -> DtypeName:
     if quantised and device.type != "cuda":
         raise FieldError(quantised, f"needs a GPU, and the device is '{device}'")
     if quantised and not is_bitsandbytes_available():
-        raise FieldError(quantised, "needs the package bitsandbytes: pip install 'kvdistill[gpu]'")
+        raise FieldError(quantised, needs("gpu", "bitsandbytes"))
     if config.dtype != "auto":
         return config.dtype
     return "bf16" if device.type == "cuda" else "fp32"

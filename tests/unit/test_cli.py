@@ -150,7 +150,8 @@ def test_missing_configuration_file_is_named(
 ) -> None:
     assert call(monkeypatch, "train", "--config", "nowhere.yaml") == 2
     error = capsys.readouterr().err
-    assert error == "kvdistill: nowhere.yaml: no such configuration file; the folder configs has some to start from\n"
+    hint = "kvdistill's repository has some to start from, in configs/"
+    assert error == f"kvdistill: nowhere.yaml: no such configuration file; {hint}\n"
 
 
 def test_lost_teacher_ends_with_status_1_and_the_rank_that_lost_it(

@@ -14,9 +14,11 @@ import typer.main
 import yaml
 
 from kvcore.config import load_config
+from kvcore.extras import EXTRAS
 from kvdistill.cli import app
+from kvdistill.own_packages import PACKAGES
 from kvdistill.serve_flags import serve_config
-from scripts.image_requirements import TEACHER_NEEDS_NOT, name_of, requirements
+from scripts.image_requirements import requirements
 from student_trainer.config import TrainConfig
 from teacher_server.config import ServeConfig
 
@@ -161,9 +163,8 @@ def test_every_image_that_is_pulled_has_a_version():
 
 
 def test_the_images_are_given_every_package_of_the_project():
-    packages = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["tool"]["setuptools"]["packages"]
     let_in = {line[1:] for line in (ROOT / ".dockerignore").read_text("utf-8").splitlines() if line.startswith("!")}
-    assert {name.partition(".")[0] for name in packages} - let_in == {"benchmarks"}
+    assert {*PACKAGES, "kvdistill"} <= let_in
     copied = re.findall(r"^COPY (?!--from)(?:--chmod=755 )?(.+) \S+$", DOCKERFILE, flags=re.MULTILINE)
     assert {path for line in copied for path in line.split()} - {"."} <= let_in
     assert all((ROOT / path).exists() for path in let_in)
@@ -186,14 +187,16 @@ def test_a_teachers_image_has_all_that_a_teacher_imports():
                     imported |= {alias.name.partition(".")[0] for alias in node.names}
                 elif isinstance(node, ast.ImportFrom):
                     imported.add(str(node.module).partition(".")[0])
-    assert imported.isdisjoint(name.replace("-", "_") for name in TEACHER_NEEDS_NOT)
+    assert imported.isdisjoint(EXTRAS["train"])
 
 
 @pytest.mark.parametrize("variant", ["cpu", "cuda"])
-def test_images_install_what_the_project_needs_and_a_teacher_less(variant):
-    trainer, teacher = ({name_of(line) for line in requirements(ROOT, i, variant)} for i in ("trainer", "teacher"))
-    assert trainer - teacher == TEACHER_NEEDS_NOT
-    assert ("bitsandbytes" in teacher) == (variant == "cuda")
+def test_only_the_trainers_image_installs_the_extra_train(variant):
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]["optional-dependencies"]
+    trainer, teacher = (requirements(ROOT, image, variant) for image in ("trainer", "teacher"))
+    assert set(trainer) - set(teacher) == set(extras["train"])
+    assert (set(extras["gpu"]) <= set(teacher)) == (variant == "cuda")
+    assert set(extras["otel"]) <= set(teacher)
     assert requirements(ROOT, "torch", variant)[0].startswith("torch==")
 
 

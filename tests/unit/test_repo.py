@@ -18,6 +18,9 @@ import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+from kvcore.extras import EXTRAS
+from kvdistill.own_packages import PACKAGES
+
 ROOT = Path(__file__).resolve().parents[2]
 BIN = Path(sys.executable).parent
 PYPROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
@@ -92,8 +95,16 @@ def test_ci_runs_the_tests_from_any_directory() -> None:
 # ------------------------------------------------------------------------------- packaging
 
 
-def test_every_package_is_listed_for_packaging() -> None:
-    assert sorted(PYPROJECT["tool"]["setuptools"]["packages"]) == sorted(packages_in_tree())
+def test_every_package_but_the_benchmarks_is_packaged_with_all_below_it() -> None:
+    patterns = PYPROJECT["tool"]["setuptools"]["packages"]["find"]["include"]
+    packaged = [name for name in top_level() if name != "benchmarks"]
+    assert sorted(patterns) == sorted(pattern for name in packaged for pattern in (name, f"{name}.*"))
+    assert [*PACKAGES, "kvdistill"] == sorted(packaged, key=lambda name: (name == "kvdistill", name))
+
+
+def test_every_folder_of_modules_is_a_package() -> None:
+    folders = {".".join(path.parent.parts) for name in top_level() for path in tracked(f"{name}/*.py")}
+    assert folders == packages_in_tree()
 
 
 def test_import_contracts_cover_every_package_and_every_configuration() -> None:
@@ -118,9 +129,8 @@ def imports_of(path: Path) -> Iterator[str]:
 
 
 def test_every_third_party_import_is_a_declared_dependency() -> None:
-    declared = {canonicalize_name(Requirement(line).name) for line in PYPROJECT["project"]["dependencies"]}
-    # Benchmarks start servers as the tests do; like them, they run from a checkout only.
-    known = {*sys.stdlib_module_names, *top_level(), *OPTIONAL, "tests"}
+    declared = {canonicalize_name(requirement.name) for requirement in declared_requirements("train")}
+    known = {*sys.stdlib_module_names, *top_level(), *OPTIONAL}
     undeclared = {
         (str(path), name)
         for package in top_level()
@@ -129,6 +139,23 @@ def test_every_third_party_import_is_a_declared_dependency() -> None:
         if name not in known and canonicalize_name(DISTRIBUTIONS.get(name, name)) not in declared
     }
     assert undeclared == set()
+
+
+def declared_requirements(*extras: str) -> list[Requirement]:
+    """What the project itself asks for, with these extras; extras that it names of its own are taken apart."""
+    project = PYPROJECT["project"]
+    lines = [*project["dependencies"], *(line for extra in extras for line in project["optional-dependencies"][extra])]
+    requirements = list(map(Requirement, lines))
+    own = [requirement for requirement in requirements if requirement.name == project["name"]]
+    others = [requirement for requirement in requirements if requirement not in own]
+    return others + [each for requirement in own for each in declared_requirements(*requirement.extras)]
+
+
+def test_every_extra_names_the_packages_that_it_installs() -> None:
+    assert {canonicalize_name(name) for name in EXTRAS["train"]} == {
+        canonicalize_name(Requirement(line).name) for line in PYPROJECT["project"]["optional-dependencies"]["train"]
+    }
+    assert EXTRAS.keys() < PYPROJECT["project"]["optional-dependencies"].keys()
 
 
 def requirements_of(name: str) -> list[Requirement]:
@@ -147,8 +174,7 @@ def test_every_needed_package_is_pinned_as_installed() -> None:
     lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
     pairs = [line.split("==") for line in lines if line and not line.startswith("#")]
     pins = {str(canonicalize_name(name)): version for name, version in pairs}
-    project = PYPROJECT["project"]
-    waiting = [*map(Requirement, project["dependencies"]), *map(Requirement, project["optional-dependencies"]["dev"])]
+    waiting = declared_requirements("dev")
     needed: dict[str, str] = {}
     while waiting:
         name = canonicalize_name(waiting.pop().name)

@@ -50,7 +50,7 @@ def test_environment_is_built_once(checkout: Path, builds: list[Path]) -> None:
     [
         ("constraints.txt", "torch==2.13.0", "torch==2.14.0"),
         ("pyproject.toml", '"xxhash>=3.5"', '"xxhash>=3.6"'),
-        ("pyproject.toml", 'kvdistill = "kvdistill.cli:main"', 'kvd = "kvdistill.cli:main"'),
+        ("pyproject.toml", 'kvdistill = "kvdistill.__main__:main"', 'kvd = "kvdistill.__main__:main"'),
     ],
 )
 def test_changed_pins_and_packaging_build_it_anew(

@@ -85,7 +85,7 @@ def test_a_way_that_is_not_offered_is_refused(
 
 def test_traces_without_the_sdk_say_what_to_install(collector: Collector, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "opentelemetry.sdk.trace", None)
-    with pytest.raises(ConfigError, match=r"OTEL_EXPORTER_OTLP_ENDPOINT asks for traces.*pip install -e .\[otel\]"):
+    with pytest.raises(ConfigError, match=r"OTEL_EXPORTER_OTLP_ENDPOINT asks for traces.*install 'kvdistill\[otel\]'"):
         tracing.start("trainer")
 
 

@@ -220,7 +220,7 @@ def test_a_server_without_vllm_says_what_to_install() -> None:
     async def start() -> None:
         await TeacherServer(serve()).serve()
 
-    with pytest.raises(FieldError, match=r"needs vLLM, which is not installed: pip install -e '\.\[vllm\]'") as caught:
+    with pytest.raises(FieldError, match=r"needs vllm, not installed here: pip install 'kvdistill\[vllm\]'") as caught:
         asyncio.run(start())
     assert caught.value.field == "engine"
 

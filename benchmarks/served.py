@@ -1,0 +1,76 @@
+"""A teacher server process to measure, and the random models that it serves unless another one is named."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import grpc
+import psutil
+from transformers import Qwen2Config, Qwen2ForCausalLM
+
+from data.synthetic import ChainTask, make_splits
+from experiments.demo.tokenizers import build_tokenizer
+from kvcore import wire
+from kvcore.plan import KVPlan
+from kvcore.types import Sample, TeacherInfo
+from kvdistill.describe import describe
+from protos import kv_cache_pb2 as pb
+from student_trainer.local_teachers import LocalTeachers
+
+TIMEOUT_S = 60.0
+MOST_MESSAGE_BYTES = 64 << 20
+# Its CPU time is compared with that of a model on one thread.
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+
+
+@dataclass(frozen=True, slots=True)
+class ServedTeacher:
+    """A server on this machine, and a plain client's connection to it for one thread."""
+
+    process: psutil.Process
+    info: TeacherInfo
+    channel: grpc.Channel
+
+    def cpu_seconds(self) -> float:
+        """User and system time that the server has spent."""
+        times = self.process.cpu_times()
+        return times.user + times.system
+
+    def memory_mb(self) -> float:
+        """The server's resident memory in MiB."""
+        return self.process.memory_info().rss / 2**20
+
+    def frames(self, plan: KVPlan, samples: Sequence[Sample], request_id: str) -> Iterator[bytes]:
+        """One request's frames, as they come off the wire."""
+        ask: Any = self.channel.unary_stream(
+            "/kvcache.v1.TeacherKV/StreamKV", request_serializer=pb.KVRequest.SerializeToString
+        )
+        sent = [wire.sample_to_proto(sample) for sample in samples]
+        request = pb.KVRequest(request_id=request_id, plan=wire.plan_to_proto(plan), samples=sent)
+        return ask(request, timeout=TIMEOUT_S)
+
+
+@contextlib.contextmanager
+def served_teacher(model: str, log_dir: Path, device: str, dtype: str) -> Iterator[ServedTeacher]:
+    """A server that is ready, and ended afterwards."""
+    servers = LocalTeachers({"teacher": model}, log_dir, device=device, dtype=dtype, environment=ENVIRONMENT)
+    with servers as endpoints:
+        (process,) = psutil.Process().children()
+        options = [("grpc.max_receive_message_length", MOST_MESSAGE_BYTES)]
+        with grpc.insecure_channel(endpoints["teacher"], options=options) as channel:
+            yield ServedTeacher(process, describe(endpoints["teacher"]), channel)
+
+
+def save_random_qwen2(directory: Path, **geometry: Any) -> str:
+    """Writes a Qwen2 with random weights and the demo's tokenizer; returns the directory.
+
+    `geometry`: fields of transformers' Qwen2Config.
+    """
+    tokenizer = build_tokenizer("teacher_a", make_splits(ChainTask(), 2048, 1, 1, seed=0).train)
+    Qwen2ForCausalLM(Qwen2Config(vocab_size=len(tokenizer), **geometry)).save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    return str(directory)
