@@ -30,6 +30,7 @@ from teacher_server.engines import load_engine
 from teacher_server.engines.base import EngineLostError, TeacherEngine
 from teacher_server.http import build_app
 from teacher_server.interceptors import CallInterceptor
+from teacher_server.limits import OpenServicesInterceptor, connection_limits, max_calls
 from teacher_server.logs import log_event
 from teacher_server.sample_queue import BusyError, SampleQueue
 from teacher_server.scheduler import Scheduler
@@ -239,7 +240,11 @@ class TeacherServer:
     async def _grpc(self) -> AsyncIterator[None]:
         await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
         interceptor = CallInterceptor(SERVICE, self.state.metrics, self.state.activity, self._token)
-        server = grpc.aio.server(interceptors=(interceptor,), options=GRPC_OPTIONS)
+        server = grpc.aio.server(
+            interceptors=(interceptor, OpenServicesInterceptor()),
+            options=(*GRPC_OPTIONS, *connection_limits(self._config)),
+            maximum_concurrent_rpcs=max_calls(self._config),
+        )
         server.add_generic_rpc_handlers((self._service.handler(),))
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         enable_server_reflection((SERVICE, HEALTH_SERVICE, REFLECTION_SERVICE), server)

@@ -15,7 +15,7 @@ import grpc.aio
 
 from kvcore.errors import FieldError, KVDistillError
 from teacher_server.activity import Activity, Call
-from teacher_server.logs import log_event
+from teacher_server.logs import LineLimit, log_event
 from teacher_server.metrics import Metrics
 from teacher_server.sample_queue import BusyError
 from teacher_server.security import UnauthenticatedError, check_token
@@ -81,6 +81,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         self._metrics = metrics
         self._activity = activity
         self._token = token
+        self._lines = LineLimit(log, "calls_not_logged")
 
     async def intercept_service(
         self,
@@ -93,8 +94,8 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         if handler is None or not path.startswith(self._prefix):
             return handler
         streams = handler.response_streaming
-        make = grpc.unary_stream_rpc_method_handler if streams else grpc.unary_unary_rpc_method_handler
-        method = cast("Method", handler.unary_stream if streams else handler.unary_unary)
+        make = grpc.stream_stream_rpc_method_handler if streams else grpc.stream_unary_rpc_method_handler
+        method = cast("Method", handler.stream_stream if streams else handler.stream_unary)
         return make(
             self._watched(method, path.removeprefix(self._prefix)),
             request_deserializer=handler.request_deserializer,
@@ -102,12 +103,12 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         )
 
     def _watched(self, method: Method, name: str) -> Method:
-        async def watched(request: Any, context: grpc.aio.ServicerContext) -> Any:
+        async def watched(requests: Any, context: grpc.aio.ServicerContext) -> Any:
             call = Call(name, context.peer())
             with self._activity.during(call), traced(call, self._prefix[1:], context.invocation_metadata() or ()):
                 try:
                     check_token(self._token, context.invocation_metadata() or ())
-                    return await method(request, context)
+                    return await method(requests, context)
                 except asyncio.CancelledError:
                     call.code = _why_cancelled(context).name
                     raise
@@ -128,6 +129,9 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             metrics.duration.labels(call.method).observe(seconds)
             if call.first_frame_s is not None:
                 metrics.first_frame.labels(call.method).observe(call.first_frame_s)
+        failed = call.code != grpc.StatusCode.OK.name
+        if failed and not call.frames and not self._lines.allow():
+            return
         log_event(
             log,
             "call",
