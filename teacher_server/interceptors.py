@@ -8,7 +8,7 @@ import time
 import uuid
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from typing import Any, NoReturn, cast
+from typing import Any, cast
 
 import grpc
 import grpc.aio
@@ -25,7 +25,7 @@ from teacher_server.state import NotReadyError
 log = logging.getLogger(__name__)
 
 PUSHBACK = "grpc-retry-pushback-ms"
-Method = Callable[[Any, grpc.aio.ServicerContext], Awaitable[Any]]
+Method = Callable[[grpc.aio.ServicerContext], Awaitable[Any]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,19 +103,23 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         )
 
     def _watched(self, method: Method, name: str) -> Method:
-        async def watched(requests: Any, context: grpc.aio.ServicerContext) -> Any:
+        async def watched(_requests: object, context: grpc.aio.ServicerContext) -> Any:
             call = Call(name, context.peer())
             with self._activity.during(call), traced(call, self._prefix[1:], context.invocation_metadata() or ()):
                 try:
                     check_token(self._token, context.invocation_metadata() or ())
-                    return await method(requests, context)
+                    return await method(context)
                 except asyncio.CancelledError:
                     call.code = _why_cancelled(context).name
                     raise
                 except Exception as error:  # noqa: BLE001  the boundary where every error becomes a status
-                    await _abort(call, error, context)
+                    status = status_of(error)
+                    call.code, call.problem = status.code.name, status.details
                 finally:
                     self._record(call)
+                # gRPC holds what this raises in a reference cycle. Raised while `error` is handled, it would hold that
+                # too, with the frames that it came through, and so the request until the next garbage collection.
+                return await context.abort(status.code, status.details, status.trailers)
 
         return watched
 
@@ -148,12 +152,6 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             frames=call.frames,
             sent_bytes=call.sent_bytes,
         )
-
-
-async def _abort(call: Call, error: Exception, context: grpc.aio.ServicerContext) -> NoReturn:
-    status = status_of(error)
-    call.code, call.problem = status.code.name, status.details
-    await context.abort(status.code, status.details, status.trailers)
 
 
 def _why_cancelled(context: grpc.aio.ServicerContext) -> grpc.StatusCode:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
@@ -16,6 +17,7 @@ from teacher_server.config import ServeConfig
 
 MAX_CONNECTIONS = 512
 MAX_METADATA_BYTES = 8192
+UNREAD_BYTES = 1 << 18
 HANDSHAKE_MS = 10_000
 IDLE_CONNECTION_MS = 300_000
 
@@ -37,6 +39,9 @@ def connection_limits(config: ServeConfig) -> tuple[tuple[str, int], ...]:
         # Between the two, gRPC would refuse some calls at random.
         ("grpc.max_metadata_size", MAX_METADATA_BYTES),
         ("grpc.absolute_max_metadata_size", MAX_METADATA_BYTES),
+        # What gRPC takes in of a request that nobody reads yet. It would let this grow with what other requests bring.
+        ("grpc.http2.lookahead_bytes", UNREAD_BYTES),
+        ("grpc.http2.bdp_probe", 0),
         ("grpc.server_handshake_timeout_ms", HANDSHAKE_MS),
         ("grpc.max_connection_idle_ms", IDLE_CONNECTION_MS),
     )
@@ -45,6 +50,15 @@ def connection_limits(config: ServeConfig) -> tuple[tuple[str, int], ...]:
 def max_calls(config: ServeConfig) -> int:
     """The most calls in progress, of all services and connections; gRPC refuses others unread."""
     return config.max_streams + 4 * MAX_OPEN_PROBES
+
+
+async def read_request(context: grpc.aio.ServicerContext) -> bytes:
+    """The request of a method with one, where gRPC is told that it is a stream; nothing where the caller sent none.
+
+    The stream itself would keep the last message alive for as long as it is.
+    """
+    data: Any = await context.read()
+    return b"" if data is grpc.aio.EOF else data
 
 
 class OpenServicesInterceptor(grpc.aio.ServerInterceptor):
@@ -76,10 +90,13 @@ class OpenServicesInterceptor(grpc.aio.ServerInterceptor):
         make = grpc.stream_stream_rpc_method_handler if streams else grpc.stream_unary_rpc_method_handler
         method = handler.unary_stream if streams else handler.unary_unary
 
-        async def probe(requests: AsyncIterator[bytes], context: grpc.aio.ServicerContext) -> Any:
+        async def probe(_requests: object, context: grpc.aio.ServicerContext) -> Any:
             await self._enter(path, MAX_OPEN_PROBES, context)
             try:
-                data = await self._read(requests, context)
+                data = await self._read(context)
+                if data is None:
+                    problem = f"the request has more than {MAX_PROBE_BYTES} bytes, or took over {PROBE_SECONDS:g} s"
+                    await context.abort(grpc.StatusCode.INVALID_ARGUMENT, problem)
                 return await method(handler.request_deserializer(data), context)
             finally:
                 self._open[path] -= 1
@@ -106,13 +123,9 @@ class OpenServicesInterceptor(grpc.aio.ServerInterceptor):
             await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, f"{limit} calls of {path} are open, the limit")
         self._open[path] += 1
 
-    async def _read(self, requests: AsyncIterator[bytes], context: grpc.aio.ServicerContext) -> bytes:
-        try:
+    async def _read(self, context: grpc.aio.ServicerContext) -> bytes | None:
+        with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(PROBE_SECONDS), self._reading:
-                data = await anext(aiter(requests), b"")
-        except TimeoutError:
-            await context.abort(grpc.StatusCode.DEADLINE_EXCEEDED, f"the request took over {PROBE_SECONDS:g} s")
-        if len(data) > MAX_PROBE_BYTES:
-            problem = f"the request has {len(data)} bytes; the limit is {MAX_PROBE_BYTES}"
-            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, problem)
-        return data
+                data = await read_request(context)
+                return data if len(data) <= MAX_PROBE_BYTES else None
+        return None

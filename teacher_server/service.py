@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterable, Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
@@ -20,6 +20,7 @@ from protos import kv_cache_pb2 as pb
 from teacher_server.activity import Call, current_call
 from teacher_server.engines.base import TokenizedSample
 from teacher_server.generation import Generation, read_prompts
+from teacher_server.limits import read_request
 from teacher_server.query import (
     KVQuery,
     ParsedRequest,
@@ -35,7 +36,6 @@ from teacher_server.streams import AnswerStream
 
 SERVICE = pb.DESCRIPTOR.services_by_name["TeacherKV"].full_name
 
-Requests = AsyncIterable[bytes]
 Write = Callable[[bytes], Awaitable[None]]
 ResultT = TypeVar("ResultT")
 
@@ -55,8 +55,9 @@ class TeacherKVService:
     def handler(self) -> grpc.GenericRpcHandler:
         """How gRPC calls the service. Frames pass through as the bytes that they already are.
 
-        Each call has one request. To gRPC it is a stream, so that it is read when the handler asks for it: a call that
-        its metadata or the server's load refuses leaves its request unread.
+        To gRPC each call's one request is a stream, so that it is read when the method asks for it: a call that its
+        metadata or the server's load refuses leaves its request unread. `CallInterceptor` calls the methods with the
+        context alone.
         """
         return grpc.method_handlers_generic_handler(
             SERVICE,
@@ -69,7 +70,7 @@ class TeacherKVService:
             },
         )
 
-    async def describe(self, _requests: Requests, _context: grpc.aio.ServicerContext) -> pb.DescribeResponse:
+    async def describe(self, _context: grpc.aio.ServicerContext) -> pb.DescribeResponse:
         """Which teacher this is.
 
         Raises:
@@ -77,19 +78,19 @@ class TeacherKVService:
         """
         return info_to_proto(self._state.loaded().engine.info)
 
-    async def stream_kv(self, requests: Requests, context: grpc.aio.ServicerContext) -> None:
+    async def stream_kv(self, context: grpc.aio.ServicerContext) -> None:
         """Answers one request; errors are mapped by `interceptors.status_of`."""
         with self._state.open_stream():
             async with asyncio.timeout(self._state.config.max_request_seconds):
-                request = await self._receive(requests, pb.KVRequest)
+                request = await self._receive(context, pb.KVRequest)
                 query = await self._in_thread(read_query, request, self._info)
                 await self.answer(query, self._writer(context))
 
-    async def generate(self, requests: Requests, context: grpc.aio.ServicerContext) -> None:
+    async def generate(self, context: grpc.aio.ServicerContext) -> None:
         """Answers one request to write; errors are mapped by `interceptors.status_of`."""
         with self._state.open_stream():
             async with asyncio.timeout(self._state.config.max_request_seconds):
-                request = await self._receive(requests, pb.GenerateRequest)
+                request = await self._receive(context, pb.GenerateRequest)
                 query, sampling = await self._in_thread(read_generate_query, request, self._info)
                 await self._write_on(query, sampling, self._writer(context))
 
@@ -97,9 +98,8 @@ class TeacherKVService:
     def _info(self) -> TeacherInfo:
         return self._state.loaded().engine.info
 
-    async def _receive(self, requests: Requests, kind: type[RequestT]) -> ParsedRequest[RequestT]:
-        data = await anext(aiter(requests), b"")
-        request = await self._in_thread(parse_request, data, kind, self._info)
+    async def _receive(self, context: grpc.aio.ServicerContext, kind: type[RequestT]) -> ParsedRequest[RequestT]:
+        request = await self._in_thread(parse_request, await read_request(context), kind, self._info)
         current_call().request_id = request.head.request_id
         return request
 
