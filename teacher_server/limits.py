@@ -1,4 +1,4 @@
-"""What callers can take of a server before it knows who they are: connections, calls, headers, and memory."""
+"""Limits on what callers can take before the server knows who they are: connections, calls, metadata, memory."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ from kvcore.types import Sample, Span
 from teacher_server.engines.base import SPAN_KINDS, TokenizedSample
 
 NO_SPAN = -1
-# Longer than any tokenizer's token but for runs of one character: what has more is too long however it is cut.
+# Tokens of ordinary text are shorter; only runs of one character, such as spaces, have longer ones.
 MAX_CHARACTERS_PER_TOKEN = 64
 KNOWN_KINDS: tuple[str, ...] = get_args(SpanKind)
 
