@@ -10,8 +10,21 @@ SHORTEST_PING_INTERVAL_S = 5.0
 ChannelArguments = list[tuple[str, int]]
 
 
-def server_arguments(max_request_bytes: int) -> ChannelArguments:
-    """What teacher servers set: clients may ping every 4 s for as long as a call sends nothing."""
+# Limits of a server on what callers take before it knows who they are.
+MAX_CONNECTIONS = 512
+MAX_METADATA_BYTES = 8192
+UNREAD_BYTES = 1 << 18
+HANDSHAKE_MS = 10_000
+IDLE_CONNECTION_MS = 300_000
+
+
+def server_arguments(max_request_bytes: int, max_streams: int) -> ChannelArguments:
+    """Returns what teacher servers set: limits for callers, and pings every 4 s allowed while a call is silent.
+
+    Args:
+        max_request_bytes: the largest message to receive.
+        max_streams: the most concurrent calls of one connection.
+    """
     return [
         ("grpc.max_receive_message_length", max_request_bytes),
         # Two servers on one port would each get half of the calls.
@@ -21,6 +34,16 @@ def server_arguments(max_request_bytes: int) -> ChannelArguments:
         # The server notices clients that vanished, whose streams would keep their window.
         ("grpc.keepalive_time_ms", 20_000),
         ("grpc.keepalive_timeout_ms", 10_000),
+        ("grpc.max_allowed_incoming_connections", MAX_CONNECTIONS),
+        ("grpc.max_concurrent_streams", max_streams),
+        # If the two differed, gRPC would refuse some calls at random.
+        ("grpc.max_metadata_size", MAX_METADATA_BYTES),
+        ("grpc.absolute_max_metadata_size", MAX_METADATA_BYTES),
+        # How much gRPC buffers of a request that is not read yet. By default it grows with the size of other requests.
+        ("grpc.http2.lookahead_bytes", UNREAD_BYTES),
+        ("grpc.http2.bdp_probe", 0),
+        ("grpc.server_handshake_timeout_ms", HANDSHAKE_MS),
+        ("grpc.max_connection_idle_ms", IDLE_CONNECTION_MS),
     ]
 
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import Any, TypeVar, cast, get_args
 
 from kvcore.config import parse
@@ -240,12 +241,20 @@ def _spans(proto: pb.Sample, length: int, field: str) -> tuple[Span, ...]:
             raise FieldError(
                 f"{where}.end", f"must be between the start {span.start} and the length {length} (got {span.end})"
             )
-        for before, other in enumerate(spans):
-            if max(span.start, other.start) < min(span.end, other.end):
-                both = f"[{span.start}, {span.end}) overlaps spans.{before} [{other.start}, {other.end})"
-                raise FieldError(where, both)
         spans.append(Span(kind, span.start, span.end))
+    _check_overlaps(spans, field)
     return tuple(spans)
+
+
+def _check_overlaps(spans: Sequence[Span], field: str) -> None:
+    """Of spans in order of their start, one overlaps an earlier one only if it overlaps its neighbour."""
+    filled = (place for place, span in enumerate(spans) if span.start < span.end)
+    for first, second in pairwise(sorted(filled, key=lambda place: spans[place].start)):
+        if spans[second].start < spans[first].end:
+            before, after = sorted((first, second))
+            one, other = spans[after], spans[before]
+            both = f"[{one.start}, {one.end}) overlaps spans.{before} [{other.start}, {other.end})"
+            raise FieldError(f"{field}.spans.{after}", both)
 
 
 def _named(number: int, names: Mapping[int, NameT], field: str) -> NameT:

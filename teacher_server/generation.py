@@ -146,22 +146,40 @@ class Generation:
 
     async def _go_on(self, jobs: Sequence[Job], outcomes: Sequence[Written | SampleFailure], seconds: float) -> None:
         """Sends what was written, and queues it for its K/V."""
-        texts = [self._text(job, outcome, seconds) for job, outcome in zip(jobs, outcomes, strict=True)]
         loop = asyncio.get_running_loop()
-        read = await loop.run_in_executor(self._tokenizing, _read_written, self._backend.engine, self._plan, texts)
+        read = await loop.run_in_executor(self._tokenizing, self._read_written, jobs, outcomes, seconds)
         following: list[Job] = []
-        for job, text, tokens in zip(jobs, texts, read, strict=True):
+        for job, (text, outcome) in zip(jobs, read, strict=True):
             if isinstance(text, WrittenText):
                 self._stream.announce(job.index, job.planned.tokens.sample, text)
                 self._count_tokens(text.tokens, 0)
-            if isinstance(tokens, TokenizedSample):
-                nbytes = encoded_bytes(self._plan, tokens, self._backend.engine.info)
-                following.append(Job(self.samples, job.index, PlannedSample(tokens, self._plan), nbytes))
-                self._count_tokens(0, following[-1].tokens)
+            if isinstance(outcome, Job):
+                following.append(outcome)
+                self._count_tokens(0, outcome.tokens)
             else:
-                self._stream.refuse(job.index, grpc.StatusCode.FAILED_PRECONDITION.name, self._explain(text, tokens))
+                self._stream.refuse(job.index, grpc.StatusCode.FAILED_PRECONDITION.name, self._explain(text, outcome))
         self._stream.settle()
         self._backend.scheduler.queue.extend(self.samples, following)
+
+    def _read_written(
+        self, jobs: Sequence[Job], outcomes: Sequence[Written | SampleFailure], seconds: float
+    ) -> list[tuple[WrittenText | str, Job | str]]:
+        """What was written, and what follows from it; or what is wrong with either. In the tokenizer's thread."""
+        read: list[tuple[WrittenText | str, Job | str]] = []
+        for job, outcome in zip(jobs, outcomes, strict=True):
+            text = self._text(job, outcome, seconds)
+            read.append((text, text if isinstance(text, str) else self._following(job, text.sample)))
+        return read
+
+    def _following(self, prompt: Job, sample: Sample) -> Job | str:
+        engine = self._backend.engine
+        try:
+            tokens = engine.tokenize(sample)
+            check_sample(tokens, self._plan, f"samples[{sample.id}]")
+        except FieldError as error:
+            return str(error)
+        nbytes = encoded_bytes(self._plan, tokens, engine.info)
+        return Job(self.samples, prompt.index, PlannedSample(tokens, self._plan), nbytes)
 
     def _text(self, job: Job, outcome: Written | SampleFailure, seconds: float) -> WrittenText | str:
         if isinstance(outcome, SampleFailure):
@@ -176,24 +194,6 @@ class Generation:
         marker = self._sampling.answer_marker
         lacks = f", with no answer behind a marker {marker!r}" if marker and "answer" not in kinds else ""
         return f"{problem}; the teacher wrote {text.tokens} tokens (finish_reason: {text.finish_reason}){lacks}"
-
-
-def _read_written(
-    engine: TeacherEngine, plan: KVPlan, texts: Sequence[WrittenText | str]
-) -> list[TokenizedSample | str]:
-    """Each text as the teacher reads it, or what is wrong with it."""
-    read: list[TokenizedSample | str] = []
-    for text in texts:
-        if isinstance(text, str):
-            read.append(text)
-            continue
-        try:
-            tokens = engine.tokenize(text.sample)
-            check_sample(tokens, plan, f"samples[{text.sample.id}]")
-            read.append(tokens)
-        except FieldError as error:
-            read.append(str(error))
-    return read
 
 
 def _options(sampling: Sampling) -> GenerateOptions:

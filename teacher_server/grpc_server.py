@@ -19,6 +19,7 @@ from kvcore.channel_arguments import server_arguments
 from kvcore.errors import FieldError, KVDistillError
 from teacher_server.config import MIB
 from teacher_server.interceptors import CallInterceptor
+from teacher_server.limits import OpenServicesInterceptor, max_calls, max_streams
 from teacher_server.logs import log_event
 from teacher_server.security import read_token, server_credentials
 from teacher_server.service import SERVICE, TeacherKVService
@@ -66,7 +67,12 @@ class GrpcServer:
         Raises:
             FieldError: the port is taken.
         """
-        server = grpc.aio.server(interceptors=(self._interceptor,), options=server_arguments(MAX_REQUEST_BYTES))
+        config = self._state.config
+        server = grpc.aio.server(
+            interceptors=(self._interceptor, OpenServicesInterceptor()),
+            options=server_arguments(MAX_REQUEST_BYTES, max_streams(config)),
+            maximum_concurrent_rpcs=max_calls(config),
+        )
         server.add_generic_rpc_handlers((self._service.handler(),))
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         enable_server_reflection((SERVICE, HEALTH_SERVICE, REFLECTION_SERVICE), server)

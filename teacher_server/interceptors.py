@@ -8,14 +8,14 @@ import time
 import uuid
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from typing import Any, NoReturn, cast
+from typing import Any, cast
 
 import grpc
 import grpc.aio
 
 from kvcore.errors import FieldError, KVDistillError
 from teacher_server.activity import Activity, Call
-from teacher_server.logs import log_event
+from teacher_server.logs import LineLimit, log_event
 from teacher_server.metrics import Metrics
 from teacher_server.sample_queue import BusyError
 from teacher_server.security import UnauthenticatedError, check_token
@@ -25,7 +25,7 @@ from teacher_server.state import NotReadyError
 log = logging.getLogger(__name__)
 
 PUSHBACK = "grpc-retry-pushback-ms"
-Method = Callable[[Any, grpc.aio.ServicerContext], Awaitable[Any]]
+Method = Callable[[grpc.aio.ServicerContext], Awaitable[Any]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +81,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         self._metrics = metrics
         self._activity = activity
         self._token = token
+        self._lines = LineLimit(log, "calls_not_logged")
 
     async def intercept_service(
         self,
@@ -93,8 +94,8 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         if handler is None or not path.startswith(self._prefix):
             return handler
         streams = handler.response_streaming
-        make = grpc.unary_stream_rpc_method_handler if streams else grpc.unary_unary_rpc_method_handler
-        method = cast("Method", handler.unary_stream if streams else handler.unary_unary)
+        make = grpc.stream_stream_rpc_method_handler if streams else grpc.stream_unary_rpc_method_handler
+        method = cast("Method", handler.stream_stream if streams else handler.stream_unary)
         return make(
             self._watched(method, path.removeprefix(self._prefix)),
             request_deserializer=handler.request_deserializer,
@@ -102,19 +103,23 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         )
 
     def _watched(self, method: Method, name: str) -> Method:
-        async def watched(request: Any, context: grpc.aio.ServicerContext) -> Any:
+        async def watched(_requests: object, context: grpc.aio.ServicerContext) -> Any:
             call = Call(name, context.peer())
             with self._activity.during(call), traced(call, self._prefix[1:], context.invocation_metadata() or ()):
                 try:
                     check_token(self._token, context.invocation_metadata() or ())
-                    return await method(request, context)
+                    return await method(context)
                 except asyncio.CancelledError:
                     call.code = _why_cancelled(context).name
                     raise
                 except Exception as error:  # noqa: BLE001  the boundary where every error becomes a status
-                    await _abort(call, error, context)
+                    status = status_of(error)
+                    call.code, call.problem = status.code.name, status.details
                 finally:
                     self._record(call)
+                # gRPC holds what this raises in a reference cycle. Raised while `error` is handled, it would hold that
+                # too, with the frames that it came through, and so the request until the next garbage collection.
+                return await context.abort(status.code, status.details, status.trailers)
 
         return watched
 
@@ -128,6 +133,9 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             metrics.duration.labels(call.method).observe(seconds)
             if call.first_frame_s is not None:
                 metrics.first_frame.labels(call.method).observe(call.first_frame_s)
+        failed = call.code != grpc.StatusCode.OK.name
+        if failed and not call.frames and not self._lines.allow():
+            return
         log_event(
             log,
             "call",
@@ -144,12 +152,6 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             frames=call.frames,
             sent_bytes=call.sent_bytes,
         )
-
-
-async def _abort(call: Call, error: Exception, context: grpc.aio.ServicerContext) -> NoReturn:
-    status = status_of(error)
-    call.code, call.problem = status.code.name, status.details
-    await context.abort(status.code, status.details, status.trailers)
 
 
 def _why_cancelled(context: grpc.aio.ServicerContext) -> grpc.StatusCode:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 import sys
+import time
 from datetime import UTC, datetime
 from typing import Any
 
@@ -46,3 +48,43 @@ def log_event(
 ) -> None:
     """Writes one event with its fields; `error` adds its traceback."""
     logger.log(level, event, extra={"fields": fields}, exc_info=error)
+
+
+LINES_AT_ONCE = 100
+LINES_PER_SECOND = 1.0
+REPORT_SECONDS = 10.0
+
+
+class LineLimit:
+    """Limits lines that callers can cause as fast as they like. For the event loop's thread.
+
+    A hundred may come at once, and one per second in the long run. How many were left out is logged as an event of its
+    own, every ten seconds while there are any.
+
+    Args:
+        logger: gets that event.
+        event: its name; the field `count` says how many lines were left out.
+    """
+
+    def __init__(self, logger: logging.Logger, event: str) -> None:
+        self._logger, self._event = logger, event
+        self._room = float(LINES_AT_ONCE)
+        self._updated = time.monotonic()
+        self._left_out = 0
+
+    def allow(self) -> bool:
+        """Whether the next line may be written; if not, it is counted."""
+        now = time.monotonic()
+        self._room = min(self._room + (now - self._updated) * LINES_PER_SECOND, float(LINES_AT_ONCE))
+        self._updated = now
+        if self._room >= 1.0:
+            self._room -= 1.0
+            return True
+        if not self._left_out:
+            asyncio.get_running_loop().call_later(REPORT_SECONDS, self._report)
+        self._left_out += 1
+        return False
+
+    def _report(self) -> None:
+        log_event(self._logger, self._event, level=logging.WARNING, count=self._left_out)
+        self._left_out = 0

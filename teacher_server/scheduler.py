@@ -114,10 +114,10 @@ class Scheduler:
 
     def _finish_writing(self, batch: list[Job], outcomes: Sequence[Written | SampleFailure], seconds: float) -> None:
         self._observe_writing(batch, outcomes, seconds)
+        of_job = dict(zip(batch, outcomes, strict=True))
         for lane, jobs in _by_lane(batch).items():
-            theirs = [outcome for job, outcome in zip(batch, outcomes, strict=True) if job.lane is lane]
             assert lane.on_written is not None
-            _tell(lane, lane.on_written, jobs, theirs, seconds)
+            _tell(lane, lane.on_written, jobs, [of_job[job] for job in jobs], seconds)
 
     def _fail_batch(self, batch: list[Job], error: Exception) -> None:
         error_id = uuid.uuid4().hex[:12]

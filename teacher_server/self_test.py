@@ -6,8 +6,9 @@ from kvcore.errors import KVDistillError
 from kvcore.plan import KVPlan, Selection
 from kvcore.stream_reader import SampleFailure, StreamReader
 from kvcore.types import Sample, Span, TeacherInfo
+from teacher_server.query import KVQuery
 from teacher_server.sample_queue import BusyError
-from teacher_server.service import KVQuery, TeacherKVService
+from teacher_server.service import TeacherKVService
 
 PROMPT, REASONING, ANSWER = "1 + 2 = 3, 4 + 5 = 9. ", "7 + 8 = 15, 2 + 6 = 8. ", "9 + 1 = 10, 3 + 3 = 6."
 

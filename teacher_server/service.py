@@ -4,48 +4,40 @@ from __future__ import annotations
 
 import asyncio
 import time
-import uuid
 from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from typing import TypeVar
 
 import grpc
 import grpc.aio
 
 from kvcore.errors import FieldError
 from kvcore.frames import FrameWriter
-from kvcore.plan import KVPlan, Sampling
-from kvcore.types import Sample
-from kvcore.wire import (
-    TEACHER_METADATA,
-    info_to_proto,
-    plan_from_proto,
-    sample_from_proto,
-    sampling_from_proto,
-    teacher_metadata,
-)
+from kvcore.plan import Sampling
+from kvcore.types import TeacherInfo
+from kvcore.wire import TEACHER_METADATA, info_to_proto, teacher_metadata
 from protos import kv_cache_pb2 as pb
 from teacher_server.activity import Call, current_call
-from teacher_server.engines.base import PlannedSample, TeacherEngine, TokenizedSample
-from teacher_server.generation import Generation, check_sampling, read_prompts
-from teacher_server.plan_execution import check_plan, check_sample, encoded_bytes
-from teacher_server.sample_queue import Job, Lane
+from teacher_server.engines.base import TokenizedSample
+from teacher_server.generation import Generation, read_prompts
+from teacher_server.limits import read_request
+from teacher_server.query import (
+    KVQuery,
+    ParsedRequest,
+    RequestT,
+    parse_request,
+    read_generate_query,
+    read_jobs,
+    read_query,
+)
+from teacher_server.sample_queue import Lane
 from teacher_server.state import Backend, ServerState
 from teacher_server.streams import AnswerStream
 
 SERVICE = pb.DESCRIPTOR.services_by_name["TeacherKV"].full_name
-MAX_ID_LENGTH = 256
 
 Write = Callable[[bytes], Awaitable[None]]
-
-
-@dataclass(frozen=True, slots=True)
-class KVQuery:
-    """A request after the checks that need no tokenizer."""
-
-    request_id: str
-    plan: KVPlan
-    samples: list[Sample]
+ResultT = TypeVar("ResultT")
 
 
 class TeacherKVService:
@@ -61,25 +53,24 @@ class TeacherKVService:
         self._tokenizing.shutdown(wait=False, cancel_futures=True)
 
     def handler(self) -> grpc.GenericRpcHandler:
-        """How gRPC calls the service. Frames pass through as the bytes that they already are."""
+        """How gRPC calls the service. Frames pass through as the bytes that they already are.
+
+        To gRPC each call's one request is a stream, so that it is read when the method asks for it: a call that its
+        metadata or the server's load refuses leaves its request unread. `CallInterceptor` calls the methods with the
+        context alone.
+        """
         return grpc.method_handlers_generic_handler(
             SERVICE,
             {
-                "Describe": grpc.unary_unary_rpc_method_handler(
-                    self.describe,
-                    request_deserializer=pb.DescribeRequest.FromString,
-                    response_serializer=pb.DescribeResponse.SerializeToString,
+                "Describe": grpc.stream_unary_rpc_method_handler(
+                    self.describe, response_serializer=pb.DescribeResponse.SerializeToString
                 ),
-                "StreamKV": grpc.unary_stream_rpc_method_handler(
-                    self.stream_kv, request_deserializer=pb.KVRequest.FromString, response_serializer=None
-                ),
-                "Generate": grpc.unary_stream_rpc_method_handler(
-                    self.generate, request_deserializer=pb.GenerateRequest.FromString, response_serializer=None
-                ),
+                "StreamKV": grpc.stream_stream_rpc_method_handler(self.stream_kv),
+                "Generate": grpc.stream_stream_rpc_method_handler(self.generate),
             },
         )
 
-    async def describe(self, _request: pb.DescribeRequest, _context: grpc.aio.ServicerContext) -> pb.DescribeResponse:
+    async def describe(self, _context: grpc.aio.ServicerContext) -> pb.DescribeResponse:
         """Which teacher this is.
 
         Raises:
@@ -87,23 +78,34 @@ class TeacherKVService:
         """
         return info_to_proto(self._state.loaded().engine.info)
 
-    async def stream_kv(self, request: pb.KVRequest, context: grpc.aio.ServicerContext) -> None:
+    async def stream_kv(self, context: grpc.aio.ServicerContext) -> None:
         """Answers one request; errors are mapped by `interceptors.status_of`."""
-        current_call().request_id = request.request_id[:MAX_ID_LENGTH]
         with self._state.open_stream():
-            query = read_query(request, self._state)
             async with asyncio.timeout(self._state.config.max_request_seconds):
+                request = await self._receive(context, pb.KVRequest)
+                query = await self._in_thread(read_query, request, self._info)
                 await self.answer(query, self._writer(context))
 
-    async def generate(self, request: pb.GenerateRequest, context: grpc.aio.ServicerContext) -> None:
+    async def generate(self, context: grpc.aio.ServicerContext) -> None:
         """Answers one request to write; errors are mapped by `interceptors.status_of`."""
-        current_call().request_id = request.request_id[:MAX_ID_LENGTH]
         with self._state.open_stream():
-            query = read_query(request, self._state)
-            sampling = sampling_from_proto(request.sampling)
-            check_sampling(sampling, query.plan, query.samples, self._state.loaded().engine.info)
             async with asyncio.timeout(self._state.config.max_request_seconds):
+                request = await self._receive(context, pb.GenerateRequest)
+                query, sampling = await self._in_thread(read_generate_query, request, self._info)
                 await self._write_on(query, sampling, self._writer(context))
+
+    @property
+    def _info(self) -> TeacherInfo:
+        return self._state.loaded().engine.info
+
+    async def _receive(self, context: grpc.aio.ServicerContext, kind: type[RequestT]) -> ParsedRequest[RequestT]:
+        request = await self._in_thread(parse_request, await read_request(context), kind, self._info)
+        current_call().request_id = request.head.request_id
+        return request
+
+    async def _in_thread(self, function: Callable[..., ResultT], *arguments: object) -> ResultT:
+        """Runs what takes longer the more a request holds, without holding up the event loop."""
+        return await asyncio.get_running_loop().run_in_executor(self._tokenizing, function, *arguments)
 
     def _writer(self, context: grpc.aio.ServicerContext) -> Write:
         metadata = ((TEACHER_METADATA, teacher_metadata(self._state.loaded().engine.info)),)
@@ -124,10 +126,8 @@ class TeacherKVService:
             BusyError: its samples do not fit into the queue at the moment.
         """
         backend, call, stream = self._open(query)
-        loop = asyncio.get_running_loop()
-        read = await loop.run_in_executor(self._tokenizing, tokenize, backend.engine, query)
         lane = Lane(stream)
-        jobs = _jobs(lane, query.plan, read, backend)
+        read, jobs = await self._in_thread(read_jobs, lane, query, backend.engine)
         call.tokens = sum(job.tokens for job in jobs)
         try:
             if jobs:
@@ -144,8 +144,7 @@ class TeacherKVService:
             BusyError: its samples do not fit into the queue at the moment.
         """
         backend, call, stream = self._open(query)
-        loop = asyncio.get_running_loop()
-        read = await loop.run_in_executor(self._tokenizing, read_prompts, backend.engine, query.samples, sampling)
+        read = await self._in_thread(read_prompts, backend.engine, query.samples, sampling)
 
         def count_tokens(written: int, in_samples: int) -> None:
             call.written_tokens += written
@@ -193,48 +192,3 @@ async def _send(stream: AnswerStream, lane: Lane, backend: Backend, call: Call, 
             call.sent_bytes += len(outgoing.frame)
         if outgoing.releases:
             backend.scheduler.queue.release(lane, outgoing.releases)
-
-
-def read_query(request: pb.KVRequest | pb.GenerateRequest, state: ServerState) -> KVQuery:
-    """Checks what can be checked of a request as a whole.
-
-    Raises:
-        FieldError: naming the request's field.
-    """
-    info = state.loaded().engine.info
-    if len(request.request_id) > MAX_ID_LENGTH:
-        raise FieldError("request_id", f"has {len(request.request_id)} characters; the limit is {MAX_ID_LENGTH}")
-    plan = plan_from_proto(request.plan)
-    check_plan(plan, info)
-    if not 1 <= len(request.samples) <= info.max_samples_per_request:
-        raise FieldError("samples", f"got {len(request.samples)}; a request holds 1 to {info.max_samples_per_request}")
-    samples = [sample_from_proto(sample, f"samples.{index}") for index, sample in enumerate(request.samples)]
-    seen: dict[str, int] = {}
-    for index, sample in enumerate(samples):
-        if len(sample.id) > MAX_ID_LENGTH:
-            raise FieldError(f"samples.{index}.id", f"has {len(sample.id)} characters; the limit is {MAX_ID_LENGTH}")
-        if seen.setdefault(sample.id, index) != index:
-            raise FieldError(f"samples.{index}.id", f"'{sample.id}' is the id of samples.{seen[sample.id]} too")
-    return KVQuery(request.request_id or uuid.uuid4().hex, plan, samples)
-
-
-def tokenize(engine: TeacherEngine, query: KVQuery) -> list[TokenizedSample | FieldError]:
-    """Reads every sample as the teacher does; one that cannot be read or served is no reason to refuse the others."""
-    read: list[TokenizedSample | FieldError] = []
-    for sample in query.samples:
-        try:
-            tokens = engine.tokenize(sample)
-            check_sample(tokens, query.plan, f"samples[{sample.id}]")
-            read.append(tokens)
-        except FieldError as error:
-            read.append(error)
-    return read
-
-
-def _jobs(lane: Lane, plan: KVPlan, read: Sequence[TokenizedSample | FieldError], backend: Backend) -> list[Job]:
-    info = backend.engine.info
-    return [
-        Job(lane, index, PlannedSample(tokens, plan), encoded_bytes(plan, tokens, info))
-        for index, tokens in enumerate(read)
-        if not isinstance(tokens, FieldError)
-    ]

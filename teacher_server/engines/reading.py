@@ -12,6 +12,8 @@ from kvcore.types import Sample, Span
 from teacher_server.engines.base import SPAN_KINDS, TokenizedSample
 
 NO_SPAN = -1
+# Tokens of ordinary text are shorter; only runs of one character, such as spaces, have longer ones.
+MAX_CHARACTERS_PER_TOKEN = 64
 KNOWN_KINDS: tuple[str, ...] = get_args(SpanKind)
 
 
@@ -54,6 +56,12 @@ def _read_text(sample: Sample, text: str, reader: TextReader, max_tokens: int, f
         text.encode()
     except UnicodeEncodeError as error:
         raise FieldError(f"{field}.text", f"character {error.start} is a lone surrogate: not valid text") from error
+    if len(text) > max_tokens * MAX_CHARACTERS_PER_TOKEN:
+        raise FieldError(
+            f"{field}.text",
+            f"has {len(text)} characters, too many for the {max_tokens} tokens that this teacher takes at most "
+            f"(max_sample_tokens): the limit is {MAX_CHARACTERS_PER_TOKEN} characters per token",
+        )
     spans = _checked_spans(sample.spans, len(text), "characters", field)
     token_ids, byte_ends = reader.read(text)
     if not token_ids:
@@ -92,7 +100,7 @@ def _check_vocabulary(token_ids: Sequence[int], vocabulary: int, field: str) -> 
 
 def _checked_spans(spans: Sequence[Span], length: int, unit: str, field: str) -> list[Span]:
     """The spans in order of their start, each kind at most once, none touching another's range."""
-    seen: dict[str, Span] = {}
+    seen: dict[str, Span] = {}  # at most one span of each kind, so the comparisons stay few
     for place, span in enumerate(spans):
         where = f"{field}.spans[{place}]"
         if span.kind not in KNOWN_KINDS:

@@ -10,7 +10,7 @@ from grpc._cython import cygrpc
 
 from kvcore.channel_arguments import client_arguments, server_arguments
 
-ARGUMENTS = [*server_arguments(1), *client_arguments(1, 1.0)]
+ARGUMENTS = [*server_arguments(1, 1), *client_arguments(1, 1.0)]
 
 
 @pytest.mark.parametrize("name", sorted({name for name, _ in ARGUMENTS}))

@@ -1,0 +1,183 @@
+"""Counts what a request holds on its protobuf bytes, before anything is built from them.
+
+Parsing costs up to 40 times the bytes of a request of empty messages, and holds the interpreter while it runs. The scan
+stops at the first count that passes its limit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+from google.protobuf.descriptor import Descriptor, FieldDescriptor
+
+from kvcore.errors import FieldError
+from kvcore.types import TeacherInfo
+
+MAX_ID_LENGTH = 256
+MAX_NAME_LENGTH = 64
+MAX_SPANS = 3  # one of each kind
+MAX_STOPS = 16
+MAX_STOP_LENGTH = 256
+MAX_TOKEN_IDS = 1 << 20
+MAX_UNKNOWN_FIELDS = 64
+
+_VARINT, _FIXED64, _LENGTH_DELIMITED, _FIXED32 = 0, 1, 2, 5
+_FIXED_SIZES = {_FIXED64: 8, _FIXED32: 4}
+_MAX_VARINT_BYTES, _MAX_CHARACTER_BYTES = 10, 4
+_NEVER_PACKED = (FieldDescriptor.CPPTYPE_STRING, FieldDescriptor.CPPTYPE_MESSAGE)
+# The last byte of a varint has no high bit; every character of UTF-8 has one byte that does not continue another.
+_NOT_LAST_OF_VARINT = bytes(range(0x80, 0x100))
+_CONTINUATIONS = bytes(range(0x80, 0xC0))
+
+
+@dataclass(frozen=True, slots=True)
+class SizeLimits:
+    """The most entries of each repeated field and characters of each string, by `Message.field`.
+
+    A field that is not repeated may come once. A string without a limit is limited by the request's bytes alone.
+    """
+
+    entries: Mapping[str, int]
+    characters: Mapping[str, int]
+    fields: int
+
+
+def size_limits(info: TeacherInfo) -> SizeLimits:
+    """The limits of requests to one teacher."""
+    samples = info.max_samples_per_request
+    return SizeLimits(
+        entries={
+            "KVRequest.samples": samples,
+            "GenerateRequest.samples": samples,
+            "Sample.spans": MAX_SPANS,
+            "Plan.layers": info.layers,
+            "Sampling.stop": MAX_STOPS,
+            # A sample that is too long for the teacher fails alone, unless it is this long.
+            "TokenIds.ids": max(MAX_TOKEN_IDS, info.max_sample_tokens),
+        },
+        characters={
+            "KVRequest.request_id": MAX_ID_LENGTH,
+            "GenerateRequest.request_id": MAX_ID_LENGTH,
+            "Sample.id": MAX_ID_LENGTH,
+            "Selection.selector": MAX_NAME_LENGTH,
+            "Codec.name": MAX_NAME_LENGTH,
+            "Sampling.stop": MAX_STOP_LENGTH,
+            "Sampling.answer_marker": MAX_STOP_LENGTH,
+        },
+        # Far more than a well-formed request holds; it limits repeated numbers that are not packed.
+        fields=(1 << 16) + 64 * samples,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a field of a message is: its tag, its content, and its end."""
+
+    tag: int
+    start: int
+    end: int
+
+
+def check_size(data: bytes, message: Descriptor, limits: SizeLimits) -> list[Place]:
+    """Refuses a request that holds too many entries, or too long a name. Returns where its samples are.
+
+    Raises:
+        FieldError: naming the field, its size as far as it was counted, and the limit; or the bytes are no protobuf
+            message.
+    """
+    scan = _Scan(data, limits)
+    scan.message(message, 0, len(data), "")
+    return scan.samples
+
+
+class _Scan:
+    def __init__(self, data: bytes, limits: SizeLimits) -> None:
+        self._data = data
+        self._limits = limits
+        self._fields_left = limits.fields
+        self.samples: list[Place] = []
+
+    def message(self, message: Descriptor, start: int, end: int, path: str) -> None:
+        counts: dict[int, int] = {}
+        for number, place in self._fields(start, end):
+            field = message.fields_by_number.get(number)
+            if field is None:
+                counts[0] = counts.get(0, 0) + 1
+                if counts[0] > MAX_UNKNOWN_FIELDS:
+                    raise _malformed(f"{path or message.name} holds more than {MAX_UNKNOWN_FIELDS} unknown fields")
+                continue
+            counted = counts.get(number, 0)
+            counts[number] = counted + self._field(
+                field, f"{message.name}.{field.name}", place, counted, f"{path}{field.name}"
+            )
+
+    def _field(self, field: FieldDescriptor, key: str, place: Place, counted: int, path: str) -> int:
+        """Checks one field of which `counted` entries came before, and returns how many it adds."""
+        packed = place.start >= 0 and field.is_repeated and field.cpp_type not in _NEVER_PACKED
+        limit = self._limits.entries.get(key, 1)
+        added = self._count_varints(place, limit, path) if packed else 1
+        if counted + added > limit:
+            size = f"{counted + added}" if packed else f"more than {limit}"
+            raise FieldError(path, f"has {size} entries; the limit is {limit}")
+        if place.start < 0:
+            return added
+        if field.is_repeated:
+            path = f"{path}.{counted}"
+        if field.message_type is not None:
+            if field.message_type.name == "Sample":
+                self.samples.append(place)
+            self.message(field.message_type, place.start, place.end, f"{path}.")
+        elif key in self._limits.characters:
+            self._check_characters(place, self._limits.characters[key], path)
+        return added
+
+    def _count_varints(self, place: Place, limit: int, path: str) -> int:
+        least = -(-(place.end - place.start) // _MAX_VARINT_BYTES)
+        if least > limit:
+            raise FieldError(path, f"has at least {least} entries; the limit is {limit}")
+        return len(self._data[place.start : place.end].translate(None, _NOT_LAST_OF_VARINT))
+
+    def _check_characters(self, place: Place, limit: int, path: str) -> None:
+        size = place.end - place.start
+        if size > limit * _MAX_CHARACTER_BYTES:
+            raise FieldError(path, f"has {size} bytes; the limit is {limit} characters")
+        characters = len(self._data[place.start : place.end].translate(None, _CONTINUATIONS))
+        if characters > limit:
+            raise FieldError(path, f"has {characters} characters; the limit is {limit}")
+
+    def _fields(self, at: int, end: int) -> Iterator[tuple[int, Place]]:
+        """Each field's number and place; its content starts at -1 where it has no length."""
+        while at < end:
+            self._fields_left -= 1
+            if self._fields_left < 0:
+                raise _malformed(
+                    f"it holds more than {self._limits.fields} fields; send repeated numbers packed, as proto3 does"
+                )
+            begin = at
+            tag, at = self._varint(at, end)
+            start, wire_type = -1, tag & 7
+            if wire_type == _LENGTH_DELIMITED:
+                size, at = self._varint(at, end)
+                start, at = at, at + size
+            elif wire_type == _VARINT:
+                at = self._varint(at, end)[1]
+            elif wire_type in _FIXED_SIZES:
+                at += _FIXED_SIZES[wire_type]
+            else:
+                raise _malformed(f"wire type {wire_type} before byte {at}")
+            if at > end:
+                raise _malformed(f"a field ends at byte {at}, past the end at byte {end}")
+            yield tag >> 3, Place(begin, start, at)
+
+    def _varint(self, at: int, end: int) -> tuple[int, int]:
+        value = 0
+        for place, byte in enumerate(self._data[at : min(at + _MAX_VARINT_BYTES, end)]):
+            value |= (byte & 0x7F) << 7 * place
+            if byte < 0x80:
+                return value, at + place + 1
+        raise _malformed(f"no number ends after byte {at}")
+
+
+def _malformed(problem: str) -> FieldError:
+    return FieldError("request", f"is not a message that this server reads: {problem}")
