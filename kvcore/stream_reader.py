@@ -14,7 +14,7 @@ import xxhash
 
 from kvcore.codec import KINDS
 from kvcore.errors import ProtocolError
-from kvcore.frames import PROTOCOL_VERSION, unpack_frame
+from kvcore.frames import FAILURE_STATUSES, PROTOCOL_VERSION, unpack_frame
 from kvcore.plan import KVPlan, Sampling
 from kvcore.sample_rows import Group, RowLayout, store_rows
 from kvcore.types import EncodedSampleKV, Sample, TeacherInfo, Tensor, Timings
@@ -43,19 +43,31 @@ class StreamReader:
     against the plan and the teacher's description first. Samples of one stream may share memory: each one's tensors
     are views into those of the samples that were sent with it.
 
+    Every sample's records must echo the key of what was asked for, so that K/V of anything else are never taken.
+
     Args:
         request_id: as sent in the request.
         plan: as sent in the request; its layers and codec must be the teacher's.
         samples: as sent in the request, in that order.
         info: what the teacher answered to `Describe`.
+        sampling: as sent in a request to `Generate`.
     """
 
-    def __init__(self, request_id: str, plan: KVPlan, samples: Sequence[Sample], info: TeacherInfo) -> None:
+    def __init__(
+        self,
+        request_id: str,
+        plan: KVPlan,
+        samples: Sequence[Sample],
+        info: TeacherInfo,
+        sampling: Sampling | None = None,
+    ) -> None:
         self._request_id = request_id
         self._plan = plan
         self._info = info
         self._kinds = [kind for kind, wanted in zip(KINDS, (plan.keys, plan.values), strict=True) if wanted]
-        self._states = [_SampleState(sample) for sample in samples]
+        self._states = [
+            _SampleState(sample, sample.content_key(info.weights_digest, plan, sampling)) for sample in samples
+        ]
         self._layouts: dict[int, RowLayout] = {}
         self._seq = 0
         self._ended = False
@@ -154,8 +166,7 @@ class StreamReader:
         state = self._state(record.get("index"))
         if state.tokens:
             raise ProtocolError(f"sample '{state.sample.id}' was opened twice")
-        if record.get("id") != state.sample.id:
-            raise ProtocolError(f"sample id {record.get('id')!r}, expected '{state.sample.id}'")
+        state.check_identity(record)
         tokens = _int(record, "tokens", 1, self._info.max_sample_tokens)
         return _Incoming(8 * tokens, [state], partial(self._accept_sample, state))
 
@@ -243,13 +254,15 @@ class StreamReader:
     def _end_sample(self, record: dict[str, Any]) -> Result:
         index = record.get("index")
         state = self._state(index)
-        status = record.get("status")
-        if not isinstance(status, str) or not status:
-            raise ProtocolError(f"sample '{state.sample.id}' ended with the status {status!r}")
+        state.check_key(record)
+        status, message = record.get("status"), record.get("message")
         if status == "ok":
             result = self._complete(state, record)
+        elif isinstance(status, str) and status in FAILURE_STATUSES and isinstance(message, str):
+            result = SampleFailure(status, message)
         else:
-            result = SampleFailure(status, str(record.get("message", "")))
+            problem = f"ended with the status {status!r} and the message {message!r}, which is no known end"
+            raise ProtocolError(f"sample '{state.sample.id}' {problem}")
         state.close()
         return cast("int", index), result
 
@@ -310,7 +323,7 @@ class WrittenReader(StreamReader):
     def __init__(
         self, request_id: str, plan: KVPlan, samples: Sequence[Sample], info: TeacherInfo, sampling: Sampling
     ) -> None:
-        super().__init__(request_id, plan, samples, info)
+        super().__init__(request_id, plan, samples, info, sampling)
         self.written: dict[int, WrittenText] = {}
         self._sampling = sampling
 
@@ -325,8 +338,7 @@ class WrittenReader(StreamReader):
         index = cast("int", record["index"])
         if index in self.written or state.tokens:
             raise ProtocolError(f"sample '{state.sample.id}' was written twice, or after it was opened")
-        if record.get("id") != state.sample.id:
-            raise ProtocolError(f"sample id {record.get('id')!r}, expected '{state.sample.id}'")
+        state.check_identity(record)
         size = _int(record, "size", first_bytes, _MAX_WRITTEN_BYTES) if "size" in record else first_bytes
         return _Incoming(size, [state], partial(self._accept_written, state, index, record))
 
@@ -356,9 +368,10 @@ class WrittenReader(StreamReader):
 
 @dataclass(slots=True)
 class _SampleState:
-    """What has come of one sample."""
+    """What has come of one sample. `key`: of what was asked for, which a text that comes later does not change."""
 
     sample: Sample
+    key: str
     tokens: int = 0
     layers_done: int = 0
     row: int = 0
@@ -374,6 +387,20 @@ class _SampleState:
     def text_bytes(self) -> int | None:
         """How long the sample's text is, where it was sent as text."""
         return None if self.sample.text is None else len(self.sample.text.encode())
+
+    def check_identity(self, record: dict[str, Any]) -> None:
+        """Refuses a record that is of another sample, or of this one misunderstood."""
+        if record.get("id") != self.sample.id:
+            raise ProtocolError(f"sample id {record.get('id')!r}, expected '{self.sample.id}'")
+        self.check_key(record)
+
+    def check_key(self, record: dict[str, Any]) -> None:
+        """Refuses the record of a sample that the teacher did not understand as it was asked for."""
+        if record.get("key") != self.key:
+            raise ProtocolError(
+                f"sample '{self.sample.id}': the teacher understood another request than was sent "
+                f"(content key {record.get('key')!r}, expected '{self.key}')"
+            )
 
     def close(self) -> None:
         """Ends the sample and lets go of its memory."""

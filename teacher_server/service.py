@@ -143,7 +143,7 @@ class TeacherKVService:
         Raises:
             BusyError: its samples do not fit into the queue at the moment.
         """
-        backend, call, stream = self._open(query)
+        backend, call, stream = self._open(query, sampling)
         loop = asyncio.get_running_loop()
         read = await loop.run_in_executor(self._tokenizing, read_prompts, backend.engine, query.samples, sampling)
 
@@ -159,12 +159,14 @@ class TeacherKVService:
         finally:
             generation.close()
 
-    def _open(self, query: KVQuery) -> tuple[Backend, Call, AnswerStream]:
+    def _open(self, query: KVQuery, sampling: Sampling | None = None) -> tuple[Backend, Call, AnswerStream]:
         """Who answers a query, under which name it is logged, and where its frames go."""
-        call = current_call()
+        backend, call = self._state.loaded(), current_call()
         call.request_id, call.codec, call.samples = query.request_id, query.plan.codec.name, len(query.samples)
-        writer = FrameWriter(query.request_id, query.plan, self._state.config.max_frame_bytes)
-        return self._state.loaded(), call, AnswerStream(writer, len(query.samples), self._counter(call))
+        weights = backend.engine.info.weights_digest
+        keys = [sample.content_key(weights, query.plan, sampling) for sample in query.samples]
+        writer = FrameWriter(query.request_id, query.plan, keys, self._state.config.max_frame_bytes)
+        return backend, call, AnswerStream(writer, len(query.samples), self._counter(call))
 
     def _counter(self, call: Call) -> Callable[[str], None]:
         metric = self._state.metrics.samples
