@@ -289,9 +289,7 @@ class FrameWriter:
         assert code in FAILURE_STATUSES, code
         self._open.pop(index, None)
         key = self._keys[index]
-        return self._end_sample(
-            {"kind": "sample_end", "index": index, "key": key, "status": code, "message": message}
-        )
+        return self._end_sample({"kind": "sample_end", "index": index, "key": key, "status": code, "message": message})
 
     def flush(self) -> list[bytes]:
         """The frame of everything buffered, if there is anything."""

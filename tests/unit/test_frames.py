@@ -17,7 +17,17 @@ from kvcore.errors import ProtocolError
 from kvcore.frames import MAX_RECORDS, FrameWriter, pack_frame, unpack_frame
 from kvcore.types import Timings
 from protos import kv_cache_pb2 as pb
-from tests.support.streams import PLAN, REQUEST, keys_of, sample_kv, write_layer, write_sample, write_stream
+from tests.support.streams import (
+    INFO,
+    PLAN,
+    REQUEST,
+    keys_of,
+    sample_kv,
+    text_sample,
+    write_layer,
+    write_sample,
+    write_stream,
+)
 
 PROTOCOL = Path(__file__).resolve().parents[2] / "docs" / "protocol.md"
 
@@ -237,7 +247,17 @@ def test_the_foreign_client_of_the_documentation_decodes_the_same_tensors():
     scope: dict[str, Any] = {}
     exec(compile(example, PROTOCOL, "exec"), scope)
     sent = [sample_kv(i) for i in range(5)]
-    decoded = scope["decode"](pb.KVFrame.FromString(frame) for frame in write_stream(sent, max_body=300))
+    plan = PLAN.model_dump(mode="json")
+    keys = [scope["content_key"](INFO.weights_digest, plan, text_sample(i).text, None, []) for i in range(5)]
+    frames = [pb.KVFrame.FromString(frame) for frame in write_stream(sent, max_body=300)]
+    decoded = scope["decode"](frames, keys)
+    with pytest.raises(ValueError, match="another request for sample 0"):
+        scope["decode"](frames, keys[::-1])
+    for part in ("header", "body"):
+        damaged = pb.KVFrame.FromString(frames[0].SerializeToString())
+        setattr(damaged, part, getattr(damaged, part)[:-1] + b"\x7f")
+        with pytest.raises(ValueError, match="damaged"):
+            scope["decode"]([damaged], keys)
     assert decoded.keys() == {
         (i, layer, name) for i in range(5) for layer in PLAN.layers for name in ("positions", *sent[0].parts)
     }
