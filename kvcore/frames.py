@@ -22,18 +22,42 @@ from kvcore.writing import WrittenText
 
 PROTOCOL_VERSION = 1
 
+# How a sample may end other than with `ok`: the names of gRPC's status codes.
+FAILURE_STATUSES = frozenset(
+    {
+        "CANCELLED",
+        "UNKNOWN",
+        "INVALID_ARGUMENT",
+        "DEADLINE_EXCEEDED",
+        "NOT_FOUND",
+        "ALREADY_EXISTS",
+        "PERMISSION_DENIED",
+        "RESOURCE_EXHAUSTED",
+        "FAILED_PRECONDITION",
+        "ABORTED",
+        "OUT_OF_RANGE",
+        "UNIMPLEMENTED",
+        "INTERNAL",
+        "UNAVAILABLE",
+        "DATA_LOSS",
+        "UNAUTHENTICATED",
+    }
+)
+
 # A frame holds at most this many records: headers stay small even where records have no body.
 MAX_RECORDS = 1024
 
 _HEADER_FIELD = 1
 _BODY_FIELD = 2
+_HEADER_XXH3_FIELD = 3
 _HEADER_TAG = b"\x0a"
 _BODY_TAG = b"\x12"
+_HEADER_XXH3_TAG = b"\x19"
 _VARINT, _FIXED64, _LENGTH_DELIMITED, _FIXED32 = 0, 1, 2, 5
 
 
 def pack_frame(header: Mapping[str, Any], body: bytes) -> bytes:
-    """The protobuf bytes of `KVFrame(header=msgpack(header), body=body)`."""
+    """The protobuf bytes of a `KVFrame` with this header, its hash, and this body."""
     return _join_frame(header, [body], len(body))
 
 
@@ -42,6 +66,7 @@ def _join_frame(header: Mapping[str, Any], body: Sequence[bytes | memoryview], s
     pieces: list[bytes | memoryview] = [_HEADER_TAG, _varint(len(packed)), packed]
     if size:
         pieces += [_BODY_TAG, _varint(size), *body]
+    pieces += [_HEADER_XXH3_TAG, xxhash.xxh3_64_intdigest(packed).to_bytes(8, "little")]
     return b"".join(pieces)
 
 
@@ -49,10 +74,12 @@ def unpack_frame(data: bytes) -> tuple[dict[str, Any], memoryview]:
     """Parses a frame without copying its body. Unknown protobuf fields are skipped, as every protobuf parser does.
 
     Raises:
-        ProtocolError: truncated or malformed protobuf, or a header that is no MessagePack map with string keys.
+        ProtocolError: truncated or malformed protobuf, or a header that does not match its hash or is no MessagePack
+            map with string keys.
     """
     view = memoryview(data)
-    found = {_HEADER_FIELD: view[:0], _BODY_FIELD: view[:0]}
+    found = {_HEADER_FIELD: view[:0], _BODY_FIELD: view[:0], _HEADER_XXH3_FIELD: view[:0]}
+    wire_types = {_HEADER_FIELD: _LENGTH_DELIMITED, _BODY_FIELD: _LENGTH_DELIMITED, _HEADER_XXH3_FIELD: _FIXED64}
     at = 0
     while at < len(view):
         tag, at = _read_varint(view, at)
@@ -60,8 +87,11 @@ def unpack_frame(data: bytes) -> tuple[dict[str, Any], memoryview]:
         if number == 0:
             raise ProtocolError(f"frame is no protobuf message: field number 0 at byte {at}")
         start, at = _field_extent(view, at, wire_type)
-        if wire_type == _LENGTH_DELIMITED and number in found:
+        if wire_types.get(number) == wire_type:
             found[number] = view[start:at]
+    # As in every protobuf parser, a number that is absent is 0.
+    if xxhash.xxh3_64_intdigest(found[_HEADER_FIELD]) != int.from_bytes(found[_HEADER_XXH3_FIELD], "little"):
+        raise ProtocolError("the frame's header does not match its xxh3")
     return _unpack_header(found[_HEADER_FIELD]), found[_BODY_FIELD]
 
 
@@ -137,13 +167,15 @@ class FrameWriter:
     Args:
         request_id: comes back in every frame.
         plan: what the records answer.
+        keys: of each sample of the request as it was understood (`Sample.content_key`); its records echo it.
         max_body: the most bytes in one frame's body; larger records are split.
     """
 
-    def __init__(self, request_id: str, plan: KVPlan, max_body: int) -> None:
+    def __init__(self, request_id: str, plan: KVPlan, keys: Sequence[str], max_body: int) -> None:
         assert max_body > 0
         self._request_id = request_id
         self._plan = plan
+        self._keys = keys
         self._max_body = max_body
         self._seq = 0
         self._records: list[dict[str, Any]] = []
@@ -161,6 +193,7 @@ class FrameWriter:
             "kind": "written",
             "index": index,
             "id": sample.id,
+            "key": self._keys[index],
             "finish_reason": written.finish_reason,
             "tokens": written.tokens,
             "spans": [[span.kind, span.start, span.end] for span in sample.spans],
@@ -174,7 +207,8 @@ class FrameWriter:
         body = np.array([token_ids, byte_ends], dtype="<i4").tobytes()
         self._open[index] = opened = _OpenSample(tokens=len(token_ids))
         opened.hash.update(body)
-        record = {"kind": "sample", "index": index, "id": sample_id, "tokens": len(token_ids)}
+        key = self._keys[index]
+        record = {"kind": "sample", "index": index, "id": sample_id, "key": key, "tokens": len(token_ids)}
         return self._add(record, index, memoryview(body))
 
     def layer(
@@ -240,6 +274,7 @@ class FrameWriter:
         record = {
             "kind": "sample_end",
             "index": index,
+            "key": self._keys[index],
             "status": "ok",
             "digest": opened.hash.intdigest(),
             "tokens": opened.tokens,
@@ -251,9 +286,10 @@ class FrameWriter:
 
     def sample_failed(self, index: int, code: str, message: str) -> list[bytes]:
         """Closes a sample that failed, at whatever point; the others go on."""
-        assert code not in ("", "ok")
+        assert code in FAILURE_STATUSES, code
         self._open.pop(index, None)
-        return self._end_sample({"kind": "sample_end", "index": index, "status": code, "message": message})
+        key = self._keys[index]
+        return self._end_sample({"kind": "sample_end", "index": index, "key": key, "status": code, "message": message})
 
     def flush(self) -> list[bytes]:
         """The frame of everything buffered, if there is anything."""

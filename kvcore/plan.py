@@ -95,9 +95,13 @@ class Sampling(StrictModel):
     stop: Annotated[tuple[Annotated[str, Field(min_length=1, max_length=256)], ...], Field(max_length=16)] = ()
     answer_marker: Annotated[str, Field(max_length=256)] = ""
 
+    def digest(self) -> str:
+        """Canonical hash, like `KVPlan.digest`."""
+        return _digest(self)  # pyright: ignore[reportArgumentType]  frozen models have a hash
+
 
 # Asked for with every sample's content key, of the one or two plans that a process uses.
 @functools.lru_cache(maxsize=64)
-def _digest(plan: KVPlan) -> str:
-    canonical = json.dumps(plan.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
+def _digest(model: KVPlan | Sampling) -> str:
+    canonical = json.dumps(model.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
     return hashlib.blake2b(canonical.encode(), digest_size=16).hexdigest()

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, cast
 
@@ -14,13 +13,13 @@ import xxhash
 
 from kvcore.codec import KINDS
 from kvcore.errors import ProtocolError
-from kvcore.frames import PROTOCOL_VERSION, unpack_frame
+from kvcore.frames import FAILURE_STATUSES, PROTOCOL_VERSION, unpack_frame
 from kvcore.plan import KVPlan, Sampling
 from kvcore.sample_rows import Group, RowLayout, store_rows
-from kvcore.types import EncodedSampleKV, Sample, TeacherInfo, Tensor, Timings
+from kvcore.sample_state import UINT64_MAX, Incoming, SampleState, finite_number, seconds_of, timings_of, whole_number
+from kvcore.types import EncodedSampleKV, Sample, TeacherInfo
 from kvcore.writing import WrittenText, written_sample
 
-_UINT64_MAX = 2**64 - 1
 # What a teacher may have written: as much as a server takes in one request.
 _MAX_WRITTEN_BYTES = 16 << 20
 
@@ -43,19 +42,31 @@ class StreamReader:
     against the plan and the teacher's description first. Samples of one stream may share memory: each one's tensors
     are views into those of the samples that were sent with it.
 
+    Every sample's records must echo the key of what was asked for, so that K/V of anything else are never taken.
+
     Args:
         request_id: as sent in the request.
         plan: as sent in the request; its layers and codec must be the teacher's.
         samples: as sent in the request, in that order.
         info: what the teacher answered to `Describe`.
+        sampling: as sent in a request to `Generate`.
     """
 
-    def __init__(self, request_id: str, plan: KVPlan, samples: Sequence[Sample], info: TeacherInfo) -> None:
+    def __init__(
+        self,
+        request_id: str,
+        plan: KVPlan,
+        samples: Sequence[Sample],
+        info: TeacherInfo,
+        sampling: Sampling | None = None,
+    ) -> None:
         self._request_id = request_id
         self._plan = plan
         self._info = info
         self._kinds = [kind for kind, wanted in zip(KINDS, (plan.keys, plan.values), strict=True) if wanted]
-        self._states = [_SampleState(sample) for sample in samples]
+        self._states = [
+            SampleState(sample, sample.content_key(info.weights_digest, plan, sampling)) for sample in samples
+        ]
         self._layouts: dict[int, RowLayout] = {}
         self._seq = 0
         self._ended = False
@@ -72,7 +83,7 @@ class StreamReader:
         done: list[Result] = []
         at = 0
         for record in records:
-            size = _int(record, "bytes", 0, len(body) - at) if "bytes" in record else 0
+            size = whole_number(record, "bytes", 0, len(body) - at) if "bytes" in record else 0
             self._take(record, body[at : at + size], done)
             at += size
         if at != len(body):
@@ -95,14 +106,14 @@ class StreamReader:
             raise ProtocolError(f"frame of protocol version {header.get('v')!r}, expected {PROTOCOL_VERSION}")
         if header.get("request") != self._request_id:
             raise ProtocolError(f"frame of request {header.get('request')!r}, expected {self._request_id!r}")
-        seq = _int(header, "seq", 0, _UINT64_MAX)
+        seq = whole_number(header, "seq", 0, UINT64_MAX)
         if seq != self._seq:
             raise ProtocolError(f"frame {seq} came where frame {self._seq} was due")
         if self._ended:
             raise ProtocolError(f"frame {seq} came after the stream's end")
         if len(body) > self._info.max_frame_bytes:
             raise ProtocolError(f"frame {seq}: body of {len(body)} bytes, the limit is {self._info.max_frame_bytes}")
-        if _int(header, "xxh3", 0, _UINT64_MAX) != xxhash.xxh3_64_intdigest(body):
+        if whole_number(header, "xxh3", 0, UINT64_MAX) != xxhash.xxh3_64_intdigest(body):
             raise ProtocolError(f"frame {seq}: the body does not match its xxh3")
         records = header.get("records")
         if not isinstance(records, list) or not all(isinstance(record, dict) for record in cast("list[Any]", records)):
@@ -126,8 +137,8 @@ class StreamReader:
         else:
             raise ProtocolError(f"unknown record kind {kind!r}")
 
-    def _begin(self, record: dict[str, Any], incoming: _Incoming, chunk: memoryview) -> None:
-        size = _int(record, "size", len(chunk), _UINT64_MAX) if "size" in record else len(chunk)
+    def _begin(self, record: dict[str, Any], incoming: Incoming, chunk: memoryview) -> None:
+        size = whole_number(record, "size", len(chunk), UINT64_MAX) if "size" in record else len(chunk)
         if size != incoming.size:
             raise ProtocolError(f"record {record['kind']!r} of {size} bytes, its shapes need {incoming.size}")
         if len(chunk) == size:
@@ -140,7 +151,7 @@ class StreamReader:
             raise ProtocolError("a layer record of several samples may not be split")
 
     def _continue(self, record: dict[str, Any], chunk: memoryview) -> None:
-        state = self._states[_int(record, "index", 0, len(self._states) - 1)]
+        state = self._states[whole_number(record, "index", 0, len(self._states) - 1)]
         incoming = state.incoming
         if incoming is None or not 0 < len(chunk) <= incoming.missing:
             raise ProtocolError(f"sample '{state.sample.id}': {len(chunk)} more bytes that no record waits for")
@@ -150,22 +161,21 @@ class StreamReader:
             state.incoming = None
             incoming.accept(memoryview(b"".join(incoming.chunks)))
 
-    def _open_sample(self, record: dict[str, Any]) -> _Incoming:
+    def _open_sample(self, record: dict[str, Any]) -> Incoming:
         state = self._state(record.get("index"))
         if state.tokens:
             raise ProtocolError(f"sample '{state.sample.id}' was opened twice")
-        if record.get("id") != state.sample.id:
-            raise ProtocolError(f"sample id {record.get('id')!r}, expected '{state.sample.id}'")
-        tokens = _int(record, "tokens", 1, self._info.max_sample_tokens)
-        return _Incoming(8 * tokens, [state], partial(self._accept_sample, state))
+        state.check_identity(record)
+        tokens = whole_number(record, "tokens", 1, self._info.max_sample_tokens)
+        return Incoming(8 * tokens, [state], partial(self._accept_sample, state))
 
-    def _accept_sample(self, state: _SampleState, body: memoryview) -> None:
+    def _accept_sample(self, state: SampleState, body: memoryview) -> None:
         token_ids_T, byte_ends_T = np.frombuffer(body, "<i4").reshape(2, -1).copy()
         asked = state.sample.token_ids
         if asked is not None and token_ids_T.tolist() != list(asked):
             raise ProtocolError(f"sample '{state.sample.id}' was read as other tokens than those sent")
         known_T = byte_ends_T[byte_ends_T >= 0]
-        limit = _UINT64_MAX if state.text_bytes is None else state.text_bytes
+        limit = UINT64_MAX if state.text_bytes is None else state.text_bytes
         if (
             byte_ends_T.min() < -1
             or token_ids_T.min() < 0
@@ -177,7 +187,7 @@ class StreamReader:
         state.token_ids_T, state.byte_ends_T = torch.as_tensor(token_ids_T), torch.as_tensor(byte_ends_T)
         state.hash.update(body)
 
-    def _open_layer(self, record: dict[str, Any]) -> _Incoming:
+    def _open_layer(self, record: dict[str, Any]) -> Incoming:
         indices = record.get("indices")
         if not isinstance(indices, list) or not indices:
             raise ProtocolError("layer record without sample indices")
@@ -192,13 +202,13 @@ class StreamReader:
         if at and any(state.group.layout is not layout for state in states):
             raise ProtocolError(f"sample '{states[0].sample.id}': layer {layer} has another number of slots")
         accept = partial(self._accept_layer, states, layout, self._errors(record, len(states)))
-        return _Incoming(len(states) * layout.row_bytes, states, accept)
+        return Incoming(len(states) * layout.row_bytes, states, accept)
 
     def _layout(self, record: dict[str, Any], tokens: int) -> RowLayout:
         if tokens == 0:
             raise ProtocolError("layer record of a sample that was not opened")
         limit = min(tokens, self._plan.selection.budget or tokens)
-        slots = _int(record, "slots", 1, limit)
+        slots = whole_number(record, "slots", 1, limit)
         layout = self._layouts.get(slots)
         if layout is None:
             layout = self._layouts[slots] = RowLayout(self._plan, self._info, slots)
@@ -214,11 +224,11 @@ class StreamReader:
             if not isinstance(values, list) or len(cast("list[Any]", values)) != count:
                 raise ProtocolError(f"layer record does not state one error for each of {count} samples")
             for value in cast("list[Any]", values):
-                _check_number(value, "errors")
+                finite_number(value, "errors")
         return cast("dict[str, list[float]]", errors)
 
     def _accept_layer(
-        self, states: list[_SampleState], layout: RowLayout, errors: dict[str, list[float]], body: memoryview
+        self, states: list[SampleState], layout: RowLayout, errors: dict[str, list[float]], body: memoryview
     ) -> None:
         at = states[0].layers_done
         rows = np.frombuffer(body, np.uint8).reshape(len(states), layout.row_bytes)
@@ -243,17 +253,19 @@ class StreamReader:
     def _end_sample(self, record: dict[str, Any]) -> Result:
         index = record.get("index")
         state = self._state(index)
-        status = record.get("status")
-        if not isinstance(status, str) or not status:
-            raise ProtocolError(f"sample '{state.sample.id}' ended with the status {status!r}")
+        state.check_key(record)
+        status, message = record.get("status"), record.get("message")
         if status == "ok":
             result = self._complete(state, record)
+        elif isinstance(status, str) and status in FAILURE_STATUSES and isinstance(message, str):
+            result = SampleFailure(status, message)
         else:
-            result = SampleFailure(status, str(record.get("message", "")))
+            problem = f"ended with the status {status!r} and the message {message!r}, which is no known end"
+            raise ProtocolError(f"sample '{state.sample.id}' {problem}")
         state.close()
         return cast("int", index), result
 
-    def _complete(self, state: _SampleState, record: dict[str, Any]) -> EncodedSampleKV:
+    def _complete(self, state: SampleState, record: dict[str, Any]) -> EncodedSampleKV:
         sample, plan = state.sample, self._plan
         if state.layers_done != len(plan.layers):
             missing = list(plan.layers[state.layers_done :])
@@ -275,7 +287,7 @@ class StreamReader:
             token_ids_T=state.token_ids_T,
             byte_ends_T=state.byte_ends_T,
             relative_error=state.errors,
-            timings=_timings(record.get("timings")),
+            timings=timings_of(record.get("timings")),
         )
 
     def _end(self, record: dict[str, Any]) -> None:
@@ -286,7 +298,7 @@ class StreamReader:
             )
         self._ended = True
 
-    def _state(self, index: object) -> _SampleState:
+    def _state(self, index: object) -> SampleState:
         """The sample at an index that the other side named, if a record for it may begin."""
         if type(index) is not int or not 0 <= index < len(self._states):
             raise ProtocolError(f"record of sample {index!r}, the request has {len(self._states)}")
@@ -310,7 +322,7 @@ class WrittenReader(StreamReader):
     def __init__(
         self, request_id: str, plan: KVPlan, samples: Sequence[Sample], info: TeacherInfo, sampling: Sampling
     ) -> None:
-        super().__init__(request_id, plan, samples, info)
+        super().__init__(request_id, plan, samples, info, sampling)
         self.written: dict[int, WrittenText] = {}
         self._sampling = sampling
 
@@ -320,17 +332,16 @@ class WrittenReader(StreamReader):
         else:
             super()._take(record, chunk, done)
 
-    def _open_written(self, record: dict[str, Any], first_bytes: int) -> _Incoming:
+    def _open_written(self, record: dict[str, Any], first_bytes: int) -> Incoming:
         state = self._state(record.get("index"))
         index = cast("int", record["index"])
         if index in self.written or state.tokens:
             raise ProtocolError(f"sample '{state.sample.id}' was written twice, or after it was opened")
-        if record.get("id") != state.sample.id:
-            raise ProtocolError(f"sample id {record.get('id')!r}, expected '{state.sample.id}'")
-        size = _int(record, "size", first_bytes, _MAX_WRITTEN_BYTES) if "size" in record else first_bytes
-        return _Incoming(size, [state], partial(self._accept_written, state, index, record))
+        state.check_identity(record)
+        size = whole_number(record, "size", first_bytes, _MAX_WRITTEN_BYTES) if "size" in record else first_bytes
+        return Incoming(size, [state], partial(self._accept_written, state, index, record))
 
-    def _accept_written(self, state: _SampleState, index: int, record: dict[str, Any], body: memoryview) -> None:
+    def _accept_written(self, state: SampleState, index: int, record: dict[str, Any], body: memoryview) -> None:
         try:
             text = str(body, "utf-8")
         except UnicodeDecodeError as error:
@@ -342,78 +353,13 @@ class WrittenReader(StreamReader):
         reason = record.get("finish_reason")
         if reason not in ("stop", "length"):
             raise ProtocolError(f"sample '{sample.id}' ended its text for the reason {reason!r}")
-        tokens = _int(record, "tokens", 0, self._sampling.max_new_tokens)
-        queue_s, write_s = _seconds(record.get("timings"), ("queue", "write"))
+        tokens = whole_number(record, "tokens", 0, self._sampling.max_new_tokens)
+        queue_s, write_s = seconds_of(record.get("timings"), ("queue", "write"))
         self.written[index] = WrittenText(sample, reason, tokens, queue_s, write_s)
         state.sample = sample
 
-    def _open_sample(self, record: dict[str, Any]) -> _Incoming:
+    def _open_sample(self, record: dict[str, Any]) -> Incoming:
         incoming = super()._open_sample(record)
         if record["index"] not in self.written:
             raise ProtocolError(f"sample '{incoming.states[0].sample.id}' was opened before its text came")
         return incoming
-
-
-@dataclass(slots=True)
-class _SampleState:
-    """What has come of one sample."""
-
-    sample: Sample
-    tokens: int = 0
-    layers_done: int = 0
-    row: int = 0
-    done: bool = False
-    hash: xxhash.xxh3_64 = field(default_factory=xxhash.xxh3_64)
-    errors: dict[str, list[float]] = field(default_factory=dict[str, list[float]])
-    incoming: _Incoming | None = None
-    group: Group = field(init=False)
-    token_ids_T: Tensor = field(init=False)
-    byte_ends_T: Tensor = field(init=False)
-
-    @property
-    def text_bytes(self) -> int | None:
-        """How long the sample's text is, where it was sent as text."""
-        return None if self.sample.text is None else len(self.sample.text.encode())
-
-    def close(self) -> None:
-        """Ends the sample and lets go of its memory."""
-        self.done = True
-        if self.tokens:
-            del self.token_ids_T, self.byte_ends_T
-        if self.layers_done:
-            del self.group
-
-
-@dataclass(slots=True)
-class _Incoming:
-    """A record whose sizes are known to be right, and what to do with its body."""
-
-    size: int
-    states: list[_SampleState]
-    accept: Callable[[memoryview], None]
-    chunks: list[memoryview] = field(default_factory=list[memoryview])
-    missing: int = 0
-
-
-def _int(record: dict[str, Any], name: str, low: int, high: int) -> int:
-    value = record.get(name)
-    if type(value) is not int or not low <= value <= high:
-        raise ProtocolError(f"'{name}' must be a whole number between {low} and {high}, got {value!r}")
-    return value
-
-
-def _check_number(value: object, name: str) -> float:
-    if not isinstance(value, float | int) or not 0 <= value < math.inf:
-        raise ProtocolError(f"'{name}' must hold finite numbers of at least 0, got {value!r}")
-    return float(value)
-
-
-def _timings(record: object) -> Timings:
-    return Timings(*_seconds(record, ("queue", "prefill", "encode")))
-
-
-def _seconds(record: object, names: Sequence[str]) -> list[float]:
-    if not isinstance(record, dict):
-        raise ProtocolError("a sample came without timings")
-    stages = cast("dict[str, Any]", record)
-    return [_check_number(stages.get(name), name) for name in names]

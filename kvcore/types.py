@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from kvcore.plan import CodecSpec, KVPlan, SpanKind
+from kvcore.plan import CodecSpec, KVPlan, Sampling, SpanKind
 
 Tensor = torch.Tensor
 
@@ -37,10 +37,15 @@ class Sample:
     token_ids: tuple[int, ...] | None = None
     spans: tuple[Span, ...] = ()
 
-    def content_key(self, weights_digest: str, plan: KVPlan) -> str:
-        """Names this sample's K/V under one plan and one teacher: same content, same key, on wire and in store."""
+    def content_key(self, weights_digest: str, plan: KVPlan, sampling: Sampling | None = None) -> str:
+        """Names this sample's K/V under one plan and one teacher: same content, same key, on wire and in store.
+
+        With `sampling` it names a prompt: what a request to `Generate` asks for.
+        """
         spans = [[span.kind, span.start, span.end] for span in self.spans]
-        content = [weights_digest, plan.digest(), self.text, self.token_ids, spans]
+        content: list[object] = [weights_digest, plan.digest(), self.text, self.token_ids, spans]
+        if sampling is not None:
+            content.append(sampling.digest())
         canonical = json.dumps(content, separators=(",", ":"), ensure_ascii=True)
         return hashlib.blake2b(canonical.encode(), digest_size=16).hexdigest()
 

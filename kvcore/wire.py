@@ -12,8 +12,10 @@ from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any, TypeVar, cast, get_args
 
+import xxhash
+
 from kvcore.config import parse
-from kvcore.errors import FieldError
+from kvcore.errors import FieldError, ProtocolError
 from kvcore.plan import ImportancePool, KVPlan, Sampling, Scope, SelectionSpan, SpanKind
 from kvcore.types import Sample, Span, TeacherInfo
 from protos import kv_cache_pb2 as pb
@@ -173,7 +175,7 @@ def sample_from_proto(proto: pb.Sample, field: str = "sample") -> Sample:
 
 def info_to_proto(info: TeacherInfo) -> pb.DescribeResponse:
     """What a server answers to `Describe`."""
-    return pb.DescribeResponse(
+    proto = pb.DescribeResponse(
         model=info.model,
         weights_digest=info.weights_digest,
         tokenizer_fingerprint=info.tokenizer_fingerprint,
@@ -191,14 +193,19 @@ def info_to_proto(info: TeacherInfo) -> pb.DescribeResponse:
         selectors=info.selectors,
         codecs=info.codecs,
     )
+    proto.xxh3 = _description_hash(proto)
+    return proto
 
 
 def info_from_proto(proto: pb.DescribeResponse) -> TeacherInfo:
     """Reads a teacher's description.
 
     Raises:
+        ProtocolError: it does not match its hash.
         FieldError: an identity is missing, a size is not positive, or `rope_json` is no JSON object.
     """
+    if proto.xxh3 != _description_hash(proto):
+        raise ProtocolError("the teacher's description does not match its xxh3")
     for name in ("weights_digest", "tokenizer_fingerprint"):
         if not getattr(proto, name):
             raise FieldError(name, "is empty; a teacher must say which one it is")
@@ -224,6 +231,13 @@ def info_from_proto(proto: pb.DescribeResponse) -> TeacherInfo:
 def teacher_metadata(info: TeacherInfo) -> str:
     """The value of `TEACHER_METADATA`: equal for replicas of one teacher."""
     return f"{info.weights_digest}.{info.tokenizer_fingerprint}"
+
+
+def _description_hash(proto: pb.DescribeResponse) -> int:
+    content = pb.DescribeResponse()
+    content.CopyFrom(proto)
+    content.ClearField("xxh3")
+    return xxhash.xxh3_64_intdigest(content.SerializeToString(deterministic=True))
 
 
 def _spans(proto: pb.Sample, length: int, field: str) -> tuple[Span, ...]:

@@ -19,7 +19,7 @@ from typing import Literal
 
 import psutil
 
-from kvcore.errors import FieldError, TeacherError
+from kvcore.errors import FieldError, ProtocolError, TeacherError
 from kvcore.extras import EXTRAS, install_command, missing
 from kvdistill.text import ENDPOINT, in_columns
 
@@ -170,5 +170,7 @@ def _teacher(endpoint: str) -> Check:
     except TeacherError as error:
         step = "is kvdistill serve running there, with --grpc-host 0.0.0.0 for other machines, and this port open?"
         return Check(name, "problem", error.problem, step)
+    except ProtocolError as error:
+        return Check(name, "problem", str(error), error.next_step)
     found = f"{info.model}: {info.layers} layers, {info.kv_heads} KV heads of {info.head_dim}, {info.dtype}"
     return Check(name, "ok", found)

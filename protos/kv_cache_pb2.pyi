@@ -45,7 +45,7 @@ class DescribeRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class DescribeResponse(_message.Message):
-    __slots__ = ("model", "weights_digest", "tokenizer_fingerprint", "layers", "kv_heads", "head_dim", "rope_json", "engine", "dtype", "limits", "selectors", "codecs")
+    __slots__ = ("model", "weights_digest", "tokenizer_fingerprint", "layers", "kv_heads", "head_dim", "rope_json", "engine", "dtype", "limits", "selectors", "codecs", "xxh3")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     WEIGHTS_DIGEST_FIELD_NUMBER: _ClassVar[int]
     TOKENIZER_FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
@@ -58,6 +58,7 @@ class DescribeResponse(_message.Message):
     LIMITS_FIELD_NUMBER: _ClassVar[int]
     SELECTORS_FIELD_NUMBER: _ClassVar[int]
     CODECS_FIELD_NUMBER: _ClassVar[int]
+    XXH3_FIELD_NUMBER: _ClassVar[int]
     model: str
     weights_digest: str
     tokenizer_fingerprint: str
@@ -70,7 +71,8 @@ class DescribeResponse(_message.Message):
     limits: Limits
     selectors: _containers.RepeatedScalarFieldContainer[str]
     codecs: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, model: _Optional[str] = ..., weights_digest: _Optional[str] = ..., tokenizer_fingerprint: _Optional[str] = ..., layers: _Optional[int] = ..., kv_heads: _Optional[int] = ..., head_dim: _Optional[int] = ..., rope_json: _Optional[str] = ..., engine: _Optional[str] = ..., dtype: _Optional[str] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., selectors: _Optional[_Iterable[str]] = ..., codecs: _Optional[_Iterable[str]] = ...) -> None: ...
+    xxh3: int
+    def __init__(self, model: _Optional[str] = ..., weights_digest: _Optional[str] = ..., tokenizer_fingerprint: _Optional[str] = ..., layers: _Optional[int] = ..., kv_heads: _Optional[int] = ..., head_dim: _Optional[int] = ..., rope_json: _Optional[str] = ..., engine: _Optional[str] = ..., dtype: _Optional[str] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., selectors: _Optional[_Iterable[str]] = ..., codecs: _Optional[_Iterable[str]] = ..., xxh3: _Optional[int] = ...) -> None: ...
 
 class Limits(_message.Message):
     __slots__ = ("max_sample_tokens", "max_samples_per_request", "max_frame_bytes")
@@ -191,9 +193,11 @@ class Codec(_message.Message):
     def __init__(self, name: _Optional[str] = ..., group_size: _Optional[int] = ..., max_relative_error: _Optional[float] = ...) -> None: ...
 
 class KVFrame(_message.Message):
-    __slots__ = ("header", "body")
+    __slots__ = ("header", "body", "header_xxh3")
     HEADER_FIELD_NUMBER: _ClassVar[int]
     BODY_FIELD_NUMBER: _ClassVar[int]
+    HEADER_XXH3_FIELD_NUMBER: _ClassVar[int]
     header: bytes
     body: bytes
-    def __init__(self, header: _Optional[bytes] = ..., body: _Optional[bytes] = ...) -> None: ...
+    header_xxh3: int
+    def __init__(self, header: _Optional[bytes] = ..., body: _Optional[bytes] = ..., header_xxh3: _Optional[int] = ...) -> None: ...

@@ -125,7 +125,7 @@ class TeacherKVService:
         Raises:
             BusyError: its samples do not fit into the queue at the moment.
         """
-        backend, call, stream = self._open(query)
+        backend, call, stream = await self._open(query)
         lane = Lane(stream)
         read, jobs = await self._in_thread(read_jobs, lane, query, backend.engine)
         call.tokens = sum(job.tokens for job in jobs)
@@ -143,7 +143,7 @@ class TeacherKVService:
         Raises:
             BusyError: its samples do not fit into the queue at the moment.
         """
-        backend, call, stream = self._open(query)
+        backend, call, stream = await self._open(query, sampling)
         read = await self._in_thread(read_prompts, backend.engine, query.samples, sampling)
 
         def count_tokens(written: int, in_samples: int) -> None:
@@ -158,12 +158,13 @@ class TeacherKVService:
         finally:
             generation.close()
 
-    def _open(self, query: KVQuery) -> tuple[Backend, Call, AnswerStream]:
-        """Who answers a query, under which name it is logged, and where its frames go."""
-        call = current_call()
+    async def _open(self, query: KVQuery, sampling: Sampling | None = None) -> tuple[Backend, Call, AnswerStream]:
+        """Returns the backend that answers a query, the call's log record, and the stream that takes its frames."""
+        backend, call = self._state.loaded(), current_call()
         call.request_id, call.codec, call.samples = query.request_id, query.plan.codec.name, len(query.samples)
-        writer = FrameWriter(query.request_id, query.plan, self._state.config.max_frame_bytes)
-        return self._state.loaded(), call, AnswerStream(writer, len(query.samples), self._counter(call))
+        keys = await self._in_thread(content_keys, query, backend.engine.info, sampling)
+        writer = FrameWriter(query.request_id, query.plan, keys, self._state.config.max_frame_bytes)
+        return backend, call, AnswerStream(writer, len(query.samples), self._counter(call))
 
     def _counter(self, call: Call) -> Callable[[str], None]:
         metric = self._state.metrics.samples
@@ -180,6 +181,11 @@ def _refuse_unreadable(read: Sequence[TokenizedSample | FieldError], stream: Ans
         if isinstance(tokens, FieldError):
             stream.refuse(index, grpc.StatusCode.INVALID_ARGUMENT.name, str(tokens))
     stream.settle()
+
+
+def content_keys(query: KVQuery, info: TeacherInfo, sampling: Sampling | None) -> list[str]:
+    """Returns the content key of each sample as the server understood it. Its time grows with the request."""
+    return [sample.content_key(info.weights_digest, query.plan, sampling) for sample in query.samples]
 
 
 async def _send(stream: AnswerStream, lane: Lane, backend: Backend, call: Call, write: Write) -> None:

@@ -156,7 +156,7 @@ class FailoverSource:
             if not endpoint.verified and endpoint.failures == 0:
                 try:
                     self._verify(endpoint)
-                except TeacherUnavailableError as error:
+                except (TeacherUnavailableError, ProtocolError) as error:
                     self._failed(endpoint, error, missing=0)
         return self.info
 

@@ -37,6 +37,8 @@ HEADER_ALLOWANCE_BYTES = 1 << 20
 DEFAULT_RECEIVE_BYTES = 4 << 20
 # Below the 4 MiB that gRPC servers accept unless told otherwise; a single sample may still be larger.
 REQUEST_BYTES = 3 << 20
+# How many samples an error names.
+MOST_IDS_NAMED = 5
 
 _REFUSALS = {
     grpc.StatusCode.INVALID_ARGUMENT,
@@ -110,6 +112,7 @@ class RemoteSource:
         Raises:
             TeacherUnavailableError: nobody answers.
             TeacherRefusedError: what answers is no teacher of this protocol.
+            ProtocolError: the description was damaged on its way.
         """
         try:
             timeout_s = max(wait_s, DESCRIBE_TIMEOUT_S)
@@ -124,6 +127,8 @@ class RemoteSource:
             info = wire.info_from_proto(response)
         except FieldError as error:
             raise TeacherRefusedError(self._teacher, f"{self.endpoint} describes itself wrongly: {error}") from error
+        except ProtocolError as error:
+            raise self._damage(error) from error
         self._info, self._plan = info, self._plan_for(info)
         self._plan_message = wire.plan_to_proto(self._plan)
         needed = info.max_frame_bytes + HEADER_ALLOWANCE_BYTES
@@ -188,7 +193,7 @@ class RemoteSource:
                 self._wait_for_room(busy, give_up_at)
             except ProtocolError as error:
                 if damaged:
-                    raise
+                    raise self._damage(error, asked) from error
                 damaged = True
                 logger.warning("teacher '%s' at %s: %s; asking once more", self._teacher, self.endpoint, error)
             if any(sample.id not in got for sample in asked):
@@ -244,7 +249,7 @@ class RemoteSource:
         """An endpoint may be restarted, or balanced over servers, behind a channel that reconnects by itself."""
         answering = metadata.get(wire.TEACHER_METADATA)
         if answering is None:
-            raise ProtocolError(f"{self.endpoint} does not say which teacher answers")
+            raise ProtocolError("the answer does not say which teacher it comes from")
         if answering != wire.teacher_metadata(self.info):
             raise self._unavailable("another teacher answers there than the one that was connected to")
 
@@ -288,6 +293,13 @@ class RemoteSource:
             wait_s = -1.0
         # By gRPC's retry design a pushback that is negative or no number means: do not come back.
         return _BusyError(wait_s, details) if wait_s >= 0 else self._unavailable(f"full: {details}")
+
+    def _damage(self, error: ProtocolError, asked: Sequence[Sample] = ()) -> ProtocolError:
+        """The error with where it came from, and the samples whose request it ended."""
+        ids = ", ".join(f"'{sample.id}'" for sample in asked[:MOST_IDS_NAMED])
+        more = f" and {len(asked) - MOST_IDS_NAMED} more" if len(asked) > MOST_IDS_NAMED else ""
+        request = f" (request for the samples {ids}{more})" if asked else ""
+        return ProtocolError(f"teacher '{self._teacher}' at {self.endpoint}: {error}{request}")
 
     def _unavailable(self, problem: str) -> TeacherUnavailableError:
         return TeacherUnavailableError(self._teacher, problem)

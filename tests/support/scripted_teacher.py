@@ -31,7 +31,7 @@ class ScriptedTeacher:
         self.requests: list[list[str]] = []
         self.describes = 0
         self.failing: set[str] = set()
-        self.failure_code = "not finite"
+        self.failure_code = "FAILED_PRECONDITION"
         self.frames_at_most = sys.maxsize
         self.script: Script = lambda _frames, _context: None
         self.damage: Callable[[bytes], bytes] = lambda frame: frame
@@ -67,7 +67,8 @@ class ScriptedTeacher:
         asked = [wire.sample_from_proto(sample) for sample in request.samples]
         plan = wire.plan_from_proto(request.plan)
         self.requests.append([sample.id for sample in asked])
-        writer = FrameWriter(request.request_id, plan, self.info.max_frame_bytes)
+        keys = [sample.content_key(self.info.weights_digest, plan) for sample in asked]
+        writer = FrameWriter(request.request_id, plan, keys, self.info.max_frame_bytes)
         context.send_initial_metadata(((wire.TEACHER_METADATA, wire.teacher_metadata(self.info)),))
         sent = 0
         for index, sample in enumerate(asked):

@@ -78,6 +78,11 @@ def text_sample(index: int, tokens: int = 9) -> Sample:
     return Sample(f"s{index}", text=f"{index:0{tokens}d}")
 
 
+def keys_of(sent: Sequence[EncodedSampleKV]) -> list[str]:
+    """The keys that a server echoes which understood the request for these."""
+    return [kv.key for kv in sent]
+
+
 def write_layer(writer: FrameWriter, indices: Sequence[int], at: int, sent: Sequence[EncodedSampleKV]) -> list[bytes]:
     """The plan's `at`-th layer of samples with equally many slots."""
     group = [sent[index] for index in indices]
@@ -96,7 +101,7 @@ def write_sample(writer: FrameWriter, index: int, kv: EncodedSampleKV) -> list[b
 
 def write_stream(sent: Sequence[EncodedSampleKV], plan: KVPlan = PLAN, max_body: int = 1 << 20) -> list[bytes]:
     """The frames of a server that runs all samples as one batch: a frame for each layer where they fit."""
-    writer = FrameWriter(REQUEST, plan, max_body)
+    writer = FrameWriter(REQUEST, plan, keys_of(sent), max_body)
     frames = [frame for index, kv in enumerate(sent) for frame in write_sample(writer, index, kv)]
     for at in range(len(plan.layers)):
         frames += write_layer(writer, range(len(sent)), at, sent) + writer.flush()
@@ -109,14 +114,14 @@ def write_shuffled(
     sent: Sequence[EncodedSampleKV], plan: KVPlan, max_body: int, failing: set[int], rng: random.Random
 ) -> list[bytes]:
     """The frames of a server with many batches: samples open, advance in changing groups, fail and end in any order."""
-    writer = FrameWriter(REQUEST, plan, max_body)
+    writer = FrameWriter(REQUEST, plan, keys_of(sent), max_body)
     frames: list[bytes] = []
     step = dict.fromkeys(range(len(sent)), -1)
     while step:
         first = rng.choice(list(step))
         at = step[first]
         if first in failing and rng.random() < 0.4:
-            frames += writer.sample_failed(first, "nonfinite", f"sample {first}")
+            frames += writer.sample_failed(first, "FAILED_PRECONDITION", f"sample {first}")
             del step[first]
         elif at < 0:
             frames += write_sample(writer, first, sent[first])
@@ -163,7 +168,7 @@ SENT = [sample_kv(0), sample_kv(1), sample_kv(2, slots=2)]
 
 def stream(max_body: int = 1 << 20) -> list[bytes]:
     """The frames of `SENT`: two samples that travel together and a shorter one; a frame per layer where they fit."""
-    writer = FrameWriter(REQUEST, PLAN, max_body)
+    writer = FrameWriter(REQUEST, PLAN, keys_of(SENT), max_body)
     frames = [frame for index, kv in enumerate(SENT) for frame in write_sample(writer, index, kv)]
     for at in range(3):
         frames += write_layer(writer, [0, 1], at, SENT) + write_layer(writer, [2], at, SENT) + writer.flush()

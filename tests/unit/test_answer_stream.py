@@ -13,7 +13,7 @@ def test_a_stream_ends_once_although_a_batch_ends_after_its_last_sample() -> Non
     """A sample may fail in the middle of its batch; what was being written for the others fails before that ends."""
 
     async def kinds() -> list[str]:
-        stream = AnswerStream(FrameWriter(REQUEST, PLAN, 1 << 20), 2, lambda _status: None)
+        stream = AnswerStream(FrameWriter(REQUEST, PLAN, ["a", "b"], 1 << 20), 2, lambda _status: None)
         stream.refuse(0, "FAILED_PRECONDITION", "not finite")
         stream.refuse(1, "FAILED_PRECONDITION", "no answer")
         stream.settle()

@@ -17,7 +17,17 @@ from kvcore.errors import ProtocolError
 from kvcore.frames import MAX_RECORDS, FrameWriter, pack_frame, unpack_frame
 from kvcore.types import Timings
 from protos import kv_cache_pb2 as pb
-from tests.support.streams import PLAN, REQUEST, sample_kv, write_layer, write_sample, write_stream
+from tests.support.streams import (
+    INFO,
+    PLAN,
+    REQUEST,
+    keys_of,
+    sample_kv,
+    text_sample,
+    write_layer,
+    write_sample,
+    write_stream,
+)
 
 PROTOCOL = Path(__file__).resolve().parents[2] / "docs" / "protocol.md"
 
@@ -25,16 +35,22 @@ plain = st.integers(-(2**63), 2**64 - 1) | st.text() | st.booleans() | st.floats
 headers = st.dictionaries(st.text(), plain | st.lists(plain), max_size=5)
 
 
+def foreign_frame(header: object, body: bytes) -> bytes:
+    """A frame as a protobuf library writes it."""
+    packed = msgpack.packb(header)
+    return pb.KVFrame(header=packed, body=body, header_xxh3=xxhash.xxh3_64_intdigest(packed)).SerializeToString()
+
+
 @given(headers, st.binary(max_size=300))
 def test_packed_frames_are_the_bytes_that_protobuf_writes(header, body):
     frame = pack_frame(header, body)
     assert type(frame) is bytes
-    assert frame == pb.KVFrame(header=msgpack.packb(header), body=body).SerializeToString()
+    assert frame == foreign_frame(header, body)
 
 
 @given(headers, st.binary(max_size=300))
 def test_frames_of_a_foreign_writer_are_read(header, body):
-    read, read_body = unpack_frame(pb.KVFrame(header=msgpack.packb(header), body=body).SerializeToString())
+    read, read_body = unpack_frame(foreign_frame(header, body))
     assert read == header
     assert read_body == body
 
@@ -57,29 +73,36 @@ def field(number: int, wire_type: int, content: bytes | int) -> bytes:
 
 
 unknown_fields = st.one_of(
-    st.builds(field, st.integers(3, 2**29 - 1), st.just(0), st.integers(0, 2**64 - 1)),
-    st.builds(field, st.integers(3, 2**29 - 1), st.just(1), st.binary(min_size=8, max_size=8)),
-    st.builds(field, st.integers(3, 2**29 - 1), st.just(2), st.binary(max_size=20)),
-    st.builds(field, st.integers(3, 2**29 - 1), st.just(5), st.binary(min_size=4, max_size=4)),
+    st.builds(field, st.integers(4, 2**29 - 1), st.just(0), st.integers(0, 2**64 - 1)),
+    st.builds(field, st.integers(4, 2**29 - 1), st.just(1), st.binary(min_size=8, max_size=8)),
+    st.builds(field, st.integers(4, 2**29 - 1), st.just(2), st.binary(max_size=20)),
+    st.builds(field, st.integers(4, 2**29 - 1), st.just(5), st.binary(min_size=4, max_size=4)),
     # Our numbers under other wire types are unknown fields too.
-    st.builds(field, st.sampled_from([1, 2]), st.just(0), st.integers(0, 2**64 - 1)),
+    st.builds(field, st.integers(1, 3), st.just(0), st.integers(0, 2**64 - 1)),
+    st.builds(field, st.just(3), st.just(2), st.binary(max_size=20)),
 )
 known_fields = st.builds(field, st.just(1), st.just(2), headers.map(msgpack.packb)) | st.builds(
     field, st.just(2), st.just(2), st.binary(max_size=50)
 )
 
 
+def signed(data: bytes) -> bytes:
+    """The fields of a frame, and the hash of the header that a protobuf library reads from them."""
+    return data + field(3, 1, xxhash.xxh3_64_digest(pb.KVFrame.FromString(data).header)[::-1])
+
+
 @given(st.lists(unknown_fields | known_fields, max_size=6), headers)
 def test_any_order_repeats_and_unknown_fields_are_read_as_protobuf_reads_them(fields, header):
-    data = b"".join([field(1, 2, msgpack.packb(header)), *fields])
+    data = signed(b"".join([field(1, 2, msgpack.packb(header)), *fields]))
     by_protobuf = pb.KVFrame.FromString(data)
     read, body = unpack_frame(data)
     assert read == msgpack.unpackb(by_protobuf.header)
     assert body == by_protobuf.body
 
 
-@given(st.binary(max_size=80))
-def test_arbitrary_bytes_are_refused_or_read_as_protobuf_reads_them(data):
+@given(st.binary(max_size=80), st.binary(max_size=80))
+def test_arbitrary_bytes_are_refused_or_read_as_protobuf_reads_them(before, after):
+    data = before + foreign_frame({"seq": 1}, b"body") + after
     try:
         header, body = unpack_frame(data)
     except ProtocolError:
@@ -90,27 +113,40 @@ def test_arbitrary_bytes_are_refused_or_read_as_protobuf_reads_them(data):
 
 
 def test_a_frame_cut_anywhere_inside_a_field_is_refused():
-    header = {"seq": 300, "records": ["x" * 200]}
-    frame = pack_frame(header, b"b" * 200)
-    whole_header = len(pack_frame(header, b""))
-    for length in set(range(len(frame))) - {whole_header}:
-        with pytest.raises(ProtocolError, match=r"truncated|MessagePack"):
+    frame = pack_frame({"seq": 300, "records": ["x" * 200]}, b"b" * 200)
+    for length in range(len(frame)):
+        with pytest.raises(ProtocolError, match=r"truncated|does not match its xxh3"):
             unpack_frame(frame[:length])
+
+
+@given(headers, st.binary(min_size=1, max_size=40))
+def test_every_flipped_bit_outside_the_body_is_noticed_or_changes_no_header(header, body):
+    frame = pack_frame(header, body)
+    for bit in range(8 * len(frame)):
+        damaged = bytearray(frame)
+        damaged[bit // 8] ^= 1 << bit % 8
+        try:
+            read, _ = unpack_frame(bytes(damaged))
+        except ProtocolError:
+            continue
+        assert read == header
 
 
 @pytest.mark.parametrize(
     ("data", "problem"),
     [
-        (b"", "not valid MessagePack"),
+        (b"", "does not match its xxh3"),
+        (field(1, 2, msgpack.packb({})), "does not match its xxh3"),
+        (foreign_frame({}, b"")[:-1] + b"\0", "does not match its xxh3"),
         (field(0, 2, b""), "field number 0"),
         (b"\x0a" + b"\xff" * 10 + b"\x01", "more than 10 bytes"),
-        (field(1, 2, b"\xc1"), "not valid MessagePack"),
-        (field(1, 2, b"\x80\x80"), "not valid MessagePack"),
-        (field(1, 2, b"\xa1\xff"), "not valid MessagePack"),
-        (field(1, 2, b"\x81\x01\x01"), "not valid MessagePack"),
-        (field(1, 2, b"\x91" * 5000 + b"\xc0"), "not valid MessagePack"),
-        (field(1, 2, b"\xdf\xff\xff\xff\xff"), "not valid MessagePack"),
-        (field(1, 2, msgpack.packb([1])), "expected a map"),
+        (signed(field(1, 2, b"\xc1")), "not valid MessagePack"),
+        (signed(field(1, 2, b"\x80\x80")), "not valid MessagePack"),
+        (signed(field(1, 2, b"\xa1\xff")), "not valid MessagePack"),
+        (signed(field(1, 2, b"\x81\x01\x01")), "not valid MessagePack"),
+        (signed(field(1, 2, b"\x91" * 5000 + b"\xc0")), "not valid MessagePack"),
+        (signed(field(1, 2, b"\xdf\xff\xff\xff\xff")), "not valid MessagePack"),
+        (signed(field(1, 2, msgpack.packb([1]))), "expected a map"),
         (b"\x0b" + field(1, 2, msgpack.packb({})), "wire type 3"),
     ],
 )
@@ -137,7 +173,7 @@ def test_small_samples_of_one_layer_share_a_frame():
 
 def test_one_sample_at_a_time_or_a_batch_at_a_time_carry_the_same_bytes():
     sent = [sample_kv(i) for i in range(3)]
-    batched, single = FrameWriter(REQUEST, PLAN, 1 << 20), FrameWriter(REQUEST, PLAN, 1 << 20)
+    batched, single = (FrameWriter(REQUEST, PLAN, keys_of(sent), 1 << 20) for _ in range(2))
     for index, kv in enumerate(sent):
         write_sample(batched, index, kv)
         write_sample(single, index, kv)
@@ -176,12 +212,12 @@ def test_a_body_may_be_exactly_full():
     sent = [sample_kv(i) for i in range(2)]
     sample_bytes = records_of(write_stream(sent)[0])[0]["bytes"]
     row_bytes = records_of(write_stream(sent)[1])[0]["bytes"] // 2
-    writer = FrameWriter(REQUEST, PLAN, max_body=sample_bytes)
+    writer = FrameWriter(REQUEST, PLAN, keys_of(sent), max_body=sample_bytes)
     assert write_sample(writer, 0, sent[0]) == []
     assert [(r["kind"], "size" in r) for r in records_of(*writer.flush())] == [("sample", False)]
-    writer = FrameWriter(REQUEST, PLAN, max_body=2 * sample_bytes)
+    writer = FrameWriter(REQUEST, PLAN, keys_of(sent), max_body=2 * sample_bytes)
     assert write_sample(writer, 0, sent[0]) + write_sample(writer, 1, sent[1]) == []
-    writer = FrameWriter(REQUEST, PLAN, max_body=sample_bytes + row_bytes)
+    writer = FrameWriter(REQUEST, PLAN, keys_of(sent), max_body=sample_bytes + row_bytes)
     assert write_sample(writer, 0, sent[0]) + write_layer(writer, [0], 0, sent) == []
 
 
@@ -193,15 +229,15 @@ def test_frames_are_numbered_and_carry_the_hash_of_their_body():
 
 
 def test_records_without_a_body_do_not_grow_a_header_without_bound():
-    writer = FrameWriter(REQUEST, PLAN, 1 << 20)
-    frames = [frame for i in range(3 * MAX_RECORDS) for frame in writer.sample_failed(i, "nonfinite", "x")]
+    writer = FrameWriter(REQUEST, PLAN, ["key"] * 3 * MAX_RECORDS, 1 << 20)
+    frames = [frame for i in range(3 * MAX_RECORDS) for frame in writer.sample_failed(i, "FAILED_PRECONDITION", "x")]
     assert [len(records_of(frame)) for frame in frames] == [MAX_RECORDS, MAX_RECORDS]
 
 
 def test_nothing_buffered_flushes_to_nothing():
-    writer = FrameWriter(REQUEST, PLAN, 1 << 20)
+    writer = FrameWriter(REQUEST, PLAN, ["key"], 1 << 20)
     assert writer.flush() == []
-    assert writer.sample_failed(0, "nonfinite", "x") == []
+    assert writer.sample_failed(0, "FAILED_PRECONDITION", "x") == []
     assert len(writer.flush()) == 1
     assert writer.flush() == []
 
@@ -211,7 +247,17 @@ def test_the_foreign_client_of_the_documentation_decodes_the_same_tensors():
     scope: dict[str, Any] = {}
     exec(compile(example, PROTOCOL, "exec"), scope)
     sent = [sample_kv(i) for i in range(5)]
-    decoded = scope["decode"](pb.KVFrame.FromString(frame) for frame in write_stream(sent, max_body=300))
+    plan = PLAN.model_dump(mode="json")
+    keys = [scope["content_key"](INFO.weights_digest, plan, text_sample(i).text, None, []) for i in range(5)]
+    frames = [pb.KVFrame.FromString(frame) for frame in write_stream(sent, max_body=300)]
+    decoded = scope["decode"](frames, keys)
+    with pytest.raises(ValueError, match="another request for sample 0"):
+        scope["decode"](frames, keys[::-1])
+    for part in ("header", "body"):
+        damaged = pb.KVFrame.FromString(frames[0].SerializeToString())
+        setattr(damaged, part, getattr(damaged, part)[:-1] + b"\x7f")
+        with pytest.raises(ValueError, match="damaged"):
+            scope["decode"]([damaged], keys)
     assert decoded.keys() == {
         (i, layer, name) for i in range(5) for layer in PLAN.layers for name in ("positions", *sent[0].parts)
     }
@@ -225,7 +271,7 @@ def test_the_foreign_client_of_the_documentation_decodes_the_same_tensors():
 
 
 def test_timings_reach_the_wire():
-    writer = FrameWriter(REQUEST, PLAN.model_copy(update={"layers": (0,)}), 1 << 20)
+    writer = FrameWriter(REQUEST, PLAN.model_copy(update={"layers": (0,)}), ["key"], 1 << 20)
     write_sample(writer, 0, sample_kv(0))
     write_layer(writer, [0], 0, [sample_kv(0)])
     writer.sample_end(0, Timings(0.5, 1.5, 2.5, network=9.0))

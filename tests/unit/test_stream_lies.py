@@ -19,6 +19,7 @@ from tests.support.streams import (
     SENT,
     Forged,
     forge,
+    keys_of,
     read_stream,
     sample_kv,
     stream,
@@ -107,6 +108,8 @@ LIES = [
     (edit("sample", index="0"), "sample '0', the request has 3"),
     (edit("sample", index=None), "sample None"),
     (edit("sample", id="s1"), "sample id 's1', expected 's0'"),
+    (edit("sample", key=SENT[1].key), "sample 's0': the teacher understood another request than was sent"),
+    (edit("sample", key=None), "content key None"),
     (edit("sample", tokens=0), "'tokens' must be"),
     (edit("sample", tokens=65), "'tokens' must be a whole number between 1 and 64, got 65"),
     (edit("sample", tokens=8), "of 72 bytes, its shapes need 64"),
@@ -158,6 +161,11 @@ LIES = [
     (edit("sample_end", status=""), "ended with the status ''"),
     (edit("sample_end", status=None), "ended with the status None"),
     (edit("sample_end", status=5), "ended with the status 5"),
+    (edit("sample_end", status=[]), r"ended with the status \[\]"),
+    (edit("sample_end", status="OK", message=""), "ended with the status 'OK'"),
+    (edit("sample_end", status="not finite", message=""), "ended with the status 'not finite'"),
+    (edit("sample_end", status="INTERNAL", message=5), "'INTERNAL' and the message 5"),
+    (edit("sample_end", status="INTERNAL", message="", key=SENT[1].key), "'s0': the teacher understood another"),
     (edit("sample_end", timings=None), "without timings"),
     (edit("sample_end", timings={"queue": 0.0}), "'prefill' must hold finite"),
     (
@@ -211,7 +219,7 @@ def test_a_layer_past_the_plans_last_is_refused():
 
 
 def test_samples_at_different_layers_cannot_share_a_record():
-    writer = FrameWriter(REQUEST, PLAN, 1 << 20)
+    writer = FrameWriter(REQUEST, PLAN, keys_of(SENT), 1 << 20)
     for index in range(2):
         write_sample(writer, index, SENT[index])
     write_layer(writer, [0], 0, SENT)
@@ -241,7 +249,7 @@ def test_positions_of_the_scope_sample_must_agree_between_layers():
 
 def test_a_number_of_slots_that_changes_between_layers_is_refused():
     sent = [sample_kv(0), sample_kv(0, slots=2)]
-    writer = FrameWriter(REQUEST, PLAN, 1 << 20)
+    writer = FrameWriter(REQUEST, PLAN, keys_of(sent), 1 << 20)
     write_sample(writer, 0, sent[0])
     write_layer(writer, [0], 0, sent)
     write_layer(writer, [0], 1, sent[1:])

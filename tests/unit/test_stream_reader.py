@@ -20,6 +20,7 @@ from tests.support.streams import (
     REQUEST,
     SENT,
     assert_same,
+    keys_of,
     read_stream,
     sample_kv,
     stream,
@@ -57,14 +58,14 @@ def test_every_split_grouping_and_interleaving_gives_back_the_samples(plan, shap
     assert got.keys() == set(range(len(sent)))
     for index, result in got.items():
         if index in failing:
-            assert result == SampleFailure("nonfinite", f"sample {index}")
+            assert result == SampleFailure("FAILED_PRECONDITION", f"sample {index}")
         else:
             assert_same(result, sent[index])
 
 
 def test_samples_are_returned_with_the_frame_that_completes_them():
     sent = [sample_kv(i) for i in range(2)]
-    writer = FrameWriter(REQUEST, PLAN, 1 << 20)
+    writer = FrameWriter(REQUEST, PLAN, keys_of(sent), 1 << 20)
     reader = StreamReader(REQUEST, PLAN, [text_sample(0), text_sample(1)], INFO)
     for index in (1, 0):
         write_sample(writer, index, sent[index])
@@ -81,11 +82,16 @@ def test_samples_are_returned_with_the_frame_that_completes_them():
 
 def test_a_sample_of_token_ids_must_be_read_as_those():
     kv = sample_kv(0)
-    frames = write_stream([kv])
     ids = tuple(kv.token_ids_T.tolist())
-    assert feed_all(Sample("s0", token_ids=ids), frames)
+    right, wrong = Sample("s0", token_ids=ids), Sample("s0", token_ids=(*ids[:-1], 5000))
+    assert feed_all(right, frames_for(right, kv))
     with pytest.raises(ProtocolError, match="other tokens"):
-        feed_all(Sample("s0", token_ids=(*ids[:-1], 5000)), frames)
+        feed_all(wrong, frames_for(wrong, kv))
+
+
+def frames_for(asked: Sample, kv: EncodedSampleKV) -> list[bytes]:
+    """The frames of a server that answers a request for `asked` with these K/V."""
+    return write_stream([dataclasses.replace(kv, key=asked.content_key(INFO.weights_digest, PLAN))])
 
 
 def feed_all(sample: Sample, frames: list[bytes]) -> list[object]:
@@ -95,17 +101,17 @@ def feed_all(sample: Sample, frames: list[bytes]) -> list[object]:
 
 def test_a_sample_that_fails_before_it_is_opened_or_midway_leaves_the_others_whole():
     sent = [sample_kv(i) for i in range(3)]
-    writer = FrameWriter(REQUEST, PLAN, 1 << 20)
-    frames = writer.sample_failed(0, "nonfinite", "never opened")
+    writer = FrameWriter(REQUEST, PLAN, keys_of(sent), 1 << 20)
+    frames = writer.sample_failed(0, "FAILED_PRECONDITION", "never opened")
     for index in (1, 2):
         frames += write_sample(writer, index, sent[index])
     frames += write_layer(writer, [1, 2], 0, sent)
-    frames += writer.sample_failed(1, "max_relative_error", "0.2 passes 0.1")
+    frames += writer.sample_failed(1, "INTERNAL", "0.2 passes 0.1")
     frames += write_layer(writer, [2], 1, sent) + write_layer(writer, [2], 2, sent)
     frames += writer.sample_end(2, sent[2].timings) + writer.end()
     got = read_stream(frames, 3)
-    assert got[0] == SampleFailure("nonfinite", "never opened")
-    assert got[1] == SampleFailure("max_relative_error", "0.2 passes 0.1")
+    assert got[0] == SampleFailure("FAILED_PRECONDITION", "never opened")
+    assert got[1] == SampleFailure("INTERNAL", "0.2 passes 0.1")
     assert_same(got[2], sent[2])
 
 
@@ -116,40 +122,29 @@ def test_the_undamaged_stream_is_read():
             assert_same(got[index], kv)
 
 
-def test_every_flipped_byte_of_a_body_is_noticed():
+def test_a_flipped_bit_in_any_byte_of_a_frame_is_noticed_or_changes_nothing():
     frames = stream()
     for at, frame in enumerate(frames):
-        body = unpack_frame(frame)[1]
-        for offset in range(len(frame) - len(body), len(frame)):
+        for offset in range(len(frame)):
             damaged = bytearray(frame)
             damaged[offset] ^= 1 << offset % 8
-            with pytest.raises(ProtocolError, match="does not match its xxh3"):
-                read_stream([*frames[:at], bytes(damaged)], 3)
-
-
-def test_no_flipped_byte_of_a_header_changes_a_tensor():
-    frames = stream()
-    noticed = total = 0
-    for at, frame in enumerate(frames):
-        for offset in range(len(frame) - len(unpack_frame(frame)[1])):
-            damaged = bytearray(frame)
-            damaged[offset] ^= 1 << offset % 8
-            total += 1
             try:
                 got = read_stream([*frames[:at], bytes(damaged), *frames[at + 1 :]], 3)
             except ProtocolError:
-                noticed += 1
                 continue
             for index, kv in enumerate(SENT):
-                assert_same_tensors(got[index], kv)
-    # What the hashes and checks leave open are measurements: stated errors and timings.
-    assert noticed > total / 2
+                assert_same(got[index], kv)
 
 
-def assert_same_tensors(got: EncodedSampleKV | SampleFailure, sent: EncodedSampleKV) -> None:
-    if isinstance(got, EncodedSampleKV):
-        got.relative_error, got.timings = sent.relative_error, sent.timings
-        assert_same(got, sent)
+def test_a_teacher_that_understood_another_request_is_noticed_whether_the_sample_ends_well_or_not():
+    asked = text_sample(0)
+    kv = sample_kv(0)
+    misread = dataclasses.replace(kv, key=dataclasses.replace(asked, text="000000001").content_key("w", PLAN))
+    writer = FrameWriter(REQUEST, PLAN, [misread.key], 1 << 20)
+    failed = writer.sample_failed(0, "INVALID_ARGUMENT", "nothing to select") + writer.end()
+    for frames in (write_stream([misread]), failed):
+        with pytest.raises(ProtocolError, match="sample 's0': the teacher understood another request than was sent"):
+            feed_all(asked, frames)
 
 
 @pytest.mark.parametrize("max_body", [50, 1 << 20])
@@ -176,7 +171,7 @@ def test_a_stream_cut_anywhere_is_noticed():
 
 
 def test_samples_that_were_complete_before_the_damage_stay_good():
-    writer = FrameWriter(REQUEST, PLAN, 1 << 20)
+    writer = FrameWriter(REQUEST, PLAN, keys_of(SENT), 1 << 20)
     frames = []
     for index in range(2):
         frames += write_sample(writer, index, SENT[index])

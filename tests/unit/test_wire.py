@@ -6,10 +6,12 @@ import dataclasses
 from typing import Any, cast
 
 import pytest
+import xxhash
+from google.protobuf.message import DecodeError
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvcore.errors import FieldError
+from kvcore.errors import FieldError, ProtocolError
 from kvcore.plan import CODECS, SELECTORS, CodecSpec, KVPlan, Sampling, Selection
 from kvcore.types import Sample, Span, TeacherInfo
 from kvcore.wire import (
@@ -218,6 +220,19 @@ def test_a_description_survives_the_wire():
     assert info_from_proto(through_bytes(info_to_proto(info))) == info
 
 
+def test_every_flipped_bit_of_a_description_is_noticed():
+    data = info_to_proto(INFO).SerializeToString()
+    for bit in range(8 * len(data)):
+        damaged = bytearray(data)
+        damaged[bit // 8] ^= 1 << bit % 8
+        try:
+            message = pb.DescribeResponse.FromString(bytes(damaged))
+        except DecodeError:
+            continue
+        with pytest.raises(ProtocolError, match="description does not match its xxh3"):
+            info_from_proto(message)
+
+
 def test_the_smallest_teacher_is_taken():
     ones = dict.fromkeys(POSITIVE, 1)
     info = dataclasses.replace(INFO, **ones)
@@ -245,6 +260,8 @@ def test_a_teacher_without_an_identity_is_refused(name):
 def test_rope_parameters_that_are_no_object_are_refused(text, problem):
     message = info_to_proto(INFO)
     message.rope_json = text
+    message.ClearField("xxh3")
+    message.xxh3 = xxhash.xxh3_64_intdigest(message.SerializeToString())
     with pytest.raises(FieldError, match=f"^rope_json: .*{problem}"):
         info_from_proto(message)
 

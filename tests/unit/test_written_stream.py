@@ -18,6 +18,7 @@ from tests.support.streams import INFO, PLAN, REQUEST, Forged, forge, sample_kv,
 
 SAMPLING = Sampling(max_new_tokens=40, answer_marker="####")
 PROMPTS = (Sample("s0", text="Größe 🙂?"), Sample("s1", text="Q: 1+1? A:", spans=(Span("prompt", 3, 10),)))
+KEYS = [prompt.content_key(INFO.weights_digest, PLAN, SAMPLING) for prompt in PROMPTS]
 TEXTS = (" 思考 naïve. #### 7", " two")
 
 
@@ -29,7 +30,7 @@ def written(index: int) -> WrittenText:
 def frames_of(max_body: int = 1 << 20) -> list[bytes]:
     """Both samples, the second one's text after the first one's K/V."""
     sent = [replace(sample_kv(index), sample_id=prompt.id) for index, prompt in enumerate(PROMPTS)]
-    writer = FrameWriter(REQUEST, PLAN, max_body)
+    writer = FrameWriter(REQUEST, PLAN, KEYS, max_body)
     frames: list[bytes] = []
     for index, prompt in enumerate(PROMPTS):
         frames += writer.written(index, prompt, written(index)) + writer.flush()
@@ -83,7 +84,7 @@ def test_texts_and_their_kv_come_whole_through_frames_of_any_size(max_body: int)
 
 
 def test_a_sample_may_fail_after_its_text() -> None:
-    writer = FrameWriter(REQUEST, PLAN, 1 << 20)
+    writer = FrameWriter(REQUEST, PLAN, KEYS, 1 << 20)
     frames = writer.written(0, PROMPTS[0], written(0)) + writer.sample_failed(0, "FAILED_PRECONDITION", "no answer")
     frames += writer.sample_failed(1, "INVALID_ARGUMENT", "too long") + writer.end()
     reader, results = read(frames)
@@ -110,7 +111,7 @@ def repeat_text(frames: list[Forged]) -> None:
 def write_late(frames: list[Forged]) -> None:
     records: list[dict[str, Any]] = frames[1].header["records"]
     sample = records.pop(0)
-    records[:0] = [sample | {"index": 1, "id": "s1"}, sample]
+    records[:0] = [sample | {"index": 1, "id": "s1", "key": KEYS[1]}, sample]
 
 
 def break_utf8(frames: list[Forged]) -> None:
@@ -124,6 +125,11 @@ LIES: dict[str, tuple[Callable[[list[Forged]], object], str]] = {
     ),
     "spans beyond the text": (change(spans=[["reasoning", 8, 99]]), "was written with the spans"),
     "another sample's id": (change(id="s1"), "expected 's0'"),
+    "another request's key": (change(key=KEYS[1]), "sample 's0': the teacher understood another request"),
+    "K/V of another request": (
+        lambda frames: frames[1].record("sample").update(key=KEYS[1]),
+        "sample 's0': the teacher understood another request",
+    ),
     "a sample that was not asked for": (change(index=2), "the request has 2"),
     "more tokens than were allowed": (change(tokens=41), "'tokens' must be a whole number between 0 and 40"),
     "a reason that there is not": (change(finish_reason="bored"), "'bored'"),
