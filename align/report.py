@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from align.head_dim_adapter import TENSORS, KVGeometry
+from kvcore.files import finite_or_null, replace_file, write_json
 
 if TYPE_CHECKING:
     from align.aligner import Aligner
@@ -32,12 +31,14 @@ def describe(aligner: Aligner) -> dict[str, Any]:
         "cka": _by_tensor(aligner.cka_KST) if aligner.mapper.strategy == "cka" else None,
         "rows": {"fit": fit, "held_out": held_out},
         "coverage": _coverage(aligner.coverage_4),
-        "explained_variance": {tensor: _plain(aligner.adapter.explained_variance(tensor)) for tensor in TENSORS},
+        "explained_variance": {
+            tensor: finite_or_null(aligner.adapter.explained_variance(tensor)) for tensor in TENSORS
+        },
         "explained_variance_shuffled": _by_tensor(shuffled_LK.T),
         "min_explained_variance": aligner.min_explained_variance,
-        "alpha": {tensor: _plain(aligner.adapter.alpha(tensor)) for tensor in TENSORS},
-        "scale": {tensor: _plain(aligner.scale(tensor).tolist()) for tensor in TENSORS},
-        "variance": {tensor: _plain(aligner.variance(tensor).tolist()) for tensor in TENSORS},
+        "alpha": {tensor: finite_or_null(aligner.adapter.alpha(tensor)) for tensor in TENSORS},
+        "scale": {tensor: finite_or_null(aligner.scale(tensor).tolist()) for tensor in TENSORS},
+        "variance": {tensor: finite_or_null(aligner.variance(tensor).tolist()) for tensor in TENSORS},
     }
 
 
@@ -66,12 +67,7 @@ def _coverage(counts_4: Tensor) -> dict[str, dict[str, int]] | None:
 
 
 def _by_tensor(x_K: Tensor) -> dict[str, Any]:
-    return {tensor: _plain(x.tolist()) for tensor, x in zip(TENSORS, x_K, strict=True)}
-
-
-def _plain(values: list[Any]) -> list[Any]:
-    """Numbers, in lists of any depth, as JSON takes them: None for NaN and infinity."""
-    return [_plain(value) if isinstance(value, list) else value if math.isfinite(value) else None for value in values]
+    return {tensor: finite_or_null(x.tolist()) for tensor, x in zip(TENSORS, x_K, strict=True)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,11 +80,8 @@ class AlignmentReport:
         """Writes alignment.json and alignment.html, replacing them, and returns the paths."""
         directory.mkdir(parents=True, exist_ok=True)
         paths = [directory / "alignment.json", directory / "alignment.html"]
-        text = json.dumps({"teachers": self.teachers}, indent=2, allow_nan=False) + "\n"
-        for path, content in zip(paths, (text, self._page()), strict=True):
-            temporary = path.with_name(f".{path.name}.tmp")
-            temporary.write_text(content, encoding="utf-8")
-            temporary.replace(path)
+        write_json(paths[0], {"teachers": self.teachers})
+        replace_file(paths[1], self._page())
         return paths
 
     def _page(self) -> str:
