@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -12,6 +11,7 @@ from align.head_dim_adapter import TENSORS, HeadDimAdapter, KVGeometry, TeacherS
 from align.layer_map import LayerMapper, LearnedLayerMap
 from align.tokenizer_align import METHODS
 from kvcore.errors import ConfigError, FieldError
+from kvcore.files import finite_or_null
 from kvcore.plan import CodecSpec, KVPlan, Scope, Selection
 from kvcore.types import BatchKV, TeacherInfo, Tensor
 
@@ -298,12 +298,14 @@ def _describe(aligner: Aligner) -> dict[str, Any]:
         "cka": _by_tensor(aligner.cka_KST) if aligner.mapper.strategy == "cka" else None,
         "rows": {"fit": fit, "held_out": held_out},
         "coverage": _coverage(aligner.coverage_4),
-        "explained_variance": {tensor: _plain(aligner.adapter.explained_variance(tensor)) for tensor in TENSORS},
+        "explained_variance": {
+            tensor: finite_or_null(aligner.adapter.explained_variance(tensor)) for tensor in TENSORS
+        },
         "explained_variance_shuffled": _by_tensor(shuffled_LK.T),
         "min_explained_variance": aligner.min_explained_variance,
-        "alpha": {tensor: _plain(aligner.adapter.alpha(tensor)) for tensor in TENSORS},
-        "scale": {tensor: _plain(aligner.scale(tensor).tolist()) for tensor in TENSORS},
-        "variance": {tensor: _plain(aligner.variance(tensor).tolist()) for tensor in TENSORS},
+        "alpha": {tensor: finite_or_null(aligner.adapter.alpha(tensor)) for tensor in TENSORS},
+        "scale": {tensor: finite_or_null(aligner.scale(tensor).tolist()) for tensor in TENSORS},
+        "variance": {tensor: finite_or_null(aligner.variance(tensor).tolist()) for tensor in TENSORS},
     }
 
 
@@ -332,9 +334,4 @@ def _coverage(counts_4: Tensor) -> dict[str, dict[str, int]] | None:
 
 
 def _by_tensor(x_K: Tensor) -> dict[str, Any]:
-    return {tensor: _plain(x.tolist()) for tensor, x in zip(TENSORS, x_K, strict=True)}
-
-
-def _plain(values: list[Any]) -> list[Any]:
-    """Numbers, in lists of any depth, as JSON takes them: None for NaN and infinity."""
-    return [_plain(value) if isinstance(value, list) else value if math.isfinite(value) else None for value in values]
+    return {tensor: finite_or_null(x.tolist()) for tensor, x in zip(TENSORS, x_K, strict=True)}

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from kvcore.files import replace_file, write_json
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,11 +20,8 @@ class AlignmentReport:
         """Writes alignment.json and alignment.html, replacing them, and returns the paths."""
         directory.mkdir(parents=True, exist_ok=True)
         paths = [directory / "alignment.json", directory / "alignment.html"]
-        text = json.dumps({"teachers": self.teachers}, indent=2, allow_nan=False) + "\n"
-        for path, content in zip(paths, (text, self._page()), strict=True):
-            temporary = path.with_name(f".{path.name}.tmp")
-            temporary.write_text(content, encoding="utf-8")
-            temporary.replace(path)
+        write_json(paths[0], {"teachers": self.teachers})
+        replace_file(paths[1], self._page())
         return paths
 
     def _page(self) -> str:

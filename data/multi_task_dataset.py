@@ -6,7 +6,6 @@ One row per question and style, in eight text columns: `prompt`, `reasoning`, `a
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import sys
@@ -27,6 +26,7 @@ from data.question_pool import Entry, PoolReader, QuestionPool
 from data.records import Record, epoch_order
 from data.sources import default_data_dir, find_source, read_rows
 from kvcore.errors import ConfigError, FieldError, KVDistillError
+from kvcore.files import json_text, replace_file
 from kvcore.offsets import read_text
 from kvcore.progress import Meter
 
@@ -140,7 +140,7 @@ class MultiTaskReasoningDataset:
             raise ConfigError("there is no report before load_and_prepare")
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(self.report, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+        replace_file(path, json_text(self.report, ensure_ascii=False, indent=2) + "\n")
 
     def _check(self) -> None:
         names = self.datasets

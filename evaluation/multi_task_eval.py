@@ -12,6 +12,7 @@ from typing import Any
 
 from evaluation.settings import EvalSettings, read_flags
 from kvcore.errors import ConfigError, FieldError, KVDistillError
+from kvcore.files import write_json
 
 logger = logging.getLogger(__name__)
 
@@ -44,7 +45,6 @@ def evaluate(settings: EvalSettings) -> dict[str, Any]:
     from evaluation.models import load_model  # noqa: PLC0415 - torch and lm-eval are slow to import
     from evaluation.scores import dataset_entry, write_lines  # noqa: PLC0415
     from evaluation.suite import load_benchmarks  # noqa: PLC0415
-    from student_trainer.tracking import write_json  # noqa: PLC0415
 
     output = settings.output
     benchmarks = load_benchmarks(settings.eval_datasets, settings.data_dir, settings.tasks_dir)

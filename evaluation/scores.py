@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -12,6 +11,7 @@ import numpy as np
 
 from evaluation.scoring import NO_ANSWER
 from kvcore.errors import ConfigError, KVDistillError
+from kvcore.files import json_text
 
 Entry = dict[str, Any]
 _CHUNK = 250
@@ -79,7 +79,7 @@ def write_lines(path: Path, lines: Iterable[Entry]) -> None:
     """Writes one JSON object a line, replacing the file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", encoding="utf-8", newline="\n") as file:
-        file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+        file.writelines(json_text(line, ensure_ascii=False) + "\n" for line in lines)
 
 
 def _mean(lines: Sequence[Entry], task: str) -> Entry:

@@ -20,8 +20,8 @@ from extraction.pt_file import PTWriter
 from extraction.survey import Survey
 from kvcore.codec import decode_batch
 from kvcore.errors import ConfigError, TeacherRefusedError
+from kvcore.files import json_text, replace_file
 from kvcore.store import KVStoreReader, merge_index
-from kvcore.store_journal import replace_file
 from kvcore.types import EncodedSampleKV
 from kvcore.units import in_bytes
 
@@ -87,8 +87,8 @@ def write_skipped(config: ExtractConfig, survey: Survey, items: Items, failures:
         for teacher, found in failures.items()
         for row, reason in sorted(found.items())
     ]
-    content = json.dumps({"dataset": survey.digest, "skipped": skipped}, ensure_ascii=False, indent=1)
-    replace_file(_skipped_path(config), content.encode())
+    content = json_text({"dataset": survey.digest, "skipped": skipped}, ensure_ascii=False, indent=1)
+    replace_file(_skipped_path(config), content)
 
 
 def finish(config: ExtractConfig, survey: Survey, items: Items, names: list[str]) -> bool:
@@ -242,7 +242,7 @@ def _write_report(
             for name, reader in readers.items()
         },
     }
-    replace_file(config.report_path, json.dumps(report, ensure_ascii=False, indent=2).encode())
+    replace_file(config.report_path, json_text(report, ensure_ascii=False, indent=2))
     _say_result(config, len(rows), survey.rows, size, left_out)
 
 

@@ -8,7 +8,6 @@ The file is what `torch.save` makes of a list of dicts, readable with `torch.loa
 from __future__ import annotations
 
 import io
-import os
 import pickle  # noqa: TID251 - this writes the format of torch.save; nothing here reads a pickle
 import zipfile
 from collections import OrderedDict
@@ -22,7 +21,7 @@ import torch
 from torch._utils import _rebuild_tensor_v2
 
 from kvcore.errors import StoreError
-from kvcore.store_journal import sync_directory
+from kvcore.files import sync
 
 Tensor = torch.Tensor
 
@@ -140,10 +139,9 @@ class PTWriter:
             self._write("byteorder", b"little")
             self._write("version", b"3\n")
             self._archive.close()
-            with self._temporary.open("rb") as file:
-                os.fsync(file.fileno())
+            sync(self._temporary)
             self._temporary.replace(self._path)
-            sync_directory(self._path.parent)
+            sync(self._path.parent)
 
 
 @contextmanager

@@ -25,13 +25,14 @@ def fuse(x_NBLHMD: Tensor, mask_NBM: Tensor, weights: Tensor) -> tuple[Tensor, T
         x_NBLHMD: keys or values.
         mask_NBM: True where a teacher has a token in the slot; what stands elsewhere (NaN too) is never read.
         weights: [N], [B,N] or [B,L,N]; need not sum to 1. [N] are settings and above 0; the others may be 0, and
-            below 1e-20 count as 0.
+            below 1e-20 count as 0. NaN among the others, which a diverged model computes, makes the sample's target
+            NaN: ranks must find out together, from the loss.
 
     Returns:
         fused_BLHMD and mask_BM, True where a teacher was present; zeros elsewhere.
 
     Raises:
-        FieldError: weights of another shape, negative, or not finite; or one of [N] that counts as 0.
+        FieldError: weights of another shape or negative; or one of [N] that is not finite or counts as 0.
     """
     _check(x_NBLHMD, weights)
     dtype = torch.promote_types(x_NBLHMD.dtype, torch.float32)
@@ -71,8 +72,7 @@ def _check(x_NBLHMD: Tensor, weights: Tensor) -> None:
     if list(weights.shape) not in shapes:
         raise FieldError("weights", f"must be one of {', '.join(map(str, shapes))} in shape; got {list(weights.shape)}")
     fixed = weights.dim() == 1
-    good = torch.isfinite(weights) & ((weights > LEAST_WEIGHT) if fixed else (weights >= 0))
-    if not bool(good.all()):
-        limit = f"above {LEAST_WEIGHT}" if fixed else "not below 0"
-        bad = weights.detach()[~good].flatten()[:4].tolist()
-        raise FieldError("weights", f"must be finite and {limit}; got {bad}")
+    bad = ~(torch.isfinite(weights) & (weights > LEAST_WEIGHT)) if fixed else weights < 0
+    if bool(bad.any()):
+        limit = f"finite and above {LEAST_WEIGHT}" if fixed else "not below 0"
+        raise FieldError("weights", f"must be {limit}; got {weights.detach()[bad].flatten()[:4].tolist()}")

@@ -16,9 +16,9 @@ from kvcore.errors import ConfigError, FieldError
 
 
 class StrictModel(BaseModel):
-    """Base of every configuration: frozen, no unknown keys, no silent conversion of types."""
+    """Base of every configuration: frozen, no unknown keys, no silent conversion of types, only finite numbers."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, validate_default=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, validate_default=True, allow_inf_nan=False)
 
 
 ModelT = TypeVar("ModelT", bound=StrictModel)

@@ -10,7 +10,6 @@ import fcntl
 import json
 import logging
 import os
-import secrets
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ import xxhash
 from pydantic import TypeAdapter, ValidationError
 
 from kvcore.errors import StoreError
+from kvcore.files import json_text, replace_file
 
 logger = logging.getLogger(__name__)
 
@@ -94,7 +94,7 @@ def parse_line(line: bytes) -> SampleEntry | None:
 
 def seal(content: dict[str, Any]) -> bytes:
     """A JSON object in one line whose last member `check` is the xxh3 of the object without it."""
-    text = json.dumps(content, separators=(",", ":")).encode()
+    text = json_text(content, separators=(",", ":")).encode()
     return text[:-1] + b',"check":"%s"}' % xxhash.xxh3_64_hexdigest(text).encode()
 
 
@@ -155,31 +155,6 @@ def build_index(directory: Path) -> Index:
 def write_index(directory: Path, index: Index) -> None:
     """Puts the merged index in place, whole or not at all."""
     replace_file(directory / INDEX_NAME, seal({"format": FORMAT, **asdict(index)}))
-
-
-def replace_file(path: Path, content: bytes) -> None:
-    """Writes a file so that a crash leaves the old or the new one, never a mixture."""
-    write_beside(path, content).replace(path)
-    sync_directory(path.parent)
-
-
-def write_beside(path: Path, content: bytes) -> Path:
-    """Writes a temporary file next to `path`, under a name that no other process or machine uses, and syncs it."""
-    temporary = path.with_name(f"{path.name}.{secrets.token_hex(8)}.tmp")
-    with temporary.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    return temporary
-
-
-def sync_directory(directory: Path) -> None:
-    """Makes renames in a directory survive a power cut."""
-    handle = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _journals(directory: Path) -> Iterator[Path]:

@@ -11,8 +11,9 @@ from typing import Any, cast
 from pydantic import TypeAdapter, ValidationError
 
 from kvcore.errors import StoreError
+from kvcore.files import sync, write_beside
 from kvcore.plan import KVPlan
-from kvcore.store_journal import FORMAT, seal, sync_directory, unseal, write_beside
+from kvcore.store_journal import FORMAT, seal, unseal
 from kvcore.types import TeacherInfo
 
 MANIFEST_NAME = "manifest.json"
@@ -78,7 +79,7 @@ def _create(path: Path, manifest: Manifest) -> None:
         return
     finally:
         temporary.unlink()
-    sync_directory(path.parent)
+    sync(path.parent)
 
 
 def _identity(info: TeacherInfo) -> dict[str, Any]:

@@ -17,8 +17,9 @@ import xxhash
 from safetensors import SafetensorError
 
 from kvcore.errors import StoreError
+from kvcore.files import sync
 from kvcore.frames import dtype_name
-from kvcore.store_journal import TensorEntry, sync_directory
+from kvcore.store_journal import TensorEntry
 from kvcore.types import Tensor
 
 _DTYPES = {dtype_name(dtype): dtype for dtype in (torch.int8, torch.int32, torch.float32, torch.bfloat16)}
@@ -36,9 +37,9 @@ def write_shard(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, TensorEn
         safetensors.torch.save_file(dict(tensors), temporary)  # pyright: ignore[reportUnknownMemberType]
         with temporary.open("rb") as file:
             offsets = _offsets(file.read(int.from_bytes(file.read(8), "little")))
-            os.fsync(file.fileno())
+        sync(temporary)
         temporary.replace(path)
-        sync_directory(path.parent)
+        sync(path.parent)
     except (OSError, SafetensorError) as error:
         temporary.unlink(missing_ok=True)
         raise StoreError(f"{path}: cannot write: {error}") from error

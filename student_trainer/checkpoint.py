@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,9 +13,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from kvcore.errors import ConfigError
+from kvcore.files import sync, write_json
 from kvcore.types import Tensor
 from student_trainer.ds_engine import Engine
-from student_trainer.tracking import write_json
 
 WEIGHTS, MOMENTS, FROZEN, STATE = "weights.safetensors", "moments.safetensors", "frozen.safetensors", "state.json"
 
@@ -104,23 +103,14 @@ def save(directory: Path, engine: Engine, frozen: dict[str, Tensor], state: dict
         save_file({name: tensor.contiguous() for name, tensor in frozen.items()}, temporary / FROZEN)
         write_json(temporary / STATE, state)
         for path in (*temporary.iterdir(), temporary):
-            _sync(path)
+            sync(path)
         shutil.rmtree(final, ignore_errors=True)
         temporary.rename(final)
-        _sync(directory)
+        sync(directory)
         for old in sorted(directory.glob("step-*"))[:-keep]:
             shutil.rmtree(old)
     dist.barrier()
     return final
-
-
-def _sync(path: Path) -> None:
-    """Returns when the disk has a file's or a directory's content."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def forget(directory: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal, Self, cast
 
-from pydantic import Field, model_validator
+from pydantic import ConfigDict, Field, model_validator
 
 from kvcore.config import StrictModel, parse
 from kvcore.errors import FieldError
@@ -232,6 +232,9 @@ def _merged(base: Section, changes: Section) -> Section:
 
 class StageConfig(StrictModel):
     """One of several runs after one another: its folder under `run.output_dir`, and what it changes, at any depth."""
+
+    # A number that is not finite is kept, so that the whole configuration refuses it by its name.
+    model_config = ConfigDict(ser_json_inf_nan="constants")
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-][A-Za-z0-9_.-]{0,63}$")]
     kv: Section = Field(default_factory=dict)

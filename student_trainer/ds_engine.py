@@ -110,6 +110,31 @@ class Engine:
         for group in self._inner().param_groups:
             group["lr"] = lr
 
+    def gradient_norm(self) -> float | None:
+        """The norm of all ranks' gradients at the last step, before clipping, the same on every rank.
+
+        It is infinite where DeepSpeed skipped the step, and None where DeepSpeed keeps no norm: stage 0 in fp32.
+        """
+        norm = self._engine.get_global_grad_norm()
+        return None if norm is None else float(norm)
+
+    def is_finite(self) -> bool:
+        """Whether the parameters and moments that this rank's optimiser holds are finite."""
+        state = self._inner().state
+        return all(
+            bool(tensor.isfinite().all())
+            for held in self._held()
+            for tensor in (held, *(state[held][moment] for moment in MOMENTS if held in state))
+        )
+
+    def _held(self) -> Iterator[Tensor]:
+        """The fp32 tensors that the optimiser steps: parameters, or this rank's partitions of them."""
+        # ZeRO-3 hands its partitions to the optimizer only while it steps; the other stages keep them there.
+        partitions = getattr(self._engine.optimizer, "fp32_partitioned_groups_flat", None)
+        if partitions:
+            return iter(partitions)
+        return (held for group in self._inner().param_groups for held in group["params"])
+
     def _inner(self) -> torch.optim.Optimizer:
         optimizer = self._engine.optimizer
         return getattr(optimizer, "optimizer", optimizer)
@@ -164,13 +189,10 @@ class Engine:
     def _prime_optimizer(self, steps: int) -> None:
         """Makes the state that AdamW would only make at its first step, so that there is something to set."""
         inner = self._inner()
-        # ZeRO-3 hands its partitions to the optimizer only while it steps; the other stages keep them there.
-        partitions = getattr(self._engine.optimizer, "fp32_partitioned_groups_flat", None)
-        for group in [{"params": partitions}] if partitions else inner.param_groups:
-            for held in group["params"]:
-                inner.state[held] = {"step": torch.tensor(float(steps))} | {
-                    name: torch.zeros_like(held) for name in MOMENTS
-                }
+        for held in self._held():
+            inner.state[held] = {"step": torch.tensor(float(steps))} | {
+                name: torch.zeros_like(held) for name in MOMENTS
+            }
         link = getattr(self._engine.optimizer, "_lazy_init_hp_params_optimizer_state", None)
         if link is not None:
             link()

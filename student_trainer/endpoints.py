@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from kvcore.errors import FieldError
+from kvcore.files import replace_file
 from student_trainer.local_teachers import teacher_names
 
 FLAG = "--teacher_endpoints"
@@ -42,9 +43,7 @@ def read_endpoints(given: Sequence[str], models: Sequence[str]) -> dict[str, lis
 def write_endpoints(path: Path, endpoints: Mapping[str, Sequence[str]]) -> None:
     """Writes the file that `@FILE` reads; it appears under its name only when complete."""
     lines = [f"{name}={','.join(addresses)}\n" for name, addresses in endpoints.items()]
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text("".join(lines), encoding="utf-8")
-    temporary.rename(path)
+    replace_file(path, "".join(lines))
 
 
 def _address(text: str, where: str) -> str:

@@ -19,6 +19,7 @@ from torch import nn
 from torch.nn import functional
 
 from kvcore.errors import ConfigError
+from kvcore.files import write_json
 from kvcore.types import Tensor
 from student_trainer.capture import capture_kv
 
@@ -219,7 +220,7 @@ def save_reasoning(reasoning: LatentReasoning, tensors: dict[str, Tensor], direc
     """Writes latent parameters beside a student's own weights. `tensors`: the module's state, gathered."""
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, directory / LATENT_WEIGHTS)
     settings = {"latents": reasoning.latents, "passes": reasoning.passes}
-    (directory / LATENT_CONFIG).write_text(json.dumps(settings), encoding="utf-8")
+    write_json(directory / LATENT_CONFIG, settings)
 
 
 def load_reasoning(lm: PreTrainedModel, directory: Path, latents: int, passes: int) -> LatentReasoning | None:

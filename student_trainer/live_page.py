@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import time
 from collections.abc import Mapping
-from typing import Any
 
 from fastapi import FastAPI
 from fastapi.responses import HTMLResponse, JSONResponse
 
+from kvcore.files import finite_or_null
 from kvcore.line_chart import line_chart, number
 from kvcore.live_page import HEADERS, facts, live_page, shares, stack, state, tiles
 from kvcore.page import charts, heading, paragraphs
@@ -51,7 +50,7 @@ def add_live_page(app: FastAPI, config: TrainConfig, run: RunState) -> None:
     @app.get("/state.json")
     def read_state() -> JSONResponse:
         """The same for programs. Figures that are not finite are null."""
-        return JSONResponse(_finite(dataclasses.asdict(run.snapshot())))
+        return JSONResponse(finite_or_null(dataclasses.asdict(run.snapshot())))
 
 
 def render_page(config: TrainConfig, run: RunSnapshot) -> str:
@@ -188,12 +187,3 @@ def _settings(config: TrainConfig) -> dict[str, object]:
         "ZeRO stage": config.run.zero_stage,
         "seed": config.run.seed,
     }
-
-
-def _finite(value: Any) -> Any:
-    """JSON knows neither NaN nor infinity."""
-    if isinstance(value, dict):
-        return {name: _finite(entry) for name, entry in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(entry) for entry in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -13,9 +13,9 @@ import torch.distributed as dist
 
 from data.records import content_digest
 from kvcore.errors import ConfigError
+from kvcore.files import write_json
 from student_trainer import ds_engine
 from student_trainer.config import TrainConfig
-from student_trainer.tracking import write_json
 
 logger = logging.getLogger(__name__)
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import resource
 from pathlib import Path
 from typing import Any
 
+from kvcore.files import json_text, replace_file
 from kvcore.units import in_time
 from student_trainer.run_state import RunState
 
@@ -36,12 +38,13 @@ class Tracker:
         self._lines = self._lines_path.open("a", encoding="utf-8")
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
-        """Records metrics under the names of docs/metrics.md."""
+        """Records metrics under the names of docs/metrics.md; one that is not finite is left out."""
         if not self._enabled:
             return
+        metrics = {name: value for name, value in metrics.items() if math.isfinite(value)}
         for name, value in metrics.items():
             self._board.add_scalar(name, value, step)
-        self._lines.write(json.dumps({"step": step} | metrics) + "\n")
+        self._lines.write(json_text({"step": step} | metrics) + "\n")
         self._lines.flush()
         self.state.log(step, metrics)
 
@@ -74,21 +77,10 @@ def _drop_lines_after(path: Path, step: int) -> list[dict[str, Any]]:
     # A line without its end was cut off as it was written, after the checkpoint that the run resumes from.
     lines = [line for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
     kept = [(line, parsed) for line in lines if (parsed := json.loads(line))["step"] <= step]
-    _replace(path, "".join(line for line, _ in kept))
+    replace_file(path, "".join(line for line, _ in kept))
     return [parsed for _, parsed in kept]
 
 
 def peak_memory_mb() -> float:
     """This process's peak resident memory, in MiB."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Writes JSON so that a reader sees the old file or the new one, never half of it."""
-    _replace(path, json.dumps(value, indent=2) + "\n")
-
-
-def _replace(path: Path, text: str) -> None:
-    temporary = path.with_suffix(path.suffix + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)

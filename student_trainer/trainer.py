@@ -22,23 +22,27 @@ from fuse.routing import CollapseDetector
 from kvcore import tracing
 from kvcore.config import load_config
 from kvcore.errors import KVDistillError
+from kvcore.files import write_json
 from kvcore.types import Tensor
 from student_trainer import checkpoint, ds_engine
-from student_trainer.build import Parts, build, fail_together
+from student_trainer.build import Parts, build
 from student_trainer.config import BEST_MODEL, OptimConfig, TrainConfig
+from student_trainer.divergence import GRADIENT_NORM, STATE, DivergedError, FiniteCheck, not_finite
 from student_trainer.export import save_model
 from student_trainer.kv_sources import counters
 from student_trainer.model import TrainBatch
 from student_trainer.monitor import monitored
 from student_trainer.run_state import RunState
 from student_trainer.stages import run_stages
-from student_trainer.tracking import Tracker, peak_memory_mb, write_json
+from student_trainer.tracking import Tracker, peak_memory_mb
 from student_trainer.validation import Validation, validate
 from student_trainer.window import Window, from_rows
 
 logger = logging.getLogger(__name__)
 
 SHOWN = ("val/loss", "val/kv_loss")
+# What a rank met; where ranks differ, the highest holds for all.
+_WELL, _STOP, _FAILED, _DIVERGED = range(4)
 
 
 class InterruptedRunError(KVDistillError):
@@ -97,6 +101,7 @@ class Trainer:
         self.state = RunState() if state is None else state
         self.state.connected({teacher.name: teacher.source for teacher in parts.teachers})
         self.out = config.run.output_dir
+        self._checkpoints = self.out / "checkpoints"
         self.device = ds_engine.device()
         if parts.resumed is not None:
             parts.resumed.load_weights(parts.model)
@@ -106,6 +111,7 @@ class Trainer:
         self.window, self.total = Window(), Window()
         self.collapse = CollapseDetector(list(parts.model.weights), config.fuse.collapse_at)
         self._stop_requested = False
+        self._finite = FiniteCheck()
         if parts.resumed is not None:
             parts.resumed.restore(self.engine)
             self.step, self.best = parts.resumed.step, parts.resumed.state["best"]
@@ -178,10 +184,13 @@ class Trainer:
         self._set_epoch(self.step)
         for _ in range(self.parts.sampling.accumulation):
             batch = self._fetch([self.parts.train[index] for index in next(batches)], self.window)
-            for name, value in self.engine.micro_step(batch).items():
-                self.window.losses[name] = self.window.losses.get(name, 0.0) + float(value.detach())
-            self.window.micro_batches += 1
+            losses = {name: float(value.detach()) for name, value in self.engine.micro_step(batch).items()}
+            self._finite.note(self.step + 1, losses)
+            self.window.lost(losses)
         self.step += 1
+        norm = self.engine.gradient_norm()
+        if norm is not None:
+            self._finite.note(self.step, {GRADIENT_NORM: norm})
         self.window.samples += self.config.run.global_batch
         self.window.spent(time.monotonic() - began, align_s=self.parts.model.take_align_seconds())
         self.state.stepped(self.step, self.config.run.global_batch)
@@ -198,10 +207,8 @@ class Trainer:
             batch = self.parts.batch(records, window)
         except KVDistillError as error:
             failure = error
-        # 2: a rank failed, 1: a rank was told to stop. One small collective before any other of the micro-batch.
-        status = torch.tensor(2 if failure else int(self._stop_requested), device=self.device)
-        dist.all_reduce(status, op=dist.ReduceOp.MAX)
-        if int(status) == 0:
+        status = self._agree(failure)
+        if status == _WELL:
             assert batch is not None
             return batch
         if self.step > 0:  # Before its first step the optimiser has no state to save, and nothing is lost.
@@ -211,8 +218,21 @@ class Trainer:
         if failure is not None:
             raise failure
         raise InterruptedRunError(
-            f"{'another rank failed' if int(status) == 2 else 'told to stop'} at step {self.step}"
+            f"{'another rank failed' if status == _FAILED else 'told to stop'} at step {self.step}"
         )
+
+    def _agree(self, failure: KVDistillError | None) -> int:
+        """The worst that any rank met, in one small collective: well, told to stop, or failed.
+
+        Raises:
+            DivergedError: on every rank, if any rank saw a figure that is not finite. Nothing of it may be saved.
+        """
+        own = _DIVERGED if self._finite.failed else _FAILED if failure else _STOP if self._stop_requested else _WELL
+        status = torch.tensor(own, device=self.device)
+        dist.all_reduce(status, op=dist.ReduceOp.MAX)
+        if int(status) == _DIVERGED:
+            raise DivergedError(*self._finite.agreed(self.device), self._checkpoints)
+        return int(status)
 
     def _log(self, tracker: Tracker) -> None:
         window, self.window = self.window, Window()
@@ -262,6 +282,9 @@ class Trainer:
                 self.engine.module, self.parts, lambda records: self._fetch(records, Window()), self.device
             )
         tracker.log(self.step, {name: value for name, value in found.metrics.items() if name.startswith("val/")})
+        judged = ["val/loss"] + [f"val/{self.config.run.best_by}"] * (self.config.run.best_by != "accuracy")
+        if bad := not_finite({name: found.metrics[name] for name in judged}):
+            raise DivergedError(self.step, sorted(bad), self._checkpoints)
         if self.rank == 0:
             shown = ", ".join(f"{name} {found.metrics[name]:.4f}" for name in SHOWN if name in found.metrics)
             accuracy = 100 * found.metrics["val/task_metrics/accuracy"]
@@ -274,6 +297,7 @@ class Trainer:
         current["step"] = float(self.step)
 
         if self.best is None or self._quality(current) > self._quality(self.best):
+            self._check_state()
             self.best = current
             save_model(self.engine, self.parts, self.out / BEST_MODEL)
             if self.rank == 0:
@@ -286,12 +310,20 @@ class Trainer:
         return first, -metrics["val/loss"]
 
     def _flush(self) -> None:
+        """Puts on disk what was recorded, and makes sure that the model may be saved too."""
         failure: KVDistillError | None = None
         try:
             self.parts.flush()
         except KVDistillError as error:
             failure = error
-        fail_together(failure)
+        self._check_state(failure)
+
+    def _check_state(self, failure: KVDistillError | None = None) -> None:
+        """Comes before every save: raises on all ranks if one has a failure, or holds numbers that are not finite."""
+        if not self._finite.failed:
+            self._finite.note(self.step, {STATE: 0.0 if self.engine.is_finite() else math.nan})
+        if self._agree(failure) == _FAILED:
+            raise failure or KVDistillError("another rank failed; its message says why")
 
     def _save(self) -> Path:
         self._flush()
@@ -303,7 +335,7 @@ class Trainer:
         }
         with self.state.during("saving"):
             return checkpoint.save(
-                self.out / "checkpoints",
+                self._checkpoints,
                 self.engine,
                 self.parts.model.frozen_state(),
                 state,

@@ -80,6 +80,11 @@ class Window:
         sent = TeacherSums(received.samples, received.missing, received.encoded_bytes, stages)
         self.teachers[teacher] = self.teachers.get(teacher, TeacherSums()).plus(sent)
 
+    def lost(self, losses: Mapping[str, float]) -> None:
+        """Adds one micro-batch's losses."""
+        _add(self.losses, losses)
+        self.micro_batches += 1
+
     def spent(self, seconds: float, align_s: float) -> None:
         """Adds one step's time, and how much of it went to aligning."""
         self.seconds += seconds

@@ -13,6 +13,7 @@ from typing import Any
 from experiments.demo.results import read_metrics
 from experiments.demo.run import Demo
 from experiments.demo.settings import FULL, QUICK, TEACHERS, Config, Settings, run_config
+from kvcore.files import json_text
 
 ACCURACY = "val/task_metrics/accuracy"
 WEIGHT = "routing/weights_mean/"
@@ -97,4 +98,4 @@ def run(description: str | None, output: str, make: Callable[[Path, Settings, in
     parser.add_argument("--quick", action="store_true", help="the steps of kvdistill demo --quick")
     arguments = parser.parse_args()
     comparison = make(arguments.output, QUICK if arguments.quick else FULL, arguments.seeds)
-    sys.stdout.write(json.dumps(comparison.compare()) + "\n")
+    sys.stdout.write(json_text(comparison.compare()) + "\n")

@@ -21,11 +21,11 @@ from data.collate import Collator
 from data.records import load_records
 from experiments.demo.settings import PROGRESS
 from kvcore.config import parse
+from kvcore.files import write_json
 from student_trainer import ds_engine, trainer
 from student_trainer.config import TrainConfig
 from student_trainer.evaluate import answer, is_correct, mean_over_ranks, rank_batches
 from student_trainer.latent import LatentStudent, load_reasoning
-from student_trainer.tracking import write_json
 
 _TEST_BATCH = 250
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from experiments.demo.page import render_page
 from experiments.demo.picture import draw_picture
 from experiments.demo.results import Arm, Replay, Results
 from experiments.demo.settings import CONTROLS, ArmName
+from kvcore.files import replace_file, write_json
 
 HEADINGS = ("arm", "accuracy", "KV loss", "what the student learns from")
 WHAT_IS: dict[ArmName, str] = {
@@ -28,9 +28,9 @@ def write_report(results: Results, output: Path) -> list[Path]:
     output.mkdir(parents=True, exist_ok=True)
     paths = [output / name for name in ("report.json", "report.png", "report.html")]
     rows, said = table_rows(results), verdict(results)
-    _replace(paths[0], (json.dumps(results.as_json(), indent=2) + "\n").encode())
-    _replace(paths[1], draw_picture(results))
-    _replace(paths[2], render_page(results, HEADINGS, rows, said).encode())
+    write_json(paths[0], results.as_json())
+    replace_file(paths[1], draw_picture(results))
+    replace_file(paths[2], render_page(results, HEADINGS, rows, said))
     show(rows, said, Console())
     return paths
 
@@ -111,9 +111,3 @@ def _kv_loss(arm: Arm) -> str:
 
 def _mean(arm: Arm) -> float:
     return sum(arm.accuracy) / len(arm.accuracy)
-
-
-def _replace(path: Path, content: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_bytes(content)
-    temporary.replace(path)

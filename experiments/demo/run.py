@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import sys
 import time
@@ -30,6 +29,7 @@ from experiments.demo.settings import (
     epoch_config,
 )
 from kvcore.errors import FieldError
+from kvcore.files import write_json
 from student_trainer.local_teachers import LocalTeachers
 from student_trainer.processes import ended_by_sigterm
 
@@ -123,7 +123,7 @@ class Demo:
         ports = {name: int(endpoint.rpartition(":")[2]) for name, endpoint in endpoints.items()}
         plan_path = self.layout.output / "runs" / "plan.json"
         plan = self.plan(student.path, ports)
-        plan_path.write_text(json.dumps(plan, indent=2), encoding="utf-8")
+        write_json(plan_path, plan)
         ranks = ["--nproc_per_node", str(self.settings.ranks)]
         launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", *ranks]
         began = time.monotonic()

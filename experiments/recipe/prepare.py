@@ -16,6 +16,7 @@ from data.records import Record, content_digest, load_records, write_records
 from experiments.recipe.build import DataFiles
 from experiments.recipe.settings import MIX, TRAIN_SAMPLES, VAL_SAMPLES, RecipeSettings
 from kvcore.errors import ConfigError, FieldError
+from kvcore.files import write_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -59,7 +60,7 @@ def prepare_data(settings: RecipeSettings, directory: Path) -> DataFiles:
     for path, records in ((files.train, train), (files.val, val)):
         logger.info("data: %d %s records", len(records), path.stem)
         write_records(path, records)
-    marker.write_text(json.dumps({"settings": digest}) + "\n", encoding="utf-8")
+    write_json(marker, {"settings": digest})
     return files
 
 

@@ -10,6 +10,7 @@ from experiments.charts import DARK, LIGHT, draw
 from experiments.report.pictures import Picture, pictures
 from experiments.report.runs import Run, find_runs
 from experiments.report.table import comparison, comparison_csv, markdown
+from kvcore.files import replace_file
 from kvcore.page import figure, heading, page, paragraphs, table
 
 _SCORES = (
@@ -33,15 +34,13 @@ def write_report(outputs: Sequence[Path], output: Path) -> list[Path]:
     drawn, missing = pictures(runs)
     output.mkdir(parents=True, exist_ok=True)
     files = {
-        "report.html": _page(runs, drawn, missing).encode(),
-        "report.md": markdown(headings, rows).encode(),
-        "report.csv": comparison_csv(runs).encode(),
+        "report.html": _page(runs, drawn, missing),
+        "report.md": markdown(headings, rows),
+        "report.csv": comparison_csv(runs),
         **{f"{one.name}.png": draw(one.fill, LIGHT, one.inches, "png") for one in drawn},
     }
     for name, content in files.items():
-        temporary = output / f".{name}.tmp"
-        temporary.write_bytes(content)
-        temporary.replace(output / name)
+        replace_file(output / name, content)
     paths = [output / name for name in files]
     sys.stdout.write("".join((markdown(headings, rows), *(f"{line}\n" for line in (*missing, *paths)))))
     return paths

@@ -18,10 +18,10 @@ from experiments.sweep.spec import SweepConfig
 from experiments.sweep.table import write_table
 from kvcore.config import load_config
 from kvcore.errors import ConfigError, FieldError, KVDistillError
+from kvcore.files import write_json
 from kvcore.progress import Meter
 from student_trainer.config import BEST_MODEL
 from student_trainer.processes import ended_by_sigterm, start_logged, tail, tied
-from student_trainer.tracking import write_json
 
 
 class SweepError(KVDistillError):

@@ -11,6 +11,7 @@ from pathlib import Path
 from experiments.report.runs import AVERAGE, Run, find_runs
 from experiments.report.table import UNKNOWN, markdown, to_csv
 from experiments.sweep.plan import PlannedRun
+from kvcore.files import replace_file
 
 _LEVEL = 0.95
 KV_LOSS = "KV loss"
@@ -78,9 +79,7 @@ def write_table(runs: Sequence[PlannedRun]) -> tuple[str, list[Path]]:
     sweep.output_dir.mkdir(parents=True, exist_ok=True)
     paths = [sweep.output_dir / name for name in ("table.md", "table.csv")]
     for path, content in zip(paths, (text, _csv(rows, columns, keys)), strict=True):
-        temporary = path.with_name(f".{path.name}.tmp")
-        temporary.write_text(content, encoding="utf-8")
-        temporary.replace(path)
+        replace_file(path, content)
     return text, paths
 
 

@@ -15,6 +15,7 @@ from typing import Any, cast
 from huggingface_hub import snapshot_download
 
 from kvcore.errors import FieldError
+from kvcore.files import replace_file
 
 logger = logging.getLogger(__name__)
 
@@ -98,9 +99,7 @@ def _file_digest(file: Path, cache: Path) -> str:
     digest = _hash(file)
     try:
         cache.mkdir(parents=True, exist_ok=True)
-        unfinished = entry.with_suffix(f".{os.getpid()}.tmp")
-        unfinished.write_text(digest, encoding="ascii")
-        unfinished.replace(entry)
+        replace_file(entry, digest)
     except OSError as error:
         logger.warning("cannot remember the digest of %s: %s", file, error)
     return digest

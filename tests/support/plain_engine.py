@@ -32,10 +32,19 @@ class PlainEngine(Engine):
         (losses["loss"] / self._accumulation).backward()
         self._micro_steps += 1
         if self._micro_steps % self._accumulation == 0:
-            torch.nn.utils.clip_grad_norm_(self.module.parameters(), self._clip)
+            self._norm = float(torch.nn.utils.clip_grad_norm_(self.module.parameters(), self._clip))
             self._optimizer.step()
             self._optimizer.zero_grad()
         return losses
+
+    def gradient_norm(self) -> float:
+        return self._norm
+
+    def _inner(self) -> torch.optim.Optimizer:
+        return self._optimizer
+
+    def _held(self) -> Iterator[Tensor]:
+        return (parameter for _, parameter in self.trained_parameters())
 
     def set_lr(self, lr: float) -> None:
         for group in self._optimizer.param_groups:

@@ -193,8 +193,6 @@ def test_a_vanishing_weight_counts_as_0_and_keeps_gradients_finite() -> None:
         [math.inf, 1.0, 1.0],
         [[1.0, 1.0, 1.0]],
         [[1.0, 1.0, -0.1]] * B,
-        [[1.0, 1.0, math.nan]] * B,
-        [[[1.0, math.inf, 1.0]] * L] * B,
         [[[1.0, 1.0, 1.0]] * B] * L,
     ],
 )
@@ -202,3 +200,13 @@ def test_bad_weights_are_refused(weights: list[float]) -> None:
     x, mask = case(4)
     with pytest.raises(FieldError, match="weights"):
         fuse(x, mask, torch.tensor(weights))
+
+
+def test_a_computed_weight_that_is_nan_makes_its_own_samples_target_nan() -> None:
+    x, mask = case(4)
+    weights_BN = torch.ones(B, 3)
+    good, _ = fuse(x, mask, weights_BN)
+    weights_BN[0, 1] = math.nan
+    fused, _ = fuse(x, mask, weights_BN)
+    assert fused[0].isnan().all()
+    assert fused[1:].equal(good[1:])

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 from pathlib import Path
 
 import pytest
 
 from student_trainer.kv_sources.failover import FailoverSource
 from student_trainer.run_state import RunState
-from student_trainer.tracking import Tracker, peak_memory_mb, write_json
+from student_trainer.tracking import Tracker, peak_memory_mb
 from tests.support.scripted_replica import ScriptedReplica
 
 LINES = "metrics.jsonl"
@@ -100,13 +101,12 @@ def test_the_curves_of_a_resumed_run_go_on_and_its_figures_are_of_this_process(t
     assert state.snapshot().history["train/loss"][-2:] == [(2, 1.0), (3, 9.0)]
 
 
-def test_json_replaces_a_file_whole(tmp_path: Path) -> None:
-    path = tmp_path / "summary.json"
-    write_json(path, {"steps": 1})
-    with pytest.raises(TypeError):
-        write_json(path, {"steps": object()})
-    assert json.loads(path.read_text(encoding="utf-8")) == {"steps": 1}
-    assert list(tmp_path.iterdir()) == [path]
+def test_a_figure_that_is_not_finite_is_left_out_of_its_line(tmp_path: Path) -> None:
+    tracker = Tracker(tmp_path, 10, enabled=True, first_step=0)
+    tracker.log(1, {"train/loss": math.nan, "train/kv_loss": math.inf, "train/lr": 0.5})
+    tracker.close()
+    assert (tmp_path / LINES).read_text(encoding="utf-8") == '{"step": 1, "train/lr": 0.5}\n'
+    assert tracker.state.snapshot().scalars == {"train/lr": 0.5}
 
 
 def test_peak_memory_is_in_mebibytes() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from data.records import Record
 from kvcore.errors import TeacherUnavailableError
@@ -18,6 +20,7 @@ from student_trainer import checkpoint, ds_engine
 from student_trainer.build import Parts
 from student_trainer.calibrate import calibrate
 from student_trainer.config import OptimConfig, TrainConfig
+from student_trainer.divergence import DivergedError
 from student_trainer.model import TrainBatch
 from student_trainer.sampling import Sampling
 from student_trainer.trainer import InterruptedRunError, Trainer, learning_rate
@@ -40,16 +43,25 @@ STEPS, GLOBAL_BATCH = 4, 4
 
 
 class MemoryParts(Parts):
-    """Parts whose teachers answer from memory; `fails_at`: the batch, counted from 0, for which one does not."""
+    """Parts whose teachers answer from memory.
+
+    Batches are counted from 0: a teacher does not answer for `fails_at`, and its keys are NaN in `nan_at`.
+    """
 
     fails_at: int = -1
+    nan_at: int = -1
     batches: int = 0
 
     def batch(self, records: Sequence[Record], window: Window) -> TrainBatch:
         type(self).batches += 1
         if type(self).batches - 1 == type(self).fails_at:
             raise TeacherUnavailableError("ada", "no endpoint answers")
-        return train_batch(self.model, records)
+        batch = train_batch(self.model, records)
+        if type(self).batches - 1 == type(self).nan_at:
+            keys = batch.teachers[0].k_BLHMD
+            assert keys is not None
+            keys.fill_(math.nan)
+        return batch
 
 
 @pytest.fixture(autouse=True)
@@ -61,11 +73,20 @@ def one_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         yield
 
 
-def trainer_in(output: Path, *, micro_batch: int = 2, fails_at: int = -1, val: Sequence[Record] = VAL) -> Trainer:
+def trainer_in(
+    output: Path,
+    *,
+    micro_batch: int = 2,
+    fails_at: int = -1,
+    nan_at: int = -1,
+    optim: dict[str, float] | None = None,
+    val: Sequence[Record] = VAL,
+    **run: Any,
+) -> Trainer:
     settings: dict[str, Any] = {
         "student": {"path": "tiny", "latents": LATENTS, "passes": PASSES},
         "data": {"train": "t.jsonl", "answer_tokens": 2},
-        "optim": {"lr": 0.01},
+        "optim": {"lr": 0.01, **(optim or {})},
         "loss": {"kv_weight": 5.0},
         "run": {
             "output_dir": str(output),
@@ -73,6 +94,7 @@ def trainer_in(output: Path, *, micro_batch: int = 2, fails_at: int = -1, val: S
             "global_batch": GLOBAL_BATCH,
             "micro_batch": micro_batch,
             "log_every": 1,
+            **run,
         },
     }
     config = TrainConfig.model_validate_json(json.dumps(settings))
@@ -82,7 +104,7 @@ def trainer_in(output: Path, *, micro_batch: int = 2, fails_at: int = -1, val: S
         calibrate(model, TRAIN, range(40), lambda chosen: train_batch(model, chosen), 40, lambda _: None)
     else:
         model.load_frozen(resumed.frozen())
-    MemoryParts.batches, MemoryParts.fails_at = 0, fails_at
+    MemoryParts.batches, MemoryParts.fails_at, MemoryParts.nan_at = 0, fails_at, nan_at
     sampling = Sampling(config.run, len(TRAIN), 0, 1)
     parts = MemoryParts(config, TOKENIZER, collator(), TRAIN, val, (), model, sampling, resumed, {"run": "a"})
     return Trainer(config, parts, 0, 1)
@@ -199,6 +221,60 @@ def test_the_best_model_is_best_in_what_the_run_asks_for(tmp_path: Path, best_by
         trainer._keep_best(Validation(metrics, None))
     assert trainer.best is not None
     assert trainer.best["step"] == best
+
+
+def assert_all_saved_is_finite(output: Path) -> None:
+    """Everything that training changes; calibration leaves NaN where nothing was measured."""
+    for path in output.rglob("*.safetensors"):
+        if path.name != "frozen.safetensors":
+            assert all(tensor.isfinite().all() for tensor in load_file(path).values()), path
+
+
+@pytest.mark.parametrize("nan_at", [4, 5])
+def test_a_loss_that_is_nan_ends_the_run_with_the_last_good_checkpoint_from_which_it_goes_on(
+    tmp_path: Path, nan_at: int
+) -> None:
+    trainer_in(tmp_path / "whole", save_every=1).train()
+    trainer = trainer_in(tmp_path / "bad", nan_at=nan_at, save_every=1)
+    with pytest.raises(DivergedError) as raised:
+        trainer.train()
+    assert str(raised.value).startswith("step 3: the run diverged; not finite: ")
+    assert "kv_loss, kv_objective, loss" in str(raised.value)
+    assert "step-00000002" in str(raised.value)
+    assert "optim.lr" in raised.value.line()
+    found = checkpoint.latest(tmp_path / "bad" / "checkpoints")
+    assert found is not None
+    assert found.step == 2
+    assert_all_saved_is_finite(tmp_path / "bad")
+    assert not (tmp_path / "bad" / "summary.json").exists()
+    trainer_in(tmp_path / "bad", save_every=1).train()
+    for name in ("train/loss", "val/loss"):
+        assert logged(tmp_path / "bad", name) == logged(tmp_path / "whole", name)
+
+
+def test_a_loss_that_is_nan_in_the_last_micro_batch_of_a_run_ends_it_without_a_model(tmp_path: Path) -> None:
+    with pytest.raises(DivergedError, match=f"step {STEPS}: .* loss, gradient norm"):
+        trainer_in(tmp_path, nan_at=2 * STEPS - 1, val=[]).train()
+    assert not (tmp_path / "best_model").exists()
+    assert checkpoint.latest(tmp_path / "checkpoints") is None
+
+
+def test_parameters_that_a_step_made_infinite_are_noticed_before_they_are_saved(tmp_path: Path) -> None:
+    with pytest.raises(DivergedError, match=r"step 1: .* not finite: parameters or optimizer moments"):
+        trainer_in(tmp_path, optim={"lr": 100.0, "weight_decay": 1e38}, val=[], steps=1).train()
+    assert not (tmp_path / "best_model").exists()
+    assert checkpoint.latest(tmp_path / "checkpoints") is None
+
+
+def test_a_validation_whose_loss_is_nan_never_becomes_the_best(tmp_path: Path) -> None:
+    # Three validation batches after two steps of two micro-batches, then again after the last step.
+    trainer = trainer_in(tmp_path, nan_at=2 * STEPS + 4, eval_every=2, save_every=2)
+    with pytest.raises(DivergedError, match=f"step {STEPS}: .* not finite: val/loss;"):
+        trainer.train()
+    assert trainer.best is not None
+    assert trainer.best["step"] == 2
+    assert json.loads((tmp_path / "eval_results.json").read_text(encoding="utf-8"))["val"]["step"] == 2
+    assert_all_saved_is_finite(tmp_path)
 
 
 def test_windows_add_up() -> None:
