@@ -103,9 +103,9 @@ def refused_describe(describe: Any) -> None:
 
 def test_metadata_past_the_limit_is_refused_and_below_it_is_not(channel: grpc.Channel) -> None:
     check = channel.unary_unary(CHECK)
-    check(b"", timeout=30, metadata=[("x-filler", "x" * (MAX_METADATA_BYTES - 1024))])
+    check(b"", timeout=30, metadata=(("x-filler", "x" * (MAX_METADATA_BYTES - 1024)),))
     with pytest.raises(grpc.RpcError) as caught:
-        check(b"", timeout=30, metadata=[("x-filler", "x" * (MAX_METADATA_BYTES + 1024))])
+        check(b"", timeout=30, metadata=(("x-filler", "x" * (MAX_METADATA_BYTES + 1024)),))
     failed: Any = caught.value
     assert failed.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
 
