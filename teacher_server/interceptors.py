@@ -102,7 +102,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             response_serializer=handler.response_serializer,
         )
 
-    def _watched(self, method: Method, name: str) -> Method:
+    def _watched(self, method: Method, name: str) -> Callable[[object, grpc.aio.ServicerContext], Awaitable[Any]]:
         async def watched(_requests: object, context: grpc.aio.ServicerContext) -> Any:
             call = Call(name, context.peer())
             with self._activity.during(call), traced(call, self._prefix[1:], context.invocation_metadata() or ()):

@@ -40,7 +40,7 @@ async def read_request(context: grpc.aio.ServicerContext) -> bytes:
     The stream itself would keep the last message alive for as long as it is.
     """
     data: Any = await context.read()
-    return b"" if data is grpc.aio.EOF else data  # pyright: ignore[reportAttributeAccessIssue]
+    return data if isinstance(data, bytes) else b""
 
 
 class OpenServicesInterceptor(grpc.aio.ServerInterceptor):
