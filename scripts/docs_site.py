@@ -1,4 +1,7 @@
-"""Hooks of mkdocs.yml: README, CONTRIBUTING, CHANGELOG and LICENSE are pages of the site, and links lead to them."""
+"""Hooks of mkdocs.yml: they add pages for README, CONTRIBUTING, CHANGELOG and LICENSE, and the pictures drawn by code.
+
+`python -m mkdocs build` finds the modules of this repository; the command `mkdocs` alone does not.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,8 @@ from pathlib import Path, PurePosixPath
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
+
+from scripts.draw_pictures import pictures
 
 ROOT = Path(__file__).resolve().parent.parent
 # What stands beside docs/, and its page.
@@ -23,12 +28,14 @@ _CODE = re.compile(r"(^```.*?^```$|`[^`\n]+`)", re.MULTILINE | re.DOTALL)
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Adds the pages that stand beside docs/."""
+    """Adds the pages that stand beside docs/, and the pictures that are drawn for the site."""
     for source, page in PAGES.items():
         text = (ROOT / source).read_text(encoding="utf-8")
         plain = f"# License\n\n```text\n{text}```\n"
         content = with_site_links(text, PurePosixPath()) if source.endswith(".md") else plain
         files.append(File.generated(config, page, content=content))
+    for path, picture in pictures().items():
+        files.append(File.generated(config, path, content=picture))
     return files
 
 

@@ -155,7 +155,8 @@ def site_builds() -> bool:
 def build_site(output: Path) -> bool:
     """Writes the documentation as a site below `output`."""
     # The theme warns of the next mkdocs, which is not the one that is pinned.
-    return call("env", "NO_MKDOCS_2_WARNING=1", tool("mkdocs"), "build", "--strict", "--site-dir", str(output))
+    mkdocs = (sys.executable, "-m", "mkdocs")
+    return call("env", "NO_MKDOCS_2_WARNING=1", *mkdocs, "build", "--strict", "--site-dir", str(output))
 
 
 def generate_proto(output: Path) -> bool:

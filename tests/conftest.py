@@ -8,7 +8,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from hypothesis import Phase, settings
+from hypothesis import settings
 
 # Before torch and transformers are imported, here and in every process that a test starts.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -17,8 +17,6 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 # A busy machine is no failure.
 settings.register_profile("kvdistill", deadline=None)
-# For scripts/mutate.py: that an example fails is enough, it need not be the smallest one.
-settings.register_profile("any_failure", deadline=None, phases=(Phase.explicit, Phase.generate))
 settings.load_profile("kvdistill")
 
 TESTS = Path(__file__).resolve().parent

@@ -1,4 +1,4 @@
-"""The documents' pictures: each is drawn by the script, kept in docs/pictures, and shown by a page of docs/."""
+"""The documentation's pictures: each is shown by a page, described in words, and either small or drawn for the site."""
 
 from __future__ import annotations
 
@@ -7,37 +7,53 @@ from pathlib import Path
 
 import pytest
 
-from scripts.draw_pictures import OUTPUT, PICTURES
+from scripts.draw_pictures import pictures
 
 pytestmark = pytest.mark.unit
 
-DOCS = Path(__file__).resolve().parents[2] / "docs"
-_SHOWN = re.compile(r"!\[([^\]]*)\]\(pictures/([\w.]+)\)")
+ROOT = Path(__file__).resolve().parents[2]
+DOCS = ROOT / "docs"
+_SHOWN = re.compile(r"!\[([^\]]*)\]\(([\w./]+)\)")
+
+
+@pytest.fixture(scope="module")
+def drawn() -> dict[str, bytes]:
+    return pictures()
+
+
+def committed() -> list[Path]:
+    return [path for path in DOCS.rglob("*") if path.suffix in {".svg", ".png"}]
 
 
 def shown() -> list[tuple[str, str]]:
-    """What is said of each picture, and its file's name, in all pages."""
+    """What the pages of docs/ say of each picture, and its path below docs/."""
     return [found for page in DOCS.glob("*.md") for found in _SHOWN.findall(page.read_text(encoding="utf-8"))]
 
 
-def test_pages_show_every_picture_once_and_no_other() -> None:
-    assert sorted(name for _, name in shown()) == sorted(path.name for path in OUTPUT.iterdir())
+def test_pages_and_readme_show_every_picture_and_no_other(drawn: dict[str, bytes]) -> None:
+    kept = {path.relative_to(DOCS).as_posix() for path in committed()}
+    readme = set(re.findall(r"docs/([\w./]+\.(?:svg|png))", (ROOT / "README.md").read_text(encoding="utf-8")))
+    assert readme <= kept
+    assert {path for _, path in shown()} | readme == kept | drawn.keys()
+    assert kept.isdisjoint(drawn)
 
 
-def test_script_draws_the_pictures_that_are_kept() -> None:
-    assert OUTPUT == DOCS / "pictures"
-    assert sorted(f"{name}.svg" for name in PICTURES) == sorted(path.name for path in OUTPUT.glob("*.svg"))
+def test_committed_pictures_are_small() -> None:
+    for path in committed():
+        if path.suffix == ".svg":
+            assert len(path.read_text(encoding="utf-8").splitlines()) <= 110, path.name
+        assert path.stat().st_size <= 150 * 1024, path.name
 
 
 def test_every_picture_is_described_for_those_who_cannot_see_it() -> None:
     assert [name for words, name in shown() if len(words.split()) < 5] == []
 
 
-def test_pictures_are_white_640_pixels_wide_and_undated() -> None:
-    for path in OUTPUT.glob("*.svg"):
-        text = path.read_text(encoding="utf-8")
+def test_drawn_pictures_are_white_640_pixels_wide_and_undated(drawn: dict[str, bytes]) -> None:
+    for name, content in drawn.items():
+        text = content.decode()
         width = re.search(r'<svg[^>]* width="([\d.]+)pt"', text)
         assert width is not None
-        assert float(width[1]) * 96 / 72 == pytest.approx(640), path.name
-        assert "fill: #ffffff" in text, path.name
-        assert "<dc:date>" not in text, path.name
+        assert float(width[1]) * 96 / 72 == pytest.approx(640), name
+        assert "fill: #ffffff" in text, name
+        assert "<dc:date>" not in text, name
