@@ -13,7 +13,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from kvcore.errors import FieldError
-from kvcore.offsets import fingerprint, read_text
+from kvcore.tensors.offsets import fingerprint, read_text
 from kvcore.types import Tensor
 
 METHODS = ("boundary", "overlap")

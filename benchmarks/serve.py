@@ -29,10 +29,10 @@ import torch
 from benchmarks.served import ServedTeacher, save_random_qwen2, served_teacher
 from data.synthetic import ChainTask
 from kvcore.plan import CodecName, CodecSpec, KVPlan, Selection
-from kvcore.stream_reader import StreamReader
 from kvcore.types import EncodedSampleKV, Sample
+from kvcore.wire.stream_reader import StreamReader
 from teacher_server.config import ServeConfig
-from teacher_server.engines import hf
+from teacher_server.engines.hf import hf_engine as hf
 
 CODECS: tuple[CodecName, ...] = ("int8", "raw")
 TINY = {

@@ -31,7 +31,7 @@ from kvcore.types import Sample, Span
 from teacher_server.config import ServeConfig
 from teacher_server.engines import load_engine
 from teacher_server.engines.base import LayerResult, PlannedSample, TokenizedSample
-from teacher_server.engines.vllm import VLLMEngine
+from teacher_server.engines.vllm.vllm_engine import VLLMEngine
 
 # 72M parameters: the smaller the model, the more encoding weighs beside it.
 SMALL = {

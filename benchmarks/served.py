@@ -14,12 +14,12 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from data.synthetic import ChainTask, make_splits
 from experiments.demo.tokenizers import build_tokenizer
-from kvcore import wire
 from kvcore.plan import KVPlan
 from kvcore.types import Sample, TeacherInfo
+from kvcore.wire import messages as wire
 from kvdistill.describe import describe
 from protos import kv_cache_pb2 as pb
-from student_trainer.local_teachers import LocalTeachers
+from student_trainer.launching.local_teachers import LocalTeachers
 
 TIMEOUT_S = 60.0
 MOST_MESSAGE_BYTES = 64 << 20

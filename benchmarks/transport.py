@@ -28,10 +28,10 @@ import grpc
 import psutil
 from grpc.experimental import ChannelOptions
 
-from kvcore.frames import pack_frame, unpack_frame
+from kvcore.wire.frames import pack_frame, unpack_frame
 from protos import kv_cache_pb2 as pb
 
-WAYS = ("identity", "protobuf")
+ARMS = ("identity", "protobuf")
 HEADER = {"v": 1, "request": "0" * 32, "seq": 0, "xxh3": 0, "records": [{"kind": "more", "index": 0}]}
 HEADER_ALLOWANCE = 1 << 20
 ROOT = Path(__file__).resolve().parent.parent
@@ -118,7 +118,7 @@ def cpu_seconds(server: psutil.Process) -> float:
 def run(frame_bytes: int, megabytes: int, rounds: int) -> dict[str, object]:
     """Measures both ways in turn; the first round of each only warms up."""
     frames = max(1, megabytes * 1_000_000 // frame_bytes)
-    measured: dict[str, list[Round]] = {way: [] for way in WAYS}
+    measured: dict[str, list[Round]] = {way: [] for way in ARMS}
     options = [
         ("grpc.max_receive_message_length", frame_bytes + HEADER_ALLOWANCE),
         (ChannelOptions.SingleThreadedUnaryStream, 1),
@@ -128,7 +128,7 @@ def run(frame_bytes: int, megabytes: int, rounds: int) -> dict[str, object]:
         grpc.insecure_channel(f"127.0.0.1:{port}", options=options) as channel,
     ):
         for _ in range(rounds + 1):
-            for way in WAYS:
+            for way in ARMS:
                 measured[way].append(measure(way, channel, server, frames))
     return {
         "frame_bytes": frame_bytes,

@@ -14,7 +14,7 @@ import torch
 
 from data.records import Record
 from kvcore.errors import FieldError
-from kvcore.offsets import read_text
+from kvcore.tensors.offsets import read_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -7,8 +7,8 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from data.dataset_sources import Source
 from data.question_pool import QuestionPool
-from data.sources import Source
 
 Report = dict[str, Any]
 # A share this much below the one asked for is worth a warning; less is rounding.

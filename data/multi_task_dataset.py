@@ -17,6 +17,7 @@ from typing import Annotated
 import typer
 from datasets import Dataset, Features, Value
 
+from data.dataset_sources import default_data_dir, find_source, read_rows
 from data.families import BASE, CHINESE, EXTENDED, find_family
 from data.families.base import Row as DatasetRow
 from data.mixing import apportion_splits
@@ -24,11 +25,10 @@ from data.mixture_report import Report, describe, log
 from data.prompts import STYLES, Style
 from data.question_pool import Entry, PoolReader, QuestionPool
 from data.records import Record, epoch_order
-from data.sources import default_data_dir, find_source, read_rows
 from kvcore.errors import ConfigError, FieldError, KVDistillError
 from kvcore.files import json_text, replace_file
-from kvcore.offsets import read_text
-from kvcore.progress import Meter
+from kvcore.monitoring.progress import Meter
+from kvcore.tensors.offsets import read_text
 
 COLUMNS = ("prompt", "reasoning", "answer", "style", "task_type", "dataset", "language", "id")
 

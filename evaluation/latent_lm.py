@@ -19,7 +19,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from kvcore.errors import KVDistillError
 from kvcore.types import Tensor
-from student_trainer.latent import LatentReasoning, LatentStudent
+from student_trainer.model.latent import LatentReasoning, LatentStudent
 
 if TYPE_CHECKING:
     from lm_eval.api.instance import Instance

@@ -11,13 +11,13 @@ from lm_eval.models.huggingface import HFLM
 
 from evaluation.latent_lm import LatentLM
 from kvcore.errors import FieldError
-from student_trainer.latent import LATENT_CONFIG, LATENT_WEIGHTS, load_reasoning
-from student_trainer.pretrained import DTypeName, load_pretrained
+from student_trainer.model.latent import LATENT_CONFIG, LATENT_WEIGHTS, load_reasoning
+from student_trainer.model.pretrained import DTypeName, load_pretrained
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from student_trainer.latent import LatentReasoning
+    from student_trainer.model.latent import LatentReasoning
 
 _FIELD = "--model_path"
 _HFLM: Any = HFLM

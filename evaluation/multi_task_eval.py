@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from evaluation.settings import EvalSettings, read_flags
+from evaluation.config import EvalSettings, read_flags
 from kvcore.errors import ConfigError, FieldError, KVDistillError
 from kvcore.files import write_json
 

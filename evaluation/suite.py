@@ -17,9 +17,9 @@ from lm_eval.api.metrics import mean
 from lm_eval.evaluator import evaluate
 from lm_eval.tasks import TaskManager
 
+from evaluation.config import BENCHMARKS
 from evaluation.latent_lm import LatentLM
 from evaluation.scores import Entry, question_lines
-from evaluation.settings import BENCHMARKS
 from evaluation.watched_lm import WatchedLM
 from kvcore.errors import ConfigError, FieldError
 

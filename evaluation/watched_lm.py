@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, cast
 from lm_eval.api.model import LM
 from rich.console import Console
 
-from kvcore.progress import Meter
+from kvcore.monitoring.progress import Meter
 
 if TYPE_CHECKING:
     from lm_eval.api.instance import Instance

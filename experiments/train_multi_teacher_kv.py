@@ -20,7 +20,7 @@ def main(arguments: list[str] | None = None) -> int:
         settings = read_flags(sys.argv[1:] if arguments is None else arguments, program)
         require("train", program)
         # Imported late, so that --help and mistakes are instant.
-        from experiments.recipe.run import run  # noqa: PLC0415
+        from experiments.recipe.run_recipe import run  # noqa: PLC0415
 
         run(settings)
     except KVDistillError as error:

@@ -28,7 +28,7 @@ def main(arguments: Sequence[str], program: str) -> int:
         for name in ("httpx", "datasets", "transformers"):
             logging.getLogger(name).setLevel(logging.WARNING)
         signal.signal(signal.SIGTERM, _leave)
-        from extraction.run import extract  # noqa: PLC0415 - torch is slow to import, and mistakes show before
+        from extraction.extract import extract  # noqa: PLC0415 - torch is slow to import, and mistakes show before
 
         extract(config)
     except KVDistillError as error:

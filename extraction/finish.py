@@ -18,12 +18,12 @@ from extraction.config import ExtractConfig
 from extraction.dataset import Items
 from extraction.pt_file import PTWriter
 from extraction.survey import Survey
-from kvcore.codec import decode_batch
 from kvcore.errors import ConfigError, TeacherRefusedError
 from kvcore.files import json_text, replace_file
-from kvcore.store import KVStoreReader, merge_index
+from kvcore.monitoring.units import in_bytes
+from kvcore.store.kv_store import KVStoreReader, merge_index
+from kvcore.tensors.codec import decode_batch
 from kvcore.types import EncodedSampleKV
-from kvcore.units import in_bytes
 
 logger = logging.getLogger(__name__)
 

@@ -10,8 +10,8 @@ from typing import Self
 
 from rich.console import Console
 
-from kvcore.progress import Meter
-from kvcore.units import in_bytes
+from kvcore.monitoring.progress import Meter
+from kvcore.monitoring.units import in_bytes
 
 
 @dataclass(slots=True)

@@ -13,9 +13,9 @@ from numpy.typing import NDArray
 
 from extraction.config import ExtractConfig
 from extraction.dataset import Items
-from kvcore.codec import KINDS, layer_bytes, part_layout
 from kvcore.errors import ConfigError
 from kvcore.plan import KVPlan, SpanKind
+from kvcore.tensors.codec import KINDS, layer_bytes, part_layout
 from kvcore.types import TeacherInfo
 
 if TYPE_CHECKING:

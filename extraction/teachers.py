@@ -17,8 +17,8 @@ from extraction.dataset import Items
 from extraction.survey import Survey, slots_of, stored_bytes
 from kvcore.errors import FieldError, TeacherRefusedError
 from kvcore.plan import KVPlan
-from kvcore.store import KVStoreReader, KVStoreWriter
-from kvcore.store_manifest import MANIFEST_NAME
+from kvcore.store.kv_store import KVStoreReader, KVStoreWriter
+from kvcore.store.manifest import MANIFEST_NAME
 from kvcore.types import EncodedSampleKV, MissingKV, Sample, TeacherInfo
 from student_trainer.config import AlignConfig, KVConfig, TeacherConfig
 from student_trainer.kv_sources import KVSource, build_source

@@ -79,7 +79,7 @@ class KVPlan(StrictModel):
         return _digest(self)  # pyright: ignore[reportArgumentType]  frozen models have a hash
 
 
-class Sampling(StrictModel):
+class SamplingParams(StrictModel):
     """How a teacher writes on from a prompt.
 
     `temperature` 0 writes the likeliest token each time (greedy); otherwise tokens are drawn, from the smallest set
@@ -102,6 +102,6 @@ class Sampling(StrictModel):
 
 # Asked for with every sample's content key, of the one or two plans that a process uses.
 @functools.lru_cache(maxsize=64)
-def _digest(model: KVPlan | Sampling) -> str:
+def _digest(model: KVPlan | SamplingParams) -> str:
     canonical = json.dumps(model.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
     return hashlib.blake2b(canonical.encode(), digest_size=16).hexdigest()

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from kvcore.plan import CodecSpec, KVPlan, Sampling, SpanKind
+from kvcore.plan import CodecSpec, KVPlan, SamplingParams, SpanKind
 
 Tensor = torch.Tensor
 
@@ -37,7 +37,7 @@ class Sample:
     token_ids: tuple[int, ...] | None = None
     spans: tuple[Span, ...] = ()
 
-    def content_key(self, weights_digest: str, plan: KVPlan, sampling: Sampling | None = None) -> str:
+    def content_key(self, weights_digest: str, plan: KVPlan, sampling: SamplingParams | None = None) -> str:
         """Names this sample's K/V under one plan and one teacher: same content, same key, on wire and in store.
 
         With `sampling` it names a prompt: what a request to `Generate` asks for.

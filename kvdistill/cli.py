@@ -14,7 +14,7 @@ from kvcore.config import load_config
 from kvcore.errors import ConfigError, KVDistillError
 from kvcore.extras import require
 from kvcore.flags import FlagSet
-from kvdistill.passed_on import SETTINGS, passed_on
+from kvdistill.forwarded import SETTINGS, forwarding_command
 from kvdistill.serve_flags import serve_config, with_serve_flags
 from student_trainer.config import TrainConfig
 
@@ -126,7 +126,7 @@ def _extract_flags() -> FlagSet[Any]:
 
 
 def _eval_flags() -> FlagSet[Any]:
-    from evaluation.settings import FLAGS
+    from evaluation.config import FLAGS
 
     return FLAGS
 
@@ -192,7 +192,7 @@ def train(
     overrides = overrides or []
     load_config(config, overrides, TrainConfig)  # Mistakes show before torch is imported.
     require("train", "kvdistill train")
-    from student_trainer.trainer import main as run
+    from student_trainer.loop.trainer import main as run
 
     run(config, overrides)
 
@@ -210,7 +210,7 @@ def plan(
 ) -> None:
     """Show what a run will ask of each teacher: layers, tokens, bytes a sample and an epoch, bandwidth."""
     settings = load_config(config, overrides or [], TrainConfig)
-    from kvdistill.planning import plan_text
+    from kvdistill.plan_summary import plan_text
 
     typer.echo(plan_text(settings, teacher_model or []))
 
@@ -245,7 +245,7 @@ def show(
     typer.echo(inspect(target))
 
 
-@app.command(cls=passed_on(_extract_flags), add_help_option=False, context_settings=SETTINGS)
+@app.command(cls=forwarding_command(_extract_flags), add_help_option=False, context_settings=SETTINGS)
 def extract(context: typer.Context) -> None:
     """Write the K/V that teachers have for a dataset to a .pt file or a store."""
     from extraction.command import main as run
@@ -253,7 +253,7 @@ def extract(context: typer.Context) -> None:
     raise typer.Exit(run(context.args, "kvdistill extract"))
 
 
-@app.command("eval", cls=passed_on(_eval_flags), add_help_option=False, context_settings=SETTINGS)
+@app.command("eval", cls=forwarding_command(_eval_flags), add_help_option=False, context_settings=SETTINGS)
 def evaluate(context: typer.Context) -> None:
     """Evaluate a model, thinking in latents or not, on benchmarks with lm-evaluation-harness."""
     from evaluation.multi_task_eval import main as run
@@ -269,7 +269,7 @@ def demo(
 ) -> None:
     """Two tiny teachers, two servers, one student: the whole loop on this machine, with controls."""
     require("train", "kvdistill demo")
-    from experiments.demo.run import main as run
+    from experiments.demo.run_demo import main as run
 
     run(output=output, quick=quick, seeds=seeds)
 
@@ -281,7 +281,7 @@ def report(
 ) -> None:
     """Compare training runs: scores, learning curves, routing weights, KV loss by layer."""
     require("train", "kvdistill report")
-    from experiments.report.write import write_report
+    from kvdistill.report.write_report import write_report
 
     write_report(outputs, output)
 
@@ -297,6 +297,6 @@ def sweep(
 ) -> None:
     """Run a matrix of trainings over seeds, resumably, and end in one table with intervals."""
     require("train", "kvdistill sweep")
-    from experiments.sweep.run import main as run
+    from kvdistill.sweep.run_sweep import main as run
 
     run(file, overrides or [], slurm=slurm, list_only=list_only, table_only=table_only, task=task)

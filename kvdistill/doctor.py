@@ -21,7 +21,7 @@ import psutil
 
 from kvcore.errors import FieldError, ProtocolError, TeacherError
 from kvcore.extras import EXTRAS, install_command, missing
-from kvdistill.text import ENDPOINT, in_columns
+from kvdistill.columns import ENDPOINT, in_columns
 
 GIB = 2**30
 # A checkpoint of a small student, and logs.

@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from kvcore.errors import ConfigError
+from kvcore.monitoring.units import in_bytes
 from kvcore.plan import KVPlan
-from kvcore.store import POSITIONS, SHARD_SUFFIX, TOKEN_IDS, KVStoreReader
-from kvcore.store_journal import SampleEntry
-from kvcore.store_manifest import MANIFEST_NAME
-from kvcore.units import in_bytes
+from kvcore.store.journal import SampleEntry
+from kvcore.store.kv_store import POSITIONS, SHARD_SUFFIX, TOKEN_IDS, KVStoreReader
+from kvcore.store.manifest import MANIFEST_NAME
+from kvdistill.columns import ENDPOINT, in_columns
 from kvdistill.describe import describe, in_words, raw_token_bytes
-from kvdistill.text import ENDPOINT, in_columns
 
 ALIGNMENT = "alignment.json"
 # More are counted only.

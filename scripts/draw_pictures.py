@@ -17,11 +17,11 @@ from align.layer_map import LayerMapper
 from align.layer_similarity import CKAStatistics
 from align.time_align import TimeAligner
 from align.tokenizer_align import overlap_rows, pair_ends
-from experiments.charts import LIGHT, draw
 from kvcore.plan import Selection
-from kvcore.select import select
-from kvcore.selectors import REGISTRY
+from kvcore.tensors.select import select
+from kvcore.tensors.selectors import REGISTRY
 from kvcore.types import Tensor
+from kvdistill.report.chart_style import LIGHT, draw
 
 INK, FAINT, PALE = LIGHT.ink, LIGHT.faint, "#eef2f6"
 BLUE, RED, GREEN, _, _, GREY, *_ = LIGHT.series

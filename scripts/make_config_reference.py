@@ -25,7 +25,7 @@ OUTPUT = Path(__file__).resolve().parent.parent / "docs" / "configuration.md"
 
 INTRODUCTION = """# Configuration
 
-<!-- Written by scripts/make_config_reference.py: run `make docs` after changing a model. -->
+<!-- GeneratedText by scripts/make_config_reference.py: run `make docs` after changing a model. -->
 
 `kvdistill train --config FILE` reads YAML with the keys below; `--set key.path=value` sets one of them, and a number in
 the path indexes a list (`--set teachers.0.weight=2`). `kvdistill serve` takes its keys as flags: `max_batch_tokens` is

@@ -26,11 +26,11 @@ from kvcore.types import Sample
 from student_trainer.config import TrainConfig
 from student_trainer.kv_sources.failover import FailoverSource
 from student_trainer.kv_sources.remote import RemoteSource
-from student_trainer.local_teachers import find_event
-from student_trainer.processes import end, start_logged, tail
-from student_trainer.run_metrics import FIGURES, RunMetrics
-from student_trainer.run_state import RunState
-from student_trainer.window import STAGES, TeacherSums
+from student_trainer.launching.local_teachers import find_event
+from student_trainer.launching.processes import end, start_logged, tail
+from student_trainer.loop.metric_accumulator import STAGES, TeacherSums
+from student_trainer.monitoring.run_metrics import FIGURES, RunMetrics
+from student_trainer.monitoring.run_state import RunState
 
 READY_SECONDS = 60.0
 SAMPLES = [Sample(f"sample{number}", token_ids=tuple(range(number, number + 8))) for number in range(4)]

@@ -16,16 +16,16 @@ from typing import TypeVar
 from grpc_health.v1 import health_pb2
 from grpc_health.v1.health import aio as health_aio  # pyright: ignore[reportAttributeAccessIssue]
 
-from kvcore import tracing
 from kvcore.errors import KVDistillError
-from kvcore.http_server import HttpServer, bind
-from teacher_server import logs
+from kvcore.monitoring import tracing
+from kvcore.monitoring.http_server import HttpServer, bind
 from teacher_server.config import ServeConfig
 from teacher_server.engines import load_engine
 from teacher_server.engines.base import EngineLostError, TeacherEngine
 from teacher_server.grpc_server import GrpcCrashError, GrpcServer
-from teacher_server.http import build_app
-from teacher_server.logs import log_event
+from teacher_server.monitoring import logs
+from teacher_server.monitoring.http_api import build_app
+from teacher_server.monitoring.logs import log_event
 from teacher_server.sample_queue import BusyError, SampleQueue
 from teacher_server.scheduler import Scheduler
 from teacher_server.self_test import SelfTestError, self_test

@@ -8,28 +8,28 @@ from concurrent.futures import Executor
 
 import grpc
 
-from kvcore import tracing
 from kvcore.errors import FieldError
-from kvcore.plan import KVPlan, Sampling
-from kvcore.select import needs_importance
+from kvcore.monitoring import tracing
+from kvcore.plan import KVPlan, SamplingParams
+from kvcore.tensors.select import needs_importance
 from kvcore.types import Sample, TeacherInfo
-from kvcore.writing import WrittenText, written_sample
+from kvcore.wire.completion import Completion, completed_sample
+from teacher_server.answer_stream import AnswerStream
 from teacher_server.engines.base import (
+    GeneratedText,
     GenerateOptions,
     PlannedSample,
     SampleFailure,
     TeacherEngine,
     TokenizedSample,
-    Written,
 )
+from teacher_server.monitoring.request_tracing import add_writing
 from teacher_server.plan_execution import check_sample, encoded_bytes
-from teacher_server.sample_queue import Job, Lane
-from teacher_server.spans import add_writing
+from teacher_server.sample_queue import ClientStream, Job
 from teacher_server.state import Backend
-from teacher_server.streams import AnswerStream
 
 
-def check_sampling(sampling: Sampling, plan: KVPlan, samples: Sequence[Sample], info: TeacherInfo) -> None:
+def check_sampling(sampling: SamplingParams, plan: KVPlan, samples: Sequence[Sample], info: TeacherInfo) -> None:
     """Refuses a request that no writing can serve.
 
     Raises:
@@ -53,7 +53,7 @@ def check_sampling(sampling: Sampling, plan: KVPlan, samples: Sequence[Sample], 
 
 
 def read_prompts(
-    engine: TeacherEngine, samples: Sequence[Sample], sampling: Sampling
+    engine: TeacherEngine, samples: Sequence[Sample], sampling: SamplingParams
 ) -> list[TokenizedSample | FieldError]:
     """Reads every prompt as the teacher does; one that cannot be read or leaves too little room harms no other."""
     read: list[TokenizedSample | FieldError] = []
@@ -92,7 +92,7 @@ class Generation:
     def __init__(
         self,
         plan: KVPlan,
-        sampling: Sampling,
+        sampling: SamplingParams,
         backend: Backend,
         stream: AnswerStream,
         tokenizing: Executor,
@@ -104,8 +104,8 @@ class Generation:
         self._stream = stream
         self._tokenizing = tokenizing
         self._count_tokens = count_tokens
-        self._prompts = Lane(stream, self._on_written)
-        self.samples = Lane(stream)
+        self._prompts = ClientStream(stream, self._on_written)
+        self.samples = ClientStream(stream)
         self._tasks: set[asyncio.Task[None]] = set()
         self._span = tracing.current()
 
@@ -132,7 +132,9 @@ class Generation:
         for task in self._tasks:
             task.cancel()
 
-    def _on_written(self, jobs: Sequence[Job], outcomes: Sequence[Written | SampleFailure], seconds: float) -> None:
+    def _on_written(
+        self, jobs: Sequence[Job], outcomes: Sequence[GeneratedText | SampleFailure], seconds: float
+    ) -> None:
         add_writing(self._span, jobs, seconds)
         task = asyncio.create_task(self._go_on(jobs, outcomes, seconds))
         self._tasks.add(task)
@@ -144,13 +146,15 @@ class Generation:
         if isinstance(error, Exception):
             self._stream.on_crash(error)
 
-    async def _go_on(self, jobs: Sequence[Job], outcomes: Sequence[Written | SampleFailure], seconds: float) -> None:
+    async def _go_on(
+        self, jobs: Sequence[Job], outcomes: Sequence[GeneratedText | SampleFailure], seconds: float
+    ) -> None:
         """Sends what was written, and queues it for its K/V."""
         loop = asyncio.get_running_loop()
         read = await loop.run_in_executor(self._tokenizing, self._read_written, jobs, outcomes, seconds)
         following: list[Job] = []
         for job, (text, outcome) in zip(jobs, read, strict=True):
-            if isinstance(text, WrittenText):
+            if isinstance(text, Completion):
                 self._stream.announce(job.index, job.planned.tokens.sample, text)
                 self._count_tokens(text.tokens, 0)
             if isinstance(outcome, Job):
@@ -162,10 +166,10 @@ class Generation:
         self._backend.scheduler.queue.extend(self.samples, following)
 
     def _read_written(
-        self, jobs: Sequence[Job], outcomes: Sequence[Written | SampleFailure], seconds: float
-    ) -> list[tuple[WrittenText | str, Job | str]]:
+        self, jobs: Sequence[Job], outcomes: Sequence[GeneratedText | SampleFailure], seconds: float
+    ) -> list[tuple[Completion | str, Job | str]]:
         """What was written, and what follows from it; or what is wrong with either. In the tokenizer's thread."""
-        read: list[tuple[WrittenText | str, Job | str]] = []
+        read: list[tuple[Completion | str, Job | str]] = []
         for job, outcome in zip(jobs, outcomes, strict=True):
             text = self._text(job, outcome, seconds)
             read.append((text, text if isinstance(text, str) else self._following(job, text.sample)))
@@ -181,13 +185,13 @@ class Generation:
         nbytes = encoded_bytes(self._plan, tokens, engine.info)
         return Job(self.samples, prompt.index, PlannedSample(tokens, self._plan), nbytes)
 
-    def _text(self, job: Job, outcome: Written | SampleFailure, seconds: float) -> WrittenText | str:
+    def _text(self, job: Job, outcome: GeneratedText | SampleFailure, seconds: float) -> Completion | str:
         if isinstance(outcome, SampleFailure):
             return outcome.problem
-        sample = written_sample(job.planned.tokens.sample, outcome.text, self._sampling.answer_marker)
-        return WrittenText(sample, outcome.finish_reason, outcome.tokens, job.waited, seconds)
+        sample = completed_sample(job.planned.tokens.sample, outcome.text, self._sampling.answer_marker)
+        return Completion(sample, outcome.finish_reason, outcome.tokens, job.waited, seconds)
 
-    def _explain(self, text: WrittenText | str, problem: str) -> str:
+    def _explain(self, text: Completion | str, problem: str) -> str:
         if isinstance(text, str):
             return problem
         kinds = {span.kind for span in text.sample.spans}
@@ -196,7 +200,7 @@ class Generation:
         return f"{problem}; the teacher wrote {text.tokens} tokens (finish_reason: {text.finish_reason}){lacks}"
 
 
-def _options(sampling: Sampling) -> GenerateOptions:
+def _options(sampling: SamplingParams) -> GenerateOptions:
     return GenerateOptions(
         sampling.max_new_tokens, sampling.temperature, sampling.top_p, sampling.seed, tuple(sampling.stop)
     )

@@ -15,12 +15,12 @@ from grpc_health.v1.health import aio as health_aio  # pyright: ignore[reportAtt
 from grpc_reflection.v1alpha.reflection import SERVICE_NAME as REFLECTION_SERVICE
 from grpc_reflection.v1alpha.reflection import enable_server_reflection
 
-from kvcore.channel_arguments import server_arguments
 from kvcore.errors import FieldError, KVDistillError
+from kvcore.wire.channel_arguments import server_arguments
 from teacher_server.config import MIB
 from teacher_server.interceptors import CallInterceptor
 from teacher_server.limits import OpenServicesInterceptor, max_calls, max_streams
-from teacher_server.logs import log_event
+from teacher_server.monitoring.logs import log_event
 from teacher_server.security import read_token, server_credentials
 from teacher_server.service import SERVICE, TeacherKVService
 from teacher_server.state import ServerState

@@ -14,12 +14,12 @@ import grpc
 import grpc.aio
 
 from kvcore.errors import FieldError, KVDistillError
-from teacher_server.activity import Activity, Call
-from teacher_server.logs import LineLimit, log_event
-from teacher_server.metrics import Metrics
+from teacher_server.monitoring.activity import Activity, Call
+from teacher_server.monitoring.logs import LineLimit, log_event
+from teacher_server.monitoring.metrics import Metrics
+from teacher_server.monitoring.request_tracing import traced
 from teacher_server.sample_queue import BusyError
 from teacher_server.security import UnauthenticatedError, check_token
-from teacher_server.spans import traced
 from teacher_server.state import NotReadyError
 
 log = logging.getLogger(__name__)

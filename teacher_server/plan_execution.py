@@ -10,11 +10,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from kvcore.codec import Kind, encode, part_layout
 from kvcore.errors import FieldError, NonFiniteError
 from kvcore.plan import CodecSpec, KVPlan
-from kvcore.select import needs_importance, needs_keys, needs_seeds, select, select_sample
-from kvcore.selectors.random import sample_seed
+from kvcore.tensors.codec import Kind, encode, part_layout
+from kvcore.tensors.select import needs_importance, needs_keys, needs_seeds, select, select_sample
+from kvcore.tensors.selectors.random import sample_seed
 from kvcore.types import TeacherInfo, Tensor
 from teacher_server.engines.base import (
     SPAN_KINDS,

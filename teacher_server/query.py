@@ -10,15 +10,15 @@ from google.protobuf.descriptor import Descriptor
 from google.protobuf.message import DecodeError
 
 from kvcore.errors import FieldError
-from kvcore.plan import KVPlan, Sampling
+from kvcore.plan import KVPlan, SamplingParams
 from kvcore.types import Sample, TeacherInfo
-from kvcore.wire import plan_from_proto, sample_from_proto, sampling_from_proto
+from kvcore.wire.messages import plan_from_proto, sample_from_proto, sampling_from_proto
 from protos import kv_cache_pb2 as pb
 from teacher_server.engines.base import PlannedSample, TeacherEngine, TokenizedSample
 from teacher_server.generation import check_sampling
 from teacher_server.plan_execution import check_plan, check_sample, encoded_bytes
 from teacher_server.request_size import check_size, size_limits
-from teacher_server.sample_queue import Job, Lane
+from teacher_server.sample_queue import ClientStream, Job
 
 RequestT = TypeVar("RequestT", pb.KVRequest, pb.GenerateRequest)
 MessageT = TypeVar("MessageT", pb.KVRequest, pb.GenerateRequest, pb.Sample)
@@ -84,7 +84,9 @@ def read_query(request: ParsedRequest[Any], info: TeacherInfo) -> KVQuery:
     return KVQuery(request.head.request_id or uuid.uuid4().hex, plan, samples)
 
 
-def read_generate_query(request: ParsedRequest[pb.GenerateRequest], info: TeacherInfo) -> tuple[KVQuery, Sampling]:
+def read_generate_query(
+    request: ParsedRequest[pb.GenerateRequest], info: TeacherInfo
+) -> tuple[KVQuery, SamplingParams]:
     """Checks what can be checked of a request to write.
 
     Raises:
@@ -109,7 +111,7 @@ def tokenize(engine: TeacherEngine, query: KVQuery) -> list[TokenizedSample | Fi
 
 
 def read_jobs(
-    lane: Lane, query: KVQuery, engine: TeacherEngine
+    lane: ClientStream, query: KVQuery, engine: TeacherEngine
 ) -> tuple[list[TokenizedSample | FieldError], list[Job]]:
     """Reads every sample, and what the queue has to know of those that can be served."""
     read = tokenize(engine, query)

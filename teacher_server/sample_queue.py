@@ -15,7 +15,7 @@ from typing import Protocol
 
 from kvcore.errors import KVDistillError
 from kvcore.types import Timings
-from teacher_server.engines.base import GenerateOptions, LayerResult, PlannedSample, SampleFailure, Written
+from teacher_server.engines.base import GeneratedText, GenerateOptions, LayerResult, PlannedSample, SampleFailure
 
 MIN_RETRY_MS, MAX_RETRY_MS, UNMEASURED_RETRY_MS = 50, 10_000, 1000
 
@@ -49,11 +49,11 @@ class Sink(Protocol):
 
 
 # What came of some prompts, in their order, and the seconds that their batch took.
-OnWritten = Callable[[Sequence["Job"], Sequence[Written | SampleFailure], float], None]
+OnWritten = Callable[[Sequence["Job"], Sequence[GeneratedText | SampleFailure], float], None]
 
 
 @dataclass(slots=True, eq=False)
-class Lane:
+class ClientStream:
     """One stream's place in the queue.
 
     `on_written`: who receives what was written behind its samples, on the event loop's thread, where they are prompts.
@@ -76,7 +76,7 @@ class Job:
     K/V are wanted. Only jobs with equal options share a batch.
     """
 
-    lane: Lane
+    lane: ClientStream
     index: int
     planned: PlannedSample
     nbytes: int
@@ -105,8 +105,8 @@ class SampleQueue:
         self._max_batch_tokens = max_batch_tokens
         self._window_bytes = window_bytes
         self._changed = threading.Condition()
-        self._waiting: deque[Lane] = deque()
-        self._rotation: deque[Lane] = deque()
+        self._waiting: deque[ClientStream] = deque()
+        self._rotation: deque[ClientStream] = deque()
         self._tokens = 0
         self._ready = 0
         self._tokens_per_second = 0.0
@@ -122,7 +122,7 @@ class SampleQueue:
         """Samples that wait for the engine alone."""
         return self._ready
 
-    def admit(self, lane: Lane, jobs: Sequence[Job]) -> None:
+    def admit(self, lane: ClientStream, jobs: Sequence[Job]) -> None:
         """Takes a stream's samples, all or none. An idle server takes a request of any size.
 
         Raises:
@@ -136,7 +136,7 @@ class SampleQueue:
             self._waiting.append(lane)
             self._refill()
 
-    def extend(self, lane: Lane, jobs: Sequence[Job]) -> None:
+    def extend(self, lane: ClientStream, jobs: Sequence[Job]) -> None:
         """Takes what follows from samples that were admitted: it waits for room, and is never refused."""
         with self._changed:
             if lane.gone or not jobs:
@@ -168,13 +168,13 @@ class SampleQueue:
             self._tokens_per_second = rate if not self._tokens_per_second else (self._tokens_per_second + rate) / 2
             self._refill()
 
-    def release(self, lane: Lane, nbytes: int) -> None:
+    def release(self, lane: ClientStream, nbytes: int) -> None:
         """Says that a stream's answers of this size were sent."""
         with self._changed:
             lane.unsent -= nbytes
             self._refill()
 
-    def remove(self, lane: Lane) -> None:
+    def remove(self, lane: ClientStream) -> None:
         """Forgets a stream: its waiting samples leave, and those that run have no receiver any more."""
         with self._changed:
             lane.gone = True
@@ -212,7 +212,7 @@ class SampleQueue:
         if self._rotation:
             self._changed.notify()
 
-    def _make_ready(self, lane: Lane) -> bool:
+    def _make_ready(self, lane: ClientStream) -> bool:
         job = lane.pending[0]
         if lane.unsent and lane.unsent + job.nbytes > self._window_bytes:
             return False
@@ -229,7 +229,7 @@ class SampleQueue:
 
     def _next_batch(self) -> list[Job]:
         batch: list[Job] = []
-        passed_over: list[Lane] = []
+        passed_over: list[ClientStream] = []
         longest = 0
         options = self._rotation[0].ready[0].options
         while self._rotation:

@@ -13,15 +13,15 @@ from functools import partial
 from kvcore.types import Timings
 from teacher_server.engines.base import (
     ExecutionTimings,
+    GeneratedText,
     GenerateOptions,
     LayerResult,
     SampleFailure,
     TeacherEngine,
-    Written,
 )
-from teacher_server.logs import log_event
-from teacher_server.metrics import Metrics
-from teacher_server.sample_queue import Job, Lane, SampleQueue
+from teacher_server.monitoring.logs import log_event
+from teacher_server.monitoring.metrics import Metrics
+from teacher_server.sample_queue import ClientStream, Job, SampleQueue
 
 log = logging.getLogger(__name__)
 
@@ -92,7 +92,7 @@ class Scheduler:
             log.warning("results of a batch came after the server had ended")
 
     def _hand_over(self, batch: list[Job], result: LayerResult) -> None:
-        by_lane: dict[Lane, tuple[list[Job], list[int]]] = {}
+        by_lane: dict[ClientStream, tuple[list[Job], list[int]]] = {}
         for row, index in enumerate(result.indices):
             jobs, rows = by_lane.setdefault(batch[index].lane, ([], []))
             jobs.append(batch[index])
@@ -107,15 +107,17 @@ class Scheduler:
 
     def _finish(self, batch: list[Job], timings: ExecutionTimings) -> None:
         self._observe(batch, timings)
-        for lane, jobs in _by_lane(batch).items():
+        for lane, jobs in _by_stream(batch).items():
             done = [job for job in jobs if not job.failed]
             spent = [Timings(job.waited, timings.prefill_s, timings.encode_s) for job in done]
             _tell(lane, lane.sink.on_batch_end, done, spent, sum(job.nbytes for job in jobs))
 
-    def _finish_writing(self, batch: list[Job], outcomes: Sequence[Written | SampleFailure], seconds: float) -> None:
+    def _finish_writing(
+        self, batch: list[Job], outcomes: Sequence[GeneratedText | SampleFailure], seconds: float
+    ) -> None:
         self._observe_writing(batch, outcomes, seconds)
         of_job = dict(zip(batch, outcomes, strict=True))
-        for lane, jobs in _by_lane(batch).items():
+        for lane, jobs in _by_stream(batch).items():
             assert lane.on_written is not None
             _tell(lane, lane.on_written, jobs, [of_job[job] for job in jobs], seconds)
 
@@ -126,7 +128,7 @@ class Scheduler:
         log_event(
             log, "engine_failed", level=logging.ERROR, error=error, error_id=error_id, samples=len(batch), tokens=tokens
         )
-        for lane, jobs in _by_lane(batch).items():
+        for lane, jobs in _by_stream(batch).items():
             for job in jobs:
                 if not job.failed:
                     problem = f"the engine failed on this sample's batch (error {error_id})"
@@ -147,10 +149,10 @@ class Scheduler:
             metrics.queue_wait.observe(job.waited)
 
     def _observe_writing(
-        self, batch: Sequence[Job], outcomes: Sequence[Written | SampleFailure], seconds: float
+        self, batch: Sequence[Job], outcomes: Sequence[GeneratedText | SampleFailure], seconds: float
     ) -> None:
         metrics = self._metrics
-        written = sum(outcome.tokens for outcome in outcomes if isinstance(outcome, Written))
+        written = sum(outcome.tokens for outcome in outcomes if isinstance(outcome, GeneratedText))
         metrics.tokens.inc(sum(len(job.planned.tokens.token_ids) for job in batch) + written)
         metrics.written_tokens.inc(written)
         metrics.writing_seconds.inc(seconds)
@@ -158,14 +160,14 @@ class Scheduler:
             metrics.queue_wait.observe(job.waited)
 
 
-def _by_lane(batch: Sequence[Job]) -> dict[Lane, list[Job]]:
-    lanes: dict[Lane, list[Job]] = {}
+def _by_stream(batch: Sequence[Job]) -> dict[ClientStream, list[Job]]:
+    lanes: dict[ClientStream, list[Job]] = {}
     for job in batch:
         lanes.setdefault(job.lane, []).append(job)
     return lanes
 
 
-def _tell(lane: Lane, callback: Callable[..., None], *arguments: object) -> None:
+def _tell(lane: ClientStream, callback: Callable[..., None], *arguments: object) -> None:
     """Calls a stream back unless it is gone; what goes wrong there ends that stream alone."""
     if lane.gone:
         return

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from kvcore.errors import KVDistillError
 from kvcore.plan import KVPlan, Selection
-from kvcore.stream_reader import SampleFailure, StreamReader
 from kvcore.types import Sample, Span, TeacherInfo
+from kvcore.wire.stream_reader import RefusedSample, StreamReader
 from teacher_server.query import KVQuery
 from teacher_server.sample_queue import BusyError
 from teacher_server.service import TeacherKVService
@@ -42,5 +42,5 @@ async def self_test(service: TeacherKVService, info: TeacherInfo) -> None:
     except KVDistillError as error:
         raise SelfTestError(f"the self-test failed: {error}") from error
     for outcome in outcomes:
-        if isinstance(outcome, SampleFailure):
+        if isinstance(outcome, RefusedSample):
             raise SelfTestError(f"the self-test failed: {outcome.message}")

@@ -12,15 +12,16 @@ import grpc
 import grpc.aio
 
 from kvcore.errors import FieldError
-from kvcore.frames import FrameWriter
-from kvcore.plan import Sampling
+from kvcore.plan import SamplingParams
 from kvcore.types import TeacherInfo
-from kvcore.wire import TEACHER_METADATA, info_to_proto, teacher_metadata
+from kvcore.wire.frames import FrameWriter
+from kvcore.wire.messages import TEACHER_METADATA, info_to_proto, teacher_metadata
 from protos import kv_cache_pb2 as pb
-from teacher_server.activity import Call, current_call
+from teacher_server.answer_stream import AnswerStream
 from teacher_server.engines.base import TokenizedSample
 from teacher_server.generation import Generation, read_prompts
 from teacher_server.limits import read_request
+from teacher_server.monitoring.activity import Call, current_call
 from teacher_server.query import (
     KVQuery,
     ParsedRequest,
@@ -30,9 +31,8 @@ from teacher_server.query import (
     read_jobs,
     read_query,
 )
-from teacher_server.sample_queue import Lane
+from teacher_server.sample_queue import ClientStream
 from teacher_server.state import Backend, ServerState
-from teacher_server.streams import AnswerStream
 
 SERVICE = pb.DESCRIPTOR.services_by_name["TeacherKV"].full_name
 
@@ -126,7 +126,7 @@ class TeacherKVService:
             BusyError: its samples do not fit into the queue at the moment.
         """
         backend, call, stream = await self._open(query)
-        lane = Lane(stream)
+        lane = ClientStream(stream)
         read, jobs = await self._in_thread(read_jobs, lane, query, backend.engine)
         call.tokens = sum(job.tokens for job in jobs)
         try:
@@ -137,7 +137,7 @@ class TeacherKVService:
         finally:
             backend.scheduler.queue.remove(lane)
 
-    async def _write_on(self, query: KVQuery, sampling: Sampling, write: Write) -> None:
+    async def _write_on(self, query: KVQuery, sampling: SamplingParams, write: Write) -> None:
         """Has the teacher write on from a query's prompts, runs what comes of them, and writes all that as frames.
 
         Raises:
@@ -158,7 +158,7 @@ class TeacherKVService:
         finally:
             generation.close()
 
-    async def _open(self, query: KVQuery, sampling: Sampling | None = None) -> tuple[Backend, Call, AnswerStream]:
+    async def _open(self, query: KVQuery, sampling: SamplingParams | None = None) -> tuple[Backend, Call, AnswerStream]:
         """Returns the backend that answers a query, the call's log record, and the stream that takes its frames."""
         backend, call = self._state.loaded(), current_call()
         call.request_id, call.codec, call.samples = query.request_id, query.plan.codec.name, len(query.samples)
@@ -183,12 +183,12 @@ def _refuse_unreadable(read: Sequence[TokenizedSample | FieldError], stream: Ans
     stream.settle()
 
 
-def content_keys(query: KVQuery, info: TeacherInfo, sampling: Sampling | None) -> list[str]:
+def content_keys(query: KVQuery, info: TeacherInfo, sampling: SamplingParams | None) -> list[str]:
     """Returns the content key of each sample as the server understood it. Its time grows with the request."""
     return [sample.content_key(info.weights_digest, query.plan, sampling) for sample in query.samples]
 
 
-async def _send(stream: AnswerStream, lane: Lane, backend: Backend, call: Call, write: Write) -> None:
+async def _send(stream: AnswerStream, lane: ClientStream, backend: Backend, call: Call, write: Write) -> None:
     while (outgoing := await stream.next()) is not None:
         if outgoing.frame:
             await write(outgoing.frame)

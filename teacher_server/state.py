@@ -11,10 +11,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from kvcore.errors import KVDistillError
-from teacher_server.activity import Activity
 from teacher_server.config import ServeConfig
 from teacher_server.engines.base import TeacherEngine
-from teacher_server.metrics import Metrics
+from teacher_server.monitoring.activity import Activity
+from teacher_server.monitoring.metrics import Metrics
 from teacher_server.sample_queue import BusyError
 from teacher_server.scheduler import Scheduler
 

@@ -16,10 +16,10 @@ from pathlib import Path
 
 from transformers import AutoTokenizer
 
-from experiments.comparisons.base import NO_KV, Comparison, Way, run
+from experiments.comparisons.base import NO_KV, Arm, Comparison, run
+from experiments.demo.demo_config import TEACHERS, Config, ModelName, Settings
 from experiments.demo.make_models import make_model
 from experiments.demo.pretrain import Pretrained
-from experiments.demo.settings import TEACHERS, Config, ModelName, Settings
 
 BAD = "bad_teacher"
 THREE = (*TEACHERS, BAD)
@@ -41,13 +41,13 @@ def _more(fuse: Config) -> Config:
     return {"fuse": fuse, "run": {"steps": MORE_STEPS, "eval_every": MORE_STEPS // 3}}
 
 
-WAYS = (
-    Way("two good teachers"),
-    *(Way(kind, THREE, {"fuse": fuse}) for kind, fuse in FUSIONS.items()),
+ARMS = (
+    Arm("two good teachers"),
+    *(Arm(kind, THREE, {"fuse": fuse}) for kind, fuse in FUSIONS.items()),
     NO_KV,
-    Way("shuffled KV", THREE, {"kv": {"control": "shuffled"}}),
-    *(Way(f"fixed then {kind}", THREE, _more(fuse), start="fixed") for kind, fuse in FUSIONS.items()),
-    Way("similarity then learnable", THREE, _more(LEARNABLE), start="fixed then similarity"),
+    Arm("shuffled KV", THREE, {"kv": {"control": "shuffled"}}),
+    *(Arm(f"fixed then {kind}", THREE, _more(fuse), start="fixed") for kind, fuse in FUSIONS.items()),
+    Arm("similarity then learnable", THREE, _more(LEARNABLE), start="fixed then similarity"),
 )
 
 
@@ -67,7 +67,7 @@ def make(output: Path, settings: Settings, seeds: int) -> Comparison:
     Steps, rate and temperatures were chosen on validation items of seed 0, the router's judge on those of seeds 3 to 5.
     """
     settings = replace(settings, test=1000, arm_steps=STEPS, arm_lr=RATE, evaluations=3)
-    return BadTeacher(WAYS, output, settings, seeds)
+    return BadTeacher(ARMS, output, settings, seeds)
 
 
 if __name__ == "__main__":

@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from experiments.demo.demo_config import FULL, QUICK, TEACHERS, Config, Settings, run_config
 from experiments.demo.results import read_metrics
-from experiments.demo.run import Demo
-from experiments.demo.settings import FULL, QUICK, TEACHERS, Config, Settings, run_config
+from experiments.demo.run_demo import Demo
 from kvcore.files import json_text
 
 ACCURACY = "val/task_metrics/accuracy"
@@ -20,7 +20,7 @@ WEIGHT = "routing/weights_mean/"
 
 
 @dataclass(frozen=True, slots=True)
-class Way:
+class Arm:
     """One way of training.
 
     `changes`: sections of the configuration, merged one level deep. `start`: the way whose best model of the same seed
@@ -33,8 +33,8 @@ class Way:
     start: str = ""
 
 
-NO_KV = Way("no KV", ())
-SHUFFLED_KV = Way("shuffled KV", changes={"kv": {"control": "shuffled"}})
+NO_KV = Arm("no KV", ())
+SHUFFLED_KV = Arm("shuffled KV", changes={"kv": {"control": "shuffled"}})
 
 
 class Comparison(Demo):
@@ -47,7 +47,7 @@ class Comparison(Demo):
         seeds: runs of each way.
     """
 
-    def __init__(self, ways: Sequence[Way], output: Path, settings: Settings, seeds: int) -> None:
+    def __init__(self, ways: Sequence[Arm], output: Path, settings: Settings, seeds: int) -> None:
         super().__init__(output, settings, seeds)
         self.ways = tuple(ways)
 
@@ -59,7 +59,7 @@ class Comparison(Demo):
         """Every way for every seed."""
         return [self._planned(way, seed, student, ports) for way in self.ways for seed in range(self.seeds)]
 
-    def _planned(self, way: Way, seed: int, student: Path, ports: dict[str, int]) -> dict[str, Any]:
+    def _planned(self, way: Arm, seed: int, student: Path, ports: dict[str, int]) -> dict[str, Any]:
         chosen = {name: ports[name] for name in way.teachers}
         start = self.run_of(way.start, seed) / "best_model" if way.start else student
         output = self.run_of(way.name, seed)
@@ -73,7 +73,7 @@ class Comparison(Demo):
         self.train_arms()
         return {way.name: self._found(way) for way in self.ways}
 
-    def _found(self, way: Way) -> dict[str, Any]:
+    def _found(self, way: Arm) -> dict[str, Any]:
         runs = [self.run_of(way.name, seed) for seed in range(self.seeds)]
         metrics = [read_metrics(run) for run in runs]
         found: dict[str, Any] = {

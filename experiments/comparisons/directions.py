@@ -11,11 +11,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from experiments.comparisons.base import Comparison, Way, run
-from experiments.demo.settings import TEACHERS, Settings
+from experiments.comparisons.base import Arm, Comparison, run
+from experiments.demo.demo_config import TEACHERS, Settings
 
-WAYS = tuple(
-    Way(f"{count} {direction}", teachers, {"align": {"direction": direction}})
+ARMS = tuple(
+    Arm(f"{count} {direction}", teachers, {"align": {"direction": direction}})
     for count, teachers in (("two teachers", TEACHERS), ("one teacher", TEACHERS[:1]))
     for direction in ("to_student", "to_teacher")
 )
@@ -23,7 +23,7 @@ WAYS = tuple(
 
 def make(output: Path, settings: Settings, seeds: int) -> Comparison:
     """The comparison."""
-    return Comparison(WAYS, output, settings, seeds)
+    return Comparison(ARMS, output, settings, seeds)
 
 
 if __name__ == "__main__":

@@ -15,9 +15,9 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from experiments.comparisons.base import NO_KV, Comparison, Way, run
+from experiments.comparisons.base import NO_KV, Arm, Comparison, run
+from experiments.demo.demo_config import LATENTS, Config, ModelName, Settings
 from experiments.demo.pretrain import Pretrained
-from experiments.demo.settings import LATENTS, Config, ModelName, Settings
 from kvcore.plan import SELECTORS
 
 TEACHER = "itself"
@@ -28,17 +28,17 @@ PRETRAIN_STEPS: dict[ModelName, int] = {"teacher_a": 1, "teacher_b": 1, "student
 SAME_MODEL: Config = {"head_adapter": "identity"}
 
 
-def _way(selector: str) -> Way:
+def _way(selector: str) -> Arm:
     selection = {"selector": selector, "budget": LATENTS, "span": "reasoning", "scope": "head"}
-    return Way(selector, (TEACHER,), {"kv": {"selection": selection}, "align": SAME_MODEL})
+    return Arm(selector, (TEACHER,), {"kv": {"selection": selection}, "align": SAME_MODEL})
 
 
 # `full` evicts nothing, so that its six slots are resampled to the three latents.
-FULL = Way("full", (TEACHER,), {"kv": {"selection": {"selector": "full"}}, "align": {**SAME_MODEL, "time": "linear"}})
-SHUFFLED = Way(
+FULL = Arm("full", (TEACHER,), {"kv": {"selection": {"selector": "full"}}, "align": {**SAME_MODEL, "time": "linear"}})
+SHUFFLED = Arm(
     "shuffled KV", (TEACHER,), _way("r_kv").changes | {"kv": {**_way("r_kv").changes["kv"], "control": "shuffled"}}
 )
-WAYS = (*(_way(name) for name in SELECTORS if name != "full"), FULL, NO_KV, SHUFFLED)
+ARMS = (*(_way(name) for name in SELECTORS if name != "full"), FULL, NO_KV, SHUFFLED)
 
 
 class Selectors(Comparison):
@@ -62,7 +62,7 @@ def make(output: Path, settings: Settings, seeds: int) -> Comparison:
         evaluations=2,
         ranks=1,
     )
-    return Selectors(WAYS, output, settings, seeds)
+    return Selectors(ARMS, output, settings, seeds)
 
 
 if __name__ == "__main__":

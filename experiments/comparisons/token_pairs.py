@@ -15,9 +15,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from experiments.comparisons.base import Comparison, Way, run
+from experiments.comparisons.base import Arm, Comparison, run
 from experiments.demo import results
-from experiments.demo.settings import TEACHERS, Config, Settings
+from experiments.demo.demo_config import TEACHERS, Config, Settings
 
 METHODS = ("boundary", "overlap")
 # The shortest run that there is; it leaves its alignments in its summary.
@@ -41,7 +41,7 @@ class TokenPairs(Comparison):
         self.train_arms()
         return {way.name: {name: self._alignments(way, name) for name in way.teachers} for way in self.ways}
 
-    def _alignments(self, way: Way, teacher: str) -> dict[str, list[Any]]:
+    def _alignments(self, way: Arm, teacher: str) -> dict[str, list[Any]]:
         runs = [self.run_of(way.name, seed) for seed in range(self.seeds)]
         reports = [results.summary(run)["alignment"][teacher] for run in runs]
         return {name: [report[name] for report in reports] for name in MEASURED}
@@ -49,7 +49,7 @@ class TokenPairs(Comparison):
 
 def make(output: Path, settings: Settings, seeds: int) -> Comparison:
     """The comparison."""
-    ways = [Way(method, TEACHERS, ALIGN_ONLY | {"align": {"tokens": method}}) for method in METHODS]
+    ways = [Arm(method, TEACHERS, ALIGN_ONLY | {"align": {"tokens": method}}) for method in METHODS]
     return TokenPairs(ways, output, settings, seeds)
 
 

@@ -19,13 +19,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from data.collate import Collator
 from data.records import load_records
-from experiments.demo.settings import PROGRESS
+from experiments.demo.demo_config import PROGRESS
 from kvcore.config import parse
 from kvcore.files import write_json
-from student_trainer import ds_engine, trainer
 from student_trainer.config import TrainConfig
-from student_trainer.evaluate import answer, is_correct, mean_over_ranks, rank_batches
-from student_trainer.latent import LatentStudent, load_reasoning
+from student_trainer.loop import ds_engine, trainer
+from student_trainer.loop.greedy_answers import answer, is_correct, mean_over_ranks, rank_batches
+from student_trainer.model.latent import LatentStudent, load_reasoning
 
 _TEST_BATCH = 250
 

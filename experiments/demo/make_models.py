@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase, Qwen2Config, Qwen2ForCausalLM
 
-from experiments.demo.settings import ModelName
+from experiments.demo.demo_config import ModelName
 
 Geometry = dict[str, Any]
 

@@ -9,9 +9,9 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from experiments.demo.run import Demo
-from experiments.demo.settings import QUICK
-from student_trainer.processes import ended_by_sigterm
+from experiments.demo.demo_config import QUICK
+from experiments.demo.run_demo import Demo
+from student_trainer.launching.processes import ended_by_sigterm
 
 
 def main(output: Path) -> None:

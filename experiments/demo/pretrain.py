@@ -18,9 +18,9 @@ from pathlib import Path
 import yaml
 
 from data.records import Record
-from experiments.demo.processes import CPU_ONLY, check
-from experiments.demo.settings import Layout, ModelName, Settings, pretrain_config
-from student_trainer.processes import end, start_logged
+from experiments.demo.demo_config import DemoPaths, ModelName, Settings, pretrain_config
+from experiments.demo.demo_processes import CPU_ONLY, check
+from student_trainer.launching.processes import end, start_logged
 
 MODELS: tuple[ModelName, ...] = ("teacher_a", "teacher_b", "student")
 _REPORT_SECONDS = 15.0
@@ -52,7 +52,7 @@ class _Job:
 
 
 def pretrain(
-    settings: Settings, layout: Layout, records: Sequence[Record], say: Callable[[str], None]
+    settings: Settings, layout: DemoPaths, records: Sequence[Record], say: Callable[[str], None]
 ) -> dict[ModelName, Pretrained]:
     """Takes each model from the cache, or trains those that are missing side by side.
 
@@ -73,7 +73,7 @@ def _train(
     names: Sequence[ModelName],
     homes: dict[ModelName, Path],
     settings: Settings,
-    layout: Layout,
+    layout: DemoPaths,
     records: Sequence[Record],
     say: Callable[[str], None],
 ) -> None:
@@ -116,7 +116,7 @@ def _work(home: Path) -> Path:
     return home.with_name(f".{home.name}.tmp")
 
 
-def _start(name: ModelName, home: Path, settings: Settings, layout: Layout) -> _Job:
+def _start(name: ModelName, home: Path, settings: Settings, layout: DemoPaths) -> _Job:
     work = _work(home)
     config = pretrain_config(name, work / "start", settings, layout, work / "run")
     config_path = work / "config.yaml"
@@ -149,10 +149,10 @@ def _progress(job: _Job) -> str:
     return f"step {last['step']}" + (f", loss {last['train/loss']:.3f}" if "train/loss" in last else "")
 
 
-def _key(name: ModelName, settings: Settings, layout: Layout) -> str:
+def _key(name: ModelName, settings: Settings, layout: DemoPaths) -> str:
     """Digest of all that determines a model: data, settings, sources (with shapes and seeds), library versions."""
     root = Path(__file__).resolve().parents[2]
-    config = pretrain_config(name, Path("model"), settings, Layout(Path()), Path("run"))
+    config = pretrain_config(name, Path("model"), settings, DemoPaths(Path()), Path("run"))
     sources = {str(path.relative_to(root)): path.read_text("utf-8") for glob in _SOURCES for path in root.glob(glob)}
     data = [hashlib.blake2b(layout.split(split).read_bytes()).hexdigest() for split in ("train", "val")]
     versions = {package: importlib.metadata.version(package) for package in _PACKAGES}

@@ -8,13 +8,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from experiments.demo.settings import (
+from experiments.demo.demo_config import (
     ARMS,
     CONTROLS,
     LEAST_KV_ACCURACY,
     MOST_CONTROL_ACCURACY,
     ArmName,
-    Layout,
+    DemoPaths,
 )
 from kvcore.errors import KVDistillError
 
@@ -113,7 +113,7 @@ class Results:
         return found
 
 
-def gather_arm(name: ArmName, seeds: int, layout: Layout) -> Arm:
+def gather_arm(name: ArmName, seeds: int, layout: DemoPaths) -> Arm:
     """Reads one arm's runs.
 
     Raises:
@@ -130,12 +130,12 @@ def gather_arm(name: ArmName, seeds: int, layout: Layout) -> Arm:
     )
 
 
-def gather_arms(seeds: int, layout: Layout) -> dict[ArmName, Arm]:
+def gather_arms(seeds: int, layout: DemoPaths) -> dict[ArmName, Arm]:
     """Reads every arm."""
     return {name: gather_arm(name, seeds, layout) for name in ARMS}
 
 
-def gather_replay(layout: Layout) -> Replay:
+def gather_replay(layout: DemoPaths) -> Replay:
     """Compares the losses of the recorded and the replayed epoch, step by step."""
     online, offline = (_losses(read_metrics(layout.run(mode))) for mode in ("record", "offline"))
     shared = sorted(online.keys() & offline.keys())

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from experiments.recipe.settings import STAGES, FusionKind, RecipeSettings
+from experiments.recipe.config import STAGES, FusionKind, RecipeSettings
 from kvcore.config import parse
 from kvcore.plan import COMPRESSIONS
 from student_trainer.config import TrainConfig
-from student_trainer.local_teachers import teacher_names
+from student_trainer.launching.local_teachers import teacher_names
 
 # What a map that a router trains starts from: where there is no router, it stays that.
 UNTRAINED = {"linear": "ridge", "learned": "ratio"}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from experiments.recipe.settings import MIX, TRAIN_SAMPLES, VAL_SAMPLES, RecipeSettings
+from experiments.recipe.config import MIX, TRAIN_SAMPLES, VAL_SAMPLES, RecipeSettings
 from kvcore.flags import FlagSet
 
 DESCRIPTION = "Train a student on the keys and values of one or several teachers. Booleans are true or false."

@@ -20,16 +20,16 @@ from types import FrameType
 
 import yaml
 
+from experiments.recipe.config import RecipeSettings
 from experiments.recipe.environment import JobSettings, job_settings, recipe_flags
 from experiments.recipe.flags import read_flags
-from experiments.recipe.layout import Layout, Seat, lay_out
-from experiments.recipe.places import Place, Slurm, ThisMachine, end_all
-from experiments.recipe.run import serve_flags
-from experiments.recipe.settings import RecipeSettings
+from experiments.recipe.run_recipe import serve_flags
 from kvcore.errors import ConfigError, KVDistillError, TeacherUnavailableError
-from student_trainer.endpoints import write_endpoints
-from student_trainer.local_teachers import as_arguments, find_event, teacher_names
-from student_trainer.processes import tail
+from student_trainer.launching.endpoints import write_endpoints
+from student_trainer.launching.hosts import Hosts, LocalHost, SlurmHosts, end_all
+from student_trainer.launching.local_teachers import as_arguments, find_event, teacher_names
+from student_trainer.launching.placement import Placement, ServerPlacement, lay_out
+from student_trainer.launching.processes import tail
 
 logger = logging.getLogger(__name__)
 
@@ -65,9 +65,9 @@ class Job:
         log_dir: servers' logs, the endpoints file and the ranks' settings.
     """
 
-    def __init__(self, place: Place, settings: RecipeSettings, how: JobSettings, log_dir: Path) -> None:
+    def __init__(self, place: Hosts, settings: RecipeSettings, how: JobSettings, log_dir: Path) -> None:
         self._place, self._settings, self._how, self._log_dir = place, settings, how, log_dir
-        self._servers: dict[tuple[str, int], tuple[subprocess.Popen[str], Seat, Path]] = {}
+        self._servers: dict[tuple[str, int], tuple[subprocess.Popen[str], ServerPlacement, Path]] = {}
         self._told: signal.Signals | None = None
 
     def run(self) -> None:
@@ -98,7 +98,7 @@ class Job:
                     self._place.requeue()
                 raise
 
-    def _serve_and_train(self, layout: Layout, named: Mapping[str, str]) -> None:
+    def _serve_and_train(self, layout: Placement, named: Mapping[str, str]) -> None:
         try:
             self._prepare()
             for name, model in named.items():
@@ -108,7 +108,7 @@ class Job:
         finally:
             self._place.stop_servers([process for process, _, _ in self._servers.values()])
 
-    def _say(self, layout: Layout) -> None:
+    def _say(self, layout: Placement) -> None:
         nodes = ", ".join(node.name for node in layout.trainers)
         logger.info("job %s: %d ranks on each of %s", self._place.name, layout.ranks_per_node, nodes)
         for name, seats in layout.teachers.items():
@@ -134,7 +134,7 @@ class Job:
         process = subprocess.Popen(command, stdin=subprocess.DEVNULL, text=True)
         self._finish([process], "making the data ready", end_all)
 
-    def _serve(self, name: str, model: str, number: int, seat: Seat) -> None:
+    def _serve(self, name: str, model: str, number: int, seat: ServerPlacement) -> None:
         flags = {
             "model": model,
             "name": name,
@@ -176,7 +176,7 @@ class Job:
             name, f"its server on {seat.node.name} {problem}; the end of {log}:\n{tail(log)}"
         )
 
-    def _train(self, layout: Layout, endpoints: Mapping[str, Sequence[str]]) -> None:
+    def _train(self, layout: Placement, endpoints: Mapping[str, Sequence[str]]) -> None:
         path = self._log_dir / "endpoints.txt"
         if endpoints:
             write_endpoints(path, endpoints)
@@ -210,7 +210,7 @@ class Job:
             JobError: one failed.
             StoppedError: they ended because they were told to.
         """
-        passed_on = False
+        forwarding_command = False
         lost: set[tuple[str, int]] = set()
         try:
             while True:
@@ -222,8 +222,8 @@ class Job:
                     raise JobError(f"{what} failed with code {failed[0]}; its message is above")
                 if all(code == 0 for code in codes):
                     return
-                if self._told and not passed_on:
-                    passed_on = True
+                if self._told and not forwarding_command:
+                    forwarding_command = True
                     stop(processes)
                 self._report_lost(lost)
                 time.sleep(POLL_SECONDS)
@@ -251,7 +251,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         settings = read_flags(recipe_flags(os.environ), "job")
         how = job_settings(os.environ, local=local)
-        place = ThisMachine(how.gpus) if local else Slurm(how.gpus)
+        place = LocalHost(how.gpus) if local else SlurmHosts(how.gpus)
         Job(place, settings, how, how.log_dir / place.name).run()
     except StoppedError as stopped:
         logger.info("%s", stopped)

@@ -14,7 +14,7 @@ from data.families import BASE, CHINESE, EXTENDED
 from data.prompts import STYLES
 from data.records import Record, content_digest, load_records, write_records
 from experiments.recipe.build import DataFiles
-from experiments.recipe.settings import MIX, TRAIN_SAMPLES, VAL_SAMPLES, RecipeSettings
+from experiments.recipe.config import MIX, TRAIN_SAMPLES, VAL_SAMPLES, RecipeSettings
 from kvcore.errors import ConfigError, FieldError
 from kvcore.files import write_json
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import grpc
 
 from kvcore.errors import FieldError
-from student_trainer.transport_variables import TLS_CA, TOKEN_FILE
+from student_trainer.launching.transport_variables import TLS_CA, TOKEN_FILE
 
 
 def open_channel(endpoint: str, options: Sequence[tuple[str, int]]) -> grpc.Channel:

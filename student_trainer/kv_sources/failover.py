@@ -11,8 +11,8 @@ from concurrent.futures import CancelledError
 from dataclasses import dataclass
 from typing import Protocol
 
-from kvcore import tracing
 from kvcore.errors import ProtocolError, TeacherMismatchError, TeacherUnavailableError
+from kvcore.monitoring import tracing
 from kvcore.plan import KVPlan
 from kvcore.types import Sample, TeacherInfo
 from student_trainer.kv_sources.base import EndpointHealth, KVResult, SourceHealth

@@ -6,8 +6,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from kvcore.plan import KVPlan
-from kvcore.store import KVStoreReader
-from kvcore.store_manifest import Manifest, claim
+from kvcore.store.kv_store import KVStoreReader
+from kvcore.store.manifest import Manifest, claim
 from kvcore.types import MissingKV, Sample, TeacherInfo
 from student_trainer.kv_sources.base import KVResult
 

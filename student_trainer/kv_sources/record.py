@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
 
-from kvcore.store import KVStoreReader, KVStoreWriter, merge_index
+from kvcore.store.kv_store import KVStoreReader, KVStoreWriter, merge_index
 from kvcore.types import EncodedSampleKV, Sample
 from student_trainer.kv_sources.base import KVResult, KVSource, WrappingSource
 

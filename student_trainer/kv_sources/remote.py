@@ -16,12 +16,13 @@ from google.protobuf.message import Message
 from grpc.experimental import ChannelOptions
 from opentelemetry.trace import SpanKind
 
-from kvcore import tracing, wire
-from kvcore.channel_arguments import client_arguments
 from kvcore.errors import FieldError, KVDistillError, ProtocolError, TeacherRefusedError, TeacherUnavailableError
+from kvcore.monitoring import tracing
 from kvcore.plan import KVPlan
-from kvcore.stream_reader import StreamReader
 from kvcore.types import EncodedSampleKV, MissingKV, Sample, TeacherInfo, Timings
+from kvcore.wire import messages as wire
+from kvcore.wire.channel_arguments import client_arguments
+from kvcore.wire.stream_reader import StreamReader
 from protos import kv_cache_pb2 as pb
 from student_trainer.kv_sources.base import KVResult
 from student_trainer.kv_sources.channel import open_channel

@@ -11,8 +11,8 @@ from teacher_server.config import ServeConfig
 from teacher_server.engines.base import TeacherEngine
 
 ENGINES: dict[str, str] = {
-    "hf": "teacher_server.engines.hf",
-    "vllm": "teacher_server.engines.vllm",
+    "hf": "teacher_server.engines.hf.hf_engine",
+    "vllm": "teacher_server.engines.vllm.vllm_engine",
     "fake": "teacher_server.engines.fake",
 }
 

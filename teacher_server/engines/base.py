@@ -8,7 +8,7 @@ from typing import Literal, Protocol
 
 from kvcore.errors import KVDistillError
 from kvcore.plan import ImportancePool, KVPlan, SelectionSpan
-from kvcore.selectors.random import sample_seed
+from kvcore.tensors.selectors.random import sample_seed
 from kvcore.types import Sample, TeacherInfo, Tensor
 
 
@@ -150,7 +150,7 @@ class GenerateOptions:
 
 
 @dataclass(frozen=True, slots=True)
-class Written:
+class GeneratedText:
     """What a teacher wrote behind a prompt.
 
     `text`: up to the stop text that ended it, without the model's special tokens and without a character that is not
@@ -196,7 +196,7 @@ class TeacherEngine(Protocol):
 
     def generate(
         self, prompts: Sequence[TokenizedSample], options: GenerateOptions, wanted: Wanted
-    ) -> list[Written | SampleFailure]:
+    ) -> list[GeneratedText | SampleFailure]:
         """Writes on from each prompt's `prompt_ids`; one outcome for each, in their order.
 
         Every prompt leaves room for `max_new_tokens` within `info.max_sample_tokens`. What is written depends on the

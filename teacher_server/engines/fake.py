@@ -13,7 +13,7 @@ import torch
 
 from kvcore.errors import FieldError
 from kvcore.plan import CODECS, SELECTORS
-from kvcore.selectors.random import sample_seed
+from kvcore.tensors.selectors.random import sample_seed
 from kvcore.types import Sample, TeacherInfo, Tensor
 from teacher_server.config import ServeConfig
 from teacher_server.engines.base import (
@@ -21,6 +21,7 @@ from teacher_server.engines.base import (
     ExecutionTimings,
     Fail,
     FinishReason,
+    GeneratedText,
     GenerateOptions,
     LayerOutput,
     LayerSink,
@@ -28,9 +29,8 @@ from teacher_server.engines.base import (
     SampleFailure,
     TokenizedSample,
     Wanted,
-    Written,
 )
-from teacher_server.engines.reading import read_sample
+from teacher_server.engines.text_reader import read_sample
 from teacher_server.plan_execution import execute
 
 DEFAULT_CONTEXT = 4096
@@ -164,7 +164,7 @@ class FakeEngine:
 
     def generate(
         self, prompts: Sequence[TokenizedSample], options: GenerateOptions, wanted: Wanted
-    ) -> list[Written | SampleFailure]:
+    ) -> list[GeneratedText | SampleFailure]:
         """See `TeacherEngine.generate`. A byte is a token; each step of the batch takes `delay_ms`."""
         self._inject_faults([tokens.sample.id for tokens in prompts])
         written = [write(tokens, options) for tokens in prompts]
@@ -211,7 +211,7 @@ def load(config: ServeConfig) -> FakeEngine:
     return FakeEngine(config, FakeModel.parse(config.model))
 
 
-def write(prompt: TokenizedSample, options: GenerateOptions) -> Written:
+def write(prompt: TokenizedSample, options: GenerateOptions) -> GeneratedText:
     """A few sums and an answer, made of the prompt and, unless it is greedy, of the seed."""
     state = options.seed_for(prompt) if options.temperature else sample_seed(0, prompt.prompt_ids)
     numbers = torch.randint(0, 100, (4, 2), generator=torch.Generator().manual_seed(state & (2**63 - 1))).tolist()
@@ -222,7 +222,7 @@ def write(prompt: TokenizedSample, options: GenerateOptions) -> Written:
     places = [place for stop in options.stop if (place := text.find(stop)) >= 0]
     if places:
         text, finish = text[: min(places)], "stop"
-    return Written(text, finish, len(text))
+    return GeneratedText(text, finish, len(text))
 
 
 def _pad(token_ids: Sequence[Sequence[int]]) -> Tensor:

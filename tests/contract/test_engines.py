@@ -15,10 +15,12 @@ from transformers import PreTrainedModel
 
 from kvcore.types import Sample
 from teacher_server.config import ServeConfig
-from teacher_server.engines import hf, hf_attention, load_engine
+from teacher_server.engines import load_engine
 from teacher_server.engines.base import SPAN_KINDS, LayerOutput, TeacherEngine, TokenizedSample
 from teacher_server.engines.fake import FakeEngine
-from teacher_server.engines.hf import HFEngine
+from teacher_server.engines.hf import hf_attention
+from teacher_server.engines.hf import hf_engine as hf
+from teacher_server.engines.hf.hf_engine import HFEngine
 from tests.support.engine_contract import *  # noqa: F403  every engine has to pass it
 from tests.support.engine_contract import read_batch
 from tests.support.reference_kv import load_reference, reference_kv

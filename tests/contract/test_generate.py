@@ -14,14 +14,15 @@ from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel
 
 from kvcore.types import Sample
 from teacher_server.config import ServeConfig
-from teacher_server.engines import hf_generate, load_engine
+from teacher_server.engines import load_engine
 from teacher_server.engines.base import (
+    GeneratedText,
     GenerateOptions,
     SampleFailure,
     TeacherEngine,
     TokenizedSample,
-    Written,
 )
+from teacher_server.engines.hf import hf_generate
 from tests.support.reference_kv import load_reference
 from tests.support.tiny_models import FAMILIES, Family, build_model, save_tiny_model, tiny_spec
 
@@ -77,11 +78,11 @@ def prompts(engine: TeacherEngine) -> list[TokenizedSample]:
     return [engine.tokenize(Sample(f"s{index}", text=text)) for index, text in enumerate(TEXTS)]
 
 
-def write(engine: TeacherEngine, batch: list[TokenizedSample], options: GenerateOptions) -> list[Written]:
+def write(engine: TeacherEngine, batch: list[TokenizedSample], options: GenerateOptions) -> list[GeneratedText]:
     outcomes = engine.generate(batch, options, lambda _row: True)
     assert len(outcomes) == len(batch)
-    assert all(isinstance(outcome, Written) for outcome in outcomes)
-    return cast("list[Written]", outcomes)
+    assert all(isinstance(outcome, GeneratedText) for outcome in outcomes)
+    return cast("list[GeneratedText]", outcomes)
 
 
 # ---------------------------------------------------------------------------------------------------- every engine

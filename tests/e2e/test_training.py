@@ -10,7 +10,7 @@ import pytest
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from student_trainer.latent import load_reasoning
+from student_trainer.model.latent import load_reasoning
 from tests.support.training import LATENTS, LOSSES, Endpoints, World, assert_same_losses, metrics, train
 
 

@@ -16,19 +16,19 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from align.aligner import Aligner, plan_for
 from align.calibration import Calibration, LayerCalibration, StudentRead
 from align.head_dim_adapter import TENSORS, KVGeometry
-from align.report import AlignmentReport
 from align.token_layout import at_student_tokens, at_teacher_slots
 from data.collate import Collator
 from data.records import Record, epoch_order
 from data.synthetic import ChainTask, make_splits
+from experiments.demo.demo_config import ModelName
 from experiments.demo.make_models import make_model
-from experiments.demo.settings import ModelName
 from experiments.demo.tokenizers import build_tokenizer
-from kvcore.codec import decode_batch
 from kvcore.plan import CodecSpec, KVPlan, Selection
-from kvcore.projections import kv_projections
+from kvcore.tensors.codec import decode_batch
+from kvcore.tensors.projections import kv_projections
 from kvcore.types import BatchKV, EncodedSampleKV
-from student_trainer.capture import capture_kv
+from student_trainer.model.capture import capture_kv
+from student_trainer.monitoring.alignment_report import AlignmentReport
 from teacher_server.config import ServeConfig
 from teacher_server.engines import load_engine
 from teacher_server.engines.base import LayerResult, PlannedSample, SampleFailure, TeacherEngine

@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 
 from kvcore.errors import ProtocolError, TeacherRefusedError, TeacherUnavailableError
-from kvcore.plan import CodecSpec, KVPlan, Sampling, Selection
-from kvcore.store import KVStoreReader
+from kvcore.plan import CodecSpec, KVPlan, SamplingParams, Selection
+from kvcore.store.kv_store import KVStoreReader
 from kvcore.types import EncodedSampleKV, Sample, Span
 from protos import kv_cache_pb2 as pb
-from student_trainer.kv_sources.generate import TeacherWriter, WrittenSample
+from student_trainer.kv_sources.completions import CompletedSample, CompletionSource
 from student_trainer.kv_sources.record import Record
 from student_trainer.kv_sources.remote import RemoteSource
 from teacher_server.engines import load_engine
@@ -35,7 +35,7 @@ PLAN = KVPlan(
     codec=CodecSpec(name="int8", max_relative_error=0.5),
 )
 PROMPTS = (Sample("p0", text="The start is 3. Add 4. "), Sample("p1", text="Größe? 思考"))
-SAMPLING = Sampling(max_new_tokens=8, temperature=1.0, top_p=0.9, seed=7, stop=("\x00",))
+SAMPLING = SamplingParams(max_new_tokens=8, temperature=1.0, top_p=0.9, seed=7, stop=("\x00",))
 FLIPS = 150
 
 
@@ -148,12 +148,12 @@ def test_a_flipped_bit_in_an_answer_never_gives_other_kv(proxy: DamagingProxy, s
 @pytest.mark.parametrize("direction", ["request", "response"])
 def test_a_flipped_bit_never_gives_another_writing(proxy: DamagingProxy, direction: str) -> None:
     plan = PLAN.model_copy(update={"selection": Selection(selector="right", budget=4)})
-    with closing(TeacherWriter("math", proxy.endpoint, lambda _info: plan, SAMPLING)) as writer:
+    with closing(CompletionSource("math", proxy.endpoint, lambda _info: plan, SAMPLING)) as writer:
         writer.connect()
         wanted = writer.write(PROMPTS)
 
         def write() -> None:
-            got: list[WrittenSample] = writer.write(PROMPTS)
+            got: list[CompletedSample] = writer.write(PROMPTS)
             assert_right([one.kv for one in got], [one.kv for one in wanted])
             for one, other in zip(got, wanted, strict=True):
                 assert one.written is not None

@@ -22,8 +22,9 @@ import torch
 import yaml
 from transformers import AutoTokenizer
 
-from extraction import command, finish, run
-from kvcore.store import KVStoreReader
+from extraction import command, finish
+from extraction import extract as run
+from kvcore.store.kv_store import KVStoreReader
 from tests.support.extraction import ExtractionWorld, assert_same_kv, load_pt, make_world
 from tests.support.reference_kv import load_reference, reference_kv
 from tests.support.servers import REPOSITORY, TeacherProcess, running_teacher, wait_until

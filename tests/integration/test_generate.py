@@ -22,16 +22,16 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from data.records import load_records
-from kvcore import wire
 from kvcore.errors import TeacherRefusedError
-from kvcore.plan import CodecSpec, KVPlan, Sampling, Selection
+from kvcore.plan import CodecSpec, KVPlan, SamplingParams, Selection
 from kvcore.types import EncodedSampleKV, MissingKV, Sample, Span
+from kvcore.wire import messages as wire
 from protos import kv_cache_pb2 as pb
 from protos import kv_cache_pb2_grpc as pb_grpc
-from student_trainer.kv_sources.generate import TeacherWriter, WrittenSample
+from student_trainer.kv_sources.completions import CompletedSample, CompletionSource
 from teacher_server.config import ServeConfig
 from teacher_server.engines import load_engine
-from teacher_server.engines.base import GenerateOptions, SampleFailure, TokenizedSample, Wanted, Written
+from teacher_server.engines.base import GeneratedText, GenerateOptions, SampleFailure, TokenizedSample, Wanted
 from teacher_server.engines.fake import FakeEngine, FakeFaults, FakeModel
 from tests.support.server_in_thread import CONFIG, ServerInThread
 from tests.support.servers import TeacherClient, refused, wait_until
@@ -43,8 +43,8 @@ PROMPTS = tuple(
     Sample(f"p{index}", text=text)
     for index, text in enumerate(("The start is 3. Add 4. ", "Größe? 思考", "1", "Then multiply by 2, all modulo 7. "))
 )
-GREEDY = Sampling(max_new_tokens=30)
-DRAWN = Sampling(max_new_tokens=30, temperature=1.0, top_p=0.95, seed=7)
+GREEDY = SamplingParams(max_new_tokens=30)
+DRAWN = SamplingParams(max_new_tokens=30, temperature=1.0, top_p=0.95, seed=7)
 SELECTION = Selection(selector="right", budget=6, span="reasoning", scope="head")
 IDLE = {"open_streams": 0, "queued_samples": 0, "queued_tokens": 0}
 
@@ -84,16 +84,16 @@ def plan_of(selection: Selection = SELECTION) -> KVPlan:
 
 def write(
     server: ServerInThread,
-    sampling: Sampling,
+    sampling: SamplingParams,
     prompts: Sequence[Sample] = PROMPTS,
     selection: Selection = SELECTION,
-) -> list[WrittenSample]:
-    with closing(TeacherWriter("teacher", server.endpoint, lambda _info: plan_of(selection), sampling)) as writer:
+) -> list[CompletedSample]:
+    with closing(CompletionSource("teacher", server.endpoint, lambda _info: plan_of(selection), sampling)) as writer:
         writer.connect()
         return writer.write(prompts)
 
 
-def texts(written: Sequence[WrittenSample]) -> list[str]:
+def texts(written: Sequence[CompletedSample]) -> list[str]:
     """What was written, without the prompts."""
     found: list[str] = []
     for prompt, one in zip(PROMPTS, written, strict=True):
@@ -104,13 +104,13 @@ def texts(written: Sequence[WrittenSample]) -> list[str]:
     return found
 
 
-def kv(one: WrittenSample) -> EncodedSampleKV:
+def kv(one: CompletedSample) -> EncodedSampleKV:
     assert isinstance(one.kv, EncodedSampleKV), one.kv
     return one.kv
 
 
 def assert_kv_of_its_text(
-    server: ServerInThread, written: Sequence[WrittenSample], plan: KVPlan, atol: float = 0.0
+    server: ServerInThread, written: Sequence[CompletedSample], plan: KVPlan, atol: float = 0.0
 ) -> None:
     """What StreamKV gives for the same text and spans, read alone: bit for bit, unless a tolerance is given."""
     samples = [one.written.sample for one in written if one.written is not None]
@@ -305,7 +305,7 @@ class WaitingEngine(FakeEngine):
 
     def generate(
         self, prompts: Sequence[TokenizedSample], options: GenerateOptions, wanted: Wanted
-    ) -> list[Written | SampleFailure]:
+    ) -> list[GeneratedText | SampleFailure]:
         self.writes.set()
         while not self.gate.is_set() and any(wanted(row) for row in range(len(prompts))):
             time.sleep(0.005)
@@ -357,7 +357,7 @@ def test_the_servers_own_deadline_counts_for_writing_too(start: Callable[..., Se
 def test_a_full_queue_says_when_to_come_back_counting_what_may_be_written(start: Callable[..., ServerInThread]) -> None:
     server, engine = start_waiting(start, max_queued_tokens=100)
     with ThreadPoolExecutor(1) as pool, grpc.insecure_channel(server.endpoint) as channel:
-        first = pool.submit(write, server, Sampling(max_new_tokens=60), PROMPTS[:1])
+        first = pool.submit(write, server, SamplingParams(max_new_tokens=60), PROMPTS[:1])
         assert engine.writes.wait(20)
         stub = pb_grpc.TeacherKVStub(channel)
         refusal = refused(lambda: list(stub.Generate(request_of(), timeout=60)))

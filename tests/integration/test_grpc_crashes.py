@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 
 from kvcore.plan import CodecSpec, KVPlan, Selection
-from kvcore.stream_reader import StreamReader
 from kvcore.types import EncodedSampleKV, Sample
+from kvcore.wire.stream_reader import StreamReader
 from student_trainer.kv_sources.remote import RemoteSource
-from student_trainer.transport_variables import TLS_CA, TOKEN_FILE
+from student_trainer.launching.transport_variables import TLS_CA, TOKEN_FILE
 from teacher_server import grpc_server
 from teacher_server.config import ServeConfig
 from teacher_server.engines.base import TeacherEngine

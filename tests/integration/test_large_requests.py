@@ -10,7 +10,7 @@ import grpc
 import pytest
 
 from kvcore.plan import KVPlan, Selection
-from kvcore.wire import plan_to_proto
+from kvcore.wire.messages import plan_to_proto
 from protos import kv_cache_pb2 as pb
 from tests.support.servers import TeacherClient, TeacherProcess, refused, running_teacher, token_samples
 from tests.unit.test_request_size import field

@@ -8,7 +8,7 @@ import psutil
 import pytest
 
 from kvcore.errors import TeacherUnavailableError
-from student_trainer.local_teachers import LocalTeachers
+from student_trainer.launching.local_teachers import LocalTeachers
 from tests.support.servers import TeacherClient, wait_until
 from tests.support.tiny_models import save_tiny_model, tiny_spec
 

@@ -11,13 +11,13 @@ from typing import Any
 
 import pytest
 
+from evaluation.config import BENCHMARKS, EvalSettings
 from evaluation.latent_lm import LatentLM
 from evaluation.models import load_model
 from evaluation.multi_task_eval import evaluate, main
-from evaluation.settings import BENCHMARKS, EvalSettings
 from kvcore.errors import ConfigError, FieldError
-from student_trainer.latent import new_reasoning, save_reasoning
-from student_trainer.pretrained import load_pretrained
+from student_trainer.model.latent import new_reasoning, save_reasoning
+from student_trainer.model.pretrained import load_pretrained
 from tests.support.benchmark_data import write_benchmarks
 from tests.support.servers import REPOSITORY
 from tests.support.tiny_models import save_tiny_model, tiny_spec

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from data.records import Record, load_records, write_records
+from experiments.recipe.config import RecipeSettings
 from experiments.recipe.prepare import prepare_data
-from experiments.recipe.settings import RecipeSettings
 from kvcore.errors import ConfigError
 from tests.support.guide_data import write_guide_datasets
 from tests.support.tiny_models import save_tiny_model, tiny_spec

@@ -16,7 +16,7 @@ INTERNAL = {
     "experiments/demo/arms.py",
     "experiments/recipe/job.py",
     "kvdistill/__main__.py",
-    "student_trainer/processes.py",
+    "student_trainer/launching/processes.py",
 }
 # A script that reads no flags would do its work when it is asked for help.
 READS_FLAGS = re.compile(

@@ -14,8 +14,8 @@ from kvcore.errors import FieldError, TeacherRefusedError, TeacherUnavailableErr
 from kvcore.plan import KVPlan, Selection
 from kvcore.types import EncodedSampleKV, Sample
 from student_trainer.kv_sources.remote import RemoteSource
-from student_trainer.local_teachers import LocalTeachers
-from student_trainer.transport_variables import TLS_CA, TOKEN_FILE
+from student_trainer.launching.local_teachers import LocalTeachers
+from student_trainer.launching.transport_variables import TLS_CA, TOKEN_FILE
 from teacher_server.config import ServeConfig
 from tests.support.certificates import certificate
 from tests.support.servers import TeacherProcess, running_teacher

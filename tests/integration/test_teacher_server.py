@@ -17,11 +17,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
-from kvcore.codec import decode
-from kvcore.frames import unpack_frame
 from kvcore.plan import CodecSpec, KVPlan, Selection
-from kvcore.stream_reader import SampleFailure, StreamReader
+from kvcore.tensors.codec import decode
 from kvcore.types import EncodedSampleKV, Sample, Span
+from kvcore.wire.frames import unpack_frame
+from kvcore.wire.stream_reader import RefusedSample, StreamReader
 from protos import kv_cache_pb2 as pb
 from protos import kv_cache_pb2_grpc as pb_grpc
 from tests.support.servers import (
@@ -298,10 +298,10 @@ def test_a_sample_that_cannot_be_read_fails_alone(fake: TeacherProcess) -> None:
     assert kv(answers[1]).positions.tolist() == [[[5, 6]]]
     for index, hint in ((0, "200"), (2, "reasoning"), (3, "99999")):
         failure = answers[index]
-        assert isinstance(failure, SampleFailure)
+        assert isinstance(failure, RefusedSample)
         assert failure.code == "INVALID_ARGUMENT"
         assert hint in failure.message
-    assert all(isinstance(outcome, SampleFailure) for outcome in nothing_left)
+    assert all(isinstance(outcome, RefusedSample) for outcome in nothing_left)
 
 
 def test_a_sample_past_its_error_budget_fails_alone(families: RunningFamilies) -> None:
@@ -312,8 +312,8 @@ def test_a_sample_past_its_error_budget_fails_alone(families: RunningFamilies) -
         limit = sorted(errors)[len(errors) // 2]
         strict = plan.model_copy(update={"codec": CodecSpec(name="int8", group_size=8, max_relative_error=limit)})
         answers = client.fetch(strict, samples)
-    assert [isinstance(answer, SampleFailure) for answer in answers] == [error > limit for error in errors]
-    failure = next(answer for answer in answers if isinstance(answer, SampleFailure))
+    assert [isinstance(answer, RefusedSample) for answer in answers] == [error > limit for error in errors]
+    failure = next(answer for answer in answers if isinstance(answer, RefusedSample))
     assert failure.code == "FAILED_PRECONDITION"
     assert "max_relative_error" in failure.message
 

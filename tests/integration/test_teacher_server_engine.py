@@ -14,11 +14,11 @@ import torch
 from grpc_health.v1 import health_pb2
 
 from kvcore.errors import UnsupportedModelError
-from kvcore.frames import unpack_frame
 from kvcore.plan import CodecSpec, KVPlan, Selection
-from kvcore.stream_reader import SampleFailure
 from kvcore.types import EncodedSampleKV, Sample
-from kvcore.wire import TEACHER_METADATA, teacher_metadata
+from kvcore.wire.frames import unpack_frame
+from kvcore.wire.messages import TEACHER_METADATA, teacher_metadata
+from kvcore.wire.stream_reader import RefusedSample
 from teacher_server import app
 from teacher_server.config import ServeConfig
 from teacher_server.engines.base import LayerOutput, LayerSink, TeacherEngine, TokenizedSample
@@ -161,11 +161,11 @@ def test_a_batch_that_the_engine_fails_on_fails_its_samples_and_nothing_else(
     server.wait_ready()
     with TeacherClient(server.endpoint) as client:
         poisoned = client.fetch(PLAN, samples("a", "poison"))
-        assert [outcome.code for outcome in poisoned if isinstance(outcome, SampleFailure)] == ["INTERNAL", "INTERNAL"]
-        assert all("told to fail" not in outcome.message for outcome in poisoned if isinstance(outcome, SampleFailure))
+        assert [outcome.code for outcome in poisoned if isinstance(outcome, RefusedSample)] == ["INTERNAL", "INTERNAL"]
+        assert all("told to fail" not in outcome.message for outcome in poisoned if isinstance(outcome, RefusedSample))
         mixed = client.fetch(PLAN, samples("a", "nan", "b"))
         assert [isinstance(outcome, EncodedSampleKV) for outcome in mixed] == [True, False, True]
-        assert isinstance(mixed[1], SampleFailure)
+        assert isinstance(mixed[1], RefusedSample)
         assert mixed[1].code == "FAILED_PRECONDITION"
     assert server.get("/readyz").status_code == 200
     metrics = server.get("/metrics").text
@@ -183,7 +183,7 @@ def test_a_broken_engine_stops_being_ready_until_it_works_again(
     server.wait_ready()
     with TeacherClient(server.endpoint) as client:
         engine.broken.set()
-        assert isinstance(client.fetch(PLAN, samples("a"))[0], SampleFailure)
+        assert isinstance(client.fetch(PLAN, samples("a"))[0], RefusedSample)
         wait_until(lambda: server.get("/readyz").status_code == 503)
         assert "self-test failed" in server.get("/readyz").text
         assert server.health() == health_pb2.HealthCheckResponse.NOT_SERVING

@@ -11,7 +11,7 @@ import pytest
 from grpc_health.v1 import health_pb2
 
 from kvcore.plan import CodecSpec, KVPlan, Selection
-from kvcore.stream_reader import StreamReader
+from kvcore.wire.stream_reader import StreamReader
 from tests.support.servers import (
     ServerStartError,
     TeacherClient,

@@ -17,7 +17,7 @@ from extraction.teachers import model_geometry
 from kvcore.config import parse
 from kvcore.types import EncodedSampleKV
 from kvdistill.inspection import inspect
-from kvdistill.planning import plan_text
+from kvdistill.plan_summary import plan_text
 from student_trainer.config import TrainConfig
 from student_trainer.kv_sources.remote import RemoteSource
 from tests.support.servers import REPOSITORY, TeacherProcess, running_teacher

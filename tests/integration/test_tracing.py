@@ -8,12 +8,12 @@ from collections.abc import Iterator
 
 import pytest
 
-from kvcore import tracing
 from kvcore.errors import TeacherRefusedError
-from kvcore.plan import KVPlan, Sampling, Selection
+from kvcore.monitoring import tracing
+from kvcore.plan import KVPlan, SamplingParams, Selection
 from kvcore.types import Sample, TeacherInfo
+from student_trainer.kv_sources.completions import CompletionSource
 from student_trainer.kv_sources.failover import FailoverSource
-from student_trainer.kv_sources.generate import TeacherWriter
 from student_trainer.kv_sources.remote import PlanFactory, RemoteSource
 from tests.support.otlp_collector import Collector, ReceivedSpan, otlp_collector
 from tests.support.servers import TeacherProcess, running_teacher, token_samples, wait_until
@@ -116,7 +116,7 @@ def test_a_refusal_is_an_error_on_both_sides_of_one_trace(collector: Collector, 
 
 
 def test_writing_is_a_stage_of_its_own(collector: Collector, server: TeacherProcess) -> None:
-    writer = TeacherWriter("ada", server.endpoint, plan_for, Sampling(max_new_tokens=8))
+    writer = CompletionSource("ada", server.endpoint, plan_for, SamplingParams(max_new_tokens=8))
     with traced_alone(collector, "Generate"), contextlib.closing(writer):
         writer.connect()
         writer.write([Sample("p0", text="1 + 2 = ")])

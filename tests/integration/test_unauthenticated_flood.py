@@ -13,11 +13,11 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2
 
-from kvcore.channel_arguments import MAX_METADATA_BYTES
+from kvcore.wire.channel_arguments import MAX_METADATA_BYTES
 from protos import kv_cache_pb2 as pb
 from teacher_server.config import MIB
 from teacher_server.limits import MAX_OPEN_REFLECTIONS
-from teacher_server.logs import LINES_AT_ONCE
+from teacher_server.monitoring.logs import LINES_AT_ONCE
 from tests.integration.test_secure_transport import SECRET, certificate
 from tests.support.servers import TeacherProcess, running_teacher, wait_until
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from student_trainer.kv_sources.failover import FailoverSource
-from student_trainer.run_state import RunState
+from student_trainer.monitoring.run_state import RunState
 from tests.support.kv_fakes import MemorySource, samples
 from tests.support.scripted_replica import ScriptedReplica
 

@@ -11,9 +11,9 @@ from dataclasses import dataclass, field
 import pytest
 import torch
 
-from kvcore.codec import decode
 from kvcore.errors import FieldError
 from kvcore.plan import CodecSpec, KVPlan, Selection
+from kvcore.tensors.codec import decode
 from kvcore.types import Sample, Span, Tensor
 from teacher_server.engines.base import (
     SPAN_KINDS,

@@ -8,9 +8,9 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from kvcore import codec
 from kvcore.errors import TeacherUnavailableError
 from kvcore.plan import CodecSpec, KVPlan, Selection
+from kvcore.tensors import codec
 from kvcore.types import EncodedSampleKV, MissingKV, Sample, TeacherInfo, Tensor
 from student_trainer.kv_sources.base import KVResult
 

@@ -10,7 +10,7 @@ from torch import nn
 
 from kvcore.types import Tensor
 from student_trainer.config import TrainConfig
-from student_trainer.ds_engine import MOMENTS, Engine
+from student_trainer.loop.ds_engine import MOMENTS, Engine
 
 
 class PlainEngine(Engine):

@@ -34,7 +34,7 @@ from transformers import (
 )
 
 from align.rope_scale import RoPEScaler
-from kvcore.projections import KVProjection, kv_projections
+from kvcore.tensors.projections import KVProjection, kv_projections
 from kvcore.types import Tensor
 from tests.support.tiny_models import Family, TinySpec, build_model, randomise
 

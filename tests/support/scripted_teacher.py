@@ -10,9 +10,9 @@ from typing import Any
 
 import grpc
 
-from kvcore import wire
-from kvcore.frames import FrameWriter
 from kvcore.types import Sample, TeacherInfo, Timings
+from kvcore.wire import messages as wire
+from kvcore.wire.frames import FrameWriter
 from protos import kv_cache_pb2 as pb
 from tests.support.kv_fakes import INFO, kv_of
 

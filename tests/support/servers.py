@@ -20,10 +20,10 @@ import httpx
 import psutil
 from grpc_health.v1 import health_pb2
 
-from kvcore import wire
 from kvcore.plan import KVPlan
-from kvcore.stream_reader import SampleFailure, StreamReader
 from kvcore.types import EncodedSampleKV, Sample, TeacherInfo
+from kvcore.wire import messages as wire
+from kvcore.wire.stream_reader import RefusedSample, StreamReader
 from protos import kv_cache_pb2 as pb
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -31,7 +31,7 @@ START_SECONDS = 90.0
 STOP_SECONDS = 30.0
 POLL_SECONDS = 0.05
 
-Outcome = EncodedSampleKV | SampleFailure
+Outcome = EncodedSampleKV | RefusedSample
 
 
 class ServerStartError(RuntimeError):

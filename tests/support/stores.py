@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from kvcore.store import KVStoreReader, KVStoreWriter
+from kvcore.store.kv_store import KVStoreReader, KVStoreWriter
 from kvcore.types import EncodedSampleKV
 from tests.support.streams import INFO, PLAN, assert_same, sample_kv
 

@@ -11,11 +11,11 @@ from typing import Any
 import torch
 import xxhash
 
-from kvcore.codec import KINDS, encode
-from kvcore.frames import FrameWriter, pack_frame, unpack_frame
 from kvcore.plan import CodecSpec, KVPlan, Selection
-from kvcore.stream_reader import SampleFailure, StreamReader
+from kvcore.tensors.codec import KINDS, encode
 from kvcore.types import EncodedSampleKV, Sample, TeacherInfo, Tensor, Timings
+from kvcore.wire.frames import FrameWriter, pack_frame, unpack_frame
+from kvcore.wire.stream_reader import RefusedSample, StreamReader
 
 REQUEST = "request-1"
 INFO = TeacherInfo(
@@ -141,7 +141,7 @@ def write_shuffled(
 
 def read_stream(
     frames: Sequence[bytes], count: int, plan: KVPlan = PLAN, tokens: Sequence[int] = ()
-) -> dict[int, EncodedSampleKV | SampleFailure]:
+) -> dict[int, EncodedSampleKV | RefusedSample]:
     reader = StreamReader(REQUEST, plan, [text_sample(i, tokens[i] if tokens else 9) for i in range(count)], INFO)
     results = [result for frame in frames for result in reader.feed(frame)]
     reader.finish()
@@ -149,7 +149,7 @@ def read_stream(
     return dict(results)
 
 
-def assert_same(got: EncodedSampleKV | SampleFailure | None, sent: EncodedSampleKV, timings: bool = True) -> None:
+def assert_same(got: EncodedSampleKV | RefusedSample | None, sent: EncodedSampleKV, timings: bool = True) -> None:
     """Every field, every tensor bit for bit with its dtype and shape."""
     assert isinstance(got, EncodedSampleKV)
     assert (got.sample_id, got.key, got.layers, got.codec) == (sent.sample_id, sent.key, sent.layers, sent.codec)

@@ -17,11 +17,11 @@ from data.collate import Collator
 from data.records import Record
 from data.synthetic import ChainTask, make_splits
 from kvcore.config import parse
-from kvcore.offsets import read_text
+from kvcore.tensors.offsets import read_text
 from kvcore.types import BatchKV
 from student_trainer.config import LossConfig, TrainConfig
-from student_trainer.latent import LatentStudent, new_reasoning
-from student_trainer.model import DistillModel, TrainBatch
+from student_trainer.model.distill_model import DistillModel, TrainBatch
+from student_trainer.model.latent import LatentStudent, new_reasoning
 from tests.support.tiny_models import build_model, build_tokenizer, tiny_spec
 
 LATENTS, PASSES = 3, 2

@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from teacher_server.activity import (
+from teacher_server.monitoring.activity import (
     MAX_CALLERS,
     MAX_PROBLEM_LENGTH,
     MAX_PROBLEMS,

@@ -17,10 +17,10 @@ import numpy as np
 import pytest
 from matplotlib.image import imread
 
-import align.report
+import student_trainer.monitoring.alignment_report
 from align.aligner import Aligner
 from align.head_dim_adapter import TENSORS, KVGeometry
-from align.report import AlignmentReport
+from student_trainer.monitoring.alignment_report import AlignmentReport
 from tests.support.alignment_parts import MIXING, STUDENT, TEACHER, calibrate_on, calibrated, teacher_batch
 
 EXPLAINED, LAYER_MAP, SIMILARITY, COVERAGE = (
@@ -227,7 +227,7 @@ def test_figures_that_are_no_numbers_are_null(tmp_path: Path, twin: dict[str, An
 
 
 def test_matplotlib_is_not_imported_before_a_report_is_written() -> None:
-    tree = ast.parse(Path(align.report.__file__).read_text(encoding="utf-8"))
+    tree = ast.parse(Path(student_trainer.monitoring.alignment_report.__file__).read_text(encoding="utf-8"))
     imported = [
         name
         for node in tree.body
@@ -240,4 +240,6 @@ def test_matplotlib_is_not_imported_before_a_report_is_written() -> None:
         )
     ]
     assert "json" in imported
-    assert not [name for name in imported if name.startswith(("matplotlib", "align.report"))]
+    assert not [
+        name for name in imported if name.startswith(("matplotlib", "student_trainer.monitoring.alignment_report"))
+    ]

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from kvcore.types import Tensor
-from teacher_server.engines.answer_queries import AnswerQueries, Segment
+from teacher_server.engines.vllm.answer_queries import AnswerQueries, Segment
 
 BLOCK_SIZE, QUERY_HEADS, HEADS, DIM = 4, 6, 2, 8
 SCALE = DIM**-0.5

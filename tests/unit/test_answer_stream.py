@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 
-from kvcore.frames import FrameWriter, unpack_frame
-from teacher_server.streams import AnswerStream
+from kvcore.wire.frames import FrameWriter, unpack_frame
+from teacher_server.answer_stream import AnswerStream
 from tests.support.streams import PLAN, REQUEST
 
 

@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from kvcore.plan import CodecSpec, KVPlan, Selection
-from teacher_server.engines import batch_progress
-from teacher_server.engines.assembly import Assembly
 from teacher_server.engines.base import LayerResult, SampleFailure
-from teacher_server.engines.batch_progress import BatchProgress, Ended
-from teacher_server.engines.handover import FailureMessage, LayerMessage
+from teacher_server.engines.vllm import batch_progress
+from teacher_server.engines.vllm.assembly import Assembly
+from teacher_server.engines.vllm.batch_progress import BatchProgress, Ended
+from teacher_server.engines.vllm.message_queue import FailureMessage, LayerMessage
 
 PLAN = KVPlan(layers=(0, 1), selection=Selection(span="all"), codec=CodecSpec(name="raw"))
 

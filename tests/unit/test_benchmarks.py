@@ -14,8 +14,8 @@ from lm_eval.tasks import TaskManager
 from data.families.base import Question
 from data.prompts import prompt_of
 from evaluation import scoring, suite
+from evaluation.config import BENCHMARKS
 from evaluation.scoring import NO_ANSWER
-from evaluation.settings import BENCHMARKS
 from evaluation.suite import Benchmark, load_benchmarks
 from kvcore.errors import ConfigError, FieldError
 from tests.support import benchmark_data

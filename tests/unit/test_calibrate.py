@@ -10,8 +10,8 @@ import torch
 
 from data.records import Record
 from kvcore.errors import FieldError, KVDistillError, TeacherRefusedError
-from student_trainer.calibrate import calibrate
-from student_trainer.model import DistillModel, TrainBatch
+from student_trainer.loop.calibrate import calibrate
+from student_trainer.model.distill_model import DistillModel, TrainBatch
 from tests.support.training_parts import RECORDS, aligner_of, distill_model, one_rank, train_batch
 
 

@@ -9,7 +9,7 @@ import torch
 from transformers import PreTrainedModel
 
 from kvcore.types import Tensor
-from student_trainer.capture import capture_kv
+from student_trainer.model.capture import capture_kv
 from tests.support.tiny_models import FAMILIES, Family, build_model, tiny_spec
 
 IDS_BT = torch.tensor([[5, 9, 31, 7, 12, 80], [200, 3, 4, 90, 11, 6]])

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from grpc._cython import cygrpc
 
-from kvcore.channel_arguments import client_arguments, server_arguments
+from kvcore.wire.channel_arguments import client_arguments, server_arguments
 
 ARGUMENTS = [*server_arguments(1, 1), *client_arguments(1, 1.0)]
 

@@ -14,8 +14,8 @@ from torch import nn
 
 from kvcore.errors import ConfigError
 from kvcore.types import Tensor
-from student_trainer import checkpoint
 from student_trainer.config import TrainConfig
+from student_trainer.loop import checkpoint
 from tests.support.plain_engine import PlainEngine
 from tests.support.training_parts import one_rank
 

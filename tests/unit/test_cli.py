@@ -115,7 +115,7 @@ def test_unknown_engine_is_refused_with_the_choices(
 
 def test_train_hands_over_the_file_and_the_overrides(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     started: list[tuple[Path, list[str]]] = []
-    put_in_place(monkeypatch, "student_trainer.trainer", "main", lambda *arguments: started.append(arguments))
+    put_in_place(monkeypatch, "student_trainer.loop.trainer", "main", lambda *arguments: started.append(arguments))
     config = tmp_path / "run.yaml"
     config.write_text(MINIMAL_RUN, encoding="utf-8")
     assert call(monkeypatch, "train", "--config", str(config), "--set", "run.steps=5", "--set", "run.seed=1") == 0
@@ -160,7 +160,7 @@ def test_lost_teacher_ends_with_status_1_and_the_rank_that_lost_it(
     def lose_teacher(_path: Path, _overrides: list[str]) -> None:
         raise TeacherUnavailableError("qwen", "no endpoint answers")
 
-    put_in_place(monkeypatch, "student_trainer.trainer", "main", lose_teacher)
+    put_in_place(monkeypatch, "student_trainer.loop.trainer", "main", lose_teacher)
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "1")
     config = tmp_path / "run.yaml"
@@ -176,7 +176,7 @@ def test_bug_keeps_its_traceback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     def stumble(_path: Path, _overrides: list[str]) -> None:
         raise ZeroDivisionError
 
-    put_in_place(monkeypatch, "student_trainer.trainer", "main", stumble)
+    put_in_place(monkeypatch, "student_trainer.loop.trainer", "main", stumble)
     config = tmp_path / "run.yaml"
     config.write_text(MINIMAL_RUN, encoding="utf-8")
     monkeypatch.setattr(sys, "argv", ["kvdistill", "train", "--config", str(config)])
@@ -188,14 +188,14 @@ def test_interrupt_ends_with_status_130(monkeypatch: pytest.MonkeyPatch, capsys:
     def interrupt(**_options: object) -> None:
         raise KeyboardInterrupt
 
-    put_in_place(monkeypatch, "experiments.demo.run", "main", interrupt)
+    put_in_place(monkeypatch, "experiments.demo.run_demo", "main", interrupt)
     assert call(monkeypatch, "demo") == 130
     assert "Traceback" not in capsys.readouterr().err
 
 
 def test_demo_options_reach_the_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     started: list[dict[str, object]] = []
-    put_in_place(monkeypatch, "experiments.demo.run", "main", lambda **options: started.append(options))
+    put_in_place(monkeypatch, "experiments.demo.run_demo", "main", lambda **options: started.append(options))
     assert call(monkeypatch, "demo", "--quick", "--seeds", "3", "--output", str(tmp_path)) == 0
     assert call(monkeypatch, "demo") == 0
     assert started == [
@@ -206,8 +206,8 @@ def test_demo_options_reach_the_demo(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 def test_report_and_sweep_options_reach_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     started: list[tuple[object, ...]] = []
-    put_in_place(monkeypatch, "experiments.report.write", "write_report", lambda *given: started.append(given))
-    put_in_place(monkeypatch, "experiments.sweep.run", "main", lambda *given, **how: started.append((*given, how)))
+    put_in_place(monkeypatch, "kvdistill.report.write_report", "write_report", lambda *given: started.append(given))
+    put_in_place(monkeypatch, "kvdistill.sweep.run_sweep", "main", lambda *given, **how: started.append((*given, how)))
     assert call(monkeypatch, "report", "a", "b", "--output", str(tmp_path)) == 0
     assert call(monkeypatch, "report", "a") == 0
     assert call(monkeypatch, "sweep", "s.yaml", "--set", "seeds=[0]", "--task", "3") == 0

@@ -10,9 +10,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvcore.codec import KINDS, decode, decode_batch, encode, part_layout
 from kvcore.errors import NonFiniteError
 from kvcore.plan import CODECS, CodecSpec
+from kvcore.tensors.codec import KINDS, decode, decode_batch, encode, part_layout
 from kvcore.types import EncodedSampleKV
 
 NORMAL_SCALE = 2.0**-126

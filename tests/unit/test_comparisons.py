@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from experiments.comparisons import bad_teacher, directions, selectors, token_pairs
-from experiments.demo.settings import QUICK
+from experiments.demo.demo_config import QUICK
 from kvcore.config import parse
 from kvcore.plan import SELECTORS
 from student_trainer.config import TrainConfig

@@ -15,10 +15,10 @@ from prometheus_client.metrics_core import Metric
 
 from scripts.make_dashboard import OUTPUT, dashboard
 from student_trainer.kv_sources.failover import FailoverSource
-from student_trainer.run_metrics import FIGURES, RunMetrics
-from student_trainer.run_state import RunState
-from student_trainer.window import TeacherSums
-from teacher_server.metrics import Metrics
+from student_trainer.loop.metric_accumulator import TeacherSums
+from student_trainer.monitoring.run_metrics import FIGURES, RunMetrics
+from student_trainer.monitoring.run_state import RunState
+from teacher_server.monitoring.metrics import Metrics
 from tests.support.scripted_replica import ScriptedReplica
 from tests.support.training_parts import train_config
 

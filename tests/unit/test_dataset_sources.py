@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from datasets import Dataset, DatasetDict
 
+from data.dataset_sources import Source, find_source, read_rows
 from data.families import find_family
-from data.sources import Source, find_source, read_rows
 from kvcore.errors import ConfigError, FieldError
 from tests.support.guide_data import MAKERS
 

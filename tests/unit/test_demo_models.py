@@ -11,10 +11,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from data.records import Record
 from data.synthetic import ChainTask
+from experiments.demo.demo_config import ModelName
 from experiments.demo.make_models import make_model
-from experiments.demo.settings import ModelName
 from experiments.demo.tokenizers import build_tokenizer
-from kvcore.projections import kv_projections
+from kvcore.tensors.projections import kv_projections
 
 NAMES: tuple[ModelName, ...] = ("teacher_a", "teacher_b", "student")
 

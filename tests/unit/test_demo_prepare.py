@@ -8,7 +8,7 @@ import pytest
 
 from experiments.demo import prepare
 from experiments.demo.pretrain import MODELS, Pretrained
-from experiments.demo.run import Demo
+from experiments.demo.run_demo import Demo
 
 
 @pytest.fixture

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from experiments.demo.processes import DemoError, run_logged
-from experiments.demo.run import main
+from experiments.demo.demo_processes import DemoError, run_logged
+from experiments.demo.run_demo import main
 from kvcore.errors import FieldError
 
 
@@ -58,5 +58,5 @@ def test_the_demo_does_not_empty_a_folder_that_is_not_its_own(tmp_path: Path) ->
 
 
 def test_progress_of_pretraining_needs_no_torch() -> None:
-    code = "import sys, experiments.demo.settings, experiments.demo.processes; sys.exit('torch' in sys.modules)"
+    code = "import sys, experiments.demo.demo_config, experiments.demo.demo_processes; sys.exit('torch' in sys.modules)"
     assert subprocess.run(python(code), check=False).returncode == 0

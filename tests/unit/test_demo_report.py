@@ -14,11 +14,11 @@ import pytest
 from rich.console import Console
 
 from experiments.demo import results as gather
-from experiments.demo.page import render_page
-from experiments.demo.picture import draw_picture
-from experiments.demo.report import HEADINGS, plain_table, show, table_rows, verdict, write_report
+from experiments.demo.demo_charts import draw_picture
+from experiments.demo.demo_config import ARMS, DemoPaths
+from experiments.demo.demo_page import render_page
+from experiments.demo.demo_report import HEADINGS, plain_table, show, table_rows, verdict, write_report
 from experiments.demo.results import Arm, Curve, Replay, ResultError, Results
-from experiments.demo.settings import ARMS, Layout
 
 REPORT_KEYS = {
     "arms",
@@ -181,7 +181,7 @@ def write_run(run: Path, metrics: list[dict[str, float]], accuracy: float | None
 
 
 def test_an_arm_is_read_from_its_runs(tmp_path: Path) -> None:
-    layout = Layout(tmp_path)
+    layout = DemoPaths(tmp_path)
     lines = [
         {"step": 20, "train/loss": 3.0, "train/kv_loss": 1.0},
         {"step": 40, "train/loss": 2.0, "train/kv_loss": 0.5},
@@ -218,7 +218,7 @@ def test_stages_are_those_of_one_request_to_one_teacher() -> None:
 def test_the_replay_is_compared_step_by_step(
     tmp_path: Path, offline: list[tuple[int, float, float]], expected: Replay
 ) -> None:
-    layout = Layout(tmp_path)
+    layout = DemoPaths(tmp_path)
     for mode, losses in (("record", [(1, 2.0, 0.5), (2, 1.5, 0.25)]), ("offline", offline)):
         lines = [{"step": step, "train/loss": loss, "train/kv_loss": kv} for step, loss, kv in losses]
         write_run(layout.run(mode), lines, None, None)

@@ -9,10 +9,10 @@ import torch
 
 from align.head_dim_adapter import TENSORS
 from kvcore.types import BatchKV, Tensor
-from student_trainer.calibrate import calibrate
 from student_trainer.config import LossConfig
-from student_trainer.losses import cross_entropy, error_by_layer_and_head, kv_distance
-from student_trainer.model import DistillModel, TrainBatch
+from student_trainer.loop.calibrate import calibrate
+from student_trainer.model.distill_model import DistillModel, TrainBatch
+from student_trainer.model.losses import cross_entropy, error_by_layer_and_head, kv_distance
 from tests.support.training_parts import LATENTS, RECORDS, TEACHERS, distill_model, one_rank, train_batch
 
 BATCH = RECORDS[40:44]

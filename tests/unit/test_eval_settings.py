@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from evaluation.settings import BENCHMARKS, read_flags
+from evaluation.config import BENCHMARKS, read_flags
 from kvcore.errors import ConfigError, FieldError
 
 

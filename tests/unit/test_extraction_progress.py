@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console
 
 from extraction.progress import ExtractionProgress
-from kvcore import progress
+from kvcore.monitoring import progress
 
 
 def test_a_line_has_samples_bytes_rates_and_the_time_left_by_tokens(

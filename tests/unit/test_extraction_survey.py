@@ -16,7 +16,7 @@ from extraction.pt_file import PTWriter
 from extraction.survey import pt_bytes, slots_of, stored_bytes, survey
 from kvcore.errors import ConfigError, FieldError
 from kvcore.plan import CodecSpec, KVPlan, Selection
-from kvcore.store import KVStoreWriter
+from kvcore.store.kv_store import KVStoreWriter
 from tests.support.kv_fakes import INFO, kv_of, samples
 from tests.support.tiny_models import build_tokenizer
 

@@ -14,8 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvcore.errors import ProtocolError
-from kvcore.frames import MAX_RECORDS, FrameWriter, pack_frame, unpack_frame
 from kvcore.types import Timings
+from kvcore.wire.frames import MAX_RECORDS, FrameWriter, pack_frame, unpack_frame
 from protos import kv_cache_pb2 as pb
 from tests.support.streams import (
     INFO,

@@ -7,7 +7,7 @@ import torch
 
 from align.aligner import Aligner
 from align.head_dim_adapter import KVGeometry
-from student_trainer.model import DistillModel
+from student_trainer.model.distill_model import DistillModel
 from tests.support.training_parts import tiny_student, train_config
 
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from experiments.recipe.config import TRAIN_SAMPLES, VAL_SAMPLES, RecipeSettings
 from experiments.recipe.flags import parser
-from experiments.recipe.settings import TRAIN_SAMPLES, VAL_SAMPLES, RecipeSettings
 from tests.support.guide import CHINESE_PAGE, PAGE, blocks
 from tests.support.servers import REPOSITORY
 

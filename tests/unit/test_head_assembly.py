@@ -14,16 +14,16 @@ from hypothesis import strategies as st
 from transformers import LlamaConfig
 
 from align.rope_scale import RoPEScaler
-from kvcore.codec import KINDS, decode
 from kvcore.plan import CodecSpec, KVPlan, Selection
+from kvcore.tensors.codec import KINDS, decode
 from kvcore.types import Sample, Span, Tensor
 from teacher_server.config import ServeConfig
-from teacher_server.engines.answer_queries import BatchQueries
-from teacher_server.engines.assembly import Assembly
 from teacher_server.engines.base import LayerOutput, LayerResult, LayerSink, PlannedSample, TokenizedSample
 from teacher_server.engines.fake import FakeEngine, FakeModel
-from teacher_server.engines.handover import FailureMessage, LayerMessage, pack, unpack
-from teacher_server.engines.source_step import HeadShare, SourceRow, SourceStep, source_row
+from teacher_server.engines.vllm.answer_queries import BatchQueries
+from teacher_server.engines.vllm.assembly import Assembly
+from teacher_server.engines.vllm.message_queue import FailureMessage, LayerMessage, pack, unpack
+from teacher_server.engines.vllm.worker_step import HeadShare, WorkerRow, WorkerStep, worker_row
 from teacher_server.plan_execution import execute
 from tests.support.engine_contract import Outcome
 
@@ -117,9 +117,9 @@ def in_one_piece(model: Model, plans: Sequence[KVPlan]) -> Outcome:
 def sent_by(model: Model, share: HeadShare, plans: Sequence[KVPlan], layers: Sequence[int]) -> list[bytes]:
     """What one rank sends of the layers that its pipeline stage computes."""
     batch = [PlannedSample(tokens, plan) for tokens, plan in zip(samples(), plans, strict=True)]
-    rows = [SourceRow.unpack(source_row(f"tag {row}", sample).pack()) for row, sample in enumerate(batch)]
+    rows = [WorkerRow.unpack(worker_row(f"tag {row}", sample).pack()) for row, sample in enumerate(batch)]
     gathered = any(share.needs_others(plan) for plan in plans)
-    step = SourceStep(rows, [len(tokens.token_ids) for tokens in samples()], rope(), share, gathered=gathered)
+    step = WorkerStep(rows, [len(tokens.token_ids) for tokens in samples()], rope(), share, gathered=gathered)
     heads = slice(None) if gathered else slice(share.first, share.first + share.count)
     sent: list[bytes] = []
     for layer in sorted(step.layers & set(layers)):
@@ -243,8 +243,8 @@ def test_a_sample_that_one_rank_cannot_encode_ends_alone() -> None:
 
 def test_a_rank_that_lacks_heads_which_its_plans_weigh_is_noticed() -> None:
     with pytest.raises(AssertionError, match="other ranks' heads"):
-        SourceStep(
-            [source_row("a", PlannedSample(samples()[0], plan_of("keydiff", "layer")))],
+        WorkerStep(
+            [worker_row("a", PlannedSample(samples()[0], plan_of("keydiff", "layer")))],
             [len(samples()[0].token_ids)],
             rope(),
             HeadShare.of(0, 2, HEADS),

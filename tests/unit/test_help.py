@@ -11,7 +11,7 @@ import typer
 
 from data.multi_task_dataset import EXAMPLES as DATA_EXAMPLES
 from data.multi_task_dataset import prepare
-from evaluation.settings import FLAGS as EVAL_FLAGS
+from evaluation.config import FLAGS as EVAL_FLAGS
 from experiments.recipe.flags import FLAGS as RECIPE_FLAGS
 from extraction.flags import FLAGS as EXTRACT_FLAGS
 from kvcore.errors import KVDistillError

@@ -9,8 +9,8 @@ import torch
 from transformers import DynamicCache, PreTrainedModel
 
 from kvcore.types import Tensor
-from student_trainer.capture import capture_kv
-from student_trainer.injection import Injection, inject_kv
+from student_trainer.model.capture import capture_kv
+from student_trainer.model.injection import Injection, inject_kv
 from tests.support.rotary_models import MODELS
 from tests.support.tiny_models import FAMILIES, Family, build_model, tiny_spec
 

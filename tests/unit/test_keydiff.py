@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvcore.plan import Selection
-from kvcore.select import select, select_sample
-from kvcore.selectors.keydiff import keydiff_scores
+from kvcore.tensors.select import select, select_sample
+from kvcore.tensors.selectors.keydiff import keydiff_scores
 from tests.support import naive_selection as naive
 
 LAYERS, HEADS, TOKENS, HEAD_DIM = 2, 3, 12, 6

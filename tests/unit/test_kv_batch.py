@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kvcore.codec import decode
 from kvcore.errors import TeacherRefusedError
+from kvcore.tensors.codec import decode
 from kvcore.types import EncodedSampleKV, MissingKV, Timings
-from student_trainer.kv_batch import receive
 from student_trainer.kv_sources.base import KVResult
+from student_trainer.kv_sources.kv_batch import decode_and_pad
 from tests.support.kv_fakes import INFO, PLAN, kv_of, samples
 
 BUDGET = PLAN.selection.budget
@@ -49,7 +49,7 @@ def assert_holds(received_row: int, result: KVResult, kv_x: torch.Tensor | None,
 
 def test_slots_are_padded_to_what_the_student_has() -> None:
     results = [shortened(result, slots) for result, slots in zip(answered(3), (3, 1, 2), strict=True)]
-    received = receive("ada", results, INFO, PLAN, 5, "fail")
+    received = decode_and_pad("ada", results, INFO, PLAN, 5, "fail")
     kv = received.kv
     assert kv.mask_BM.tolist() == [[1, 1, 1, 0, 0], [1, 0, 0, 0, 0], [1, 1, 0, 0, 0]]
     for row, result in enumerate(results):
@@ -61,13 +61,13 @@ def test_slots_are_padded_to_what_the_student_has() -> None:
 
 def test_without_a_number_of_slots_the_longest_sample_decides() -> None:
     results = [shortened(result, slots) for result, slots in zip(answered(2), (1, 2), strict=True)]
-    assert receive("ada", results, INFO, PLAN, None, "fail").kv.mask_BM.shape == (2, 2)
+    assert decode_and_pad("ada", results, INFO, PLAN, None, "fail").kv.mask_BM.shape == (2, 2)
 
 
 @pytest.mark.parametrize("missing", [(0,), (1, 3), (4,), (0, 1, 2, 3)])
 def test_missing_samples_are_masked_and_the_others_keep_their_rows(missing: tuple[int, ...]) -> None:
     results = answered(5, missing)
-    received = receive("ada", results, INFO, PLAN, 4, "mask")
+    received = decode_and_pad("ada", results, INFO, PLAN, 4, "mask")
     assert (received.samples, received.missing) == (5 - len(missing), len(missing))
     for row, result in enumerate(results):
         if row in missing:
@@ -81,7 +81,7 @@ def test_missing_samples_are_masked_and_the_others_keep_their_rows(missing: tupl
 
 @pytest.mark.parametrize("slots", [4, None])
 def test_a_batch_of_which_all_is_missing_has_the_usual_shape_and_no_target(slots: int | None) -> None:
-    received = receive("ada", answered(2, (0, 1)), INFO, PLAN, slots, "mask")
+    received = decode_and_pad("ada", answered(2, (0, 1)), INFO, PLAN, slots, "mask")
     width = slots or 1
     for x in (received.kv.k_BLHMD, received.kv.v_BLHMD):
         assert x is not None
@@ -94,13 +94,13 @@ def test_a_batch_of_which_all_is_missing_has_the_usual_shape_and_no_target(slots
 @pytest.mark.parametrize("left_out", ["keys", "values"])
 def test_what_a_plan_leaves_out_stays_out_when_all_is_missing(left_out: str) -> None:
     plan = PLAN.model_copy(update={left_out: False})
-    kv = receive("ada", answered(1, (0,)), INFO, plan, 2, "mask").kv
+    kv = decode_and_pad("ada", answered(1, (0,)), INFO, plan, 2, "mask").kv
     assert (kv.k_BLHMD is None, kv.v_BLHMD is None) == (left_out == "keys", left_out == "values")
 
 
 def test_a_missing_sample_ends_a_run_that_asked_for_all_by_teacher_sample_and_reason() -> None:
     with pytest.raises(TeacherRefusedError) as caught:
-        receive("ada", answered(4, (1, 2)), INFO, PLAN, 4, "fail")
+        decode_and_pad("ada", answered(4, (1, 2)), INFO, PLAN, 4, "fail")
     assert caught.value.teacher == "ada"
     for part in ("teacher 'ada'", "2 of 4 samples", "'s1'", "not finite: a key of layer 1", "kv.on_missing=mask"):
         assert part in str(caught.value)
@@ -111,7 +111,7 @@ def test_bytes_tokens_and_seconds_are_summed_over_what_came() -> None:
     for seconds, result in enumerate(results, start=1):
         if isinstance(result, EncodedSampleKV):
             result.timings = Timings(queue=seconds, prefill=10.0 * seconds, encode=0.5, network=0.25)
-    received = receive("ada", results, INFO, PLAN, None, "mask")
+    received = decode_and_pad("ada", results, INFO, PLAN, None, "mask")
     tokens = 5 + 7
     assert received.teacher_tokens == tokens
     # 3 layers, 2 heads of 16, keys and values, 2 bytes in bf16.

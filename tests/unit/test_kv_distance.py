@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvcore.types import Tensor
-from student_trainer.losses import error_by_layer_and_head, kv_distance
+from student_trainer.model.losses import error_by_layer_and_head, kv_distance
 
 BATCH, LAYERS, HEADS, SLOTS, DIM = 4, 3, 2, 5, 4
 KINDS = ("mse", "smooth_l1", "cosine", "cka")

@@ -11,9 +11,9 @@ from torch import nn
 
 from kvcore.errors import FieldError
 from kvcore.types import Tensor
-from student_trainer.calibrate import calibrate
-from student_trainer.kv_weight import auto_kv_weight
-from student_trainer.model import DistillModel
+from student_trainer.loop.calibrate import calibrate
+from student_trainer.loop.kv_weight import auto_kv_weight
+from student_trainer.model.distill_model import DistillModel
 from tests.support.training_parts import RECORDS, distill_model, one_rank, train_batch
 
 Batch = tuple[float, float]

@@ -12,7 +12,7 @@ from transformers import DynamicCache
 
 from kvcore.errors import ConfigError
 from kvcore.types import Tensor
-from student_trainer.latent import LATENT_CONFIG, LatentStudent, load_reasoning, new_reasoning, save_reasoning
+from student_trainer.model.latent import LATENT_CONFIG, LatentStudent, load_reasoning, new_reasoning, save_reasoning
 from tests.support.tiny_models import FAMILIES, Family, build_model, tiny_spec
 
 LATENTS, PASSES = 4, 2

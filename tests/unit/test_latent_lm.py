@@ -17,8 +17,8 @@ from evaluation.latent_lm import LatentLM, NoLikelihoodError
 from evaluation.models import load_model
 from evaluation.watched_lm import WatchedLM
 from kvcore.errors import FieldError
-from student_trainer.latent import LATENT_CONFIG, LATENT_WEIGHTS, new_reasoning, save_reasoning
-from student_trainer.pretrained import load_pretrained
+from student_trainer.model.latent import LATENT_CONFIG, LATENT_WEIGHTS, new_reasoning, save_reasoning
+from student_trainer.model.pretrained import load_pretrained
 from tests.support.tiny_models import save_tiny_model, tiny_spec
 
 LATENTS = 3

@@ -6,7 +6,7 @@ import math
 import re
 import xml.etree.ElementTree as ET
 
-from kvcore.line_chart import HEIGHT, WIDTH, line_chart
+from kvcore.monitoring.line_chart import HEIGHT, WIDTH, line_chart
 
 
 def curves(chart: str) -> list[list[tuple[float, float]]]:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 
 from kvcore.errors import ConfigError, FieldError
-from student_trainer import local_teachers
 from student_trainer.config import TeacherConfig
-from student_trainer.local_teachers import _places, as_arguments, teacher_names
+from student_trainer.launching import local_teachers
+from student_trainer.launching.local_teachers import _places, as_arguments, teacher_names
 
 
 def test_a_teacher_is_called_by_the_end_of_its_path_or_hub_id() -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from kvcore.types import Tensor
-from student_trainer.losses import codi_loss, cross_entropy
+from student_trainer.model.losses import codi_loss, cross_entropy
 
 BATCH, TOKENS, STATES, WIDTH = 4, 5, 3, 6
 # Full, ragged, with a gap, and with a single token.

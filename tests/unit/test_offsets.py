@@ -12,7 +12,7 @@ from tokenizers.models import BPE
 from transformers import PreTrainedTokenizer, PreTrainedTokenizerFast
 
 from kvcore.errors import FieldError
-from kvcore.offsets import fingerprint, read_text
+from kvcore.tensors.offsets import fingerprint, read_text
 from tests.support.text_tokenizers import BUILDERS, BYTE_LEVEL, FALLBACK, TEXTS, naive_ends, tokenizer_of
 
 

@@ -10,7 +10,7 @@ import torch
 
 from kvcore.errors import UnsupportedModelError
 from kvcore.types import Tensor
-from teacher_server.engines.paged_cache import (
+from teacher_server.engines.vllm.paged_cache import (
     PackedLayout,
     SplitLayout,
     WriteTokens,

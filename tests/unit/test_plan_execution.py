@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 import pytest
 import torch
 
-from kvcore.codec import decode
 from kvcore.errors import FieldError
 from kvcore.plan import CodecSpec, ImportancePool, KVPlan, Scope, Selection, Selector
+from kvcore.tensors.codec import decode
 from kvcore.types import Sample, Span
 from teacher_server.config import ServeConfig
 from teacher_server.engines.base import (

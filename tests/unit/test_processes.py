@@ -11,8 +11,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from student_trainer import processes
-from student_trainer.processes import end, start_logged, tied
+from student_trainer.launching import processes
+from student_trainer.launching.processes import end, killed_with_parent, start_logged
 
 SLEEP = "import os, time; print(os.getpid(), flush=True); time.sleep(60)"
 
@@ -40,8 +40,9 @@ def test_a_tied_process_ends_when_its_parent_is_killed(tmp_path: Path) -> None:
     log = tmp_path / "child.log"
     parent = subprocess.Popen(
         python(
-            "import sys, time; from pathlib import Path; from student_trainer.processes import start_logged, tied\n"
-            f"start_logged(tied([sys.executable, '-c', {SLEEP!r}]), Path({str(log)!r})); time.sleep(60)"
+            "import sys, time; from pathlib import Path\n"
+            "from student_trainer.launching.processes import killed_with_parent, start_logged\n"
+            f"start_logged(killed_with_parent([sys.executable, '-c', {SLEEP!r}]), Path({str(log)!r})); time.sleep(60)"
         )
     )
     child = psutil.Process(int(wait_for_line(log)))
@@ -52,9 +53,9 @@ def test_a_tied_process_ends_when_its_parent_is_killed(tmp_path: Path) -> None:
 
 
 def test_a_tied_process_is_the_command_itself_with_its_exit_status(tmp_path: Path) -> None:
-    process = start_logged(tied(python("import sys; print('said'); sys.exit(7)")), tmp_path / "x.log")
+    process = start_logged(killed_with_parent(python("import sys; print('said'); sys.exit(7)")), tmp_path / "x.log")
     assert process.wait(30) == 7
     assert wait_for_line(tmp_path / "x.log") == "said"
-    process = start_logged(tied(python(SLEEP)), tmp_path / "y.log")
+    process = start_logged(killed_with_parent(python(SLEEP)), tmp_path / "y.log")
     assert int(wait_for_line(tmp_path / "y.log")) == process.pid
     end(process)

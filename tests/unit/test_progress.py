@@ -9,9 +9,9 @@ import sys
 import pytest
 from rich.console import Console
 
-from kvcore import progress
-from kvcore.progress import Meter, logs_above
-from kvcore.units import in_bytes, in_time
+from kvcore.monitoring import progress
+from kvcore.monitoring.progress import Meter, logs_above
+from kvcore.monitoring.units import in_bytes, in_time
 
 
 class Clock:

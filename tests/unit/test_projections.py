@@ -26,7 +26,7 @@ from transformers import (
 )
 
 from kvcore.errors import UnsupportedModelError
-from kvcore.projections import kv_projections
+from kvcore.tensors.projections import kv_projections
 from tests.support.rotary_models import HEAD_DIM, KV_HEADS, MODELS, content_and_cache, tiny
 
 EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 16, "head_dim": HEAD_DIM}

@@ -15,8 +15,8 @@ from transformers import PreTrainedModel
 
 from kvcore.errors import NonFiniteError
 from kvcore.plan import ImportancePool, KVPlan, Selection
-from kvcore.select import select, select_sample
-from kvcore.selectors.r_kv import r_kv_scores
+from kvcore.tensors.select import select, select_sample
+from kvcore.tensors.selectors.r_kv import r_kv_scores
 from kvcore.types import Sample, Span
 from teacher_server.config import ServeConfig
 from teacher_server.engines import load_engine

@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvcore.plan import Scope, Selection
-from kvcore.select import select
-from kvcore.selectors.random import draw_scores, sample_seed
+from kvcore.tensors.select import select
+from kvcore.tensors.selectors.random import draw_scores, sample_seed
 from tests.support import naive_selection as naive
 
 HEADS, TOKENS = 3, 20

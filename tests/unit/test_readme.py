@@ -11,9 +11,9 @@ import typer
 import yaml
 
 from align.layer_map import LayerMapper
-from kvcore.codec import layer_bytes
 from kvcore.config import apply_override, load_config, parse
 from kvcore.plan import CodecSpec
+from kvcore.tensors.codec import layer_bytes
 from kvdistill.cli import app
 from kvdistill.describe import raw_token_bytes
 from student_trainer.config import TrainConfig

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from experiments.recipe.build import DataFiles, train_config
-from experiments.recipe.run import check, serve_flags
-from experiments.recipe.settings import RecipeSettings
+from experiments.recipe.config import RecipeSettings
+from experiments.recipe.run_recipe import check, serve_flags
 from kvcore.errors import ConfigError, FieldError
 from student_trainer.config import TrainConfig
 

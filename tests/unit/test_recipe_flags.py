@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from experiments.recipe.config import TRAIN_SAMPLES, VAL_SAMPLES, RecipeSettings
 from experiments.recipe.flags import GROUPS, parser, read_flags
-from experiments.recipe.settings import TRAIN_SAMPLES, VAL_SAMPLES, RecipeSettings
 from experiments.train_multi_teacher_kv import main
 from kvcore.errors import ConfigError
 from tests.support.servers import REPOSITORY

@@ -6,8 +6,8 @@ import pytest
 
 from experiments.recipe.environment import VARIABLES, job_settings, recipe_flags
 from experiments.recipe.flags import read_flags
-from experiments.recipe.layout import Node, Seat, lay_out
 from kvcore.errors import ConfigError
+from student_trainer.launching.placement import Node, ServerPlacement, lay_out
 from tests.support.servers import REPOSITORY
 
 SCRIPTS = ("run_three_stage_routing.sh", "run_large_scale_multi_teacher.sh")
@@ -42,15 +42,15 @@ def test_each_teacher_gets_a_node_and_the_ranks_the_others() -> None:
     layout = lay_out([n1, n2, n3, n4], 8, ["a", "b"])
     assert layout.trainers == (n1, n2)
     assert (layout.ranks_per_node, layout.gpus) == (8, None)
-    assert layout.teachers == {"a": (Seat(n3, "cuda:0"),), "b": (Seat(n4, "cuda:0"),)}
+    assert layout.teachers == {"a": (ServerPlacement(n3, "cuda:0"),), "b": (ServerPlacement(n4, "cuda:0"),)}
 
 
 def test_servers_share_nodes_where_there_are_fewer() -> None:
     n1, n2, n3 = nodes(3)
     layout = lay_out([n1, n2, n3], 8, ["a", "b", "c"], replicas=2)
     assert layout.trainers == (n1,)
-    assert layout.teachers["a"] == (Seat(n2, "cuda:0"), Seat(n3, "cuda:1"))
-    assert layout.teachers["b"] == (Seat(n3, "cuda:0"), Seat(n2, "cuda:2"))
+    assert layout.teachers["a"] == (ServerPlacement(n2, "cuda:0"), ServerPlacement(n3, "cuda:1"))
+    assert layout.teachers["b"] == (ServerPlacement(n3, "cuda:0"), ServerPlacement(n2, "cuda:2"))
     places = [seat for seats in layout.teachers.values() for seat in seats]
     assert len(set(places)) == 6
 
@@ -59,14 +59,14 @@ def test_on_one_node_servers_take_the_last_gpus_and_ranks_the_first() -> None:
     (n1,) = nodes(1)
     layout = lay_out([n1], 4, ["a", "b"])
     assert (layout.gpus, layout.ranks_per_node) == ((0, 1), 2)
-    assert layout.teachers == {"a": (Seat(n1, "cuda:2"),), "b": (Seat(n1, "cuda:3"),)}
+    assert layout.teachers == {"a": (ServerPlacement(n1, "cuda:2"),), "b": (ServerPlacement(n1, "cuda:3"),)}
 
 
 def test_without_gpus_everything_runs_on_cpus() -> None:
     (n1,) = nodes(1)
     layout = lay_out([n1], 0, ["a"], ranks_per_node=2)
     assert (layout.gpus, layout.ranks_per_node) == (None, 2)
-    assert layout.teachers == {"a": (Seat(n1, "cpu"),)}
+    assert layout.teachers == {"a": (ServerPlacement(n1, "cpu"),)}
 
 
 def test_without_teachers_every_node_trains() -> None:

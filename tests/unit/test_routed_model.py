@@ -12,13 +12,13 @@ from align.head_dim_adapter import TENSORS
 from align.token_layout import at_student_tokens
 from fuse.similarity import Metric, teacher_similarity
 from kvcore.types import BatchKV, Tensor
-from student_trainer import fusion
-from student_trainer import model as model_module
-from student_trainer.calibrate import calibrate
 from student_trainer.config import LossConfig
-from student_trainer.losses import codi_loss, cross_entropy
-from student_trainer.model import DistillModel, TrainBatch
-from student_trainer.router_loss import router_loss
+from student_trainer.loop.calibrate import calibrate
+from student_trainer.model import distill_model as model_module
+from student_trainer.model import teacher_weights as fusion
+from student_trainer.model.distill_model import DistillModel, TrainBatch
+from student_trainer.model.losses import codi_loss, cross_entropy
+from student_trainer.model.router_loss import router_loss
 from tests.support.training_parts import LATENTS, RECORDS, distill_model, one_rank, train_batch
 
 # The last one's answer is longer, so that the others' texts are padded.

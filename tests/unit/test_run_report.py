@@ -12,12 +12,12 @@ import pytest
 from matplotlib.figure import Figure
 from matplotlib.image import imread
 
-from experiments.charts import LIGHT, draw
-from experiments.report.pictures import kv_by_layer, pictures, weights_by_dataset
-from experiments.report.runs import find_runs, read_run
-from experiments.report.table import comparison, comparison_csv, markdown
-from experiments.report.write import write_report
 from kvcore.errors import ConfigError
+from kvdistill.report.chart_style import LIGHT, draw
+from kvdistill.report.finished_runs import find_runs, read_run
+from kvdistill.report.report_charts import kv_by_layer, pictures, weights_by_dataset
+from kvdistill.report.report_table import comparison, comparison_csv, markdown
+from kvdistill.report.write_report import write_report
 from tests.support.finished_runs import write_run
 
 STAGES = ("stage1_fixed", "stage2_similarity", "stage3_learnable")

@@ -6,8 +6,8 @@ import time
 
 import pytest
 
-from student_trainer.run_state import MOST_POINTS, RunState, bottleneck
-from student_trainer.window import STAGES, TeacherSums, Window, from_rows
+from student_trainer.loop.metric_accumulator import STAGES, MetricAccumulator, TeacherSums, from_rows
+from student_trainer.monitoring.run_state import MOST_POINTS, RunState, bottleneck
 from tests.support.kv_fakes import MemorySource
 
 BUSY = {"stall": 1.0, "decode": 0.5, "align": 0.1, "train": 3.0}
@@ -81,7 +81,7 @@ def test_a_phase_ends_where_it_began_and_an_error_leaves_it_to_be_seen() -> None
 
 
 def test_what_teachers_sent_survives_the_collective_and_absent_ones_are_zero() -> None:
-    window = Window(seconds=4.0, micro_batches=2)
+    window = MetricAccumulator(seconds=4.0, micro_batches=2)
     window.teachers["ben"] = sums(6, stall=2.0, prefill=1.5)
     window.stages = {"prefill": 1.5, "stall": 2.0}
     by_teacher = from_rows(["ada", "ben"], [2 * number for number in window.teacher_rows(["ada", "ben"])])

@@ -13,19 +13,19 @@ from hypothesis import strategies as st
 from kvcore.plan import KVPlan
 from kvcore.types import Sample
 from teacher_server.engines.base import GenerateOptions, PlannedSample, TokenizedSample
-from teacher_server.sample_queue import BusyError, Job, Lane, SampleQueue, Sink
+from teacher_server.sample_queue import BusyError, ClientStream, Job, SampleQueue, Sink
 
 PLAN = KVPlan(layers=(0,))
 NOBODY = cast("Sink", None)
 
 
-def lane_of(tokens: Sequence[int], nbytes: int = 10) -> tuple[Lane, list[Job]]:
+def lane_of(tokens: Sequence[int], nbytes: int = 10) -> tuple[ClientStream, list[Job]]:
     """A stream of samples of these lengths."""
-    lane = Lane(NOBODY)
+    lane = ClientStream(NOBODY)
     return lane, [Job(lane, index, PlannedSample(read(count), PLAN), nbytes) for index, count in enumerate(tokens)]
 
 
-def prompts_of(tokens: Sequence[int], new: int, seed: int = 0) -> tuple[Lane, list[Job]]:
+def prompts_of(tokens: Sequence[int], new: int, seed: int = 0) -> tuple[ClientStream, list[Job]]:
     """A stream of prompts of these lengths to write on from."""
     lane, jobs = lane_of(tokens, nbytes=0)
     for job in jobs:
@@ -42,7 +42,7 @@ def queue_of(max_tokens: int = 1000, max_batch_tokens: int = 1000, window_bytes:
     return SampleQueue(max_tokens, max_batch_tokens, window_bytes)
 
 
-def indices(batch: Sequence[Job], lane: Lane) -> list[int]:
+def indices(batch: Sequence[Job], lane: ClientStream) -> list[int]:
     return [job.index for job in batch if job.lane is lane]
 
 
@@ -160,8 +160,8 @@ def test_every_admitted_sample_runs_once_within_all_limits(
     requests: list[list[int]], max_tokens: int, max_batch_tokens: int, window_bytes: int
 ) -> None:
     queue = queue_of(max_tokens, max_batch_tokens, window_bytes)
-    ran: dict[Lane, list[int]] = {}
-    admitted: dict[Lane, int] = {}
+    ran: dict[ClientStream, list[int]] = {}
+    admitted: dict[ClientStream, int] = {}
     for lengths in requests:
         lane, jobs = lane_of(lengths, nbytes=7)
         try:

@@ -10,8 +10,8 @@ import torch
 
 from kvcore.errors import NonFiniteError
 from kvcore.plan import SELECTORS, Selection, Selector
-from kvcore.select import needs_importance, needs_keys, needs_seeds, select, select_sample
-from kvcore.selectors import REGISTRY
+from kvcore.tensors.select import needs_importance, needs_keys, needs_seeds, select, select_sample
+from kvcore.tensors.selectors import REGISTRY
 from tests.support.selection_batches import HEAD_DIM, HEADS, TOKENS, random_batch
 
 

@@ -13,7 +13,7 @@ import torch
 
 from kvcore.errors import FieldError, StoreError
 from kvcore.plan import CODECS, CodecSpec, KVPlan, Selection
-from kvcore.store import KVStoreReader, KVStoreWriter, merge_index
+from kvcore.store.kv_store import KVStoreReader, KVStoreWriter, merge_index
 from kvcore.types import EncodedSampleKV
 from tests.support.stores import SENT, SMALL, assert_holds, fill
 from tests.support.streams import INFO, PLAN, assert_same, read_stream, sample_kv, stream
@@ -88,7 +88,7 @@ def test_a_shard_is_written_when_it_holds_the_bytes_it_was_given(tmp_path):
 
 
 def test_a_reader_keeps_few_files_open(store, monkeypatch):
-    monkeypatch.setattr("kvcore.store_shards._OPEN_FILES", 2)
+    monkeypatch.setattr("kvcore.store.shards._OPEN_FILES", 2)
     with KVStoreReader(store) as reader:
         before = len(list(Path("/proc/self/fd").iterdir()))
         for kv in SENT * 3:
@@ -222,7 +222,7 @@ def test_an_index_older_than_the_journals_is_passed_over(store):
 
 def test_a_current_index_spares_reading_the_journals(store, monkeypatch):
     merge_index(store)
-    monkeypatch.setattr("kvcore.store_journal.scan", None)
+    monkeypatch.setattr("kvcore.store.journal.scan", None)
     assert_holds(store)
 
 

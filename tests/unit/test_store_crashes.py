@@ -16,9 +16,9 @@ from pathlib import Path
 import pytest
 
 from kvcore.errors import StoreError
-from kvcore.store import KVStoreReader, KVStoreWriter, merge_index
-from kvcore.store_journal import TensorEntry, build_index, seal, write_index
-from kvcore.store_shards import ShardFiles
+from kvcore.store.journal import TensorEntry, build_index, seal, write_index
+from kvcore.store.kv_store import KVStoreReader, KVStoreWriter, merge_index
+from kvcore.store.shards import ShardFiles
 from tests.support.stores import SENT, SMALL, assert_holds, fill
 from tests.support.streams import INFO, PLAN, assert_same, sample_kv
 

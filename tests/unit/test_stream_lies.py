@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from kvcore.errors import ProtocolError
-from kvcore.frames import FrameWriter, unpack_frame
 from kvcore.plan import Selection
+from kvcore.wire.frames import FrameWriter, unpack_frame
 from tests.support.streams import (
     PLAN,
     REQUEST,

@@ -10,10 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvcore.errors import ProtocolError
-from kvcore.frames import FrameWriter, unpack_frame
 from kvcore.plan import CODECS, CodecSpec, KVPlan, Selection
-from kvcore.stream_reader import SampleFailure, StreamReader
 from kvcore.types import EncodedSampleKV, Sample, Timings
+from kvcore.wire.frames import FrameWriter, unpack_frame
+from kvcore.wire.stream_reader import RefusedSample, StreamReader
 from tests.support.streams import (
     INFO,
     PLAN,
@@ -58,7 +58,7 @@ def test_every_split_grouping_and_interleaving_gives_back_the_samples(plan, shap
     assert got.keys() == set(range(len(sent)))
     for index, result in got.items():
         if index in failing:
-            assert result == SampleFailure("FAILED_PRECONDITION", f"sample {index}")
+            assert result == RefusedSample("FAILED_PRECONDITION", f"sample {index}")
         else:
             assert_same(result, sent[index])
 
@@ -110,8 +110,8 @@ def test_a_sample_that_fails_before_it_is_opened_or_midway_leaves_the_others_who
     frames += write_layer(writer, [2], 1, sent) + write_layer(writer, [2], 2, sent)
     frames += writer.sample_end(2, sent[2].timings) + writer.end()
     got = read_stream(frames, 3)
-    assert got[0] == SampleFailure("FAILED_PRECONDITION", "never opened")
-    assert got[1] == SampleFailure("INTERNAL", "0.2 passes 0.1")
+    assert got[0] == RefusedSample("FAILED_PRECONDITION", "never opened")
+    assert got[1] == RefusedSample("INTERNAL", "0.2 passes 0.1")
     assert_same(got[2], sent[2])
 
 

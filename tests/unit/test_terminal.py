@@ -9,9 +9,9 @@ import sys
 import pytest
 from rich.console import Console
 
-from student_trainer.run_state import RunState
-from student_trainer.terminal import on_terminal, render
-from student_trainer.window import STAGES, TeacherSums
+from student_trainer.loop.metric_accumulator import STAGES, TeacherSums
+from student_trainer.monitoring.run_state import RunState
+from student_trainer.monitoring.terminal import on_terminal, render
 from tests.support.begun_run import begun_run
 
 

@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerFast
 
 from align.tokenizer_align import TokenizerAligner, overlap_rows, overlap_weights_batch, pair_ends, pair_ends_batch
 from kvcore.errors import FieldError
-from kvcore.offsets import read_text
+from kvcore.tensors.offsets import read_text
 from tests.support.tiny_models import build_tokenizer
 
 TEXTS = (

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from align.tokenizer_align import METHODS, TokenizerAligner, overlap_weights_batch, pair_ends_batch
-from kvcore.offsets import read_text
+from kvcore.tensors.offsets import read_text
 from tests.support.text_tokenizers import BUILDERS, BYTE_LEVEL, FALLBACK, TEXTS, naive_ends, tokenizer_of
 
 EXACT = [*BYTE_LEVEL, *FALLBACK]

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from kvcore import tracing
 from kvcore.errors import ConfigError
+from kvcore.monitoring import tracing
 from tests.support.otlp_collector import Collector, otlp_collector
 
 

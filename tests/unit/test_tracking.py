@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from student_trainer.kv_sources.failover import FailoverSource
-from student_trainer.run_state import RunState
-from student_trainer.tracking import Tracker, peak_memory_mb
+from student_trainer.monitoring.run_state import RunState
+from student_trainer.monitoring.tracking import Tracker, peak_memory_mb
 from tests.support.scripted_replica import ScriptedReplica
 
 LINES = "metrics.jsonl"
@@ -81,12 +81,12 @@ def test_the_progress_line_names_teachers_with_a_dead_replica_and_is_left_out_wh
     state = RunState()
     state.connected({"ada": ada, "ben": ben})
     tracker = Tracker(tmp_path, 10, enabled=True, first_step=0, state=state)
-    with caplog.at_level(logging.INFO, "student_trainer.tracking"):
+    with caplog.at_level(logging.INFO, "student_trainer.monitoring.tracking"):
         tracker.progress(1, {"train/samples_per_second": 64.0})
         state.drawn = True
         tracker.progress(2, {"train/samples_per_second": 64.0})
     tracker.close()
-    (said,) = [record.message for record in caplog.records if record.name == "student_trainer.tracking"]
+    (said,) = [record.message for record in caplog.records if record.name == "student_trainer.monitoring.tracking"]
     assert said.endswith("  ada 1/2 up")
 
 

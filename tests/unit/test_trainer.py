@@ -16,16 +16,16 @@ from safetensors.torch import load_file
 
 from data.records import Record
 from kvcore.errors import TeacherUnavailableError
-from student_trainer import checkpoint, ds_engine
-from student_trainer.build import Parts
-from student_trainer.calibrate import calibrate
 from student_trainer.config import OptimConfig, TrainConfig
-from student_trainer.divergence import DivergedError
-from student_trainer.model import TrainBatch
-from student_trainer.sampling import Sampling
-from student_trainer.trainer import InterruptedRunError, Trainer, learning_rate
-from student_trainer.validation import Validation
-from student_trainer.window import Window
+from student_trainer.loop import checkpoint, ds_engine
+from student_trainer.loop.calibrate import calibrate
+from student_trainer.loop.divergence import DivergedError
+from student_trainer.loop.metric_accumulator import MetricAccumulator
+from student_trainer.loop.sample_order import SampleOrder
+from student_trainer.loop.trainer import InterruptedRunError, Trainer, learning_rate
+from student_trainer.loop.training_context import TrainingContext
+from student_trainer.loop.validation import Validation
+from student_trainer.model.distill_model import TrainBatch
 from tests.support.plain_engine import PlainEngine
 from tests.support.training_parts import (
     LATENTS,
@@ -42,8 +42,8 @@ TRAIN, VAL = RECORDS[:40], RECORDS[40:45]
 STEPS, GLOBAL_BATCH = 4, 4
 
 
-class MemoryParts(Parts):
-    """Parts whose teachers answer from memory.
+class MemoryContext(TrainingContext):
+    """TrainingContext whose teachers answer from memory.
 
     Batches are counted from 0: a teacher does not answer for `fails_at`, and its keys are NaN in `nan_at`.
     """
@@ -52,7 +52,7 @@ class MemoryParts(Parts):
     nan_at: int = -1
     batches: int = 0
 
-    def batch(self, records: Sequence[Record], window: Window) -> TrainBatch:
+    def batch(self, records: Sequence[Record], window: MetricAccumulator) -> TrainBatch:
         type(self).batches += 1
         if type(self).batches - 1 == type(self).fails_at:
             raise TeacherUnavailableError("ada", "no endpoint answers")
@@ -104,9 +104,9 @@ def trainer_in(
         calibrate(model, TRAIN, range(40), lambda chosen: train_batch(model, chosen), 40, lambda _: None)
     else:
         model.load_frozen(resumed.frozen())
-    MemoryParts.batches, MemoryParts.fails_at, MemoryParts.nan_at = 0, fails_at, nan_at
-    sampling = Sampling(config.run, len(TRAIN), 0, 1)
-    parts = MemoryParts(config, TOKENIZER, collator(), TRAIN, val, (), model, sampling, resumed, {"run": "a"})
+    MemoryContext.batches, MemoryContext.fails_at, MemoryContext.nan_at = 0, fails_at, nan_at
+    sampling = SampleOrder(config.run, len(TRAIN), 0, 1)
+    parts = MemoryContext(config, TOKENIZER, collator(), TRAIN, val, (), model, sampling, resumed, {"run": "a"})
     return Trainer(config, parts, 0, 1)
 
 
@@ -278,8 +278,8 @@ def test_a_validation_whose_loss_is_nan_never_becomes_the_best(tmp_path: Path) -
 
 
 def test_windows_add_up() -> None:
-    total = Window()
+    total = MetricAccumulator()
     for losses, samples in (({"loss": 1.0}, 4), ({"loss": 2.0, "kv": 1.0}, 8)):
-        total.add(Window(samples=samples, seconds=0.5, losses=losses, stages={"queue": 0.25}))
+        total.add(MetricAccumulator(samples=samples, seconds=0.5, losses=losses, stages={"queue": 0.25}))
     assert (total.samples, total.seconds, total.losses) == (12, 1.0, {"loss": 3.0, "kv": 1.0})
     assert total.stages == {"queue": 0.5}

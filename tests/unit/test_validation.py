@@ -10,11 +10,11 @@ import pytest
 import torch
 
 from data.records import Record
-from student_trainer.build import Parts, Teacher
-from student_trainer.calibrate import calibrate
-from student_trainer.model import DistillModel
-from student_trainer.sampling import Sampling
-from student_trainer.validation import Validation, validate
+from student_trainer.loop.calibrate import calibrate
+from student_trainer.loop.sample_order import SampleOrder
+from student_trainer.loop.training_context import Teacher, TrainingContext
+from student_trainer.loop.validation import Validation, validate
+from student_trainer.model.distill_model import DistillModel
 from tests.support.training_parts import (
     RECORDS,
     TOKENIZER,
@@ -47,11 +47,11 @@ def model() -> DistillModel:
     return model.eval()
 
 
-def validated(model: DistillModel, records: Sequence[Record]) -> tuple[Validation, Parts]:
+def validated(model: DistillModel, records: Sequence[Record]) -> tuple[Validation, TrainingContext]:
     config = train_config(fuse=SIMILARITY, run={"micro_batch": 2, "global_batch": 2}, data={"answer_tokens": 2})
     teachers = tuple(Teacher(name, cast("Any", None)) for name in model.weights)
-    sampling = Sampling(config.run, 40, 0, 1)
-    parts = Parts(config, TOKENIZER, collator(), (), records, teachers, model, sampling, None, {})
+    sampling = SampleOrder(config.run, 40, 0, 1)
+    parts = TrainingContext(config, TOKENIZER, collator(), (), records, teachers, model, sampling, None, {})
     return validate(model, parts, lambda chosen: train_batch(model, chosen), CPU), parts
 
 

@@ -31,8 +31,8 @@ from teacher_server.engines.base import (
     Wanted,
 )
 from teacher_server.engines.fake import FakeEngine, FakeModel
-from teacher_server.engines.vllm_self_test import TOKENS, check_against
-from teacher_server.engines.vllm_settings import OWN_ARGUMENTS, check_supported, engine_arguments, longest_sample
+from teacher_server.engines.vllm.vllm_self_test import TOKENS, check_against
+from teacher_server.engines.vllm.vllm_settings import OWN_ARGUMENTS, check_supported, engine_arguments, longest_sample
 
 KNOWN = OWN_ARGUMENTS | {"max_num_batched_tokens", "block_size", "attention_backend", "distributed_executor_backend"}
 
@@ -212,7 +212,7 @@ def test_samples_longer_than_the_models_context_are_refused(field: str) -> None:
 @pytest.fixture
 def _without_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "vllm", None)
-    monkeypatch.delitem(sys.modules, "teacher_server.engines.vllm", raising=False)
+    monkeypatch.delitem(sys.modules, "teacher_server.engines.vllm.vllm_engine", raising=False)
 
 
 @pytest.mark.usefixtures("_without_vllm")

@@ -13,8 +13,8 @@ import pytest
 
 from teacher_server.config import ServeConfig
 from teacher_server.engines import load_engine
-from teacher_server.engines.hf import HFEngine
-from teacher_server.engines.vllm import VLLMEngine
+from teacher_server.engines.hf.hf_engine import HFEngine
+from teacher_server.engines.vllm.vllm_engine import VLLMEngine
 from tests.support.tiny_models import save_tiny_model, tiny_spec
 
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")

@@ -10,7 +10,7 @@ import pytest
 from prometheus_client import REGISTRY
 
 from kvcore.plan import CodecSpec, KVPlan, Selection
-from kvcore.select import needs_keys
+from kvcore.tensors.select import needs_keys
 from kvcore.types import Sample, Span
 from teacher_server.engines.base import GenerateOptions, LayerResult, PlannedSample, TeacherEngine
 from tests.support.engine_contract import *  # noqa: F403  every engine has to pass it

@@ -11,11 +11,11 @@ import pytest
 import torch
 
 from data.synthetic import ChainTask, make_splits
-from kvcore.codec import decode_batch
-from kvcore.plan import CodecSpec, KVPlan, Sampling, Selection
-from kvcore.stream_reader import SampleFailure
+from kvcore.plan import CodecSpec, KVPlan, SamplingParams, Selection
+from kvcore.tensors.codec import decode_batch
 from kvcore.types import EncodedSampleKV, MissingKV, Sample
-from student_trainer.kv_sources.generate import TeacherWriter, WrittenSample
+from kvcore.wire.stream_reader import RefusedSample
+from student_trainer.kv_sources.completions import CompletedSample, CompletionSource
 from tests.support.servers import TeacherClient, TeacherProcess, running_teacher, start_teacher, wait_until
 from tests.support.training import World, assert_same_losses, make_world, train
 from tests.vllm.conftest import save_model
@@ -51,7 +51,7 @@ def samples() -> list[Sample]:
     return [record.sample() for record in RECORDS]
 
 
-def whole(outcomes: list[EncodedSampleKV | SampleFailure]) -> list[EncodedSampleKV]:
+def whole(outcomes: list[EncodedSampleKV | RefusedSample]) -> list[EncodedSampleKV]:
     kv = [outcome for outcome in outcomes if isinstance(outcome, EncodedSampleKV)]
     assert len(kv) == len(outcomes), outcomes
     return kv
@@ -94,18 +94,18 @@ def test_a_sample_that_passes_its_error_budget_fails_alone(vllm: TeacherProcess)
     )
     with TeacherClient(vllm.endpoint) as client:
         for outcome in client.fetch(plan, samples()[:3]):
-            assert isinstance(outcome, SampleFailure)
+            assert isinstance(outcome, RefusedSample)
             assert "max_relative_error" in outcome.message
 
 
-def write(teacher: TeacherProcess) -> list[WrittenSample]:
+def write(teacher: TeacherProcess) -> list[CompletedSample]:
     prompts = [Sample(record.id, text=record.prompt) for record in RECORDS[:4]]
     selection = Selection(selector="full", span="reasoning")
-    source = TeacherWriter(
+    source = CompletionSource(
         "a",
         teacher.endpoint,
         lambda _info: KVPlan(layers=(0, 2), selection=selection, codec=RAW),
-        Sampling(max_new_tokens=12),
+        SamplingParams(max_new_tokens=12),
     )
     with closing(source):
         source.connect()
@@ -147,7 +147,7 @@ def test_a_server_whose_engine_died_ends_and_says_so(vllm: TeacherProcess) -> No
     with TeacherClient(vllm.endpoint) as client:
         core.kill()
         for outcome in client.fetch(FULL, samples()[:2]):
-            assert isinstance(outcome, SampleFailure)
+            assert isinstance(outcome, RefusedSample)
             assert outcome.code == "INTERNAL"
     assert vllm.wait(60.0) == 1
     assert "the engine has ended" in vllm.log_path.read_text(encoding="utf-8")

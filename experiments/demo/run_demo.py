@@ -1,0 +1,205 @@
+"""`kvdistill demo`: two tiny teachers, two servers, one student, its controls, and a report of what came out."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+from data.records import Record, write_records
+from data.synthetic import ChainTask, make_splits
+from experiments.demo import results
+from experiments.demo.demo_config import (
+    ARMS,
+    FULL,
+    PROGRESS,
+    QUICK,
+    TEACHERS,
+    DemoPaths,
+    ModelName,
+    Settings,
+    arm_config,
+    epoch_config,
+)
+from experiments.demo.demo_processes import CPU_ONLY, DemoError, run_logged
+from experiments.demo.demo_report import write_report
+from experiments.demo.pretrain import Pretrained, pretrain
+from kvcore.errors import FieldError
+from kvcore.files import write_json
+from student_trainer.launching.local_teachers import LocalTeachers
+from student_trainer.launching.processes import ended_by_sigterm
+
+_MARKER = ".kvdistill-demo"
+
+
+def main(output: Path, *, quick: bool = False, seeds: int = 1) -> None:
+    """Runs everything and writes report.json, report.png and report.html into `output`.
+
+    It ends normally when every part worked, whatever the accuracies: the report says plainly where they miss what is
+    expected.
+
+    Raises:
+        DemoError: a process failed, or the run from the store does not repeat the recorded one.
+    """
+    demo = Demo(output, QUICK if quick else FULL, seeds)
+    with ended_by_sigterm():
+        found = demo.run()
+    paths = write_report(found, output)
+    if not found.replay.matches:
+        raise DemoError("the run from the store does not repeat the recorded one; see the report")
+    for path in paths:
+        print(path)
+
+
+class Demo:
+    """One run of the demo: its settings, where it writes, and how long each stage took."""
+
+    def __init__(self, output: Path, settings: Settings, seeds: int) -> None:
+        self.layout = DemoPaths(output)
+        self.settings = settings
+        self.seeds = seeds
+        self.task = ChainTask(settings.modulus, settings.operations, settings.fillers)
+        self.seconds: dict[str, float] = {}
+        self._started = time.monotonic()
+
+    def run(self) -> results.Results:
+        """All stages up to the report."""
+        models, servers_mb = self.train_arms()
+        self.seconds["total"] = time.monotonic() - self._started
+        return self._results(models, servers_mb)
+
+    def teachers(self, models: dict[ModelName, Pretrained]) -> dict[str, Path]:
+        """The models to serve, by the teachers' names."""
+        return {name: models[name].path for name in TEACHERS}
+
+    def models(self) -> dict[ModelName, Pretrained]:
+        """Data, the trained teachers and the warmed-up student."""
+        with self._stage("data"):
+            train = self._write_data()
+        with self._stage("teachers and warm-up"):
+            return pretrain(self.settings, self.layout, train, self.say)
+
+    def train_arms(self) -> tuple[dict[ModelName, Pretrained], dict[str, float]]:
+        """Data, models, servers, and every arm. Returns the models and each server's peak memory in MiB."""
+        _empty(self.layout.output / "runs")
+        models = self.models()
+        paths = {name: str(path) for name, path in self.teachers(models).items()}
+        servers = LocalTeachers(
+            paths, self.layout.logs, device="cpu", dtype="fp32", options={"threads": 1}, environment=CPU_ONLY
+        )
+        with ExitStack() as stack:
+            with self._stage("teacher servers"):
+                endpoints = stack.enter_context(servers)
+            self._train(models["student"], endpoints, servers)
+        return models, servers.peak_memory_mb
+
+    def say(self, line: str) -> None:
+        """One line of progress, with the time since the start."""
+        minutes, rest = divmod(int(time.monotonic() - self._started), 60)
+        print(f"[{minutes:2d}:{rest:02d}]   {line}", flush=True)
+
+    @contextmanager
+    def _stage(self, name: str) -> Iterator[None]:
+        began = time.monotonic()
+        self.say(name)
+        yield
+        self.seconds[name] = time.monotonic() - began
+        self.say(f"{name}: {self.seconds[name]:.0f} s")
+
+    def _write_data(self) -> list[Record]:
+        settings = self.settings
+        splits = make_splits(self.task, settings.train, settings.val, settings.test, settings.data_seed)
+        for name, records in (("train", splits.train), ("val", splits.val), ("test", splits.test)):
+            write_records(self.layout.split(name), records)
+        write_records(self.layout.split("record"), splits.train[: settings.record])
+        return splits.train
+
+    def _train(self, student: Pretrained, endpoints: dict[str, str], servers: LocalTeachers) -> None:
+        """All arms, the recorded epoch and its replay, in one launch of the two ranks."""
+        ports = {name: int(endpoint.rpartition(":")[2]) for name, endpoint in endpoints.items()}
+        plan_path = self.layout.output / "runs" / "plan.json"
+        plan = self.plan(student.path, ports)
+        write_json(plan_path, plan)
+        ranks = ["--nproc_per_node", str(self.settings.ranks)]
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", *ranks]
+        began = time.monotonic()
+        try:
+            run_logged(
+                [*launcher, "-m", "experiments.demo.arms", str(plan_path)], self.layout.logs / "arms.log", self._show
+            )
+        except DemoError:
+            servers.check_alive()
+            raise
+        servers.check_alive()
+        for run in plan:
+            self.seconds[run["name"]] = results.seconds(Path(run["config"]["run"]["output_dir"]))
+        inside = sum(self.seconds[run["name"]] for run in plan)
+        self.seconds["launch of the ranks"] = time.monotonic() - began - inside
+
+    def plan(self, student: Path, ports: dict[str, int]) -> list[dict[str, Any]]:
+        """The runs of one launch, in order: all arms, then the recorded epoch and its replay."""
+        test = str(self.layout.split("test"))
+        arms = [
+            {
+                "name": f"{arm} seed {seed}",
+                "config": arm_config(arm, seed, self.settings, self.layout, student, ports),
+                "test": test,
+            }
+            for arm in ARMS
+            for seed in range(self.seeds)
+        ]
+        epochs = [
+            {"name": mode, "config": epoch_config(mode, self.settings, self.layout, student, ports), "test": None}
+            for mode in ("record", "offline")
+        ]
+        return arms + epochs
+
+    def _show(self, line: str) -> None:
+        if line.startswith(PROGRESS):
+            self.say(line.removeprefix(PROGRESS))
+        elif "  validation: " in line:
+            self.say(f"  {line}")
+
+    def _results(self, models: dict[ModelName, Pretrained], servers_mb: dict[str, float]) -> results.Results:
+        kv_run = self.layout.run(f"{ARMS[0]}-seed0")
+        summary = results.summary(kv_run)
+        return results.Results(
+            arms=results.gather_arms(self.seeds, self.layout),
+            chance=self.task.chance,
+            bytes_per_sample=float(summary["bytes_per_sample"]),
+            raw_bf16_bytes_per_sample=float(summary["raw_bf16_bytes_per_sample"]),
+            stall_fraction=float(summary["stall_fraction"]),
+            samples_per_second=float(summary["samples_per_second"]),
+            teacher_tokens_per_second=float(summary["teacher_tokens_per_second"]),
+            peak_memory_mb={f"trainer_{rank}": mb for rank, mb in summary["peak_memory_mb"].items()} | servers_mb,
+            replay=results.gather_replay(self.layout),
+            seconds=dict(self.seconds),
+            stages_ms=results.stages_ms(results.read_metrics(kv_run), self.settings.micro_batch, len(TEACHERS)),
+            facts=self._facts(models),
+        )
+
+    def _facts(self, models: dict[ModelName, Pretrained]) -> dict[str, str]:
+        settings = self.settings
+        example = self.task.record(12345)
+        return {
+            "Question": f"{example.prompt}  (reasoning{example.reasoning}, answer{example.answer})",
+            "Training records": f"{settings.train}, none of them among the {settings.test} test items",
+            "Steps of an arm": f"{settings.arm_steps} at 64 samples, {settings.ranks} DeepSpeed ranks, ZeRO-2",
+            "Accuracy with written reasoning": ", ".join(
+                f"{name} {model.accuracy:.1%}" for name, model in models.items()
+            ),
+            "Recorded epoch": f"{settings.record} records",
+        }
+
+
+def _empty(runs: Path) -> None:
+    """Empties the folder of runs, if it is the demo's own."""
+    if runs.exists() and not (runs / _MARKER).is_file():
+        raise FieldError("--output", f"{runs} exists and was not made by the demo; choose another directory")
+    shutil.rmtree(runs, ignore_errors=True)
+    runs.mkdir(parents=True)
+    (runs / _MARKER).touch()

@@ -1,0 +1,46 @@
+"""`r_kv`: tokens that the answer looks at and that do not repeat others, as KaVa chooses them (arXiv 2510.02312).
+
+S = lambda*I + (1-lambda)*R for each token of each head; the M highest stay. KaVa simplifies R-KV (arXiv 2505.24133):
+no window of recent tokens, no smoothing of the importance, no threshold of similarity.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch.nn import functional
+
+from kvcore.plan import Selection
+from kvcore.tensors.selectors.base import Candidates, TokenSelector
+from kvcore.types import Tensor
+
+
+def r_kv_scores(k_BHND: Tensor, importance_BHN: Tensor | None, importance_weight: float) -> Tensor:
+    """lambda*I + (1-lambda)*R in fp32, [B,H,N]; I is the importance as given, lambda the `importance_weight`."""
+    score_BHN = (1.0 - importance_weight) * redundancy(k_BHND)
+    if importance_weight > 0.0:
+        assert importance_BHN is not None, "r_kv with a positive importance_weight needs the importance"
+        score_BHN = score_BHN + importance_weight * importance_BHN.float()
+    return score_BHN
+
+
+def redundancy(k_BHND: Tensor) -> Tensor:
+    """R = softmax_i(-mean_j cos(k_i, k_j)) over the N candidates, in fp32, [B,H,N].
+
+    A key's cosine with itself counts as 0 (the diagonal), so the sum of N-1 cosines is divided by N. A zero key has
+    cosine 0 with every other.
+    """
+    unit_BHND = functional.normalize(k_BHND.float(), dim=-1)
+    # The N x N cosines are never made: summed over j they are one dot product with the sum of the unit keys.
+    with_all_BHN = (unit_BHND * unit_BHND.sum(dim=-2, keepdim=True)).sum(dim=-1)
+    with_itself_BHN = unit_BHND.square().sum(dim=-1)
+    mean_cosine_BHN = (with_all_BHN - with_itself_BHN) / max(k_BHND.shape[-2], 1)
+    return torch.softmax(-mean_cosine_BHN, dim=-1)
+
+
+def _best(candidates: Candidates, selection: Selection, slots: int) -> Tensor:
+    return candidates.best_places(
+        r_kv_scores(candidates.keys(), candidates.importance(), selection.importance_weight), slots
+    )
+
+
+R_KV = TokenSelector(_best, reads_keys=True, reads_importance=True)

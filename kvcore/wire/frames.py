@@ -1,0 +1,366 @@
+"""Frames of the KV stream: a MessagePack header and a raw body inside the protobuf wire format of `KVFrame`.
+
+The bytes are packed and parsed by hand, so that gRPC handlers pass them through untouched, while any protobuf client
+reads the same bytes as an ordinary `KVFrame`. docs/protocol.md describes every record field by field.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import msgpack
+import numpy as np
+import torch
+import xxhash
+
+from kvcore.errors import ProtocolError
+from kvcore.plan import KVPlan
+from kvcore.types import Sample, Tensor, Timings
+from kvcore.wire.completion import Completion
+
+PROTOCOL_VERSION = 1
+
+# How a sample may end other than with `ok`: the names of gRPC's status codes.
+FAILURE_STATUSES = frozenset(
+    {
+        "CANCELLED",
+        "UNKNOWN",
+        "INVALID_ARGUMENT",
+        "DEADLINE_EXCEEDED",
+        "NOT_FOUND",
+        "ALREADY_EXISTS",
+        "PERMISSION_DENIED",
+        "RESOURCE_EXHAUSTED",
+        "FAILED_PRECONDITION",
+        "ABORTED",
+        "OUT_OF_RANGE",
+        "UNIMPLEMENTED",
+        "INTERNAL",
+        "UNAVAILABLE",
+        "DATA_LOSS",
+        "UNAUTHENTICATED",
+    }
+)
+
+# A frame holds at most this many records: headers stay small even where records have no body.
+MAX_RECORDS = 1024
+
+_HEADER_FIELD = 1
+_BODY_FIELD = 2
+_HEADER_XXH3_FIELD = 3
+_HEADER_TAG = b"\x0a"
+_BODY_TAG = b"\x12"
+_HEADER_XXH3_TAG = b"\x19"
+_VARINT, _FIXED64, _LENGTH_DELIMITED, _FIXED32 = 0, 1, 2, 5
+
+
+def pack_frame(header: Mapping[str, Any], body: bytes) -> bytes:
+    """The protobuf bytes of a `KVFrame` with this header, its hash, and this body."""
+    return _join_frame(header, [body], len(body))
+
+
+def _join_frame(header: Mapping[str, Any], body: Sequence[bytes | memoryview], size: int) -> bytes:
+    packed = msgpack.packb(header)
+    pieces: list[bytes | memoryview] = [_HEADER_TAG, _varint(len(packed)), packed]
+    if size:
+        pieces += [_BODY_TAG, _varint(size), *body]
+    pieces += [_HEADER_XXH3_TAG, xxhash.xxh3_64_intdigest(packed).to_bytes(8, "little")]
+    return b"".join(pieces)
+
+
+def unpack_frame(data: bytes) -> tuple[dict[str, Any], memoryview]:
+    """Parses a frame without copying its body. Unknown protobuf fields are skipped, as every protobuf parser does.
+
+    Raises:
+        ProtocolError: truncated or malformed protobuf, or a header that does not match its hash or is no MessagePack
+            map with string keys.
+    """
+    view = memoryview(data)
+    found = {_HEADER_FIELD: view[:0], _BODY_FIELD: view[:0], _HEADER_XXH3_FIELD: view[:0]}
+    wire_types = {_HEADER_FIELD: _LENGTH_DELIMITED, _BODY_FIELD: _LENGTH_DELIMITED, _HEADER_XXH3_FIELD: _FIXED64}
+    at = 0
+    while at < len(view):
+        tag, at = _read_varint(view, at)
+        number, wire_type = tag >> 3, tag & 7
+        if number == 0:
+            raise ProtocolError(f"frame is no protobuf message: field number 0 at byte {at}")
+        start, at = _field_extent(view, at, wire_type)
+        if wire_types.get(number) == wire_type:
+            found[number] = view[start:at]
+    # As in every protobuf parser, a number that is absent is 0.
+    if xxhash.xxh3_64_intdigest(found[_HEADER_FIELD]) != int.from_bytes(found[_HEADER_XXH3_FIELD], "little"):
+        raise ProtocolError("the frame's header does not match its xxh3")
+    return _unpack_header(found[_HEADER_FIELD]), found[_BODY_FIELD]
+
+
+def _unpack_header(packed: memoryview) -> dict[str, Any]:
+    try:
+        header = msgpack.unpackb(packed)
+    except (ValueError, msgpack.UnpackException) as error:
+        raise ProtocolError(f"frame header is not valid MessagePack: {error}") from error
+    if not isinstance(header, dict):
+        raise ProtocolError(f"frame header is a MessagePack {type(header).__name__}, expected a map")
+    return cast("dict[str, Any]", header)
+
+
+def _varint(value: int) -> bytes:
+    out = bytearray()
+    while value > 0x7F:
+        out.append(value & 0x7F | 0x80)
+        value >>= 7
+    out.append(value)
+    return bytes(out)
+
+
+def _read_varint(view: memoryview, at: int) -> tuple[int, int]:
+    value = 0
+    for shift in range(0, 70, 7):
+        if at >= len(view):
+            raise ProtocolError(f"frame is truncated at byte {at}: inside a number")
+        byte = view[at]
+        at += 1
+        value |= (byte & 0x7F) << shift
+        if byte < 0x80:
+            return value, at
+    raise ProtocolError(f"frame is no protobuf message: a number of more than 10 bytes before byte {at}")
+
+
+def _field_extent(view: memoryview, at: int, wire_type: int) -> tuple[int, int]:
+    """Where a field's content starts and ends."""
+    if wire_type == _VARINT:
+        return at, _read_varint(view, at)[1]
+    if wire_type == _LENGTH_DELIMITED:
+        size, at = _read_varint(view, at)
+    elif wire_type == _FIXED64:
+        size = 8
+    elif wire_type == _FIXED32:
+        size = 4
+    else:
+        raise ProtocolError(f"frame is no protobuf message of ours: wire type {wire_type} at byte {at}")
+    if size > len(view) - at:
+        raise ProtocolError(f"frame is truncated: a field of {size} bytes, {len(view) - at} are left")
+    return at, at + size
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """A dtype's name on the wire and in the store, such as `bfloat16`."""
+    return str(dtype).removeprefix("torch.")
+
+
+@dataclass(slots=True)
+class _OpenSample:
+    """What a sample's end has to say about what was sent before it."""
+
+    tokens: int
+    layers: int = 0
+    slots: int = 0
+    hash: xxhash.xxh3_64 = field(default_factory=xxhash.xxh3_64)
+
+
+class FrameWriter:
+    """Turns one request's results into frames. Records are buffered until `max_body` is full or `flush` is called.
+
+    Every method returns the frames that are ready, often none. For one thread at a time.
+
+    Args:
+        request_id: comes back in every frame.
+        plan: what the records answer.
+        keys: of each sample of the request as it was understood (`Sample.content_key`); its records echo it.
+        max_body: the most bytes in one frame's body; larger records are split.
+    """
+
+    def __init__(self, request_id: str, plan: KVPlan, keys: Sequence[str], max_body: int) -> None:
+        assert max_body > 0
+        self._request_id = request_id
+        self._plan = plan
+        self._keys = keys
+        self._max_body = max_body
+        self._seq = 0
+        self._records: list[dict[str, Any]] = []
+        self._body: list[memoryview] = []
+        self._used = 0
+        self._open: dict[int, _OpenSample] = {}
+        self._ended = 0
+
+    def written(self, index: int, prompt: Sample, written: Completion) -> list[bytes]:
+        """Says what the teacher wrote behind the prompt of sample `index`: the text behind it, the spans of both."""
+        sample = written.sample
+        assert prompt.text is not None
+        assert sample.text is not None
+        record = {
+            "kind": "written",
+            "index": index,
+            "id": sample.id,
+            "key": self._keys[index],
+            "finish_reason": written.finish_reason,
+            "tokens": written.tokens,
+            "spans": [[span.kind, span.start, span.end] for span in sample.spans],
+            "timings": {"queue": written.queue_s, "write": written.write_s},
+        }
+        return self._add(record, index, memoryview(sample.text[len(prompt.text) :].encode()))
+
+    def sample(self, index: int, sample_id: str, token_ids: Sequence[int], byte_ends: Sequence[int]) -> list[bytes]:
+        """Opens sample `index` of the request: its tokens, and the bytes of text read after each of them."""
+        assert len(token_ids) == len(byte_ends)
+        body = np.array([token_ids, byte_ends], dtype="<i4").tobytes()
+        self._open[index] = opened = _OpenSample(tokens=len(token_ids))
+        opened.hash.update(body)
+        key = self._keys[index]
+        record = {"kind": "sample", "index": index, "id": sample_id, "key": key, "tokens": len(token_ids)}
+        return self._add(record, index, memoryview(body))
+
+    def layer(
+        self,
+        index: int,
+        layer: int,
+        parts: Mapping[str, Tensor],
+        positions: Tensor,
+        relative_error: Mapping[str, float],
+    ) -> list[bytes]:
+        """One layer of one sample: `layer_batch` without its leading dimension."""
+        return self.layer_batch(
+            [index],
+            layer,
+            {name: part.unsqueeze(0) for name, part in parts.items()},
+            positions.unsqueeze(0),
+            {kind: [error] for kind, error in relative_error.items()},
+        )
+
+    def layer_batch(
+        self,
+        indices: Sequence[int],
+        layer: int,
+        parts: Mapping[str, Tensor],
+        positions_BHM: Tensor,
+        relative_error: Mapping[str, Sequence[float]],
+    ) -> list[bytes]:
+        """One layer of several samples that have equally many slots; far cheaper than one call for each.
+
+        Args:
+            indices: the samples' indices in the request, all opened by `sample`.
+            layer: the plan's next layer.
+            parts: `k.codes`, `v.scale`, ... on the CPU, each [B, ...].
+            positions_BHM: int32 [B,H|1,M].
+            relative_error: for `k` and `v`, one number per sample.
+        """
+        slots = positions_BHM.shape[-1]
+        assert slots > 0
+        columns = [("positions", positions_BHM.to(torch.int32)), *sorted(parts.items())]
+        rows = np.concatenate([_bytes_of(column) for _, column in columns], axis=1)
+        record: dict[str, Any] = {
+            "kind": "layer",
+            "indices": list(indices),
+            "layer": layer,
+            "slots": slots,
+            "codec": self._plan.codec.name,
+            "parts": [[name, dtype_name(column.dtype), list(column.shape[1:])] for name, column in columns],
+            "errors": {kind: list(errors) for kind, errors in relative_error.items()},
+        }
+        flat = rows.reshape(-1).data
+        row_bytes = rows.shape[1]
+        for row, index in enumerate(indices):
+            opened = self._open[index]
+            opened.layers += 1
+            opened.slots = slots
+            opened.hash.update(flat[row * row_bytes : (row + 1) * row_bytes])
+        return self._add_rows(record, flat, row_bytes)
+
+    def sample_end(self, index: int, timings: Timings) -> list[bytes]:
+        """Closes a sample whose layers have all been written."""
+        opened = self._open.pop(index)
+        assert opened.layers == len(self._plan.layers)
+        record = {
+            "kind": "sample_end",
+            "index": index,
+            "key": self._keys[index],
+            "status": "ok",
+            "digest": opened.hash.intdigest(),
+            "tokens": opened.tokens,
+            "slots": opened.slots,
+            "layers": opened.layers,
+            "timings": {"queue": timings.queue, "prefill": timings.prefill, "encode": timings.encode},
+        }
+        return self._end_sample(record)
+
+    def sample_failed(self, index: int, code: str, message: str) -> list[bytes]:
+        """Closes a sample that failed, at whatever point; the others go on."""
+        assert code in FAILURE_STATUSES, code
+        self._open.pop(index, None)
+        key = self._keys[index]
+        return self._end_sample({"kind": "sample_end", "index": index, "key": key, "status": code, "message": message})
+
+    def flush(self) -> list[bytes]:
+        """The frame of everything buffered, if there is anything."""
+        return [self._emit()] if self._records else []
+
+    def end(self) -> list[bytes]:
+        """Ends the stream."""
+        assert not self._open
+        return [*self._add_record({"kind": "end", "samples": self._ended}, memoryview(b"")), *self.flush()]
+
+    def _end_sample(self, record: dict[str, Any]) -> list[bytes]:
+        self._ended += 1
+        return self._add_record(record, memoryview(b""))
+
+    def _add_rows(self, record: dict[str, Any], flat: memoryview, row_bytes: int) -> list[bytes]:
+        """Spreads the rows of a layer over frames; only a row that no frame can hold is itself split."""
+        frames: list[bytes] = []
+        indices, errors = record["indices"], record["errors"]
+        done = 0
+        while done < len(indices):
+            if self._used + row_bytes > self._max_body:
+                frames += self.flush()
+            count = max(1, (self._max_body - self._used) // row_bytes)
+            end = min(done + count, len(indices))
+            piece = {
+                **record,
+                "indices": indices[done:end],
+                "errors": {kind: values[done:end] for kind, values in errors.items()},
+            }
+            frames += self._add(piece, indices[done], flat[done * row_bytes : end * row_bytes])
+            done = end
+        return frames
+
+    def _add(self, record: dict[str, Any], index: int, body: memoryview) -> list[bytes]:
+        """Adds a record with its body, in as many frames as it needs."""
+        if len(body) <= self._max_body:
+            return self._add_record({**record, "bytes": len(body)}, body)
+        frames = self.flush()
+        record = {**record, "index": index, "bytes": self._max_body, "size": len(body)}
+        for start in range(0, len(body), self._max_body):
+            piece = body[start : start + self._max_body]
+            frames += self._add_record(record, piece)
+            record = {"kind": "more", "index": index, "bytes": min(self._max_body, len(body) - start - len(piece))}
+        return frames
+
+    def _add_record(self, record: dict[str, Any], body: memoryview) -> list[bytes]:
+        full = self._used + len(body) > self._max_body or len(self._records) >= MAX_RECORDS
+        frames = self.flush() if full else []
+        self._records.append(record)
+        if len(body):
+            self._body.append(body)
+            self._used += len(body)
+        return frames
+
+    def _emit(self) -> bytes:
+        digest = xxhash.xxh3_64()
+        for piece in self._body:
+            digest.update(piece)
+        header = {
+            "v": PROTOCOL_VERSION,
+            "request": self._request_id,
+            "seq": self._seq,
+            "xxh3": digest.intdigest(),
+            "records": self._records,
+        }
+        frame = _join_frame(header, self._body, self._used)
+        self._seq += 1
+        self._records, self._body, self._used = [], [], 0
+        return frame
+
+
+def _bytes_of(tensor: Tensor) -> np.ndarray[tuple[int, int], np.dtype[np.uint8]]:
+    """A CPU tensor [B, ...] as bytes [B, n], without a copy where it is contiguous."""
+    return tensor.contiguous().reshape(tensor.shape[0], -1).view(torch.uint8).numpy()

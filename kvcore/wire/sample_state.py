@@ -1,0 +1,100 @@
+"""What a stream's reader knows of each sample, and the checks of single fields; all raise `ProtocolError`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import xxhash
+
+from kvcore.errors import ProtocolError
+from kvcore.types import Sample, Tensor, Timings
+from kvcore.wire.sample_rows import Group
+
+UINT64_MAX = 2**64 - 1
+
+
+@dataclass(slots=True)
+class SampleState:
+    """What has come of one sample. `key`: of what was asked for, which a text that comes later does not change."""
+
+    sample: Sample
+    key: str
+    tokens: int = 0
+    layers_done: int = 0
+    row: int = 0
+    done: bool = False
+    hash: xxhash.xxh3_64 = field(default_factory=xxhash.xxh3_64)
+    errors: dict[str, list[float]] = field(default_factory=dict[str, list[float]])
+    incoming: Incoming | None = None
+    group: Group = field(init=False)
+    token_ids_T: Tensor = field(init=False)
+    byte_ends_T: Tensor = field(init=False)
+
+    @property
+    def text_bytes(self) -> int | None:
+        """How long the sample's text is, where it was sent as text."""
+        return None if self.sample.text is None else len(self.sample.text.encode())
+
+    def check_identity(self, record: dict[str, Any]) -> None:
+        """Refuses a record that is of another sample, or of this one misunderstood."""
+        if record.get("id") != self.sample.id:
+            raise ProtocolError(f"sample id {record.get('id')!r}, expected '{self.sample.id}'")
+        self.check_key(record)
+
+    def check_key(self, record: dict[str, Any]) -> None:
+        """Refuses the record of a sample that the teacher did not understand as it was asked for."""
+        if record.get("key") != self.key:
+            raise ProtocolError(
+                f"sample '{self.sample.id}': the teacher understood another request than was sent "
+                f"(content key {record.get('key')!r}, expected '{self.key}')"
+            )
+
+    def close(self) -> None:
+        """Ends the sample and lets go of its memory."""
+        self.done = True
+        if self.tokens:
+            del self.token_ids_T, self.byte_ends_T
+        if self.layers_done:
+            del self.group
+
+
+@dataclass(slots=True)
+class Incoming:
+    """A record whose sizes are known to be right, and what to do with its body."""
+
+    size: int
+    states: list[SampleState]
+    accept: Callable[[memoryview], None]
+    chunks: list[memoryview] = field(default_factory=list[memoryview])
+    missing: int = 0
+
+
+def whole_number(record: dict[str, Any], name: str, low: int, high: int) -> int:
+    """A record's field that must be a whole number in this range, both ends included."""
+    value = record.get(name)
+    if type(value) is not int or not low <= value <= high:
+        raise ProtocolError(f"'{name}' must be a whole number between {low} and {high}, got {value!r}")
+    return value
+
+
+def finite_number(value: object, name: str) -> float:
+    """A value that must be a finite number of at least 0."""
+    if not isinstance(value, float | int) or not 0 <= value < math.inf:
+        raise ProtocolError(f"'{name}' must hold finite numbers of at least 0, got {value!r}")
+    return float(value)
+
+
+def timings_of(record: object) -> Timings:
+    """What a sample's end says of the server's stages."""
+    return Timings(*seconds_of(record, ("queue", "prefill", "encode")))
+
+
+def seconds_of(record: object, names: Sequence[str]) -> list[float]:
+    """The seconds that a map states for these names."""
+    if not isinstance(record, dict):
+        raise ProtocolError("a sample came without timings")
+    stages = cast("dict[str, Any]", record)
+    return [finite_number(stages.get(name), name) for name in names]

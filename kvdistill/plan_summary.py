@@ -1,0 +1,192 @@
+"""`kvdistill plan`: what a run will ask of each teacher, in layers and bytes, before anything is trained."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from statistics import fmean
+from typing import Any
+
+from align.aligner import Aligner
+from align.head_dim_adapter import KVGeometry
+from data.records import Record, load_records
+from extraction.survey import slots_of
+from extraction.teachers import model_geometry
+from kvcore.errors import FieldError, TeacherUnavailableError
+from kvcore.monitoring.units import in_bytes
+from kvcore.plan import KVPlan
+from kvcore.store.manifest import read_manifest
+from kvcore.tensors.codec import layer_bytes
+from kvdistill.columns import in_columns
+from kvdistill.describe import describe, raw_token_bytes
+from kvdistill.inspection import plan_codec, plan_layers, plan_tokens
+from student_trainer.config import TeacherConfig, TrainConfig
+
+# Records whose tokens are counted: enough for a mean within a few per cent.
+COUNTED = 512
+_PARTS = ("prompt", "reasoning", "answer")
+_POSITION_BYTES = 4
+FLAG = "--teacher-model"
+
+
+@dataclass(frozen=True, slots=True)
+class Lengths:
+    """Tokens of the parts of some records, as the student's tokenizer counts them, and how many records there are."""
+
+    records: int
+    counted: Sequence[tuple[int, int, int]]
+
+    def candidates(self, plan: KVPlan) -> list[int]:
+        """Of each counted record, the tokens that a plan chooses from."""
+        span = plan.selection.span
+        return [sum(parts) if span == "all" else parts[_PARTS.index(span)] for parts in self.counted]
+
+    def text(self) -> float:
+        """Mean tokens of a whole text."""
+        return fmean(map(sum, self.counted))
+
+
+@dataclass(frozen=True, slots=True)
+class Demand:
+    """What one teacher is asked for. Bytes and tokens are means over samples; the cache is in half precision."""
+
+    teacher: str
+    geometry: KVGeometry
+    plan: KVPlan
+    kept_tokens: float
+    sample_bytes: float
+    cache_bytes: float
+
+
+def plan_text(config: TrainConfig, models: Sequence[str]) -> str:
+    """What a run asks of its teachers, as text; where it has stages, once for those that ask the same.
+
+    Args:
+        config: the run.
+        models: NAME=PATH of teachers whose configuration is read instead of asking their servers.
+
+    Raises:
+        FieldError: the student, a teacher's model or the alignment cannot be used; names the field.
+        TeacherUnavailableError: no endpoint of a teacher answers; says how to do without.
+        StoreError: an offline run's store is missing or damaged.
+    """
+    if not config.teachers:
+        raise FieldError("teachers", "the run has none, so it asks nobody for anything")
+    paths = _paths(models, config)
+    student = model_geometry(config.student.path, "student.path")
+    geometries = {teacher.name: _geometry(teacher, config, paths) for teacher in config.teachers}
+    lengths = _lengths(config)
+    head = [
+        ("student", f"{config.student.path}: {student.layers} layers, {student.heads} KV heads of {student.head_dim}"),
+        ("samples", f"{lengths.records:,}; {lengths.text():.0f} tokens a text, counted in {len(lengths.counted):,}"),
+    ]
+    stages_of_tables: dict[str, list[str]] = {}
+    for name, stage in _stages(config):
+        demands = [_demand(teacher, student, stage, geometry, lengths) for teacher, geometry in geometries.items()]
+        stages_of_tables.setdefault(_table(stage, demands, lengths.records), []).append(name)
+    tables = [
+        f"stages  {', '.join(names)}\n{table}" if config.stages else table for table, names in stages_of_tables.items()
+    ]
+    return "\n\n".join([in_columns(head), *tables])
+
+
+def _stages(config: TrainConfig) -> Iterator[tuple[str, TrainConfig]]:
+    if not config.stages:
+        yield "", config
+    for index, stage in enumerate(config.stages):
+        yield stage.name, config.stage(index)
+
+
+def _paths(models: Sequence[str], config: TrainConfig) -> dict[str, str]:
+    names = [teacher.name for teacher in config.teachers]
+    paths: dict[str, str] = {}
+    for item in models:
+        name, separator, path = item.partition("=")
+        if not separator or not path:
+            raise FieldError(FLAG, f"expected NAME=PATH, got '{item}'")
+        if name not in names:
+            raise FieldError(FLAG, f"no teacher of the run is named '{name}'; there are: {', '.join(names)}")
+        paths[name] = path
+    return paths
+
+
+def _geometry(teacher: TeacherConfig, config: TrainConfig, paths: Mapping[str, str]) -> KVGeometry:
+    """A teacher's geometry: from its model's configuration, its store, or the first endpoint that answers."""
+    if teacher.name in paths:
+        return model_geometry(paths[teacher.name], FLAG)
+    if config.kv.mode == "offline":
+        assert config.kv.store is not None, "the configuration asks for it"
+        info = read_manifest(config.kv.store / teacher.name).teacher
+        return KVGeometry(info.layers, info.kv_heads, info.head_dim)
+    problems: list[str] = []
+    for endpoint in teacher.endpoints:
+        try:
+            info = describe(endpoint)
+        except TeacherUnavailableError as error:
+            problems.append(f"{endpoint}: {error.problem}")
+        else:
+            return KVGeometry(info.layers, info.kv_heads, info.head_dim)
+    said = "; ".join(problems)
+    raise TeacherUnavailableError(teacher.name, f"{said}. Without its server: {FLAG} {teacher.name}=PATH_OR_HUB_ID")
+
+
+def _lengths(config: TrainConfig) -> Lengths:
+    from transformers import AutoTokenizer  # noqa: PLC0415 - slow to import
+
+    try:
+        tokenizer: Any = AutoTokenizer.from_pretrained(config.student.path)
+    except (OSError, ValueError) as error:
+        raise FieldError("student.path", f"cannot load the tokenizer of '{config.student.path}': {error}") from error
+    records = load_records(config.data.train)
+    step = max(1, len(records) // COUNTED)
+    return Lengths(len(records), [_tokens(tokenizer, record) for record in records[::step][:COUNTED]])
+
+
+def _tokens(tokenizer: Any, record: Record) -> tuple[int, int, int]:
+    prompt, reasoning, answer = (
+        len(tokenizer(getattr(record, part), add_special_tokens=part == "prompt")["input_ids"]) for part in _PARTS
+    )
+    return prompt, reasoning, answer
+
+
+def _demand(teacher: str, student: KVGeometry, config: TrainConfig, geometry: KVGeometry, lengths: Lengths) -> Demand:
+    settings = config.align.model_dump(exclude={"time", "calibration_samples"})
+    plan = Aligner(geometry, student, **settings).plan(config.kv.selection, config.kv.codec)
+    slots = [slots_of(candidates, plan) for candidates in lengths.candidates(plan)]
+    choosers = {"sample": 1, "layer": len(plan.layers), "head": len(plan.layers) * geometry.heads}[plan.selection.scope]
+    sizes = [
+        len(plan.layers) * layer_bytes(plan.codec, geometry.heads, count, geometry.head_dim)
+        + choosers * count * _POSITION_BYTES
+        for count in slots
+    ]
+    cache = raw_token_bytes(geometry.layers, geometry.heads, geometry.head_dim) * lengths.text()
+    return Demand(teacher, geometry, plan, fmean(slots), fmean(sizes), cache)
+
+
+def _table(config: TrainConfig, demands: Sequence[Demand], records: int) -> str:
+    """The demands of a run: what is asked, and what it comes to in a step, an epoch, and on the network."""
+    plan = demands[0].plan
+    asked = [("tokens", plan_tokens(plan)), ("codec", plan_codec(plan))]
+    asked += [(f"layers of {each.teacher}", plan_layers(each.plan, each.geometry.layers)) for each in demands]
+    batch = config.run.global_batch
+    rows = [["teacher", "tokens kept", "a sample", "whole cache", "reduction", "a step", "an epoch", "1 step/s needs"]]
+    rows += [
+        [each.teacher, f"{each.kept_tokens:.1f}", *_sizes(each.sample_bytes, each.cache_bytes, batch, records)]
+        for each in demands
+    ]
+    if len(demands) > 1:
+        samples, caches = (sum(getattr(each, name) for each in demands) for name in ("sample_bytes", "cache_bytes"))
+        rows.append(["all", "", *_sizes(samples, caches, batch, records)])
+    return f"{in_columns(asked)}\n\n{in_columns(rows, right=True)}"
+
+
+def _sizes(sample: float, cache: float, batch: int, records: int) -> list[str]:
+    """Bytes of a sample, in everything that they count for."""
+    return [
+        in_bytes(round(sample)),
+        in_bytes(round(cache)),
+        f"{cache / sample:.1f} x" if sample else "-",
+        in_bytes(round(sample * batch)),
+        in_bytes(round(sample * records)),
+        f"{sample * batch * 8 / 1e9:.3f} Gbit/s",
+    ]

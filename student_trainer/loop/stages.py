@@ -1,0 +1,84 @@
+"""Several runs in one command: each starts from the best model of the one before, and an interrupted chain goes on."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from data.records import content_digest
+from kvcore.errors import ConfigError
+from kvcore.files import write_json
+from student_trainer.config import TrainConfig
+from student_trainer.loop import ds_engine
+
+logger = logging.getLogger(__name__)
+
+DONE = "stage_done.json"
+
+
+def run_stages(config: TrainConfig, run: Callable[[TrainConfig], dict[str, Any]]) -> list[dict[str, Any]]:
+    """Runs every stage that is not done yet, in order; an interrupted one resumes from its own checkpoint.
+
+    Args:
+        config: with `stages`.
+        run: what trains one configuration on every rank.
+
+    Returns:
+        each stage's summary.
+
+    Raises:
+        ConfigError: a finished stage had other settings or data than it has in `config`.
+    """
+    rank, _ = ds_engine.start(config.run.seed)
+    summaries: list[dict[str, Any]] = []
+    for index, stage in enumerate(config.stages):
+        settings = config.stage(index)
+        directory = settings.run.output_dir
+        digest = _digest(settings)
+        done = config.run.resume == "auto" and _is_done(directory, digest)
+        # Before any rank writes: all of them must have seen the same.
+        dist.barrier()
+        if rank == 0 and not done:
+            # Whatever came out of an earlier course of this stage no longer holds.
+            for later in config.stages[index:]:
+                (config.run.output_dir / later.name / DONE).unlink(missing_ok=True)
+        if rank == 0:
+            place = f"stage {index + 1} of {len(config.stages)}, {stage.name}"
+            logger.info("%s: %s", place, "done before" if done else f"from {settings.student.path}")
+        if done:
+            summaries.append(json.loads((directory / "summary.json").read_text(encoding="utf-8")))
+            continue
+        summaries.append(run(settings))
+        if rank == 0:
+            write_json(directory / DONE, {"settings": digest})
+        dist.barrier()
+    return summaries
+
+
+def _is_done(directory: Path, digest: str) -> bool:
+    marker = directory / DONE
+    if not marker.is_file():
+        return False
+    if json.loads(marker.read_text(encoding="utf-8"))["settings"] != digest:
+        raise ConfigError(
+            f"{directory} holds a finished stage of other settings or data; restore them, choose another "
+            "run.output_dir, or start over with --set run.resume=never"
+        )
+    return True
+
+
+def _digest(settings: TrainConfig) -> str:
+    """Of all settings and data that shape the result. Where K/V come from does not, if the teachers are the same."""
+    tree = settings.model_dump(mode="json", include={"student", "align", "fuse", "loss", "data", "optim"})
+    tree["run"] = settings.run.model_dump(mode="json", include={"seed", "steps", "epochs", "global_batch"})
+    tree["kv"] = settings.kv.model_dump(mode="json", include={"selection", "codec", "on_missing", "control"})
+    # A path is no proof: its file may have been written anew.
+    tree["content"] = [content_digest(path) for path in (settings.data.train, settings.data.val) if path]
+    tree["teachers"] = [[teacher.name, teacher.weight] for teacher in settings.teachers]
+    return hashlib.blake2b(json.dumps(tree, sort_keys=True).encode(), digest_size=16).hexdigest()

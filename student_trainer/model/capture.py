@@ -1,0 +1,63 @@
+"""The student's own content keys and values, with their gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from kvcore.tensors.projections import kv_projections
+from kvcore.types import Tensor
+
+
+class KVCapture:
+    """What one forward pass left behind, layer by layer."""
+
+    def __init__(self) -> None:
+        self.k_BHTD: list[Tensor] = []
+        self.v_BHTD: list[Tensor] = []
+
+    def columns(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
+        """k_BLHMD and v_BLHMD at the sequence positions start..stop, in fp32."""
+        k_BLHMD = torch.stack([k[:, :, start:stop] for k in self.k_BHTD], dim=1)
+        v_BLHMD = torch.stack([v[:, :, start:stop] for v in self.v_BHTD], dim=1)
+        return k_BLHMD.float(), v_BLHMD.float()
+
+
+@contextmanager
+def capture_kv(model: nn.Module) -> Iterator[KVCapture]:
+    """Captures every layer's K/V during the forward pass run inside the block; the model is restored on leaving.
+
+    Gradients flow from what is captured into the model, under non-reentrant gradient checkpointing and every ZeRO
+    stage. Run exactly one forward pass inside the block.
+
+    Raises:
+        UnsupportedModelError: the model's keys and values can't be read exactly.
+    """
+    capture = KVCapture()
+    projections = kv_projections(model)
+    handles: list[Any] = []
+    for projection in projections:
+        for module, kept in ((projection.key, capture.k_BHTD), (projection.value, capture.v_BHTD)):
+
+            def keep(
+                _module: nn.Module,
+                _inputs: Any,
+                output: Tensor,
+                kept: list[Tensor] = kept,
+                projection: Any = projection,
+            ) -> None:
+                kept.append(projection.heads_first(output))
+
+            handles.append(module.register_forward_hook(keep))
+    try:
+        yield capture
+    finally:
+        for handle in handles:
+            handle.remove()
+    assert len(capture.k_BHTD) == len(capture.v_BHTD) == len(projections), "run exactly one forward pass"
+    # Reentrant checkpointing computes the same values but cuts the gradient in silence.
+    assert not torch.is_grad_enabled() or capture.k_BHTD[0].requires_grad, "captured keys carry no gradient"

@@ -1,0 +1,149 @@
+"""The alignments' report as one HTML page."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+from kvcore.monitoring.html_page import figure, heading, page, paragraphs, table
+from student_trainer.monitoring.alignment_pictures import (
+    LOWEST_SHOWN,
+    Report,
+    draw_coverage,
+    draw_explained,
+    draw_layer_map,
+    draw_similarity,
+)
+
+_PICTURES: tuple[tuple[str, str, Callable[[Report], bytes | None]], ...] = (
+    (
+        "explained variance by layer",
+        (
+            "How much of the variance the map explains on samples that it was not fitted on: 1 is exact, 0 no better "
+            "than the mean. The control is fitted and measured in the same way with the student's tokens of another "
+            "sample of the batch, so it shows what position and format alone explain; a map is worth as much as it "
+            "lies above it. "
+            f"Bars end at {LOWEST_SHOWN:g}."
+        ),
+        draw_explained,
+    ),
+    ("layer map", "The teacher layers that each student layer is compared with.", draw_layer_map),
+    (
+        "similarity of layers",
+        (
+            "Linear CKA on the calibration samples: 1 is equal but for a rotation and a scale. The map takes the path "
+            "through the mean of both that adds up to most without ever going back."
+        ),
+        draw_similarity,
+    ),
+    (
+        "token coverage",
+        (
+            "Tokens that stand for text, but for the first ones of a text. A selection sends some slots only, so "
+            "that most student tokens then have none."
+        ),
+        draw_coverage,
+    ),
+)
+_INTRODUCTION = (
+    "Measured on the calibration samples, before the first step. The figures are in alignment.json beside this page."
+)
+_OVERVIEW_HEADINGS = ("teacher", "keys explained", "control", "values explained", "control", "student tokens paired")
+
+
+def render_page(teachers: Mapping[str, Report]) -> str:
+    """The whole page."""
+    return page(
+        "kvdistill alignment",
+        (
+            heading("How the teachers' K/V meet the student's", 1),
+            paragraphs([_INTRODUCTION]),
+            table(_OVERVIEW_HEADINGS, [_overview(name, report) for name, report in teachers.items()]),
+            *(_teacher(name, report) for name, report in teachers.items()),
+        ),
+    )
+
+
+def _overview(name: str, report: Report) -> tuple[str, ...]:
+    explained, control = report["explained_variance"], report["explained_variance_shuffled"]
+    means = [_mean(part[tensor]) for tensor in ("k", "v") for part in (explained, control)]
+    tokens = (report["coverage"] or {}).get("student_tokens")
+    paired = f"{tokens['paired'] / tokens['seen']:.1%}" if tokens and tokens["seen"] else "not measured"
+    return (name, *means, paired)
+
+
+def _teacher(name: str, report: Report) -> str:
+    pictures = "".join(_figure(name, *picture, report) for picture in _PICTURES)
+    layers = table(_LAYER_HEADINGS, _layers(report))
+    return f"""<section>
+{heading(name)}
+{table(("setting", "value"), _settings(report))}
+{pictures}
+<details><summary>By layer</summary>
+{layers}
+</details>
+</section>"""
+
+
+def _settings(report: Report) -> list[tuple[str, str]]:
+    rows = report["rows"]
+    return [
+        ("direction", report["direction"]),
+        ("layer map", report["layer_strategy"]),
+        ("head adapter", report["head_adapter"]),
+        ("token pairing", f"{report['tokens']}; tokens left out at the start of a text: {report['sink_tokens']}"),
+        ("teacher", _geometry(report["teacher"])),
+        ("student", _geometry(report["student"])),
+        ("token pairs fitted on / held out", f"{rows['fit']:,} / {rows['held_out']:,}"),
+    ]
+
+
+def _geometry(geometry: Mapping[str, int]) -> str:
+    return f"{geometry['layers']} layers, {geometry['heads']} KV heads of {geometry['head_dim']}"
+
+
+_LAYER_HEADINGS = (
+    "student layer",
+    "teacher layers",
+    "keys",
+    "control",
+    "penalty",
+    "deviation",
+    "values",
+    "control",
+    "penalty",
+    "deviation",
+)
+
+
+def _layers(report: Report) -> list[tuple[str, ...]]:
+    return [
+        (str(layer), _mapped(report, layer), *_measured(report, "k", layer), *_measured(report, "v", layer))
+        for layer in range(report["student"]["layers"])
+    ]
+
+
+def _mapped(report: Report, layer: int) -> str:
+    row: list[list[float]] = (report["layer_map"] or {}).get(str(layer), [])
+    return ", ".join(f"{t:.0f}" if weight == 1 else f"{weight:.3f} of {t:.0f}" for t, weight in row) or "-"
+
+
+def _measured(report: Report, tensor: str, layer: int) -> list[str]:
+    names = (("explained_variance", ".3f"), ("explained_variance_shuffled", ".3f"), ("alpha", ".0e"), ("scale", ".3g"))
+    return [_number(report[name][tensor], layer, form) for name, form in names]
+
+
+def _number(values: Sequence[float | None], layer: int, form: str) -> str:
+    value = values[layer] if layer < len(values) else None
+    return "-" if value is None else format(value, form)
+
+
+def _mean(values: Sequence[float | None]) -> str:
+    known = [value for value in values if value is not None]
+    return f"{sum(known) / len(known):.3f}" if known else "not measured"
+
+
+def _figure(name: str, title: str, caption: str, draw: Callable[[Report], bytes | None], report: Report) -> str:
+    picture = draw(report)
+    if picture is None:
+        return ""
+    return figure(f"{name}: {title}", picture, caption=caption)

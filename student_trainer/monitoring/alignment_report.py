@@ -1,0 +1,31 @@
+"""What an alignment came to, for people: as JSON, and as one page with pictures that loads nothing from outside."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from kvcore.files import replace_file, write_json
+
+
+@dataclass(frozen=True, slots=True)
+class AlignmentReport:
+    """The alignments of a run: `Aligner.report()` by the teachers' names."""
+
+    teachers: Mapping[str, Mapping[str, Any]]
+
+    def write(self, directory: Path) -> list[Path]:
+        """Writes alignment.json and alignment.html, replacing them, and returns the paths."""
+        directory.mkdir(parents=True, exist_ok=True)
+        paths = [directory / "alignment.json", directory / "alignment.html"]
+        write_json(paths[0], {"teachers": self.teachers})
+        replace_file(paths[1], self._page())
+        return paths
+
+    def _page(self) -> str:
+        # Slow to import, and needed once in a run.
+        from student_trainer.monitoring.alignment_page import render_page  # noqa: PLC0415
+
+        return render_page(self.teachers)

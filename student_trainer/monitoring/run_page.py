@@ -1,0 +1,189 @@
+"""The page of a run for people: how far it is, its curves, where its time goes, and how its teachers do."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Mapping
+
+from fastapi import FastAPI
+from fastapi.responses import HTMLResponse, JSONResponse
+
+from kvcore.files import finite_or_null
+from kvcore.monitoring.html_page import charts, heading, paragraphs
+from kvcore.monitoring.line_chart import line_chart, number
+from kvcore.monitoring.live_page import HEADERS, facts, live_page, shares, stack, state, tiles
+from kvcore.monitoring.units import in_bytes, in_time
+from student_trainer.config import TrainConfig
+from student_trainer.loop.metric_accumulator import TEACHER_STAGES
+from student_trainer.monitoring.run_state import Phase, RunSnapshot, RunState, TeacherView
+
+_LINKS = ("/state.json", "/metrics", "/healthz")
+_PHASES: Mapping[Phase, str] = {
+    "starting": "Starting: loading the student, connecting to teachers, fitting alignments",
+    "training": "Training",
+    "validating": "Validating",
+    "saving": "Saving a checkpoint",
+    "done": "Done",
+    "failed": "Failed; the log says why",
+}
+_WEIGHT = "routing/weights_mean/"
+# Title, then label and logged figure of each curve.
+_CHARTS: Mapping[str, Mapping[str, str]] = {
+    "Loss": {"train": "train/loss", "cross-entropy": "train/ce_loss", "validation": "val/loss"},
+    "KV loss (1: predicting the mean)": {"train": "train/kv_loss", "validation": "val/kv_loss"},
+    "Share of time waiting for teachers": {"stall": "kv/stall_fraction"},
+}
+_ACCURACY = {"accuracy": "val/task_metrics/accuracy"}
+_TEACHERS = ("teacher", "replicas", "asked", "last answer", "retries", "switches", "samples", "missing", "K/V a sample")
+_STAGES = ("teacher", *(f"{stage} ms" for stage in TEACHER_STAGES), "decode ms", "stall ms")
+
+
+def add_live_page(app: FastAPI, config: TrainConfig, run: RunState) -> None:
+    """Adds `/` and `/state.json` over a run's state."""
+
+    @app.get("/", response_class=HTMLResponse)
+    def page() -> HTMLResponse:
+        """The run, for people."""
+        return HTMLResponse(render_page(config, run.snapshot()), headers=HEADERS)
+
+    @app.get("/state.json")
+    def read_state() -> JSONResponse:
+        """The same for programs. Figures that are not finite are null."""
+        return JSONResponse(finite_or_null(dataclasses.asdict(run.snapshot())))
+
+
+def render_page(config: TrainConfig, run: RunSnapshot) -> str:
+    """The page; every value is escaped."""
+    name = config.run.output_dir.name
+    return live_page(
+        f"{_percent(run)} {name} - kvdistill",
+        (
+            heading(name, 1),
+            paragraphs([_what(config)], "soft"),
+            state(_said(run), good=run.phase != "failed"),
+            f'<progress value="{run.step}" max="{max(run.steps, 1)}">{_percent(run)}</progress>',
+            tiles(_figures(run)),
+            charts(_curves(run)),
+            heading("Where the time goes"),
+            _time(run),
+            *_teachers(run),
+            heading("Settings"),
+            facts(_settings(config)),
+        ),
+        _LINKS,
+    )
+
+
+def _percent(run: RunSnapshot) -> str:
+    return f"{run.step / run.steps:.0%}" if run.steps else "0%"
+
+
+def _what(config: TrainConfig) -> str:
+    names = ", ".join(teacher.name for teacher in config.teachers) or "no teacher"
+    what = f"{config.student.path} learns from {names}; K/V {config.kv.mode}, {config.student.mode} mode"
+    return f"{what}; into {config.run.output_dir}"
+
+
+def _said(run: RunSnapshot) -> str:
+    doing = f" ({run.doing})" if run.doing else ""
+    said = f"{_PHASES[run.phase]}{doing}, running for {in_time(time.time() - run.started_at)}"
+    if run.last_step_at is None:
+        return said
+    return f"{said}; last step {in_time(time.time() - run.last_step_at)} ago"
+
+
+def _figures(run: RunSnapshot) -> list[tuple[str, str, str]]:
+    found = [("step", f"{run.step:,}", f"of {run.steps:,}")] if run.steps else []
+    if run.eta_seconds is not None:
+        found.append(("time left", in_time(run.eta_seconds), "at the pace so far"))
+    for label, figure, note in (
+        ("loss", "train/loss", "training"),
+        ("KV loss", "train/kv_loss", "good below 0.5; check above 1.5"),
+        ("samples/s", "train/samples_per_second", "of all ranks"),
+    ):
+        if figure in run.scalars:
+            found.append((label, number(run.scalars[figure]), note))
+    if "val/task_metrics/accuracy" in run.scalars:
+        found.append(("accuracy", f"{run.scalars['val/task_metrics/accuracy']:.1%}", "last validation"))
+    if "kv/stall_fraction" in run.scalars:
+        found.append(("stall", f"{run.scalars['kv/stall_fraction']:.1%}", "of the time, waiting for teachers"))
+        found.append(("K/V a sample", in_bytes(run.scalars["kv/bytes_per_sample"]), "of all teachers, encoded"))
+    if run.bottleneck is not None:
+        found.append(("bottleneck", run.bottleneck, "most of the last steps' time"))
+    return found
+
+
+def _curves(run: RunSnapshot) -> list[str]:
+    def found(curves: Mapping[str, str]) -> dict[str, list[tuple[int, float]]]:
+        return {label: run.history[figure] for label, figure in curves.items() if figure in run.history}
+
+    weights = {name.removeprefix(_WEIGHT): name for name in run.history if name.startswith(_WEIGHT)}
+    drawn = [(title, found(curves), None) for title, curves in _CHARTS.items()]
+    of_one = [("Routing weights", found(weights), 1.0), ("Validation accuracy", found(_ACCURACY), 1.0)]
+    return [line_chart(title, curves, top) for title, curves, top in (*drawn, *of_one) if curves]
+
+
+def _time(run: RunSnapshot) -> str:
+    whole = sum(run.busy_seconds.values())
+    if not whole:
+        return paragraphs(["No step yet."])
+    return shares({stage: seconds / whole for stage, seconds in run.busy_seconds.items()})
+
+
+def _teachers(run: RunSnapshot) -> tuple[str, ...]:
+    if not run.teachers:
+        return ()
+    problems = [
+        f"{name}: {endpoint.endpoint} does not answer: {endpoint.problem}"
+        for name, teacher in run.teachers.items()
+        for endpoint in (teacher.health.endpoints if teacher.health else ())
+        if endpoint.problem
+    ]
+    return (
+        heading("Teachers"),
+        stack(_TEACHERS, (_teacher(name, teacher) for name, teacher in run.teachers.items())),
+        paragraphs(problems, "missed"),
+        heading("Time a sample spends, by teacher"),
+        stack(_STAGES, (_stages(name, teacher) for name, teacher in run.teachers.items())),
+    )
+
+
+def _teacher(name: str, teacher: TeacherView) -> tuple[str, ...]:
+    sums, health = teacher.sums, teacher.health
+    sent = (
+        f"{sums.samples:,.0f}",
+        f"{sums.missing:,.0f}",
+        in_bytes(sums.encoded_bytes / sums.samples) if sums.samples else "-",
+    )
+    if health is None:
+        return (name, "from the store", "-", "-", "-", "-", *sent)
+    up = sum(endpoint.problem is None for endpoint in health.endpoints)
+    return (
+        name,
+        f"{up} of {len(health.endpoints)} up",
+        health.current,
+        "never" if health.answered_s_ago is None else f"{in_time(health.answered_s_ago)} ago",
+        str(health.retries),
+        str(health.switches),
+        *sent,
+    )
+
+
+def _stages(name: str, teacher: TeacherView) -> tuple[str, ...]:
+    sums = teacher.sums
+    stages = (*TEACHER_STAGES, "decode", "stall")
+    return (name, *(number(1000 * sums.seconds[stage] / sums.samples) if sums.samples else "-" for stage in stages))
+
+
+def _settings(config: TrainConfig) -> dict[str, object]:
+    return {
+        "selector": f"{config.kv.selection.selector}, budget {config.kv.selection.budget}",
+        "codec": config.kv.codec.name,
+        "fusion": config.fuse.kind,
+        "KV loss": f"{config.loss.kv_loss}, weight {config.loss.kv_weight}",
+        "learning rate": config.optim.lr,
+        "batch": f"{config.run.global_batch}, {config.run.micro_batch} at once on a rank",
+        "ZeRO stage": config.run.zero_stage,
+        "seed": config.run.seed,
+    }

@@ -1,0 +1,92 @@
+"""A run on a terminal: a few lines that keep themselves up to date, with the log above them."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator
+
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from kvcore.monitoring.progress import logs_above
+from kvcore.monitoring.units import in_bytes, in_time
+from student_trainer.monitoring.run_state import RunSnapshot, RunState, TeacherView
+
+REFRESHES_PER_SECOND = 2
+_FIGURES = (
+    ("loss", "train/loss", "{:.4f}"),
+    ("ce", "train/ce_loss", "{:.4f}"),
+    ("KV loss", "train/kv_loss", "{:.4f}"),
+    ("accuracy", "val/task_metrics/accuracy", "{:.1%}"),
+    ("stall", "kv/stall_fraction", "{:.0%}"),
+    ("samples/s", "train/samples_per_second", "{:,.0f}"),
+)
+
+
+@contextlib.contextmanager
+def on_terminal(state: RunState, name: str, *, enabled: bool, console: Console | None = None) -> Iterator[None]:
+    """Shows a run while it goes on.
+
+    Args:
+        state: the run.
+        name: what it is called.
+        enabled: whether this rank shows anything.
+        console: where; the terminal of stderr by default. Where it is none, nothing is drawn, and log lines say it all.
+    """
+    console = console or Console(stderr=True)
+    state.drawn = enabled and console.is_terminal
+    if not state.drawn:
+        yield
+        return
+    live = Live(
+        get_renderable=lambda: render(state.snapshot(), name), console=console, refresh_per_second=REFRESHES_PER_SECOND
+    )
+    with live, logs_above():
+        yield
+
+
+def render(run: RunSnapshot, name: str) -> RenderableType:
+    """Progress, figures, and a line for each teacher."""
+    teachers = Table.grid(padding=(0, 2))
+    for teacher, view in run.teachers.items():
+        teachers.add_row(Text(teacher, style="bold"), *_teacher(view))
+    return Group(_progress(run, name), _figures(run), teachers)
+
+
+def _progress(run: RunSnapshot, name: str) -> Table:
+    row = Table.grid(padding=(0, 2))
+    bar = ProgressBar(total=run.steps or None, completed=run.step, width=30, pulse=not run.steps)
+    times = f"{in_time(time.time() - run.started_at)} so far"
+    if run.eta_seconds is not None:
+        times += f", {in_time(run.eta_seconds)} left"
+    steps = f"step {run.step}/{run.steps}" if run.steps else ""
+    row.add_row(Text(name, style="bold"), Text(run.doing or run.phase), bar, Text(steps), Text(times))
+    return row
+
+
+def _figures(run: RunSnapshot) -> Text:
+    said = [f"{label} {how.format(run.scalars[figure])}" for label, figure, how in _FIGURES if figure in run.scalars]
+    return Text("  ".join([*said, *([f"bottleneck {run.bottleneck}"] if run.bottleneck else [])]))
+
+
+def _teacher(teacher: TeacherView) -> list[Text]:
+    health, sums = teacher.health, teacher.sums
+    cells = [Text(in_bytes(sums.encoded_bytes), justify="right")]
+    if teacher.weight is not None:
+        cells.append(Text(f"weight {teacher.weight:.2f}"))
+    if health is None:
+        cells.append(Text("from the store", style="green"))
+    else:
+        down = [f"{one.endpoint}: {one.problem}" for one in health.endpoints if one.problem]
+        up = len(health.endpoints) - len(down)
+        style = "green" if not down else "yellow" if up else "red"
+        answered = "never" if health.answered_s_ago is None else f"{in_time(health.answered_s_ago)} ago"
+        cells += [Text(f"{up} of {len(health.endpoints)} up", style=style), Text(f"answered {answered}")]
+        cells += [Text("; ".join(down), style=style, overflow="ellipsis", no_wrap=True)] if down else []
+    if sums.missing:
+        cells.append(Text(f"{sums.missing:,.0f} samples missing", style="yellow"))
+    return cells

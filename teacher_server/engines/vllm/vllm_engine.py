@@ -1,0 +1,333 @@
+"""The engine on vLLM: teachers of any size, over several GPUs and nodes, behind vLLM's own scheduling.
+
+A batch's samples are requests to vLLM that write one token. `vllm_connector`, inside vLLM's workers, executes their
+plans and sends what is left to this process, layer by layer, while vLLM computes the next ones.
+"""
+
+# vllm is an extra, in an environment of its own.
+# pyright: reportMissingModuleSource=false
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import logging
+import os
+import queue
+import secrets
+import tempfile
+import threading
+from collections.abc import Coroutine, Iterator, Sequence
+from concurrent.futures import Future
+from concurrent.futures import wait as wait_for
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+# Before vllm is imported: it reads them then. Its log is for people and this process's for machines.
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
+
+import vllm
+from vllm import AsyncEngineArgs, SamplingParams
+from vllm.config import KVTransferConfig
+from vllm.inputs import TokensPrompt
+from vllm.platforms import current_platform
+from vllm.sampling_params import RequestOutputKind
+from vllm.v1.engine.async_llm import AsyncLLM
+
+from kvcore.errors import FieldError
+from kvcore.tensors.select import needs_importance, needs_keys
+from kvcore.types import Sample, TeacherInfo
+from teacher_server.config import ServeConfig
+from teacher_server.engines.base import (
+    Emit,
+    EngineLostError,
+    ExecutionTimings,
+    Fail,
+    GeneratedText,
+    GenerateOptions,
+    PlannedSample,
+    SampleFailure,
+    TokenizedSample,
+    Wanted,
+)
+from teacher_server.engines.hf.hf_engine import DtypeName, HFEngine, load_first_layers
+from teacher_server.engines.hf.hf_generate import INCOMPLETE
+from teacher_server.engines.vllm.assembly import Assembly
+from teacher_server.engines.vllm.batch_progress import BatchProgress, Ended
+from teacher_server.engines.vllm.message_queue import Message, MessageReceiver
+from teacher_server.engines.vllm.vllm_connector import PARAMETER, KVDistillConnector
+from teacher_server.engines.vllm.vllm_self_test import REFERENCE_LAYERS, check_against
+from teacher_server.engines.vllm.vllm_settings import check_supported, engine_arguments, longest_sample
+from teacher_server.engines.vllm.worker_step import worker_row
+
+log = logging.getLogger(__name__)
+
+# Each release may lay its cache out anew.
+KNOWN_RELEASE = "0.32."
+# What waits in a worker before the samples it belongs to fail.
+OUTBOX_BYTES = 2 << 30
+SHUTDOWN_SECONDS = 30.0
+POLL_SECONDS = 0.1
+
+ResultT = TypeVar("ResultT")
+
+
+class VLLMEngine:
+    """A frozen model in vLLM behind `TeacherEngine`.
+
+    Args:
+        reference: the model's first layers on transformers: reads text, and tells what keys and values must be.
+        info: of the whole model.
+        config: of the server.
+        arguments: of vLLM's engine.
+    """
+
+    def __init__(self, reference: HFEngine, info: TeacherInfo, config: ServeConfig, arguments: dict[str, Any]) -> None:
+        self._reference = reference
+        self._info = info
+        self._pipeline = config.pipeline_parallel_size
+        self._events: queue.SimpleQueue[Message | Ended] = queue.SimpleQueue()
+        self._worker_left = threading.Event()
+        self._numbers = itertools.count()
+        self._scratch = tempfile.TemporaryDirectory(prefix="kvdistill-")
+        key = secrets.token_bytes(32)
+        address = config.worker_address
+        where = _address(address, Path(self._scratch.name))
+        try:
+            self._inbox = MessageReceiver(where, key, self._events.put, self._worker_left.set)
+        except OSError as error:
+            raise FieldError("worker_address", f"cannot listen on {where}: {error.strerror or error}") from error
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="vllm", daemon=True)
+        self._thread.start()
+        transfer = KVTransferConfig(
+            kv_connector=KVDistillConnector.__name__,
+            kv_connector_module_path=KVDistillConnector.__module__,
+            kv_role="kv_producer",
+            kv_connector_extra_config={
+                "address": address.rsplit(":", 1) if address else self._inbox.address,
+                "key": key.hex(),
+                "max_bytes": OUTBOX_BYTES,
+            },
+        )
+        engine_arguments = AsyncEngineArgs(**arguments, kv_transfer_config=transfer)
+        try:
+            self._llm = self._on_loop(_start(engine_arguments)).result()
+        except BaseException:
+            self._end_threads()
+            raise
+
+    @property
+    def info(self) -> TeacherInfo:
+        """See `TeacherEngine.info`."""
+        return self._info
+
+    def tokenize(self, sample: Sample) -> TokenizedSample:
+        """See `TeacherEngine.tokenize`."""
+        return self._reference.tokenize_up_to(sample, self._info.max_sample_tokens)
+
+    def run(self, batch: Sequence[PlannedSample], emit: Emit, fail: Fail, wanted: Wanted) -> ExecutionTimings:
+        """See `TeacherEngine.run`.
+
+        Raises:
+            EngineLostError: vLLM's engine process ended.
+        """
+        tags = [f"kv-{next(self._numbers)}" for _ in batch]
+        assembly = Assembly(tags, [sample.plan for sample in batch], self._info.kv_heads)
+        for row, sample in enumerate(batch):
+            problem = self._cannot_execute(sample)
+            if problem is not None:
+                assembly.drop(row)
+                fail(SampleFailure(row, problem))
+        requests = {row: self._on_loop(self._prefill(tags[row], batch[row])) for row in assembly.open_rows()}
+        progress = BatchProgress(assembly, emit, fail, {row: request.cancel for row, request in requests.items()})
+        try:
+            while progress.runs:
+                self.check()
+                progress.give_up(wanted)
+                for event in self._next_events():
+                    if isinstance(event, Ended):
+                        if event.problem is not None:
+                            # A dead engine refuses everything; that is no fault of the sample.
+                            self.check()
+                        progress.on_ended(event)
+                    else:
+                        progress.on_message(event)
+        finally:
+            for request in requests.values():
+                request.cancel()
+        return progress.timings()
+
+    def read_alone(self, batch: Sequence[TokenizedSample]) -> None:
+        """Reads prompts without any plan: what vLLM costs by itself, for benchmarks."""
+        parameters = SamplingParams(
+            max_tokens=1, temperature=0.0, detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY
+        )
+        reads = [self._on_loop(self._answer(t.token_ids, parameters, f"read-{next(self._numbers)}")) for t in batch]
+        for read in reads:
+            read.result()
+
+    def generate(
+        self, prompts: Sequence[TokenizedSample], options: GenerateOptions, wanted: Wanted
+    ) -> list[GeneratedText | SampleFailure]:
+        """See `TeacherEngine.generate`."""
+        requests = [self._on_loop(self._write(tokens, options)) for tokens in prompts]
+        while waiting := [row for row, request in enumerate(requests) if not request.done()]:
+            for row in waiting:
+                if not wanted(row):
+                    requests[row].cancel()
+            wait_for(requests, timeout=POLL_SECONDS)
+        self.check()
+        return [_written(row, request) for row, request in enumerate(requests)]
+
+    def close(self) -> None:
+        """See `TeacherEngine.close`."""
+        with contextlib.suppress(TimeoutError):
+            self._on_loop(_shut_down(self._llm)).result(timeout=SHUTDOWN_SECONDS)
+        self._end_threads()
+        self._reference.close()
+
+    def _end_threads(self) -> None:
+        self._inbox.close()
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join(timeout=1.0)
+        if not self._loop.is_running():
+            self._loop.close()
+        self._scratch.cleanup()
+
+    def _on_loop(self, work: Coroutine[Any, Any, ResultT]) -> Future[ResultT]:
+        return asyncio.run_coroutine_threadsafe(work, self._loop)
+
+    def check(self) -> None:
+        """See `TeacherEngine.check`."""
+        if self._worker_left.is_set():
+            raise EngineLostError("the engine has ended: a worker no longer sends keys and values")
+        if self._llm.errored:
+            raise EngineLostError("the engine has ended: vLLM's core process died")
+
+    def _cannot_execute(self, sample: PlannedSample) -> str | None:
+        selection = sample.plan.selection
+        if self._pipeline > 1 and selection.scope == "sample" and needs_keys(selection):
+            return (
+                f"plan.selection: '{selection.selector}' in scope 'sample' weighs all layers together, and this "
+                f"teacher's are on {self._pipeline} pipeline stages; take scope 'layer' or 'head', or the selector "
+                "'right'"
+            )
+        return None
+
+    async def _prefill(self, tag: str, sample: PlannedSample) -> None:
+        selection = sample.plan.selection
+        parameters = SamplingParams(
+            max_tokens=1,
+            temperature=0.0,
+            detokenize=False,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+            # Queries of tokens that were found in the prefix cache are not computed again.
+            skip_reading_prefix_cache=needs_importance(selection),
+            extra_args={"kv_transfer_params": {PARAMETER: worker_row(tag, sample).pack()}},
+        )
+        try:
+            output = await self._answer(sample.tokens.token_ids, parameters, tag)
+            ended = Ended(tag, None, output.num_cached_tokens or 0)
+        except Exception as error:  # noqa: BLE001  whatever vLLM refuses a request with, ends that sample alone
+            ended = Ended(tag, f"vLLM refused the sample: {type(error).__name__}: {error}")
+        self._events.put(ended)
+
+    async def _write(self, tokens: TokenizedSample, options: GenerateOptions) -> GeneratedText:
+        parameters = SamplingParams(
+            max_tokens=options.max_new_tokens,
+            temperature=options.temperature,
+            top_p=options.top_p if options.temperature else 1.0,
+            seed=options.seed_for(tokens),
+            stop=list(options.stop) or None,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+        )
+        output = await self._answer(tokens.prompt_ids, parameters, f"write-{next(self._numbers)}")
+        (written,) = output.outputs
+        reason = "length" if written.finish_reason == "length" else "stop"
+        # Cut off inside a character, the text ends with what decoders make of the character's first bytes.
+        text = written.text.rstrip(INCOMPLETE) if reason == "length" else written.text
+        return GeneratedText(text, reason, len(written.token_ids))
+
+    async def _answer(self, token_ids: Sequence[int], parameters: SamplingParams, name: str) -> Any:
+        output: Any = None
+        prompt = TokensPrompt(prompt_token_ids=list(token_ids))
+        async for output in self._llm.generate(prompt, parameters, name):  # noqa: B007  the last one counts
+            pass
+        return output
+
+    def _next_events(self) -> Iterator[Message | Ended]:
+        with contextlib.suppress(queue.Empty):
+            yield self._events.get(timeout=POLL_SECONDS)
+            while True:
+                yield self._events.get_nowait()
+
+
+def _written(row: int, request: Future[GeneratedText]) -> GeneratedText | SampleFailure:
+    if request.cancelled():
+        return SampleFailure(row, "nobody waits for it any more")
+    error = request.exception()
+    if error is not None:
+        return SampleFailure(row, f"vLLM refused the prompt: {type(error).__name__}: {error}")
+    return request.result()
+
+
+async def _start(arguments: AsyncEngineArgs) -> AsyncLLM:
+    """On the loop that it will run on."""
+    return AsyncLLM.from_engine_args(arguments)
+
+
+async def _shut_down(llm: AsyncLLM) -> None:
+    llm.shutdown()
+
+
+def _address(worker_address: str | None, scratch: Path) -> str | tuple[str, int]:
+    if worker_address is None:
+        return str(scratch / "kv.sock")
+    host, _, port = worker_address.rpartition(":")
+    return host, int(port)
+
+
+def load(config: ServeConfig) -> VLLMEngine:
+    """Starts vLLM on a model, and compares what it serves with transformers.
+
+    Raises:
+        FieldError: a field names a model, device or option that cannot be had here.
+        UnsupportedModelError: keys and values cannot be read exactly, or are not what transformers computes.
+    """
+    if not vllm.__version__.startswith(KNOWN_RELEASE):
+        raise FieldError(
+            "engine", f"vllm {vllm.__version__} is installed; its cache is known in {KNOWN_RELEASE}x: docs/vllm.md"
+        )
+    dtype = _dtype(config)
+    reference, model = load_first_layers(config, REFERENCE_LAYERS, dtype)
+    check_supported(config, model)
+    longest = longest_sample(config, model)
+    known = frozenset(field.name for field in fields(AsyncEngineArgs))
+    text_config = model.get_text_config()
+    info = replace(
+        reference.info, layers=text_config.num_hidden_layers, engine="vllm", dtype=dtype, max_sample_tokens=longest
+    )
+    engine = VLLMEngine(reference, info, config, engine_arguments(config, dtype, longest, known))
+    try:
+        check_against(reference, engine)
+    except BaseException:
+        engine.close()
+        raise
+    return engine
+
+
+def _dtype(config: ServeConfig) -> DtypeName:
+    device = "cpu" if current_platform.is_cpu() else "cuda"
+    if not config.device.startswith(("auto", device)) or ":" in config.device:
+        raise FieldError(
+            "device",
+            f"got '{config.device}'; this vLLM runs on {device}, and CUDA_VISIBLE_DEVICES says on which GPUs",
+        )
+    if config.dtype == "auto":
+        return "fp32" if device == "cpu" else "bf16"
+    return config.dtype

@@ -1,0 +1,107 @@
+"""`kvdistill plan` says what a run asks of each teacher before any server is up."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kvcore.config import parse
+from kvcore.errors import FieldError, TeacherUnavailableError
+from kvdistill.plan_summary import plan_text
+from student_trainer.config import TrainConfig
+from tests.support.stores import fill
+from tests.support.streams import INFO
+from tests.support.training import LATENTS, World, make_world
+
+NOWHERE = "127.0.0.1:1"
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    return make_world(tmp_path_factory.mktemp("world"))
+
+
+def config(world: World, **changes: Any) -> TrainConfig:
+    tree = world.config("run", {"ada": [NOWHERE], "ben": [NOWHERE]}, **changes)
+    return parse(tree, TrainConfig)
+
+
+def models(world: World) -> list[str]:
+    return [f"{name}={path}" for name, path in world.teachers.items()]
+
+
+def rows(shown: str) -> dict[str, list[str]]:
+    """The last table's rows by their first word."""
+    return {line.split()[0]: line.split() for line in shown.rpartition("\n\n")[2].splitlines()}
+
+
+def test_layers_tokens_and_bytes_follow_from_the_models_configurations(world: World) -> None:
+    shown = plan_text(config(world), models(world))
+    assert "layers of ada  2 of 3: 0, 2" in shown
+    assert "layers of ben  2 of 4: 0, 3" in shown
+    assert f"r_kv keeps at most {LATENTS} of the reasoning" in shown
+    # ada: 2 layers of 2 heads of 16, K and V in int8 with bf16 scales: K one for each channel, V one for each token.
+    codes = 2 * 2 * LATENTS * 16
+    scales = 2 * (16 + LATENTS) * 2
+    sample = 2 * (codes + scales) + 4 * LATENTS
+    assert rows(shown)["ada"][1:4] == [f"{LATENTS:.1f}", f"{sample / 1000:.1f}", "kB"]
+    batch, records = 8, 96
+    assert f"{sample * batch / 1000:.1f} kB" in shown
+    assert f"{sample * records / 1000:.1f} kB" in shown
+    assert rows(shown)["all"][-1] == "Gbit/s"
+
+
+def test_more_tokens_or_a_wider_codec_cost_more(world: World) -> None:
+    def sample(**kv: Any) -> float:
+        return float(rows(plan_text(config(world, kv=kv), models(world)))["ada"][2])
+
+    selection = {"selector": "r_kv", "budget": LATENTS}
+    assert sample(selection=selection, codec={"name": "raw"}) > 2 * sample(selection=selection)
+
+
+def test_stages_that_ask_the_same_are_shown_together(world: World) -> None:
+    stages = [{"name": "first"}, {"name": "second"}, {"name": "third", "kv": {"codec": {"name": "bf16"}}}]
+    shown = plan_text(config(world, stages=stages), models(world))
+    together, apart = shown.split("stages  ")[1:]
+    assert together.startswith("first, second\n")
+    assert "int8" in together
+    assert apart.startswith("third\n")
+    assert "bf16" in apart
+
+
+def test_an_offline_run_is_planned_from_its_store(world: World, tmp_path: Path) -> None:
+    for name in ("ada", "ben"):
+        fill(tmp_path / name)
+    offline = config(
+        world, kv={"selection": {"selector": "r_kv", "budget": LATENTS}, "mode": "offline", "store": str(tmp_path)}
+    )
+    assert f"layers of ada  2 of {INFO.layers}: 0, {INFO.layers - 1}" in plan_text(offline, [])
+
+
+def test_without_a_server_it_says_how_to_do_without(world: World) -> None:
+    with pytest.raises(TeacherUnavailableError, match=r"Without its server: --teacher-model ben=PATH_OR_HUB_ID"):
+        plan_text(config(world), models(world)[:1])
+
+
+@pytest.mark.parametrize(
+    ("given", "problem"),
+    [
+        ("ada", "--teacher-model: expected NAME=PATH, got 'ada'"),
+        ("eve=x", "--teacher-model: no teacher of the run is named 'eve'; there are: ada, ben"),
+        ("ada=nowhere/at_all", "--teacher-model: cannot read the configuration of 'nowhere/at_all'"),
+    ],
+)
+def test_a_wrong_teacher_model_is_named(
+    world: World, given: str, problem: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(FieldError) as error:
+        plan_text(config(world), [given])
+    assert str(error.value).startswith(problem)
+
+
+def test_a_run_without_teachers_has_nothing_to_plan(world: World) -> None:
+    with pytest.raises(FieldError, match="asks nobody"):
+        plan_text(config(world, teachers=[]), [])
