@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -181,7 +182,7 @@ def test_latent_parameters_come_back_from_disk(tmp_path: Path) -> None:
     assert saved.keys() == loaded.state_dict().keys()
     assert all(tensor.equal(saved[name]) for name, tensor in loaded.state_dict().items())
     assert (loaded.latents, loaded.passes) == (LATENTS, 7), "passes are the configuration's to choose"
-    assert (tmp_path / LATENT_CONFIG).read_text() == '{"latents": 4, "passes": 2}'
+    assert json.loads((tmp_path / LATENT_CONFIG).read_text()) == {"latents": 4, "passes": 2}
 
 
 def test_a_student_without_latent_parameters_has_none_to_load(tmp_path: Path) -> None:
