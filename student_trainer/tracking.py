@@ -36,7 +36,7 @@ class Tracker:
         self._lines = self._lines_path.open("a", encoding="utf-8")
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
-        """Records metrics under the names of docs/metrics.md."""
+        """Records metrics under the names of docs/monitoring.md."""
         if not self._enabled:
             return
         for name, value in metrics.items():

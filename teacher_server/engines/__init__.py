@@ -39,6 +39,6 @@ def load_engine(config: ServeConfig) -> TeacherEngine:
         if error.name != "vllm":
             raise
         raise FieldError(
-            "engine", "needs vLLM, which is not installed: pip install -e '.[vllm]' (docs/vllm.md)"
+            "engine", "needs vLLM, which is not installed: pip install -e '.[vllm]' (docs/teachers.md)"
         ) from error
     return module.load(config)
