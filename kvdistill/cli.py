@@ -288,7 +288,7 @@ def report(
 
 @app.command(epilog=SWEEP_EXAMPLES)
 def sweep(
-    file: Annotated[Path, typer.Argument(help="YAML file; docs/sweeps.md says what is in it.")],
+    file: Annotated[Path, typer.Argument(help="YAML file; docs/jobs.md says what is in it.")],
     overrides: Overrides = None,
     slurm: Annotated[bool, typer.Option("--slurm", help="Submit what is left as a SLURM array.")] = False,
     list_only: Annotated[bool, typer.Option("--list", help="Only say what would run, and what is done.")] = False,

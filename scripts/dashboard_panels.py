@@ -97,7 +97,7 @@ def learning_row() -> tuple[Panel, ...]:
     """Whether it learns."""
     weight = Query(run("teacher_weight_ratio"), "{{teacher}}")
     return (
-        Panel("Losses", "By part; docs/metrics.md says what each is.", (Query(run("loss"), "{{part}}"),)),
+        Panel("Losses", "By part; docs/monitoring.md says what each is.", (Query(run("loss"), "{{part}}"),)),
         Panel(
             "KV loss",
             "Normalised: 1 is predicting the mean, below 0.5 is good, above 1.5 means: check the alignment.",

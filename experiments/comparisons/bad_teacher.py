@@ -2,7 +2,7 @@
 
 Does routing find the bad one out, and what is that worth? All ways start from the same warm student and take the same
 few steps, so few that equal weights have not caught up yet; then each goes on from where equal weights ended, as the
-second and third stage of `configs/train/three_stage.yaml` do. docs/fusion.md holds the figures.
+second and third stage of `configs/train/three_stage.yaml` do. docs/results.md has the figures.
 
 Examples:
   python -m experiments.comparisons.bad_teacher

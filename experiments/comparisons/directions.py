@@ -1,6 +1,6 @@
 """Both directions of alignment.
 
-Two teachers and one, each with `align.direction` to_student and to_teacher. docs/alignment.md holds the figures.
+Two teachers and one, each with `align.direction` to_student and to_teacher. docs/results.md has the figures.
 
 Examples:
   python -m experiments.comparisons.directions

@@ -3,7 +3,7 @@
 How many of the student's tokens find a counterpart, and how much of the student's own K/V a ridge map from the
 teacher's explains at them on held-out samples; beside it the same with each teacher row facing another sample's.
 Nothing is trained: an alignment is all that is measured, over whole texts, for other samples with each seed.
-docs/alignment.md holds the figures.
+docs/results.md has the figures.
 
 Examples:
   python -m experiments.comparisons.token_pairs

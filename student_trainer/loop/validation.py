@@ -26,7 +26,7 @@ _WEIGHTS = "routing/weights_mean/"
 
 @dataclass(frozen=True, slots=True)
 class Validation:
-    """`metrics` by their names in docs/metrics.md; `kv_error_KLH`: normalised error by tensor, layer and head."""
+    """`metrics` by their names in docs/monitoring.md; `kv_error_KLH`: normalised error by tensor, layer and head."""
 
     metrics: dict[str, float]
     kv_error_KLH: Tensor | None

@@ -1,4 +1,4 @@
-"""What Prometheus reads from a run: the same state as the page, under names by convention (docs/observability.md)."""
+"""What Prometheus reads from a run: the same state as the page, under names by convention (docs/monitoring.md)."""
 
 from __future__ import annotations
 
@@ -125,7 +125,7 @@ def _figures(run: RunSnapshot) -> Iterator[Metric]:
     losses = {name: value for name, value in run.scalars.items() if name.startswith(LOSS_PREFIX) and name not in own}
     yield _gauge(
         "loss",
-        "Training losses by part (docs/metrics.md), mean over the last logged steps.",
+        "Training losses by part (docs/monitoring.md), mean over the last logged steps.",
         ("part",),
         (((name.removeprefix(LOSS_PREFIX),), value) for name, value in losses.items()),
     )

@@ -113,7 +113,7 @@ class RunState:
             self.last_step_at = time.time()
 
     def log(self, step: int, figures: Mapping[str, float]) -> None:
-        """Keeps logged figures, under the names of docs/metrics.md."""
+        """Keeps logged figures, under the names of docs/monitoring.md."""
         with self._lock:
             self._scalars |= figures
             self._keep(step, figures)

@@ -38,7 +38,7 @@ class Tracker:
         self._lines = self._lines_path.open("a", encoding="utf-8")
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
-        """Records metrics under the names of docs/metrics.md; one that is not finite is left out."""
+        """Records metrics under the names of docs/monitoring.md; one that is not finite is left out."""
         if not self._enabled:
             return
         metrics = {name: value for name, value in metrics.items() if math.isfinite(value)}

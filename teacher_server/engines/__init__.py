@@ -39,5 +39,5 @@ def load_engine(config: ServeConfig) -> TeacherEngine:
     except ModuleNotFoundError as error:
         if error.name != "vllm":
             raise
-        raise FieldError("engine", f"{needs('vllm', 'vllm')} (docs/vllm.md)") from error
+        raise FieldError("engine", f"{needs('vllm', 'vllm')} (docs/teachers.md)") from error
     return module.load(config)

@@ -38,7 +38,7 @@ from tests.support.servers import TeacherClient, refused, wait_until
 from tests.support.tiny_models import save_tiny_model, tiny_spec
 
 BUF = Path(sys.executable).with_name("buf")
-PAGE = Path(__file__).resolve().parents[2] / "docs" / "generation.md"
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "teachers.md"
 PROMPTS = tuple(
     Sample(f"p{index}", text=text)
     for index, text in enumerate(("The start is 3. Add 4. ", "Größe? 思考", "1", "Then multiply by 2, all modulo 7. "))
