@@ -1,4 +1,4 @@
-"""The guide says what there is: its commands, the defaults of flags and variables, and the same in both languages."""
+"""The guide has the promised commands and the real defaults, and both languages have the same content."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests.support.guide import CHINESE_PAGE, PAGE, blocks
 from tests.support.servers import REPOSITORY
 
 PAGES = (PAGE, CHINESE_PAGE)
-# What users were promised; each stands in a block as it is here, line by line.
+# Commands that users already have; each must be in a block of the page, unchanged.
 PROMISED = (
     """from data.multi_task_dataset import MultiTaskReasoningDataset
 loader = MultiTaskReasoningDataset(base_datasets=['gsm8k', 'svamp', 'strategyqa'], extended_datasets=['math', 'arc_challenge', 'hotpotqa'],
@@ -35,14 +35,14 @@ train_ds.save_to_disk('./data/prepared/train'); val_ds.save_to_disk('./data/prep
     "python experiments/train_multi_teacher_kv.py --load_in_8bit true --bnb_4bit_compute_dtype bfloat16 ",
     "tensorboard --logdir outputs/three_stage_routing/stage2_similarity\n",
 )
-# Defaults that the page gives in words, by what they are for the program.
+# Words that stand for a default of None or an empty default.
 IN_WORDS = {"required", "all", "none", "equal", "its own"}
-# Where the default depends on another flag: what it is without that one.
+# Defaults that depend on another flag: their value when that flag is not given.
 DEPENDING = {"--fusion_strategy": "fixed", "--train_samples": str(TRAIN_SAMPLES), "--val_samples": str(VAL_SAMPLES)}
 
 
 @pytest.mark.parametrize("command", PROMISED)
-def test_promised_commands_stand_in_the_guide_as_they_are(command: str) -> None:
+def test_promised_commands_are_in_the_guide_unchanged(command: str) -> None:
     assert [block.text for block in blocks(PAGE) if block.text.startswith(command)]
 
 
@@ -58,7 +58,7 @@ def test_both_languages_have_the_same_sections_tables_and_names() -> None:
 
 
 def outline(page: Path) -> dict[str, list[str]]:
-    """Headings' numbers, the shape of tables, and what stands in code marks, other than in prose order."""
+    """Numbers of headings, shapes of tables, inline code (in any order in prose), and links to pages."""
     text = re.sub(r"^```.*?^```$", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
     rows = [line for line in text.splitlines() if line.startswith("|")]
     return {
@@ -110,7 +110,7 @@ def actual(default: object, *, required: bool, flag: str) -> str:
 )
 def test_variables_have_the_defaults_of_the_scripts(script: str, column: int) -> None:
     text = (REPOSITORY / "scripts" / script).read_text(encoding="utf-8")
-    # The first of two is what holds where no teachers are named.
+    # Of two defaults, the first applies when no teachers are named.
     set_here: dict[str, str] = {}
     for name, value in re.findall(r'^ *default (\w+) "(.*?)"', text, re.MULTILINE):
         set_here.setdefault(name, re.sub(r"^\$\{\w+:-(.*)\}$", r"\1", value))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -43,6 +44,12 @@ ALL = {
 @cache
 def model_of(name: str) -> PreTrainedModel:
     return ALL[name]()
+
+
+def test_the_readme_counts_these_configurations_and_architectures() -> None:
+    readme = (Path(__file__).resolve().parents[2] / "README.md").read_text(encoding="utf-8")
+    architectures = {type(model_of(name)) for name in ALL}
+    assert f"| {len(ALL)} tiny configurations of {len(architectures)} architectures:" in readme
 
 
 @pytest.mark.parametrize("name", ALL)

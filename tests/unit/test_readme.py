@@ -1,4 +1,4 @@
-"""What the README tells people to type can be typed, and its figures are what the code gives."""
+"""The commands of the README are valid, its figures are those of the code, and it stays short."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ COMMANDS = typer.main.get_command(app).commands  # pyright: ignore[reportAttribu
 
 
 def typed() -> list[str]:
-    """Every command line: of the blocks, and those in code marks that begin with a program's name."""
+    """Every command line of the blocks, and every inline code that begins with the name of a program."""
     lines = [
         line
         for block in blocks(PAGE)
@@ -65,14 +65,38 @@ def test_make_has_the_targets(line: str) -> None:
     assert re.search(rf"^{target}:", (REPOSITORY / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
 
 
-def test_files_that_commands_name_are_there() -> None:
+def test_it_is_short_and_ends_with_six_links() -> None:
+    assert len(TEXT.splitlines()) <= 150
+    end = TEXT.partition("\n## Read on\n")[2]
+    assert len(re.findall(r"^- \[", end, re.MULTILINE)) == 6
+
+
+def test_the_environment_is_activated_before_the_first_command_that_needs_it() -> None:
+    commands = [line for block in blocks(PAGE) if block.language == "bash" for line in block.text.splitlines()]
+    activated = next(n for n, line in enumerate(commands) if line.startswith("source .venv/bin/activate"))
+    needs_it = [n for n, line in enumerate(commands) if re.match(r"(kvdistill|torchrun) ", line)]
+    assert len(needs_it) > 5
+    assert activated < min(needs_it)
+
+
+def test_the_vllm_version_is_the_pinned_one() -> None:
+    pinned = re.search(r'"vllm==(\d+\.\d+)', (REPOSITORY / "pyproject.toml").read_text(encoding="utf-8"))
+    assert pinned is not None
+    assert f"vLLM {pinned[1]} " in TEXT
+
+
+def test_the_demo_picture_is_the_only_one() -> None:
+    assert re.findall(r"!\[[^]]*\]\(([^)]+)\)|<img", TEXT) == ["docs/demo.png"]
+
+
+def test_files_that_commands_name_exist() -> None:
     named = [word for line in LINES for word in shlex.split(line) if re.match(r"(configs|deploy|scripts)/", word)]
     assert len(named) > 3
     assert [path for path in named if not (REPOSITORY / path).exists()] == []
 
 
 def run() -> dict[str, object]:
-    """The page's run.yaml."""
+    """The run.yaml of the page."""
     (block,) = [block for block in blocks(PAGE) if block.language == "yaml"]
     return yaml.safe_load(block.text)
 
@@ -89,8 +113,8 @@ def test_the_figures_of_70b_are_those_of_its_geometry() -> None:
     layers = len(LayerMapper(80, 28).layers_needed)
     sample = layers * layer_bytes(CodecSpec(), 8, 24, 128) + 24 * 4
     for figure in (
-        f"of the {layers} layers",
-        f"{token:,} bytes a token",
+        f"from the {layers} layers that a student of 28 layers",
+        f"{token:,} bytes per token",
         f"{token * text_tokens / 1e6:.0f} MB for a text of {text_tokens} tokens",
         f"{sample / 1e6:.2f} MB",
         f"{int(token * text_tokens / sample)} times",

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from align.layer_map import LayerMapper
-from kvcore.codec import layer_bytes
 from kvcore.plan import CodecSpec
+from kvcore.tensors.codec import layer_bytes
 from kvdistill.describe import raw_token_bytes
 
 TEXT = (Path(__file__).resolve().parents[2] / "docs" / "sizing.md").read_text(encoding="utf-8")
