@@ -16,7 +16,7 @@ from typing import Any
 
 from experiments.recipe.build import DataFiles
 from experiments.recipe.config import RecipeSettings
-from experiments.recipe.flags import read_flags
+from experiments.recipe.config import FLAGS
 from experiments.recipe.run_recipe import check
 from kvcore.errors import ConfigError
 from kvdistill.report.finished_runs import find_runs
@@ -58,7 +58,7 @@ class SweepRun:
             ConfigError: a flag is wrong; names the run.
         """
         try:
-            settings = read_flags(self.arguments, _PROGRAM)
+            settings = FLAGS.read(self.arguments, _PROGRAM)
             check(settings, DataFiles.under(self.directory / "data"), 1)
         except ConfigError as error:
             raise ConfigError(f"run {self.name}: {error}") from error
