@@ -64,7 +64,6 @@ class EvalSettings(StrictModel):
         return Path(self.model_path).resolve().parent / "eval_results.json"
 
 
-
 FLAGS = FlagSet(
     EvalSettings,
     """Evaluate a model on benchmarks with lm-evaluation-harness.

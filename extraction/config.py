@@ -147,7 +147,9 @@ class ExtractConfig(StrictModel):
         if self.scope != "sample" and self.kv_compression != "r_kv":
             raise ValueError(f"scope: '{self.kv_compression}' selects the same tokens everywhere; use 'sample'")
         if self.load_in_8bit and self.teacher_endpoints:
-            raise ValueError("load_in_8bit: only applies to servers that are started here; start yours with --load-in-8bit")
+            raise ValueError(
+                "load_in_8bit: running servers have loaded their weights; use kvdistill serve --load-in-8bit"
+            )
         return self
 
 

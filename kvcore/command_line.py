@@ -17,6 +17,7 @@ EXIT_USAGE = 2
 
 _BOLD, _DIM, _RED = "1", "2", "1;31"
 _WIDEST = 100
+_COLUMN = 12
 
 
 def run_command(program: str, command: Callable[[], int | None], interrupted: str = "interrupted") -> int:
@@ -52,9 +53,7 @@ def in_color(stream: TextIO) -> bool:
     return stream.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
 
 
-def help_page(
-    usage: str, description: str, sections: Mapping[str, Sequence[tuple[str, str]]], examples: str
-) -> str:
+def help_page(usage: str, description: str, sections: Mapping[str, Sequence[tuple[str, str]]], examples: str) -> str:
     """The text of `--help`.
 
     Args:
@@ -77,8 +76,12 @@ def help_page(
     blocks.append(f"{heading('Usage')} {usage}")
     for title, entries in sections.items():
         lines = [heading(title)]
+        longest = max(len(name) for name, _ in entries)
+        indent = " " * (longest + 4 if longest <= _COLUMN else 10)
         for name, text in entries:
-            lines += [f"  {_paint(name, _BOLD) if color else name}", wrapped(text, " " * 10)]
+            shown, described = _paint(name, _BOLD) if color else name, wrapped(text, indent)
+            # Short names and their descriptions stand side by side.
+            lines.append(f"  {shown}{described[2 + len(name) :] if longest <= _COLUMN else chr(10) + described}")
         blocks.append("\n".join(lines))
     if examples:
         blocks.append(f"{heading('Examples')}\n{textwrap.indent(examples.strip(), '  ')}")

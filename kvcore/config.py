@@ -190,9 +190,7 @@ def _with_known_spelling(value: Any, annotation: Any) -> Any:
         return value
     fields = model.model_fields
     items = cast("Mapping[str, Any]", value).items()
-    return {
-        key: _with_known_spelling(item, fields[key].annotation) if key in fields else item for key, item in items
-    }
+    return {key: _with_known_spelling(item, fields[key].annotation) if key in fields else item for key, item in items}
 
 
 def _field_error(error: ValidationError, model: type[StrictModel]) -> FieldError:
@@ -226,6 +224,4 @@ def _locate(model: type[BaseModel], location: tuple[int | str, ...]) -> tuple[li
 
 
 def _model_in(annotation: Any) -> type[BaseModel] | None:
-    return next(
-        (leaf for leaf in leaves(annotation) if isinstance(leaf, type) and issubclass(leaf, BaseModel)), None
-    )
+    return next((leaf for leaf in leaves(annotation) if isinstance(leaf, type) and issubclass(leaf, BaseModel)), None)

@@ -83,9 +83,7 @@ class FlagSet(Generic[ModelT]):
         if self.model.headings:
             sections["Options"] = sections.pop("Options")
         command = program if program.startswith("kvdistill ") else f"python {self.script}"
-        return help_page(
-            f"{command} [OPTIONS]", self.description, sections, self.examples.replace("COMMAND", command)
-        )
+        return help_page(f"{command} [OPTIONS]", self.description, sections, self.examples.replace("COMMAND", command))
 
     def completions(self) -> Iterator[tuple[str, str, list[str]]]:
         """Every flag, its description, and the choices of its value."""

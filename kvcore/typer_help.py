@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import inspect
+import re
 from typing import Any
 
 from typer.core import TyperCommand, TyperGroup
 
 from kvcore.command_line import help_page
+
+# How the values of typer's types are shown.
+_VALUES = {"path": "PATH", "int": "NUMBER", "int range": "NUMBER", "float": "NUMBER"}
 
 
 class Command(TyperCommand):
@@ -28,10 +32,18 @@ class Group(TyperGroup):
 
 
 def _page(command: Any, ctx: Any, sections: dict[str, list[tuple[str, str]]]) -> str:
-    records = [(parameter, parameter.get_help_record(ctx)) for parameter in command.get_params(ctx)]
-    for heading, kind in (("Arguments", "argument"), ("Options", "option")):
-        shown = [record for parameter, record in records if record and parameter.param_type_name == kind]
-        if shown:
-            sections[heading] = shown
-    usage = " ".join([ctx.command_path, *command.collect_usage_pieces(ctx)])
+    usage = f"{ctx.command_path} [OPTIONS]{' COMMAND [ARGS]...' * bool(sections)}"
+    arguments: list[tuple[str, str]] = []
+    options: list[tuple[str, str]] = []
+    for parameter in command.get_params(ctx):
+        record = parameter.get_help_record(ctx)
+        if parameter.param_type_name == "argument":
+            name = f"{parameter.name.upper()}{'...' * (parameter.nargs == -1)}"
+            usage += f" {name}"
+            arguments.append((name, record[1]))
+        elif record:
+            options.append((re.sub("<(.*?)>", lambda kind: _VALUES.get(kind[1], "TEXT"), record[0]), record[1]))
+    if arguments:
+        sections["Arguments"] = arguments
+    sections["Options"] = options
     return help_page(usage, inspect.cleandoc(command.help or ""), sections, command.epilog or "")

@@ -85,7 +85,11 @@ Overrides = Annotated[
 ]
 
 app = typer.Typer(
-    cls=Group, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None, epilog=FIRST_EXAMPLES
+    cls=Group,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog=FIRST_EXAMPLES,
 )
 
 
@@ -114,7 +118,7 @@ def main() -> None:
 
 def _run() -> int:
     try:
-        return app(standalone_mode=False) or 0
+        return app(sys.argv[1:] or ["--help"], prog_name="kvdistill", standalone_mode=False) or 0
     except TyperException as error:
         raise ConfigError(error.format_message()) from error
 

@@ -339,13 +339,13 @@ class TrainConfig(StrictModel):
         if len(set(names)) != len(names):
             raise ValueError(f"stages: names must differ, got {names}")
         if self.stages and self.data.val is None:
-            raise ValueError("data.val: is required with stages, which pass on the best model of validation")
+            raise ValueError("data.val: is required with stages, because they pass on the best model")
         for index, stage in enumerate(self.stages):
             for field in ("output_dir", "resume"):
                 if field in stage.run:
                     raise ValueError(f"stages.{index}.run.{field}: belongs to all stages; set run.{field}")
             if self.stage(index).data.val is None:
-                raise ValueError(f"stages.{index}.data.val: is required with stages, which pass on the best model of validation")
+                raise ValueError(f"stages.{index}.data.val: is required, because stages pass on the best model")
         return self
 
     @model_validator(mode="after")

@@ -122,7 +122,7 @@ class ServeConfig(StrictModel):
         if self.load_in_8bit and self.load_in_4bit:
             raise ValueError("load_in_4bit: conflicts with load_in_8bit; set one of them")
         if self.engine == "fake" and not self.model.startswith("fake:"):
-            raise ValueError(f"model: the engine 'fake' expects a specification such as fake:layers=3,heads=2; got '{self.model}'")
+            raise ValueError(f"model: the engine 'fake' expects one such as fake:layers=3,heads=2; got '{self.model}'")
         return self
 
     @model_validator(mode="after")

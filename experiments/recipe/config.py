@@ -60,9 +60,7 @@ class RecipeSettings(StrictModel):
     gradient_checkpointing: Annotated[bool, Variable("GRADIENT_CHECKPOINTING")] = True
     """Recompute activations in the backward pass to save memory."""
 
-    teacher_models: Annotated[
-        tuple[str, ...], Field(min_length=1), Variable("TEACHERS"), Variable("TEACHER_MODELS")
-    ]
+    teacher_models: Annotated[tuple[str, ...], Field(min_length=1), Variable("TEACHERS"), Variable("TEACHER_MODELS")]
     """Directories or hub ids of the teachers."""
     num_teachers: Annotated[PositiveInt | None, Variable("NUM_TEACHERS")] = None
     """Use only the first N of `teacher_models`. All by default."""
@@ -75,9 +73,9 @@ class RecipeSettings(StrictModel):
     """Quantise the weights of servers that are started here to 8 bits (bitsandbytes, needs a GPU)."""
     load_in_4bit: Annotated[bool, Variable("LOAD_IN_4BIT")] = False
     """Quantise the weights of servers that are started here to 4 bits (bitsandbytes, needs a GPU)."""
-    bnb_4bit_compute_dtype: Annotated[
-        Literal["bfloat16", "float16", "float32"], Variable("BNB_4BIT_COMPUTE_DTYPE")
-    ] = "bfloat16"
+    bnb_4bit_compute_dtype: Annotated[Literal["bfloat16", "float16", "float32"], Variable("BNB_4BIT_COMPUTE_DTYPE")] = (
+        "bfloat16"
+    )
     """Data type of the computation with quantised weights."""
 
     dataset_name: Annotated[tuple[str, ...], Field(min_length=1), Variable("DATASET")] = (MIX,)
@@ -98,8 +96,8 @@ class RecipeSettings(StrictModel):
     """Write the data and exit."""
 
     train_phase: Annotated[Literal["1", "2", "3", "all"] | None, Variable("TRAIN_PHASE")] = None
-    """Stage of three-stage routing: 1 fixed, 2 similarity, 3 learnable. `all` runs them in order, each in its own folder
-    and from the best model of the one before."""
+    """Stage of three-stage routing: 1 fixed, 2 similarity, 3 learnable. `all` runs them in order, each in its own
+    folder and from the best model of the one before."""
     fusion_strategy: Annotated[FusionKind | None, Variable("FUSION_STRATEGY")] = None
     """How teachers are fused. Defaults to the fusion of `train_phase`, or else fixed."""
     fixed_weights: Annotated[tuple[PositiveFloat, ...], Variable("FIXED_WEIGHTS")] = ()
@@ -216,7 +214,7 @@ class RecipeSettings(StrictModel):
     def _phase_agrees(self) -> Self:
         if self.train_phase is not None and self.fusion_strategy is not None:
             if self.train_phase == "all":
-                raise ValueError("fusion_strategy: conflicts with train_phase 'all', which runs all three; set one of them")
+                raise ValueError("fusion_strategy: conflicts with train_phase 'all', which runs all three")
             if self.fusion_strategy != self.fusion:
                 raise ValueError(
                     f"fusion_strategy: train_phase {self.train_phase} is '{self.fusion}', got '{self.fusion_strategy}'"

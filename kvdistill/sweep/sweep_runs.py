@@ -15,8 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.recipe.build import DataFiles
-from experiments.recipe.config import RecipeSettings
-from experiments.recipe.config import FLAGS
+from experiments.recipe.config import FLAGS, RecipeSettings
 from experiments.recipe.run_recipe import check
 from kvcore.errors import ConfigError
 from kvdistill.report.finished_runs import find_runs
