@@ -47,8 +47,9 @@ class LoadError(KVDistillError):
 
 
 def run(config: ServeConfig) -> None:
-    """Serves until SIGTERM or SIGINT, then drains; a second signal ends at once. Logs go to stderr: JSON Lines, or text
-    on a terminal.
+    """Serves until SIGTERM or SIGINT, then drains; a second signal ends at once.
+
+    Logs go to stderr: JSON Lines, or text on a terminal.
 
     Raises:
         KVDistillError: a port, the model or the self-test failed, or traces cannot be sent as asked.
