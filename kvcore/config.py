@@ -178,7 +178,7 @@ def did_you_mean(name: str, known: Sequence[str], cutoff: float = 0.6) -> str:
     return f"; did you mean '{near[0]}'?" if near else ""
 
 
-def _with_known_spelling(value: Any, annotation: Any) -> Any:
+def _with_known_spelling(value: object, annotation: Any) -> object:
     """A value of a configuration's tree, its choices spelled as in the model."""
     if isinstance(value, str):
         known = {choice.replace("-", "_"): choice for choice in choices(annotation) if isinstance(choice, str)}
@@ -187,7 +187,7 @@ def _with_known_spelling(value: Any, annotation: Any) -> Any:
         return [_with_known_spelling(item, annotation) for item in cast("Sequence[Any]", value)]
     model = _model_in(annotation)
     if not isinstance(value, Mapping) or model is None:
-        return value
+        return cast("object", value)
     fields = model.model_fields
     items = cast("Mapping[str, Any]", value).items()
     return {key: _with_known_spelling(item, fields[key].annotation) if key in fields else item for key, item in items}
