@@ -25,10 +25,12 @@ from data.mixture_report import Report, describe, log
 from data.prompts import STYLES, Style
 from data.question_pool import Entry, PoolReader, QuestionPool
 from data.records import Record, epoch_order
-from kvcore.errors import ConfigError, FieldError, KVDistillError
+from kvcore.command_line import run_command
+from kvcore.errors import ConfigError, FieldError
 from kvcore.files import json_text, replace_file
 from kvcore.monitoring.progress import Meter
 from kvcore.tensors.offsets import read_text
+from kvcore.typer_help import Command
 
 COLUMNS = ("prompt", "reasoning", "answer", "style", "task_type", "dataset", "language", "id")
 
@@ -259,13 +261,12 @@ def _dataset(rows: Sequence[Row]) -> Dataset:
     return Dataset.from_dict(columns, features=Features({name: Value("string") for name in COLUMNS}))
 
 
-EXAMPLES = """**Examples**
-
-`python -m data.multi_task_dataset --output data/prepared`
-
-`python -m data.multi_task_dataset --output data/prepared --data-dir /data/copies --math23k-ratio 0.2`
-
-`python -m data.multi_task_dataset --output small --base gsm8k --no-extended --math23k-ratio 0 --train-samples 2000`
+EXAMPLES = """
+python -m data.multi_task_dataset --output data/prepared
+python -m data.multi_task_dataset --output data/prepared --data-dir /data/copies --math23k-ratio 0.2
+# Only English questions of one dataset
+python -m data.multi_task_dataset --output small --base gsm8k --no-extended --math23k-ratio 0 \\
+    --train-samples 2000
 """
 
 
@@ -307,14 +308,10 @@ def prepare(  # noqa: PLR0913, PLR0917 a command's arguments are its flags
 
 
 def main() -> None:
-    """Runs `prepare` as a command; errors that users meet end in one line."""
-    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="markdown")
-    app.command(epilog=EXAMPLES)(prepare)
-    try:
-        app()
-    except KVDistillError as error:
-        typer.echo(f"multi_task_dataset: {error.line()}", err=True)
-        sys.exit(2)
+    """Runs `prepare` as a command."""
+    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+    app.command(cls=Command, epilog=EXAMPLES)(prepare)
+    sys.exit(run_command("multi_task_dataset", app))
 
 
 if __name__ == "__main__":

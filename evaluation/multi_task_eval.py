@@ -1,4 +1,4 @@
-"""Evaluate a model on several benchmarks; `--help` says how."""
+"""Evaluate a model on several benchmarks; see `--help`."""
 
 from __future__ import annotations
 
@@ -10,29 +10,28 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from evaluation.config import EvalSettings, read_flags
-from kvcore.errors import ConfigError, FieldError, KVDistillError
+from evaluation.config import FLAGS, EvalSettings
+from kvcore.command_line import run_command
+from kvcore.errors import FieldError
+from kvcore.extras import require
 from kvcore.files import write_json
 
 logger = logging.getLogger(__name__)
 
-EXIT_FAILED = 1
-EXIT_USAGE = 2
-
 
 def main(arguments: Sequence[str], program: str) -> int:
-    """Runs one evaluation; errors that users meet end in one line on stderr. Returns the exit status."""
-    os.environ["TQDM_DISABLE"] = "1"  # Progress is shown once for a dataset, not by each library for each step.
-    try:
-        settings = read_flags(arguments, program)
+    """Runs one evaluation and returns the exit status."""
+    os.environ["TQDM_DISABLE"] = "1"  # The log shows progress once per dataset.
+
+    def command() -> None:
+        settings = FLAGS.read(arguments, program)
+        require("train", program)
         logging.basicConfig(level=logging.INFO, format="%(asctime)s  %(message)s", datefmt="%H:%M:%S", force=True)
         for name in ("lm_eval", "httpx", "datasets", "huggingface_hub", "transformers"):
             logging.getLogger(name).setLevel(logging.ERROR)
         evaluate(settings)
-    except KVDistillError as error:
-        sys.stderr.write(f"{program}: {error.line()}\n")
-        return EXIT_USAGE if isinstance(error, ConfigError) else EXIT_FAILED
-    return 0
+
+    return run_command(program, command)
 
 
 def evaluate(settings: EvalSettings) -> dict[str, Any]:
@@ -42,12 +41,13 @@ def evaluate(settings: EvalSettings) -> dict[str, Any]:
         ConfigError: a dataset or the model cannot be had; nothing was evaluated.
         KVDistillError: the model's figures cannot be scored.
     """
-    from evaluation.models import load_model  # noqa: PLC0415 - torch and lm-eval are slow to import
+    from data.dataset_sources import default_data_dir  # noqa: PLC0415 - slow to import
+    from evaluation.models import load_model  # noqa: PLC0415
     from evaluation.scores import dataset_entry, write_lines  # noqa: PLC0415
     from evaluation.suite import load_benchmarks  # noqa: PLC0415
 
     output = settings.output
-    benchmarks = load_benchmarks(settings.eval_datasets, settings.data_dir, settings.tasks_dir)
+    benchmarks = load_benchmarks(settings.eval_datasets, settings.data_dir or default_data_dir(), settings.tasks_dir)
     model = load_model(settings.model_path, settings.dtype, settings.device, settings.batch_size)
     for benchmark in benchmarks:
         benchmark.limit_answers(settings.max_new_tokens, model)

@@ -1,32 +1,27 @@
-"""The guide's training command: flags in, the trainer's configuration out. It holds no training loop of its own."""
+"""The guide's training command: translates its flags to the trainer's configuration, and trains."""
 
 from __future__ import annotations
 
 import sys
 from pathlib import Path
 
-from experiments.recipe.flags import read_flags
-from kvcore.errors import ConfigError, KVDistillError
+from experiments.recipe.config import FLAGS
+from kvcore.command_line import run_command
 from kvcore.extras import require
-
-EXIT_FAILED = 1
-EXIT_USAGE = 2
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Entry point; `--help` shows every flag with examples."""
     program = Path(__file__).name
-    try:
-        settings = read_flags(sys.argv[1:] if arguments is None else arguments, program)
+
+    def command() -> None:
+        settings = FLAGS.read(sys.argv[1:] if arguments is None else arguments, program)
         require("train", program)
-        # Imported late, so that --help and mistakes are instant.
-        from experiments.recipe.run_recipe import run  # noqa: PLC0415
+        from experiments.recipe.run_recipe import run  # noqa: PLC0415 - slow to import
 
         run(settings)
-    except KVDistillError as error:
-        print(f"{program}: {error.line()}", file=sys.stderr)
-        return EXIT_USAGE if isinstance(error, ConfigError) else EXIT_FAILED
-    return 0
+
+    return run_command(program, command)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The command: flags in, exit status out."""
+"""The command `kvdistill extract`."""
 
 from __future__ import annotations
 
@@ -8,36 +8,29 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from extraction.flags import read_flags
-from kvcore.errors import ConfigError, KVDistillError
+from extraction.config import FLAGS
+from kvcore.command_line import run_command
 from kvcore.extras import require
-
-EXIT_FAILED = 1
-EXIT_USAGE = 2
 
 
 def main(arguments: Sequence[str], program: str) -> int:
-    """Runs one extraction; errors that users meet end in one line on stderr. Returns the exit status.
+    """Runs one extraction and returns the exit status.
 
-    SIGTERM ends it like Ctrl-C: what was fetched is stored, servers are ended, and the same command goes on from there.
+    SIGTERM ends it like Ctrl-C: fetched K/V are stored, servers are stopped, and the same command continues from there.
     """
-    try:
-        config = read_flags(arguments, program)
+
+    def command() -> None:
+        config = FLAGS.read(arguments, program)
         require("train", program)
         logging.basicConfig(level=logging.INFO, format="%(asctime)s  %(message)s", datefmt="%H:%M:%S", force=True)
         for name in ("httpx", "datasets", "transformers"):
             logging.getLogger(name).setLevel(logging.WARNING)
         signal.signal(signal.SIGTERM, _leave)
-        from extraction.extract import extract  # noqa: PLC0415 - torch is slow to import, and mistakes show before
+        from extraction.extract import extract  # noqa: PLC0415 - torch is slow to import
 
         extract(config)
-    except KVDistillError as error:
-        sys.stderr.write(f"{program}: {error.line()}\n")
-        return EXIT_USAGE if isinstance(error, ConfigError) else EXIT_FAILED
-    except KeyboardInterrupt:
-        sys.stderr.write(f"{program}: interrupted; the same command goes on from here\n")
-        return 128 + signal.SIGINT
-    return 0
+
+    return run_command(program, command, "interrupted; the same command continues from here")
 
 
 def _leave(number: int, _frame: object) -> NoReturn:

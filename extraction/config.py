@@ -1,87 +1,130 @@
-"""The settings of one extraction. Free of torch, so that `--help` and validation are instant."""
+"""The configuration of `kvdistill extract`. Imports no torch, so that `--help` and validation are fast."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
-from kvcore.config import StrictModel
-from kvcore.plan import COMPRESSIONS, CodecName, CodecSpec, Scope, Selection, SelectionSpan
-
-Positive = Annotated[int, Field(ge=1)]
-NonNegative = Annotated[float, Field(ge=0.0)]
+from kvcore.config import Device, FileName, NonNegativeFloat, PositiveFloat, PositiveInt, StrictModel, Text
+from kvcore.flags import FlagSet
+from kvcore.plan import CodecName, CodecSpec, Scope, Selection, SelectionSpan
 
 DEFAULT_BUDGET = 24
 
 
 class ExtractConfig(StrictModel):
-    """What to extract from which teachers, and where it goes; `extraction/flags.py` says what each field means."""
+    """One extraction: a dataset, the teachers, and the file or store that is written."""
+
+    headings: ClassVar = {
+        "Models and data": "teacher_models",
+        "Output": "output_dir",
+        "Selection and encoding": "kv_compression",
+        "Teachers": "teacher_endpoints",
+        "Workers": "shard",
+    }
 
     teacher_models: Annotated[tuple[str, ...], Field(min_length=1)]
-    student_model: Annotated[str, Field(min_length=1)]
+    """Directories or hub ids of the teachers. A server for each is started on this machine unless `teacher_endpoints`
+    is set."""
+    student_model: Text
+    """Directory or hub id of the student. Its tokenizer counts `max_length`, and `layers: student` maps to its
+    layers."""
     dataset_path: Path
+    """Directory written by Dataset.save_to_disk, or a JSON Lines file, with id, prompt, reasoning and answer."""
+    max_length: PositiveInt = 2048
+    """Maximum length of a sample in the student's tokens. Longer samples are skipped and listed in the report."""
+    limit: PositiveInt | None = None
+    """Number of records to read from the dataset. All by default."""
+
     output_dir: Path
-    output_name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-][A-Za-z0-9_.-]{0,63}$")] = "train_kv"
+    """Directory for the result."""
+    output_name: FileName = "train_kv"
+    """Name of the result in that directory."""
     format: Literal["pt", "store"] = "pt"
-    kv_compression: Literal["right", "r-kv", "full"] = "right"
-    kv_budget: Positive | None = None
+    """`pt`: NAME.pt, a list that torch.load reads. `store`: NAME/TEACHER, which training reads with
+    `kv.mode: offline`."""
+
+    kv_compression: Literal["right", "r_kv", "full"] = "right"
+    """Tokens that are kept. `right`: the last tokens of the span; `r_kv`: the tokens with the highest R-KV score
+    (importance and diversity); `full`: all tokens."""
+    kv_budget: PositiveInt | None = None
+    """Number of tokens that `right` and `r_kv` keep. Defaults to 24."""
     span: SelectionSpan | None = None
+    """Part of the text from which tokens are kept. Defaults to `reasoning` for a store with `right` or `r_kv` (samples
+    of style direct have none), and to `all` otherwise."""
     scope: Scope = "sample"
+    """For `r_kv`: whether each `head`, each `layer` or the whole `sample` selects its own tokens."""
     layers: Literal["all", "student"] | None = None
+    """`all` teacher layers, or those that the `student`'s layers map to. Defaults to `all` for pt and `student` for a
+    store."""
     layer_map_strategy: Literal["ratio", "uniform", "last", "skip", "cka", "learned"] = "ratio"
+    """How student layers map to teacher layers with `layers: student`."""
     codec: CodecName | None = None
-    max_length: Positive = 2048
-    limit: Positive | None = None
-    shard: Annotated[str, Field(pattern=r"^\d{1,6}/\d{1,6}$")] = "1/1"
-    on_missing: Literal["fail", "skip"] = "fail"
+    """How K/V are encoded: raw (fp32), bf16 or int8. Defaults to bf16 for pt and int8 for a store. A .pt file holds
+    fp32 for raw, and bf16 otherwise."""
+
     teacher_endpoints: tuple[str, ...] = ()
-    device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d{1,3})?)$")] = "auto"
+    """Running servers as NAME=HOST:PORT[,HOST:PORT], where NAME is the last part of the model; or @FILE with one per
+    line."""
+    device: Device = "auto"
+    """Device of servers that are started here: auto, cpu, cuda or cuda:N. Several GPUs are assigned in turn."""
     dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """Data type of their weights. `auto` is bf16 on a GPU and fp32 on a CPU."""
     load_in_8bit: bool = False
-    batch_tokens: Positive = 16384
+    """Quantise their weights to 8 bits (bitsandbytes, needs a GPU)."""
+    batch_tokens: PositiveInt = 16384
+    """Maximum number of padded tokens in a request, and in a batch of servers that are started here."""
     prefetch: Annotated[int, Field(ge=1, le=64)] = 2
-    request_timeout_s: Annotated[float, Field(gt=0.0)] = 600.0
-    patience_s: NonNegative = 60.0
+    """Number of requests that run ahead for each teacher."""
+    request_timeout_s: PositiveFloat = 600.0
+    """Deadline of a request in seconds."""
+    patience_s: NonNegativeFloat = 60.0
+    """Seconds a teacher may be unreachable before it counts as lost."""
+    on_missing: Literal["fail", "skip"] = "fail"
+    """What to do with samples that a teacher cannot serve. `fail`: store all others, then fail with the reasons;
+    `skip`: leave them out and list them in the report."""
+
+    shard: Annotated[str, Field(pattern=r"^\d{1,6}/\d{1,6}$")] = "1/1"
+    """I/N: this process is worker I of N, counted from 1. All workers need the same other flags."""
 
     @property
     def selection(self) -> Selection:
-        """Which tokens leave the teachers. A store has what training reads by default; a .pt file the whole text's."""
+        """The tokens that are kept. By default a store holds what training reads, and a .pt file the whole text."""
         full = self.kv_compression == "full"
         span: SelectionSpan = "all" if full or self.format == "pt" else "reasoning"
         budget = 0 if full else self.kv_budget or DEFAULT_BUDGET
-        selector = COMPRESSIONS[self.kv_compression]
-        return Selection(selector=selector, budget=budget, span=self.span or span, scope=self.scope)
+        return Selection(selector=self.kv_compression, budget=budget, span=self.span or span, scope=self.scope)
 
     @property
     def codec_spec(self) -> CodecSpec:
-        """How K/V travel and are stored; bf16 for a .pt file, which holds no codes."""
+        """How K/V are encoded for transfer and storage."""
         return CodecSpec(name=self.codec or ("bf16" if self.format == "pt" else "int8"))
 
     @property
     def all_layers(self) -> bool:
-        """Whether every teacher layer is kept, rather than those that the student's layers map to."""
+        """Whether all teacher layers are kept, not only those that the student's layers map to."""
         return self.layers == "all" or (self.layers is None and self.format == "pt")
 
     @property
     def worker(self) -> int:
-        """This process's place among the shards, from 0."""
+        """Index of this process among the workers, from 0."""
         return int(self.shard.partition("/")[0]) - 1
 
     @property
     def workers(self) -> int:
-        """How many shards there are."""
+        """Number of workers."""
         return int(self.shard.partition("/")[2])
 
     @property
     def writer(self) -> str:
-        """This process's name among the shards."""
+        """Name of this worker's part of the store."""
         return f"shard{self.worker + 1}of{self.workers}"
 
     @property
     def store(self) -> Path:
-        """One store for each teacher is in here: the result, or what the .pt file is written from."""
+        """Directory with one store per teacher: the result, or the source of the .pt file."""
         name = self.output_name if self.format == "store" else f"{self.output_name}.parts"
         return self.output_dir / name
 
@@ -92,17 +135,39 @@ class ExtractConfig(StrictModel):
 
     @property
     def report_path(self) -> Path:
-        """What was written, and what was left out."""
+        """Report of what was written and what was skipped."""
         return self.output_dir / f"{self.output_name}.report.json"
 
     @model_validator(mode="after")
     def _parts_agree(self) -> Self:
         if not 0 <= self.worker < self.workers:
-            raise ValueError(f"shard: I/N counts from 1/N to N/N; got '{self.shard}'")
+            raise ValueError(f"shard: expected I/N with I from 1 to N; got '{self.shard}'")
         if self.kv_compression == "full" and self.kv_budget is not None:
             raise ValueError(f"kv_budget: 'full' keeps all tokens, so it takes no budget; got {self.kv_budget}")
-        if self.scope != "sample" and self.kv_compression != "r-kv":
-            raise ValueError(f"scope: '{self.kv_compression}' chooses the same tokens everywhere; use 'sample'")
+        if self.scope != "sample" and self.kv_compression != "r_kv":
+            raise ValueError(f"scope: '{self.kv_compression}' selects the same tokens everywhere; use 'sample'")
         if self.load_in_8bit and self.teacher_endpoints:
-            raise ValueError("load_in_8bit: is for servers that are started here; start yours with --load-in-8bit")
+            raise ValueError(
+                "load_in_8bit: running servers have loaded their weights; use kvdistill serve --load-in-8bit"
+            )
         return self
+
+
+FLAGS = FlagSet(
+    ExtractConfig,
+    """Write the K/V of teachers for a dataset, in both styles (cot, direct), to a file or a store.
+
+Keys are content keys: without rotary positions, in the teacher's own geometry. After an interruption, the same command
+continues where it stopped.""",
+    """# Two teachers, served on this machine while the command runs, into one .pt file
+COMMAND --teacher-models Qwen/Qwen2.5-7B Qwen/Qwen2.5-14B --student-model Qwen/Qwen2.5-1.5B \\
+    --dataset-path data/prepared/train --output-dir kv_cache/qwen --device cuda
+# A store for `kvdistill train` with kv.mode=offline, from servers that already run
+COMMAND --teacher-models Qwen/Qwen2.5-7B --student-model Qwen/Qwen2.5-1.5B \\
+    --teacher-endpoints Qwen2.5-7B=node1:50051,node2:50051 --format store --kv-compression r_kv \\
+    --dataset-path data/prepared/train --output-dir kv_cache/qwen
+# Worker 2 of 4, for example in a SLURM array; the last worker to finish writes the .pt file
+COMMAND --teacher-models Qwen/Qwen2.5-7B --student-model Qwen/Qwen2.5-1.5B \\
+    --dataset-path data/prepared/train --output-dir kv_cache/qwen --shard 2/4""",
+    script="scripts/extract_dual_style_kv.py",
+)

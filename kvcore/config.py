@@ -5,21 +5,65 @@ from __future__ import annotations
 import difflib
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar, cast, get_args
+from typing import Annotated, Any, ClassVar, Literal, TypeVar, cast, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from kvcore.errors import ConfigError, FieldError
 
 
 class StrictModel(BaseModel):
-    """Base of every configuration: frozen, no unknown keys, no silent conversion of types, only finite numbers."""
+    """Base of every configuration: frozen, no unknown keys, no silent conversion of types, only finite numbers.
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, validate_default=True, allow_inf_nan=False)
+    The string literal below a field is its only description: `--help` and docs/configuration.md show it.
+    """
 
+    model_config = ConfigDict(
+        extra="forbid",
+        frozen=True,
+        strict=True,
+        validate_default=True,
+        allow_inf_nan=False,
+        use_attribute_docstrings=True,
+    )
+
+    headings: ClassVar[Mapping[str, str]] = {}
+    """Headings of `--help`, in order, each with the first field below it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Alias:
+    """Field metadata: another name of the field's flag."""
+
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class Variable:
+    """Field metadata: the environment variable that job scripts read the field from."""
+
+    name: str
+
+
+def _device(text: str) -> str:
+    if not re.fullmatch(r"auto|cpu|cuda(:\d{1,3})?", text):
+        raise ValueError("expected auto, cpu, cuda or cuda:N")
+    return text
+
+
+PositiveInt = Annotated[int, Field(ge=1)]
+NonNegativeInt = Annotated[int, Field(ge=0)]
+PositiveFloat = Annotated[float, Field(gt=0.0)]
+NonNegativeFloat = Annotated[float, Field(ge=0.0)]
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+Text = Annotated[str, Field(min_length=1)]
+FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-][A-Za-z0-9_.-]{0,63}$")]
+Port = Annotated[int, Field(ge=0, le=65535)]
+Device = Annotated[str, AfterValidator(_device)]
 
 ModelT = TypeVar("ModelT", bound=StrictModel)
 
@@ -101,49 +145,83 @@ def _list_index(items: list[Any], name: str, where: str) -> int:
 
 
 def parse(tree: Mapping[str, Any], model: type[ModelT]) -> ModelT:
-    """Validates a mapping against a configuration model.
+    """Validates a mapping against a configuration model. Choices may be spelled with dashes or underscores.
 
     Raises:
         FieldError: naming the first wrong field, its value and the limit.
     """
     try:
         # Strict JSON takes a list for a tuple and a string for a path, as YAML writes them.
-        return model.model_validate_json(json.dumps(tree, default=str))
+        return model.model_validate_json(json.dumps(_with_known_spelling(tree, model), default=str))
     except ValidationError as error:
         raise _field_error(error, model) from error
 
 
+def choices(annotation: Any) -> list[str | int]:
+    """The choices of every `Literal` in an annotation."""
+    return [leaf for leaf in leaves(annotation) if isinstance(leaf, str | int)]
+
+
+def leaves(annotation: Any) -> list[Any]:
+    """The types in an annotation, and the choices of its literals."""
+    arguments = get_args(annotation)
+    if get_origin(annotation) is Literal:
+        return list(arguments)
+    if get_origin(annotation) is Annotated:
+        return leaves(arguments[0])
+    return [leaf for argument in arguments for leaf in leaves(argument)] if arguments else [annotation]
+
+
+def did_you_mean(name: str, known: Sequence[str], cutoff: float = 0.6) -> str:
+    """The end of a message about an unknown name: the nearest known one, or nothing."""
+    near = difflib.get_close_matches(name, known, n=1, cutoff=cutoff)
+    return f"; did you mean '{near[0]}'?" if near else ""
+
+
+def _with_known_spelling(value: object, annotation: Any) -> object:
+    """A value of a configuration's tree, its choices spelled as in the model."""
+    if isinstance(value, str):
+        known = {choice.replace("-", "_"): choice for choice in choices(annotation) if isinstance(choice, str)}
+        return known.get(value.replace("-", "_"), value)
+    if isinstance(value, list | tuple):
+        return [_with_known_spelling(item, annotation) for item in cast("Sequence[Any]", value)]
+    model = _model_in(annotation)
+    if not isinstance(value, Mapping) or model is None:
+        return cast("object", value)
+    fields = model.model_fields
+    items = cast("Mapping[str, Any]", value).items()
+    return {key: _with_known_spelling(item, fields[key].annotation) if key in fields else item for key, item in items}
+
+
 def _field_error(error: ValidationError, model: type[StrictModel]) -> FieldError:
     first = error.errors()[0]
-    field = ".".join(str(part) for part in first["loc"]) or model.__name__
+    value, message = first["input"], first["msg"].removeprefix("Value error, ")
+    path, around, annotation = _locate(model, first["loc"])
+    field = ".".join(path) or model.__name__
     if first["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(str(first["loc"][-1]), _names_beside(model, first["loc"]), n=1)
-        hint = f"; did you mean '{near[0]}'?" if near else ""
-        return FieldError(field, f"unknown key{hint}")
-    message = first["msg"].removeprefix("Value error, ")
-    if isinstance(first["input"], dict | list):
-        return FieldError(field, message)
-    return FieldError(field, f"{message} (got {first['input']!r})")
+        return FieldError(field, f"unknown key{did_you_mean(path[-1], sorted(around.model_fields))}")
+    known = choices(annotation)
+    if known and (first["type"] == "literal_error" or isinstance(value, str)):
+        names = [str(choice) for choice in known]
+        expected = f"one of {', '.join(names)}" if len(names) > 1 else names[0]
+        number = "a number or " if {int, float} & set(leaves(annotation)) else ""
+        return FieldError(field, f"expected {number}{expected}; got {value!r}{did_you_mean(str(value), names)}")
+    return FieldError(field, message if isinstance(value, dict | list) else f"{message} (got {value!r})")
 
 
-def _names_beside(model: type[StrictModel], location: tuple[int | str, ...]) -> list[str]:
-    """The field names that would have been right where an unknown key stands."""
-    names: set[str] = set(model.model_fields)
-    current: type[BaseModel] | None = model
-    for part in location[:-1]:
-        if current is None or not isinstance(part, str) or part not in current.model_fields:
-            continue
-        current = _model_in(current.model_fields[part].annotation)
-        if current is not None:
-            names = set(current.model_fields)
-    return sorted(names)
+def _locate(model: type[BaseModel], location: tuple[int | str, ...]) -> tuple[list[str], type[BaseModel], Any]:
+    """The path of an error as the user wrote it, the model around its last name, and that name's annotation."""
+    path: list[str] = []
+    annotation: Any = model
+    for part in location:
+        inner = _model_in(annotation)
+        if inner is not None and isinstance(part, str):
+            model, annotation = inner, inner.model_fields[part].annotation if part in inner.model_fields else None
+        elif isinstance(part, str) and choices(annotation):
+            break  # Pydantic's name of one type of a union.
+        path.append(str(part))
+    return path, model, annotation
 
 
 def _model_in(annotation: Any) -> type[BaseModel] | None:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return annotation
-    for argument in get_args(annotation):
-        found = _model_in(argument)
-        if found is not None:
-            return found
-    return None
+    return next((leaf for leaf in leaves(annotation) if isinstance(leaf, type) and issubclass(leaf, BaseModel)), None)

@@ -1,146 +1,161 @@
-"""Command lines made from configuration models: a flag for each field, and mistakes told by the flag's name."""
+"""Command lines made from configuration models: one flag for each field."""
 
 from __future__ import annotations
 
-import argparse
 import difflib
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import NoneType
-from typing import Any, Generic, Literal, NoReturn, cast, get_args, get_origin
+from typing import Any, Generic, cast, get_origin
 
 from pydantic.fields import FieldInfo
 
-from kvcore.config import ModelT, parse, read_yaml
+from kvcore.command_line import help_page
+from kvcore.config import Alias, ModelT, choices, leaves, parse, read_yaml
 from kvcore.errors import ConfigError, FieldError
 
 _CONFIG = "config"
+_CONFIG_HELP = "YAML file with these settings, named as the flags with underscores. Flags override it."
 
 
 @dataclass(frozen=True)
 class FlagSet(Generic[ModelT]):
-    """The flags of a command: `--NAME` for each field of a model, with its default.
+    """The flags of a command: one for each field of a model, described by the field's docstring.
 
-    Booleans are true or false, lists take several values, and lists of numbers may be written `0.5,0.5` too.
+    Dashes and underscores in a flag are interchangeable. A boolean's flag takes `true` or `false`, and alone means
+    true. Lists take several values; lists of numbers may also be written as `0.5,0.5`. The last of repeated flags wins.
 
     Args:
-        model: what the flags are read into. Where its fields do not go together, its message begins with one of them.
+        model: what the flags are read into. An error of fields that conflict begins with the name of one of them.
         description: what the command does.
-        examples: shown at the end of `--help`; COMMAND stands for the command.
-        groups: headings of `--help`, in order; under each its fields and what to say about them.
-        aliases: further flags for a field.
-        config_file: whether `--config FILE` reads a YAML file of fields, over which flags win.
-        switches: whether a boolean's flag alone means true.
-        script: the script that is the command where it is not `kvdistill NAME`.
+        examples: the end of `--help`; COMMAND stands for the command.
+        config_file: whether `--config FILE` reads a YAML file of fields, which flags override.
+        script: the script that runs the command where it is not started as `kvdistill NAME`.
     """
 
     model: type[ModelT]
     description: str
     examples: str
-    groups: Mapping[str, Mapping[str, str]]
-    aliases: Mapping[str, tuple[str, ...]] = field(default_factory=dict[str, tuple[str, ...]])
     config_file: bool = False
-    switches: bool = False
     script: str = ""
-
-    def parser(self, program: str) -> argparse.ArgumentParser:
-        """The parser with every flag; one that is not given leaves no trace in what it returns."""
-        command = program if program.startswith("kvdistill ") else f"python {self.script}"
-        made = _Parser(
-            prog=program,
-            description=self.description,
-            epilog=self.examples.replace("COMMAND", command),
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-            allow_abbrev=False,
-            argument_default=argparse.SUPPRESS,
-        )
-        if self.config_file:
-            about = "YAML file of these flags without dashes; flags given here win"
-            made.add_argument(f"--{_CONFIG}", type=Path, metavar="PATH", help=about)
-        for heading, fields in self.groups.items():
-            group = made.add_argument_group(heading)
-            for name, text in fields.items():
-                group.add_argument(*self._flags(name), dest=name, **self._options(name, text))
-        return made
-
-    def texts(self) -> Iterator[tuple[str, str]]:
-        """Every flag with what is said about it."""
-        yield "--help", "Show every flag, with examples."
-        for fields in self.groups.values():
-            for name, text in fields.items():
-                for flag in self._flags(name):
-                    yield flag, text
 
     def read(self, arguments: Sequence[str], program: str) -> ModelT:
         """Reads a command line; `--help` prints and exits.
 
         Raises:
-            ConfigError: a flag is unknown (names the nearest) or lacks a value, or two do not go together.
-            FieldError: a value is missing or cannot be used, by its flag.
+            ConfigError: a flag is unknown (names the nearest one) or lacks a value, or two flags conflict.
+            FieldError: a value is missing or invalid; names the flag.
         """
-        known, extra = self.parser(program).parse_known_args(list(arguments))
-        if extra:
-            raise self._unknown(extra[0])
-        given = vars(known)
-        path: Path | None = given.pop(_CONFIG, None) if self.config_file else None
-        tree = read_yaml(path) if path else {}
-        tree |= {name: self._value(name, text) for name, text in given.items()}
+        if "--help" in arguments or "-h" in arguments:
+            sys.stdout.write(self.help(program))
+            raise SystemExit(0)
+        given = self._given(arguments)
+        _, files = given.pop(_CONFIG, ("", [])) if self.config_file else ("", [])
+        tree = read_yaml(Path(files[0])) if files else {}
+        tree |= {name: self._value(name, flag, words) for name, (flag, words) in given.items()}
         try:
             return parse(tree, self.model)
         except FieldError as error:
-            raise self._as_flag(error) from error
+            name = error.field.partition(".")[0]
+            if name == self.model.__name__:  # Fields that conflict: the message begins with one of them.
+                name, _, problem = error.problem.partition(": ")
+            elif name in self.model.model_fields:
+                problem = "is required" if error.problem.startswith("Field required") else error.problem
+            else:  # An unknown key of the file.
+                raise
+            raise FieldError(given[name][0] if name in given else as_flag(name), problem) from error
 
-    def _flags(self, name: str) -> tuple[str, ...]:
-        return (f"--{name}", *self.aliases.get(name, ()))
+    def help(self, program: str) -> str:
+        """The text of `--help`."""
+        sections: dict[str, list[tuple[str, str]]] = {"Options": [("-h, --help", "Show this message and exit.")]}
+        if self.config_file:
+            sections["Options"].append((f"--{_CONFIG} PATH", _CONFIG_HELP))
+        starts = {first: heading for heading, first in self.model.headings.items()}
+        section = sections["Options"]
+        for name, about in self.model.model_fields.items():
+            if name in starts:
+                section = sections.setdefault(starts[name], [])
+            section.append((f"{', '.join(flags_of(name, about))} {_metavar(about)}", _description(about)))
+        if self.model.headings:
+            sections["Options"] = sections.pop("Options")
+        command = program if program.startswith("kvdistill ") else f"python {self.script}"
+        return help_page(f"{command} [OPTIONS]", self.description, sections, self.examples.replace("COMMAND", command))
 
-    def _options(self, name: str, text: str) -> dict[str, Any]:
-        """What argparse is told of a field."""
+    def completions(self) -> Iterator[tuple[str, str, list[str]]]:
+        """Every flag, its description, and the choices of its value."""
+        yield "--help", "Show this message and exit.", []
+        for name, about in self.model.model_fields.items():
+            for flag in flags_of(name, about):
+                yield flag, about.description or "", [str(choice) for choice in choices(about.annotation)]
+
+    def _given(self, arguments: Sequence[str]) -> dict[str, tuple[str, list[str]]]:
+        """For each field that was given: its flag as the user typed it, and the words after it."""
+        known = {
+            flag[2:].replace("-", "_"): name
+            for name, about in self.model.model_fields.items()
+            for flag in flags_of(name, about)
+        }
+        if self.config_file:
+            known[_CONFIG] = _CONFIG
+        given: dict[str, tuple[str, list[str]]] = {}
+        words: list[str] | None = None
+        for argument in arguments:
+            if not argument.startswith("--"):
+                if words is None:
+                    raise ConfigError(f"'{argument}': no flag before it; --help lists the flags")
+                words.append(argument)
+                continue
+            flag, equals, value = argument.partition("=")
+            key = flag[2:].replace("-", "_")
+            if key not in known:
+                near = as_flag(difflib.get_close_matches(key, [*known, "help"], n=1, cutoff=0.0)[0])
+                raise FieldError(flag, f"unknown flag; did you mean {_spelled_like(flag, near)}?")
+            words = [value] if equals else []
+            given[known[key]] = flag, words
+        for name, (flag, values) in given.items():
+            if name == _CONFIG and self.config_file:
+                _one(flag, values)
+        return given
+
+    def _value(self, name: str, flag: str, words: list[str]) -> Any:
+        """The value of a field, as its type if the words can be read so; the model refuses the others."""
         about = self.model.model_fields[name]
-        options: dict[str, Any] = {"metavar": _metavar(about), "help": _help(about, text)}
-        if _is_list(about):
-            options["nargs"] = "+"
-        elif self.switches and bool in _kinds(about):
-            options |= {"nargs": "?", "const": "true"}
-        return options
-
-    def _value(self, name: str, text: str | list[str]) -> Any:
-        """What stands on the command line, as the type of its field; what is of no such type the model refuses."""
-        kinds = _kinds(self.model.model_fields[name])
+        kinds = _kinds(about)
         numeric = bool({int, float} & kinds)
-        if isinstance(text, list):
-            return [_number(part) for part in re.split(r"[\s,;]+", " ".join(text)) if part] if numeric else text
+        if is_list(about):
+            if not words:
+                raise FieldError(flag, "expected at least one value")
+            return [_number(part) for part in re.split(r"[\s,;]+", " ".join(words)) if part] if numeric else words
         if bool in kinds:
-            if text.lower() not in ("true", "false"):
-                raise FieldError(f"--{name}", f"expected true or false, got '{text}'")
-            return text.lower() == "true"
-        return _number(text) if numeric else text
-
-    def _unknown(self, extra: str) -> ConfigError:
-        flag = extra.partition("=")[0]
-        if not flag.startswith("-"):
-            return ConfigError(f"'{extra}': no flag stands before it; --help lists them")
-        known = [option for fields in self.groups.values() for name in fields for option in self._flags(name)]
-        known += ["--help", *([f"--{_CONFIG}"] if self.config_file else [])]
-        near = difflib.get_close_matches(flag, known, n=1, cutoff=0.0)
-        return FieldError(flag, f"unknown flag; did you mean {near[0]}?")
-
-    def _as_flag(self, error: FieldError) -> ConfigError:
-        name = error.field.partition(".")[0]
-        if name in self.model.model_fields:
-            missing = error.problem.startswith("Field required")
-            return FieldError(f"--{name}", "is required" if missing else error.problem)
-        # Fields that do not go together: the message begins with one of them. Else an unknown key of the file.
-        return ConfigError(f"--{error.problem}" if name == self.model.__name__ else str(error))
+            text = _one(flag, words or ["true"]).lower()
+            if text not in ("true", "false"):
+                raise FieldError(flag, f"expected true or false, got '{text}'")
+            return text == "true"
+        return _number(_one(flag, words)) if numeric else _one(flag, words)
 
 
-class _Parser(argparse.ArgumentParser):
-    """Reports mistakes as our errors."""
+def as_flag(name: str) -> str:
+    """A field's flag, as `--help` shows it."""
+    return f"--{name.replace('_', '-')}"
 
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError(message.removeprefix("argument "))
+
+def flags_of(name: str, about: FieldInfo) -> list[str]:
+    """A field's flag and its aliases."""
+    return [as_flag(name), *(as_flag(alias.name) for alias in about.metadata if isinstance(alias, Alias))]
+
+
+def _spelled_like(typed: str, flag: str) -> str:
+    return f"--{flag[2:].replace('-', '_')}" if "_" in typed else flag
+
+
+def _one(flag: str, words: list[str]) -> str:
+    if len(words) != 1:
+        raise FieldError(flag, f"expected one value, got {' '.join(words) or 'none'}")
+    return words[0]
 
 
 def _number(text: str) -> int | float | str:
@@ -154,40 +169,30 @@ def _number(text: str) -> int | float | str:
     return int(text) if re.fullmatch(r"[-+]?\d+", text) else number
 
 
-def _leaves(annotation: Any) -> list[Any]:
-    """The types, and the choices of literals, that an annotation is made of."""
-    parts = get_args(annotation)
-    if get_origin(annotation) is Literal:
-        return list(parts)
-    return [leaf for part in parts for leaf in _leaves(part)] if parts else [annotation]
-
-
 def _kinds(about: FieldInfo) -> set[type]:
-    return {leaf if isinstance(leaf, type) else type(leaf) for leaf in _leaves(about.annotation)}
+    return {leaf if isinstance(leaf, type) else type(leaf) for leaf in leaves(about.annotation)}
 
 
-def _is_list(about: FieldInfo) -> bool:
+def is_list(about: FieldInfo) -> bool:
+    """Whether a field takes several values."""
     return get_origin(about.annotation) is tuple
 
 
 def _metavar(about: FieldInfo) -> str:
-    kinds = _kinds(about) - {NoneType}
-    choices = [str(leaf) for leaf in _leaves(about.annotation) if isinstance(leaf, str | int)]
+    kinds, names = _kinds(about) - {NoneType}, [str(choice) for choice in choices(about.annotation)]
     if bool in kinds:
-        return "true|false"
-    if choices:
-        return "|".join(["NUMBER"] * (float in kinds) + choices)
-    if Path in kinds:
-        return "PATH"
-    return "NUMBER" if {int, float} & kinds else "TEXT"
+        return "[true|false]"
+    if names:
+        return "|".join(["NUMBER"] * (float in kinds) + names)
+    kind = "PATH" if Path in kinds else "NUMBER" if {int, float} & kinds else "TEXT"
+    return f"{kind}..." if is_list(about) else kind
 
 
-def _help(about: FieldInfo, text: str) -> str:
-    default = about.get_default()
+def _description(about: FieldInfo) -> str:
+    text, default = about.description or "", about.get_default()
     if about.is_required():
-        text += " (required)"
-    elif default not in (None, ()):
-        parts = cast("tuple[object, ...]", default) if isinstance(default, tuple) else (default,)
-        shown = " ".join(map(str, parts))
-        text += f" (default: {shown.lower() if isinstance(default, bool) else shown})"
-    return text.replace("%", "%%")
+        return f"{text} [required]"
+    if default in (None, ()):
+        return text
+    shown = " ".join(map(str, cast("tuple[object, ...]", default) if isinstance(default, tuple) else (default,)))
+    return f"{text} [default: {shown.lower() if isinstance(default, bool) else shown}]"

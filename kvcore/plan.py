@@ -1,4 +1,4 @@
-"""The plan: what a student asks of a teacher's K/V, executed at the source; and how a teacher writes. Free of torch."""
+"""The KV plan that a student sends to a teacher, and the sampling parameters of generation. Imports no torch."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from kvcore.config import StrictModel
+from kvcore.config import Fraction, NonNegativeInt, PositiveFloat, StrictModel
 
 Selector = Literal["full", "right", "r_kv", "uniform", "random", "keydiff"]
 CodecName = Literal["raw", "bf16", "int8"]
@@ -19,26 +19,28 @@ Scope = Literal["head", "layer", "sample"]
 ImportancePool = Literal["max", "mean"]
 
 SELECTORS: tuple[Selector, ...] = ("full", "right", "r_kv", "uniform", "random", "keydiff")
-# The names that commands take for `kv_compression`.
-COMPRESSIONS: dict[str, Selector] = {"full": "full", "right": "right", "r-kv": "r_kv"}
 CODECS: tuple[CodecName, ...] = ("raw", "bf16", "int8")
 
 
 class Selection(StrictModel):
-    """Which tokens leave the teacher.
-
-    `budget` is the most tokens kept, 0 for `full`. `scope` says who chooses: each `head`, each `layer`
-    (its heads together) or the whole `sample`. Of R-KV (arXiv 2505.24133, 2510.02312): `importance_weight` is its
-    lambda, `importance_pool` what stands for the query heads that share a KV head. `seed`: of the selector `random`.
-    """
+    """The tokens whose K/V the teacher sends."""
 
     selector: Selector = "full"
-    budget: Annotated[int, Field(ge=0)] = 0
+    """How tokens are selected. `full`: all; `right`: the last ones; `r_kv`: by importance and redundancy (R-KV, arXiv
+    2505.24133 and 2510.02312); `uniform`: evenly spaced; `random`: drawn from `seed`; `keydiff`: the keys that differ
+    most from the mean key."""
+    budget: NonNegativeInt = 0
+    """Maximum number of tokens kept. Must be 0 for `full`."""
     span: SelectionSpan = "reasoning"
+    """Part of the text from which tokens are selected."""
     scope: Scope = "sample"
-    importance_weight: Annotated[float, Field(ge=0.0, le=1.0)] = 0.1
+    """Whether each `head`, each `layer` (all its heads together) or the whole `sample` selects its own tokens."""
+    importance_weight: Fraction = 0.1
+    """R-KV's lambda: the weight of importance against redundancy."""
     importance_pool: ImportancePool = "max"
+    """How R-KV combines the scores of the query heads that share a KV head."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    """Seed of the selector `random`."""
 
     @model_validator(mode="after")
     def _budget_fits_selector(self) -> Self:
@@ -50,57 +52,66 @@ class Selection(StrictModel):
 
 
 class CodecSpec(StrictModel):
-    """How tensors are packed. `group_size`: elements that share a scale in the quantising codecs."""
+    """How K/V are encoded for transfer and storage."""
 
     name: CodecName = "int8"
+    """Codec: `raw` (fp32), `bf16`, or `int8` with one scale per group."""
     group_size: Annotated[int, Field(ge=1, le=4096)] = 64
-    max_relative_error: Annotated[float, Field(gt=0.0)] | None = None
+    """Number of elements that share a scale in quantising codecs."""
+    max_relative_error: PositiveFloat | None = None
+    """Largest relative error accepted for a layer. A sample above it fails. No limit by default."""
 
 
 class KVPlan(StrictModel):
-    """The whole request of a student to one teacher, for every sample alike."""
+    """What a student requests from a teacher, the same for every sample."""
 
-    layers: tuple[Annotated[int, Field(ge=0)], ...]
+    layers: tuple[NonNegativeInt, ...]
+    """Teacher layers, ascending."""
     selection: Selection = Selection()
+    """The tokens to send."""
     codec: CodecSpec = CodecSpec()
+    """How K/V are encoded."""
     keys: bool = True
+    """Whether to send keys."""
     values: bool = True
+    """Whether to send values."""
 
     @model_validator(mode="after")
     def _asks_for_something(self) -> Self:
         if not self.layers or list(self.layers) != sorted(set(self.layers)):
-            raise ValueError(f"layers: need at least one, ascending and without repeats; got {list(self.layers)}")
+            raise ValueError(f"layers: expected at least one, ascending and without repeats; got {list(self.layers)}")
         if not (self.keys or self.values):
-            raise ValueError("keys: a plan without keys and without values asks for nothing")
+            raise ValueError("keys: a plan must request keys, values or both")
         return self
 
     def digest(self) -> str:
-        """Canonical hash: equal plans give equal digests, whatever the order or defaults they were written in."""
+        """Canonical hash. Equal plans have equal digests, independent of key order and omitted defaults."""
         return _digest(self)  # pyright: ignore[reportArgumentType]  frozen models have a hash
 
 
 class SamplingParams(StrictModel):
-    """How a teacher writes on from a prompt.
-
-    `temperature` 0 writes the likeliest token each time (greedy); otherwise tokens are drawn, from the smallest set
-    whose probabilities reach `top_p`, by `seed` and the prompt alone. `stop`: texts that end the writing and are no
-    part of it. `answer_marker`: the reasoning ends with its first occurrence, and what follows is the answer; without
-    one all is reasoning.
-    """
+    """How a teacher generates text after a prompt."""
 
     max_new_tokens: Annotated[int, Field(ge=1, lt=2**31)]
+    """Maximum number of tokens to generate."""
     temperature: Annotated[float, Field(ge=0.0, le=100.0)] = 0.0
+    """Softmax temperature. 0 is greedy decoding."""
     top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+    """Tokens are drawn from the smallest set whose probabilities reach this sum."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    """Together with the prompt, the seed alone decides what is drawn."""
     stop: Annotated[tuple[Annotated[str, Field(min_length=1, max_length=256)], ...], Field(max_length=16)] = ()
+    """Texts that end the generation. They are not part of the result."""
     answer_marker: Annotated[str, Field(max_length=256)] = ""
+    """Text whose first occurrence ends the reasoning; the answer follows it. If empty, all generated text is
+    reasoning."""
 
     def digest(self) -> str:
         """Canonical hash, like `KVPlan.digest`."""
         return _digest(self)  # pyright: ignore[reportArgumentType]  frozen models have a hash
 
 
-# Asked for with every sample's content key, of the one or two plans that a process uses.
+# Cached because every sample's content key needs it, and a process uses only one or two plans.
 @functools.lru_cache(maxsize=64)
 def _digest(model: KVPlan | SamplingParams) -> str:
     canonical = json.dumps(model.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))

@@ -1,126 +1,106 @@
-"""The command line: arguments only. What a command needs is imported inside it, so that `--help` is instant."""
+"""The command line: arguments only. Commands import what they need when they run, so that `--help` is fast."""
 
 from __future__ import annotations
 
 import importlib.metadata
-import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from typer.exceptions import TyperException
 
+from kvcore.command_line import EXIT_FAILED, run_command
 from kvcore.config import load_config
-from kvcore.errors import ConfigError, KVDistillError
+from kvcore.errors import ConfigError
 from kvcore.extras import require
 from kvcore.flags import FlagSet
+from kvcore.typer_help import Command, Group
 from kvdistill.forwarded import SETTINGS, forwarding_command
-from kvdistill.serve_flags import serve_config, with_serve_flags
 from student_trainer.config import TrainConfig
 
-EXIT_FAILED = 1
-EXIT_USAGE = 2
-
-FIRST_EXAMPLES = """**Examples**
-
-`kvdistill demo --quick`
-
-`kvdistill serve --model Qwen/Qwen2.5-7B --grpc-port 50051`
-
-`kvdistill train --config run.yaml`
+FIRST_EXAMPLES = """
+# The whole pipeline at toy scale, in under 3 minutes
+kvdistill demo --quick
+# A teacher, and a student that learns from it
+kvdistill serve --model Qwen/Qwen2.5-7B --grpc-port 50051
+kvdistill train --config run.yaml
 """
 
-SERVE_EXAMPLES = """**Examples**
-
-`kvdistill serve --model meta-llama/Llama-3.1-8B-Instruct --grpc-port 50051 --http-port 8001`
-
-`kvdistill serve --model /models/qwen --dtype bf16 --device cuda:1 --grpc-host 0.0.0.0 --grpc-port 50052`
-
-`kvdistill serve --engine vllm --model meta-llama/Llama-3.1-70B --tensor-parallel-size 8 --dtype bf16 --grpc-port 50051`
-
-`kvdistill serve --engine fake --model fake:layers=3,heads=2,dim=16`
+TRAIN_EXAMPLES = """
+kvdistill train --config run.yaml
+# Several ranks, with one key of the file changed
+torchrun --standalone --nproc_per_node 2 -m kvdistill train --config run.yaml --set run.steps=500
+deepspeed --num_gpus 8 --module kvdistill train --config run.yaml --set run.zero_stage=3
+# From a store instead of teachers
+kvdistill train --config run.yaml --set kv.mode=offline --set teachers.0.weight=2.0
+# Three stages, with another router in the last one
+kvdistill train --config configs/train/three_stage.yaml --set stages.2.fuse.router=gate
 """
 
-TRAIN_EXAMPLES = """**Examples**
-
-`kvdistill train --config run.yaml`
-
-`torchrun --standalone --nproc_per_node 2 -m kvdistill train --config run.yaml --set run.steps=500`
-
-`deepspeed --num_gpus 8 --module kvdistill train --config run.yaml --set run.zero_stage=3`
-
-`kvdistill train --config run.yaml --set kv.mode=offline --set teachers.0.weight=2.0`
-
-`kvdistill train --config configs/train/three_stage.yaml --set stages.2.fuse.router=gate`
+DEMO_EXAMPLES = """
+kvdistill demo
+kvdistill demo --quick --output outputs/quick
+kvdistill demo --seeds 3
 """
 
-DEMO_EXAMPLES = """**Examples**
-
-`kvdistill demo`
-
-`kvdistill demo --quick --output outputs/quick`
-
-`kvdistill demo --seeds 3`
+REPORT_EXAMPLES = """
+kvdistill report outputs/three_stage_routing
+kvdistill report outputs/run_a outputs/run_b --output outputs/compared
 """
 
-REPORT_EXAMPLES = """**Examples**
-
-`kvdistill report outputs/three_stage_routing`
-
-`kvdistill report outputs/run_a outputs/run_b --output outputs/compared`
+SWEEP_EXAMPLES = """
+# Show the runs and their states, then run those that are not done
+kvdistill sweep configs/sweeps/compression.yaml --list
+kvdistill sweep configs/sweeps/compression.yaml
+# The same as a SLURM array
+kvdistill sweep configs/sweeps/compression.yaml --slurm --set slurm.partition=gpu
+# Only write the table of finished runs
+kvdistill sweep configs/sweeps/compression.yaml --table
 """
 
-SWEEP_EXAMPLES = """**Examples**
-
-`kvdistill sweep configs/sweeps/compression.yaml --list`
-
-`kvdistill sweep configs/sweeps/compression.yaml`
-
-`kvdistill sweep configs/sweeps/compression.yaml --slurm --set slurm.partition=gpu`
-
-`kvdistill sweep configs/sweeps/compression.yaml --table`
+PLAN_EXAMPLES = """
+kvdistill plan --config run.yaml
+# Read the teachers' models instead of asking their servers
+kvdistill plan --config run.yaml \\
+    --teacher-model qwen14b=Qwen/Qwen2.5-14B --teacher-model llama8b=/models/llama
+kvdistill plan --config run.yaml --set kv.codec.name=bf16 --set run.global_batch=256
 """
 
-PLAN_EXAMPLES = """**Examples**
-
-`kvdistill plan --config run.yaml`
-
-`kvdistill plan --config run.yaml --teacher-model qwen14b=Qwen/Qwen2.5-14B --teacher-model llama8b=/models/llama`
-
-`kvdistill plan --config run.yaml --set kv.codec.name=bf16 --set run.global_batch=256`
+DOCTOR_EXAMPLES = """
+kvdistill doctor
+kvdistill doctor --teacher node1:50051 --teacher node2:50051
+kvdistill doctor --config run.yaml --output /scratch/outputs
 """
 
-DOCTOR_EXAMPLES = """**Examples**
-
-`kvdistill doctor`
-
-`kvdistill doctor --teacher node1:50051 --teacher node2:50051`
-
-`kvdistill doctor --config run.yaml --output /scratch/outputs`
-"""
-
-INSPECT_EXAMPLES = """**Examples**
-
-`kvdistill inspect node1:50051`
-
-`kvdistill inspect outputs/store`
-
-`kvdistill inspect kv_cache/qwen_dual_teacher/train_kv.pt`
-
-`kvdistill inspect outputs/run/alignment.json`
+INSPECT_EXAMPLES = """
+kvdistill inspect node1:50051
+kvdistill inspect outputs/store
+kvdistill inspect kv_cache/qwen_dual_teacher/train_kv.pt
+kvdistill inspect outputs/run/alignment.json
 """
 
 Overrides = Annotated[
-    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Set one key of the file; repeat for more.")
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Set one key of the file. Can be repeated.")
 ]
 
 app = typer.Typer(
-    no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="markdown", epilog=FIRST_EXAMPLES
+    cls=Group,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog=FIRST_EXAMPLES,
 )
 
 
+def _serve_flags() -> FlagSet[Any]:
+    from teacher_server.config import FLAGS
+
+    return FLAGS
+
+
 def _extract_flags() -> FlagSet[Any]:
-    from extraction.flags import FLAGS
+    from extraction.config import FLAGS
 
     return FLAGS
 
@@ -132,17 +112,15 @@ def _eval_flags() -> FlagSet[Any]:
 
 
 def main() -> None:
-    """Runs the command line. Errors that users meet end in one line on stderr, never in a traceback."""
+    """Runs the command line. Errors of users end in one line on stderr, never in a traceback."""
+    sys.exit(run_command("kvdistill", _run))
+
+
+def _run() -> int:
     try:
-        app()
-    except KVDistillError as error:
-        typer.echo(f"kvdistill: {_rank()}{error.line()}", err=True)
-        sys.exit(EXIT_USAGE if isinstance(error, ConfigError) else EXIT_FAILED)
-
-
-def _rank() -> str:
-    """Says which process of several speaks."""
-    return f"rank {os.environ['RANK']}: " if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
+        return app(sys.argv[1:] or ["--help"], prog_name="kvdistill", standalone_mode=False) or 0
+    except TyperException as error:
+        raise ConfigError(error.format_message()) from error
 
 
 def _show_version(wanted: bool) -> None:
@@ -155,7 +133,7 @@ def _version() -> str:
     try:
         return importlib.metadata.version("kvdistill")
     except importlib.metadata.PackageNotFoundError:
-        # Run from a checkout or an image that has the sources alone.
+        # Run from a checkout, or from an image that has only the sources.
         import tomllib
 
         pyproject = Path(__file__).resolve().parent.parent / "pyproject.toml"
@@ -169,62 +147,58 @@ def launched(
         bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
     ] = False,
 ) -> None:
-    """Train a small student LLM to match the key/value caches of large teachers, pulled live over gRPC."""
-    # The deepspeed launcher passes --local_rank to whatever it starts; the same number is in LOCAL_RANK.
+    """Train a small student LLM to match the key/value caches of large teachers, streamed live over gRPC."""
+    # The deepspeed launcher passes --local_rank to every process; LOCAL_RANK holds the same number.
 
 
-@app.command(epilog=SERVE_EXAMPLES)
-@with_serve_flags
-def serve(**flags: Any) -> None:
-    """Serve one teacher's K/V over gRPC until SIGTERM, then drain."""
-    config = serve_config(flags)
+@app.command(cls=forwarding_command(_serve_flags), add_help_option=False, context_settings=SETTINGS)
+def serve(context: typer.Context) -> None:
+    """Serve one teacher's K/V over gRPC."""
+    config = _serve_flags().read(context.args, "kvdistill serve")
     from teacher_server.app import run
 
     run(config)
 
 
-@app.command(epilog=TRAIN_EXAMPLES)
+@app.command(cls=Command, epilog=TRAIN_EXAMPLES)
 def train(
-    config: Annotated[Path, typer.Option(help="YAML file; docs/configuration.md lists its keys.")],
+    config: Annotated[Path, typer.Option(help="YAML file of the run; docs/configuration.md lists its keys.")],
     overrides: Overrides = None,
 ) -> None:
-    """Train a student on its teachers' K/V. Start it with torchrun or deepspeed for several ranks."""
+    """Train a student on the K/V of its teachers. For several ranks, start it with torchrun or deepspeed."""
     overrides = overrides or []
-    load_config(config, overrides, TrainConfig)  # Mistakes show before torch is imported.
+    load_config(config, overrides, TrainConfig)  # Reports mistakes before torch is imported.
     require("train", "kvdistill train")
     from student_trainer.loop.trainer import main as run
 
     run(config, overrides)
 
 
-@app.command(epilog=PLAN_EXAMPLES)
+@app.command(cls=Command, epilog=PLAN_EXAMPLES)
 def plan(
-    config: Annotated[Path, typer.Option(help="YAML file of a run, as for train.")],
+    config: Annotated[Path, typer.Option(help="YAML file of the run, as for train.")],
     overrides: Overrides = None,
     teacher_model: Annotated[
         list[str] | None,
-        typer.Option(
-            metavar="NAME=PATH", help="A teacher's model, read instead of asking its server; repeat for more."
-        ),
+        typer.Option(metavar="NAME=PATH", help="Model of a teacher, to read instead of its server. Can be repeated."),
     ] = None,
 ) -> None:
-    """Show what a run will ask of each teacher: layers, tokens, bytes a sample and an epoch, bandwidth."""
+    """Show what a run will request from each teacher: layers, tokens, bytes per sample and epoch, bandwidth."""
     settings = load_config(config, overrides or [], TrainConfig)
     from kvdistill.plan_summary import plan_text
 
     typer.echo(plan_text(settings, teacher_model or []))
 
 
-@app.command(epilog=DOCTOR_EXAMPLES)
+@app.command(cls=Command, epilog=DOCTOR_EXAMPLES)
 def doctor(
     teacher: Annotated[
-        list[str] | None,
-        typer.Option(metavar="HOST:PORT", help="A teacher server that should answer; repeat for more."),
+        list[str] | None, typer.Option(metavar="HOST:PORT", help="Teacher server to check. Can be repeated.")
     ] = None,
-    config: Annotated[Path | None, typer.Option(help="A run whose teachers should answer.")] = None,
-    output: Annotated[Path, typer.Option(help="Where runs will write.")] = Path("outputs"),
+    config: Annotated[Path | None, typer.Option(help="YAML file of a run whose teachers are checked.")] = None,
+    output: Annotated[Path, typer.Option(help="Directory to which runs will write.")] = Path("outputs"),
 ) -> None:
-    """Check this machine and its teachers, and say what to do next; ends with status 1 where there is a problem."""
+    """Check this machine and its teachers. Exits with status 1 if there is a problem, and says how to fix it."""
     run = load_config(config, [], TrainConfig) if config else None
     endpoints = [endpoint for listed in (run.teachers if run else ()) for endpoint in listed.endpoints]
     from kvdistill.doctor import checks
@@ -235,11 +209,11 @@ def doctor(
     raise typer.Exit(EXIT_FAILED if any(check.state == "problem" for check in found) else 0)
 
 
-@app.command("inspect", epilog=INSPECT_EXAMPLES)
+@app.command("inspect", cls=Command, epilog=INSPECT_EXAMPLES)
 def show(
     target: Annotated[str, typer.Argument(help="HOST:PORT of a server, a store, a .pt file, or a run's folder.")],
 ) -> None:
-    """Show what a teacher server offers, what a store or an extraction holds, or how a run was aligned."""
+    """Show what a teacher server offers, what a store or .pt file holds, or how a run was aligned."""
     from kvdistill.inspection import inspect
 
     typer.echo(inspect(target))
@@ -247,7 +221,7 @@ def show(
 
 @app.command(cls=forwarding_command(_extract_flags), add_help_option=False, context_settings=SETTINGS)
 def extract(context: typer.Context) -> None:
-    """Write the K/V that teachers have for a dataset to a .pt file or a store."""
+    """Write the K/V of teachers for a dataset to a .pt file or a store."""
     from extraction.command import main as run
 
     raise typer.Exit(run(context.args, "kvdistill extract"))
@@ -255,29 +229,29 @@ def extract(context: typer.Context) -> None:
 
 @app.command("eval", cls=forwarding_command(_eval_flags), add_help_option=False, context_settings=SETTINGS)
 def evaluate(context: typer.Context) -> None:
-    """Evaluate a model, thinking in latents or not, on benchmarks with lm-evaluation-harness."""
+    """Evaluate a model on benchmarks with lm-evaluation-harness."""
     from evaluation.multi_task_eval import main as run
 
     raise typer.Exit(run(context.args, "kvdistill eval"))
 
 
-@app.command(epilog=DEMO_EXAMPLES)
+@app.command(cls=Command, epilog=DEMO_EXAMPLES)
 def demo(
     quick: Annotated[bool, typer.Option("--quick", help="Fewer steps: under 3 minutes.")] = False,
-    seeds: Annotated[int, typer.Option(min=1, help="Runs of each arm.")] = 1,
-    output: Annotated[Path, typer.Option(help="Where the report and the picture go.")] = Path("outputs/demo"),
+    seeds: Annotated[int, typer.Option(min=1, help="Number of runs of each arm.")] = 1,
+    output: Annotated[Path, typer.Option(help="Directory for the report and the picture.")] = Path("outputs/demo"),
 ) -> None:
-    """Two tiny teachers, two servers, one student: the whole loop on this machine, with controls."""
+    """Run the whole pipeline on this machine at toy scale: two teachers, one student, and control runs."""
     require("train", "kvdistill demo")
     from experiments.demo.run_demo import main as run
 
     run(output=output, quick=quick, seeds=seeds)
 
 
-@app.command(epilog=REPORT_EXAMPLES)
+@app.command(cls=Command, epilog=REPORT_EXAMPLES)
 def report(
-    outputs: Annotated[list[Path], typer.Argument(help="Folders of training runs, or folders above some.")],
-    output: Annotated[Path, typer.Option(help="Where tables, pictures and the page go.")] = Path("outputs/report"),
+    outputs: Annotated[list[Path], typer.Argument(help="Directories of training runs, or of several runs.")],
+    output: Annotated[Path, typer.Option(help="Directory for tables, pictures and the page.")] = Path("outputs/report"),
 ) -> None:
     """Compare training runs: scores, learning curves, routing weights, KV loss by layer."""
     require("train", "kvdistill report")
@@ -286,16 +260,16 @@ def report(
     write_report(outputs, output)
 
 
-@app.command(epilog=SWEEP_EXAMPLES)
+@app.command(cls=Command, epilog=SWEEP_EXAMPLES)
 def sweep(
-    file: Annotated[Path, typer.Argument(help="YAML file; docs/jobs.md says what is in it.")],
+    file: Annotated[Path, typer.Argument(help="YAML file of the sweep; docs/jobs.md describes it.")],
     overrides: Overrides = None,
-    slurm: Annotated[bool, typer.Option("--slurm", help="Submit what is left as a SLURM array.")] = False,
-    list_only: Annotated[bool, typer.Option("--list", help="Only say what would run, and what is done.")] = False,
-    table_only: Annotated[bool, typer.Option("--table", help="Only write the table of what is done.")] = False,
-    task: Annotated[int | None, typer.Option(min=0, help="Run this one alone, by its number in --list.")] = None,
+    slurm: Annotated[bool, typer.Option("--slurm", help="Submit the remaining runs as a SLURM array.")] = False,
+    list_only: Annotated[bool, typer.Option("--list", help="Only list the runs and their states.")] = False,
+    table_only: Annotated[bool, typer.Option("--table", help="Only write the table of finished runs.")] = False,
+    task: Annotated[int | None, typer.Option(min=0, help="Run only this one, by its number in --list.")] = None,
 ) -> None:
-    """Run a matrix of trainings over seeds, resumably, and end in one table with intervals."""
+    """Run a matrix of training runs over seeds, resumably, and write one table with confidence intervals."""
     require("train", "kvdistill sweep")
     from kvdistill.sweep.run_sweep import main as run
 

@@ -1,4 +1,4 @@
-"""Commands that read their flags themselves: typer hands everything on, `--help` too. Free of torch."""
+"""Typer commands whose flags are a FlagSet's. Imports no torch."""
 
 from __future__ import annotations
 
@@ -6,11 +6,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from typer.core import TyperCommand
-
 from kvcore.flags import FlagSet
+from kvcore.typer_help import Command
 
-# What a command line of such a command needs to be told of typer.
+# Typer passes everything after the command's name on, `--help` too.
 SETTINGS = {"allow_extra_args": True, "ignore_unknown_options": True}
 
 
@@ -23,19 +22,26 @@ class ShellCompletion:
     type: str = "plain"
 
 
-def forwarding_command(flags: Callable[[], FlagSet[Any]]) -> type[TyperCommand]:
-    """The class of a command whose flags are a FlagSet's, so that a shell completes those.
+def forwarding_command(flags: Callable[[], FlagSet[Any]]) -> type[Command]:
+    """Makes the class of a command with the flags of a FlagSet, which a shell completes.
 
     Args:
-        flags: gives the flags; called only when a shell asks.
+        flags: returns the flags; only called for shell completion.
     """
 
-    class PassedOn(TyperCommand):
+    class ForwardingCommand(Command):
         def shell_complete(self, ctx: Any, incomplete: str) -> list[Any]:
-            """Flags that begin with what was typed; other words are left to the shell, which completes paths."""
-            del ctx
+            """Proposes flags, or the choices of the flag before; the shell completes other words as paths."""
             if not incomplete.startswith("-"):
-                return []
-            return [ShellCompletion(flag, text) for flag, text in flags().texts() if flag.startswith(incomplete)]
+                before = ctx.args[-1].replace("_", "-") if ctx.args else ""
+                choices = [names for flag, _, names in flags().completions() if flag == before]
+                return [ShellCompletion(name) for names in choices for name in names if name.startswith(incomplete)]
+            underscores = "_" in incomplete
+            proposals: list[Any] = []
+            for flag, text, _ in flags().completions():
+                spelled = f"--{flag[2:].replace('-', '_')}" if underscores else flag
+                if spelled.startswith(incomplete):
+                    proposals.append(ShellCompletion(spelled, text))
+            return proposals
 
-    return PassedOn
+    return ForwardingCommand

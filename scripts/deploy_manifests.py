@@ -8,16 +8,13 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import typer
-import typer.main
 import yaml
 
-from experiments.recipe.flags import read_flags
+from experiments.recipe.config import FLAGS as RECIPE_FLAGS
 from kvcore.config import parse
 from kvcore.errors import ConfigError
-from kvdistill.cli import app
-from kvdistill.serve_flags import serve_config
 from student_trainer.config import TrainConfig
+from teacher_server.config import FLAGS as SERVE_FLAGS
 from teacher_server.config import ServeConfig
 
 OVERLAYS = Path(__file__).resolve().parent.parent / "deploy" / "k8s" / "overlays"
@@ -110,19 +107,14 @@ def most_seconds_to_load(document: Document) -> int:
 
 
 def served(command: list[str]) -> ServeConfig:
-    """What a server's command line means.
+    """The configuration that a server's command line sets.
 
     Raises:
-        ConfigError: a value is wrong.
-        typer's UsageError: there is no such flag.
+        ConfigError: a flag is unknown, or a value is wrong.
     """
     if command[: len(SERVE)] != SERVE:
         raise ConfigError(f"expected {' '.join(SERVE)}, got {command}")
-    serve = typer.main.get_command(app).commands["serve"]  # pyright: ignore[reportAttributeAccessIssue]
-    try:
-        return serve_config(serve.make_context("serve", command[len(SERVE) :]).params)
-    except typer.BadParameter as error:
-        raise ConfigError(error.format_message()) from error
+    return SERVE_FLAGS.read(command[len(SERVE) :], "kvdistill serve")
 
 
 def check_preparation(document: Document) -> None:
@@ -134,7 +126,7 @@ def check_preparation(document: Document) -> None:
     for container in document["spec"]["template"]["spec"]["containers"]:
         arguments = container.get("args", [])
         if arguments[: len(PREPARE)] == PREPARE:
-            read_flags(arguments[len(PREPARE) :], document["metadata"]["name"])
+            RECIPE_FLAGS.read(arguments[len(PREPARE) :], document["metadata"]["name"])
 
 
 def most_replicas(documents: Sequence[Document], teacher: Document) -> int:

@@ -1,4 +1,4 @@
-"""The configuration of `kvdistill train`. Free of torch, so that `--help` and validation are instant."""
+"""The configuration of `kvdistill train`. Imports no torch, so that `--help` and validation are fast."""
 
 from __future__ import annotations
 
@@ -7,65 +7,79 @@ from typing import Annotated, Literal, Self, cast
 
 from pydantic import ConfigDict, Field, model_validator
 
-from kvcore.config import StrictModel, parse
+from kvcore.config import (
+    FileName,
+    Fraction,
+    NonNegativeFloat,
+    NonNegativeInt,
+    Port,
+    PositiveFloat,
+    PositiveInt,
+    StrictModel,
+    Text,
+    parse,
+)
 from kvcore.errors import FieldError
 from kvcore.plan import CodecSpec, Selection
+from student_trainer.config_checks import check_selection, check_trained_maps
 
-# Where a run keeps its best model, and the next stage finds it.
+# Folder of a run's best model, from which the next stage starts.
 BEST_MODEL = "best_model"
 
-Positive = Annotated[int, Field(ge=1)]
-NonNegative = Annotated[float, Field(ge=0.0)]
-Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Section = dict[str, object]
 
 
 class StudentConfig(StrictModel):
-    """The model that learns.
-
-    `path`: a directory or hub id that transformers loads, or a `best_model` of an earlier run.
-    `mode`: `latent` reasons in `latents` positions refined by `passes` Jacobi passes (PCCoT, KaVa);
-    `token` reads and writes its reasoning as text.
-    """
+    """The model that is trained."""
 
     path: str
+    """Directory or hub id of a transformers model, or the `best_model` of an earlier run."""
     dtype: Literal["fp32", "bf16"] = "fp32"
+    """Data type of the weights."""
     mode: Literal["latent", "token"] = "latent"
-    latents: Positive = 24
-    passes: Positive = 3
+    """`latent` reasons in latent positions (PCCoT, KaVa); `token` reads and writes its reasoning as text."""
+    latents: PositiveInt = 24
+    """Number of latent positions."""
+    passes: PositiveInt = 3
+    """Number of Jacobi passes that refine the latents."""
     gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass to save memory."""
 
 
 class TeacherConfig(StrictModel):
-    """One teacher: replicas behind `endpoints` (host:port), and its weight in the fusion.
+    """One teacher and its replicas."""
 
-    Its store is the folder `name` under `kv.store`.
-    """
-
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-][A-Za-z0-9_.-]{0,63}$")]
+    name: FileName
+    """Name in logs and metrics, and of the teacher's folder in `kv.store`."""
     endpoints: tuple[Annotated[str, Field(pattern=r"^[^\s/]+:\d{1,5}$")], ...] = ()
-    weight: Annotated[float, Field(gt=0.0)] = 1.0
+    """HOST:PORT of each replica."""
+    weight: PositiveFloat = 1.0
+    """Weight of the teacher with `fuse.kind: fixed`."""
 
 
 class KVConfig(StrictModel):
-    """Where K/V come from and what leaves the teachers.
-
-    `mode`: `online` pulls from the teachers, `record` does too and writes what it got to `store`, `offline` reads
-    `store` alone. `prefetch`: batches fetched ahead, 0 for none. `patience_s`: how long a teacher may be unreachable
-    before it counts as lost. `on_missing`: a sample whose K/V a teacher cannot give ends the run (`fail`) or keeps
-    its cross-entropy and is masked out of the KV loss, counted and logged (`mask`). `control: shuffled` hands
-    each sample another one's K/V in training (alignment and validation keep the true pairs): an experiment's control.
-    """
+    """The source of K/V, and what the teachers send."""
 
     mode: Literal["online", "offline", "record"] = "online"
+    """`online`: from the teachers; `record`: from the teachers, and written to `store`; `offline`: from `store`."""
     store: Path | None = None
+    """Directory of the store."""
     selection: Selection = Selection(selector="r_kv", budget=24)
+    """The tokens that teachers send."""
     codec: CodecSpec = CodecSpec()
+    """How K/V are encoded for transfer and storage."""
     prefetch: Annotated[int, Field(ge=0, le=64)] = 4
-    request_timeout_s: Annotated[float, Field(gt=0.0)] = 120.0
-    patience_s: NonNegative = 30.0
+    """Number of batches fetched ahead. 0 disables prefetching."""
+    request_timeout_s: PositiveFloat = 120.0
+    """Deadline of a request in seconds."""
+    patience_s: NonNegativeFloat = 30.0
+    """Seconds a teacher may be unreachable before it counts as lost."""
     on_missing: Literal["fail", "mask"] = "fail"
+    """What to do with a sample whose K/V a teacher cannot give. `fail`: end the run; `mask`: keep its cross-entropy,
+    leave it out of the KV loss, count it and log it."""
     control: Literal["none", "shuffled"] = "none"
+    """`shuffled` gives each sample the K/V of another one in training, as an experiment's control. Alignment and
+    validation keep the true pairs."""
 
     @model_validator(mode="after")
     def _store_for_mode(self) -> Self:
@@ -75,56 +89,60 @@ class KVConfig(StrictModel):
 
 
 class AlignConfig(StrictModel):
-    """How a teacher's geometry meets the student's; docs/alignment.md has the formulas.
-
-    `direction`: `to_student` maps the teacher's K/V into the student's space and keeps that map frozen; `to_teacher`
-    maps the student's K/V into each teacher's space with a regressor that trains.
-    `tokens`: how tokens of two tokenizers pair, `boundary` or `overlap` (token mode, whole text).
-    `time`: resamples the slots that a teacher sent to the student's latents; `none` needs as many.
-    `layer_map`: `cka` compares the layers on the calibration samples; `learned` starts from `ratio` and trains.
-    `head_adapter`: `ridge` (closed form), `procrustes` (a rotation), `pool` (averages heads and dims), `linear` (starts
-    from ridge and trains) or `identity` (same geometry). With `to_student`, what trains on the teacher's side
-    (`linear`, `learned`) is trained by the router loss alone, since the KV loss would empty its own target.
-    `calibration_samples`: how many training samples the map and the targets' scale are measured on before the first
-    step. `sink_tokens`: the first tokens of a text, on which models park attention, left out of calibration and of
-    token mode's KV loss. `min_explained_variance`: layers that the map explains less of are warned about.
-    """
+    """How a teacher's K/V are mapped to the student's geometry; docs/alignment.md has the formulas."""
 
     direction: Literal["to_student", "to_teacher"] = "to_student"
+    """`to_student` maps the teacher's K/V into the student's space with a map that stays frozen; `to_teacher` maps the
+    student's K/V into each teacher's space with a regressor that is trained."""
     tokens: Literal["boundary", "overlap"] = "boundary"
+    """How tokens of two tokenizers are paired in token mode: by byte ends, or by shared bytes (needs the whole
+    text)."""
     time: Literal["none", "linear", "nearest", "segment"] = "none"
+    """How the teacher's slots are resampled to the student's latents. `none` needs equal numbers of both."""
     layer_map: Literal["ratio", "uniform", "last", "skip", "cka", "learned"] = "ratio"
+    """Teacher layers for each student layer. `cka` compares layers on the calibration samples; `learned` starts from
+    `ratio` and is trained, with `to_student` by the router loss alone."""
     head_adapter: Literal["ridge", "procrustes", "pool", "linear", "identity"] = "ridge"
-    calibration_samples: Positive = 512
-    sink_tokens: Annotated[int, Field(ge=0)] = 1
+    """Map between heads: `ridge` (closed form), `procrustes` (a rotation), `pool` (averages heads and dims), `linear`
+    (starts from ridge and is trained, with `to_student` by the router loss alone, because the KV loss would collapse
+    its own target) or `identity` (same geometry)."""
+    calibration_samples: PositiveInt = 512
+    """Number of training samples on which the map and the targets' scale are fitted before the first step."""
+    sink_tokens: NonNegativeInt = 1
+    """Number of first tokens (attention sinks) left out of calibration, and of the KV loss in token mode."""
     min_explained_variance: Fraction = 0.2
+    """Explained variance of a layer's map below which a warning is logged."""
 
 
 class FuseConfig(StrictModel):
-    """How several teachers become one target.
-
-    `kind`: `fixed` takes the teachers' `weight`; `similarity` weighs each teacher, sample by sample, by how near its
-    aligned K/V are to what the student's own are on the same text (`metric`); `learnable` asks a `router`
-    that sees the prompt and is trained by the answer's cross-entropy after written reasoning with the fused K/V in the
-    student's cache.
-    `router_width`: its hidden size. `per_layer`: weights for each layer. `choose`: `soft` mixes, `top1` takes the best.
-    The temperature of the softmax is max(`temperature_floor`, `temperature` - `temperature_decay` x epoch).
-    `entropy_weight`: how much an even distribution is rewarded (`learnable`). `collapse_at`: a mean weight above it is
-    warned about.
-    """
+    """How the K/V of several teachers are combined into one target."""
 
     kind: Literal["fixed", "similarity", "learnable"] = "fixed"
+    """Source of the teachers' weights. `fixed`: their `weight`; `similarity`: per sample, the similarity of their
+    aligned K/V to the student's own K/V of the same text; `learnable`: a router that reads the prompt and is trained
+    by the answer's cross-entropy with the fused K/V in the student's cache."""
     metric: Literal["cosine", "dot", "euclidean"] = "cosine"
+    """Similarity measure for `similarity`."""
     router: Literal["mlp", "gate", "attention"] = "mlp"
-    router_width: Positive = 256
-    router_loss_weight: Annotated[float, Field(gt=0.0)] = 1.0
+    """Architecture of the router for `learnable`."""
+    router_width: PositiveInt = 256
+    """Hidden size of the router."""
+    router_loss_weight: PositiveFloat = 1.0
+    """Weight of the router loss."""
     per_layer: bool = False
+    """Use separate weights for each layer."""
     choose: Literal["soft", "top1"] = "soft"
-    temperature: Annotated[float, Field(gt=0.0)] = 1.0
-    temperature_decay: NonNegative = 0.1
-    temperature_floor: Annotated[float, Field(gt=0.0)] = 0.5
-    entropy_weight: NonNegative = 0.01
+    """`soft` averages the teachers; `top1` takes the teacher with the highest weight."""
+    temperature: PositiveFloat = 1.0
+    """Softmax temperature over teachers in the first epoch."""
+    temperature_decay: NonNegativeFloat = 0.1
+    """Decrease of the temperature per epoch."""
+    temperature_floor: PositiveFloat = 0.5
+    """Lowest temperature: it is max(floor, temperature - decay x epoch)."""
+    entropy_weight: NonNegativeFloat = 0.01
+    """Weight of the entropy bonus of the router, which rewards even weights."""
     collapse_at: Annotated[float, Field(gt=0.5, le=1.0)] = 0.95
+    """Mean weight of one teacher above which a warning is logged."""
 
     @model_validator(mode="after")
     def _floor_below_start(self) -> Self:
@@ -137,70 +155,86 @@ class FuseConfig(StrictModel):
 
 
 class LossConfig(StrictModel):
-    """What is minimised.
+    """The training loss.
 
     Latent mode: answer CE + `reasoning_ce_weight` x text CE + `kv_weight` x KV + `codi_weight` x CODI, where the text
     is reasoning and answer, read without latents. Token mode: text CE + `kv_weight` x KV.
-
-    `kv_weight: auto` is set before the first step, so that the KV loss's gradient is `kv_gradient_ratio` times as long
-    as the cross-entropy's. `kv_loss`: `mse` and `smooth_l1` of K/V in units of the targets' deviation, `cosine`
-    per head, or `cka` over a batch's slots. `codi_weight`: CODI's loss on the hidden states before the answer.
     """
 
-    kv_weight: NonNegative | Literal["auto"] = 1.0
-    kv_gradient_ratio: Annotated[float, Field(gt=0.0)] = 1.0
+    kv_weight: NonNegativeFloat | Literal["auto"] = 1.0
+    """Weight of the KV loss. `auto` sets it before the first step from `kv_gradient_ratio`."""
+    kv_gradient_ratio: PositiveFloat = 1.0
+    """Norm of the KV loss's gradient relative to the cross-entropy's, for `kv_weight: auto`."""
     kv_loss: Literal["mse", "smooth_l1", "cosine", "cka"] = "smooth_l1"
-    reasoning_ce_weight: NonNegative = 1.0
-    codi_weight: NonNegative = 0.0
+    """Distance between K/V: `mse` or `smooth_l1` in units of the targets' standard deviation, `cosine` per head, or
+    `cka` over a batch's slots."""
+    reasoning_ce_weight: NonNegativeFloat = 1.0
+    """Weight of the cross-entropy of reasoning and answer as text, in latent mode."""
+    codi_weight: NonNegativeFloat = 0.0
+    """Weight of CODI's loss on the hidden states before the answer, in latent mode."""
 
 
 class DataConfig(StrictModel):
-    """Training and validation samples with `id`, `prompt`, `reasoning` and `answer`.
-
-    `train`, `val`: JSON Lines, or a directory made by `save_to_disk` of the datasets library. `max_tokens`: the longest
-    sample, in the student's tokens. `answer_tokens`: how many the student may write in validation (in token mode its
-    reasoning counts too). `val_samples`: only the first so many of `val`.
-    """
+    """Training and validation samples with `id`, `prompt`, `reasoning` and `answer`."""
 
     train: Path
+    """Training samples: JSON Lines, or a directory written by `save_to_disk` of the datasets library."""
     val: Path | None = None
-    max_tokens: Positive = 2048
-    answer_tokens: Positive = 32
-    val_samples: Positive | None = None
+    """Validation samples, in the same formats."""
+    max_tokens: PositiveInt = 2048
+    """Maximum length of a sample in the student's tokens."""
+    answer_tokens: PositiveInt = 32
+    """Maximum number of tokens that the student generates in validation, in token mode including its reasoning."""
+    val_samples: PositiveInt | None = None
+    """Number of validation samples to use, from the first. All by default."""
 
 
 class OptimConfig(StrictModel):
-    """AdamW with linear warm-up, then `schedule`."""
+    """AdamW and the learning-rate schedule."""
 
-    lr: Annotated[float, Field(gt=0.0)] = 2e-5
-    weight_decay: NonNegative = 0.0
+    lr: PositiveFloat = 2e-5
+    """Peak learning rate."""
+    weight_decay: NonNegativeFloat = 0.0
+    """AdamW's weight decay."""
     betas: tuple[Fraction, Fraction] = (0.9, 0.999)
+    """AdamW's betas."""
     warmup_ratio: Fraction = 0.1
+    """Fraction of the steps with linear warm-up."""
     schedule: Literal["constant", "cosine", "linear"] = "cosine"
-    max_grad_norm: Annotated[float, Field(gt=0.0)] = 1.0
+    """Learning-rate schedule after the warm-up."""
+    max_grad_norm: PositiveFloat = 1.0
+    """Norm at which gradients are clipped."""
 
 
 class RunConfig(StrictModel):
-    """Length, batch, parallelism, and what is written when.
-
-    Exactly one of `steps` and `epochs` sets the length. `global_batch` samples make one optimiser step, whatever the
-    number of ranks; `micro_batch` of them go through a rank at a time. Intervals of 0 mean only at the end. `best_by`:
-    what the validation that `best_model` comes from is best in; among equals in accuracy the lower loss is better.
-    """
+    """Length, batch size, parallelism, and what is written when."""
 
     output_dir: Path
+    """Directory for checkpoints, metrics and the best model."""
     seed: int = 0
-    steps: Positive | None = None
-    epochs: Positive | None = None
-    global_batch: Positive = 64
-    micro_batch: Positive = 8
+    """Seed of data order, latents and dropout."""
+    steps: PositiveInt | None = None
+    """Number of optimiser steps. Set exactly one of `steps` and `epochs`."""
+    epochs: PositiveInt | None = None
+    """Number of passes over the training samples."""
+    global_batch: PositiveInt = 64
+    """Number of samples per optimiser step, over all ranks."""
+    micro_batch: PositiveInt = 8
+    """Number of samples per forward pass of a rank."""
     zero_stage: Literal[0, 1, 2, 3] = 2
-    log_every: Positive = 10
-    eval_every: Annotated[int, Field(ge=0)] = 0
-    save_every: Annotated[int, Field(ge=0)] = 0
-    keep_checkpoints: Positive = 2
+    """DeepSpeed ZeRO stage."""
+    log_every: PositiveInt = 10
+    """Steps between log lines."""
+    eval_every: NonNegativeInt = 0
+    """Steps between validations. 0: only at the end."""
+    save_every: NonNegativeInt = 0
+    """Steps between checkpoints. 0: only at the end."""
+    keep_checkpoints: PositiveInt = 2
+    """Number of newest checkpoints to keep."""
     best_by: Literal["accuracy", "loss", "kv_loss"] = "accuracy"
+    """Validation metric of the best model. Equal accuracies are ordered by loss."""
     resume: Literal["auto", "never"] = "auto"
+    """`auto` continues from the newest checkpoint in `output_dir`; `never` starts anew."""
 
     @model_validator(mode="after")
     def _one_length(self) -> Self:
@@ -210,18 +244,19 @@ class RunConfig(StrictModel):
 
 
 class MonitorConfig(StrictModel):
-    """HTTP on rank 0 while it trains: a page for people, `/metrics` for Prometheus, `/healthz` for probes.
+    """HTTP server of rank 0 while it trains: a live page, `/metrics` for Prometheus, `/healthz` for probes.
 
-    Off without a `port`; 0 takes a free one, which the log names. There is no password: leave it on loopback, or in a
-    private network.
+    It has no authentication: keep it on loopback or in a private network.
     """
 
-    host: Annotated[str, Field(min_length=1)] = "127.0.0.1"
-    port: Annotated[int, Field(ge=0, le=65535)] | None = None
+    host: Text = "127.0.0.1"
+    """Address to listen on."""
+    port: Port | None = None
+    """Port to listen on. 0 picks a free port, which the log names. Off by default."""
 
 
 def _merged(base: Section, changes: Section) -> Section:
-    """`base` with what `changes` names, at any depth."""
+    """`base` updated with `changes`, at any depth."""
     merged = dict(base)
     for name, value in changes.items():
         below = merged.get(name)
@@ -231,44 +266,60 @@ def _merged(base: Section, changes: Section) -> Section:
 
 
 class StageConfig(StrictModel):
-    """One of several runs after one another: its folder under `run.output_dir`, and what it changes, at any depth."""
+    """One of several consecutive runs, and the settings that it changes."""
 
-    # A number that is not finite is kept, so that the whole configuration refuses it by its name.
+    # Keeps numbers that are not finite, so that the whole configuration refuses them by name.
     model_config = ConfigDict(ser_json_inf_nan="constants")
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-][A-Za-z0-9_.-]{0,63}$")]
+    name: FileName
+    """Folder of the stage under `run.output_dir`."""
     kv: Section = Field(default_factory=dict)
+    """Changes of `kv`."""
     align: Section = Field(default_factory=dict)
+    """Changes of `align`."""
     fuse: Section = Field(default_factory=dict)
+    """Changes of `fuse`."""
     loss: Section = Field(default_factory=dict)
+    """Changes of `loss`."""
     data: Section = Field(default_factory=dict)
+    """Changes of `data`."""
     optim: Section = Field(default_factory=dict)
+    """Changes of `optim`."""
     run: Section = Field(default_factory=dict)
+    """Changes of `run`."""
 
 
 class TrainConfig(StrictModel):
-    """Everything about one run, or about `stages` of it, each of which starts from the best model of the one before.
-
-    Without teachers it is plain supervised training.
-    """
+    """One training run, or several consecutive ones (`stages`). Without teachers, it is supervised training."""
 
     student: StudentConfig
+    """The model that is trained."""
     teachers: tuple[TeacherConfig, ...] = ()
+    """The teachers."""
     kv: KVConfig = KVConfig()
+    """The source of K/V."""
     align: AlignConfig = AlignConfig()
+    """The map from teachers to the student."""
     fuse: FuseConfig = FuseConfig()
+    """The combination of several teachers."""
     loss: LossConfig = LossConfig()
+    """The training loss."""
     data: DataConfig
+    """The samples."""
     optim: OptimConfig = OptimConfig()
+    """The optimiser."""
     run: RunConfig
+    """Length, batch size and output."""
     monitor: MonitorConfig = MonitorConfig()
+    """HTTP server for metrics."""
     stages: tuple[StageConfig, ...] = ()
+    """Consecutive runs, each of which starts from the best model of the one before."""
 
     def stage(self, index: int) -> TrainConfig:
-        """The whole configuration of one stage.
+        """The complete configuration of one stage.
 
         Raises:
-            FieldError: what the stage changes is not valid, named by its place in `stages`.
+            FieldError: a change of the stage is invalid; names its index in `stages`.
         """
         stage = self.stages[index]
         tree = self.model_dump(mode="json", exclude={"stages"})
@@ -288,13 +339,13 @@ class TrainConfig(StrictModel):
         if len(set(names)) != len(names):
             raise ValueError(f"stages: names must differ, got {names}")
         if self.stages and self.data.val is None:
-            raise ValueError("data.val: stages pass on the best model, which validation finds; set it")
+            raise ValueError("data.val: is required with stages, because they pass on the best model")
         for index, stage in enumerate(self.stages):
             for field in ("output_dir", "resume"):
                 if field in stage.run:
                     raise ValueError(f"stages.{index}.run.{field}: belongs to all stages; set run.{field}")
             if self.stage(index).data.val is None:
-                raise ValueError(f"stages.{index}.data.val: stages pass on the best model, which validation finds")
+                raise ValueError(f"stages.{index}.data.val: is required, because stages pass on the best model")
         return self
 
     @model_validator(mode="after")
@@ -308,68 +359,8 @@ class TrainConfig(StrictModel):
         if self.run.best_by == "kv_loss" and not self.teachers:
             raise ValueError("run.best_by: 'kv_loss' needs teachers")
         if self.teachers:
-            self._check_selection(self.kv.selection)
-            self._check_training_maps()
+            check_selection(self)
+            check_trained_maps(self)
         if self.loss.codi_weight > 0 and (self.student.mode != "latent" or self.loss.reasoning_ce_weight == 0):
             raise ValueError("loss.codi_weight: CODI needs student.mode 'latent' and loss.reasoning_ce_weight above 0")
         return self
-
-    def _check_training_maps(self) -> None:
-        align, routed = self.align, self.fuse.kind == "learnable"
-        if self.fuse.kind != "fixed" and align.direction != "to_student":
-            raise ValueError(
-                f"fuse.kind: '{self.fuse.kind}' fuses in the student's space: set align.direction to_student"
-            )
-        if align.direction == "to_student" and align.head_adapter == "linear" and not routed:
-            raise ValueError(
-                "align.head_adapter: nothing but the router loss may train a target's map: 'linear' needs fuse.kind "
-                "'learnable' or align.direction 'to_teacher'"
-            )
-        if align.direction == "to_teacher" and align.head_adapter == "identity":
-            raise ValueError("align.head_adapter: 'identity' leaves align.direction 'to_teacher' nothing to train")
-        if align.layer_map == "learned" and not routed:
-            raise ValueError("align.layer_map: 'learned' is trained by the router loss: it needs fuse.kind 'learnable'")
-        if routed:
-            self._check_judged_tokens(self.kv.selection)
-
-    def _check_judged_tokens(self, selection: Selection) -> None:
-        if selection.scope != "sample" or selection.span not in ("reasoning", "all"):
-            raise ValueError(
-                "kv.selection: the router loss puts K/V at the reasoning's tokens, the same in all layers and heads: "
-                "fuse.kind 'learnable' needs scope 'sample' and span 'reasoning' or 'all'; got "
-                f"'{selection.scope}' and '{selection.span}'"
-            )
-
-    def _check_selection(self, selection: Selection) -> None:
-        latents, align = self.student.latents, self.align
-        if self.student.mode == "token" and selection.scope != "sample":
-            raise ValueError(
-                "kv.selection.scope: token mode compares one token in all layers and heads, so it needs 'sample'; "
-                f"got '{selection.scope}'"
-            )
-        if self.student.mode == "token" and align.time != "none":
-            raise ValueError(
-                f"align.time: token mode compares tokens, so there is nothing to resample; got '{align.time}'"
-            )
-        if align.tokens == "overlap" and (self.student.mode, selection.selector, selection.span) != (
-            "token",
-            "full",
-            "all",
-        ):
-            raise ValueError(
-                "align.tokens: 'overlap' needs every token's first byte: student.mode 'token' and a kv.selection with "
-                "selector 'full' and span 'all'"
-            )
-        resamples = align.time != "none"
-        if resamples and (selection.span not in ("reasoning", "all") or selection.scope != "sample"):
-            raise ValueError(
-                "align.time: what is resampled to the latents is the reasoning, the same tokens in all layers: it "
-                "needs kv.selection.span 'reasoning' or 'all' and scope 'sample'; got "
-                f"'{selection.span}' and '{selection.scope}'"
-            )
-        fits = selection.selector != "full" and selection.budget == latents
-        if self.student.mode == "latent" and not fits and not resamples:
-            raise ValueError(
-                f"kv.selection: latent mode matches {latents} latents (student.latents), so it needs a selector with "
-                f"that budget, or align.time to resample; got '{selection.selector}' with budget {selection.budget}"
-            )

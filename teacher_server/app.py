@@ -47,7 +47,9 @@ class LoadError(KVDistillError):
 
 
 def run(config: ServeConfig) -> None:
-    """Serves until SIGTERM or SIGINT, then drains; a second signal ends at once. Logs go to stderr as JSON Lines.
+    """Serves until SIGTERM or SIGINT, then drains; a second signal ends at once.
+
+    Logs go to stderr: JSON Lines, or text on a terminal.
 
     Raises:
         KVDistillError: a port, the model or the self-test failed, or traces cannot be sent as asked.
@@ -105,6 +107,7 @@ class TeacherServer:
             KVDistillError: a port, the model or the self-test failed.
         """
         async with self._http(), self._grpc():
+            logs.show_banner(self._config, self.state.grpc_port, self.state.http_port)
             log_event(log, "listening", grpc_port=self.state.grpc_port, http_port=self.state.http_port)
             start = asyncio.create_task(self._start())
             loaded = await self._finished_before_stop(start)

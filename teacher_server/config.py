@@ -1,19 +1,16 @@
-"""The configuration of `kvdistill serve`. Free of torch, so that `--help` and validation are instant."""
+"""The configuration of `kvdistill serve`. Imports no torch, so that `--help` and validation are fast."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
-from kvcore.config import StrictModel
+from kvcore.config import Device, NonNegativeFloat, Port, PositiveFloat, PositiveInt, StrictModel, Text
+from kvcore.flags import FlagSet
 
 MIB = 1 << 20
-
-Positive = Annotated[int, Field(ge=1)]
-Port = Annotated[int, Field(ge=0, le=65535)]
-Seconds = Annotated[float, Field(ge=0.0)]
 
 VLLM_FIELDS = (
     "tensor_parallel_size",
@@ -26,98 +23,142 @@ VLLM_FIELDS = (
 
 
 class ServeConfig(StrictModel):
-    """One teacher replica: what it serves, where it listens, and how much it takes on.
+    """One replica of a teacher: the model, its addresses and its limits."""
 
-    `model`: a directory or hub id that transformers loads; for the engine `fake` a specification such as
-    `fake:layers=3,heads=2,dim=16,delay_ms=0`. `name`: how the teacher calls itself, the model by default.
-    `dtype: auto` is bf16 on a GPU and fp32 on a CPU; quantised weights (`load_in_8bit`, `load_in_4bit`) are computed in
-    it. A port of 0 picks a free one.
-    `tls_cert` and `tls_key`: PEM files with which the gRPC service speaks TLS. `token_file`: holds what callers must
-    show then. The HTTP pages have neither.
-    `max_sample_tokens`: the longest sample, the model's own context by default. `max_batch_tokens`: padded tokens that
-    go through the model at once. `max_queued_tokens`: what may wait or run before requests are refused.
-    `max_streams`: requests open at once. `max_frame_bytes`: the largest body of one frame. `stream_window_bytes`: what
-    one stream may hold for a slow reader. `max_request_seconds`: the deadline of a call, and the most a caller's own
-    deadline counts.
-    `drain_seconds`: how long running requests may take after SIGTERM. `threads`: torch's CPU threads.
-    Of the engine `vllm` alone: `tensor_parallel_size` and `pipeline_parallel_size`: how many GPUs the model is spread
-    over, their product; `max_model_len`: the longest sample, written text included, that the cache is laid out for;
-    `gpu_memory_utilization`: the share of each GPU's memory that weights and cache may take;
-    `worker_address`: where this server takes keys and values from workers on other nodes; `vllm_args`: further
-    arguments of vLLM's engine as a JSON object.
-    """
+    headings: ClassVar = {
+        "Model": "model",
+        "Addresses and access": "grpc_host",
+        "Limits": "max_sample_tokens",
+        "vLLM": "tensor_parallel_size",
+        "Logging": "log_level",
+    }
 
-    model: Annotated[str, Field(min_length=1)]
+    model: Text
+    """Directory or hub id of a transformers model. For the engine `fake`, a specification such as `fake:layers=3`."""
     name: Annotated[str, Field(min_length=1, max_length=256)] | None = None
+    """The teacher's name in logs and answers. Defaults to the model."""
     revision: str | None = None
+    """Branch, tag or commit of a hub model."""
     engine: Literal["hf", "vllm", "fake"] = "hf"
+    """Engine that runs the model: transformers, vLLM, or a fake model for tests."""
     dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d{1,3})?)$")] = "auto"
+    """Data type of the weights, and of the computation with quantised weights. `auto` is bf16 on a GPU and fp32 on a
+    CPU."""
+    device: Device = "auto"
+    """Device of the model: auto, cpu, cuda or cuda:N."""
     load_in_8bit: bool = False
+    """Quantise the weights to 8 bits with bitsandbytes (extra `gpu`, needs a GPU)."""
     load_in_4bit: bool = False
+    """Quantise the weights to 4 bits with bitsandbytes (extra `gpu`, needs a GPU)."""
     trust_remote_code: bool = False
-    grpc_host: Annotated[str, Field(min_length=1)] = "127.0.0.1"
+    """Run Python code that is part of the model's repository."""
+    threads: PositiveInt | None = None
+    """Number of CPU threads of torch. Torch decides by default."""
+
+    grpc_host: Text = "127.0.0.1"
+    """Address on which the gRPC service listens."""
     grpc_port: Port = 0
+    """Port of the gRPC service. 0 picks a free port, which the log names."""
     tls_cert: Path | None = None
+    """PEM file with the certificate of the gRPC service. Enables TLS for it, not for the HTTP pages."""
     tls_key: Path | None = None
+    """PEM file with the private key of `tls_cert`."""
     token_file: Path | None = None
-    http_host: Annotated[str, Field(min_length=1)] = "127.0.0.1"
+    """File with the token that gRPC callers must send. Needs TLS."""
+    http_host: Text = "127.0.0.1"
+    """Address on which the status page, /healthz, /readyz, /metrics and /info are served."""
     http_port: Port = 0
-    max_sample_tokens: Positive | None = None
-    max_samples_per_request: Positive = 256
-    max_batch_tokens: Positive = 16384
-    max_queued_tokens: Positive = 1_048_576
-    max_streams: Positive = 128
+    """Port of the HTTP pages. 0 picks a free port, which the log names."""
+
+    max_sample_tokens: PositiveInt | None = None
+    """Maximum number of tokens in a sample. Defaults to the model's context length."""
+    max_samples_per_request: PositiveInt = 256
+    """Maximum number of samples in a request."""
+    max_batch_tokens: PositiveInt = 16384
+    """Maximum number of padded tokens in a batch of the model."""
+    max_queued_tokens: PositiveInt = 1_048_576
+    """Maximum number of tokens that are waiting or running. Further requests are refused."""
+    max_streams: PositiveInt = 128
+    """Maximum number of open requests."""
     max_frame_bytes: Annotated[int, Field(ge=4096, le=64 * MIB)] = MIB
+    """Maximum size of a frame's body in bytes."""
     stream_window_bytes: Annotated[int, Field(ge=65536)] = 64 * MIB
-    max_request_seconds: Annotated[float, Field(gt=0.0)] = 600.0
-    drain_seconds: Seconds = 30.0
-    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
-    threads: Positive | None = None
-    tensor_parallel_size: Positive = 1
-    pipeline_parallel_size: Positive = 1
-    max_model_len: Positive | None = None
+    """Maximum number of bytes that a stream buffers for a slow reader."""
+    max_request_seconds: PositiveFloat = 600.0
+    """Maximum duration of a request in seconds. A caller's longer deadline is shortened to it."""
+    drain_seconds: NonNegativeFloat = 30.0
+    """Seconds that running requests may take after SIGTERM."""
+
+    tensor_parallel_size: PositiveInt = 1
+    """Number of GPUs that share each layer (engine `vllm`)."""
+    pipeline_parallel_size: PositiveInt = 1
+    """Number of groups of GPUs that share the layers (engine `vllm`)."""
+    max_model_len: PositiveInt | None = None
+    """Maximum number of tokens in a sample for which the cache is sized, generated text included (engine `vllm`).
+    Defaults to the model's context length."""
     gpu_memory_utilization: Annotated[float, Field(gt=0.0, le=1.0)] = 0.9
+    """Fraction of each GPU's memory for weights and cache (engine `vllm`)."""
     worker_address: Annotated[str, Field(pattern=r"^\S+:\d{1,5}$")] | None = None
+    """HOST:PORT on which this server receives K/V from workers on other nodes (engine `vllm`). A local socket by
+    default."""
     vllm_args: str = "{}"
+    """More arguments of vLLM's engine as a JSON object, such as '{"max_num_batched_tokens": 16384}'."""
+
+    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
+    """Lowest level of log messages."""
 
     @property
     def teacher_name(self) -> str:
-        """The name that clients and logs see."""
+        """The name in logs and answers."""
         return self.name or self.model
 
     @model_validator(mode="after")
     def _limits_agree(self) -> Self:
         if self.stream_window_bytes < self.max_frame_bytes:
             raise ValueError(
-                f"stream_window_bytes: {self.stream_window_bytes} is less than one frame, which takes up to "
+                f"stream_window_bytes: {self.stream_window_bytes} is smaller than a frame of up to "
                 f"{self.max_frame_bytes} bytes (max_frame_bytes)"
             )
         if self.load_in_8bit and self.load_in_4bit:
-            raise ValueError("load_in_4bit: weights are read in 8 or in 4 bits, not both")
+            raise ValueError("load_in_4bit: conflicts with load_in_8bit; set one of them")
         if self.engine == "fake" and not self.model.startswith("fake:"):
-            raise ValueError(f"model: the engine 'fake' takes one such as fake:layers=3,heads=2; got '{self.model}'")
+            raise ValueError(f"model: the engine 'fake' expects one such as fake:layers=3,heads=2; got '{self.model}'")
         return self
 
     @model_validator(mode="after")
     def _secrets_go_over_tls(self) -> Self:
         if (self.tls_cert is None) != (self.tls_key is None):
-            raise ValueError("tls_key: a certificate and its key go together (tls_cert, tls_key)")
+            raise ValueError("tls_key: set both tls_cert and tls_key, or neither")
         if self.token_file is not None and self.tls_cert is None:
-            raise ValueError("token_file: a token goes over TLS alone; set tls_cert and tls_key")
+            raise ValueError("token_file: a token needs TLS; set tls_cert and tls_key")
         return self
 
     @model_validator(mode="after")
     def _engine_has_its_options(self) -> Self:
         if self.engine == "vllm":
             refused = {"load_in_8bit", "load_in_4bit", "threads"}
-            hint = "the engine 'vllm' does not take it"
+            hint = "is not supported by the engine 'vllm'"
         else:
             refused = set(VLLM_FIELDS)
-            hint = f"is for the engine 'vllm'; the engine is '{self.engine}'"
+            hint = f"needs the engine 'vllm'; the engine is '{self.engine}'"
         wrong = sorted(name for name in refused if getattr(self, name) != type(self).model_fields[name].default)
         if wrong:
             raise ValueError(f"{wrong[0]}: {hint}")
         if self.worker_address is not None and not 1 <= int(self.worker_address.rpartition(":")[2]) <= 65535:
             raise ValueError(f"worker_address: got '{self.worker_address}'; a port is 1 to 65535")
         return self
+
+
+FLAGS = FlagSet(
+    ServeConfig,
+    "Serve one teacher's K/V over gRPC until SIGTERM, then let running requests end.",
+    """# A teacher on this machine
+COMMAND --model meta-llama/Llama-3.1-8B-Instruct --grpc-port 50051 --http-port 8001
+# On the second GPU, for trainers on other machines
+COMMAND --model /models/qwen --dtype bf16 --device cuda:1 --grpc-host 0.0.0.0 --grpc-port 50052
+# A large teacher on eight GPUs with vLLM
+COMMAND --engine vllm --model meta-llama/Llama-3.1-70B --tensor-parallel-size 8 --dtype bf16 \\
+    --grpc-port 50051
+# Random K/V without a model, to test a client
+COMMAND --engine fake --model fake:layers=3,heads=2,dim=16""",
+)

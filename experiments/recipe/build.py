@@ -9,7 +9,6 @@ from typing import Any
 
 from experiments.recipe.config import STAGES, FusionKind, RecipeSettings
 from kvcore.config import parse
-from kvcore.plan import COMPRESSIONS
 from student_trainer.config import TrainConfig
 from student_trainer.launching.local_teachers import teacher_names
 
@@ -92,7 +91,7 @@ def _student(settings: RecipeSettings) -> dict[str, Any]:
 def _selection(settings: RecipeSettings) -> dict[str, Any]:
     full = settings.kv_compression == "full"
     return {
-        "selector": COMPRESSIONS[settings.kv_compression],
+        "selector": settings.kv_compression,
         "budget": 0 if full else settings.num_latents,
         "span": "all" if full and settings.student_mode == "token" else "reasoning",
         # Heads and layers of another geometry are mixed on their way to the student's: all need the same tokens.

@@ -20,11 +20,11 @@ from types import FrameType
 
 import yaml
 
-from experiments.recipe.config import RecipeSettings
+from experiments.recipe.config import FLAGS, RecipeSettings
 from experiments.recipe.environment import JobSettings, job_settings, recipe_flags
-from experiments.recipe.flags import read_flags
 from experiments.recipe.run_recipe import serve_flags
-from kvcore.errors import ConfigError, KVDistillError, TeacherUnavailableError
+from kvcore.command_line import run_command
+from kvcore.errors import KVDistillError, TeacherUnavailableError
 from student_trainer.launching.endpoints import write_endpoints
 from student_trainer.launching.hosts import Hosts, LocalHost, SlurmHosts, end_all
 from student_trainer.launching.local_teachers import as_arguments, find_event, teacher_names
@@ -33,8 +33,6 @@ from student_trainer.launching.processes import tail
 
 logger = logging.getLogger(__name__)
 
-EXIT_FAILED = 1
-EXIT_USAGE = 2
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 READY_SECONDS = 1800.0
 REPORT_SECONDS = 15.0
@@ -248,19 +246,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--local", action="store_true", help="run on this machine, without SLURM")
     local = parser.parse_args(arguments).local
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stdout)
-    try:
-        settings = read_flags(recipe_flags(os.environ), "job")
+
+    def command() -> int:
+        settings = FLAGS.read(recipe_flags(os.environ), "job")
         how = job_settings(os.environ, local=local)
         place = LocalHost(how.gpus) if local else SlurmHosts(how.gpus)
-        Job(place, settings, how, how.log_dir / place.name).run()
-    except StoppedError as stopped:
-        logger.info("%s", stopped)
-        return 128 + stopped.number
-    except KVDistillError as error:
-        print(f"job: {error.line()}", file=sys.stderr)
-        return EXIT_USAGE if isinstance(error, ConfigError) else EXIT_FAILED
-    logger.info("done: %s", settings.output_dir)
-    return 0
+        try:
+            Job(place, settings, how, how.log_dir / place.name).run()
+        except StoppedError as stopped:
+            logger.info("%s", stopped)
+            return 128 + stopped.number
+        logger.info("done: %s", settings.output_dir)
+        return 0
+
+    return run_command("job", command)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What a sweep's file holds. Free of torch."""
+"""The configuration of `kvdistill sweep`. Imports no torch, so that validation is fast."""
 
 from __future__ import annotations
 
@@ -9,39 +9,39 @@ from typing import Annotated, Self
 
 from pydantic import Field, model_validator
 
-from kvcore.config import StrictModel
+from kvcore.config import PositiveInt, StrictModel
 
 Scalar = bool | int | float | str
 Flags = dict[str, Scalar | tuple[Scalar, ...]]
-# Options name folders, so they are plain.
+# Options name folders.
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]{0,63}")
-# Set for each run.
+# Flags that the sweep sets for each run.
 _OWN_FLAGS = ("output_dir", "seed")
 _OWN_EVALUATION_FLAGS = ("model_path", "output_file")
 
 
 class SweepConfig(StrictModel):
-    """A matrix of trainings: every combination of the axes' options, each with every seed.
-
-    `config`: a file of flags of experiments/train_multi_teacher_kv.py, such as configs/experiments/*.yaml.
-    `flags`: flags over it, without dashes. `matrix`: for each axis its options by name, each a mapping of flags (also
-    `config`); a list is short for an axis that is a flag itself. Later axes win over earlier ones, axes over `flags`.
-    `seeds`: `--seed` of the repetitions, which the intervals are over.
-    `command`: what trains, to which the flags are appended; torchrun goes here.
-    `evaluation`: flags of evaluation/multi_task_eval.py for every best model; none: validation scores alone.
-    `slurm`: options of sbatch by their long names, for `--slurm`. `max_parallel`: array tasks at a time.
-    `output_dir`: gets a folder for each run, and table.md and table.csv.
-    """
+    """A matrix of training runs: every combination of the axes' options, each with every seed."""
 
     output_dir: Path
+    """Directory for a folder per run, table.md and table.csv."""
     seeds: Annotated[tuple[int, ...], Field(min_length=1)] = (0, 1, 2)
+    """Seeds of the repetitions over which the confidence intervals are computed."""
     config: Path | None = None
+    """File of flags of experiments/train_multi_teacher_kv.py, such as configs/experiments/*.yaml."""
     flags: Flags = Field(default_factory=dict)
+    """Flags that override `config`, with underscores and without leading dashes."""
     matrix: Annotated[dict[str, dict[str, Flags] | tuple[Scalar, ...]], Field(min_length=1)]
+    """For each axis its options by name, each a mapping of flags (`config` is allowed too). If the axis is itself a
+    flag, a list of values is enough. Axes override `flags`, and later axes override earlier ones."""
     command: str = "python experiments/train_multi_teacher_kv.py"
+    """Training command, to which the flags are appended. Put torchrun here."""
     evaluation: Flags | None = None
+    """Flags of evaluation/multi_task_eval.py for every best model. Without it, only validation scores are compared."""
     slurm: dict[str, str | int] = Field(default_factory=dict)
-    max_parallel: Annotated[int, Field(ge=1)] | None = None
+    """Options of sbatch for `--slurm`, by their long names."""
+    max_parallel: PositiveInt | None = None
+    """Maximum number of array tasks that run at the same time."""
 
     @property
     def axes(self) -> dict[str, dict[str, Flags]]:
@@ -64,7 +64,7 @@ class SweepConfig(StrictModel):
             for name in (axis, *names):
                 if not _NAME.fullmatch(name):
                     raise ValueError(
-                        f"matrix.{axis}: '{name}' names a folder, so it takes letters, digits and _.+- only; write "
+                        f"matrix.{axis}: '{name}' names a folder, so only letters, digits and _.+- are allowed; write "
                         "the option as NAME: {FLAG: VALUE}"
                     )
         return self
@@ -87,12 +87,12 @@ class SweepConfig(StrictModel):
 
 
 def _text(value: Scalar) -> str:
-    """A value as a flag takes it."""
+    """A value as on the command line."""
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def as_arguments(flags: Flags) -> list[str]:
-    """Flags as a command takes them."""
+    """Flags as on the command line."""
     arguments: list[str] = []
     for name, value in flags.items():
         values = value if isinstance(value, tuple) else (value,)

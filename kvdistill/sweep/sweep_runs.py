@@ -15,8 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.recipe.build import DataFiles
-from experiments.recipe.config import RecipeSettings
-from experiments.recipe.flags import read_flags
+from experiments.recipe.config import FLAGS, RecipeSettings
 from experiments.recipe.run_recipe import check
 from kvcore.errors import ConfigError
 from kvdistill.report.finished_runs import find_runs
@@ -58,7 +57,7 @@ class SweepRun:
             ConfigError: a flag is wrong; names the run.
         """
         try:
-            settings = read_flags(self.arguments, _PROGRAM)
+            settings = FLAGS.read(self.arguments, _PROGRAM)
             check(settings, DataFiles.under(self.directory / "data"), 1)
         except ConfigError as error:
             raise ConfigError(f"run {self.name}: {error}") from error

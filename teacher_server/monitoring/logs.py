@@ -1,4 +1,4 @@
-"""Logs as JSON Lines on stderr: one object per event, made for machines and still greppable by people."""
+"""Logs on stderr: JSON Lines with one object per event, or plain text on a terminal."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ import sys
 import time
 from datetime import UTC, datetime
 from typing import Any
+
+from teacher_server.config import ServeConfig
 
 
 class JsonFormatter(logging.Formatter):
@@ -28,14 +30,39 @@ class JsonFormatter(logging.Formatter):
         return json.dumps(entry, default=str)
 
 
+class TextFormatter(logging.Formatter):
+    """One line per record for people: time, level, event, and its fields as key=value."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Renders a record, with its traceback if it has one."""
+        fields = "".join(f" {key}={value}" for key, value in getattr(record, "fields", {}).items())
+        line = f"{time.strftime('%H:%M:%S', time.localtime(record.created))} {record.levelname} {record.getMessage()}"
+        trace = f"\n{self.formatException(record.exc_info)}" if record.exc_info else ""
+        return line + fields + trace
+
+
 def configure(level: str) -> None:
-    """Sends every logger of the process to stderr as JSON; libraries are heard from WARNING on."""
+    """Sends all loggers of the process to stderr; other libraries from WARNING on."""
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(JsonFormatter())
+    handler.setFormatter(TextFormatter() if sys.stderr.isatty() else JsonFormatter())
     logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
     for name in ("teacher_server", "kvcore"):
         logging.getLogger(name).setLevel(level)
     logging.captureWarnings(capture=True)
+
+
+def show_banner(config: ServeConfig, grpc_port: int, http_port: int) -> None:
+    """Writes the server's addresses to stderr if it is a terminal."""
+    if not sys.stderr.isatty():
+        return
+    pages = f"http://{config.http_host}:{http_port}"
+    lines = {
+        "Model": f"{config.teacher_name} ({config.engine}, {config.dtype})",
+        "gRPC": f"{config.grpc_host}:{grpc_port}{' (TLS)' if config.tls_cert else ''}",
+        "Status page": f"{pages}/",
+        "Metrics": f"{pages}/metrics",
+    }
+    sys.stderr.write("".join(f"  {name:<13}{text}\n" for name, text in {"kvdistill serve": "", **lines}.items()))
 
 
 def log_event(

@@ -24,6 +24,7 @@ from transformers import AutoTokenizer
 
 from extraction import command, finish
 from extraction import extract as run
+from kvcore.command_line import EXIT_FAILED, EXIT_USAGE
 from kvcore.store.kv_store import KVStoreReader
 from tests.support.extraction import ExtractionWorld, assert_same_kv, load_pt, make_world
 from tests.support.reference_kv import load_reference, reference_kv
@@ -199,10 +200,10 @@ def test_what_is_finished_is_not_done_again_and_nothing_else_is_put_in_its_place
     written = (tmp_path / "out" / "train_kv.pt").stat().st_mtime_ns
     assert extract(limit=4, teacher_endpoints=["ada=127.0.0.1:1", "ben=127.0.0.1:1"]) == 0
     assert "nothing to do" in capsys.readouterr().err
-    assert extract(limit=5) == command.EXIT_USAGE
+    assert extract(limit=5) == EXIT_USAGE
     assert "another limit (4, not 5)" in capsys.readouterr().err
     (tmp_path / "out" / "train_kv.report.json").unlink()
-    assert extract(limit=4) == command.EXIT_USAGE
+    assert extract(limit=4) == EXIT_USAGE
     assert "exists already" in capsys.readouterr().err
     assert (tmp_path / "out" / "train_kv.pt").stat().st_mtime_ns == written
 
@@ -226,7 +227,7 @@ def test_a_disk_that_is_too_small_is_refused_before_anything_is_written(
 ) -> None:
     usage = shutil.disk_usage(tmp_path)._replace(free=100_000)
     monkeypatch.setattr(run.shutil, "disk_usage", lambda _path: usage)
-    assert extract() == command.EXIT_USAGE
+    assert extract() == EXIT_USAGE
     assert re.search(r"needs about 0\.00\d GB, and the disk of .* has 0\.000 GB free", capsys.readouterr().err)
     assert list((tmp_path / "out").rglob("*.safetensors")) == []
 
@@ -239,7 +240,7 @@ def test_long_samples_and_such_as_a_teacher_cannot_serve_are_told_and_listed(
     lines[2]["prompt"] *= 60  # beyond the teachers' 512
     dataset = tmp_path / "data.jsonl"
     dataset.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-    assert extract(dataset_path=dataset) == command.EXIT_FAILED
+    assert extract(dataset_path=dataset) == EXIT_FAILED
     said = capsys.readouterr().err
     assert f"teacher 'ada': cannot serve '{lines[2]['id']}'" in said
     assert "this teacher takes at most 512" in said
@@ -292,6 +293,6 @@ def test_a_teacher_that_dies_ends_the_run_with_its_name(
     gone = [endpoints[0], "ben=127.0.0.1:1"]
     began = time.monotonic()
     flags = world.flags(tmp_path / "out", teacher_endpoints=gone, patience_s=0.5)
-    assert command.main(flags, "extract") == command.EXIT_FAILED
+    assert command.main(flags, "extract") == EXIT_FAILED
     assert "teacher 'ben'" in capsys.readouterr().err
     assert time.monotonic() - began < 30

@@ -20,7 +20,8 @@ INTERNAL = {
 }
 # A script that reads no flags would do its work when it is asked for help.
 READS_FLAGS = re.compile(
-    r"ArgumentParser\(|typer\.Typer|read_flags|extraction\.command import|comparisons\.base import"
+    r"ArgumentParser\(|typer\.Typer|recipe\.config import|evaluation\.config import|extraction\.command import"
+    r"|comparisons\.base import"
 )
 # All in one process: what each imports takes its time only once.
 CODE = """

@@ -10,16 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import typer.main
 import yaml
 
 from kvcore.config import load_config
 from kvcore.extras import EXTRAS
-from kvdistill.cli import app
 from kvdistill.own_packages import PACKAGES
-from kvdistill.serve_flags import serve_config
 from scripts.image_requirements import requirements
 from student_trainer.config import TrainConfig
+from teacher_server.config import FLAGS as SERVE_FLAGS
 from teacher_server.config import ServeConfig
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -50,8 +48,7 @@ def served_by(name: str) -> ServeConfig:
     """What a teacher's container serves: the image's entry point and the service's command through the real flags."""
     entry = next(line for line in DOCKERFILE.splitlines() if line.startswith('ENTRYPOINT ["kvdistill", "serve"'))
     arguments = [*json.loads(entry.removeprefix("ENTRYPOINT "))[2:], *SERVICES[name]["command"]]
-    with typer.main.get_group(app).commands["serve"].make_context("serve", arguments) as context:
-        return serve_config(context.params)
+    return SERVE_FLAGS.read(arguments, "kvdistill serve")
 
 
 def trained_by(name: str) -> TrainConfig:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import pytest
 from pydantic import Field
@@ -29,6 +29,8 @@ class Root(StrictModel):
     teachers: tuple[Teacher, ...] = ()
     output: Path | None = None
     note: str | None = None
+    selector: Literal["full", "r_kv"] | None = None
+    strength: float | Literal["auto"] = 1.0
 
 
 def load(tmp_path, text, *overrides):
@@ -74,6 +76,12 @@ def test_numbers_may_have_an_exponent(tmp_path, number):
     assert load(tmp_path, "{}", f"train.learning_rate={number}").train.learning_rate == 1e-3
 
 
+@pytest.mark.parametrize("spelling", ["r_kv", "r-kv"])
+def test_choices_may_be_spelled_with_dashes_or_underscores(tmp_path, spelling):
+    assert load(tmp_path, f"selector: {spelling}").selector == "r_kv"
+    assert load(tmp_path, "{}", f"selector={spelling}").selector == "r_kv"
+
+
 def test_an_override_makes_the_sections_on_its_way():
     tree = {}
     apply_override(tree, "a.b.c=[1, {d: 2}]")
@@ -105,6 +113,9 @@ def test_an_override_makes_the_sections_on_its_way():
         ("teachers: [{name: a}]", ["teachers.1.name=b"], "teachers.1", "index below 1, got '1'"),
         ("teachers: [{name: a}]", ["teachers.first.name=b"], "teachers.first", "index below 1, got 'first'"),
         ("teachers: [{name: a}]", ["teachers.3={name: b}"], "teachers.3", "index below 1, got '3'"),
+        ("selector: rkv", [], "selector", "expected one of full, r_kv; got 'rkv'; did you mean 'r_kv'?"),
+        ("selector: 3", [], "selector", "expected one of full, r_kv; got 3"),
+        ("strength: aut", [], "strength", "expected a number or auto; got 'aut'; did you mean 'auto'?"),
         ("note: x", ["note.deep=1"], "note", "is a plain value, so --set note.deep=1 cannot go below it"),
         ("note: x", ["note.deep.er=1"], "note", "is a plain value"),
     ],

@@ -70,7 +70,7 @@ def test_parts_that_fit_have_no_problem() -> None:
 @pytest.mark.parametrize(
     ("changed", "problem"),
     [
-        (teacher(args=[*FLAGS, "--dtype=fp7"]), "demo: teacher-a: Invalid value for '--dtype'"),
+        (teacher(args=[*FLAGS, "--dtype=fp7"]), "demo: teacher-a: --dtype: expected one of auto"),
         (
             teacher(args=[*FLAGS, "--drain-seconds=46"]),
             "terminationGracePeriodSeconds is less than preStop and drain, 51",

@@ -8,8 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from extraction.config import ExtractConfig
-from extraction.flags import FLAGS, GROUPS, read_flags
+from extraction.config import DEFAULT_BUDGET, FLAGS, ExtractConfig
 from kvcore.errors import ConfigError
 from kvcore.plan import Selection
 from tests.support.servers import REPOSITORY
@@ -18,7 +17,7 @@ NEEDED = ["--teacher_models", "a/t1", "a/t2", "--student_model", "a/s", "--datas
 
 
 def read(*more: str) -> ExtractConfig:
-    return read_flags([*NEEDED, *more], "x")
+    return FLAGS.read([*NEEDED, *more], "x")
 
 
 def test_the_guides_command_is_understood() -> None:
@@ -67,17 +66,17 @@ def test_booleans_are_true_or_false(given: list[str], value: bool) -> None:
     ("flags", "problem"),
     [
         (["--kv_compresion", "right"], "--kv_compresion: unknown flag; did you mean --kv_compression?"),
-        (["--output-name=x"], "--output-name: unknown flag; did you mean --output_name?"),
-        (["--kv_compression", "left"], "--kv_compression: Input should be 'right', 'r-kv' or 'full' (got 'left')"),
+        (["--output-nam=x"], "--output-nam: unknown flag; did you mean --output-name?"),
+        (["--kv_compression", "left"], "--kv_compression: expected one of right, r_kv, full; got 'left'"),
         (["--load_in_8bit", "maybe"], "expected true or false, got 'maybe'"),
         (["--max_length", "0"], "--max_length: "),
-        (["--shard", "0/3"], "counts from 1/N"),
-        (["--shard", "4/3"], "counts from 1/N"),
+        (["--shard", "0/3"], "I from 1 to N"),
+        (["--shard", "4/3"], "I from 1 to N"),
         (["--shard", "one"], "--shard: "),
         (["--kv_compression", "full", "--kv_budget", "3"], "takes no budget; got 3"),
-        (["--scope", "head"], "chooses the same tokens everywhere"),
+        (["--scope", "head"], "selects the same tokens everywhere"),
         (["--output_name", "../x"], "--output_name: "),
-        (["--load_in_8bit", "true", "--teacher_endpoints", "t1=h:1"], "load_in_8bit: is for servers that are started"),
+        (["--load_in_8bit", "true", "--teacher_endpoints", "t1=h:1"], "load_in_8bit: running servers have loaded"),
     ],
 )
 def test_mistakes_are_named(flags: list[str], problem: str) -> None:
@@ -87,16 +86,16 @@ def test_mistakes_are_named(flags: list[str], problem: str) -> None:
 
 
 def test_a_flag_that_is_needed_is_named() -> None:
-    with pytest.raises(ConfigError, match="--student_model"):
-        read_flags(["--teacher_models", "a", "--dataset_path", "d", "--output_dir", "o"], "x")
+    with pytest.raises(ConfigError, match="--student-model"):
+        FLAGS.read(["--teacher_models", "a", "--dataset_path", "d", "--output_dir", "o"], "x")
 
 
 def test_every_field_has_a_flag_and_help_says_how_to_use_them() -> None:
-    fields = [name for group in GROUPS.values() for name in group]
-    assert sorted(fields) == sorted(ExtractConfig.model_fields)
-    shown = FLAGS.parser("x").format_help()
-    assert all(f"--{name}" in shown for name in fields)
-    assert "examples:" in shown
+    fields = ExtractConfig.model_fields
+    shown = FLAGS.help("x")
+    assert all(f"--{name.replace('_', '-')}" in shown and field.description for name, field in fields.items())
+    assert str(DEFAULT_BUDGET) in (fields["kv_budget"].description or "")
+    assert "Examples:" in shown
     assert "--shard 2/4" in shown
 
 

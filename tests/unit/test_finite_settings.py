@@ -61,6 +61,6 @@ class Flags(StrictModel):
 @pytest.mark.parametrize("text", ["nan", "inf", "-inf", "1e999"])
 @pytest.mark.parametrize("flag", ["rate", "rates"])
 def test_no_flag_takes_a_number_that_is_not_finite(flag: str, text: str) -> None:
-    flags = FlagSet(Flags, "Does nothing.", "", {"Rates": {"rate": "One.", "rates": "Several."}})
+    flags = FlagSet(Flags, "Does nothing.", "")
     with pytest.raises(FieldError, match=f"--{flag}"):
         flags.read([f"--{flag}={text}"], "kvdistill rates")

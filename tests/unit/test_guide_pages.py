@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from experiments.recipe.config import TRAIN_SAMPLES, VAL_SAMPLES, RecipeSettings
-from experiments.recipe.flags import parser
+from kvcore.flags import flags_of
 from tests.support.guide import CHINESE_PAGE, PAGE, blocks
 from tests.support.servers import REPOSITORY
 
@@ -80,11 +80,15 @@ def test_links_within_a_page_lead_to_a_heading(page: Path) -> None:
 
 
 def test_flags_are_those_of_the_command_with_their_defaults() -> None:
-    known = {option: action.dest for action in parser("")._actions for option in action.option_strings}
+    known = {
+        flag.replace("-", "_"): field
+        for name, field in RecipeSettings.model_fields.items()
+        for flag in flags_of(name, field)
+    }
     shown = table_rows(r"^\| (`--.*?) \| (.*?) \|")
     for flags, default in shown:
         for flag in re.findall(r"--\w+", flags):
-            field = RecipeSettings.model_fields[known[flag]]
+            field = known[flag.replace("-", "_")]
             assert stated(default) == actual(field.get_default(), required=field.is_required(), flag=flag)
     assert len(shown) == 39
 

@@ -12,14 +12,16 @@ import typer
 from data.multi_task_dataset import EXAMPLES as DATA_EXAMPLES
 from data.multi_task_dataset import prepare
 from evaluation.config import FLAGS as EVAL_FLAGS
-from experiments.recipe.flags import FLAGS as RECIPE_FLAGS
-from extraction.flags import FLAGS as EXTRACT_FLAGS
+from experiments.recipe.config import FLAGS as RECIPE_FLAGS
+from extraction.config import FLAGS as EXTRACT_FLAGS
 from kvcore.errors import KVDistillError
 from kvcore.flags import FlagSet
 from kvdistill.cli import app
+from teacher_server.config import FLAGS as SERVE_FLAGS
 from tests.support.servers import REPOSITORY
 
 FLAG_SETS: dict[str, FlagSet[Any]] = {
+    "kvdistill serve": SERVE_FLAGS,
     "kvdistill extract": EXTRACT_FLAGS,
     "kvdistill eval": EVAL_FLAGS,
     "experiments/train_multi_teacher_kv.py": RECIPE_FLAGS,
@@ -29,10 +31,9 @@ OWN_HELP = [name for name in COMMANDS if f"kvdistill {name}" not in FLAG_SETS]
 
 
 def examples(text: str) -> list[str]:
-    """The command lines in an epilog: in code marks, or indented by four."""
-    joined = text.replace("\\\n", " ")
-    marked = [line[1:-1] for line in joined.splitlines() if line.startswith("`") and line.endswith("`")]
-    return marked or [line.strip() for line in joined.splitlines() if line.startswith("    ")]
+    """The command lines of a block of examples, without its comments."""
+    lines = text.replace("\\\n", " ").splitlines()
+    return [line.strip() for line in lines if line.strip() and not line.strip().startswith("#")]
 
 
 def arguments_after(command: str, line: str) -> list[str]:
@@ -46,7 +47,6 @@ def test_every_example_of_a_command_is_accepted_by_it(name: str) -> None:
     command = COMMANDS[name]
     shown = examples(command.epilog or "")
     assert shown
-    assert "**Examples**" in command.epilog
     for line in shown:
         command.make_context(name, arguments_after(f"kvdistill {name}", line))
 
@@ -54,7 +54,7 @@ def test_every_example_of_a_command_is_accepted_by_it(name: str) -> None:
 @pytest.mark.parametrize("name", FLAG_SETS)
 def test_every_example_of_a_flag_set_is_accepted_by_it(name: str) -> None:
     flags = FLAG_SETS[name]
-    shown = examples(flags.parser(name).epilog or "")
+    shown = examples(flags.help(name).partition("Examples:")[2])
     assert shown
     for line in shown:
         flags.read(arguments_after(name, line), name)
@@ -89,6 +89,8 @@ def test_what_an_error_says_to_do_next_is_a_command_that_there_is() -> None:
         if name == "--version":
             continue
         flags = [flag for parameter in COMMANDS[name].params for flag in parameter.opts]
+        if listed := FLAG_SETS.get(f"kvdistill {name}"):
+            flags += [flag for flag, _, _ in listed.completions()]
         assert all(word in flags for word in arguments if word.startswith("--")), step
 
 

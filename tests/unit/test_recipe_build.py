@@ -34,7 +34,7 @@ def test_flags_reach_the_trainer() -> None:
     made = config(
         world_size=4,
         fixed_weights=(0.25, 0.75),
-        kv_compression="r-kv",
+        kv_compression="r_kv",
         kv_loss_type="mse",
         kv_loss_weight=0.1,
         layer_map_strategy="cka",
@@ -92,7 +92,7 @@ def test_all_phases_follow_one_another_in_the_guides_folders() -> None:
         ("latent", "right", ("right", 24, "reasoning"), "none"),
         ("latent", "full", ("full", 0, "reasoning"), "linear"),
         ("token", "full", ("full", 0, "all"), "none"),
-        ("token", "r-kv", ("r_kv", 24, "reasoning"), "none"),
+        ("token", "r_kv", ("r_kv", 24, "reasoning"), "none"),
     ],
 )
 def test_compression_says_which_tokens_leave_a_teacher(

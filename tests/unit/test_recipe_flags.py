@@ -8,8 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from experiments.recipe.config import TRAIN_SAMPLES, VAL_SAMPLES, RecipeSettings
-from experiments.recipe.flags import GROUPS, parser, read_flags
+from experiments.recipe.config import FLAGS, MIX, TRAIN_SAMPLES, VAL_SAMPLES, RecipeSettings
 from experiments.train_multi_teacher_kv import main
 from kvcore.errors import ConfigError
 from tests.support.servers import REPOSITORY
@@ -61,14 +60,26 @@ GUIDE = [
 
 
 def read(*flags: str) -> RecipeSettings:
-    return read_flags([*NEEDED, *flags], "recipe")
+    return FLAGS.read([*NEEDED, *flags], "recipe")
 
 
-def test_every_flag_of_the_guide_is_there_and_every_field_explains_itself() -> None:
-    known = {option.removeprefix("--") for action in parser("recipe")._actions for option in action.option_strings}
+def test_every_flag_of_the_guide_is_there_and_every_field_is_described() -> None:
+    known = {flag.removeprefix("--").replace("-", "_") for flag, _, _ in FLAGS.completions()}
     assert set(GUIDE) <= known
-    explained = [name for fields in GROUPS.values() for name in fields]
-    assert sorted(explained) == sorted(RecipeSettings.model_fields)
+    assert [name for name, field in RecipeSettings.model_fields.items() if not field.description] == []
+
+
+def test_descriptions_state_the_defaults_that_depend_on_other_settings() -> None:
+    fields = RecipeSettings.model_fields
+    for name, default in {"train_samples": TRAIN_SAMPLES, "val_samples": VAL_SAMPLES, "dataset_name": MIX}.items():
+        assert str(default) in (fields[name].description or "")
+
+
+@pytest.mark.parametrize("flag", ["--student-model", "--student_model", "--student-model_name_or-path"])
+@pytest.mark.parametrize("value", ["r-kv", "r_kv"])
+def test_dashes_and_underscores_are_interchangeable(flag: str, value: str) -> None:
+    settings = FLAGS.read([flag, "s", *NEEDED[2:], "--kv-compression", value], "recipe")
+    assert (settings.student_model_name_or_path, settings.kv_compression) == ("s", "r_kv")
 
 
 def test_values_are_read_as_the_guide_writes_them() -> None:
@@ -99,7 +110,7 @@ def test_flags_win_over_the_file(tmp_path: Path) -> None:
     path = tmp_path / "run.yaml"
     path.write_text("teacher_models: [a, b, c]\nseed: 3\nlearning_rate: 1e-3\nfixed_weights: [1, 2, 3]\n")
     flags = ("--config", str(path), "--student_model", "s", "--output_dir", "out", "--seed", "4")
-    settings = read_flags(flags, "recipe")
+    settings = FLAGS.read(flags, "recipe")
     assert (settings.seed, settings.learning_rate, settings.teachers) == (4, 1e-3, ("a", "b", "c"))
 
 
@@ -109,32 +120,41 @@ def test_flags_win_over_the_file(tmp_path: Path) -> None:
         ("--learning_rat 1e-3", "--learning_rat: unknown flag; did you mean --learning_rate?"),
         ("--save_total_limits=3", "--save_total_limits: unknown flag; did you mean --"),
         ("--bf16 yes", "--bf16: expected true or false, got 'yes'"),
-        ("--zero_stage 7", "--zero_stage: Input should be 0, 1, 2 or 3 (got 7)"),
-        ("--kv_compression rkv", "--kv_compression: Input should be 'full', 'right' or 'r-kv' (got 'rkv')"),
-        ("--kv_loss_weight often", "--kv_loss_weight: "),
-        ("--fixed_weights 0.5", "--fixed_weights: 2 teachers need as many weights, got 1 (a comma inside sbatch"),
+        ("--zero_stage 7", "--zero_stage: expected one of 0, 1, 2, 3; got 7"),
+        (
+            "--kv_compression rkv",
+            "--kv_compression: expected one of full, right, r_kv; got 'rkv'; did you mean 'r_kv'?",
+        ),
+        ("--kv_loss_weight often", "--kv_loss_weight: expected a number or auto; got 'often'"),
+        (
+            "--fixed_weights 0.5",
+            "--fixed_weights: expected 2 weights, one per teacher, got 1 (separate them by spaces",
+        ),
         ("--fixed_weights a,b", "--fixed_weights: Input should be a valid number (got 'a')"),
         ("--fixed_weights 1 0", "--fixed_weights: Input should be greater than 0"),
-        ("--num_teachers 3", "--num_teachers: 3 asked for, and teacher_models names 2"),
+        ("--num_teachers 3", "--num_teachers: 3 is more than the 2 of teacher_models"),
         ("--train_phase 2 --fusion_strategy learnable", "--fusion_strategy: train_phase 2 is 'similarity'"),
-        ("--train_phase all --fusion_strategy fixed", "--fusion_strategy: train_phase 'all' runs all three"),
-        ("--rope_scaling false", "--rope_scaling: keys travel without their rotation"),
-        ("--load_in_8bit true --load_in_4bit true", "--load_in_4bit: weights are read in 8 or in 4 bits"),
-        ("--load_in_8bit true --teacher_endpoints x=h:1", "--teacher_endpoints: servers that run already"),
-        ("--kv_mode offline --teacher_endpoints x=h:1", "--teacher_endpoints: kv_mode 'offline' asks no teacher"),
+        ("--train_phase all --fusion_strategy fixed", "--fusion_strategy: conflicts with train_phase 'all'"),
+        ("--rope_scaling false", "--rope_scaling: cannot be false: teachers send keys without their rotation"),
+        ("--load_in_8bit true --load_in_4bit true", "--load_in_4bit: conflicts with load_in_8bit"),
+        (
+            "--load_in_8bit true --teacher_endpoints x=h:1",
+            "--teacher_endpoints: running servers have loaded their weights",
+        ),
+        ("--kv_mode offline --teacher_endpoints x=h:1", "--teacher_endpoints: kv_mode 'offline' uses no teacher"),
         ("--config no.yaml", "no.yaml: no such configuration file"),
-        ("stray --seed 1", "'stray': no flag stands before it"),
+        ("stray --seed 1", "'stray': no flag before it"),
     ],
 )
 def test_a_mistake_is_named_as_its_flag(flags: str, problem: str) -> None:
     with pytest.raises(ConfigError) as caught:
-        read_flags([*flags.split()[:1], *NEEDED] if flags.startswith("stray") else [*NEEDED, *flags.split()], "recipe")
+        FLAGS.read([*flags.split()[:1], *NEEDED] if flags.startswith("stray") else [*NEEDED, *flags.split()], "recipe")
     assert str(caught.value).startswith(problem)
 
 
 def test_a_missing_flag_is_named(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--student_model", "s", "--output_dir", "out"]) == 2
-    assert capsys.readouterr().err == "train_multi_teacher_kv.py: --teacher_models: is required\n"
+    assert capsys.readouterr().err == "train_multi_teacher_kv.py: --teacher-models: is required\n"
 
 
 def test_help_has_examples_and_loads_nothing_heavy() -> None:
@@ -144,13 +164,13 @@ def test_help_has_examples_and_loads_nothing_heavy() -> None:
         "print({'torch', 'transformers', 'datasets', 'grpc'} & {name.split('.')[0] for name in sys.modules})"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=True)
-    assert "examples:" in done.stdout
+    assert "Examples:" in done.stdout
     assert done.stdout.endswith("set()\n")
 
 
 @pytest.mark.parametrize("path", sorted((REPOSITORY / "configs" / "experiments").glob("*.yaml")), ids=lambda p: p.stem)
 def test_every_scenario_that_ships_is_valid(path: Path) -> None:
-    settings = read_flags(["--config", str(path)], "recipe")
+    settings = FLAGS.read(["--config", str(path)], "recipe")
     assert settings.train_phase == "all"
     # What its heading says to type.
     assert str(path.relative_to(REPOSITORY)) in path.read_text(encoding="utf-8")

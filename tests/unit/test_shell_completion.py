@@ -38,6 +38,7 @@ def complete(typed: str, code: str = PROGRAM) -> list[str]:
         ("kvdistill serve --engine h", ["hf"]),
         ("kvdistill extract --teacher_m", ["--teacher_models"]),
         ("kvdistill eval --eval_d", ["--eval_datasets"]),
+        ("kvdistill eval --eval-d", ["--eval-datasets"]),
         ("kvdistill extract data/prep", []),
     ],
 )

@@ -52,7 +52,7 @@ def test_every_combination_meets_every_seed_in_a_folder_of_its_own() -> None:
 def test_flags_reach_the_settings_with_their_types() -> None:
     first, *_, last = planned()
     assert (first.settings.kv_compression, first.settings.math23k_ratio, first.settings.bf16) == ("right", 0.1, True)
-    assert (last.settings.kv_compression, last.settings.math23k_ratio, last.settings.bf16) == ("r-kv", 0.2, False)
+    assert (last.settings.kv_compression, last.settings.math23k_ratio, last.settings.bf16) == ("r_kv", 0.2, False)
     assert last.settings.teacher_models == ("a", "b")
     assert (last.settings.seed, last.settings.output_dir) == (1, last.directory)
 
@@ -72,7 +72,7 @@ def test_options_win_over_flags_and_flags_over_the_file_of_flags(tmp_path: Path)
     ("changes", "said"),
     [
         ({"matrix": {"kv_compression": ["right", "half"]}}, "run half/seed0: --kv_compression"),
-        ({"flags": {"teacher_models": ["a"]}}, "student_model_name_or_path: is required"),
+        ({"flags": {"teacher_models": ["a"]}}, "--student-model-name-or-path: is required"),
         ({"flags": {"kv_compresion": "right"}}, "did you mean --kv_compression?"),
         ({"config": "nowhere.yaml"}, "nowhere.yaml: no such configuration file"),
         ({"seeds": [1, 1]}, "seeds: must differ"),

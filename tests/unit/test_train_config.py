@@ -59,7 +59,7 @@ def test_resampling_takes_any_number_of_slots(selection: dict[str, Any]) -> None
     [
         ({"align": {"time": "linear"}}, "align.time: token mode"),
         ({"align": {"tokens": "overlap"}}, "align.tokens: 'overlap' needs every token's first byte"),
-        ({"align": {"head_adapter": "linear"}}, "align.head_adapter: .*'linear' needs fuse.kind"),
+        ({"align": {"head_adapter": "linear"}}, "align.head_adapter: 'linear' .* needs fuse.kind"),
         ({"align": {"layer_map": "learned"}}, "align.layer_map: .*needs fuse.kind 'learnable'"),
         (
             {"align": {"layer_map": "learned", "direction": "to_teacher"}},
@@ -155,7 +155,7 @@ def test_a_mistake_in_a_stage_is_named_before_anything_runs(stages: list[dict[st
 
 
 def test_stages_need_validation_data() -> None:
-    with pytest.raises(ConfigError, match=r"data\.val: stages"):
+    with pytest.raises(ConfigError, match=r"data\.val: is required with stages"):
         parse(staged({"name": "one"}) | {"data": {"train": "train.jsonl"}}, TrainConfig)
 
 
