@@ -60,9 +60,8 @@ format: setup ## Mend the style of what can be mended
 proto: setup ## Regenerate the code of protos/kv_cache.proto
 	@$(CHECKS) --write-proto
 
-docs: setup ## Regenerate docs/configuration.md from the configuration models, and the Grafana dashboard
+docs: setup ## Regenerate docs/configuration.md from the configuration models
 	@$(VENV)/bin/python scripts/make_config_reference.py
-	@$(VENV)/bin/python -m scripts.make_dashboard
 
 site: setup ## The documentation as a site, in site/index.html
 	@$(CHECKS) --write-site
