@@ -17,9 +17,10 @@ from typing import Annotated
 import typer
 from datasets import Dataset, Features, Value
 
-from data.dataset_sources import default_data_dir, find_source, read_rows
+from data.dataset_sources import find_source, read_rows
 from data.families import BASE, CHINESE, EXTENDED, find_family
 from data.families.base import Row as DatasetRow
+from data.local_copies import default_data_dir
 from data.mixing import apportion_splits
 from data.mixture_report import Report, describe, log
 from data.prompts import STYLES, Style

@@ -102,6 +102,6 @@ def read_flags(arguments: Sequence[str], program: str) -> EvalSettings:
     require("train", program)
     if settings.data_dir is not None:
         return settings
-    from data.dataset_sources import default_data_dir  # noqa: PLC0415 - slow to import, and --help needs none of it
+    from data.local_copies import default_data_dir  # noqa: PLC0415 - slow to import, and --help needs none of it
 
     return settings.model_copy(update={"data_dir": default_data_dir()})
