@@ -20,7 +20,7 @@ from typing import Any
 import yaml
 
 from scripts import deploy_manifests
-from scripts.run_checks import ROOT, call, programs_are_here, say
+from scripts.run_checks import ROOT, call, has_programs, print_line
 
 DEPLOY = ROOT / "deploy"
 PINS = DEPLOY / "checks"
@@ -68,7 +68,7 @@ def tools_are_here() -> bool:
             return False
         stamp.write_text(key, encoding="utf-8")
     debian = {"shellcheck": "shellcheck", "promtool": "prometheus"}
-    return all(programs_are_here((program,), (package,)) for program, package in debian.items())
+    return all(has_programs((program,), (package,)) for program, package in debian.items())
 
 
 def kustomize_installed() -> bool:
@@ -115,7 +115,7 @@ def manifests_are_valid() -> bool:
             known = list(deploy_manifests.with_schema(documents))
             (Path(scratch) / f"{overlay.name}.yaml").write_text(yaml.safe_dump_all(known), encoding="utf-8")
         for problem in found:
-            say(problem)
+            print_line(problem)
         files = sorted(map(str, Path(scratch).iterdir()))
         return (
             not found
@@ -129,7 +129,7 @@ def validated(command: list[str]) -> bool:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     lines = done.stdout.splitlines() + done.stderr.splitlines()
     wrong = [line for line in lines if not line.startswith("INFO")]
-    say("\n".join([f"$ kubernetes-validate --strict: {len(lines) - len(wrong)} objects are valid", *wrong]))
+    print_line("\n".join([f"$ kubernetes-validate --strict: {len(lines) - len(wrong)} objects are valid", *wrong]))
     return done.returncode == 0 and not wrong and bool(lines)
 
 
@@ -144,7 +144,7 @@ def prometheus_files_are_valid() -> bool:
     tests = sorted((PROMETHEUS / "tests").glob("*.yml"))
     rules = sorted((PROMETHEUS / "rules").glob("*.yml"))
     if not tests or not rules:
-        say(f"{PROMETHEUS}: no rules/*.yml or no tests/*.yml")
+        print_line(f"{PROMETHEUS}: no rules/*.yml or no tests/*.yml")
         return False
     return (
         call("promtool", "check", "config", str(PROMETHEUS / "prometheus.yml"))
@@ -156,7 +156,7 @@ def prometheus_files_are_valid() -> bool:
 def expressions_parse() -> bool:
     """The dashboards' expressions and the autoscaler's, with the variables that others fill in."""
     found = [*dashboard_expressions(), *adapter_expressions()]
-    say(f"$ promql_parser: {len(found)} expressions")
+    print_line(f"$ promql_parser: {len(found)} expressions")
     command = [str(TOOLS / "bin" / "python"), "-c", PARSE]
     parsed = subprocess.run(command, input="\n".join(found), text=True, check=False).returncode == 0
     return parsed and any(DASHBOARDS.glob("*.json"))
@@ -201,13 +201,13 @@ def promtool_accepts(which: str) -> bool:
     made = subprocess.run(
         [sys.executable, "-m", "scripts.metrics_text", which], cwd=ROOT, stdout=subprocess.PIPE, text=True, check=False
     )
-    say(f"$ promtool check metrics: {made.stdout.count('# TYPE')} metrics of the {which}")
+    print_line(f"$ promtool check metrics: {made.stdout.count('# TYPE')} metrics of the {which}")
     command = ["promtool", "check", "metrics"]
     checked = subprocess.run(command, input=made.stdout, text=True, check=False).returncode == 0
     asked = set(re.findall(r"kvdistill_\w+", " ".join(adapter_expressions()))) if which == "server" else set()
     unknown = [name for name in sorted(asked) if f"\n{name}" not in made.stdout]
     if unknown:
-        say(f"{ADAPTER_RULES}: the server has no {', '.join(unknown)}")
+        print_line(f"{ADAPTER_RULES}: the server has no {', '.join(unknown)}")
     return checked and made.returncode == 0 and "# TYPE" in made.stdout and not unknown
 
 
