@@ -47,7 +47,7 @@ def find_source(family: Family, local_paths: Mapping[str, str | Path], data_dir:
     if len(found) > 1:
         raise FieldError(f"local_paths.{name}", f"name one of {', '.join(map(str, found))}")
     if not found and family.hub is None:
-        raise ConfigError(f"dataset '{name}' ({family.origin}) has no local copy; {_how_to_provide(name)}")
+        raise ConfigError(f"dataset '{name}' ({family.origin}) has no copy here; {_how_to_provide(name)}")
     return Source(family, found[0] if found else None)
 
 

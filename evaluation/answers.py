@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 
 from lm_eval.tasks.hendrycks_math.utils import is_equiv
 
+from data.latex import last_boxed
 from evaluation.number_text import find_numbers, number_text, parse_number, plain, spelt_number
 from kvcore.errors import FieldError
 
@@ -36,7 +37,6 @@ _SENTENCE_END = re.compile(r"[.!?;](?=\s|$)|。")
 _NEGATED = re.compile(
     r"\b(?:not|isn't|rather\s+than)\s+(?:option\s+|choice\s+)?\S+(?:\s+but\b)?|不是\S?|而非\S?", re.IGNORECASE
 )
-_BOX = re.compile(r"\\(?:boxed|fbox)\s*")
 # H_{2} is H_2.
 _ONE_IN_BRACES = re.compile(r"([_^])\{(\w)\}")
 _WRAPPED = re.compile(r"\\(?:text|textbf|mathrm|mathbf|mbox|rm)\s*\{([^{}]*)\}")
@@ -111,7 +111,7 @@ def extract_label(text: str, labels: Sequence[str]) -> str | None:
 def extract_math(text: str) -> str | None:
     """The expression that a text answers with, as it was written, or None."""
     text = plain(text)
-    boxed = _boxed(text)
+    boxed = last_boxed(text)
     if boxed is not None:
         return boxed.strip() or None
     for candidate in _after(text, _PHRASE):
@@ -174,7 +174,7 @@ def _is_brief(text: str) -> bool:
 
 def _candidates(text: str, phrase: re.Pattern[str]) -> Iterator[str]:
     """Where an answer may stand, the likeliest first: the last box, then what follows each phrase, the last first."""
-    boxed = _boxed(text)
+    boxed = last_boxed(text)
     if boxed is not None:
         yield _WRAPPED.sub(r"\1", boxed)
     yield from _after(text, phrase)
@@ -189,23 +189,6 @@ def _after(text: str, phrase: re.Pattern[str]) -> Iterator[str]:
         sentence = line[: end.start()] if end and end.start() > 0 else line
         kept = _NEGATED.sub(" ", sentence)
         yield _WRAPPED.sub(r"\1", kept) if phrase is not _PHRASE else kept
-
-
-def _boxed(text: str) -> str | None:
-    """What the last complete box holds."""
-    for match in reversed(list(_BOX.finditer(text))):
-        rest = text[match.end() :]
-        if not rest.startswith("{"):
-            word = re.match(r"[^\s$.,{}]+", rest)
-            if word:
-                return word[0]
-            continue
-        depth = 0
-        for place, sign in enumerate(rest):
-            depth += (sign == "{") - (sign == "}")
-            if depth == 0:
-                return rest[1:place]
-    return None
 
 
 def _leading_letter(text: str, letters: str) -> str | None:
