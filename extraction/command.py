@@ -1,4 +1,4 @@
-"""The command: flags in, exit status out."""
+"""The command line of `kvdistill extract`."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ EXIT_USAGE = 2
 
 
 def main(arguments: Sequence[str], program: str) -> int:
-    """Runs one extraction; errors that users meet end in one line on stderr. Returns the exit status.
+    """Runs one extraction and returns the exit status; user errors are printed in one line on stderr.
 
-    SIGTERM ends it like Ctrl-C: what was fetched is stored, servers are ended, and the same command goes on from there.
+    SIGTERM and Ctrl-C store what was fetched and stop local servers; the same command resumes from there.
     """
     try:
         config = read_flags(arguments, program)
@@ -27,18 +27,18 @@ def main(arguments: Sequence[str], program: str) -> int:
         logging.basicConfig(level=logging.INFO, format="%(asctime)s  %(message)s", datefmt="%H:%M:%S", force=True)
         for name in ("httpx", "datasets", "transformers"):
             logging.getLogger(name).setLevel(logging.WARNING)
-        signal.signal(signal.SIGTERM, _leave)
-        from extraction.extract import extract  # noqa: PLC0415 - torch is slow to import, and mistakes show before
+        signal.signal(signal.SIGTERM, _exit_on_signal)
+        from extraction.extract import extract  # noqa: PLC0415 - torch is slow to import; flags are checked first
 
         extract(config)
     except KVDistillError as error:
         sys.stderr.write(f"{program}: {error.line()}\n")
         return EXIT_USAGE if isinstance(error, ConfigError) else EXIT_FAILED
     except KeyboardInterrupt:
-        sys.stderr.write(f"{program}: interrupted; the same command goes on from here\n")
+        sys.stderr.write(f"{program}: interrupted; run the same command again to resume\n")
         return 128 + signal.SIGINT
     return 0
 
 
-def _leave(number: int, _frame: object) -> NoReturn:
+def _exit_on_signal(number: int, _frame: object) -> NoReturn:
     sys.exit(128 + number)

@@ -103,5 +103,5 @@ def test_a_wrong_teacher_model_is_named(
 
 
 def test_a_run_without_teachers_has_nothing_to_plan(world: World) -> None:
-    with pytest.raises(FieldError, match="asks nobody"):
+    with pytest.raises(FieldError, match="the run has no teachers"):
         plan_text(config(world, teachers=[]), [])
