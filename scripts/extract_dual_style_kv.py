@@ -1,4 +1,4 @@
-"""Write the K/V that teachers have for a dataset to a .pt file or a store; `--help` says how."""
+"""Writes the teachers' K/V of a dataset to a .pt file or a store; see `--help`."""
 
 import sys
 

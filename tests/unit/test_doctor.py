@@ -51,7 +51,7 @@ def test_a_package_whose_import_ends_the_process_is_a_problem(tmp_path: Path, mo
 
 
 def test_a_full_disk_is_a_problem(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor, "LEAST_FREE_BYTES", 2**70)
+    monkeypatch.setattr(doctor, "MIN_FREE_BYTES", 2**70)
     check = found("disk", tmp_path)
     assert check.state == "problem"
     assert "--output" in check.next_step

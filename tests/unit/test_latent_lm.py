@@ -112,7 +112,7 @@ def test_latents_take_room_from_the_text(model: LatentLM) -> None:
 
 
 def test_text_as_it_stands_has_no_likelihood(model: LatentLM) -> None:
-    with pytest.raises(NoLikelihoodError, match="task 'task' asks for the likelihood of text"):
+    with pytest.raises(NoLikelihoodError, match="task 'task' needs the likelihood of text"):
         model.loglikelihood_rolling([request("loglikelihood_rolling", "text")])
 
 
@@ -150,5 +150,5 @@ def test_half_a_student_is_refused(directory: Path, tmp_path: Path) -> None:
         load_model(str(tmp_path), "auto", "cpu", 2)
     with pytest.raises(FieldError, match="--model_path: cannot load"):
         load_model(str(tmp_path / "missing"), "auto", "cpu", 2)
-    with pytest.raises(FieldError, match="there is no 'cuda:7' here"):
+    with pytest.raises(FieldError, match="'cuda:7' does not exist"):
         load_model(str(directory), "auto", "cuda:7", 2)
