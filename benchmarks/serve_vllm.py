@@ -1,9 +1,9 @@
-"""What streaming K/V costs vLLM, and how soon the first layer is there.
+"""Measures the cost of streaming K/V from vLLM, and when the first layer arrives.
 
-The same batches of random tokens go through one engine in turns, without any plan and under each plan; tokens are never
-found in the prefix cache. `cost` is the CPU time of all its processes beyond that of reading alone, as a share of it
-(negative: below the noise). `first_layer_share`: of a single prompt's prefill, how much had passed when the first layer
-had come to the server's process, encoded.
+Batches of random tokens run through one engine in turns, without a plan and with each plan; no tokens are in the prefix
+cache. `cost` is the additional CPU time of all processes, relative to running without a plan (negative: noise).
+`first_layer_share` is the share of a single prompt's prefill after which the first encoded layer arrived in the server
+process.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from teacher_server.engines import load_engine
 from teacher_server.engines.base import LayerResult, PlannedSample, TokenizedSample
 from teacher_server.engines.vllm.vllm_engine import VLLMEngine
 
-# 72M parameters: the smaller the model, the more encoding weighs beside it.
+# 72M parameters. The smaller the model, the larger the share of encoding.
 SMALL = {
     "num_hidden_layers": 8,
     "hidden_size": 1024,
@@ -52,21 +52,21 @@ SINGLE_PROMPTS = 5
 
 @dataclass(slots=True)
 class Spent:
-    """Of one batch: wall and CPU seconds of all processes."""
+    """Wall time and CPU time of all processes in seconds, by batch."""
 
     wall: list[float]
     cpu: list[float]
 
 
 def cpu_seconds() -> float:
-    """Of this process and all below it."""
+    """CPU time of this process and all its descendants."""
     own = psutil.Process()
     times = [process.cpu_times() for process in (own, *own.children(recursive=True))]
     return sum(one.user + one.system for one in times)
 
 
 def measured(work: Callable[[], None], into: Spent) -> None:
-    """Runs and adds what it took."""
+    """Runs `work` and records its times."""
     cpu, started = cpu_seconds(), time.perf_counter()
     work()
     into.wall.append(time.perf_counter() - started)
@@ -74,30 +74,30 @@ def measured(work: Callable[[], None], into: Spent) -> None:
 
 
 class Batches:
-    """Fresh random prompts, no two with a common beginning of any length."""
+    """Random prompts without common prefixes."""
 
     def __init__(self, engine: VLLMEngine, tokens: int) -> None:
         self._engine, self._tokens = engine, tokens
         self._seeds = itertools.count()
 
     def next(self, samples: int) -> list[TokenizedSample]:
-        """One batch."""
+        """Returns a new batch."""
         return [self._prompt(random.Random(next(self._seeds))) for _ in range(samples)]
 
     def short(self) -> TokenizedSample:
-        """One that takes next to no time."""
+        """A sample that takes almost no time."""
         return self._engine.tokenize(Sample("short", token_ids=(5, 6, 7)))
 
     def _prompt(self, rng: random.Random) -> TokenizedSample:
         token_ids = tuple(rng.randrange(3, 250) for _ in range(self._tokens))
         answer = self._tokens - max(1, self._tokens // 20)
-        # The last twentieth is the answer that R-KV ranks by.
+        # The last twentieth is the answer, which R-KV ranks tokens by.
         sample = Sample(f"{rng.random()}", token_ids=token_ids, spans=(Span("answer", answer, self._tokens),))
         return self._engine.tokenize(sample)
 
 
 def stream(engine: VLLMEngine, batch: Sequence[TokenizedSample], plan: KVPlan) -> tuple[float, float]:
-    """Runs a batch; returns when its first layer came, and when vLLM had read it all, in seconds."""
+    """Runs a batch; returns the seconds until its first layer arrived and until prefill ended."""
     started, first = time.perf_counter(), [0.0]
 
     def emit(_result: LayerResult) -> None:
@@ -116,12 +116,12 @@ def _pass(engine: VLLMEngine, batches: Batches, samples: int, plan: KVPlan | Non
         engine.read_alone(batch)
     else:
         stream(engine, batch, plan)
-    # K/V are complete before their pass is: what is left of it counts too.
+    # K/V are complete before their forward pass ends; wait for its end.
     engine.read_alone([batches.short()])
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Starts vLLM and measures."""
+    """Starts vLLM and runs the benchmark."""
     samples = min(arguments.samples, 4) if arguments.model is None else arguments.samples
     with tempfile.TemporaryDirectory() as scratch:
         model = arguments.model or save_random_qwen2(Path(scratch) / "model", **SMALL)
@@ -147,7 +147,7 @@ def _measure(engine: VLLMEngine, samples: int, arguments: argparse.Namespace) ->
     for number in range(arguments.rounds + 1):
         trial = {name: Spent([], []) for name in spent} if number == 0 else spent
         names = list(spent)
-        # Each takes each place in turn: what ran before it must not count for or against it.
+        # The order rotates, so that no plan profits from the one before it.
         for name in names[number % len(names) :] + names[: number % len(names)]:
             measured(partial(_pass, engine, batches, samples, plans.get(name)), trial[name])
         sys.stderr.write(f"{number} {json.dumps({name: round(one.wall[-1], 3) for name, one in trial.items()})}\n")

@@ -1,4 +1,4 @@
-"""A teacher server process to measure, and the random models that it serves unless another one is named."""
+"""A teacher server process for benchmarks, and the random models that it serves by default."""
 
 from __future__ import annotations
 
@@ -22,21 +22,21 @@ from protos import kv_cache_pb2 as pb
 from student_trainer.launching.local_teachers import LocalTeachers
 
 TIMEOUT_S = 60.0
-MOST_MESSAGE_BYTES = 64 << 20
-# Its CPU time is compared with that of a model on one thread.
+MAX_MESSAGE_BYTES = 64 << 20
+# The server's CPU time is compared with that of a model on one thread.
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 
 @dataclass(frozen=True, slots=True)
 class ServedTeacher:
-    """A server on this machine, and a plain client's connection to it for one thread."""
+    """A local server and a connection to it."""
 
     process: psutil.Process
     info: TeacherInfo
     channel: grpc.Channel
 
     def cpu_seconds(self) -> float:
-        """User and system time that the server has spent."""
+        """User and system time of the server so far."""
         times = self.process.cpu_times()
         return times.user + times.system
 
@@ -45,7 +45,7 @@ class ServedTeacher:
         return self.process.memory_info().rss / 2**20
 
     def frames(self, plan: KVPlan, samples: Sequence[Sample], request_id: str) -> Iterator[bytes]:
-        """One request's frames, as they come off the wire."""
+        """The serialised frames of one request."""
         ask: Any = self.channel.unary_stream(
             "/kvcache.v1.TeacherKV/StreamKV", request_serializer=pb.KVRequest.SerializeToString
         )
@@ -56,11 +56,11 @@ class ServedTeacher:
 
 @contextlib.contextmanager
 def served_teacher(model: str, log_dir: Path, device: str, dtype: str) -> Iterator[ServedTeacher]:
-    """A server that is ready, and ended afterwards."""
+    """Context manager that runs a server."""
     servers = LocalTeachers({"teacher": model}, log_dir, device=device, dtype=dtype, environment=ENVIRONMENT)
     with servers as endpoints:
         (process,) = psutil.Process().children()
-        options = [("grpc.max_receive_message_length", MOST_MESSAGE_BYTES)]
+        options = [("grpc.max_receive_message_length", MAX_MESSAGE_BYTES)]
         with grpc.insecure_channel(endpoints["teacher"], options=options) as channel:
             yield ServedTeacher(process, describe(endpoints["teacher"]), channel)
 

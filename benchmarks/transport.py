@@ -1,8 +1,8 @@
-"""What a frame costs on the wire: identity handlers against protobuf objects, over loopback.
+"""Compares the transport cost of frames with identity serialisers and with protobuf objects, over loopback.
 
-Prints one JSON object as its last line. A server process streams frames of one size both ways; this process reads
-them. The two ways take turns, and the medians over the rounds are reported: MB/s as the client saw it, and the CPU
-seconds of client and server together for each GB.
+Prints one JSON object as its last line. A server process streams frames of equal size; this process reads them. The two
+arms take turns, and medians over the rounds are reported: MB/s at the client, and CPU seconds of client and server per
+GB.
 
 Examples:
   python -m benchmarks.transport
@@ -48,7 +48,7 @@ class Round:
 
 
 def serve(frame_bytes: int) -> None:
-    """Serves both ways until standard input closes; the port is the first line of standard output."""
+    """Serves both arms until standard input closes; prints the port as the first line."""
     body = os.urandom(frame_bytes)
 
     def identity(request: bytes, _context: grpc.ServicerContext) -> Iterator[bytes]:
@@ -75,13 +75,13 @@ def serve(frame_bytes: int) -> None:
 
 
 def unpack_frame_header() -> bytes:
-    """The header's bytes as every frame carries them."""
+    """The serialised header of every frame."""
     return pb.KVFrame.FromString(pack_frame(HEADER, b"")).header
 
 
 @contextmanager
 def server_process(frame_bytes: int) -> Iterator[tuple[psutil.Process, int]]:
-    """The server in a process of its own, and its port."""
+    """Runs the server in a separate process; yields it and its port."""
     command = [sys.executable, "-m", "benchmarks.transport", "--serve", "--frame-bytes", str(frame_bytes)]
     with subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
@@ -89,7 +89,7 @@ def server_process(frame_bytes: int) -> Iterator[tuple[psutil.Process, int]]:
 
 
 def read_identity(data: bytes) -> int:
-    """Reads a frame as the student does: the body is a view into what gRPC handed over."""
+    """Reads a frame as the student does: the body is a view of the received bytes."""
     return len(unpack_frame(data)[1])
 
 
@@ -98,10 +98,10 @@ def read_protobuf(data: bytes) -> int:
     return len(pb.KVFrame.FromString(data).body)
 
 
-def measure(way: str, channel: grpc.Channel, server: psutil.Process, frames: int) -> Round:
-    """Streams `frames` frames once."""
-    read: ReadFrame = read_identity if way == "identity" else read_protobuf
-    call = channel.unary_stream(f"/bench/{way}")
+def measure(arm: str, channel: grpc.Channel, server: psutil.Process, frames: int) -> Round:
+    """Measures one stream of `frames` frames."""
+    read: ReadFrame = read_identity if arm == "identity" else read_protobuf
+    call = channel.unary_stream(f"/bench/{arm}")
     cpu_before = cpu_seconds(server)
     started = time.perf_counter()
     size = sum(read(data) for data in call(str(frames).encode()))
@@ -116,9 +116,9 @@ def cpu_seconds(server: psutil.Process) -> float:
 
 
 def run(frame_bytes: int, megabytes: int, rounds: int) -> dict[str, object]:
-    """Measures both ways in turn; the first round of each only warms up."""
+    """Measures both arms in turn; the first round is warm-up."""
     frames = max(1, megabytes * 1_000_000 // frame_bytes)
-    measured: dict[str, list[Round]] = {way: [] for way in ARMS}
+    measured: dict[str, list[Round]] = {arm: [] for arm in ARMS}
     options = [
         ("grpc.max_receive_message_length", frame_bytes + HEADER_ALLOWANCE),
         (ChannelOptions.SingleThreadedUnaryStream, 1),
@@ -128,18 +128,18 @@ def run(frame_bytes: int, megabytes: int, rounds: int) -> dict[str, object]:
         grpc.insecure_channel(f"127.0.0.1:{port}", options=options) as channel,
     ):
         for _ in range(rounds + 1):
-            for way in ARMS:
-                measured[way].append(measure(way, channel, server, frames))
+            for arm in ARMS:
+                measured[arm].append(measure(arm, channel, server, frames))
     return {
         "frame_bytes": frame_bytes,
         "megabytes_per_round": round(frames * frame_bytes / 1e6, 1),
         "rounds": rounds,
-        **{way: medians(results[1:]) for way, results in measured.items()},
+        **{arm: medians(results[1:]) for arm, results in measured.items()},
     }
 
 
 def medians(results: list[Round]) -> dict[str, float]:
-    """What is reported of one way."""
+    """The medians of one arm."""
     return {
         "megabytes_per_s": round(statistics.median(result.megabytes_per_s for result in results), 1),
         "cpu_s_per_gb": round(statistics.median(result.cpu_s_per_gb for result in results), 3),
@@ -147,11 +147,11 @@ def medians(results: list[Round]) -> dict[str, float]:
 
 
 def main() -> None:
-    """Reads the arguments, measures, prints."""
+    """Parses the arguments, runs the benchmark and prints the result."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--frame-bytes", type=int, default=1 << 20, help="body of one frame")
-    parser.add_argument("--megabytes", type=int, default=256, help="payload of one round")
-    parser.add_argument("--rounds", type=int, default=5, help="of which the medians are reported")
+    parser.add_argument("--frame-bytes", type=int, default=1 << 20, help="bytes of a frame's body")
+    parser.add_argument("--megabytes", type=int, default=256, help="payload per round")
+    parser.add_argument("--rounds", type=int, default=5, help="number of measured rounds")
     parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.serve:

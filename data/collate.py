@@ -1,7 +1,6 @@
-"""Records to padded tensors, as the student reads them.
+"""Collates records into padded tensors for the student.
 
-Prompt, reasoning and answer are tokenised apart, so that the prompt a student is trained on is, token for token, the
-prompt it is given at inference.
+Prompt, reasoning and answer are tokenised separately, so that training uses the same prompt tokens as inference.
 """
 
 from __future__ import annotations
@@ -24,7 +23,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class StudentTokens:
-    """One record in the student's tokens. `byte_ends` counts bytes of the record's whole text; -1: no exact end."""
+    """One record in the student's tokens.
+
+    `byte_ends`: where each token ends in the UTF-8 bytes of the record's text; -1 if it has no exact end.
+    """
 
     prompt_ids: tuple[int, ...]
     reasoning_ids: tuple[int, ...]
@@ -34,11 +36,11 @@ class StudentTokens:
 
 @dataclass(frozen=True, slots=True)
 class StudentBatch:
-    """What one micro-batch feeds the student.
+    """One micro-batch of the student.
 
-    `prompt_*_BP` is left-padded, so that whatever follows a prompt starts in one column. `answer_*_BA` (answer and end
-    of sequence) is right-padded. `text_*_BT` is prompt, reasoning, answer and end of sequence, right-padded;
-    `text_target_BT` is True where a token is to be predicted (reasoning onwards).
+    `prompt_*_BP` is left-padded, so that what follows starts in the same column. `answer_*_BA` (answer and end of
+    sequence) is right-padded. `text_*_BT` (prompt, reasoning, answer and end of sequence) is right-padded;
+    `text_target_BT` is True for tokens to predict (from the reasoning on).
     """
 
     records: tuple[Record, ...]
@@ -52,22 +54,22 @@ class StudentBatch:
     text_byte_ends_BT: Tensor
 
     def to(self, device: torch.device) -> StudentBatch:
-        """The same batch on another device."""
+        """Returns the batch on another device."""
         tensors = (getattr(self, field.name).to(device) for field in fields(self)[1:])
         return StudentBatch(self.records, *tensors)
 
     def first(self, count: int) -> StudentBatch:
-        """Only the first `count` records, padded as they are."""
+        """Returns the first `count` records, with unchanged padding."""
         tensors = (getattr(self, field.name)[:count] for field in fields(self)[1:])
         return StudentBatch(self.records[:count], *tensors)
 
 
 class Collator:
-    """Tokenises records, remembers what it tokenised, and pads batches.
+    """Tokenises records, caches their tokens, and pads batches.
 
     Args:
         tokenizer: the student's fast tokenizer, with an end-of-sequence token.
-        max_tokens: the longest record, in the student's tokens.
+        max_tokens: maximum length of a record, in student tokens.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, max_tokens: int) -> None:
@@ -77,7 +79,7 @@ class Collator:
         self._max_tokens = max_tokens
         self._eos: int = tokenizer.eos_token_id  # pyright: ignore[reportAttributeAccessIssue]
         self._pad: int = self._eos if tokenizer.pad_token_id is None else tokenizer.pad_token_id  # pyright: ignore[reportAttributeAccessIssue]
-        self._known: dict[Record, StudentTokens] = {}
+        self._cache: dict[Record, StudentTokens] = {}
 
     def tokens(self, record: Record) -> StudentTokens:
         """Tokenises one record.
@@ -85,13 +87,12 @@ class Collator:
         Raises:
             FieldError: the record is longer than `max_tokens`.
         """
-        # By the whole record: an id is unique in one file, not among training and validation data.
-        known = self._known.get(record)
-        if known is None:
-            known = self._known[record] = self._read(record)
-        return known
+        # Keyed by record, since training and validation data may use the same id.
+        if record not in self._cache:
+            self._cache[record] = self._tokenise(record)
+        return self._cache[record]
 
-    def _read(self, record: Record) -> StudentTokens:
+    def _tokenise(self, record: Record) -> StudentTokens:
         ids: list[tuple[int, ...]] = []
         byte_ends: list[int] = []
         read_bytes = 0
@@ -105,12 +106,12 @@ class Collator:
             raise FieldError(
                 "data.max_tokens",
                 f"record '{record.id}' has {length} student tokens, the limit is {self._max_tokens}; "
-                "raise the limit or leave the record out",
+                "raise the limit or remove the record",
             )
         return StudentTokens(ids[0], ids[1], ids[2], tuple(byte_ends))
 
     def __call__(self, records: Sequence[Record]) -> StudentBatch:
-        """Pads the records' tokens into one batch."""
+        """Collates records into one batch."""
         rows = [self.tokens(record) for record in records]
         prompts = [row.prompt_ids for row in rows]
         answers = [(*row.answer_ids, self._eos) for row in rows]
@@ -132,7 +133,7 @@ class Collator:
         )
 
     def prompts(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """Left-padded ids and mask [B,P] of prompts alone."""
+        """Left-padded ids and mask [B,P] of prompts."""
         rows = [read_text(self._tokenizer, text, add_special_tokens=True)[0] for text in texts]
         return _pad(rows, self._pad, left=True), _pad([[1] * len(row) for row in rows], 0, left=True).bool()
 

@@ -1,4 +1,4 @@
-"""How many records each dataset gives to each split: shares by weight, within what each one has."""
+"""How many records each dataset contributes to each split: by weight, limited by its size."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from math import floor
 
 
 def apportion(total: int, weights: Mapping[str, float], capacities: Mapping[str, int]) -> dict[str, int]:
-    """Divides `total` by weight; what a dataset is too small for goes to the others, by their weights.
+    """Divides `total` by weight. If a dataset is too small for its share, the others get the rest by their weights.
 
-    Whole numbers by largest remainder, ties in the order of `weights`. The sum is `total`, or all there is.
+    Shares are rounded by largest remainder, ties in the order of `weights`. They sum to `total`, or to all records if
+    there are fewer.
     """
     shares = dict.fromkeys(weights, 0)
     open_names = [name for name in weights if weights[name] > 0]
@@ -29,7 +30,7 @@ def apportion(total: int, weights: Mapping[str, float], capacities: Mapping[str,
 def apportion_splits(
     train: int, val: int, weights: Mapping[str, float], capacities: Mapping[str, int]
 ) -> dict[str, tuple[int, int]]:
-    """Each dataset's (train, val): the same mix in both splits. Where there is less in all, both shrink alike."""
+    """Each dataset's (train, val) counts, with the same mix. Too few records shrink both splits in proportion."""
     shares = apportion(train + val, weights, capacities)
     val_total = round(Fraction(sum(shares.values()) * val, max(train + val, 1)))
     val_shares = apportion(val_total, shares, shares)

@@ -1,4 +1,4 @@
-"""What a mixture was made of: counts, dropped rows by reason, overlaps, and the shares asked for and reached."""
+"""The report of a mixture: counts, dropped rows by reason, overlaps, requested and actual shares."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from data.dataset_sources import Source
 from data.question_pool import QuestionPool
 
 Report = dict[str, Any]
-# A share this much below the one asked for is worth a warning; less is rounding.
-_NOTABLE = 0.01
+# Warn if a share is this far below the requested one; smaller differences are rounding.
+_WARN_BELOW = 0.01
 
 _log = logging.getLogger(__name__)
 
@@ -21,10 +21,10 @@ def describe(
     pools: Mapping[str, QuestionPool],
     sources: Mapping[str, Source],
     overlaps: Mapping[tuple[str, str], int],
-    asked_shares: Mapping[str, float],
+    requested_shares: Mapping[str, float],
     splits: Mapping[str, Sequence[Mapping[str, str]]],
 ) -> Report:
-    """The report, of plain JSON values; `splits` are the rows of each."""
+    """The report as JSON values. `splits`: the rows of each split."""
     return {
         "datasets": {
             name: {
@@ -34,7 +34,7 @@ def describe(
                 "records": pool.record_count,
                 "without_reasoning": pool.unreasoned,
                 "dropped": dict(pool.dropped),
-                "asked_share": asked_shares[name],
+                "asked_share": requested_shares[name],
                 **{split: _count(rows, "dataset")[name] for split, rows in splits.items()},
             }
             for name, pool in pools.items()
@@ -53,7 +53,7 @@ def describe(
 
 
 def log(report: Report) -> None:
-    """One line for each dataset and split, and a warning where a dataset was too small for its share."""
+    """Logs one line per dataset and split, and a warning if a dataset was too small for its share."""
     total = sum(split["records"] for split in report["splits"].values())
     for name, found in report["datasets"].items():
         _log.info(
@@ -62,15 +62,15 @@ def log(report: Report) -> None:
             found["train"], found["val"],
         )  # fmt: skip
         share = (found["train"] + found["val"]) / max(total, 1)
-        if share < found["asked_share"] - _NOTABLE:
+        if share < found["asked_share"] - _WARN_BELOW:
             _log.warning(
-                "%s has %d usable records: it is %.1f %% of the mixture, not %.1f %%; the others fill in",
+                "%s has only %d usable records: its share is %.1f %% instead of %.1f %%; other datasets fill the gap",
                 name, found["records"], 100 * share, 100 * found["asked_share"],
             )  # fmt: skip
     for split, found in report["splits"].items():
         _log.info("%s: %s", split, found)
     for pair, count in report["overlaps"].items():
-        _log.info("%d questions are in %s, and were kept once", count, pair)
+        _log.info("%d questions are in both %s and were kept once", count, pair)
 
 
 def _count(rows: Sequence[Mapping[str, str]], column: str) -> Counter[str]:

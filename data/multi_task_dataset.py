@@ -1,7 +1,7 @@
-"""Several reasoning datasets mixed into one training and one validation set that share no question.
+"""Mixes several reasoning datasets into a training and a validation set that share no question.
 
-One row per question and style, in eight text columns: `prompt`, `reasoning`, `answer`, `style` (cot or direct),
-`task_type`, `dataset`, `language`, `id`. `python -m data.multi_task_dataset --help` does the same from a shell.
+One row per question and style, with eight text columns: `prompt`, `reasoning`, `answer`, `style` (cot or direct),
+`task_type`, `dataset`, `language`, `id`. The command line is `python -m data.multi_task_dataset`.
 """
 
 from __future__ import annotations
@@ -17,9 +17,10 @@ from typing import Annotated
 import typer
 from datasets import Dataset, Features, Value
 
-from data.dataset_sources import default_data_dir, find_source, read_rows
+from data.dataset_sources import find_source, read_rows
 from data.families import BASE, CHINESE, EXTENDED, find_family
 from data.families.base import Row as DatasetRow
+from data.local_copies import default_data_dir
 from data.mixing import apportion_splits
 from data.mixture_report import Report, describe, log
 from data.prompts import STYLES, Style
@@ -42,32 +43,34 @@ _log = logging.getLogger(__name__)
 
 
 class MultiTaskReasoningDataset:
-    """Reads datasets, keeps each question once, mixes them, and splits them by question.
+    """Reads datasets, removes duplicate questions, mixes the datasets, and splits them by question.
 
-    `train_samples` and `val_samples` count records: a question with worked reasoning makes one of style `cot` and one
-    of style `direct`, which stay in one split; one without (ARC) makes `direct` alone.
+    `train_samples` and `val_samples` count records. A question with reasoning gives one record of style `cot` and one
+    of style `direct`, both in the same split. A question without reasoning (ARC) gives only `direct`.
 
     Args:
-        base_datasets: always read.
-        extended_datasets: read if `use_extended`.
-        math23k_ratio: the share of Math23K, the Chinese one, in both splits; 0 leaves it out.
-        seed: what is drawn, and in which order.
-        styles: of the records to make.
-        weights: shares of the datasets other than Math23K, 1.0 where not named. What a dataset is too small for goes
-            to the others; the report says so.
-        local_paths: copies by dataset; `data_dir` (default: $KVDISTILL_DATA_DIR) is a directory of them. Where there
-            is none, the Hugging Face hub is read.
-        tokenizer: with it, questions with a record longer than `max_tokens` of its tokens are left out: the student's
-            path or hub id, so that no record is too long for training.
-        allow_fewer: take fewer records than asked for where there are no more, instead of an error.
+        base_datasets: datasets that are always read.
+        extended_datasets: datasets that are read if `use_extended`.
+        math23k_ratio: share of Math23K (Chinese) in both splits; 0 excludes it.
+        seed: seed of the selection and order of records.
+        styles: styles of the records to make.
+        weights: relative weights of the datasets other than Math23K; 1.0 by default. If a dataset is too small for its
+            share, the others fill the gap, and the report says so.
+        local_paths: paths of local copies, by dataset.
+        data_dir: directory of local copies; $KVDISTILL_DATA_DIR by default. Datasets without a local copy are read
+            from the Hugging Face hub.
+        tokenizer: path or hub id of the student. Questions with a record longer than `max_tokens` of its tokens are
+            dropped, so that no record is too long for training.
+        max_tokens: maximum length of a record, in tokens of `tokenizer`.
+        allow_fewer: return fewer records if there are not enough, instead of raising an error.
 
-    After `load_and_prepare`, `report` holds counts, dropped rows by reason, overlaps and shares.
+    After `load_and_prepare`, `report` has counts, dropped rows by reason, overlaps and shares.
 
     Raises:
-        FieldError: a dataset, style, share or number that there is not.
+        FieldError: an argument is unknown or out of range.
     """
 
-    def __init__(  # noqa: PLR0913 as the guide's call names them all
+    def __init__(  # noqa: PLR0913 - the guide passes them all
         self,
         base_datasets: Sequence[str] = BASE,
         extended_datasets: Sequence[str] = EXTENDED,
@@ -109,18 +112,18 @@ class MultiTaskReasoningDataset:
         return [*self.base_datasets, *extended, *([CHINESE] if self.math23k_ratio > 0 else [])]
 
     def load_and_prepare(self) -> tuple[Dataset, Dataset]:
-        """Reads everything and returns the training and the validation set.
+        """Reads the datasets and returns the training and the validation set.
 
         Raises:
-            ConfigError: a dataset cannot be had or read, or there are too few records; says what to do.
+            ConfigError: a dataset is not available or readable, or there are too few records; says what to do.
         """
         sources = {name: find_source(find_family(name), self.local_paths, self.data_dir) for name in self.datasets}
         reader = PoolReader(self.styles, self.seed, self._fits())
-        most_rows = self.train_samples + self.val_samples
+        max_rows = self.train_samples + self.val_samples
         pools: dict[str, QuestionPool] = {}
         with Meter({_METER: len(sources)}) as meter:
             for name, source in sources.items():
-                rows = _watched(read_rows(source, self.seed, most_rows), name, meter)
+                rows = _with_progress(read_rows(source, self.seed, max_rows), name, meter)
                 pools[name] = reader.read(source.family, rows)
                 meter.advance(_METER)
                 _log.info("read %d questions of %s from %s", len(pools[name].entries), name, source)
@@ -136,7 +139,7 @@ class MultiTaskReasoningDataset:
         """Writes the report as JSON, replacing the file.
 
         Raises:
-            ConfigError: nothing was prepared yet.
+            ConfigError: `load_and_prepare` was not called yet.
         """
         if not self.report:
             raise ConfigError("there is no report before load_and_prepare")
@@ -150,17 +153,17 @@ class MultiTaskReasoningDataset:
             for name in value:
                 find_family(name, field)
                 if name == CHINESE:
-                    raise FieldError(field, f"{CHINESE} is mixed in by math23k_ratio; leave it out here")
+                    raise FieldError(field, f"{CHINESE} is added by math23k_ratio; remove it here")
         repeated = [name for name in names if names.count(name) > 1]
         if repeated:
             raise FieldError("extended_datasets", f"'{repeated[0]}' is named twice")
         if not 0.0 <= self.math23k_ratio <= 1.0:
             raise FieldError("math23k_ratio", f"{self.math23k_ratio} is not from 0 to 1")
         if self.math23k_ratio < 1.0 and not set(names) - {CHINESE}:
-            raise FieldError("base_datasets", "names no dataset")
+            raise FieldError("base_datasets", "is empty")
         for field, count in (("train_samples", self.train_samples), ("val_samples", self.val_samples)):
             if count < 1:
-                raise FieldError(field, f"{count} is no number of records; the least is 1")
+                raise FieldError(field, f"{count} is too small; the minimum is 1 record")
         self._check_options()
 
     def _check_options(self) -> None:
@@ -168,23 +171,26 @@ class MultiTaskReasoningDataset:
             raise FieldError("styles", f"{self.styles} must name one or both of {', '.join(STYLES)}")
         for name, weight in self.weights.items():
             if name not in self.datasets or name == CHINESE:
-                raise FieldError(f"weights.{name}", f"is none of {', '.join(self.datasets)} that weights divide")
+                raise FieldError(
+                    f"weights.{name}",
+                    f"unknown; weights apply to {', '.join(each for each in self.datasets if each != CHINESE)}",
+                )
             if not (math.isfinite(weight) and weight >= 0.0):
-                raise FieldError(f"weights.{name}", f"{weight} is no share; the least is 0")
+                raise FieldError(f"weights.{name}", f"{weight} is not a finite number of at least 0")
         for name in self.local_paths:
             find_family(name, "local_paths")
         if self.data_dir is not None and not self.data_dir.is_dir():
-            raise FieldError("data_dir", f"{self.data_dir} is no directory")
+            raise FieldError("data_dir", f"{self.data_dir} is not a directory")
 
     def _shares(self) -> dict[str, float]:
-        """Each dataset's share as asked for; they sum to 1."""
+        """Each dataset's requested share; the shares sum to 1."""
         others = {name: self.weights.get(name, 1.0) for name in self.datasets if name != CHINESE}
         whole = sum(others.values()) or 1.0
         shares = {name: (1.0 - self.math23k_ratio) * weight / whole for name, weight in others.items()}
         return shares | ({CHINESE: self.math23k_ratio} if CHINESE in self.datasets else {})
 
     def _quotas(self, pools: Mapping[str, QuestionPool]) -> dict[str, tuple[int, int]]:
-        """Each dataset's (train, val) records, in steps of a question's records."""
+        """Each dataset's (train, val) number of records, a multiple of the records per question."""
         step = len(self.styles)
         train, val = math.ceil(self.train_samples / step), math.ceil(self.val_samples / step)
         chinese = round(train * self.math23k_ratio), round(val * self.math23k_ratio)
@@ -205,14 +211,14 @@ class MultiTaskReasoningDataset:
         found = ", ".join(f"{name} {_usable(pools[name])}" for name in names)
         return ConfigError(
             f"{self.train_samples} training and {self.val_samples} validation records with a Chinese share of "
-            f"{self.math23k_ratio} need {needed} usable records of: {found}; ask for fewer, name further datasets, "
-            "or set allow_fewer to take what there is"
+            f"{self.math23k_ratio} need {needed} usable records, but there are: {found}; request fewer, add "
+            "datasets, or set allow_fewer"
         )
 
     def _mixed(
         self, pools: Mapping[str, QuestionPool], entries: Mapping[str, Sequence[Entry]], count: int
     ) -> list[Row]:
-        """Shuffled rows, at most `count`: quotas are whole questions."""
+        """At most `count` rows, shuffled. Quotas are whole questions, so there may be a few more rows than `count`."""
         rows = [
             asdict(record)
             | {
@@ -228,10 +234,10 @@ class MultiTaskReasoningDataset:
         return [rows[place] for place in epoch_order(len(rows), self.seed, 0)[:count]]
 
     def _fits(self) -> Callable[[Record], bool] | None:
-        """Whether a record is short enough for training, counted as the student's batches are."""
+        """A function that returns whether a record is short enough for training, or None without a tokenizer."""
         if self.tokenizer is None:
             return None
-        # Imported where it is needed: it loads torch.
+        # Imported here because it loads torch.
         from transformers import AutoTokenizer  # noqa: PLC0415
 
         tokenizer = AutoTokenizer.from_pretrained(str(self.tokenizer))
@@ -244,7 +250,7 @@ class MultiTaskReasoningDataset:
         return fits
 
 
-def _watched(rows: Iterable[DatasetRow], name: str, meter: Meter) -> Iterator[DatasetRow]:
+def _with_progress(rows: Iterable[DatasetRow], name: str, meter: Meter) -> Iterator[DatasetRow]:
     for number, row in enumerate(rows):
         if number % _SHOWN_EVERY == 0:
             meter.advance(_METER, 0, f"{name}: {number:,} rows")
@@ -253,7 +259,7 @@ def _watched(rows: Iterable[DatasetRow], name: str, meter: Meter) -> Iterator[Da
 
 def _usable(pool: QuestionPool) -> str:
     dropped = ", ".join(f"{count} {reason}" for reason, count in pool.dropped.items())
-    return f"{pool.record_count} (left out: {dropped})" if dropped else str(pool.record_count)
+    return f"{pool.record_count} (dropped: {dropped})" if dropped else str(pool.record_count)
 
 
 def _dataset(rows: Sequence[Row]) -> Dataset:
@@ -270,24 +276,26 @@ python -m data.multi_task_dataset --output small --base gsm8k --no-extended --ma
 """
 
 
-def prepare(  # noqa: PLR0913, PLR0917 a command's arguments are its flags
-    output: Annotated[Path, typer.Option(help="Gets train/, val/ and report.json.")],
+def prepare(  # noqa: PLR0913, PLR0917 - arguments are command-line flags
+    output: Annotated[Path, typer.Option(help="Output directory; gets train/, val/ and report.json.")],
     base: Annotated[
-        list[str] | None, typer.Option(help="A dataset; repeat for more. Default: the usual three.")
+        list[str] | None, typer.Option(help="A base dataset; repeat for more. Default: gsm8k, svamp, strategyqa.")
     ] = None,
-    extended: Annotated[bool, typer.Option(help="Read MATH, ARC-Challenge and HotpotQA too.")] = True,
-    math23k_ratio: Annotated[float, typer.Option(help="The Chinese share; 0 leaves it out.")] = 0.2,
-    train_samples: Annotated[int, typer.Option(help="Training records.")] = 15000,
-    val_samples: Annotated[int, typer.Option(help="Validation records.")] = 2000,
-    seed: Annotated[int, typer.Option(help="What is drawn, and in which order.")] = 42,
+    extended: Annotated[bool, typer.Option(help="Also read MATH, ARC-Challenge and HotpotQA.")] = True,
+    math23k_ratio: Annotated[float, typer.Option(help="Share of Math23K (Chinese); 0 excludes it.")] = 0.2,
+    train_samples: Annotated[int, typer.Option(help="Number of training records.")] = 15000,
+    val_samples: Annotated[int, typer.Option(help="Number of validation records.")] = 2000,
+    seed: Annotated[int, typer.Option(help="Seed of the selection and order of records.")] = 42,
     data_dir: Annotated[Path | None, typer.Option(help="Directory of local copies.")] = None,
-    tokenizer: Annotated[str | None, typer.Option(help="The student: leaves out what is too long for it.")] = None,
-    max_tokens: Annotated[int, typer.Option(help="The longest record, in the student's tokens.")] = 2048,
+    tokenizer: Annotated[
+        str | None, typer.Option(help="The student's path or hub id; drops records that are too long for it.")
+    ] = None,
+    max_tokens: Annotated[int, typer.Option(help="Maximum length of a record, in the student's tokens.")] = 2048,
     allow_fewer: Annotated[
-        bool, typer.Option("--allow-fewer", help="Take fewer records if there are no more.")
+        bool, typer.Option("--allow-fewer", help="Write fewer records if there are not enough.")
     ] = False,
 ) -> None:
-    """Mix reasoning datasets into data for training and validation that share no question."""
+    """Mix reasoning datasets into training and validation data that share no question."""
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     loader = MultiTaskReasoningDataset(
         base or BASE,

@@ -1,8 +1,8 @@
-r"""How a question becomes a record's prompt, reasoning and answer, by style and language.
+r"""Prompt templates: turns a question into a record's prompt, reasoning and answer, by style and language.
 
-After the prompt of style `cot` (`Question: ...\nAnswer:`, as lm-evaluation-harness writes GSM8K) the student reasons,
-in text or in latents. That of `direct` asks for the result alone. Evaluation asks with the same prompts. The reasoning
-ends with GSM8K's mark `####`, so that the answer is the result and nothing else.
+Style `cot` (`Question: ...\nAnswer:`, the GSM8K format of lm-evaluation-harness) expects reasoning, in text or in
+latents. Style `direct` asks for the result only. Evaluation uses the same prompts. The reasoning ends with GSM8K's
+marker `####`, so that the answer is only the result.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ _PROMPTS: dict[tuple[str, Style], str] = {
 
 
 def prompt_of(question: Question, style: Style, language: str) -> str:
-    """The prompt that asks the question in that style; `language` is en or zh."""
+    """The question's prompt in a style; `language` is en or zh."""
     asked = "\n".join(filter(None, (question.stem, question.options)))
     prompt = _PROMPTS[language, style].format(asked)
     return f"{question.context}\n{prompt}" if question.context else prompt
 
 
 def record_of(question: Question, style: Style, language: str, record_id: str) -> Record:
-    """The question's record in that style; of style `direct` without reasoning."""
+    """The question's record in a style; `direct` has no reasoning."""
     reasoning = f" {question.reasoning}\n####" if style == "cot" else ""
     return Record(record_id, prompt_of(question, style, language), reasoning, f" {question.answer}")

@@ -1,4 +1,4 @@
-"""The usable questions of one dataset, each once, in an order that depends on nothing but their texts and a seed."""
+"""The usable questions of one dataset, without duplicates, in an order that depends only on their texts and a seed."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from data.prompts import Style, record_of
 from data.records import Record
 from kvcore.errors import ConfigError
 
-# What two writings of one question may differ in. Signs, brackets and decimal points make another question.
-_NO_MATTER = re.compile(r"[\s;?\"“”‘’。、]|[.:,](?!\d)")  # noqa: RUF001 as Chinese is written
+# Characters in which two copies of a question may differ. Signs, brackets and decimal points do distinguish questions.
+_IGNORED = re.compile(r"[\s;?\"“”‘’。、]|[.:,](?!\d)")  # noqa: RUF001 as Chinese is written
 
 
 def question_key(stem: str) -> str:
-    """16 hexadecimal digits that writings of the same question share, whatever their spaces, case and width."""
+    """A hash (16 hexadecimal digits) of a question that ignores spaces, case and character width."""
     plain = unicodedata.normalize("NFKC", stem).casefold()
-    return xxhash.xxh3_64_hexdigest(_NO_MATTER.sub("", plain).encode())
+    return xxhash.xxh3_64_hexdigest(_IGNORED.sub("", plain).encode())
 
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One question with its records: one for each style, `direct` alone where there is no reasoning."""
+    """One question with one record per style; only `direct` without reasoning."""
 
     key: str
     records: tuple[tuple[Style, Record], ...]
@@ -35,7 +35,7 @@ class Entry:
 
 @dataclass(slots=True)
 class QuestionPool:
-    """What was read of one dataset. `dropped` counts rows by reason; `unreasoned` questions have no style `cot`."""
+    """The questions of one dataset. `dropped`: rows by reason; `unreasoned`: questions without reasoning."""
 
     family: Family
     entries: list[Entry] = field(default_factory=list)
@@ -45,23 +45,23 @@ class QuestionPool:
 
     @property
     def record_count(self) -> int:
-        """Records of all its questions."""
+        """Number of records of all questions."""
         return sum(len(entry.records) for entry in self.entries)
 
     def capacity(self, step: int) -> int:
-        """How many times `step` records can be taken, however they are divided among two splits."""
-        # Where some questions have fewer records than others, one may be left off at a split's end.
+        """How many groups of `step` records can be taken, for any division between two splits."""
+        # If questions differ in their number of records, the end of a split may lose one.
         uneven = len({len(entry.records) for entry in self.entries}) > 1
         return max(0, self.record_count // step - uneven)
 
     def take(self, *counts: int) -> list[list[Entry]]:
-        """So many records for each split, in entries that stay together; a record too many is left off the last."""
+        """Takes `counts` records for each split, question by question; the last question may lose a record."""
         rest = iter(self.entries)
         return [list(_records(rest, count)) for count in counts]
 
 
 def _records(entries: Iterable[Entry], count: int) -> Iterable[Entry]:
-    """Entries with `count` records in all, or fewer where there are no more."""
+    """Entries with `count` records in total, or all that are left."""
     while count > 0 and (entry := next(iter(entries), None)) is not None:
         kept = entry.records[:count]
         count -= len(kept)
@@ -69,12 +69,12 @@ def _records(entries: Iterable[Entry], count: int) -> Iterable[Entry]:
 
 
 class PoolReader:
-    """Reads datasets one after the other and keeps each question once, in the first that has it.
+    """Reads datasets one after the other and keeps each question once, in the first dataset that has it.
 
     Args:
-        styles: of the records to make.
-        seed: of the order of the questions.
-        fits: whether a record is short enough; None: all are.
+        styles: styles of the records to make.
+        seed: seed of the order of questions.
+        fits: returns whether a record is short enough; None accepts all.
     """
 
     def __init__(self, styles: Sequence[Style], seed: int, fits: Callable[[Record], bool] | None = None) -> None:
@@ -85,10 +85,10 @@ class PoolReader:
         self.overlaps: Counter[tuple[str, str]] = Counter()
 
     def read(self, family: Family, rows: Iterable[Row]) -> QuestionPool:
-        """Reads one dataset; rows that make no usable question are counted by reason.
+        """Reads one dataset and counts unusable rows by reason.
 
         Raises:
-            ConfigError: a row is not in the dataset's schema.
+            ConfigError: a row does not match the dataset's schema.
         """
         pool = QuestionPool(family)
         for row in rows:
@@ -99,7 +99,7 @@ class PoolReader:
                 pool.dropped[str(reason)] += 1
             except (KeyError, TypeError, ValueError) as error:
                 raise ConfigError(
-                    f"dataset '{family.name}': row {pool.rows} is not in the schema of {family.origin}: {error!r}"
+                    f"dataset '{family.name}': row {pool.rows} does not match the schema of {family.origin}: {error!r}"
                 ) from error
         pool.entries.sort(key=lambda entry: xxhash.xxh3_64_intdigest(entry.key.encode(), seed=self._seed % 2**64))
         return pool
@@ -111,7 +111,7 @@ class PoolReader:
         self._refuse_repeated(family.name, key)
         styles: list[Style] = [style for style in self._styles if style == "direct" or question.reasoning]
         if not styles:
-            raise RowDroppedError("no reasoning, and only style cot is asked for")
+            raise RowDroppedError("no reasoning, and only style cot is requested")
         records: tuple[tuple[Style, Record], ...] = tuple(
             (style, record_of(question, style, family.language, f"{family.name}-{key}-{style}")) for style in styles
         )
@@ -127,11 +127,11 @@ class PoolReader:
             raise RowDroppedError("repeated in this dataset")
         if first is not None:
             self.overlaps[first, name] += 1
-            raise RowDroppedError(f"a question of {first} too")
+            raise RowDroppedError(f"also in {first}")
 
 
 def _refuse_broken(question: Question) -> None:
     try:
         "".join(astuple(question)).encode()
     except UnicodeEncodeError as error:
-        raise RowDroppedError("half of a surrogate pair") from error
+        raise RowDroppedError("unpaired surrogate") from error

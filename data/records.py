@@ -1,6 +1,6 @@
-"""Training and evaluation samples on disk: `id`, `prompt`, `reasoning` and `answer`.
+"""Records on disk: `id`, `prompt`, `reasoning` and `answer`.
 
-A file of JSON Lines, or a directory that `datasets.Dataset.save_to_disk` wrote.
+Either a JSON Lines file or a directory written by `datasets.Dataset.save_to_disk`.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ _MAY_BE_EMPTY = frozenset({"reasoning", "dataset"})
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """One question with its worked reasoning and its answer; the texts are joined as they stand, spaces included.
+    """One question with its reasoning and answer. The texts are concatenated unchanged, including spaces.
 
-    `dataset`: where it comes from, empty if that isn't said; validation tells its figures apart by it.
+    `dataset`: where it comes from, or empty; validation reports metrics per dataset.
     """
 
     id: str
@@ -39,11 +39,11 @@ class Record:
 
     @property
     def text(self) -> str:
-        """All parts, one after the other."""
+        """Prompt, reasoning and answer, concatenated."""
         return self.prompt + self.reasoning + self.answer
 
     def sample(self) -> Sample:
-        """The whole text as a teacher reads it, with the character range of each part that is not empty."""
+        """The sample to send to a teacher: the whole text, with a span for each part that is not empty."""
         parts: tuple[tuple[SpanKind, str], ...] = (
             ("prompt", self.prompt),
             ("reasoning", self.reasoning),
@@ -59,12 +59,12 @@ class Record:
 
 
 def load_records(path: Path, limit: int | None = None) -> list[Record]:
-    """Reads the first `limit` records of a file or a saved dataset, or all; keys beyond `Record`'s are ignored.
+    """Reads the first `limit` records of a file or a saved dataset, or all. Ignores keys that `Record` does not have.
 
     Raises:
-        ConfigError: there is no such file or saved dataset, or it holds no record.
-        FieldError: a line is not a JSON object, or a field is missing, no text, empty where it may not be, or
-            an id that an earlier record has; names file, line or row, and field.
+        ConfigError: there is no such file or saved dataset, or it has no records.
+        FieldError: a line is not a JSON object; or a field is missing, not a string, empty although required, or a
+            duplicate id. Names the file, the line or row, and the field.
     """
     records: list[Record] = []
     place_of_id: dict[str, str] = {}
@@ -72,26 +72,26 @@ def load_records(path: Path, limit: int | None = None) -> list[Record]:
         where = f"{path}:{place}"
         record = to_record(tree, where)
         if record.id in place_of_id:
-            raise FieldError(f"{where}: id", f"'{record.id}' is the id of {place_of_id[record.id]} already")
+            raise FieldError(f"{where}: id", f"'{record.id}' is already the id of {place_of_id[record.id]}")
         place_of_id[record.id] = f"{'row' if path.is_dir() else 'line'} {place}"
         records.append(record)
     if not records:
-        raise ConfigError(f"{path}: holds no record")
+        raise ConfigError(f"{path}: has no records")
     return records
 
 
 def to_record(tree: Mapping[str, Any], where: str) -> Record:
-    """The record of a line or row; keys beyond `Record`'s are ignored.
+    """Converts a line or row to a record. Ignores keys that `Record` does not have.
 
     Raises:
-        FieldError: a field is missing, no text, or empty where it may not be; names `where` and the field.
+        FieldError: a field is missing, not a string, or empty although required; names `where` and the field.
     """
     dataset = _text(tree, "dataset", where) if "dataset" in tree else ""
     return Record(**{name: _text(tree, name, where) for name in _FIELDS}, dataset=dataset)
 
 
 def write_records(path: Path, records: Iterable[Record]) -> None:
-    """Writes one record a line, replacing the file; a dataset that isn't said is left out."""
+    """Writes one record per line, replacing the file. An empty `dataset` is omitted."""
     trees = (asdict(record) for record in records)
     lines = (
         json.dumps({name: text for name, text in tree.items() if text or name in _FIELDS}, ensure_ascii=False) + "\n"
@@ -103,15 +103,15 @@ def write_records(path: Path, records: Iterable[Record]) -> None:
 
 
 def content_digest(path: Path) -> str:
-    """32 hexadecimal digits of what a file or a saved dataset holds, wherever it is and whenever it was written.
+    """A digest (32 hexadecimal digits) of the content of a file or saved dataset, independent of its path and age.
 
     Raises:
-        ConfigError: it is not there.
+        ConfigError: the path does not exist.
     """
     if not path.exists():
         raise ConfigError(f"{path}: no such data file or directory; docs/data.md says how to make one")
     digest = hashlib.blake2b(digest_size=16)
-    # Beside its rows a saved dataset has notes that differ from one writing to the next.
+    # A saved dataset also has metadata files, which differ each time it is saved.
     for part in sorted(path.glob("*.arrow")) if path.is_dir() else [path]:
         with part.open("rb") as file:
             while chunk := file.read(_CHUNK_BYTES):
@@ -120,15 +120,15 @@ def content_digest(path: Path) -> str:
 
 
 def epoch_order(count: int, seed: int, epoch: int) -> list[int]:
-    """A permutation of `range(count)` that depends on nothing but the arguments."""
+    """A permutation of `range(count)` that depends only on the arguments."""
     generator = np.random.default_rng((seed % 2**64, epoch))
     return generator.permutation(count).tolist()
 
 
 def _rows(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
-    """Each record with its line, or its row, counted from 1."""
+    """Yields each record with its line or row number, from 1."""
     if path.is_dir():
-        # Imported where it is needed: most runs read JSON Lines, and the library takes a second to load.
+        # Imported here because most runs read JSON Lines, and `datasets` takes a second to import.
         from data.saved_dataset import saved_rows  # noqa: PLC0415
 
         return enumerate(saved_rows(path), start=1)
@@ -138,7 +138,7 @@ def _rows(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
 
 
 def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
-    # Bytes, so that only \n ends a line: text mode would also end one at characters that JSON strings may hold.
+    # Read as bytes, so that only \n ends a line: text mode also splits at characters that JSON strings may contain.
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
             if line.strip():
@@ -146,10 +146,10 @@ def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
 
 
 def parse_line(line: bytes, where: str) -> Mapping[str, Any]:
-    """The JSON object of one line.
+    """Parses the JSON object of one line.
 
     Raises:
-        FieldError: it is no UTF-8, no JSON, or no object; names `where`.
+        FieldError: the line is not valid UTF-8, not JSON, or not an object; names `where`.
     """
     try:
         raw: object = json.loads(line.decode("utf-8"))
@@ -164,14 +164,14 @@ def parse_line(line: bytes, where: str) -> Mapping[str, Any]:
 
 def _text(tree: Mapping[str, Any], name: str, where: str) -> str:
     if name not in tree:
-        raise FieldError(f"{where}: {name}", f"is missing; a record needs {', '.join(_FIELDS)}")
+        raise FieldError(f"{where}: {name}", f"missing; a record needs {', '.join(_FIELDS)}")
     value = tree[name]
     if not isinstance(value, str):
-        raise FieldError(f"{where}: {name}", f"expected text, found {type(value).__name__} ({value!r:.80})")
+        raise FieldError(f"{where}: {name}", f"expected a string, found {type(value).__name__} ({value!r:.80})")
     if not value and name not in _MAY_BE_EMPTY:
-        raise FieldError(f"{where}: {name}", "may not be empty")
+        raise FieldError(f"{where}: {name}", "must not be empty")
     try:
         value.encode("utf-8")
     except UnicodeEncodeError as error:
-        raise FieldError(f"{where}: {name}", f"holds half of a surrogate pair at character {error.start}") from error
+        raise FieldError(f"{where}: {name}", f"has an unpaired surrogate at character {error.start}") from error
     return value

@@ -1,4 +1,4 @@
-"""Rows of a directory that `datasets.Dataset.save_to_disk` wrote."""
+"""Reads directories written by `datasets.Dataset.save_to_disk`."""
 
 from __future__ import annotations
 
@@ -10,38 +10,34 @@ from datasets import Dataset, load_from_disk
 
 from kvcore.errors import ConfigError
 
-_MARKS = ("state.json", "dataset_dict.json")
+_MARKERS = ("state.json", "dataset_dict.json")
 
 
 def is_saved(path: Path) -> bool:
-    """Whether the directory holds a saved dataset, or several splits of one."""
-    return any((path / mark).is_file() for mark in _MARKS)
+    """Whether the directory is a saved dataset, with or without splits."""
+    return any((path / name).is_file() for name in _MARKERS)
 
 
 def load_saved(path: Path, split: str | None = None) -> Dataset:
-    """Maps a saved dataset into memory; of several splits, the one asked for.
+    """Memory-maps a saved dataset, or one split of it.
 
     Raises:
-        ConfigError: no saved dataset, a damaged one, or several splits without that one.
+        ConfigError: there is no saved dataset, it is damaged, or it does not have the split.
     """
     if not is_saved(path):
-        raise ConfigError(f"{path}: no data file, and no directory made by datasets.Dataset.save_to_disk")
+        raise ConfigError(f"{path}: neither a data file nor a directory saved with datasets.Dataset.save_to_disk")
     try:
         saved = load_from_disk(str(path))
     except (OSError, ValueError, KeyError) as error:
-        raise ConfigError(f"{path}: this saved dataset cannot be read: {error}") from error
+        raise ConfigError(f"{path}: cannot read the saved dataset: {error}") from error
     if isinstance(saved, Dataset):
         return saved
     if split not in saved:
-        wanted = "name the directory of one" if split is None else f"there is no split '{split}'"
-        raise ConfigError(f"{path}: holds the splits {', '.join(map(str, saved))}; {wanted}")
+        problem = "name the directory of one split" if split is None else f"there is no split '{split}'"
+        raise ConfigError(f"{path}: has the splits {', '.join(map(str, saved))}; {problem}")
     return saved[split]
 
 
 def saved_rows(path: Path) -> Iterator[Mapping[str, Any]]:
-    """The rows of a saved dataset, one after the other.
-
-    Raises:
-        ConfigError: as `load_saved`.
-    """
+    """Yields the rows of a saved dataset; raises ConfigError like `load_saved`."""
     yield from cast("Iterable[dict[str, Any]]", load_saved(path))

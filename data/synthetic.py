@@ -1,9 +1,9 @@
 """Chain arithmetic: a start value and a few operations modulo a small prime, written as text.
 
-`3 +4 x2 -5 +1 =` has the running values 0 0 2 3 modulo 7: the last is the answer, those before it the reasoning.
-Every operation is a bijection of the values, so all answers are equally likely and guessing scores 1 / modulus.
-With fillers the reasoning also holds words that say nothing, at places that no question tells: ` 0 so so 0 2 so`.
-Whoever keeps as many tokens as there are values has to know which.
+`3 +4 x2 -5 +1 =` has the running values 0 0 2 3 modulo 7: the last is the answer, the others are the reasoning.
+Every operation is a bijection, so all answers are equally likely and guessing scores 1 / modulus.
+With fillers the reasoning also has meaningless words at random positions: ` 0 so so 0 2 so`. A selector whose budget is
+the number of values then has to find the values.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ from kvcore.errors import FieldError
 
 OPERATORS = ("+", "-", "x")
 FILLER = " so"
-_LARGEST_MODULUS = 97
-_LARGEST_COUNT = 2**62
-_MOST_FILLERS = 64
+_MAX_MODULUS = 97
+_MAX_QUESTIONS = 2**62
+_MAX_FILLERS = 64
 
 
 @dataclass(frozen=True, slots=True)
 class ChainTask:
-    """The family of questions: `operations` steps with operands 1 to `modulus` - 1, and `fillers` in each reasoning.
+    """A task: questions with `operations` steps, operands from 1 to `modulus` - 1, and `fillers` in each reasoning.
 
     Raises:
-        FieldError: the modulus is no prime from 2 to 97, the number of operations leaves no reasoning or gives
-            more questions than can be numbered, or the fillers are not 0 to 64.
+        FieldError: the modulus is not a prime from 2 to 97; there are fewer than 2 operations, or so many that the
+            questions cannot be numbered; or the fillers are not from 0 to 64.
     """
 
     modulus: int = 7
@@ -38,18 +38,18 @@ class ChainTask:
 
     def __post_init__(self) -> None:
         prime = self.modulus >= 2 and all(self.modulus % divisor for divisor in range(2, self.modulus))
-        if not prime or self.modulus > _LARGEST_MODULUS:
-            raise FieldError("modulus", f"{self.modulus} is not a prime from 2 to {_LARGEST_MODULUS}")
+        if not prime or self.modulus > _MAX_MODULUS:
+            raise FieldError("modulus", f"{self.modulus} is not a prime from 2 to {_MAX_MODULUS}")
         if self.operations < 2:
-            raise FieldError("operations", f"{self.operations} leaves no reasoning before the answer; the least is 2")
-        if self.questions > _LARGEST_COUNT:
-            raise FieldError("operations", f"{self.operations} gives more than {_LARGEST_COUNT} questions")
-        if not 0 <= self.fillers <= _MOST_FILLERS:
-            raise FieldError("fillers", f"{self.fillers} is not from 0 to {_MOST_FILLERS}")
+            raise FieldError("operations", f"{self.operations} leaves no reasoning before the answer; the minimum is 2")
+        if self.questions > _MAX_QUESTIONS:
+            raise FieldError("operations", f"{self.operations} gives more than {_MAX_QUESTIONS} questions")
+        if not 0 <= self.fillers <= _MAX_FILLERS:
+            raise FieldError("fillers", f"{self.fillers} is not from 0 to {_MAX_FILLERS}")
 
     @property
     def questions(self) -> int:
-        """How many different questions there are."""
+        """Number of different questions."""
         return self.modulus * self._choices**self.operations
 
     @property
@@ -58,7 +58,7 @@ class ChainTask:
         return 1.0 / self.modulus
 
     def record(self, question: int) -> Record:
-        """The question of that number, 0 to `questions` - 1, with its reasoning and answer."""
+        """The question with this number, from 0 to `questions` - 1, with its reasoning and answer."""
         assert 0 <= question < self.questions
         rest, value = divmod(question, self.modulus)
         prompt, values = [str(value)], []
@@ -72,12 +72,12 @@ class ChainTask:
         return Record(f"chain{self.modulus}-{question}", text, self._reasoning(question, values[:-1]), values[-1])
 
     def _reasoning(self, question: int, values: Sequence[str]) -> str:
-        """The values in their order, the fillers at places drawn for this question."""
+        """The values in order, with fillers at random positions that depend on the question."""
         count = len(values) + self.fillers
         kept = np.random.default_rng(question).choice(count, size=len(values), replace=False)
         words = [FILLER] * count
-        for place, value in zip(sorted(kept.tolist()), values, strict=True):
-            words[place] = value
+        for position, value in zip(sorted(kept.tolist()), values, strict=True):
+            words[position] = value
         return "".join(words)
 
     @property
@@ -87,7 +87,7 @@ class ChainTask:
 
 @dataclass(frozen=True, slots=True)
 class Splits:
-    """Records that share no question: to learn from, to choose settings by, and to report."""
+    """Disjoint training, validation and test records."""
 
     train: list[Record]
     val: list[Record]
@@ -95,17 +95,17 @@ class Splits:
 
 
 def make_splits(task: ChainTask, train: int, val: int, test: int, seed: int) -> Splits:
-    """Draws questions without repeats, the same for the same arguments.
+    """Draws questions without replacement; deterministic for equal arguments.
 
     Raises:
-        FieldError: a count below 1, or more in total than there are questions.
+        FieldError: a count is below 1, or the total exceeds the number of questions.
     """
     for name, count in (("train", train), ("val", val), ("test", test)):
         if count < 1:
-            raise FieldError(name, f"{count} is no number of records; the least is 1")
+            raise FieldError(name, f"{count} is too small; the minimum is 1 record")
     total = train + val + test
     if total > task.questions:
-        raise FieldError("train", f"{total} records in all, but there are only {task.questions} different questions")
+        raise FieldError("train", f"{total} records in total, but there are only {task.questions} different questions")
     generator = np.random.default_rng(seed % 2**64)
     drawn: list[int] = generator.choice(task.questions, size=total, replace=False).tolist()
     test_end = test + val

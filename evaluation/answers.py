@@ -1,7 +1,7 @@
-"""The answer that a model's text ends in, and whether it is the right one.
+"""Extracts the final answer from generated text, and compares answers.
 
-What stands in a box counts first, then what follows the last "the answer is", then the text itself. A text that names
-no answer, or two at once, has none: it is wrong, and nothing is guessed for it.
+An answer is looked for in the last box, then after the last "the answer is", then in the whole text. A text with no
+answer or with two answers is wrong; no answer is guessed.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 
 from lm_eval.tasks.hendrycks_math.utils import is_equiv
 
+from data.latex import last_boxed
 from evaluation.number_text import find_numbers, number_text, parse_number, plain, spelt_number
 from kvcore.errors import FieldError
 
@@ -31,25 +32,24 @@ _CHOICE_PHRASE = re.compile(
     """,
     re.VERBOSE | re.IGNORECASE,
 )
-# A full stop ends a sentence, a decimal point or an abbreviation's dot does not.
+# A full stop ends a sentence; a decimal point does not.
 _SENTENCE_END = re.compile(r"[.!?;](?=\s|$)|。")
 _NEGATED = re.compile(
     r"\b(?:not|isn't|rather\s+than)\s+(?:option\s+|choice\s+)?\S+(?:\s+but\b)?|不是\S?|而非\S?", re.IGNORECASE
 )
-_BOX = re.compile(r"\\(?:boxed|fbox)\s*")
-# H_{2} is H_2.
+# H_{2} equals H_2.
 _ONE_IN_BRACES = re.compile(r"([_^])\{(\w)\}")
 _WRAPPED = re.compile(r"\\(?:text|textbf|mathrm|mathbf|mbox|rm)\s*\{([^{}]*)\}")
 _UNITS = re.compile(r"(?<=[\d}])\s+[A-Za-z]{2,}(?:[\s/][A-Za-z]+)*\.?$")
 _OPENERS = r"\s:*_\"'(\[【{{<$"
-# A number is one word with its decimals, and so is a sign before it: -1 is not 1, nor is 1.5 a 5.
+# A number with its sign and decimals is one word: -1 is not 1, and 1.5 is not 5.
 _WORD = re.compile(r"(?:(?<![\w)\]])-(?=\d))?[^\W_]+(?:(?<=\d)[.,]\d+)*|[-+*/^<>=](?=\s?[\d(\\])")
 _CHINESE_CHARACTER = re.compile(r"[\u4e00-\u9fff]")
 _INLINE_MATH = re.compile(r"\$\$?([^$]+)\$\$?|\\\((.+?)\\\)|\\\[(.+?)\\\]", re.DOTALL)
 
 
 def extract_number(text: str) -> str | None:
-    """The number that a text answers with, in its shortest form (`1234`, `-3.5`, `1/3`), or None."""
+    """The number that a text gives as its answer, in its shortest form (`1234`, `-3.5`, `1/3`), or None."""
     text = plain(text)
     for candidate in _candidates(text, _PHRASE):
         tail = candidate.rpartition("=")[2] if "=" in candidate else candidate
@@ -68,12 +68,12 @@ def extract_number(text: str) -> str | None:
 
 
 def extract_choice(text: str, letters: str = "ABCD", choices: Sequence[str] = ()) -> str | None:
-    """The letter of the choice that a text answers with, or None where it names none or several.
+    """The letter of the choice that a text gives as its answer, or None if it names none or several.
 
     Args:
-        text: what the model wrote.
-        letters: the letters that are offered, upper case.
-        choices: what stands behind each letter, for a text that repeats a choice and not its letter.
+        text: the generated text.
+        letters: the letters of the choices, in upper case.
+        choices: the text of each choice, for answers that repeat a choice instead of its letter.
     """
     text = plain(text)
     for candidate in _candidates(text, _CHOICE_PHRASE):
@@ -93,7 +93,7 @@ def extract_choice(text: str, letters: str = "ABCD", choices: Sequence[str] = ()
 
 
 def extract_label(text: str, labels: Sequence[str]) -> str | None:
-    """Which of a few words (Yes, No) a text answers with, spelt as in `labels`, or None."""
+    """The label (such as Yes or No) that a text gives as its answer, spelt as in `labels`, or None."""
     text = plain(text)
     pattern = re.compile(r"\b(?:" + "|".join(map(re.escape, labels)) + r")\b", re.IGNORECASE)
     spelt = {label.lower(): label for label in labels}
@@ -109,9 +109,9 @@ def extract_label(text: str, labels: Sequence[str]) -> str | None:
 
 
 def extract_math(text: str) -> str | None:
-    """The expression that a text answers with, as it was written, or None."""
+    """The expression that a text gives as its answer, unchanged, or None."""
     text = plain(text)
-    boxed = _boxed(text)
+    boxed = last_boxed(text)
     if boxed is not None:
         return boxed.strip() or None
     for candidate in _after(text, _PHRASE):
@@ -130,7 +130,7 @@ def extract_math(text: str) -> str | None:
 
 
 def extract_words(text: str) -> str | None:
-    """The list of words that a text ends in, separated by single blanks, or None."""
+    """The list of words at the end of a text, separated by single spaces, or None."""
     text = plain(text)
     lines = [line for line in text.splitlines() if line.strip()]
     found = next(_candidates(text, _PHRASE), lines[-1] if lines else "")
@@ -138,26 +138,26 @@ def extract_words(text: str) -> str | None:
 
 
 def extract_brackets(text: str) -> str | None:
-    """The brackets that a text ends in, separated by single blanks, or None."""
+    """The brackets at the end of a text, separated by single spaces, or None."""
     text = plain(text)
     runs = re.findall(r"[\[\](){}<>](?:\s*[\[\](){}<>])*", next(_after(text, _PHRASE), text))
     return " ".join(re.sub(r"\s", "", runs[-1])) if runs else None
 
 
 def same_number(answer: str, target: str) -> bool:
-    """Whether two texts are the same number, however written.
+    """Whether two texts denote the same number.
 
     Raises:
-        FieldError: the target is no number.
+        FieldError: the target is not a number.
     """
     wanted = parse_number(target)
     if wanted is None:
-        raise FieldError("answer", f"the reference '{target}' is no number")
+        raise FieldError("answer", f"the reference '{target}' is not a number")
     return parse_number(answer) == wanted
 
 
 def same_math(answer: str, target: str) -> bool:
-    """Whether two expressions are the same: as numbers, units aside, or as text under lm-eval's rules for MATH."""
+    """Whether two expressions are equal: as numbers without units, or as text by lm-eval's rules for MATH."""
     unwrapped, wanted = (
         _ONE_IN_BRACES.sub(r"\1\2", _WRAPPED.sub(r"\1", plain(text))).strip() for text in (answer, target)
     )
@@ -168,20 +168,20 @@ def same_math(answer: str, target: str) -> bool:
 
 
 def _is_brief(text: str) -> bool:
-    """Whether a text has so few words that a number spelt among them is what it says."""
+    """Whether a text is so short that a spelt-out number in it is its answer."""
     return len(text.split()) <= 3 and len(_CHINESE_CHARACTER.findall(text)) <= 10
 
 
 def _candidates(text: str, phrase: re.Pattern[str]) -> Iterator[str]:
-    """Where an answer may stand, the likeliest first: the last box, then what follows each phrase, the last first."""
-    boxed = _boxed(text)
+    """Parts of the text that may hold the answer: the last box, then the text after each phrase, last phrase first."""
+    boxed = last_boxed(text)
     if boxed is not None:
         yield _WRAPPED.sub(r"\1", boxed)
     yield from _after(text, phrase)
 
 
 def _after(text: str, phrase: re.Pattern[str]) -> Iterator[str]:
-    """What follows each phrase to the end of its sentence, the last phrase first, without what it denies."""
+    """The text after each phrase up to the end of its sentence, last phrase first, without negated answers."""
     for match in reversed(list(phrase.finditer(text))):
         following = text[match.end() :].lstrip(" \t:*_\n")
         line = following.partition("\n")[0]
@@ -191,25 +191,8 @@ def _after(text: str, phrase: re.Pattern[str]) -> Iterator[str]:
         yield _WRAPPED.sub(r"\1", kept) if phrase is not _PHRASE else kept
 
 
-def _boxed(text: str) -> str | None:
-    """What the last complete box holds."""
-    for match in reversed(list(_BOX.finditer(text))):
-        rest = text[match.end() :]
-        if not rest.startswith("{"):
-            word = re.match(r"[^\s$.,{}]+", rest)
-            if word:
-                return word[0]
-            continue
-        depth = 0
-        for place, sign in enumerate(rest):
-            depth += (sign == "{") - (sign == "}")
-            if depth == 0:
-                return rest[1:place]
-    return None
-
-
 def _leading_letter(text: str, letters: str) -> str | None:
-    """The letter that a text opens with."""
+    """The letter at the start of a text."""
     opened = re.match(rf"[{_OPENERS}]*(?:(?:option|choice|letter|选项|选)[{_OPENERS}]*)?", text, re.IGNORECASE)
     rest = text[opened.end() if opened else 0 :]
     small = re.match(rf"([{letters.lower()}])\s*[).\]}}]*\s*$", rest)
@@ -222,19 +205,19 @@ def _leading_letter(text: str, letters: str) -> str | None:
 
 
 def _is_article(rest: str) -> bool:
-    """Whether A or I goes on as a sentence does ("A dog") and is no letter of a choice ("A because ...")."""
+    """Whether A or I starts a sentence ("A dog") instead of naming a choice ("A because ...")."""
     word = re.match(r"\s+([a-z]+)", rest)
     return bool(word) and word[1] not in ("because", "since", "as", "and", "or", "which", "due", "based")
 
 
 def _letter_within(text: str, letters: str) -> str | None:
-    """The first letter in brackets, or else the only one that stands alone."""
+    """The first letter in brackets, or else the only isolated one."""
     bracketed = re.findall(rf"[(\[]([{letters}])[)\]]", text)
-    return bracketed[0] if bracketed else _single(_standing(text, letters))
+    return bracketed[0] if bracketed else _single(_isolated(text, letters))
 
 
 def _last_letter(text: str, letters: str) -> str | None:
-    """The last letter in brackets, or else the only one that stands alone in the last line."""
+    """The last letter in brackets, or else the only isolated one in the last line."""
     bracketed = re.findall(rf"[(\[]([{letters}])[)\]]", text)
     if bracketed:
         return bracketed[-1]
@@ -242,11 +225,11 @@ def _last_letter(text: str, letters: str) -> str | None:
     concluded = (
         re.split(r"\b(?:so|therefore|thus|hence)\b|因此|所以", lines[-1], flags=re.IGNORECASE) if lines else [""]
     )
-    return _single(_standing(concluded[-1], letters))
+    return _single(_isolated(concluded[-1], letters))
 
 
-def _standing(text: str, letters: str) -> list[str]:
-    """Every letter that stands alone, articles and pronouns left out."""
+def _isolated(text: str, letters: str) -> list[str]:
+    """All isolated letters, except articles and pronouns."""
     matches = re.finditer(rf"(?<![A-Za-z0-9'])([{letters}])(?![A-Za-z0-9'])", text)
     return [match[1] for match in matches if not (match[1] in "AI" and _is_article(text[match.end() :]))]
 
@@ -256,7 +239,7 @@ def _single(letters: list[str]) -> str | None:
 
 
 def _names_several(text: str, letters: str) -> bool:
-    """Whether a text opens with two letters side by side: "A or B", "both (A) and (C)"."""
+    """Whether a text starts with two letters: "A or B", "both (A) and (C)"."""
     one = rf"[(\[]?([{letters}])[)\]]?"
     match = re.match(
         rf"[{_OPENERS}]*(?:both\s+|either\s+)?{one}\s*(?:or|and|/|,|&|或|和|与|、)\s*{one}(?![A-Za-z0-9])", text
@@ -265,7 +248,7 @@ def _names_several(text: str, letters: str) -> bool:
 
 
 def _one_choice(text: str, letters: str, choices: Sequence[str]) -> str | None:
-    """The letter of the only choice whose words the text holds; one inside another that it holds does not count."""
+    """The letter of the only choice whose words are in the text. Choices within another such choice are ignored."""
     words = _folded(text)
     held = [index for index, choice in enumerate(choices) if _folded(choice).strip() and _folded(choice) in words]
     outer = [

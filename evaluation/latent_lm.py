@@ -1,8 +1,8 @@
-"""A student that reasons in latents, as lm-eval sees a model: prompt > latents > continuation.
+"""lm-eval interface of a student that reasons in latents: prompt, latents, continuation.
 
-Every request is thought about first. A generated text follows the latents, and the log-likelihood of a continuation is
-that of the continuation after them, so that each choice of a question is weighed after the same thought. Text alone,
-without a prompt to think about, has no likelihood here.
+Every request first computes the latents of its prompt. Text is generated after the latents, and the log-likelihood of a
+continuation is conditioned on them, so that all choices of a question are scored after the same latents. Text without a
+prompt has no likelihood.
 """
 
 from __future__ import annotations
@@ -32,26 +32,26 @@ Pair = tuple[tuple[str, str], list[int], list[int]]
 
 
 class NoLikelihoodError(KVDistillError):
-    """A task asks for what a student that thinks in latents does not have."""
+    """A task needs the likelihood of text without a prompt, which a latent student does not have."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Question:
-    """One prompt, its continuations, and where their requests stand."""
+    """One prompt, its continuations, and the indices of their requests."""
 
     prompt: tuple[int, ...]
     continuations: list[list[int]]
-    places: list[int]
+    indices: list[int]
 
 
 class LatentLM(_HFLM):
-    """A latent student behind lm-eval's interface.
+    """A latent student with lm-eval's model interface.
 
     Args:
         lm: the student's language model, on its device.
-        reasoning: its latents.
+        reasoning: its latent reasoning module.
         tokenizer: its tokenizer.
-        batch_size: questions that are read at once.
+        batch_size: prompts per batch.
     """
 
     def __init__(
@@ -62,11 +62,11 @@ class LatentLM(_HFLM):
 
     @property
     def max_length(self) -> int:
-        """Tokens of text that the model can read beside its latents."""
+        """Maximum number of text tokens: the context length minus the latents."""
         return super().max_length - self.student.reasoning.latents
 
     def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
-        """Prompt and continuation apart, as in training: the latents stand between them."""
+        """Tokenises prompt and continuation separately, as in training, since the latents come between them."""
         return self.tok_encode(context), self.tok_encode(continuation, add_special_tokens=False)
 
     @torch.no_grad()
@@ -75,7 +75,7 @@ class LatentLM(_HFLM):
         inputs_BTE, mask_BT = self.student.think(context, generation_kwargs.pop("attention_mask").bool())
         if not generation_kwargs.get("do_sample"):
             generation_kwargs = {"do_sample": False}
-        written_BA = self.model.generate(
+        completion_BA = self.model.generate(
             inputs_embeds=inputs_BTE,
             attention_mask=mask_BT.long(),
             max_new_tokens=max_length - context.shape[1],
@@ -83,7 +83,7 @@ class LatentLM(_HFLM):
             pad_token_id=self.tokenizer.pad_token_id,
             **generation_kwargs,
         )
-        return torch.cat([context, written_BA], dim=1)
+        return torch.cat([context, completion_BA], dim=1)
 
     @torch.no_grad()
     def _loglikelihood_tokens(
@@ -94,13 +94,13 @@ class LatentLM(_HFLM):
         size = override_bs or self.batch_size_per_gpu
         questions = sorted(_questions(requests), key=lambda question: -len(question.prompt))
         for start in range(0, len(questions), size):
-            for place, found in self._weigh(questions[start : start + size]):
-                results[place] = found
+            for index, found in self._score(questions[start : start + size]):
+                results[index] = found
         assert None not in results
         return results  # pyright: ignore[reportReturnType]
 
-    def _weigh(self, questions: Sequence[_Question]) -> Iterator[tuple[int, LogLikelihood]]:
-        """Thinks about each question once, then reads its continuations."""
+    def _score(self, questions: Sequence[_Question]) -> Iterator[tuple[int, LogLikelihood]]:
+        """Computes the latents of each question once, then scores its continuations."""
         prompts = [torch.tensor(question.prompt[-self.max_length :]) for question in questions]
         ids_BP = pad_sequence(prompts, batch_first=True, padding_side="left").to(self.device)
         lengths_B = torch.tensor([len(prompt) for prompt in prompts])
@@ -108,15 +108,17 @@ class LatentLM(_HFLM):
         inputs_BTE, mask_BT = self.student.think(ids_BP, mask_BP)
         rows = [row for row, question in enumerate(questions) for _ in question.continuations]
         continuations = [torch.tensor(ids) for question in questions for ids in question.continuations]
-        places = [place for question in questions for place in question.places]
+        indices = [index for question in questions for index in question.indices]
         size = self.batch_size_per_gpu
         for start in range(0, len(rows), size):
             part = slice(start, start + size)
-            found = self._read(inputs_BTE[rows[part]], mask_BT[rows[part]], continuations[part])
-            yield from zip(places[part], found, strict=True)
+            found = self._log_likelihoods(inputs_BTE[rows[part]], mask_BT[rows[part]], continuations[part])
+            yield from zip(indices[part], found, strict=True)
 
-    def _read(self, inputs_BTE: Tensor, mask_BT: Tensor, continuations: Sequence[Tensor]) -> list[LogLikelihood]:
-        """Each continuation's log-likelihood after prompt and latents, and whether greedy decoding would write it."""
+    def _log_likelihoods(
+        self, inputs_BTE: Tensor, mask_BT: Tensor, continuations: Sequence[Tensor]
+    ) -> list[LogLikelihood]:
+        """Each continuation's log-likelihood after prompt and latents, and whether greedy decoding generates it."""
         ids_BA = pad_sequence(list(continuations), batch_first=True).to(self.device)
         lengths_B = torch.tensor([len(ids) for ids in continuations], device=self.device)
         valid_BA = torch.arange(ids_BA.shape[1], device=self.device) < lengths_B[:, None]
@@ -128,23 +130,19 @@ class LatentLM(_HFLM):
         return list(zip(logs_BA.sum(dim=1).tolist(), greedy_B.tolist(), strict=True))
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
-        """Refused.
-
-        Raises:
-            NoLikelihoodError: always.
-        """
+        """Not supported; raises NoLikelihoodError."""
         del disable_tqdm
         raise NoLikelihoodError(
-            f"task '{requests[0].task_name}' asks for the likelihood of text as it stands; a student that thinks in "
-            "latents has none, as it continues prompts: choose a task that asks questions"
+            f"task '{requests[0].task_name}' needs the likelihood of text without a prompt, which a latent student "
+            "does not have; choose a task with questions"
         )
 
 
 def _questions(requests: Sequence[Pair]) -> list[_Question]:
-    """Requests with the same prompt, together."""
-    order = sorted(range(len(requests)), key=lambda place: requests[place][1])
+    """Groups requests by prompt."""
+    order = sorted(range(len(requests)), key=lambda index: requests[index][1])
     questions: list[_Question] = []
-    for prompt, places in groupby(order, key=lambda place: requests[place][1]):
-        listed = list(places)
-        questions.append(_Question(tuple(prompt), [requests[place][2] for place in listed], listed))
+    for prompt, group in groupby(order, key=lambda index: requests[index][1]):
+        indices = list(group)
+        questions.append(_Question(tuple(prompt), [requests[index][2] for index in indices], indices))
     return questions

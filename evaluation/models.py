@@ -1,4 +1,4 @@
-"""The model that is evaluated: a latent student, or any causal language model."""
+"""Loads the model to evaluate: a latent student, or any causal language model."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from student_trainer.model.latent import LATENT_CONFIG, LATENT_WEIGHTS, load_rea
 from student_trainer.model.pretrained import DTypeName, load_pretrained
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel
 
     from student_trainer.model.latent import LatentReasoning
 
@@ -24,26 +24,21 @@ _HFLM: Any = HFLM
 
 
 def load_model(path: str, dtype: DTypeName, device: str, batch_size: int) -> Any:
-    """The model behind lm-eval's interface.
+    """Loads a model with lm-eval's model interface.
 
     Args:
-        path: a directory or hub id. With latents' parameters beside the weights it thinks in latents.
-        dtype: of the weights; `auto` as they were saved.
+        path: a directory or hub id. A directory with latent parameters is loaded as a latent student.
+        dtype: dtype of the weights; `auto` keeps the saved one.
         device: auto, cpu, cuda or cuda:N.
-        batch_size: questions read at once.
+        batch_size: prompts per batch.
 
     Raises:
-        FieldError: the model cannot be loaded whole, or the device is not there.
+        FieldError: the model cannot be loaded completely, or the device does not exist.
     """
-    place = _device(device)
+    target: Any = _device(device)
     lm, tokenizer = load_pretrained(path, dtype, _FIELD)
     reasoning = _latents(lm, Path(path))
-    return _behind_interface(lm.to(place), reasoning, tokenizer, batch_size)  # pyright: ignore[reportArgumentType]
-
-
-def _behind_interface(
-    lm: PreTrainedModel, reasoning: LatentReasoning | None, tokenizer: PreTrainedTokenizerBase, batch_size: int
-) -> Any:
+    lm = lm.to(target)
     if reasoning is None:
         return _HFLM(lm, tokenizer=tokenizer, batch_size=batch_size)
     return LatentLM(lm, reasoning.to(lm.device, lm.dtype), tokenizer, batch_size)
@@ -56,7 +51,7 @@ def _latents(lm: PreTrainedModel, directory: Path) -> LatentReasoning | None:
         return None
     if not all(present):
         missing = files[present.index(False)]
-        raise FieldError(_FIELD, f"{directory} is a student that thinks in latents, but {missing.name} is missing")
+        raise FieldError(_FIELD, f"{directory} is a latent student, but {missing.name} is missing")
     settings = json.loads(files[0].read_text(encoding="utf-8"))
     return load_reasoning(lm, directory, settings["latents"], settings["passes"])
 
@@ -67,5 +62,5 @@ def _device(name: str) -> torch.device:
         return torch.device("cuda" if found else "cpu")
     device = torch.device(name)
     if device.type == "cuda" and (device.index or 0) >= found:
-        raise FieldError("--device", f"there is no '{name}' here; CUDA devices found: {found}")
+        raise FieldError("--device", f"'{name}' does not exist; CUDA devices found: {found}")
     return device

@@ -35,13 +35,13 @@ def main(arguments: Sequence[str], program: str) -> int:
 
 
 def evaluate(settings: EvalSettings) -> dict[str, Any]:
-    """Evaluates on every dataset, writes the results and each question's line, and returns the results.
+    """Evaluates every dataset, writes the results and one line per question, and returns the results.
 
     Raises:
-        ConfigError: a dataset or the model cannot be had; nothing was evaluated.
-        KVDistillError: the model's figures cannot be scored.
+        ConfigError: a dataset or the model is not available; nothing was evaluated.
+        KVDistillError: the model's outputs cannot be scored.
     """
-    from data.dataset_sources import default_data_dir  # noqa: PLC0415 - slow to import
+    from data.local_copies import default_data_dir  # noqa: PLC0415 - slow to import
     from evaluation.models import load_model  # noqa: PLC0415
     from evaluation.scores import dataset_entry, write_lines  # noqa: PLC0415
     from evaluation.suite import load_benchmarks  # noqa: PLC0415
@@ -53,31 +53,33 @@ def evaluate(settings: EvalSettings) -> dict[str, Any]:
         benchmark.limit_answers(settings.max_new_tokens, model)
     results: dict[str, Any] = {}
     for number, benchmark in enumerate(benchmarks, start=1):
-        place = f"{number} of {len(benchmarks)}, {benchmark.name}"
-        logger.info("%s: %d questions", place, benchmark.count(settings.limit))
+        label = f"{number} of {len(benchmarks)}, {benchmark.name}"
+        logger.info("%s: %d questions", label, benchmark.count(settings.limit))
         lines, truncated = benchmark.run(model, settings.limit)
         if truncated:
-            logger.warning("%s: %d prompts are too long for this model and lost their beginning", place, truncated)
+            logger.warning(
+                "%s: %d prompts are too long for this model and were truncated at the start", label, truncated
+            )
         write_lines(output.with_suffix("") / f"{benchmark.name}.jsonl", lines)
         entry = dataset_entry(benchmark.name, benchmark.metric, lines)
         entry |= {"truncated_prompts": truncated, "limit": settings.limit, "model": settings.model_path}
         results[benchmark.name] = entry
-        logger.info("%s: %.2f %%, 95 %% interval %.2f to %.2f", place, entry["score"], *entry["ci95"])
+        logger.info("%s: %.2f %%, 95 %% interval %.2f to %.2f", label, entry["score"], *entry["ci95"])
     average = sum(entry["score"] for entry in results.values()) / len(results)
-    written = _validation_of(settings.model_path, output) | results | {"average": average}
-    write_json(output, written)
-    logger.info("average of %d datasets: %.2f; written to %s", len(results), average, output)
-    return written
+    output_entries = _validation_of(settings.model_path, output) | results | {"average": average}
+    write_json(output, output_entries)
+    logger.info("average of %d datasets: %.2f; results in %s", len(results), average, output)
+    return output_entries
 
 
 def _validation_of(model_path: str, output: Path) -> dict[str, Any]:
-    """What training wrote of the same model into the same file; its own validation stays beside the benchmarks."""
+    """Validation entries that training wrote into the same file, to keep them beside the benchmarks."""
     if not output.is_file() or output.resolve().parent != Path(model_path).resolve().parent:
         return {}
     try:
         before = json.loads(output.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise FieldError("--output_file", f"{output} is there and holds no JSON: {error}; remove it") from error
+        raise FieldError("--output_file", f"{output} exists and is not JSON: {error}; remove it") from error
     entries = before.items() if isinstance(before, dict) else ()
     return {name: entry for name, entry in entries if isinstance(entry, dict) and entry.get("split") == "validation"}
 

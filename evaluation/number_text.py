@@ -1,4 +1,4 @@
-r"""Numbers as people and models write them: 1,234, -3.50, \frac{1}{2}, full-width digits, 四, twenty-one, 3 million."""
+r"""Parses numbers in generated text: 1,234, -3.50, \frac{1}{2}, full-width digits, 四, twenty-one, 3 million."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import unicodedata
 from dataclasses import dataclass
 from fractions import Fraction
 
-# Full-width ASCII, its space, the minus sign, spaces that stand in numbers, and curly quotes.
+# Full-width ASCII and space, the minus sign, spaces within numbers, and curly quotes.
 _PLAIN = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)} | {
     0x3000: " ",
     0x2212: "-",
@@ -50,7 +50,7 @@ _NUMBER = re.compile(
 _DIGITS = dict(zip("零〇一二两三四五六七八九", (0, 0, 1, 2, 2, 3, 4, 5, 6, 7, 8, 9), strict=True))
 _UNITS = {"十": 10, "百": 100, "千": 1000}
 _INTEGER = "[零〇一二两三四五六七八九十百千万亿]+"
-# In 一共 (in all) and its like, 一 counts nothing.
+# In words such as 一共 (in total), 一 is not a number.
 _CHINESE = re.compile(f"(?!一[共起样般些定直旦切])负?(?:{_INTEGER}分之)?{_INTEGER}(?:点[零〇一二两三四五六七八九]+)?")
 
 _ONES = (
@@ -67,7 +67,7 @@ _WORDS = re.compile(rf"\b(?:(?:minus|negative)\s+)?(?:{_WORD})(?:(?:\s+and\s+|[\
 
 @dataclass(frozen=True, slots=True)
 class FoundNumber:
-    """A number and where it stands in the text."""
+    """A number and its position in the text."""
 
     value: Fraction
     start: int
@@ -75,14 +75,14 @@ class FoundNumber:
 
 
 def plain(text: str) -> str:
-    """Full-width characters as ASCII, and the marks dropped that LaTeX and Markdown put into numbers."""
+    """Converts full-width characters to ASCII and removes LaTeX and Markdown marks within numbers."""
     for pattern, instead in _LATEX_NOISE:
         text = pattern.sub(instead, text)
     return text.translate(_PLAIN)
 
 
 def find_numbers(text: str) -> list[FoundNumber]:
-    """Every number written with digits, in order; `text` is `plain`. A minus after a number or word subtracts."""
+    """All numbers written with digits, in order; `text` is `plain`. A minus after a number or word is subtraction."""
     found: list[FoundNumber] = []
     for match in _NUMBER.finditer(text):
         value = _value(match)
@@ -97,7 +97,7 @@ def find_numbers(text: str) -> list[FoundNumber]:
 
 
 def parse_number(text: str) -> Fraction | None:
-    """The value of a text that is one number and nothing else but blanks, a currency or a percent sign, or None."""
+    """The value of a text that is only a number, apart from spaces, a currency or a percent sign; otherwise None."""
     stripped = plain(text).strip().strip("$").rstrip("%.。 ").strip()
     numbers = find_numbers(stripped)
     if len(numbers) == 1 and (numbers[0].start, numbers[0].end) == (0, len(stripped)):
@@ -106,13 +106,13 @@ def parse_number(text: str) -> Fraction | None:
 
 
 def spelt_number(text: str) -> Fraction | None:
-    """The first number written in words, English or Chinese, or None."""
+    """The first number written in English or Chinese words, or None."""
     found = [(match.start(), value(match[0])) for pattern, value in _SPELT for match in pattern.finditer(text)]
     return min(found)[1] if found else None
 
 
 def number_text(value: Fraction) -> str:
-    """The shortest exact way to write a number: 1234, -3.5, 1/3."""
+    """The shortest exact notation of a number: 1234, -3.5, 1/3."""
     denominator = value.denominator
     for prime in (2, 5):
         while denominator % prime == 0:
@@ -128,7 +128,7 @@ def number_text(value: Fraction) -> str:
 
 
 def _value(match: re.Match[str]) -> Fraction | None:
-    """The value without its sign; None for a division by zero."""
+    """The unsigned value of a match; None for a division by zero."""
     top, bottom = (
         match["top"] or match["top1"] or match["top2"],
         match["bottom"] or match["bottom1"] or match["bottom2"],
@@ -153,7 +153,7 @@ def _chinese_value(text: str) -> Fraction:
     sign, text = (-1, text[1:]) if text.startswith("负") else (1, text)
     bottom, divided, top = text.partition("分之")
     if divided:
-        # 百分之五十 is 50, as 50 % is.
+        # 百分之五十 (50 %) is 50, like 50 %.
         whole = Fraction(1) if bottom == "百" else Fraction(1, _chinese_integer(bottom) or 1)
         return sign * whole * _chinese_value(top)
     integer, _, decimals = text.partition("点")

@@ -1,4 +1,4 @@
-"""From lm-eval's samples to what is written down: one entry for each dataset, and one line for each question."""
+"""Converts lm-eval's samples to results: one entry per dataset and one line per question."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _CHUNK = 250
 
 
 def bootstrap_interval(values: Sequence[float], resamples: int = 10_000, seed: int = 0) -> tuple[float, float]:
-    """The 95 % percentile interval of the mean, from means of questions drawn with replacement."""
+    """The 95 % bootstrap percentile interval of the mean."""
     generator = np.random.default_rng(seed)
     array_N = np.asarray(values, dtype=np.float64)
     means = [
@@ -30,15 +30,15 @@ def bootstrap_interval(values: Sequence[float], resamples: int = 10_000, seed: i
 
 
 def question_lines(samples: Mapping[str, Sequence[Mapping[str, Any]]], metric: str, filter_name: str) -> list[Entry]:
-    """One entry for each question, in the order that it was asked.
+    """One entry per question, in order.
 
     Args:
-        samples: lm-eval's, by task.
-        metric: whose value is the question's score, 0 to 1.
-        filter_name: the filter that it is counted under.
+        samples: lm-eval's samples by task.
+        metric: the metric that is the question's score, from 0 to 1.
+        filter_name: the filter whose samples count.
 
     Raises:
-        KVDistillError: the model gave a likelihood that is no finite number, or a score is not from 0 to 1.
+        KVDistillError: a likelihood is not finite, or a score is not from 0 to 1.
     """
     lines = [
         _line(task, sample, metric)
@@ -49,8 +49,8 @@ def question_lines(samples: Mapping[str, Sequence[Mapping[str, Any]]], metric: s
     for line in lines:
         if any(not math.isfinite(choice["loglikelihood"]) for choice in line.get("choices", ())):
             raise KVDistillError(
-                f"{line['task']}: the model's log-likelihoods are not finite at question {line['id']}; a model in half "
-                "precision may overflow: try --dtype fp32"
+                f"{line['task']}: log-likelihoods of question {line['id']} are not finite; half precision may "
+                "overflow: try --dtype fp32"
             )
         if not 0.0 <= line["score"] <= 1.0:
             raise ConfigError(f"{line['task']}: '{metric}' is {line['score']}, and a score in percent needs 0 to 1")
@@ -58,7 +58,7 @@ def question_lines(samples: Mapping[str, Sequence[Mapping[str, Any]]], metric: s
 
 
 def dataset_entry(name: str, metric: str, lines: Sequence[Entry]) -> Entry:
-    """What `eval_results.json` says of one dataset; scores and interval in percent."""
+    """The entry of one dataset in `eval_results.json`; scores and interval in percent."""
     values = [line["score"] for line in lines]
     low, high = bootstrap_interval(values)
     entry: Entry = {
@@ -76,7 +76,7 @@ def dataset_entry(name: str, metric: str, lines: Sequence[Entry]) -> Entry:
 
 
 def write_lines(path: Path, lines: Iterable[Entry]) -> None:
-    """Writes one JSON object a line, replacing the file."""
+    """Writes one JSON object per line, replacing the file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", encoding="utf-8", newline="\n") as file:
         file.writelines(json_text(line, ensure_ascii=False) + "\n" for line in lines)
@@ -94,8 +94,10 @@ def _line(task: str, sample: Mapping[str, Any], metric: str) -> Entry:
     if isinstance(first, str):
         line |= {"output": first, "answer": sample["filtered_resps"][0]}
     else:
-        weighed = [float(responses[0][0]) for responses in sample["resps"]]
+        likelihoods = [float(responses[0][0]) for responses in sample["resps"]]
         choices = [argument[1] for argument in arguments]
-        line["answer"] = choices[weighed.index(max(weighed))]
-        line["choices"] = [{"text": text, "loglikelihood": value} for text, value in zip(choices, weighed, strict=True)]
+        line["answer"] = choices[likelihoods.index(max(likelihoods))]
+        line["choices"] = [
+            {"text": text, "loglikelihood": value} for text, value in zip(choices, likelihoods, strict=True)
+        ]
     return line | {"target": sample["target"], "score": float(sample[metric])}

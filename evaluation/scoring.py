@@ -1,4 +1,4 @@
-"""What the YAML files in evaluation/tasks call: documents as the tasks ask them, answers, and their scores."""
+"""Functions that the YAML files in evaluation/tasks call: document preparation, answer extraction and scores."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ _SAME: dict[str, Callable[[str, str], bool]] = {"number": answers.same_number, "
 
 
 class AnswerFilter(Filter):
-    """Puts the answer in place of the text that holds it, or `[no answer]`.
+    """Replaces each generated text with its extracted answer, or `[no answer]`.
 
     Args:
-        kind: what is looked for: number, choice, label, math, words or brackets.
-        options: what the extractor of that kind is told beside the text; a choice's words come from each document.
+        kind: kind of answer: number, choice, label, math, words or brackets.
+        options: further arguments of the extractor; the text of choices comes from each document.
     """
 
     def __init__(self, kind: str, **options: Any) -> None:
@@ -42,7 +42,7 @@ class AnswerFilter(Filter):
         self._kind, self._options = kind, options
 
     def apply(self, resps: Iterable[Sequence[str]], docs: Sequence[Doc]) -> list[list[str]]:
-        """One list of answers for each document."""
+        """Returns one list of answers per document."""
         return [[self._answer(text, doc) for text in texts] for texts, doc in zip(resps, docs, strict=True)]
 
     def _answer(self, text: str, doc: Doc) -> str:
@@ -53,7 +53,7 @@ class AnswerFilter(Filter):
 
 
 def score(doc: Doc, results: Sequence[str], kind: str = "text") -> dict[str, float]:
-    """Whether an extracted answer is the document's `gold`: as a number, an expression, or else letter by letter."""
+    """Compares an extracted answer with the document's `gold`, as a number, an expression or text."""
     answer, gold = results[0], str(doc["gold"])
     if answer == NO_ANSWER:
         return {"exact_match": 0.0}
@@ -66,20 +66,20 @@ score_math = partial(score, kind="math")
 
 
 def gsm8k_docs(rows: Dataset) -> Dataset:
-    """GSM8K: the result stands after `####`."""
+    """GSM8K: the result follows `####`."""
     return rows.map(_gsm8k_doc)
 
 
 def _gsm8k_doc(row: Doc) -> dict[str, Any]:
     gold = row["answer"].rpartition("####")[2].strip()
     if parse_number(gold) is None:
-        # Else it would show when all questions are answered.
-        raise FieldError("gsm8k_test", f"the answer of '{row['question']:.60}' is no number: '{gold:.60}'")
+        # Checked here, since scoring happens only after all questions are answered.
+        raise FieldError("gsm8k_test", f"the answer of '{row['question']:.60}' is not a number: '{gold:.60}'")
     return {"gold": gold}
 
 
 def math500_docs(rows: Dataset) -> Dataset:
-    """MATH-500: the answer has a column of its own."""
+    """MATH-500: the answer has its own column."""
     return rows.map(lambda row: {"gold": row["answer"]})
 
 
@@ -94,7 +94,7 @@ def bracket_docs(rows: Dataset) -> Dataset:
 
 
 def gpqa_docs(rows: Dataset) -> Dataset:
-    """GPQA: four options in an order that depends on the question alone, so that every run asks the same."""
+    """GPQA: four options in an order that depends only on the question, so that all runs ask the same."""
     return rows.map(_gpqa_doc)
 
 

@@ -1,4 +1,4 @@
-"""The benchmarks by name, as lm-eval's tasks, with everything they need loaded before a model runs."""
+"""Loads benchmarks by name as lm-eval tasks, with all their data, before a model runs."""
 
 from __future__ import annotations
 
@@ -19,36 +19,28 @@ from lm_eval.tasks import TaskManager
 
 from evaluation.config import BENCHMARKS
 from evaluation.latent_lm import LatentLM
+from evaluation.metered_lm import MeteredLM
 from evaluation.scores import Entry, question_lines
-from evaluation.watched_lm import WatchedLM
 from kvcore.errors import ConfigError, FieldError
 
 if TYPE_CHECKING:
     from lm_eval.api.task import ConfigurableTask
 
-# A student that thinks in latents writes the answer alone.
+# A latent student generates only the answer.
 LATENT_ANSWER_TOKENS = 64
-# lm-eval's own, for a task that does not say.
+# lm-eval's default.
 _ANSWER_TOKENS = 256
 _TASKS_DIR = Path(__file__).parent / "tasks"
-# Anything that a task of lm-eval may do while it loads: its own errors, pyarrow's, the hub's, a missing package.
-_LOADING_ERRORS = (
-    OSError,
-    ValueError,
-    KeyError,
-    TypeError,
-    AttributeError,
-    ImportError,
-    DatasetsError,
-)
+# Errors that loading an lm-eval task may raise: its own, pyarrow's, the hub's, a missing package.
+_LOADING_ERRORS = (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, DatasetsError)
 
 
 @dataclass(frozen=True, slots=True)
 class Benchmark:
     """One dataset of an evaluation.
 
-    `tasks`: lm-eval's tasks by name, several for a benchmark of several subjects; `loaded`: as lm-eval hands them over.
-    `metric` and `filter`: which of lm-eval's figures is its score.
+    `tasks`: lm-eval tasks by name, one per subject. `loaded`: lm-eval's tasks and groups. `metric` and `filter`: the
+    lm-eval metric that is the score.
     """
 
     name: str
@@ -58,15 +50,15 @@ class Benchmark:
     filter: str
 
     def count(self, limit: int | None) -> int:
-        """How many questions are asked; `limit` is of each subject."""
+        """Number of questions, at most `limit` per subject."""
         sizes = [len(task.eval_docs) for task in self.tasks.values()]
         return sum(size if limit is None else min(size, limit) for size in sizes)
 
     def limit_answers(self, tokens: int | None, model: Any) -> None:
-        """Sets the longest answer: `tokens`, or the task's own, which latents make short.
+        """Sets the maximum answer length: `tokens`, or the task's default, which is shorter for latent students.
 
         Raises:
-            FieldError: the model has no room for such an answer after a prompt.
+            FieldError: the answer would fill the model's context.
         """
         for task in self.tasks.values():
             if task.OUTPUT_TYPE != "generate_until":
@@ -76,42 +68,43 @@ class Benchmark:
             if longest >= model.max_length:
                 raise FieldError(
                     "--max_new_tokens",
-                    f"{self.name} takes answers of up to {longest} tokens, and this model reads {model.max_length} in "
-                    "all; choose fewer",
+                    f"{self.name} needs answers of up to {longest} tokens, but the model's context has "
+                    f"{model.max_length}; set a smaller value",
                 )
             task.set_config(key="generation_kwargs", value={"max_gen_toks": longest}, update=True)
 
     def run(self, model: Any, limit: int | None) -> tuple[list[Entry], int]:
-        """Asks the questions, of each subject the first `limit`.
+        """Runs the questions, at most `limit` per subject.
 
         Returns:
-            one entry for each question, and how many prompts lost their beginning, as the model reads no more.
+            one entry per question, and the number of prompts that were truncated to the model's context.
         """
-        watched = WatchedLM(model, self.name)
+        metered = MeteredLM(model, self.name)
         with _quiet():
-            found = evaluate(lm=watched, task_dict=self.loaded, limit=limit, bootstrap_iters=0, log_samples=True)
+            found = evaluate(lm=metered, task_dict=self.loaded, limit=limit, bootstrap_iters=0, log_samples=True)
         assert found is not None, "one process evaluates"
         samples = cast("dict[str, Any]", found)["samples"]
-        return question_lines(samples, self.metric, self.filter), watched.truncated
+        return question_lines(samples, self.metric, self.filter), metered.truncated
 
 
 def load_benchmarks(
     names: Sequence[str], data_dir: Path | None = None, tasks_dir: Path | None = None
 ) -> list[Benchmark]:
-    """Loads every benchmark's questions.
+    """Loads the questions of benchmarks.
 
     Args:
-        names: of `BENCHMARKS`, of tasks in `tasks_dir`, or of lm-eval's own.
-        data_dir: local copies of the benchmarks' data.
-        tasks_dir: a directory of more tasks in lm-eval's YAML form.
+        names: names from `BENCHMARKS`, `tasks_dir` or lm-eval.
+        data_dir: directory of local copies of the data.
+        tasks_dir: directory of further tasks as lm-eval YAML files.
 
     Raises:
-        FieldError: a name is unknown (names the nearest) or stands twice.
-        ConfigError: benchmarks cannot be loaded; names each, its reason, and how to provide it.
+        FieldError: a name is unknown (suggests the nearest) or given twice.
+        ConfigError: benchmarks cannot be loaded; lists each with the reason and how to provide it.
     """
-    twice = sorted({name for name in names if names.count(name) > 1})
-    if twice or not names:
-        raise FieldError("--eval_datasets", f"{', '.join(twice)} stands twice" if twice else "name at least one")
+    repeated = sorted({name for name in names if names.count(name) > 1})
+    if repeated or not names:
+        problem = f"{', '.join(repeated)} is given twice" if repeated else "name at least one dataset"
+        raise FieldError("--eval_datasets", problem)
     benchmarks: list[Benchmark] = []
     problems: list[str] = []
     with _quiet():
@@ -131,7 +124,7 @@ def load_benchmarks(
 
 
 class _Manager:
-    """Finds a task where it is: ours first, then the user's, then lm-eval's thousands, which take a while to read."""
+    """Finds tasks in evaluation/tasks, then in the user's directory, then in lm-eval, whose tasks are slow to index."""
 
     def __init__(self, data_dir: Path | None, tasks_dir: Path | None) -> None:
         if tasks_dir is not None and not tasks_dir.is_dir():
@@ -140,17 +133,17 @@ class _Manager:
             raise FieldError("--data_dir", f"there is no directory {data_dir}")
         metadata: Any = {"data_dir": str(data_dir)} if data_dir else {}
         self._ours = TaskManager(include_path=_TASKS_DIR, include_defaults=False, metadata=metadata)
-        assert set(BENCHMARKS) <= set(self._ours.all_tasks), "lm-eval skips files that it cannot read"
+        assert set(BENCHMARKS) <= set(self._ours.all_tasks), "lm-eval skips unreadable files"
         self._users = TaskManager(include_path=tasks_dir, include_defaults=False) if tasks_dir else None
         self._theirs: TaskManager | None = None
 
     def check(self, name: str) -> None:
-        """Raises FieldError for a name that nobody knows."""
+        """Raises FieldError if the name is unknown."""
         self._holder(name)
 
     def load(self, name: str) -> dict[str, Any]:
-        """lm-eval's tasks and groups of that name."""
-        random.seed(0)  # Some of lm-eval's tasks shuffle their options as they load.
+        """lm-eval's tasks and groups with that name."""
+        random.seed(0)  # Some lm-eval tasks shuffle their options on loading.
         return cast("dict[str, Any]", self._holder(name).load([name]))
 
     def _holder(self, name: str) -> TaskManager:
@@ -162,17 +155,17 @@ class _Manager:
         if name in self._theirs.all_tasks:
             return self._theirs
         known = [*BENCHMARKS, *(self._users.all_tasks if self._users else ())]
-        near = difflib.get_close_matches(name, [*known, *self._theirs.all_tasks], n=1)
-        hint = f"did you mean '{near[0]}'? " if near else ""
+        close = difflib.get_close_matches(name, [*known, *self._theirs.all_tasks], n=1)
+        hint = f"did you mean '{close[0]}'? " if close else ""
         raise FieldError(
-            "--eval_datasets", f"no dataset is called '{name}'; {hint}there are {', '.join(known)}, and lm-eval's tasks"
+            "--eval_datasets", f"unknown dataset '{name}'; {hint}known: {', '.join(known)}, and lm-eval's tasks"
         )
 
 
 def _benchmark(name: str, loaded: dict[str, Any]) -> Benchmark:
     tasks: dict[str, ConfigurableTask] = loaded["tasks"]
     if not tasks:
-        raise ConfigError(f"{name}: holds no task")
+        raise ConfigError(f"{name}: has no task")
     for task in tasks.values():
         if task.get_config("num_fewshot") is None:
             task.set_config("num_fewshot", 0)
@@ -180,12 +173,14 @@ def _benchmark(name: str, loaded: dict[str, Any]) -> Benchmark:
     metric, chosen = _score_of(name, next(iter(tasks.values())))
     for task in tasks.values():
         if task.aggregation().get(metric) is not mean:
-            raise ConfigError(f"{name}: its metric '{metric}' is no mean over items, so it has no score in percent")
+            raise ConfigError(
+                f"{name}: its metric '{metric}' is not a mean over questions, so it has no score in percent"
+            )
     return Benchmark(name, tasks, loaded, metric, chosen)
 
 
 def _score_of(name: str, task: ConfigurableTask) -> tuple[str, str]:
-    """A task's first metric, under its most forgiving filter."""
+    """A task's first metric and its most lenient filter."""
     metrics = list(task.aggregation())
     if not metrics:
         raise ConfigError(f"{name}: the task has no metric")
@@ -195,7 +190,7 @@ def _score_of(name: str, task: ConfigurableTask) -> tuple[str, str]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """lm-eval's remarks on its own tasks and the progress bars of `datasets` say nothing to who only names one."""
+    """Silences lm-eval's warnings about its own tasks and the progress bars of `datasets`."""
     logger = logging.getLogger("lm_eval")
     level = logger.level
     logger.setLevel(logging.ERROR)

@@ -25,13 +25,13 @@ def main(arguments: Sequence[str], program: str) -> int:
         logging.basicConfig(level=logging.INFO, format="%(asctime)s  %(message)s", datefmt="%H:%M:%S", force=True)
         for name in ("httpx", "datasets", "transformers"):
             logging.getLogger(name).setLevel(logging.WARNING)
-        signal.signal(signal.SIGTERM, _leave)
+        signal.signal(signal.SIGTERM, _exit_on_signal)
         from extraction.extract import extract  # noqa: PLC0415 - torch is slow to import
 
         extract(config)
 
-    return run_command(program, command, "interrupted; the same command continues from here")
+    return run_command(program, command, "interrupted; run the same command again to resume")
 
 
-def _leave(number: int, _frame: object) -> NoReturn:
+def _exit_on_signal(number: int, _frame: object) -> NoReturn:
     sys.exit(128 + number)

@@ -1,4 +1,4 @@
-"""A dataset on disk, row by row: nothing of it is kept in memory but where each row begins."""
+"""Reads a dataset on disk row by row; only the offsets of rows are kept in memory."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from kvcore.errors import ConfigError
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """A record and what else the .pt file says of it; empty where the dataset does not."""
+    """A record with its style and task type for the .pt file; the task type may be empty."""
 
     record: Record
     style: str
@@ -28,10 +28,10 @@ class _Rows(Protocol):
 
 
 class Items:
-    """The first `limit` items of a file of JSON Lines or of a saved dataset, or all. Safe to read from several threads.
+    """The first `limit` items of a JSON Lines file or a saved dataset, or all. Thread-safe.
 
     Raises:
-        ConfigError: there is no such dataset, or it holds no record.
+        ConfigError: there is no such dataset, or it has no records.
     """
 
     def __init__(self, path: Path, limit: int | None = None) -> None:
@@ -39,26 +39,26 @@ class Items:
         self._rows = _saved(path) if path.is_dir() else _Lines(path)
         self._count = len(self._rows) if limit is None else min(limit, len(self._rows))
         if not self._count:
-            raise ConfigError(f"{path}: holds no record")
+            raise ConfigError(f"{path}: has no records")
 
     def __len__(self) -> int:
         return self._count
 
     def __getitem__(self, row: int) -> Item:
-        """Item `row`, from 0.
+        """Returns item `row`, from 0.
 
         Raises:
-            FieldError: it is no record; names its place and the field.
+            FieldError: the row is not a valid record; names the row and the field.
         """
         tree = self._rows[row]
         record = to_record(tree, f"{self._path}:{row + 1}")
-        # Of records without a style, those that reason are chains of thought.
+        # Without a style, records with reasoning are chains of thought.
         style = tree.get("style") or ("cot" if record.reasoning else "direct")
         return Item(record, str(style), str(tree.get("task_type") or ""))
 
 
 class _Lines:
-    """The objects of a file of JSON Lines; blank lines are none."""
+    """The objects of a JSON Lines file; blank lines are skipped."""
 
     def __init__(self, path: Path) -> None:
         if not path.is_file():
@@ -82,7 +82,7 @@ class _Lines:
 
 
 def _saved(path: Path) -> _Rows:
-    # Imported where it is needed: the library takes a second to load.
+    # Imported here because `datasets` takes a second to import.
     from data.saved_dataset import load_saved  # noqa: PLC0415
 
     return cast("_Rows", load_saved(path))

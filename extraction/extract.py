@@ -1,4 +1,4 @@
-"""One extraction from start to end: survey, teachers, what it will take, the K/V, and the result."""
+"""Runs one extraction: survey, teachers, disk space check, fetching K/V, and writing the result."""
 
 from __future__ import annotations
 
@@ -27,29 +27,29 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# Of the estimate: teachers' tokens are only guessed where the tokenizers differ.
+# Margin of the size estimate: teacher tokens are estimated if the tokenizers differ.
 _MARGIN = 1.02
 
 
 def extract(config: ExtractConfig) -> bool:
-    """Extracts this worker's part; the last worker completes the result.
+    """Extracts this shard; the process that finishes last writes the result.
 
     Returns:
-        Whether the result is complete.
+        whether the result is complete.
 
     Raises:
-        ConfigError: a flag, the dataset or the disk's free space does not allow it.
+        ConfigError: a flag or the dataset is not valid, or the disk has too little space.
         TeacherError: a teacher cannot be reached, refuses, or cannot serve a sample.
-        StoreError: what an earlier run stored is of another teacher or plan, or damaged.
+        StoreError: an earlier run's store has another teacher or plan, or is damaged.
     """
     run = _Run(config)
     if is_finished(config, run.survey):
         clean_up(config)
-        logger.info("%s is complete already: nothing to do", config.report_path)
+        logger.info("%s is already complete: nothing to do", config.report_path)
         return True
     config.store.mkdir(parents=True, exist_ok=True)
     if run.has_all():
-        logger.info("everything is stored already in %s", config.store)
+        logger.info("all samples are already in %s", config.store)
     else:
         forget_skipped(config)
         write_skipped(config, run.survey, run.items, run.pull())
@@ -57,7 +57,7 @@ def extract(config: ExtractConfig) -> bool:
 
 
 class _Run:
-    """What every step of an extraction needs."""
+    """The state that all steps of an extraction share."""
 
     def __init__(self, config: ExtractConfig) -> None:
         self.config = config
@@ -74,9 +74,9 @@ class _Run:
         self.rows = [row for row in self.survey.kept() if row % config.workers == config.worker]
 
     def has_all(self) -> bool:
-        """Whether this worker's rows are stored for every teacher, so that none needs to be started.
+        """Whether this shard's rows are stored for every teacher, so that no teacher has to be started.
 
-        With `on_missing` `skip`, rows that a teacher could not serve are not asked for again.
+        With `on_missing: skip`, rows that a teacher could not serve are not requested again.
         """
         known = read_skipped(self.config, self.survey) if self.config.on_missing == "skip" else []
         impossible = {entry.row for entry in known}
@@ -94,7 +94,7 @@ class _Run:
         return True
 
     def pull(self) -> dict[str, dict[int, str]]:
-        """Brings this worker's rows to the stores; returns what teachers could not serve."""
+        """Fetches this shard's rows into the stores; returns the rows that teachers could not serve."""
         with ExitStack() as stack:
             endpoints: Mapping[str, Sequence[str]] = self.endpoints
             servers: LocalTeachers | None = None
@@ -105,7 +105,7 @@ class _Run:
                 return self._pull(endpoints, stack)
             except TeacherError:
                 if servers is not None:
-                    # A server that died says more than a connection that was lost.
+                    # The exit of a local server explains more than a lost connection.
                     servers.check_alive()
                 raise
 
@@ -135,24 +135,24 @@ class _Run:
         return Teacher(name, endpoints, self.config, self.plan, self.items, self.survey)
 
     def _check_disk(self, teachers: Sequence[Teacher]) -> None:
-        """Says how much will be written, by all workers together.
+        """Logs how much all shards together will write.
 
         Raises:
-            ConfigError: the disk has less.
+            ConfigError: the disk has less space.
         """
         config, survey = self.config, self.survey
         needed = sum(teacher.missing_bytes() for teacher in teachers)
-        said = f"about {in_bytes(needed)} of K/V into {config.store}"
+        summary = f"about {in_bytes(needed)} of K/V into {config.store}"
         if config.format == "pt":
             size = survey.text_bytes + sum(
                 pt_bytes(teacher.slots(row), teacher.source.plan, teacher.source.info)
                 for teacher in teachers
                 for row in survey.kept()
             )
-            said = f"{said}, which is removed at the end, and {in_bytes(size)} into {config.pt_path}"
+            summary = f"{summary}, which is removed at the end, and {in_bytes(size)} into {config.pt_path}"
             needed += size
         free = shutil.disk_usage(config.output_dir).free
-        logger.info("will write %s (%.3f GB in all); the disk has %s free", said, needed / 1e9, in_bytes(free))
+        logger.info("will write %s (%.3f GB in total); the disk has %s free", summary, needed / 1e9, in_bytes(free))
         if needed * _MARGIN > free:
             raise ConfigError(
                 f"--output_dir: needs about {needed / 1e9:.3f} GB, and the disk of {config.output_dir} has "

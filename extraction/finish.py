@@ -1,4 +1,4 @@
-"""When every worker's part is there: the index of each store, the .pt file, and a report."""
+"""Completes an extraction after all shards: the index of each store, the .pt file, and the report."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from kvcore.types import EncodedSampleKV
 
 logger = logging.getLogger(__name__)
 
-# What decides which result it is; the other settings only decide how it is made.
+# Settings that define the result; the others only affect how it is produced.
 _IDENTITY = {
     "teacher_models",
     "student_model",
@@ -51,37 +51,37 @@ class Skipped:
 
 
 def settings_of(config: ExtractConfig, survey: Survey) -> dict[str, Any]:
-    """What makes two extractions the same, as the report keeps it."""
+    """The settings in the report; two extractions are the same if these are equal."""
     chosen = config.model_dump(mode="json", include=_IDENTITY)
     plan = {"selection": config.selection.model_dump(), "codec": config.codec_spec.model_dump()}
     return {**chosen, **plan, "layers": "all" if config.all_layers else "student", "dataset": survey.digest}
 
 
 def is_finished(config: ExtractConfig, survey: Survey) -> bool:
-    """Whether this very extraction has been finished.
+    """Whether this extraction is already finished.
 
     Raises:
-        ConfigError: something else stands under its name.
+        ConfigError: the output name is used by something else.
     """
     result = config.pt_path if config.format == "pt" else config.store
     if not config.report_path.is_file():
-        # Beside what it is made from it is our own, and its report was cut short.
+        # A result without a report next to its store is ours: writing the report was interrupted.
         if config.format == "pt" and result.exists() and not config.store.exists():
-            raise ConfigError(f"--output_name: {result} exists already; choose another name, or remove it")
+            raise ConfigError(f"--output_name: {result} already exists; choose another name, or remove it")
         return False
     before = json.loads(config.report_path.read_text(encoding="utf-8"))["settings"]
     wanted = settings_of(config, survey)
     for name, value in wanted.items():
         if before.get(name) != value:
             raise ConfigError(
-                f"--output_name: {config.report_path} is of an extraction with another {name} ({before.get(name)!r}, "
-                f"not {value!r}); choose another name, or remove what belongs to it"
+                f"--output_name: {config.report_path} belongs to an extraction with another {name} "
+                f"({before.get(name)!r}, not {value!r}); choose another name, or remove its files"
             )
     return result.exists()
 
 
 def write_skipped(config: ExtractConfig, survey: Survey, items: Items, failures: Mapping[str, dict[int, str]]) -> None:
-    """Lists what this worker's teachers could not serve, in place of what an earlier run of it could not."""
+    """Writes the list of samples that teachers could not serve to this shard, replacing the list of an earlier run."""
     skipped = [
         asdict(Skipped(row, items[row].record.id, teacher, reason))
         for teacher, found in failures.items()
@@ -92,11 +92,11 @@ def write_skipped(config: ExtractConfig, survey: Survey, items: Items, failures:
 
 
 def finish(config: ExtractConfig, survey: Survey, items: Items, names: list[str]) -> bool:
-    """Completes the extraction if all workers' parts are there; False if some are still missing.
+    """Completes the extraction if all shards are stored; returns False if some are still missing.
 
     Raises:
         TeacherRefusedError: a teacher could not serve a sample, and `on_missing` is `fail`.
-        StoreError: a store is damaged, or the disk does not take the result.
+        StoreError: a store is damaged, or the result cannot be written.
     """
     with _one_at_a_time(config.output_dir), ExitStack() as stack:
         if is_finished(config, survey):
@@ -106,17 +106,17 @@ def finish(config: ExtractConfig, survey: Survey, items: Items, names: list[str]
         skipped = [entry for entry in read_skipped(config, survey) if entry.row in lacking]
         absent = len(lacking - {entry.row for entry in skipped})
         if absent:
-            logger.info("%d samples are still to come from other shards; the last one to end completes it", absent)
+            logger.info("%d samples of other shards are missing; the last shard to finish completes the result", absent)
             return False
         if skipped and config.on_missing == "fail":
             first = skipped[0]
             raise TeacherRefusedError(
                 first.teacher,
-                f"cannot serve '{first.id}': {first.reason}. {len(lacking)} samples lack K/V of some teacher, all "
-                "others are stored; give the same command with --on_missing skip to go on without them",
+                f"cannot serve '{first.id}': {first.reason}. {len(lacking)} samples lack K/V of a teacher; all others "
+                "are stored. Run the same command with --on_missing skip to finish without them",
             )
         if not rows:
-            raise ConfigError("no sample is left that every teacher can serve")
+            raise ConfigError("there is no sample that every teacher can serve")
         size = _write(config, items, rows, readers)
         _write_report(config, survey, items, rows, readers, skipped, size)
     clean_up(config)
@@ -124,13 +124,13 @@ def finish(config: ExtractConfig, survey: Survey, items: Items, names: list[str]
 
 
 def clean_up(config: ExtractConfig) -> None:
-    """Removes what a finished .pt file was made from."""
+    """Removes the stores from which a finished .pt file was written."""
     if config.format == "pt" and config.store.is_dir():
         shutil.rmtree(config.store)
 
 
 def forget_skipped(config: ExtractConfig) -> None:
-    """What this worker could not get is asked for again; lists of workers under another N are nobody's."""
+    """Deletes this shard's list of skipped samples, to request them again, and lists of another number of shards."""
     for path in config.store.glob("skipped-*.json"):
         if path == _skipped_path(config) or not path.stem.endswith(f"of{config.workers}"):
             path.unlink(missing_ok=True)
@@ -141,7 +141,7 @@ def _skipped_path(config: ExtractConfig) -> Path:
 
 
 def _write(config: ExtractConfig, items: Items, rows: list[int], readers: Mapping[str, KVStoreReader]) -> int:
-    """The result itself; returns its bytes."""
+    """Writes the result and returns its size in bytes."""
     if config.format == "store":
         for name in readers:
             merge_index(config.store / name)
@@ -167,18 +167,18 @@ def _write(config: ExtractConfig, items: Items, rows: list[int], readers: Mappin
 
 def _stored(reader: KVStoreReader, items: Items, row: int) -> EncodedSampleKV:
     kv = reader.get(items[row].record.sample().content_key(reader.info.weights_digest, reader.plan))
-    assert kv is not None, "rows are written that every store has"
+    assert kv is not None, "only rows in every store are written"
     return kv
 
 
 def _decoded(teacher: str, encoded: EncodedSampleKV) -> dict[str, Any]:
-    """One teacher's entry: keys and values [L,H,M,D]; positions [M], or [L,H|1,M] of scopes below the sample."""
+    """One teacher's entry: keys and values [L,H,M,D]; positions [M], or [L,H|1,M] if the scope is layer or head."""
     kv = decode_batch([encoded])
     assert kv.k_BLHMD is not None
     assert kv.v_BLHMD is not None
     k_LHMD, v_LHMD = kv.k_BLHMD[0], kv.v_BLHMD[0]
     if encoded.codec.name != "raw":
-        # bf16 is exact for bf16, and finer than the codes of the others.
+        # bf16 is exact for the codec bf16 and finer than the other codecs.
         k_LHMD, v_LHMD = k_LHMD.bfloat16(), v_LHMD.bfloat16()
     shared = encoded.positions.shape[:2] == (1, 1)
     return {
@@ -191,7 +191,7 @@ def _decoded(teacher: str, encoded: EncodedSampleKV) -> dict[str, Any]:
 
 
 def _stored_rows(survey: Survey, items: Items, readers: Mapping[str, KVStoreReader]) -> tuple[list[int], set[int]]:
-    """The rows that every teacher's store has, in order, and those that some lack."""
+    """The rows that are in every teacher's store, in order, and the other rows."""
     rows: list[int] = []
     lacking: set[int] = set()
     for row in survey.kept():
@@ -204,7 +204,7 @@ def _stored_rows(survey: Survey, items: Items, readers: Mapping[str, KVStoreRead
 
 
 def read_skipped(config: ExtractConfig, survey: Survey) -> list[Skipped]:
-    """What teachers could not serve when they were last asked, of all workers."""
+    """The samples that teachers could not serve in the last run of each shard."""
     found: list[Skipped] = []
     for path in sorted(config.store.glob("skipped-*.json")):
         tree = json.loads(path.read_text(encoding="utf-8"))
@@ -243,24 +243,24 @@ def _write_report(
         },
     }
     replace_file(config.report_path, json_text(report, ensure_ascii=False, indent=2))
-    _say_result(config, len(rows), survey.rows, size, left_out)
+    _log_result(config, len(rows), survey.rows, size, left_out)
 
 
-def _say_result(config: ExtractConfig, written: int, samples: int, size: int, left_out: list[dict[str, str]]) -> None:
+def _log_result(config: ExtractConfig, written: int, samples: int, size: int, left_out: list[dict[str, str]]) -> None:
     result = config.pt_path if config.format == "pt" else config.store
     logger.info("%s: %d of %d samples, %s", result, written, samples, in_bytes(size))
     for reason, count in Counter(entry["reason"] for entry in left_out).most_common(5):
-        logger.warning("left out: %d samples: %s (%s lists all)", count, reason, config.report_path)
+        logger.warning("left out: %d samples: %s (full list in %s)", count, reason, config.report_path)
     if config.format == "store":
         selection = config.selection.model_dump(mode="json", include={"selector", "budget", "span", "scope"})
         flags = [f"kv.selection.{name}={value}" for name, value in selection.items()]
         settings = ["kv.mode=offline", f"kv.store={result}", f"kv.codec.name={config.codec_spec.name}", *flags]
-        logger.info("train from it with: kvdistill train ... %s", " ".join(f"--set {setting}" for setting in settings))
+        logger.info("train with: kvdistill train ... %s", " ".join(f"--set {setting}" for setting in settings))
 
 
 @contextmanager
 def _one_at_a_time(directory: Path) -> Iterator[None]:
-    """Of workers that end together, one completes the extraction and the others find it done."""
+    """Locks the output directory, so that only one process completes the extraction."""
     handle = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
     try:
         try:

@@ -1,7 +1,7 @@
-"""A list of samples as one .pt file, written sample by sample: memory holds a few megabytes of it, however long it is.
+"""Writes a list of samples as one .pt file, sample by sample, with a few megabytes of memory.
 
-The file is what `torch.save` makes of a list of dicts, readable with `torch.load(path, weights_only=True)`, also with
-`mmap=True`: a zip archive of `data.pkl`, whose tensors are views of the storages `data/0`, `data/1`, ... beside it.
+The file has the format of `torch.save` for a list of dicts; `torch.load(path, weights_only=True)` reads it, also with
+`mmap=True`. It is a zip archive with `data.pkl`, whose tensors are views of the storages `data/0`, `data/1`, ...
 `torch.save` itself would need the whole list in memory.
 """
 
@@ -25,10 +25,10 @@ from kvcore.files import sync
 
 Tensor = torch.Tensor
 
-# Tensors of several samples share a storage of about this size, so that the archive's table of contents stays small.
+# Tensors of several samples share a storage of about this size, which keeps the archive's directory small.
 CHUNK_BYTES = 16 << 20
 _PROTOCOL = 2
-# What torch.save aligns storages to, so that they can be mapped into memory.
+# torch.save aligns storages to this many bytes for memory mapping.
 _ALIGNMENT = 64
 _LOCAL_HEADER_BYTES = 30
 _STORAGE_CLASSES: dict[torch.dtype, type] = {
@@ -40,7 +40,7 @@ _STORAGE_CLASSES: dict[torch.dtype, type] = {
 
 @dataclass(frozen=True, slots=True)
 class _Storage:
-    """A storage of the file: its name, the dtype and number of its elements."""
+    """A storage in the file: name, dtype and number of elements."""
 
     name: str
     dtype: torch.dtype
@@ -48,14 +48,14 @@ class _Storage:
 
 
 class PTWriter:
-    """Writes a list, item by item. The file appears under its name, whole, when the block ends without an error.
+    """Context manager that writes a list item by item. The file appears when the block ends without an error.
 
     Args:
-        path: of the .pt file; replaced where it exists.
-        chunk_bytes: how much is gathered before it is written.
+        path: path of the .pt file; an existing file is replaced.
+        chunk_bytes: how much is buffered before it is written.
 
     Raises:
-        StoreError: the disk does not take it; nothing stands under `path` but what stood there before.
+        StoreError: writing failed; an existing file at `path` is unchanged.
     """
 
     def __init__(self, path: Path, chunk_bytes: int = CHUNK_BYTES) -> None:
@@ -76,7 +76,7 @@ class PTWriter:
         return self
 
     def append(self, item: Mapping[str, Any]) -> None:
-        """Adds an item: a dict of texts, numbers, lists, dicts, and tensors in fp32, bf16 or int32 on the CPU."""
+        """Adds an item: a dict of strings, numbers, lists, dicts, and CPU tensors of fp32, bf16 or int32."""
         self._pending.append(item)
         self._pending_bytes += sum(tensor.nbytes for tensor in _tensors(item))
         if self._pending_bytes >= self._chunk_bytes:
@@ -93,7 +93,7 @@ class PTWriter:
             self._temporary.unlink(missing_ok=True)
 
     def _flush(self) -> None:
-        """Writes the gathered tensors, one storage for each dtype, and the items that view them."""
+        """Writes the buffered tensors, one storage per dtype, and the items that view them."""
         by_dtype: dict[torch.dtype, list[Tensor]] = {}
         for item in self._pending:
             for tensor in _tensors(item):
@@ -107,7 +107,7 @@ class PTWriter:
         self._pending, self._pending_bytes = [], 0
 
     def _write_storage(self, dtype: torch.dtype, tensors: list[Tensor]) -> dict[int, tuple[_Storage, int]]:
-        """Where each tensor lies, by its id: its storage, and its first element in it."""
+        """Writes tensors as one storage; returns each tensor's storage and first element, by id."""
         flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
         storage = _Storage(str(self._storages), dtype, flat.numel())
         self._storages += 1
@@ -120,12 +120,12 @@ class PTWriter:
         return places
 
     def _write(self, name: str, content: bytes | memoryview) -> None:
-        """Adds a member whose content starts at a multiple of the alignment."""
+        """Adds a member whose content is aligned."""
         entry = zipfile.ZipInfo(f"{self._root}/{name}")
         start = self._archive.start_dir + _LOCAL_HEADER_BYTES + len(entry.filename.encode())
-        # An extra field has an id and a length, two bytes each, and fills the rest.
-        filling = -(start + 4) % _ALIGNMENT
-        entry.extra = b"FB" + filling.to_bytes(2, "little") + bytes(filling)
+        # The extra field has an id and a length of two bytes each, then padding.
+        padding = -(start + 4) % _ALIGNMENT
+        entry.extra = b"FB" + padding.to_bytes(2, "little") + bytes(padding)
         entry.file_size = len(content)
         with self._archive.open(entry, "w") as member:
             member.write(content)
@@ -146,7 +146,7 @@ class PTWriter:
 
 @contextmanager
 def _disk_errors(path: Path) -> Iterator[None]:
-    """Inside the block, what the disk refuses becomes a StoreError that names the file."""
+    """Converts OSError to StoreError with the path."""
     try:
         yield
     except OSError as error:
@@ -154,7 +154,7 @@ def _disk_errors(path: Path) -> Iterator[None]:
 
 
 class _ItemPickler(pickle.Pickler):
-    """Pickles one item; its tensors become views of storages that are written already."""
+    """Pickles one item; its tensors become views of storages that are already written."""
 
     def __init__(self, file: io.BytesIO, places: Mapping[int, tuple[_Storage, int]]) -> None:
         super().__init__(file, protocol=_PROTOCOL)
@@ -174,14 +174,14 @@ class _ItemPickler(pickle.Pickler):
 
 
 def _body(item: Mapping[str, Any], places: Mapping[int, tuple[_Storage, int]]) -> bytes:
-    """The opcodes that leave `item` on the unpickler's stack."""
+    """The opcodes that push `item` on the unpickler's stack."""
     file = io.BytesIO()
     _ItemPickler(file, places).dump(item)
     return file.getvalue()[2:-1]
 
 
 def _tensors(value: Any) -> list[Tensor]:
-    """Every tensor in nested dicts and lists."""
+    """All tensors in nested dicts and lists."""
     if isinstance(value, Tensor):
         return [value]
     inside = value.values() if isinstance(value, Mapping) else value if isinstance(value, list) else ()

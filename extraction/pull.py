@@ -1,4 +1,4 @@
-"""Brings every missing sample from the teachers to their stores, all teachers at once."""
+"""Fetches all missing samples from the teachers into their stores, all teachers in parallel."""
 
 from __future__ import annotations
 
@@ -9,22 +9,22 @@ from collections.abc import Sequence
 from concurrent.futures import FIRST_EXCEPTION, CancelledError, Future, ThreadPoolExecutor, wait
 from itertools import islice
 
-from extraction.progress import ExtractionProgress
+from extraction.extraction_progress import ExtractionProgress
 from extraction.survey import Survey
 from extraction.teachers import Teacher
 from kvcore.types import EncodedSampleKV
 
-# What a kill -9 may cost at most, besides a full shard of the store.
+# After SIGKILL at most this much work is lost, plus one store shard.
 FLUSH_SECONDS = 120.0
 
 Failures = dict[int, str]
 
 
 def pull(teachers: Sequence[Teacher], rows: Sequence[int], survey: Survey, prefetch: int) -> dict[str, Failures]:
-    """Fetches and stores rows that are not stored yet; returns, by teacher, those that it could not serve, and why.
+    """Fetches and stores missing rows; returns the rows that each teacher could not serve, with reasons.
 
     Raises:
-        KVDistillError: what ended the first teacher that failed; the others are stopped, and what came is stored.
+        KVDistillError: the error of the first teacher that failed; the others are stopped, and fetched rows are kept.
     """
     batches = {teacher.name: list(teacher.batches(rows)) for teacher in teachers}
     lengths = survey.lengths()
@@ -48,7 +48,7 @@ def pull(teachers: Sequence[Teacher], rows: Sequence[int], survey: Survey, prefe
 
 
 def _wait(futures: Sequence[Future[Failures]]) -> None:
-    """Returns when all have ended; raises the first error as soon as it is there. A signal gets through."""
+    """Waits for all futures and raises the first error at once. The timeout lets signals interrupt it."""
     waiting = set(futures)
     while waiting:
         done, waiting = wait(waiting, timeout=0.5, return_when=FIRST_EXCEPTION)
@@ -64,7 +64,7 @@ def _pull(
     prefetch: int,
     stop: threading.Event,
 ) -> Failures:
-    """Everything from one teacher, in this thread."""
+    """Fetches all batches of one teacher."""
     failures: Failures = {}
     upcoming = iter(batches)
     ahead = deque(_announced(teacher, batch) for batch in islice(upcoming, prefetch))
@@ -80,9 +80,9 @@ def _pull(
         for row, answer in zip(batch, answers, strict=True):
             if (reason := teacher.keep(row, answer)) is not None:
                 failures[row] = reason
-        written = sum(answer.nbytes for answer in answers if isinstance(answer, EncodedSampleKV))
+        nbytes = sum(answer.nbytes for answer in answers if isinstance(answer, EncodedSampleKV))
         tokens = int(survey.tokens_R3[list(batch)].sum())
-        progress.advance(teacher.name, samples=len(batch), tokens=tokens, written=written)
+        progress.advance(teacher.name, samples=len(batch), tokens=tokens, nbytes=nbytes)
         if time.monotonic() - flushed > FLUSH_SECONDS:
             teacher.writer.flush()
             flushed = time.monotonic()

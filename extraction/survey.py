@@ -1,4 +1,4 @@
-"""What there is to extract: how long each sample is, which are left out and why, and how many bytes it will be."""
+"""Surveys the dataset: sample lengths, excluded samples with reasons, and estimated bytes."""
 
 from __future__ import annotations
 
@@ -27,18 +27,18 @@ TOO_LONG = "longer than --max_length"
 NO_SPAN = "no text in the span"
 _PARTS: tuple[SpanKind, ...] = ("prompt", "reasoning", "answer")
 _READ_AT_ONCE = 512
-# Measured: a journal line, a shard's header and the index, of one sample, and of its tensors and layers.
+# Measured bytes in journal, shard headers and index, per sample, tensor and layer.
 _SAMPLE_BYTES, _TENSOR_BYTES, _LAYER_BYTES = 300, 210, 44
-# A sample of a .pt file beside its tensors and texts, for each teacher.
+# Measured bytes per sample and teacher of a .pt file, without tensors and texts.
 _PT_BYTES = 600
 
 
 @dataclass(frozen=True, slots=True)
 class Survey:
-    """A dataset as the student's tokenizer sees it. R is its rows.
+    """Token counts of a dataset by the student's tokenizer, and its excluded rows. R: rows.
 
-    `tokens_R3`: tokens of prompt, reasoning and answer. `text_bytes`: of all texts. `left_out`: reasons by row.
-    `digest`: names the content.
+    `tokens_R3`: tokens of prompt, reasoning and answer. `left_out`: reasons by row. `text_bytes`: bytes of all texts.
+    `digest`: digest of the content.
     """
 
     tokens_R3: NDArray[np.int32]
@@ -48,19 +48,19 @@ class Survey:
 
     @property
     def rows(self) -> int:
-        """How many samples the dataset has."""
+        """Number of samples in the dataset."""
         return len(self.tokens_R3)
 
     def lengths(self) -> NDArray[np.int64]:
-        """Student tokens of each whole text, [R]."""
+        """Student tokens of each text, [R]."""
         return self.tokens_R3.sum(axis=1, dtype=np.int64)
 
     def kept(self) -> Iterator[int]:
-        """The rows that are not left out."""
+        """The rows that are not excluded."""
         return (row for row in range(self.rows) if row not in self.left_out)
 
     def candidates(self, plan: KVPlan, row: int) -> int:
-        """Student tokens of the span that the plan chooses from."""
+        """Student tokens of the span that the plan selects from."""
         span = plan.selection.span
         counts = self.tokens_R3[row]
         return int(counts.sum() if span == "all" else counts[_PARTS.index(span)])
@@ -70,8 +70,8 @@ def survey(items: Items, tokenizer: PreTrainedTokenizerBase, config: ExtractConf
     """Reads the dataset once.
 
     Raises:
-        ConfigError: an id comes twice, or every sample is left out.
-        FieldError: a row is no record.
+        ConfigError: an id is duplicate, or all samples are excluded.
+        FieldError: a row is not a valid record.
     """
     tokens_R3 = np.zeros((len(items), 3), np.int32)
     digest = hashlib.blake2b(digest_size=16)
@@ -81,7 +81,7 @@ def survey(items: Items, tokenizer: PreTrainedTokenizerBase, config: ExtractConf
         records = [items[row].record for row in range(start, min(start + _READ_AT_ONCE, len(items)))]
         for row, record in enumerate(records, start=start):
             if record.id in rows_of_ids:
-                raise ConfigError(f"row {row + 1}: '{record.id}' is the id of row {rows_of_ids[record.id] + 1} already")
+                raise ConfigError(f"row {row + 1}: '{record.id}' is already the id of row {rows_of_ids[record.id] + 1}")
             rows_of_ids[record.id] = row
             for text in (record.id, record.prompt, record.reasoning, record.answer):
                 content = text.encode()
@@ -92,7 +92,7 @@ def survey(items: Items, tokenizer: PreTrainedTokenizerBase, config: ExtractConf
             tokens_R3[start : start + len(records), column] = _counts(tokenizer, texts, with_special=column == 0)
     left_out = _left_out(tokens_R3, config)
     if len(left_out) == len(items):
-        raise ConfigError(f"all {len(items)} samples are left out, the first since it is or has {left_out[0]}")
+        raise ConfigError(f"all {len(items)} samples are left out; reason for the first: {left_out[0]}")
     return Survey(tokens_R3, left_out, text_bytes, digest.hexdigest())
 
 
@@ -102,7 +102,7 @@ def _counts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], *, with_sp
 
 
 def _left_out(tokens_R3: NDArray[np.int32], config: ExtractConfig) -> dict[int, str]:
-    # As training counts: an end of sequence comes after the answer.
+    # Training appends an end-of-sequence token to the answer.
     too_long = np.flatnonzero(tokens_R3.sum(axis=1) + 1 > config.max_length)
     reasons = dict.fromkeys(too_long.tolist(), f"{TOO_LONG} {config.max_length}")
     span = config.selection.span
@@ -136,5 +136,5 @@ def pt_bytes(slots: int, plan: KVPlan, info: TeacherInfo) -> int:
 
 
 def slots_of(candidates: int, plan: KVPlan) -> int:
-    """How many of so many tokens a plan keeps."""
+    """Number of tokens that a plan keeps of `candidates`."""
     return candidates if plan.selection.selector == "full" else min(candidates, plan.selection.budget)

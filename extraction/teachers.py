@@ -1,4 +1,4 @@
-"""One teacher of an extraction: its source, its store, and which samples are there already."""
+"""A teacher of an extraction: its K/V source, its store, and which samples are already stored."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ from student_trainer.kv_sources import KVSource, build_source
 
 PlanFactory = Callable[[TeacherInfo], KVPlan]
 
-# Samples that tell how many tokens of the teacher one of the student is.
+# Samples used to measure teacher tokens per student token.
 _PROBE_SAMPLES = 8
-# Of K/V in one answer.
+# Maximum bytes of K/V in one response.
 _REQUEST_BYTES = 64 << 20
 
 
 def plan_factory(config: ExtractConfig, student: KVGeometry) -> PlanFactory:
-    """Makes each teacher's plan: the one that training with the same settings would make."""
+    """Returns a function that makes a teacher's plan, equal to the plan of training with the same settings."""
     align = AlignConfig(layer_map=config.layer_map_strategy).model_dump(exclude={"time", "calibration_samples"})
 
     def plan(info: TeacherInfo) -> KVPlan:
@@ -44,14 +44,14 @@ def plan_factory(config: ExtractConfig, student: KVGeometry) -> PlanFactory:
 
 
 def model_geometry(path: str, field: str) -> KVGeometry:
-    """A model's geometry, from its configuration alone.
+    """Reads a model's geometry from its configuration.
 
     Args:
-        path: a directory or hub id that transformers loads.
-        field: what an error calls `path`.
+        path: a directory or hub id.
+        field: the field that errors name.
 
     Raises:
-        FieldError: there is no such model.
+        FieldError: the configuration cannot be read.
     """
     from transformers import AutoConfig  # noqa: PLC0415 - slow to import
 
@@ -65,7 +65,7 @@ def model_geometry(path: str, field: str) -> KVGeometry:
 
 
 def stored_rows(directory: Path, info: TeacherInfo, plan: KVPlan, items: Items, survey: Survey) -> NDArray[np.bool_]:
-    """Which rows a store has, [R]; none where there is no store."""
+    """Which rows are in a store, [R]; none if the store does not exist."""
     found_R = np.zeros(survey.rows, np.bool_)
     if not (directory / MANIFEST_NAME).exists():
         return found_R
@@ -79,17 +79,17 @@ class Teacher:
     """A connected teacher.
 
     Args:
-        name: of the teacher, and of its store's folder.
-        endpoints: its replicas.
-        config: what to extract.
-        plan: makes its plan.
+        name: name of the teacher and of its store's directory.
+        endpoints: endpoints of its replicas.
+        config: settings of the extraction.
+        plan: makes the teacher's plan.
         items: the dataset.
-        survey: of the dataset.
+        survey: the dataset's survey.
 
     Raises:
-        TeacherUnavailableError: nobody answers.
-        TeacherRefusedError: the teacher does not have the selector.
-        StoreError: the store holds another teacher or plan, or another worker of this number writes there.
+        TeacherUnavailableError: no replica answers.
+        TeacherRefusedError: the teacher does not offer the selector.
+        StoreError: the store has another teacher or plan, or another process writes the same shard.
     """
 
     def __init__(
@@ -123,7 +123,7 @@ class Teacher:
         self.tokens_per_student_token = 1.0
 
     def probe(self, student_fingerprint: str) -> None:
-        """Measures how many of the teacher's tokens one of the student's is, where the tokenizers differ."""
+        """Measures teacher tokens per student token, if the tokenizers differ."""
         missing = [row for row in self._survey.kept() if not self.stored_R[row]]
         if self.source.info.tokenizer_fingerprint == student_fingerprint or not missing:
             return
@@ -139,27 +139,27 @@ class Teacher:
             self.tokens_per_student_token = sum(own for own, _ in pairs) / sum(student for _, student in pairs)
 
     def sample(self, row: int) -> Sample:
-        """A row as the teacher is asked for it."""
+        """The sample of a row, as sent to the teacher."""
         return self._items[row].record.sample()
 
     def slots(self, row: int) -> int:
-        """About how many tokens are kept of a row."""
+        """Estimated number of tokens kept of a row."""
         candidates = math.ceil(self._survey.candidates(self.source.plan, row) * self.tokens_per_student_token)
         return slots_of(candidates, self.source.plan)
 
     def bytes_of(self, row: int) -> int:
-        """About how much a row takes in the store."""
+        """Estimated bytes of a row in the store."""
         tokens = math.ceil(int(self._survey.tokens_R3[row].sum()) * self.tokens_per_student_token)
         return stored_bytes(self.slots(row), tokens, self.source.plan, self.source.info)
 
     def missing_bytes(self) -> int:
-        """About how much the store will grow until it has every row."""
+        """Estimated bytes of all rows that are not stored yet."""
         return sum(self.bytes_of(row) for row in self._survey.kept() if not self.stored_R[row])
 
     def batches(self, rows: Sequence[int]) -> Iterator[list[int]]:
-        """Rows that are not stored yet, longest first, in requests of at most `batch_tokens` padded tokens.
+        """Yields rows that are not stored yet, longest first, in requests of at most `batch_tokens` padded tokens.
 
-        What a request brings fits in memory too: of few tokens, where all of a large teacher's are kept.
+        The K/V of a request are also limited in bytes, for large teachers whose tokens are all kept.
         """
         lengths = np.ceil(self._survey.lengths() * self.tokens_per_student_token)
         batch: list[int] = []
@@ -177,7 +177,7 @@ class Teacher:
             yield batch
 
     def keep(self, row: int, answer: EncodedSampleKV | MissingKV) -> str | None:
-        """Stores an answer; the reason where there is none."""
+        """Stores a response; returns the reason if the K/V are missing."""
         if isinstance(answer, MissingKV):
             return answer.reason
         self.writer.add(answer)
@@ -185,7 +185,7 @@ class Teacher:
         return None
 
     def close(self) -> None:
-        """Ends the connections and puts on disk what was fetched."""
+        """Closes the connections and flushes fetched samples to disk."""
         try:
             self.source.close()
         finally:

@@ -10,15 +10,15 @@ from kvdistill.own_packages import ROOT, shadowed
 
 
 def main() -> None:
-    """Checks that kvdistill's own packages will be imported, then runs the command line."""
+    """Checks that no other folder hides kvdistill's packages, then runs the command line."""
     if problem := shadowed():
         sys.stderr.write(f"kvdistill: {problem}\n")
         sys.exit(2)
-    # Child processes start with `python -m`, which searches the current directory first. They need that only if this
-    # process found kvdistill that way.
-    if Path(sys.path[0]).resolve() != ROOT:  # noqa: TID251  it is only read
+    # Child processes start with `python -m`, which searches the current directory first. That is only wanted if this
+    # process found kvdistill there.
+    if Path(sys.path[0]).resolve() != ROOT:  # noqa: TID251 - only read
         os.environ.setdefault("PYTHONSAFEPATH", "1")
-    from kvdistill.cli import main as run  # noqa: PLC0415 - it imports packages that may be hidden
+    from kvdistill.cli import main as run  # noqa: PLC0415 - imports packages that may be hidden
 
     run()
 

@@ -1,16 +1,16 @@
-"""What commands read and write as text: addresses, and tables that are the same in a terminal, a pipe and a log."""
+"""Plain-text tables and endpoint syntax for commands."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
 
-# Of a server: host:port.
+# HOST:PORT of a server.
 ENDPOINT = re.compile(r"[^\s/]+:\d{1,5}")
 
 
 def in_columns(rows: Sequence[Sequence[str]], right: bool = False) -> str:
-    """Rows as lines whose columns stand below one another; `right` aligns all columns but the first to the right."""
+    """Formats rows as aligned columns; `right` aligns all columns except the first to the right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines: list[str] = []
     for row in rows:

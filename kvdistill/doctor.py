@@ -1,6 +1,6 @@
-"""`kvdistill doctor`: whether this machine can serve and train, and whether teachers answer. Free of torch.
+"""`kvdistill doctor`: checks whether this machine can serve and train, and whether teachers answer.
 
-Packages are imported in processes of their own: a broken one may end its process, and all of them take their time.
+Packages are imported in separate processes, since a broken package may crash its process. This module imports no torch.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from kvcore.extras import EXTRAS, install_command, missing
 from kvdistill.columns import ENDPOINT, in_columns
 
 GIB = 2**30
-# A checkpoint of a small student, and logs.
-LEAST_FREE_BYTES = 2 * GIB
+# Enough for a checkpoint of a small student and logs.
+MIN_FREE_BYTES = 2 * GIB
 IMPORT_SECONDS = 120
-# What each package is needed for, and a program that says what was found. The import alone can fail.
+# A program per package that imports it and prints its version.
 PACKAGES = {
     "torch": "import torch; print(torch.__version__)",
     "transformers": "import transformers; print(transformers.__version__)",
@@ -43,7 +43,7 @@ for index in range(torch.cuda.device_count()):
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """One line of the report. `next_step` says what to do where something is missing."""
+    """One line of the report. `next_step` says how to fix a problem."""
 
     name: str
     state: Literal["ok", "note", "problem"]
@@ -52,10 +52,10 @@ class Check:
 
 
 def checks(teachers: Sequence[str], disk: Path) -> list[Check]:
-    """Looks at everything: what does not depend on one another at the same time.
+    """Runs all checks in parallel.
 
     Raises:
-        FieldError: a teacher is not given as host:port.
+        FieldError: a teacher is not given as HOST:PORT.
     """
     for endpoint in teachers:
         if not ENDPOINT.fullmatch(endpoint):
@@ -70,7 +70,7 @@ def checks(teachers: Sequence[str], disk: Path) -> list[Check]:
 
 
 def report(found: Sequence[Check]) -> str:
-    """The checks as text: a line for each, and below it what to do next."""
+    """Formats the checks as text: one line each, followed by the next step if there is one."""
     lines = in_columns([(check.state, check.name, check.found) for check in found]).splitlines()
     return "\n".join(_with_next_steps(lines, found))
 
@@ -98,12 +98,12 @@ def _package(name: str) -> Check:
         done = _run(PACKAGES[name])
     except subprocess.TimeoutExpired:
         return Check(
-            name, "problem", f"its import took over {IMPORT_SECONDS} s", f"see whether the disk of {sys.prefix} is slow"
+            name, "problem", f"import took over {IMPORT_SECONDS} s", f"check whether the disk of {sys.prefix} is slow"
         )
     if done.returncode == 0:
         return Check(name, "ok", done.stdout.split()[-1])
-    reason = (done.stderr.strip().splitlines() or [f"ended with {done.returncode}"])[-1]
-    step = "in a checkout: make setup, which builds .venv from the pinned files; elsewhere: install kvdistill again"
+    reason = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
+    step = "in a checkout, run make setup; elsewhere, reinstall kvdistill"
     return Check(name, "problem", f"cannot be imported: {reason}", step)
 
 
@@ -112,14 +112,14 @@ def _gpus() -> Check:
         done = _run(GPUS)
     except subprocess.TimeoutExpired:
         return Check(
-            "GPUs", "problem", f"asking took over {IMPORT_SECONDS} s", "nvidia-smi says whether the driver hangs"
+            "GPUs", "problem", f"no answer in {IMPORT_SECONDS} s", "check with nvidia-smi whether the driver hangs"
         )
     if done.returncode == 0 and done.stdout.strip():
         return Check("GPUs", "ok", "; ".join(done.stdout.split("\n")[:-1]))
     if shutil.which("nvidia-smi"):
-        step = "install a CUDA build of torch whose CUDA the driver knows; nvidia-smi shows the driver"
-        return Check("GPUs", "problem", "none that torch can use, though nvidia-smi is here", step)
-    return Check("GPUs", "note", "none: models run on the CPU, which is for small ones")
+        step = "install a CUDA build of torch that the driver supports; nvidia-smi shows the driver version"
+        return Check("GPUs", "problem", "torch finds no GPU, although nvidia-smi is installed", step)
+    return Check("GPUs", "note", "none; models run on the CPU, which is only suitable for small models")
 
 
 def _memory() -> Check:
@@ -133,11 +133,9 @@ def _disk(path: Path) -> Check:
     free = shutil.disk_usage(above).free
     found = f"{free / GIB:.1f} GiB free for {path}"
     if not os.access(above, os.W_OK):
-        return Check("disk", "problem", f"{above} cannot be written to", "name another folder with --output")
-    if free < LEAST_FREE_BYTES:
-        step = (
-            f"a run needs {LEAST_FREE_BYTES / GIB:.0f} GiB and more for checkpoints: name another folder with --output"
-        )
+        return Check("disk", "problem", f"{above} is not writable", "choose another folder with --output")
+    if free < MIN_FREE_BYTES:
+        step = f"a run needs at least {MIN_FREE_BYTES / GIB:.0f} GiB: choose another folder with --output"
         return Check("disk", "problem", found, step)
     return Check("disk", "ok", found)
 
@@ -150,25 +148,30 @@ def _port() -> Check:
             return Check("ports", "ok", "servers can listen on 127.0.0.1")
     except OSError as error:
         return Check(
-            "ports", "problem", f"cannot listen on 127.0.0.1: {error}", "ask who runs this machine or container"
+            "ports",
+            "problem",
+            f"cannot listen on 127.0.0.1: {error}",
+            "ask the administrator of this machine or container",
         )
 
 
 def _extra(name: str) -> Check:
     if lacking := missing(name):
-        found = f"without {', '.join(lacking)}; where needed: {install_command(name)}"
+        found = f"not installed: {', '.join(lacking)}; to install: {install_command(name)}"
         return Check(f"extra {name}", "note", found)
     return Check(f"extra {name}", "ok", ", ".join(EXTRAS[name]))
 
 
 def _teacher(endpoint: str) -> Check:
-    from kvdistill.describe import describe  # noqa: PLC0415 - brings torch, which only this check needs
+    from kvdistill.describe import describe  # noqa: PLC0415 - imports torch, which only this check needs
 
     name = f"teacher {endpoint}"
     try:
         info = describe(endpoint)
     except TeacherError as error:
-        step = "is kvdistill serve running there, with --grpc-host 0.0.0.0 for other machines, and this port open?"
+        step = (
+            "check that kvdistill serve runs there (with --grpc-host 0.0.0.0 for other machines) and the port is open"
+        )
         return Check(name, "problem", error.problem, step)
     except ProtocolError as error:
         return Check(name, "problem", str(error), error.next_step)

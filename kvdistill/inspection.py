@@ -1,4 +1,4 @@
-"""`kvdistill inspect`: what a teacher server, a store, an extraction or a run's alignment holds, as text."""
+"""`kvdistill inspect`: describes a teacher server, a store, an extraction or a run's alignment as text."""
 
 from __future__ import annotations
 
@@ -16,35 +16,35 @@ from kvcore.store.journal import SampleEntry
 from kvcore.store.kv_store import POSITIONS, SHARD_SUFFIX, TOKEN_IDS, KVStoreReader
 from kvcore.store.manifest import MANIFEST_NAME
 from kvdistill.columns import ENDPOINT, in_columns
-from kvdistill.describe import describe, in_words, raw_token_bytes
+from kvdistill.describe import describe, description_rows, raw_token_bytes
 
 ALIGNMENT = "alignment.json"
-# More are counted only.
-LISTED_LAYERS = 12
+# If a plan has more layers, only their number is shown.
+MAX_LISTED_LAYERS = 12
 
 
 def inspect(target: str) -> str:
-    """What is at `target`: host:port of a server, a store or a folder of stores, a .pt file, a run's folder.
+    """Describes `target`: HOST:PORT of a server, a store or a folder of stores, a .pt file, or a run's folder.
 
     Raises:
-        ConfigError: nothing is there that can be shown; says what can.
+        ConfigError: there is nothing to show at `target`.
         StoreError: a store is damaged.
-        TeacherError: no teacher answers at that address.
+        TeacherError: no teacher answers at this address.
     """
     path = Path(target)
     if not path.exists() and ENDPOINT.fullmatch(target):
-        return in_columns([("teacher", target), *in_words(describe(target))])
-    found = list(_parts(path))
+        return in_columns([("teacher", target), *description_rows(describe(target))])
+    found = list(_descriptions(path))
     if not found:
         raise ConfigError(
-            f"{target}: no store, .pt file of an extraction, or {ALIGNMENT} is there; give one of these, a folder with "
-            "them, or HOST:PORT of a server"
+            f"{target}: not a store, .pt file of an extraction, {ALIGNMENT}, folder with one of these, or HOST:PORT of "
+            "a server"
         )
     return "\n\n".join(found)
 
 
-def _parts(path: Path) -> Iterator[str]:
-    """Everything that can be shown at a path."""
+def _descriptions(path: Path) -> Iterator[str]:
+    """Descriptions of all stores, extractions and alignments at a path."""
     if path.suffix == ".pt" and path.is_file():
         yield _extraction(path)
     if path.name == ALIGNMENT and path.is_file():
@@ -57,7 +57,7 @@ def _parts(path: Path) -> Iterator[str]:
 
 @dataclass(slots=True)
 class _Sums:
-    """What the journal lines of a store add up to. Errors by K or V: one of each layer."""
+    """Totals of a store's journal. Errors are lists by layer, for K and V."""
 
     samples: int = 0
     kv_bytes: int = 0
@@ -99,9 +99,9 @@ def _store(directory: Path) -> str:
         return in_columns(rows)
     raw = raw_token_bytes(info.layers, info.kv_heads, info.head_dim)
     rows += [
-        ("a sample", f"{sums.kv_bytes // sums.samples:,} bytes of K/V, {_mean_tokens(sums)}"),
-        ("a kept token", f"{sums.kv_bytes // sums.kept_tokens:,} bytes; in the teacher's own cache {raw:,} (bf16)"),
-        ("reduction", f"{raw * sums.text_tokens / sums.kv_bytes:.1f} times less than the whole cache of these texts"),
+        ("per sample", f"{sums.kv_bytes // sums.samples:,} bytes of K/V, {_mean_tokens(sums)}"),
+        ("per kept token", f"{sums.kv_bytes // sums.kept_tokens:,} bytes; {raw:,} in the teacher's own cache (bf16)"),
+        ("reduction", f"{raw * sums.text_tokens / sums.kv_bytes:.1f}x smaller than the full cache of these texts"),
     ]
     return f"{in_columns(rows)}\n\n{_errors(plan, sums)}"
 
@@ -112,9 +112,9 @@ def _mean_tokens(sums: _Sums) -> str:
 
 
 def _errors(plan: KVPlan, sums: _Sums) -> str:
-    """Relative error by layer, as it was measured when the samples were packed."""
+    """Relative error by layer, measured when the samples were encoded."""
     kinds = sorted(sums.error_sums)
-    head = ["layer", *(f"{kind.upper()} error, {which}" for kind in kinds for which in ("mean", "largest"))]
+    head = ["layer", *(f"{kind.upper()} error, {which}" for kind in kinds for which in ("mean", "max"))]
     rows = [head]
     for place, layer in enumerate(plan.layers):
         row = [str(layer)]
@@ -125,24 +125,24 @@ def _errors(plan: KVPlan, sums: _Sums) -> str:
 
 
 def plan_layers(plan: KVPlan, of: int) -> str:
-    """Which layers a plan asks for."""
+    """The layers that a plan requests."""
     if len(plan.layers) == of:
         return f"all {of}"
     named = ", ".join(map(str, plan.layers))
-    return f"{len(plan.layers)} of {of}" + (f": {named}" if len(plan.layers) <= LISTED_LAYERS else "")
+    return f"{len(plan.layers)} of {of}" + (f": {named}" if len(plan.layers) <= MAX_LISTED_LAYERS else "")
 
 
 def plan_tokens(plan: KVPlan) -> str:
-    """Which tokens a plan asks for."""
+    """The tokens that a plan requests."""
     selection = plan.selection
-    part = "the whole text" if selection.span == "all" else f"the {selection.span}"
+    span = "the whole text" if selection.span == "all" else f"the {selection.span}"
     if selection.selector == "full":
-        return f"all of {part}"
-    return f"{selection.selector} keeps at most {selection.budget} of {part}, chosen by {selection.scope}"
+        return f"all of {span}"
+    return f"{selection.selector} keeps at most {selection.budget} of {span}, selected per {selection.scope}"
 
 
 def plan_codec(plan: KVPlan) -> str:
-    """How a plan has K/V packed."""
+    """How a plan encodes K/V."""
     codec = plan.codec
     groups = f" in groups of {codec.group_size}" if codec.name == "int8" else ""
     limit = "" if codec.max_relative_error is None else f", relative error at most {codec.max_relative_error:g}"
@@ -150,15 +150,15 @@ def plan_codec(plan: KVPlan) -> str:
 
 
 def _extraction(path: Path) -> str:
-    """A .pt file by the report that was written with it: reading the file itself would take its size in memory."""
+    """Describes a .pt file from its report: loading the file itself would need as much memory as its size."""
     report = path.with_name(f"{path.stem}.report.json")
     if not report.is_file():
-        raise ConfigError(f"{path}: its report {report.name} is not beside it, and the file alone says too little")
+        raise ConfigError(f"{path}: its report {report.name} is missing; put it next to the file")
     content: dict[str, Any] = json.loads(report.read_text(encoding="utf-8"))
     rows = [
         ("file", str(path)),
         ("size", in_bytes(path.stat().st_size)),
-        ("samples", f"{content['written']:,} of {content['samples']:,}; {report.name} lists what was left out"),
+        ("samples", f"{content['written']:,} of {content['samples']:,}; {report.name} lists the others"),
     ]
     for name, teacher in content["teachers"].items():
         plan = KVPlan.model_validate_json(json.dumps(teacher["plan"]))
@@ -194,7 +194,7 @@ def _one_alignment(path: Path, name: str, report: Mapping[str, Any]) -> str:
 
 
 def _explained(report: Mapping[str, Any]) -> str:
-    """Explained variance by student layer, beside what rows of other samples explain."""
+    """Explained variance by student layer, next to the shuffled control."""
     own, other = report["explained_variance"], report["explained_variance_shuffled"]
     head = ["student layer", "K explained", "shuffled", "V explained", "shuffled"]
     rows = [

@@ -1,11 +1,11 @@
-"""Whether Python finds kvdistill's packages, or a user's folders of the same names. Standard library only."""
+"""Detects user folders that hide kvdistill's packages. Uses only the standard library."""
 
 from __future__ import annotations
 
 import importlib.util
 from pathlib import Path
 
-# Where this installation is: site-packages, or a checkout.
+# The directory of this installation: site-packages or a checkout.
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = (
     "align",
@@ -22,24 +22,24 @@ PACKAGES = (
 
 
 def shadowed() -> str | None:
-    """The problem in one line, with the next step, if another package or folder hides one of ours."""
+    """A message with the next step if another package or folder hides one of kvdistill's packages, else None."""
     for name in PACKAGES:
-        found = _place(name)
+        found = _location(name)
         if found is None:
             return f"package '{name}' is missing from {ROOT}; next: install kvdistill again"
         if found != ROOT / name:
             return (
-                f"{found} hides the package '{name}' that kvdistill has in {ROOT}; next: rename it, run from another"
+                f"{found} hides the package '{name}' of kvdistill in {ROOT}; next: rename it, run from another"
                 " directory, set PYTHONSAFEPATH=1, or unset PYTHONPATH if that names its folder"
             )
     return None
 
 
-def _place(name: str) -> Path | None:
-    """Where Python would import a top-level package from: its folder, or the file of a module."""
+def _location(name: str) -> Path | None:
+    """The folder or file from which Python would import a top-level package or module."""
     spec = importlib.util.find_spec(name)
     if spec is None:
         return None
-    places = list(spec.submodule_search_locations or ())
-    place = places[0] if places else spec.origin
-    return Path(place).resolve() if place else None
+    folders = list(spec.submodule_search_locations or ())
+    location = folders[0] if folders else spec.origin
+    return Path(location).resolve() if location else None

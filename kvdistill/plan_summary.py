@@ -1,4 +1,4 @@
-"""`kvdistill plan`: what a run will ask of each teacher, in layers and bytes, before anything is trained."""
+"""`kvdistill plan`: shows what a run will request from each teacher, in layers and bytes, without training."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from kvdistill.describe import describe, raw_token_bytes
 from kvdistill.inspection import plan_codec, plan_layers, plan_tokens
 from student_trainer.config import TeacherConfig, TrainConfig
 
-# Records whose tokens are counted: enough for a mean within a few per cent.
-COUNTED = 512
+# Records whose tokens are counted, enough for a mean within a few per cent.
+MAX_COUNTED = 512
 _PARTS = ("prompt", "reasoning", "answer")
 _POSITION_BYTES = 4
 FLAG = "--teacher-model"
@@ -31,24 +31,24 @@ FLAG = "--teacher-model"
 
 @dataclass(frozen=True, slots=True)
 class Lengths:
-    """Tokens of the parts of some records, as the student's tokenizer counts them, and how many records there are."""
+    """Number of records, and student tokens of prompt, reasoning and answer of some of them."""
 
     records: int
     counted: Sequence[tuple[int, int, int]]
 
     def candidates(self, plan: KVPlan) -> list[int]:
-        """Of each counted record, the tokens that a plan chooses from."""
+        """Tokens that a plan selects from, for each counted record."""
         span = plan.selection.span
         return [sum(parts) if span == "all" else parts[_PARTS.index(span)] for parts in self.counted]
 
     def text(self) -> float:
-        """Mean tokens of a whole text."""
+        """Mean tokens per text."""
         return fmean(map(sum, self.counted))
 
 
 @dataclass(frozen=True, slots=True)
 class Demand:
-    """What one teacher is asked for. Bytes and tokens are means over samples; the cache is in half precision."""
+    """What a run requests from one teacher. Bytes and tokens are means per sample; the cache is in half precision."""
 
     teacher: str
     geometry: KVGeometry
@@ -59,26 +59,26 @@ class Demand:
 
 
 def plan_text(config: TrainConfig, models: Sequence[str]) -> str:
-    """What a run asks of its teachers, as text; where it has stages, once for those that ask the same.
+    """Describes what a run requests from its teachers; stages with equal requests are shown together.
 
     Args:
-        config: the run.
-        models: NAME=PATH of teachers whose configuration is read instead of asking their servers.
+        config: the run's configuration.
+        models: NAME=PATH of teachers whose model configuration is read instead of asking their servers.
 
     Raises:
-        FieldError: the student, a teacher's model or the alignment cannot be used; names the field.
-        TeacherUnavailableError: no endpoint of a teacher answers; says how to do without.
+        FieldError: the student, a teacher's model or the alignment is not valid; names the field.
+        TeacherUnavailableError: no endpoint of a teacher answers.
         StoreError: an offline run's store is missing or damaged.
     """
     if not config.teachers:
-        raise FieldError("teachers", "the run has none, so it asks nobody for anything")
+        raise FieldError("teachers", "the run has no teachers")
     paths = _paths(models, config)
     student = model_geometry(config.student.path, "student.path")
     geometries = {teacher.name: _geometry(teacher, config, paths) for teacher in config.teachers}
     lengths = _lengths(config)
     head = [
         ("student", f"{config.student.path}: {student.layers} layers, {student.heads} KV heads of {student.head_dim}"),
-        ("samples", f"{lengths.records:,}; {lengths.text():.0f} tokens a text, counted in {len(lengths.counted):,}"),
+        ("samples", f"{lengths.records:,}; {lengths.text():.0f} tokens per text (mean of {len(lengths.counted):,})"),
     ]
     stages_of_tables: dict[str, list[str]] = {}
     for name, stage in _stages(config):
@@ -105,17 +105,17 @@ def _paths(models: Sequence[str], config: TrainConfig) -> dict[str, str]:
         if not separator or not path:
             raise FieldError(FLAG, f"expected NAME=PATH, got '{item}'")
         if name not in names:
-            raise FieldError(FLAG, f"no teacher of the run is named '{name}'; there are: {', '.join(names)}")
+            raise FieldError(FLAG, f"unknown teacher '{name}'; teachers of the run: {', '.join(names)}")
         paths[name] = path
     return paths
 
 
 def _geometry(teacher: TeacherConfig, config: TrainConfig, paths: Mapping[str, str]) -> KVGeometry:
-    """A teacher's geometry: from its model's configuration, its store, or the first endpoint that answers."""
+    """A teacher's geometry, from its model configuration, its store, or the first endpoint that answers."""
     if teacher.name in paths:
         return model_geometry(paths[teacher.name], FLAG)
     if config.kv.mode == "offline":
-        assert config.kv.store is not None, "the configuration asks for it"
+        assert config.kv.store is not None, "TrainConfig requires it"
         info = read_manifest(config.kv.store / teacher.name).teacher
         return KVGeometry(info.layers, info.kv_heads, info.head_dim)
     problems: list[str] = []
@@ -126,8 +126,8 @@ def _geometry(teacher: TeacherConfig, config: TrainConfig, paths: Mapping[str, s
             problems.append(f"{endpoint}: {error.problem}")
         else:
             return KVGeometry(info.layers, info.kv_heads, info.head_dim)
-    said = "; ".join(problems)
-    raise TeacherUnavailableError(teacher.name, f"{said}. Without its server: {FLAG} {teacher.name}=PATH_OR_HUB_ID")
+    details = "; ".join(problems)
+    raise TeacherUnavailableError(teacher.name, f"{details}. Without its server: {FLAG} {teacher.name}=PATH_OR_HUB_ID")
 
 
 def _lengths(config: TrainConfig) -> Lengths:
@@ -138,8 +138,8 @@ def _lengths(config: TrainConfig) -> Lengths:
     except (OSError, ValueError) as error:
         raise FieldError("student.path", f"cannot load the tokenizer of '{config.student.path}': {error}") from error
     records = load_records(config.data.train)
-    step = max(1, len(records) // COUNTED)
-    return Lengths(len(records), [_tokens(tokenizer, record) for record in records[::step][:COUNTED]])
+    step = max(1, len(records) // MAX_COUNTED)
+    return Lengths(len(records), [_tokens(tokenizer, record) for record in records[::step][:MAX_COUNTED]])
 
 
 def _tokens(tokenizer: Any, record: Record) -> tuple[int, int, int]:
@@ -164,12 +164,12 @@ def _demand(teacher: str, student: KVGeometry, config: TrainConfig, geometry: KV
 
 
 def _table(config: TrainConfig, demands: Sequence[Demand], records: int) -> str:
-    """The demands of a run: what is asked, and what it comes to in a step, an epoch, and on the network."""
+    """The requests of a run, and their bytes per sample, step and epoch, and on the network."""
     plan = demands[0].plan
-    asked = [("tokens", plan_tokens(plan)), ("codec", plan_codec(plan))]
-    asked += [(f"layers of {each.teacher}", plan_layers(each.plan, each.geometry.layers)) for each in demands]
+    requests = [("tokens", plan_tokens(plan)), ("codec", plan_codec(plan))]
+    requests += [(f"layers of {each.teacher}", plan_layers(each.plan, each.geometry.layers)) for each in demands]
     batch = config.run.global_batch
-    rows = [["teacher", "tokens kept", "a sample", "whole cache", "reduction", "a step", "an epoch", "1 step/s needs"]]
+    rows = [["teacher", "kept tokens", "per sample", "full cache", "reduction", "per step", "per epoch", "at 1 step/s"]]
     rows += [
         [each.teacher, f"{each.kept_tokens:.1f}", *_sizes(each.sample_bytes, each.cache_bytes, batch, records)]
         for each in demands
@@ -177,15 +177,15 @@ def _table(config: TrainConfig, demands: Sequence[Demand], records: int) -> str:
     if len(demands) > 1:
         samples, caches = (sum(getattr(each, name) for each in demands) for name in ("sample_bytes", "cache_bytes"))
         rows.append(["all", "", *_sizes(samples, caches, batch, records)])
-    return f"{in_columns(asked)}\n\n{in_columns(rows, right=True)}"
+    return f"{in_columns(requests)}\n\n{in_columns(rows, right=True)}"
 
 
 def _sizes(sample: float, cache: float, batch: int, records: int) -> list[str]:
-    """Bytes of a sample, in everything that they count for."""
+    """Table cells of bytes per sample, step and epoch, and of bandwidth."""
     return [
         in_bytes(round(sample)),
         in_bytes(round(cache)),
-        f"{cache / sample:.1f} x" if sample else "-",
+        f"{cache / sample:.1f}x" if sample else "-",
         in_bytes(round(sample * batch)),
         in_bytes(round(sample * records)),
         f"{sample * batch * 8 / 1e9:.3f} Gbit/s",

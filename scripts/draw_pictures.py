@@ -1,6 +1,6 @@
-"""The pictures of docs/alignment.md, which scripts/docs_site.py adds to the site when it is built.
+"""Draws the pictures of the alignment documentation; scripts/docs_site.py adds them to the site.
 
-Each picture shows what the code of its step computes.
+Each picture is computed by the code that it explains.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ WIDTH_INCHES = 640 / 96
 
 
 def pictures() -> dict[str, bytes]:
-    """Every picture as SVG, by its path below docs/."""
+    """All pictures as SVG, by their path below docs/."""
     return {path: _drawn(paint, height) for path, (paint, height) in PICTURES.items()}
 
 
@@ -39,7 +39,7 @@ def _drawn(paint: Callable[[Figure], None], height: float) -> bytes:
 
 
 def _tokens(figure: Figure) -> None:
-    """One text under two tokenizers, paired by both methods."""
+    """One text with two tokenizers, whose tokens are paired by both methods."""
     teacher_tokens = ["hello", " world", ",", " x", " =", " 31", "4"]
     student_tokens = ["hel", "lo", " wor", "ld", ",", " x =", " ", "3", "14"]
     teacher, student = (list(accumulate(map(len, tokens))) for tokens in (teacher_tokens, student_tokens))
@@ -76,7 +76,7 @@ def _place(ends: Sequence[int], index: int, at_end: bool) -> float:
 
 
 def _time(figure: Figure) -> None:
-    """Nine slots of two segments resampled to six by each method."""
+    """Nine slots of two segments, resampled to six by each method."""
     source_BM, target_BS = torch.tensor([[0, 0, 0, 1, 1, 1, 1, 1, 1]]), torch.tensor([[0, 0, 1, 1, 1, 1]])
     for axes, method in zip(figure.subplots(1, 3), ("linear", "nearest", "segment"), strict=True):
         weights_BSM, _ = TimeAligner(method).weights(source_BM, target_BS)
@@ -104,7 +104,7 @@ def _layers(figure: Figure) -> None:
 
 
 def _drifting_cka(teacher_layers: int, student_layers: int) -> Tensor:
-    """The CKA of two models whose features drift with depth, the teacher's mostly in its last half."""
+    """The CKA of two models whose features drift with depth; the teacher's mostly in its second half."""
     walk_NLF = torch.randn(400, 64, 8, generator=_seeded(0)).cumsum(dim=1)
     teacher = [round(63 * (layer / (teacher_layers - 1)) ** 2.0) for layer in range(teacher_layers)]
     student = [round(63 * layer / (student_layers - 1)) for layer in range(student_layers)]
@@ -125,7 +125,7 @@ def _heat(axes: Axes, weights: Tensor, title: str) -> None:
 
 
 def _selection(figure: Figure) -> None:
-    """What each selector keeps of 24 tokens, where many keys repeat and the answer attends to a few."""
+    """The tokens that each selector keeps of 24, if many keys are similar and the answer attends to a few tokens."""
     random = _seeded(5)
     k_BHTD = torch.randn(1, 1, 24, 16, generator=random)
     filler_BHTD = k_BHTD[:, :, :1] + 0.2 * torch.randn(1, 1, 24, 16, generator=random)
@@ -134,7 +134,7 @@ def _selection(figure: Figure) -> None:
     importance_BHT = torch.rand(1, 1, 24, generator=random) ** 4 / 10
     above, below = figure.subplots(2, 1, sharex=True, height_ratios=[1, 2.4])
     above.bar(range(24), importance_BHT[0, 0].tolist(), color=[FAINT if filler else BLUE for filler in fillers_T])
-    title = "a budget of 8 of 24 tokens (grey: fillers with nearly the same key)"
+    title = "a budget of 8 of 24 tokens (grey: fillers with similar keys)"
     above.set(ylabel="importance", yticks=[], title=title)
     for row, name in enumerate(REGISTRY):
         selection = Selection(selector=name, budget=0 if name == "full" else 8, scope="head")
@@ -153,7 +153,7 @@ def _seeded(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-# By path below docs/; each with its height in inches.
+# By path below docs/, with the height in inches.
 PICTURES: dict[str, tuple[Callable[[Figure], None], float]] = {
     "pictures/selection.svg": (_selection, 3.4),
     "pictures/tokens.svg": (_tokens, 3.6),

@@ -1,7 +1,7 @@
-"""Prints what an image installs, one requirement a line: `image_requirements.py {torch,teacher,trainer} {cpu,cuda}`.
+"""Prints the requirements of an image, one per line: `image_requirements.py {torch,teacher,trainer} {cpu,cuda}`.
 
-pyproject.toml says what the project needs, constraints.txt which versions; this says who needs what. Runs in
-the image's build before anything is installed, so it uses the standard library alone.
+Reads pyproject.toml and constraints.txt. It runs in the image build before anything is installed, so it uses only the
+standard library.
 """
 
 from __future__ import annotations
@@ -11,15 +11,15 @@ import sys
 import tomllib
 from pathlib import Path
 
-# DeepSpeed's setup script imports these while pip builds its wheel.
+# DeepSpeed's setup script imports these when pip builds its wheel.
 BUILD_TOOLS = ("setuptools", "wheel", "packaging", "ninja", "py-cpuinfo")
 
 
 def requirements(directory: Path, image: str, variant: str) -> list[str]:
-    """The requirements of one image, read from the pyproject.toml and constraints.txt of a directory.
+    """The requirements of one image, from pyproject.toml and constraints.txt in a directory.
 
     Raises:
-        KeyError: the constraints do not pin torch, or the project has no such extra.
+        KeyError: torch is not pinned, or the project has no such extra.
     """
     pins = dict(re.findall(r"^([\w.-]+)==(\S+)$", (directory / "constraints.txt").read_text("utf-8"), re.MULTILINE))
     if image == "torch":

@@ -1,7 +1,7 @@
-"""Makes the virtual environment from the pinned files; does nothing where it already matches them.
+"""Creates the virtual environment from the pinned versions, unless it is up to date.
 
 Needs Python 3.11 or later with the venv module (Debian: python3-venv) and a package index. Nothing is compiled.
-Runs before anything is installed, so it uses the standard library alone.
+Uses only the standard library, since it runs before anything is installed.
 
 Examples:
   python3 scripts/setup_env.py
@@ -26,28 +26,28 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 STAMP = "kvdistill-environment"
 CONSTRAINTS = "constraints.txt"
-LEAST_PYTHON = (3, 11)
-# DeepSpeed's setup script imports these while pip builds its wheel.
+MIN_PYTHON = (3, 11)
+# DeepSpeed's setup script imports these when pip builds its wheel.
 BUILD_TOOLS = ("setuptools", "wheel", "packaging", "ninja", "py-cpuinfo")
 
 
 class SetupError(Exception):
-    """Something is missing that only the user can add."""
+    """The environment cannot be created until the user installs something."""
 
 
 def check_python() -> None:
-    """Says what this Python lacks, before anything is written."""
-    if sys.version_info[:2] < LEAST_PYTHON:
+    """Raises SetupError if this Python is too old or lacks a module."""
+    if sys.version_info[:2] < MIN_PYTHON:
         found = ".".join(map(str, sys.version_info[:3]))
-        raise SetupError(f"needs Python 3.11 or later, found {found}; name another one with: make PYTHON=python3.11")
+        raise SetupError(f"needs Python 3.11 or later, found {found}; choose another one with: make PYTHON=python3.11")
     for module in ("venv", "ensurepip"):
         if importlib.util.find_spec(module) is None:
             raise SetupError(f"this Python has no {module} module; on Debian: apt-get install python3-venv")
 
 
 def environment_key(root: Path, pins: str = CONSTRAINTS) -> str:
-    """Names the environment that the pinned files ask for: equal keys need no reinstall."""
-    import tomllib  # noqa: PLC0415  (Python 3.11: older ones must get as far as check_python)
+    """A digest of everything that the environment depends on; it is rebuilt if the digest changes."""
+    import tomllib  # noqa: PLC0415 - new in Python 3.11; check_python must run with older ones
 
     pyproject = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))
     packaging = [pyproject["build-system"], pyproject["project"], pyproject["tool"]["setuptools"]]
@@ -57,18 +57,18 @@ def environment_key(root: Path, pins: str = CONSTRAINTS) -> str:
 
 
 def pinned(pins: str, package: str) -> str:
-    """The exact version that a pinned file's text gives a package."""
+    """The version of a package in the text of a file of pins."""
     found = re.search(rf"^{re.escape(package)}==(\S+)$", pins, flags=re.MULTILINE | re.IGNORECASE)
     if found is None:
-        raise SetupError(f"the pinned file does not pin {package}")
+        raise SetupError(f"{package} is not pinned")
     return found.group(1)
 
 
 def install_commands(python: str, pins: str, text: str) -> list[list[str]]:
-    """The pip calls, in order: torch first and by its exact version, since a range may take another build.
+    """The pip commands, in order. torch comes first with its exact version, since a range may select another build.
 
-    `text`: of the file `pins`. Constraints leave it to pip which of their packages are needed; any other file lists
-    every package, and pip resolves nothing.
+    `text`: content of the file `pins`. From constraints.txt pip installs the packages that it needs; any other file
+    lists all packages, and pip resolves no dependencies.
     """
     pip = [python, "-m", "pip", "install", "--disable-pip-version-check", "--quiet", "-c", pins]
     first = [*pip, f"torch=={pinned(text, 'torch')}", *BUILD_TOOLS]
@@ -79,22 +79,22 @@ def install_commands(python: str, pins: str, text: str) -> list[list[str]]:
 
 
 def build(root: Path, venv: Path, pins: str) -> None:
-    """Makes the environment from nothing."""
+    """Deletes and creates the environment."""
     if venv.exists():
         shutil.rmtree(venv)
     subprocess.run([sys.executable, "-m", "venv", str(venv)], check=True)
-    # DeepSpeed compiles its operators only where it is asked to.
+    # DeepSpeed must not compile its operators.
     environment = {**os.environ, "DS_BUILD_OPS": "0"}
     text = (root / pins).read_text(encoding="utf-8")
     for command in install_commands(str(venv / "bin" / "python"), pins, text):
-        say(" ".join(command[2:]))
+        print_line(" ".join(command[2:]))
         subprocess.run(command, cwd=root, env=environment, check=True)
 
 
 def ensure(root: Path, venv: Path, pins: str = CONSTRAINTS) -> bool:
-    """Builds the environment unless it is there and complete; says whether it did.
+    """Builds the environment if it is missing or out of date; returns whether it did.
 
-    The stamp is written last, so an interrupted build is redone from nothing.
+    The stamp is written last, so that an interrupted build is repeated.
     """
     check_python()
     stamp = venv / STAMP
@@ -102,35 +102,37 @@ def ensure(root: Path, venv: Path, pins: str = CONSTRAINTS) -> bool:
     if stamp.is_file() and stamp.read_text(encoding="utf-8") == key:
         return False
     started = time.monotonic()
-    say(f"building {venv} (about 2 GB, some minutes)")
+    print_line(f"building {venv} (about 2 GB, a few minutes)")
     build(root, venv, pins)
     stamp.write_text(key, encoding="utf-8")
-    say(f"done in {time.monotonic() - started:.0f} s")
+    print_line(f"done in {time.monotonic() - started:.0f} s")
     return True
 
 
-def say(message: str) -> None:
-    """One line on the terminal, at once even through a pipe."""
+def print_line(message: str) -> None:
+    """Prints a line at once."""
     print(f"setup: {message}", flush=True)
 
 
 def main() -> int:
-    """Entry point."""
+    """Creates the environment and returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("venv", nargs="?", type=Path, default=Path(".venv"), help="where it goes; .venv by default")
-    parser.add_argument("--requirements", default=CONSTRAINTS, help="a file that lists every package of another one")
+    parser.add_argument("venv", nargs="?", type=Path, default=Path(".venv"), help="its directory; .venv by default")
+    parser.add_argument(
+        "--requirements", default=CONSTRAINTS, help="pins of another environment, with all its packages"
+    )
     arguments = parser.parse_args()
     try:
         ensure(ROOT, ROOT / arguments.venv, arguments.requirements)
     except SetupError as error:
-        say(str(error))
+        print_line(str(error))
         return 1
     except subprocess.CalledProcessError as error:
-        say(f"failed with status {error.returncode}: {' '.join(map(str, error.cmd))}")
-        say("mend the cause above and run it again: it starts over")
+        print_line(f"failed with status {error.returncode}: {' '.join(map(str, error.cmd))}")
+        print_line("fix the cause above and run it again; it starts over")
         return 1
     except KeyboardInterrupt:
-        say("interrupted; run it again: it starts over")
+        print_line("interrupted; run it again to start over")
         return 130
     return 0
 

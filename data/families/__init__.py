@@ -1,4 +1,4 @@
-"""Dataset families by name, one module each, imported when asked for."""
+"""Dataset families by name, one module each, imported on demand."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ _MODULES = {
     "hotpotqa": "data.families.hotpotqa",
 }
 NAMES = tuple(_MODULES)
-# What the usual mixture is of.
+# The default mixture.
 BASE = ("gsm8k", "svamp", "strategyqa")
 EXTENDED = ("math", "arc_challenge", "hotpotqa")
 CHINESE = "math23k"
 
 
 def find_family(name: str, field: str = "dataset") -> Family:
-    """The family of that name; `field` is what an error calls it.
+    """Returns a family by name. `field`: the field that errors name.
 
     Raises:
-        FieldError: there is none; names the nearest.
+        FieldError: the name is unknown; suggests the nearest one.
     """
     if name not in _MODULES:
-        near = difflib.get_close_matches(name, NAMES, n=1)
-        hint = f"did you mean '{near[0]}'? " if near else ""
-        raise FieldError(field, f"no dataset is called '{name}'; {hint}there are {', '.join(NAMES)}")
+        close = difflib.get_close_matches(name, NAMES, n=1)
+        hint = f"did you mean '{close[0]}'? " if close else ""
+        raise FieldError(field, f"unknown dataset '{name}'; {hint}known: {', '.join(NAMES)}")
     family: Family = import_module(_MODULES[name]).FAMILY
     return family

@@ -1,4 +1,4 @@
-"""ARC-Challenge (Clark et al. 2018, arXiv 1803.05457): science questions with options, and no written reasoning."""
+"""ARC-Challenge (Clark et al. 2018, arXiv 1803.05457): science questions with options, without reasoning."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ def _parse(row: Row) -> Question:
     labels, options = row["choices"]["label"], row["choices"]["text"]
     if key not in labels or len(labels) != len(options):
         raise RowDroppedError("answerKey is not among the choices")
-    # A few rows number their options.
+    # A few rows number their options instead of lettering them.
     lines = [f"{letter}. {option}" for letter, option in zip(ascii_uppercase, options, strict=False)]
     return Question(stem, "", ascii_uppercase[labels.index(key)], options="\n".join(lines))
 

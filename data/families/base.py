@@ -1,4 +1,4 @@
-"""What a dataset family is: where its questions come from, and how one row of it becomes a question."""
+"""The dataset family: where its questions come from, and how a row is parsed into a question."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ Row = Mapping[str, Any]
 class Question:
     """One question of a dataset.
 
-    Two with the same `stem` are the same question. `context` is what is read before it and `options` what it can be
-    answered with, a line each. `reasoning` is empty where the dataset has none.
+    Questions with the same `stem` are equal. `context` is text before the question. `options` are its possible answers,
+    one per line. `reasoning` is empty if the dataset has none.
     """
 
     stem: str
@@ -25,7 +25,7 @@ class Question:
 
 
 class RowDroppedError(Exception):
-    """This row makes no question; the message is the reason under which it is counted."""
+    """A row cannot be used; the message is the reason that the report counts."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,15 +33,15 @@ class Family:
     """One dataset.
 
     Args:
-        name: as users write it.
-        hub: its id on the Hugging Face hub; None: only local copies.
-        columns: those that `parse` reads; a copy without them is refused.
-        parse: makes a question of a row, or raises RowDroppedError.
-        task_type: what kind of question it asks.
-        language: of the questions, as ISO 639-1 writes it.
-        configs: the hub's configurations to read, one after the other; none: the default.
-        split: the only split that is read, as the others are for evaluation.
-        large: read a shuffled part of it as a stream instead of the whole.
+        name: the name that users write.
+        hub: its id on the Hugging Face hub; None if only local copies exist.
+        columns: the columns that `parse` needs.
+        parse: converts a row to a question, or raises RowDroppedError.
+        task_type: the kind of question.
+        language: ISO 639-1 code of the questions.
+        configs: configurations on the hub to read, in order; the default one if empty.
+        split: the split to read; the others are for evaluation.
+        large: whether to read a shuffled sample of the rows instead of all.
     """
 
     name: str
@@ -56,17 +56,17 @@ class Family:
 
     @property
     def origin(self) -> str:
-        """The hub's id with the configurations, for people."""
+        """The hub id with its configurations, for messages."""
         if self.hub is None:
             return "no hub id, local copies only"
         return f"{self.hub} ({', '.join(self.configs)})" if self.configs else self.hub
 
 
 def text_of(row: Row, column: str) -> str:
-    """The column's text without blanks at its ends.
+    """The column's text without surrounding whitespace.
 
     Raises:
-        RowDroppedError: it is empty or no text.
+        RowDroppedError: the value is empty or not a string.
     """
     value = row[column]
     if not isinstance(value, str) or not value.strip():
@@ -75,10 +75,10 @@ def text_of(row: Row, column: str) -> str:
 
 
 def number_of(row: Row, column: str) -> str:
-    """The column's number as text: without thousands separators, and without `.0` where it is whole.
+    """The column's number as text, without thousands separators and without a trailing `.0`.
 
     Raises:
-        RowDroppedError: it is empty or neither number nor text.
+        RowDroppedError: the value is empty or neither a number nor a string.
     """
     value = row[column]
     plain = str(value) if isinstance(value, int | float) else text_of(row, column).replace(",", "")

@@ -6,7 +6,7 @@ import re
 
 from data.families.base import Family, Question, Row, RowDroppedError, text_of
 
-# 3*4=<<3*4=12>>12: notes for a calculator that no reader sees.
+# Calculator annotations, as in 3*4=<<3*4=12>>12.
 _CALCULATOR_NOTE = re.compile(r"<<[^<>]*>>")
 
 

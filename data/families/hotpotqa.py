@@ -1,7 +1,7 @@
 """HotpotQA (Yang et al. 2018, arXiv 1809.09600): questions over several Wikipedia paragraphs.
 
-The paragraphs that hold the supporting facts are read before the question, the distracting ones are left out: all
-ten would make prompts about five times as long. The supporting sentences reason.
+The prompt has only the paragraphs with supporting facts: with all ten paragraphs it would be about five times as long.
+The supporting sentences are the reasoning.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ def _parse(row: Row) -> Question:
     stem, answer = text_of(row, "question"), text_of(row, "answer")
     sentences = dict(zip(row["context"]["title"], row["context"]["sentences"], strict=True))
     titles, places = row["supporting_facts"]["title"], row["supporting_facts"]["sent_id"]
-    # Some rows name a sentence beyond the end of its paragraph.
+    # Some rows refer to a sentence after the end of its paragraph.
     facts = [
         sentences[title][place].strip()
         for title, place in zip(titles, places, strict=True)

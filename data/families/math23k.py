@@ -1,4 +1,7 @@
-"""Math23K (Wang et al. 2017, D17-1088): Chinese arithmetic word problems; the equation reasons. Local copies only."""
+"""Math23K (Wang et al. 2017, D17-1088): Chinese arithmetic word problems.
+
+The equation is the reasoning. Only local copies are read.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""StrategyQA (Geva et al. 2021, arXiv 2101.02235): yes or no, by facts that the question does not name."""
+"""StrategyQA (Geva et al. 2021, arXiv 2101.02235): yes-or-no questions that need facts which they do not state."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def _parse(row: Row) -> Question:
 
 
 def _facts(row: Row) -> str:
-    """One text on the hub, a list in the authors' own file."""
+    """The facts as one text: a string on the hub, a list in the original file."""
     facts = row["facts"]
     return " ".join(str(fact).strip() for fact in facts) if isinstance(facts, list) else text_of(row, "facts")
 

@@ -11,6 +11,8 @@ from safetensors.torch import load_file
 
 from tests.support.training import Endpoints, World, start_cli
 
+pytestmark = pytest.mark.slow
+
 RANKS = 2
 
 

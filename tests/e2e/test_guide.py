@@ -25,6 +25,8 @@ from tests.support.guide import PAGE, STAGES, Block, Checkout, blocks, shorten
 from tests.support.servers import wait_until
 from tests.support.training import metrics
 
+pytestmark = pytest.mark.slow
+
 # So many that 15000 training and 2000 validation records can be had.
 QUESTIONS = 1800
 ROWS = 96

@@ -28,6 +28,8 @@ from tests.support.servers import (
 )
 from tests.support.training import make_world
 
+pytestmark = pytest.mark.slow
+
 NAME = "<b>qwen</b><script>alert(1)</script>"
 LOOKS: list[tuple[tuple[int, int], Scheme]] = [
     (size, scheme) for size in (PHONE, DESKTOP) for scheme in ("light", "dark")

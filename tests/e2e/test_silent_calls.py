@@ -7,6 +7,7 @@ from contextlib import closing
 from pathlib import Path
 
 import grpc
+import pytest
 
 from kvcore.plan import KVPlan, Selection
 from kvcore.types import EncodedSampleKV
@@ -14,6 +15,8 @@ from student_trainer.kv_sources.remote import RemoteSource
 from tests.support import kv_fakes
 from tests.support.scripted_teacher import ScriptedTeacher
 from tests.support.servers import kv_request, running_teacher, token_samples
+
+pytestmark = pytest.mark.slow
 
 SILENCE_SECONDS = 30
 PLAN = KVPlan(layers=(0,), selection=Selection(span="all"))

@@ -24,6 +24,8 @@ from tests.support.training import (
     train,
 )
 
+pytestmark = pytest.mark.slow
+
 STAGES = ("stage1_fixed", "stage2_similarity", "stage3_learnable")
 SHIPPED = REPOSITORY / "configs" / "train" / "three_stage.yaml"
 

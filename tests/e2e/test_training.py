@@ -13,6 +13,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from student_trainer.model.latent import load_reasoning
 from tests.support.training import LATENTS, LOSSES, Endpoints, World, assert_same_losses, metrics, train
 
+pytestmark = pytest.mark.slow
+
 
 def test_every_zero_stage_gives_the_same_losses(world: World, endpoints: Endpoints, tmp_path: Path) -> None:
     runs = [world.config(f"zero{stage}", endpoints, run={"zero_stage": stage}) for stage in range(4)]

@@ -34,6 +34,8 @@ from teacher_server.engines import load_engine
 from teacher_server.engines.base import LayerResult, PlannedSample, SampleFailure, TeacherEngine
 from tests.support.tiny_models import Family, save_tiny_model, tiny_spec
 
+pytestmark = pytest.mark.slow
+
 
 def chains() -> tuple[Record, ...]:
     """Chain arithmetic of several lengths: in one length alone the place of a token says nearly all of what it is, and

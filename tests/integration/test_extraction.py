@@ -88,7 +88,7 @@ def test_the_guides_command_starts_the_teachers_and_writes_what_the_guide_reads(
         command_line, cwd=REPOSITORY, env=ENVIRONMENT, capture_output=True, text=True, check=False, timeout=100
     )
     assert done.returncode == 0, done.stderr
-    assert re.search(r"will write .* \(0\.\d{3} GB in all\); the disk has .* free", done.stderr)
+    assert re.search(r"will write .* \(0\.\d{3} GB in total\); the disk has .* free", done.stderr)
     assert re.search(r"ada: 40/40 samples, .*B/s, 0:00:00 left", done.stderr)
     data = load_pt(tmp_path / "kv_cache" / "dual" / "train_kv.pt")
     assert len(data) == 40
@@ -204,7 +204,7 @@ def test_what_is_finished_is_not_done_again_and_nothing_else_is_put_in_its_place
     assert "another limit (4, not 5)" in capsys.readouterr().err
     (tmp_path / "out" / "train_kv.report.json").unlink()
     assert extract(limit=4) == EXIT_USAGE
-    assert "exists already" in capsys.readouterr().err
+    assert "already exists" in capsys.readouterr().err
     assert (tmp_path / "out" / "train_kv.pt").stat().st_mtime_ns == written
 
 
@@ -244,7 +244,7 @@ def test_long_samples_and_such_as_a_teacher_cannot_serve_are_told_and_listed(
     said = capsys.readouterr().err
     assert f"teacher 'ada': cannot serve '{lines[2]['id']}'" in said
     assert "this teacher takes at most 512" in said
-    assert "1 samples lack K/V of some teacher" in said
+    assert "1 samples lack K/V of a teacher" in said
     assert not (tmp_path / "out" / "train_kv.pt").exists()
     nowhere = ["ada=127.0.0.1:1", "ben=127.0.0.1:1"]
     assert extract(dataset_path=dataset, on_missing="skip", teacher_endpoints=nowhere) == 0

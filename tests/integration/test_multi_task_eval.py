@@ -160,7 +160,7 @@ def test_only_a_validation_of_the_same_model_is_kept(validated: Path, copies: Pa
 def test_a_damaged_file_is_not_written_over(stage: Path, copies: Path) -> None:
     (stage / "eval_results.json").write_text("{", encoding="utf-8")
     settings = {"eval_datasets": ("truthfulqa",), "data_dir": copies, "limit": 1}
-    with pytest.raises(FieldError, match="holds no JSON"):
+    with pytest.raises(FieldError, match="is not JSON"):
         evaluate(EvalSettings(model_path=str(stage / "best_model"), **settings))
     with pytest.raises(ConfigError, match="--data_dir"):
         evaluate(EvalSettings(model_path=str(stage / "best_model"), eval_datasets=("bbh",)))

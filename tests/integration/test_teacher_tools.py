@@ -48,7 +48,7 @@ def test_inspect_shows_what_a_server_says_of_itself(server: TeacherProcess) -> N
     shown, said = inspect(server.endpoint), server.info()
     assert said["teacher"]["weights_digest"] in shown
     assert "3 layers, 2 KV heads of 16" in shown
-    assert "384 bytes a token (bf16)" in shown
+    assert "384 bytes per token (bf16)" in shown
 
 
 def test_planned_bytes_are_those_that_the_server_sends(world: World, server: TeacherProcess) -> None:

@@ -10,7 +10,7 @@ import pytest
 
 from data.families import NAMES, find_family
 from data.families.base import Question, RowDroppedError
-from data.families.math import last_boxed
+from data.latex import last_boxed
 from kvcore.errors import FieldError
 from tests.support.guide_data import MAKERS
 

@@ -204,7 +204,7 @@ def other_columns(path: Path) -> Path:
     ("write", "problem"),
     [
         (no_training_split, "train"),
-        (other_configuration, "has the configurations socratic, needed are main"),
+        (other_configuration, "has the configurations socratic, not main"),
         (other_suffix, "expected a file that ends in"),
         (broken, "JSON"),
         (broken_objects, "Expecting property name"),

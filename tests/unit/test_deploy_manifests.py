@@ -73,7 +73,7 @@ def test_parts_that_fit_have_no_problem() -> None:
         (teacher(args=[*FLAGS, "--dtype=fp7"]), "demo: teacher-a: --dtype: expected one of auto"),
         (
             teacher(args=[*FLAGS, "--drain-seconds=46"]),
-            "terminationGracePeriodSeconds is less than preStop and drain, 51",
+            "terminationGracePeriodSeconds must be at least 61 s",
         ),
         (teacher(args=[*FLAGS, "--http-port=8002"]), "it listens on 50051 and 8002"),
         (teacher(command=["kvdistill"]), "demo: teacher-a: expected python -m kvdistill serve"),
@@ -85,17 +85,17 @@ def test_a_server_that_would_not_run_as_its_pod_says_is_named(changed: Document,
 
 
 def test_every_replica_is_asked_and_no_other() -> None:
-    assert found(TEACHER, run(BOTH[:1])) == ["demo: run.yaml: teacher-a-1.teacher-a:50051 is not asked"]
-    assert found(TEACHER, SCALER, run(BOTH)) == ["demo: run.yaml: teacher-a-2.teacher-a:50051 is not asked"]
+    assert found(TEACHER, run(BOTH[:1])) == ["demo: run.yaml: teacher-a-1.teacher-a:50051 is missing"]
+    assert found(TEACHER, SCALER, run(BOTH)) == ["demo: run.yaml: teacher-a-2.teacher-a:50051 is missing"]
     assert found(TEACHER, run([*BOTH, "teacher-b-0.teacher-b:50051"])) == [
-        "demo: run.yaml: no pod is at teacher-b-0.teacher-b:50051"
+        "demo: run.yaml: no pod has the address teacher-b-0.teacher-b:50051"
     ]
 
 
 def test_training_waits_longer_than_a_server_may_load() -> None:
     slow = teacher(startupProbe={"periodSeconds": 10, "failureThreshold": 31})
     (said,) = found(slow, run(BOTH))
-    assert said == "demo: run.yaml: kv.patience_s is no longer than a server may take to load, 310 s"
+    assert said == "demo: run.yaml: kv.patience_s must be longer than the time a server may take to load, 310 s"
 
 
 def test_flags_of_a_preparation_are_read() -> None:

@@ -47,11 +47,11 @@ def test_a_package_that_cannot_be_imported_is_a_problem_with_its_reason(
 
 def test_a_package_whose_import_ends_the_process_is_a_problem(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "PACKAGES", {"torch": "import os; os.abort()"})
-    assert found("torch", tmp_path).found == "cannot be imported: ended with -6"
+    assert found("torch", tmp_path).found == "cannot be imported: exit status -6"
 
 
 def test_a_full_disk_is_a_problem(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor, "LEAST_FREE_BYTES", 2**70)
+    monkeypatch.setattr(doctor, "MIN_FREE_BYTES", 2**70)
     check = found("disk", tmp_path)
     assert check.state == "problem"
     assert "--output" in check.next_step
@@ -84,7 +84,7 @@ def test_a_teacher_that_is_not_there_ends_the_command_with_status_1(
     assert ended.value.code == 1
     shown = capsys.readouterr().out
     assert f"problem  teacher {endpoint}  UNAVAILABLE" in shown
-    assert "next: is kvdistill serve running there" in shown
+    assert "next: check that kvdistill serve runs there" in shown
 
 
 def test_a_teacher_without_a_port_is_refused_as_its_flag(tmp_path: Path) -> None:
@@ -116,5 +116,5 @@ def test_a_run_s_teachers_are_asked_too(
 
 
 def test_the_report_puts_what_to_do_below_what_was_found() -> None:
-    shown = report([Check("a", "ok", "fine"), Check("long name", "problem", "broken", "mend it")])
-    assert shown.splitlines() == ["ok       a          fine", "problem  long name  broken", "         next: mend it"]
+    shown = report([Check("a", "ok", "fine"), Check("long name", "problem", "broken", "fix it")])
+    assert shown.splitlines() == ["ok       a          fine", "problem  long name  broken", "         next: fix it"]

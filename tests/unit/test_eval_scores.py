@@ -110,7 +110,7 @@ def test_only_the_chosen_filter_counts() -> None:
 def test_likelihoods_that_are_no_numbers_are_no_answers() -> None:
     # The right choice of TruthfulQA is its first, and the first of several NaN is taken for the largest.
     for bad in (float("nan"), float("-inf")):
-        with pytest.raises(KVDistillError, match="not finite at question 0"):
+        with pytest.raises(KVDistillError, match="question 0 are not finite"):
             question_lines({"truthfulqa": [weighed(bad, bad)]}, "acc", "none")
 
 

@@ -8,7 +8,7 @@ import logging
 import pytest
 from rich.console import Console
 
-from extraction.progress import ExtractionProgress
+from extraction.extraction_progress import ExtractionProgress
 from kvcore.monitoring import progress
 
 
@@ -20,8 +20,8 @@ def test_a_line_has_samples_bytes_rates_and_the_time_left_by_tokens(
     caplog.set_level(logging.INFO)
     with ExtractionProgress({"ada": (40, 9000)}, Console(file=io.StringIO())) as shown:
         now += 20
-        shown.advance("ada", samples=10, tokens=3000, written=50_000_000)
-        shown.advance("ada", samples=30, tokens=6000, written=50_000_000)
+        shown.advance("ada", samples=10, tokens=3000, nbytes=50_000_000)
+        shown.advance("ada", samples=30, tokens=6000, nbytes=50_000_000)
     assert caplog.messages == [
         "ada: 10/40 samples, 50.0 MB, 0.5 samples/s, 2.5 MB/s, 0:00:40 left",
         "ada: 40/40 samples, 100.0 MB, 2.0 samples/s, 5.0 MB/s, 0:00:00 left",
@@ -33,6 +33,6 @@ def test_a_terminal_gets_a_bar_for_each_teacher() -> None:
     with ExtractionProgress(
         {"ada": (2, 20), "ben": (0, 0)}, Console(file=screen, force_terminal=True, width=160)
     ) as shown:
-        shown.advance("ada", samples=1, tokens=10, written=2000)
+        shown.advance("ada", samples=1, tokens=10, nbytes=2000)
     assert "ben" in screen.getvalue()
     assert "1/2 samples, 2.0 kB" in screen.getvalue()

@@ -90,7 +90,7 @@ def test_a_dataset_of_which_nothing_is_left_is_an_error(tmp_path: Path) -> None:
 
 
 def test_an_id_that_comes_twice_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="'a-cot' is the id of row 1 already"):
+    with pytest.raises(ConfigError, match="'a-cot' is already the id of row 1"):
         survey(Items(as_lines(tmp_path, [*ROWS, ROWS[0]])), TOKENIZER, config())
 
 

@@ -25,7 +25,7 @@ def test_a_store_is_told_by_teacher_plan_and_sizes(tmp_path: Path) -> None:
     shown = inspect(str(fill(tmp_path / "ada")))
     assert field(shown, "teacher") == "fake: 5 layers, 2 KV heads of 4"
     assert field(shown, "layers") == "3 of 5: 0, 2, 4"
-    assert field(shown, "tokens") == "right keeps at most 3 of the reasoning, chosen by head"
+    assert field(shown, "tokens") == "right keeps at most 3 of the reasoning, selected per head"
     assert field(shown, "codec") == "int8 in groups of 2"
     assert field(shown, "samples") == str(len(SENT))
     shards = list((tmp_path / "ada").glob("*.safetensors"))
@@ -38,9 +38,9 @@ def test_a_store_s_bytes_are_those_of_its_samples_against_the_whole_cache(tmp_pa
     kv_bytes, slots = sum(kv.nbytes for kv in SENT), sum(kv.slots for kv in SENT)
     raw = 2 * 2 * INFO.layers * INFO.kv_heads * INFO.head_dim
     kept = f"{slots / len(SENT):.1f} of {TOKENS:.1f} tokens kept"
-    assert field(shown, "a sample") == f"{kv_bytes // len(SENT):,} bytes of K/V, {kept}"
-    assert field(shown, "a kept token").startswith(f"{kv_bytes // slots:,} bytes; in the teacher's own cache {raw:,} ")
-    assert field(shown, "reduction").startswith(f"{raw * TOKENS * len(SENT) / kv_bytes:.1f} times less")
+    assert field(shown, "per sample") == f"{kv_bytes // len(SENT):,} bytes of K/V, {kept}"
+    assert field(shown, "per kept token").startswith(f"{kv_bytes // slots:,} bytes; {raw:,} in the teacher's own cache")
+    assert field(shown, "reduction").startswith(f"{raw * TOKENS * len(SENT) / kv_bytes:.1f}x smaller")
 
 
 def test_a_store_s_errors_are_the_mean_and_the_largest_of_each_layer(tmp_path: Path) -> None:
@@ -76,7 +76,7 @@ def test_a_pt_file_is_told_by_its_report(tmp_path: Path) -> None:
     teacher = {"model": "a", "weights_digest": "ff", "layers": 5, "kv_heads": 2, "head_dim": 4}
     teacher["plan"] = PLAN.model_dump(mode="json")
     report = {"settings": {}, "samples": 9, "written": 7, "bytes": 1, "left_out": [], "teachers": {"ada": teacher}}
-    with pytest.raises(ConfigError, match=r"kv\.report\.json is not beside it"):
+    with pytest.raises(ConfigError, match=r"kv\.report\.json is missing"):
         inspect(str(tmp_path / "kv.pt"))
     (tmp_path / "kv.report.json").write_text(json.dumps(report))
     shown = inspect(str(tmp_path / "kv.pt"))

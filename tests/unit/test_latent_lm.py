@@ -14,8 +14,8 @@ from rich.console import Console
 
 from data.collate import Collator
 from evaluation.latent_lm import LatentLM, NoLikelihoodError
+from evaluation.metered_lm import MeteredLM
 from evaluation.models import load_model
-from evaluation.watched_lm import WatchedLM
 from kvcore.errors import FieldError
 from student_trainer.model.latent import LATENT_CONFIG, LATENT_WEIGHTS, new_reasoning, save_reasoning
 from student_trainer.model.pretrained import load_pretrained
@@ -112,12 +112,12 @@ def test_latents_take_room_from_the_text(model: LatentLM) -> None:
 
 
 def test_text_as_it_stands_has_no_likelihood(model: LatentLM) -> None:
-    with pytest.raises(NoLikelihoodError, match="task 'task' asks for the likelihood of text"):
+    with pytest.raises(NoLikelihoodError, match="task 'task' needs the likelihood of text"):
         model.loglikelihood_rolling([request("loglikelihood_rolling", "text")])
 
 
 def test_requests_in_shares_come_back_in_their_order(model: LatentLM) -> None:
-    watched = WatchedLM(model, "made-up", Console(force_terminal=False))
+    watched = MeteredLM(model, "made-up", Console(force_terminal=False))
     likelihoods = [value for value, _ in watched.loglikelihood(pairs())]
     assert likelihoods == pytest.approx(
         [value for value, _ in model.loglikelihood(pairs(), disable_tqdm=True)], abs=1e-4
@@ -128,7 +128,7 @@ def test_requests_in_shares_come_back_in_their_order(model: LatentLM) -> None:
 
 
 def test_prompts_that_are_too_long_are_counted(model: LatentLM) -> None:
-    watched = WatchedLM(model, "made-up", Console(force_terminal=False))
+    watched = MeteredLM(model, "made-up", Console(force_terminal=False))
     long = "word " * model.max_length
     watched.generate_until([generation(long, 4), generation(PROMPTS[0], 4)])
     assert watched.truncated == 1
@@ -150,5 +150,5 @@ def test_half_a_student_is_refused(directory: Path, tmp_path: Path) -> None:
         load_model(str(tmp_path), "auto", "cpu", 2)
     with pytest.raises(FieldError, match="--model_path: cannot load"):
         load_model(str(tmp_path / "missing"), "auto", "cpu", 2)
-    with pytest.raises(FieldError, match="there is no 'cuda:7' here"):
+    with pytest.raises(FieldError, match="'cuda:7' does not exist"):
         load_model(str(directory), "auto", "cuda:7", 2)

@@ -94,7 +94,7 @@ def test_one_style_alone_can_be_asked_for(copies: Path) -> None:
     loader, train_ds, _ = prepare(copies, styles=["cot"])
     assert set(train_ds["style"]) == {"cot"}
     dropped = loader.report["datasets"]["arc_challenge"]["dropped"]
-    assert dropped == {"no reasoning, and only style cot is asked for": 60}
+    assert dropped == {"no reasoning, and only style cot is requested": 60}
 
 
 def test_the_same_seed_gives_the_same_rows_and_another_others(copies: Path) -> None:
@@ -113,13 +113,13 @@ def test_weights_move_the_shares_and_a_small_dataset_is_reported(
     counts = Counter([*train_ds["dataset"], *val_ds["dataset"]])
     assert counts == {"svamp": 120, "gsm8k": 100}
     assert loader.report["datasets"]["svamp"]["asked_share"] == 0.75
-    assert "svamp has 120 usable records: it is 54.5 % of the mixture, not 75.0 %" in caplog.text
+    assert "svamp has only 120 usable records: its share is 54.5 % instead of 75.0 %" in caplog.text
 
 
 def test_too_few_records_are_an_error_with_the_numbers_unless_fewer_will_do(copies: Path) -> None:
     with pytest.raises(ConfigError, match=r"1000 training and 50 validation.*need 840 .*arc_challenge 60.*allow_fewer"):
         prepare(copies, train_samples=1000)
-    with pytest.raises(ConfigError, match=r"Chinese share of 0.6 need 150 usable records of: math23k 120"):
+    with pytest.raises(ConfigError, match=r"Chinese share of 0.6 need 150 usable records, but there are: math23k 120"):
         prepare(copies, math23k_ratio=0.6)
     with pytest.raises(ConfigError, match="need 250 usable"):
         prepare(copies, use_extended=False, math23k_ratio=0, weights={"gsm8k": 0.0})
@@ -139,7 +139,7 @@ def test_a_question_of_two_datasets_is_kept_once_and_reported(copies: Path, tmp_
     loader, *_ = prepare(directory, train_samples=100, val_samples=20)
     report = loader.report
     assert report["overlaps"] == {"gsm8k and svamp": 1}
-    assert report["datasets"]["svamp"]["dropped"] == {"a question of gsm8k too": 1}
+    assert report["datasets"]["svamp"]["dropped"] == {"also in gsm8k": 1}
     assert report["datasets"]["gsm8k"]["dropped"] == {"repeated in this dataset": 1}
     assert report["datasets"]["gsm8k"]["rows"] == 32
     loader.write_report(tmp_path / "deep" / "report.json")
@@ -154,7 +154,7 @@ def test_records_too_long_for_the_students_tokens_are_left_out(copies: Path, tmp
     dropped = [found["dropped"].get("longer than max_tokens", 0) for found in loader.report["datasets"].values()]
     assert 0 < sum(dropped) < 6 * 60
     assert len(train_ds) == 20
-    with pytest.raises(ConfigError, match=r"gsm8k 0 \(left out: 60 longer than max_tokens\)"):
+    with pytest.raises(ConfigError, match=r"gsm8k 0 \(dropped: 60 longer than max_tokens\)"):
         prepare(copies, tokenizer=tmp_path / "student", max_tokens=9, math23k_ratio=0)
 
 
@@ -169,8 +169,8 @@ def test_nothing_is_written_unless_asked_and_there_is_no_report_before(copies: P
     [
         ({"base_datasets": ["gsm8"]}, "base_datasets: .*did you mean 'gsm8k'"),
         ({"extended_datasets": ["gsm8k"]}, "'gsm8k' is named twice"),
-        ({"base_datasets": ["math23k"]}, "mixed in by math23k_ratio"),
-        ({"base_datasets": [], "use_extended": False}, "names no dataset"),
+        ({"base_datasets": ["math23k"]}, "added by math23k_ratio"),
+        ({"base_datasets": [], "use_extended": False}, "base_datasets: is empty"),
         ({"math23k_ratio": 1.5}, "1.5 is not from 0 to 1"),
         ({"train_samples": 0}, "train_samples: 0"),
         ({"val_samples": -1}, "val_samples: -1"),
@@ -180,7 +180,7 @@ def test_nothing_is_written_unless_asked_and_there_is_no_report_before(copies: P
         ({"weights": {"svamp": -1.0}}, "weights.svamp: -1.0"),
         ({"weights": {"svamp": float("nan")}}, "weights.svamp: nan"),
         ({"local_paths": {"svam": "x"}}, "did you mean 'svamp'"),
-        ({"data_dir": "/nowhere/at/all"}, "is no directory"),
+        ({"data_dir": "/nowhere/at/all"}, "is not a directory"),
     ],
 )
 def test_settings_that_cannot_be_used_are_refused_by_name(changes: dict[str, Any], problem: str) -> None:

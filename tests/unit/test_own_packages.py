@@ -29,9 +29,7 @@ def test_what_hides_a_package_is_named_with_its_path(tmp_path: Path, name: str) 
     ended = version(tmp_path)
     hiding = tmp_path / name.removesuffix("/__init__.py")
     assert ended.returncode == 2
-    assert ended.stderr.startswith(
-        f"kvdistill: {hiding} hides the package '{hiding.stem}' that kvdistill has in {ROOT}"
-    )
+    assert ended.stderr.startswith(f"kvdistill: {hiding} hides the package '{hiding.stem}' of kvdistill in {ROOT}")
     assert "next: rename it, run from another directory" in ended.stderr
     assert ended.stderr.count("\n") == 1
 

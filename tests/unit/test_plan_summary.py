@@ -89,7 +89,7 @@ def test_without_a_server_it_says_how_to_do_without(world: World) -> None:
     ("given", "problem"),
     [
         ("ada", "--teacher-model: expected NAME=PATH, got 'ada'"),
-        ("eve=x", "--teacher-model: no teacher of the run is named 'eve'; there are: ada, ben"),
+        ("eve=x", "--teacher-model: unknown teacher 'eve'; teachers of the run: ada, ben"),
         ("ada=nowhere/at_all", "--teacher-model: cannot read the configuration of 'nowhere/at_all'"),
     ],
 )
@@ -103,5 +103,5 @@ def test_a_wrong_teacher_model_is_named(
 
 
 def test_a_run_without_teachers_has_nothing_to_plan(world: World) -> None:
-    with pytest.raises(FieldError, match="asks nobody"):
+    with pytest.raises(FieldError, match="the run has no teachers"):
         plan_text(config(world, teachers=[]), [])

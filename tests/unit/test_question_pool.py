@@ -67,7 +67,7 @@ def test_a_question_without_reasoning_makes_no_worked_record() -> None:
     assert [style for style, _ in pool.entries[0].records] == ["direct"]
     assert pool.unreasoned == 1
     pool = read({"question": "What is 2+3?", "answer": "#### 5"}, styles=("cot",))
-    assert (pool.entries, pool.dropped) == ([], {"no reasoning, and only style cot is asked for": 1})
+    assert (pool.entries, pool.dropped) == ([], {"no reasoning, and only style cot is requested": 1})
 
 
 def test_repeats_are_dropped_within_a_dataset_and_across() -> None:
@@ -76,7 +76,7 @@ def test_repeats_are_dropped_within_a_dataset_and_across() -> None:
     first = reader.read(GSM8K, [row, row])
     second = reader.read(find_family("svamp"), [MAKERS["svamp"](index) for index in range(3)])
     assert (len(first.entries), first.dropped) == (1, {"repeated in this dataset": 1})
-    assert (len(second.entries), second.dropped) == (2, {"a question of gsm8k too": 1})
+    assert (len(second.entries), second.dropped) == (2, {"also in gsm8k": 1})
     assert reader.overlaps == {("gsm8k", "svamp"): 1}
 
 
@@ -93,7 +93,7 @@ def test_rows_that_cannot_be_used_are_counted_by_reason() -> None:
     assert (pool.rows, len(pool.entries)) == (4, 1)
     assert pool.dropped == {
         "longer than max_tokens": 1,
-        "half of a surrogate pair": 1,
+        "unpaired surrogate": 1,
         "no '#### result' in answer": 1,
     }
 

@@ -74,7 +74,7 @@ def test_bytes_that_are_no_utf8_are_named_by_line(tmp_path: Path) -> None:
 def test_a_missing_or_empty_file_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no such data file or directory"):
         load_records(tmp_path / "none.jsonl")
-    with pytest.raises(ConfigError, match="holds no record"):
+    with pytest.raises(ConfigError, match="has no records"):
         load_records(write_lines(tmp_path / "empty.jsonl", ""))
 
 
@@ -100,7 +100,11 @@ def test_a_digest_is_of_what_is_held_not_of_where_or_when_it_was_written(tmp_pat
 
 @pytest.mark.parametrize(
     ("row", "field", "problem"),
-    [({"prompt": ""}, "prompt", "empty"), ({"answer": None}, "answer", "found NoneType"), ({}, "id", "row 1 already")],
+    [
+        ({"prompt": ""}, "prompt", "empty"),
+        ({"answer": None}, "answer", "found NoneType"),
+        ({}, "id", "already the id of row 1"),
+    ],
 )
 def test_a_bad_row_of_a_saved_dataset_is_named(tmp_path: Path, row: dict[str, Any], field: str, problem: str) -> None:
     Dataset.from_list([GOOD, GOOD | row]).save_to_disk(tmp_path / "saved")
@@ -112,7 +116,7 @@ def test_a_directory_of_something_else_or_of_several_splits_is_refused(tmp_path:
     with pytest.raises(ConfigError, match="save_to_disk"):
         load_records(tmp_path)
     DatasetDict({"train": Dataset.from_list([GOOD])}).save_to_disk(tmp_path / "splits")
-    with pytest.raises(ConfigError, match="holds the splits train"):
+    with pytest.raises(ConfigError, match="has the splits train"):
         load_records(tmp_path / "splits")
     assert load_records(tmp_path / "splits" / "train") == [Record(**GOOD)]
 
@@ -120,7 +124,7 @@ def test_a_directory_of_something_else_or_of_several_splits_is_refused(tmp_path:
 def test_a_damaged_saved_dataset_is_an_error(tmp_path: Path) -> None:
     Dataset.from_list([GOOD]).save_to_disk(tmp_path / "saved")
     (tmp_path / "saved" / "data-00000-of-00001.arrow").write_bytes(b"not arrow")
-    with pytest.raises(ConfigError, match="cannot be read"):
+    with pytest.raises(ConfigError, match="cannot read"):
         load_records(tmp_path / "saved")
 
 

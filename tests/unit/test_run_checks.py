@@ -85,7 +85,7 @@ def test_unknown_stage_is_refused_with_the_known_ones(
     with pytest.raises(SystemExit) as ended:
         main()
     assert ended.value.code == 2
-    assert "no stage named lnit; there are: lint types imports proto docs unit" in capsys.readouterr().err
+    assert "unknown stage lnit; stages: lint types imports proto docs unit" in capsys.readouterr().err
 
 
 @pytest.fixture
@@ -106,7 +106,7 @@ def test_edited_generated_code_is_noticed(name: str, proto_copy: Path, capsys: p
     with (proto_copy / name).open("a", encoding="utf-8") as file:
         file.write("# edited\n")
     assert not proto_is_fresh_and_clean()
-    assert f"protos/{name}: is not what" in capsys.readouterr().out
+    assert f"protos/{name}: does not match" in capsys.readouterr().out
 
 
 def test_field_missing_from_generated_code_is_noticed(proto_copy: Path) -> None:

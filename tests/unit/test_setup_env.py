@@ -114,7 +114,7 @@ def test_torch_comes_first_and_by_its_exact_version() -> None:
 
 
 def test_unpinned_torch_is_an_error() -> None:
-    with pytest.raises(SetupError, match="does not pin torch"):
+    with pytest.raises(SetupError, match="torch is not pinned"):
         install_commands("python", "constraints.txt", "torchvision==1.0\n")
 
 

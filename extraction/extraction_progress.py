@@ -1,4 +1,4 @@
-"""How far an extraction is, in samples, bytes and rates of each teacher."""
+"""Progress of an extraction: samples, bytes and rates per teacher."""
 
 from __future__ import annotations
 
@@ -18,38 +18,38 @@ from kvcore.monitoring.units import in_bytes
 class _Count:
     samples: int
     done: int = 0
-    written: int = 0
+    nbytes: int = 0
 
 
 class ExtractionProgress:
-    """A meter of every teacher. The remaining time counts tokens: long samples come first.
+    """Shows progress per teacher. The remaining time is estimated from tokens, since long samples come first.
 
     Args:
-        work: samples and tokens that each teacher has to do; tokens are the student's.
-        console: where bars are drawn; where it is no terminal, lines go to the log instead.
+        work: samples and student tokens to fetch, by teacher.
+        console: where progress bars are drawn; if it is not a terminal, progress is logged.
     """
 
     def __init__(self, work: Mapping[str, tuple[int, int]], console: Console | None = None) -> None:
         self._counts = {name: _Count(samples) for name, (samples, _) in work.items()}
         self._meter = Meter({name: tokens for name, (_, tokens) in work.items()}, console)
         self._lock = threading.Lock()
-        self._began = time.monotonic()
+        self._started = time.monotonic()
 
     def __enter__(self) -> Self:
-        self._began = time.monotonic()
+        self._started = time.monotonic()
         self._meter.__enter__()
         return self
 
     def __exit__(self, *_: object) -> None:
         self._meter.__exit__()
 
-    def advance(self, teacher: str, *, samples: int, tokens: int, written: int) -> None:
-        """Counts what one request brought, in bytes of K/V."""
+    def advance(self, teacher: str, *, samples: int, tokens: int, nbytes: int) -> None:
+        """Adds one request; `nbytes` of K/V."""
         with self._lock:
             count = self._counts[teacher]
             count.done += samples
-            count.written += written
-            seconds = max(time.monotonic() - self._began, 1e-6)
-            rate = f"{count.done / seconds:.1f} samples/s, {in_bytes(count.written / seconds)}/s"
-            said = f"{count.done}/{count.samples} samples, {in_bytes(count.written)}, {rate}"
-            self._meter.advance(teacher, tokens, said)
+            count.nbytes += nbytes
+            seconds = max(time.monotonic() - self._started, 1e-6)
+            rate = f"{count.done / seconds:.1f} samples/s, {in_bytes(count.nbytes / seconds)}/s"
+            text = f"{count.done}/{count.samples} samples, {in_bytes(count.nbytes)}, {rate}"
+            self._meter.advance(teacher, tokens, text)
