@@ -12,12 +12,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel
 
+from kvcore.plan import SamplingParams
 from kvcore.types import Sample
 from teacher_server.config import ServeConfig
 from teacher_server.engines import load_engine
 from teacher_server.engines.base import (
     GeneratedText,
-    GenerateOptions,
     SampleFailure,
     TeacherEngine,
     TokenizedSample,
@@ -27,8 +27,8 @@ from tests.support.reference_kv import load_reference
 from tests.support.tiny_models import FAMILIES, Family, build_model, save_tiny_model, tiny_spec
 
 TEXTS = ("The start is 3. Add 4.", "Größe? 思考过程", "1", "multiply by 2 and subtract 5, all modulo 7. Reasoning:")
-GREEDY = GenerateOptions(20)
-DRAWN = GenerateOptions(20, temperature=1.0, top_p=0.95, seed=5)
+GREEDY = SamplingParams(max_new_tokens=20)
+DRAWN = SamplingParams(max_new_tokens=20, temperature=1.0, top_p=0.95, seed=5)
 
 
 @dataclass(frozen=True)
@@ -78,8 +78,8 @@ def prompts(engine: TeacherEngine) -> list[TokenizedSample]:
     return [engine.tokenize(Sample(f"s{index}", text=text)) for index, text in enumerate(TEXTS)]
 
 
-def write(engine: TeacherEngine, batch: list[TokenizedSample], options: GenerateOptions) -> list[GeneratedText]:
-    outcomes = engine.generate(batch, options, lambda _row: True)
+def write(engine: TeacherEngine, batch: list[TokenizedSample], sampling: SamplingParams) -> list[GeneratedText]:
+    outcomes = engine.generate(batch, sampling, lambda _row: True)
     assert len(outcomes) == len(batch)
     assert all(isinstance(outcome, GeneratedText) for outcome in outcomes)
     return cast("list[GeneratedText]", outcomes)
@@ -88,21 +88,24 @@ def write(engine: TeacherEngine, batch: list[TokenizedSample], options: Generate
 # ---------------------------------------------------------------------------------------------------- every engine
 
 
-@pytest.mark.parametrize("options", [GREEDY, DRAWN], ids=["greedy", "drawn"])
-def test_what_is_written_does_not_depend_on_the_batch(case: Case, options: GenerateOptions) -> None:
+@pytest.mark.parametrize("sampling", [GREEDY, DRAWN], ids=["greedy", "drawn"])
+def test_what_is_written_does_not_depend_on_the_batch(case: Case, sampling: SamplingParams) -> None:
     batch = prompts(case.engine)
-    together = write(case.engine, batch, options)
-    assert together == [write(case.engine, [tokens], options)[0] for tokens in batch]
-    assert together == write(case.engine, batch, options)
+    together = write(case.engine, batch, sampling)
+    assert together == [write(case.engine, [tokens], sampling)[0] for tokens in batch]
+    assert together == write(case.engine, batch, sampling)
     assert len({one.text for one in together}) == len(TEXTS)
-    assert all(0 < one.tokens <= options.max_new_tokens for one in together)
+    assert all(0 < one.tokens <= sampling.max_new_tokens for one in together)
 
 
 def test_another_seed_writes_another_text_and_greedy_writing_has_no_seed(case: Case) -> None:
     batch = prompts(case.engine)
-    drawn, others = write(case.engine, batch, DRAWN), write(case.engine, batch, GenerateOptions(20, 1.0, 0.95, seed=6))
+    drawn, others = (
+        write(case.engine, batch, DRAWN),
+        write(case.engine, batch, SamplingParams(max_new_tokens=20, temperature=1.0, top_p=0.95, seed=6)),
+    )
     assert all(one.text != other.text for one, other in zip(drawn, others, strict=True))
-    assert write(case.engine, batch, GREEDY) == write(case.engine, batch, GenerateOptions(20, seed=6))
+    assert write(case.engine, batch, GREEDY) == write(case.engine, batch, SamplingParams(max_new_tokens=20, seed=6))
 
 
 def test_a_prompt_drawn_twice_in_a_batch_gets_the_same_text(case: Case) -> None:
@@ -113,7 +116,7 @@ def test_a_prompt_drawn_twice_in_a_batch_gets_the_same_text(case: Case) -> None:
 
 def test_a_text_that_is_cut_off_says_so(case: Case) -> None:
     for one, longer in zip(
-        write(case.engine, prompts(case.engine), GenerateOptions(4)),
+        write(case.engine, prompts(case.engine), SamplingParams(max_new_tokens=4)),
         write(case.engine, prompts(case.engine), GREEDY),
         strict=True,
     ):
@@ -125,7 +128,7 @@ def test_a_stop_text_ends_the_writing_and_is_no_part_of_it(case: Case) -> None:
     batch = prompts(case.engine)
     plain = write(case.engine, batch, GREEDY)
     stop = plain[0].text[6:8]
-    stopped = write(case.engine, batch, GenerateOptions(20, stop=("not in any text", stop)))
+    stopped = write(case.engine, batch, SamplingParams(max_new_tokens=20, stop=("not in any text", stop)))
     assert stopped[0].text == plain[0].text[: plain[0].text.index(stop)]
     assert stopped[0].finish_reason == "stop"
     assert stopped[0].tokens <= plain[0].tokens
@@ -159,7 +162,7 @@ def test_a_prompt_ends_where_its_text_ends() -> None:
 # ---------------------------------------------------------------------------------------------------- transformers
 
 
-def transformers_text(case: Case, prompt: TokenizedSample, options: GenerateOptions, **settings: Any) -> str:
+def transformers_text(case: Case, prompt: TokenizedSample, sampling: SamplingParams, **settings: Any) -> str:
     """What the model's own `generate` writes, for one prompt without padding."""
     assert case.reference is not None
     ids_1T = torch.tensor([prompt.prompt_ids])
@@ -167,7 +170,7 @@ def transformers_text(case: Case, prompt: TokenizedSample, options: GenerateOpti
     written_1T = generate(
         ids_1T,
         attention_mask=torch.ones_like(ids_1T),
-        max_new_tokens=options.max_new_tokens,
+        max_new_tokens=sampling.max_new_tokens,
         do_sample=False,
         repetition_penalty=1.0,
         pad_token_id=0,
@@ -189,8 +192,8 @@ def test_greedy_writing_is_the_models_own_without_its_settings(hf_case: Case) ->
 def test_a_tiny_nucleus_or_a_low_temperature_draws_the_likeliest(hf_case: Case) -> None:
     batch = prompts(hf_case.engine)
     greedy = write(hf_case.engine, batch, GREEDY)
-    assert write(hf_case.engine, batch, GenerateOptions(20, temperature=1.0, top_p=1e-6)) == greedy
-    assert write(hf_case.engine, batch, GenerateOptions(20, temperature=1e-6)) == greedy
+    assert write(hf_case.engine, batch, SamplingParams(max_new_tokens=20, temperature=1.0, top_p=1e-6)) == greedy
+    assert write(hf_case.engine, batch, SamplingParams(max_new_tokens=20, temperature=1e-6)) == greedy
 
 
 def test_every_end_token_of_the_model_ends_its_text(tmp_path: Path) -> None:
@@ -221,7 +224,7 @@ def test_what_nobody_waits_for_is_not_written_to_its_end(hf_case: Case, monkeypa
 
     monkeypatch.setattr(hf_generate._Ends, "__call__", counted)
     batch = prompts(hf_case.engine)
-    hf_case.engine.generate(batch, GenerateOptions(300), lambda _row: steps < 3)
+    hf_case.engine.generate(batch, SamplingParams(max_new_tokens=300), lambda _row: steps < 3)
     assert steps == 3
     alone = write(hf_case.engine, batch[:1], GREEDY)
     kept = hf_case.engine.generate(batch, GREEDY, lambda row: row == 0)

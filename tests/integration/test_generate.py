@@ -31,7 +31,7 @@ from protos import kv_cache_pb2_grpc as pb_grpc
 from student_trainer.kv_sources.completions import CompletedSample, CompletionSource
 from teacher_server.config import ServeConfig
 from teacher_server.engines import load_engine
-from teacher_server.engines.base import GeneratedText, GenerateOptions, SampleFailure, TokenizedSample, Wanted
+from teacher_server.engines.base import GeneratedText, SampleFailure, TokenizedSample, Wanted
 from teacher_server.engines.fake import FakeEngine, FakeFaults, FakeModel
 from tests.support.server_in_thread import CONFIG, ServerInThread
 from tests.support.servers import TeacherClient, refused, wait_until
@@ -304,13 +304,13 @@ class WaitingEngine(FakeEngine):
         self.gate, self.writes = threading.Event(), threading.Event()
 
     def generate(
-        self, prompts: Sequence[TokenizedSample], options: GenerateOptions, wanted: Wanted
+        self, prompts: Sequence[TokenizedSample], sampling: SamplingParams, wanted: Wanted
     ) -> list[GeneratedText | SampleFailure]:
         self.writes.set()
         while not self.gate.is_set() and any(wanted(row) for row in range(len(prompts))):
             time.sleep(0.005)
         self.writes.clear()
-        return super().generate(prompts, options, wanted)
+        return super().generate(prompts, sampling, wanted)
 
 
 def start_waiting(start: Callable[..., ServerInThread], **limits: Any) -> tuple[ServerInThread, WaitingEngine]:
@@ -389,7 +389,7 @@ def test_an_engine_that_fails_while_writing_fails_its_batch_alone(start: Callabl
     assert isinstance(broken.kv, MissingKV)
     assert broken.kv.reason.startswith("INTERNAL: the engine failed on this sample's batch")
     assert isinstance(unwritten.kv, MissingKV)
-    assert unwritten.kv.reason == "FAILED_PRECONDITION: told to write nothing"
+    assert unwritten.kv.reason == "FAILED_PRECONDITION: injected fault: no text"
     assert server.get("/readyz").status_code == 200
 
 

@@ -67,7 +67,7 @@ def test_without_the_token_a_caller_is_refused(
     monkeypatch.setenv(TLS_CA, str(files["cert"]))
     if shown is not None:
         monkeypatch.setenv(TOKEN_FILE, str(files[shown]))
-    with pytest.raises(TeacherRefusedError, match="asks for a token"):
+    with pytest.raises(TeacherRefusedError, match="requires a token"):
         ask(teacher)
 
 

@@ -162,7 +162,9 @@ def test_a_batch_that_the_engine_fails_on_fails_its_samples_and_nothing_else(
     with TeacherClient(server.endpoint) as client:
         poisoned = client.fetch(PLAN, samples("a", "poison"))
         assert [outcome.code for outcome in poisoned if isinstance(outcome, RefusedSample)] == ["INTERNAL", "INTERNAL"]
-        assert all("told to fail" not in outcome.message for outcome in poisoned if isinstance(outcome, RefusedSample))
+        assert all(
+            "injected fault" not in outcome.message for outcome in poisoned if isinstance(outcome, RefusedSample)
+        )
         mixed = client.fetch(PLAN, samples("a", "nan", "b"))
         assert [isinstance(outcome, EncodedSampleKV) for outcome in mixed] == [True, False, True]
         assert isinstance(mixed[1], RefusedSample)

@@ -16,8 +16,8 @@ from grpc_health.v1 import health_pb2
 from kvcore.wire.channel_arguments import MAX_METADATA_BYTES
 from protos import kv_cache_pb2 as pb
 from teacher_server.config import MIB
-from teacher_server.limits import MAX_OPEN_REFLECTIONS
 from teacher_server.monitoring.logs import LINES_AT_ONCE
+from teacher_server.requests.connection_limits import MAX_OPEN_REFLECTIONS
 from tests.integration.test_secure_transport import SECRET, certificate
 from tests.support.servers import TeacherProcess, running_teacher, wait_until
 
@@ -98,7 +98,7 @@ def test_the_log_of_refused_calls_is_limited_and_counts_what_it_left_out(
 
 
 def refused_describe(describe: Any) -> None:
-    with pytest.raises(grpc.RpcError, match="asks for a token"):
+    with pytest.raises(grpc.RpcError, match="requires a token"):
         describe(b"", timeout=30)
 
 

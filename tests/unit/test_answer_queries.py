@@ -56,8 +56,8 @@ def compute(queries: AnswerQueries, parts: Sequence[Part], ended: Sequence[str] 
             queries.add(request.name, request.segment(start, end))
     slots_T = torch.tensor([slot for request, start, end in parts for slot in request.slots(start, end)])
     for layer in LAYERS:
-        if queries.wanted:
-            queries.seen(layer, torch.cat([request.query[layer][start:end] for request, start, end in parts]))
+        if queries.needed:
+            queries.observe(layer, torch.cat([request.query[layer][start:end] for request, start, end in parts]))
         queries.keep(layer, slots_T)
 
 
@@ -148,16 +148,16 @@ def test_requests_without_an_answer_get_zeros_beside_those_with_one(queries: Ans
 def test_nothing_is_taken_where_no_plan_asks(queries: AnswerQueries) -> None:
     plain = Request("b", 12, answer_of(), 20)
     compute(queries, [(plain, 0, 12)])
-    assert not queries.wanted
+    assert not queries.needed
     assert importance_of(queries, [plain]) is None
 
 
 def test_a_pass_without_tokens_of_an_answer_wants_no_queries(queries: AnswerQueries) -> None:
     request = Request("a", 12, answer_of(9), 1)
     compute(queries, [(request, 0, 8)])
-    assert not queries.wanted
+    assert not queries.needed
     compute(queries, [(request, 8, 12)])
-    assert queries.wanted
+    assert queries.needed
     assert_exact(queries, [request])
 
 

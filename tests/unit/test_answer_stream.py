@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 
 from kvcore.wire.frames import FrameWriter, unpack_frame
-from teacher_server.answer_stream import AnswerStream
+from teacher_server.requests.answer_stream import AnswerStream
 from tests.support.streams import PLAN, REQUEST
 
 

@@ -136,12 +136,12 @@ def test_a_damaged_model_is_named_with_what_is_wrong(tiny: Path, damage: Callabl
         ({"load_in_8bit": True}, "load_in_8bit", "needs a GPU"),
         ({"load_in_4bit": True}, "load_in_4bit", "needs a GPU"),
         ({"device": "cuda:7"}, "device", "cuda:7"),
-        ({"max_sample_tokens": 513}, "max_sample_tokens", "got 513; the model reads at most 512"),
+        ({"max_sample_tokens": 513}, "max_sample_tokens", "got 513; the model takes at most 512"),
         ({"revision": "main"}, "revision", "no revisions"),
-        ({"model": "no-such-directory-or-model"}, "model", "is no directory"),
+        ({"model": "no-such-directory-or-model"}, "model", "is not a directory"),
         ({"model": "fake:layers=0", "engine": "fake"}, "model", "too small"),
         ({"model": "fake:depth=3", "engine": "fake"}, "model", "known: layers, heads, dim, delay_ms"),
-        ({"model": "fake:layers=three", "engine": "fake"}, "model", "no number"),
+        ({"model": "fake:layers=three", "engine": "fake"}, "model", "is not a number"),
     ],
 )
 def test_options_that_cannot_be_had_are_named(tiny: Path, options: dict[str, object], field: str, reason: str) -> None:

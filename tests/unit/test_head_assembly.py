@@ -258,7 +258,7 @@ def test_a_rank_that_lacks_heads_which_its_plans_weigh_is_noticed() -> None:
 @pytest.mark.parametrize("ranks", [1, 2, 4, 8, 16, 32])
 def test_every_head_is_sent_once(ranks: int) -> None:
     shares = ranks_of(ranks)
-    sent = [head for share in shares if share.ships for head in range(share.first, share.first + share.count)]
+    sent = [head for share in shares if share.sends for head in range(share.first, share.first + share.count)]
     assert sent == list(range(HEADS))
     assert [share.first for share in shares] == sorted(share.first for share in shares)
     assert all(share.copies == max(1, ranks // HEADS) for share in shares)

@@ -135,7 +135,7 @@ PLAIN = st.recursive(
 
 @given(st.binary(max_size=40) | PLAIN.map(msgpack.packb))
 def test_bytes_that_are_no_message_are_named_as_such(payload: bytes) -> None:
-    with pytest.raises(ProtocolError, match=f"sent {len(payload)} bytes that are no message"):
+    with pytest.raises(ProtocolError, match=f"sent {len(payload)} bytes that are not a message"):
         unpack(payload)
 
 
@@ -246,7 +246,7 @@ def test_a_closed_inbox_takes_no_more_workers(inbox: MessageReceiver, outboxes: 
     inbox.close()
     with pytest.raises((OSError, EOFError)):
         outboxes(inbox.address)
-    assert eventually(lambda: not any(thread.name == "kv inbox" for thread in threading.enumerate()))
+    assert eventually(lambda: not any(thread.name == "kv receiver" for thread in threading.enumerate()))
 
 
 # ---------------------------------------------------------------------------------------------------- trouble
@@ -320,7 +320,7 @@ def test_a_dead_server_is_no_trouble_for_the_model(
     outbox.put(parcel_of(large("under way")))
     slow_server.connection().close()
     outbox.put(parcel_of(large("lost")))
-    assert eventually(lambda: not any(thread.name == "kv outbox" for thread in threading.enumerate()))
+    assert eventually(lambda: not any(thread.name == "kv sender" for thread in threading.enumerate()))
     started = time.monotonic()
     for _ in range(100):
         outbox.put(PendingMessage(PLENTY, _never, ("a",)))

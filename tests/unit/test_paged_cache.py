@@ -164,7 +164,7 @@ CACHE = torch.zeros(BLOCKS, HEADS, BLOCK_SIZE, 2 * DIM)
 @pytest.mark.parametrize(
     ("backend", "cache", "reason"),
     [
-        ("FLASHINFER", CACHE, "backend 'FLASHINFER' lays its cache out in a way that is not known"),
+        ("FLASHINFER", CACHE, "backend 'FLASHINFER' is not supported"),
         ("FLASH_ATTN", CACHE.view(BLOCKS, HEADS, BLOCK_SIZE, 2, DIM), r"has the shape \(5, 3, 8, 2, 16\)"),
         ("FLASH_ATTN", torch.zeros(2, BLOCKS, BLOCK_SIZE, HEADS, DIM), "has the shape"),
         ("FLASH_ATTN", torch.zeros(BLOCKS, BLOCK_SIZE, HEADS, 2 * DIM), r"here \[\*, 3, 8, 32\]"),
@@ -172,7 +172,11 @@ CACHE = torch.zeros(BLOCKS, HEADS, BLOCK_SIZE, 2 * DIM)
         ("CPU_ATTN", torch.zeros(BLOCKS, HEADS + 1, BLOCK_SIZE, 2 * DIM), "has the shape"),
         ("FLASH_ATTN", CACHE.to(torch.float8_e4m3fn), "holds torch.float8_e4m3fn"),
         ("FLASH_ATTN", CACHE.to(torch.uint8), "holds torch.uint8"),
-        ("CPU_ATTN", CACHE.transpose(1, 2).contiguous().transpose(1, 2), "not known; known: FLASH_ATTN, TRITON_ATTN"),
+        (
+            "CPU_ATTN",
+            CACHE.transpose(1, 2).contiguous().transpose(1, 2),
+            "not supported; supported: FLASH_ATTN, TRITON_ATTN",
+        ),
     ],
 )
 def test_what_is_not_known_is_refused(backend: str, cache: Tensor, reason: str) -> None:

@@ -10,8 +10,8 @@ from kvcore.errors import FieldError
 from kvcore.plan import KVPlan, Selection
 from kvcore.types import Sample, Span
 from protos import kv_cache_pb2 as pb
-from teacher_server.query import parse_request, read_generate_query, read_query
-from teacher_server.request_size import MAX_SPANS, MAX_UNKNOWN_FIELDS
+from teacher_server.requests.request_parsing import parse_request, read_generate_query, read_query
+from teacher_server.requests.request_size import MAX_SPANS, MAX_UNKNOWN_FIELDS
 from tests.support.servers import kv_request
 from tests.support.streams import INFO
 
@@ -69,10 +69,10 @@ TOO_LARGE: dict[str, tuple[bytes, str]] = {
         field(3, field(3, field(1, b"\x01" * ((1 << 20) + 1)))),
         "samples.1.token_ids.ids: has 1048577 entries; the limit is 1048576",
     ),
-    "unknown fields": (b"\xf8\x01\x01" * (MAX_UNKNOWN_FIELDS + 1), "KVRequest holds more than 64 unknown fields"),
+    "unknown fields": (b"\xf8\x01\x01" * (MAX_UNKNOWN_FIELDS + 1), "KVRequest has more than 64 unknown fields"),
     "a group": (b"\xfb\x01", "wire type 3"),
     "cut short": (b"\x1a\x05a", "past the end"),
-    "an endless number": (b"\xff" * 11, "no number ends"),
+    "an endless number": (b"\xff" * 11, "does not end"),
 }
 ALONE: dict[str, tuple[bytes, str]] = {
     "layers": (
@@ -89,7 +89,7 @@ ALONE: dict[str, tuple[bytes, str]] = {
     "request id": (field(1, "é".encode() * 257), "request_id: has 257 characters; the limit is 256"),
     "fields": (
         field(3, field(3, b"\x08\x01" * (1 << 17))),
-        "it holds more than",
+        "it has more than",
     ),
 }
 
@@ -124,5 +124,6 @@ def test_a_sample_that_is_no_protobuf_message_is_named() -> None:
 def test_a_request_to_write_is_read_with_its_sampling() -> None:
     prompt = kv_request(PLAN, [Sample("p", text="ab")], "r").SerializeToString()
     data = prompt + pb.GenerateRequest(sampling=pb.Sampling(max_new_tokens=2, stop=["x"])).SerializeToString()
-    query, sampling = read_generate_query(parse_request(data, pb.GenerateRequest, INFO), INFO)
-    assert (query.samples, sampling.max_new_tokens, sampling.stop) == ([Sample("p", text="ab")], 2, ("x",))
+    query = read_generate_query(parse_request(data, pb.GenerateRequest, INFO), INFO)
+    assert query.sampling is not None
+    assert (query.samples, query.sampling.max_new_tokens, query.sampling.stop) == ([Sample("p", text="ab")], 2, ("x",))

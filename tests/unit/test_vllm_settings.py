@@ -89,9 +89,9 @@ def test_values_out_of_range_are_refused(field: str, value: object) -> None:
 @pytest.mark.parametrize(
     ("text", "reason"),
     [
-        ("{", "is no JSON"),
-        ("[1]", "it is a JSON object"),
-        ('{"max_batched": 3}', "'max_batched' is none of vLLM's engine arguments"),
+        ("{", "is not JSON"),
+        ("[1]", "it must be a JSON object"),
+        ('{"max_batched": 3}', "'max_batched' is not an engine argument of vLLM"),
         *((json.dumps({name: 1}), f"'{name}' is set by the server's own flags") for name in sorted(OWN_ARGUMENTS)),
     ],
 )
@@ -201,7 +201,7 @@ def test_the_longest_sample_is_the_least_of_all_limits(limits: dict[str, int], l
 
 @pytest.mark.parametrize("field", ["max_model_len", "max_sample_tokens"])
 def test_samples_longer_than_the_models_context_are_refused(field: str) -> None:
-    with pytest.raises(FieldError, match="got 513; the model reads at most 512 tokens") as caught:
+    with pytest.raises(FieldError, match="got 513; the model takes at most 512 tokens") as caught:
         longest_sample(serve(**{field: 513}), LlamaConfig(**SMALL))
     assert caught.value.field == field
 

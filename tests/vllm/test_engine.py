@@ -9,10 +9,10 @@ from collections.abc import Callable
 import pytest
 from prometheus_client import REGISTRY
 
-from kvcore.plan import CodecSpec, KVPlan, Selection
+from kvcore.plan import CodecSpec, KVPlan, SamplingParams, Selection
 from kvcore.tensors.select import needs_keys
 from kvcore.types import Sample, Span
-from teacher_server.engines.base import GenerateOptions, LayerResult, PlannedSample, TeacherEngine
+from teacher_server.engines.base import LayerResult, PlannedSample, TeacherEngine
 from tests.support.engine_contract import *  # noqa: F403  every engine has to pass it
 from tests.support.engine_contract import EVERYTHING, RAW, TOLERANCE, Outcome, close, run_plans
 from tests.vllm.conftest import Pair
@@ -145,7 +145,7 @@ def test_a_sample_that_is_given_up_ends_and_the_others_go_on(pair: Pair) -> None
 
 def test_it_writes_what_transformers_writes(pair: Pair) -> None:
     prompts = [Sample("a", text="The start is 3. "), Sample("b", text="Add 4, then multiply by 2")]
-    greedy = GenerateOptions(max_new_tokens=10)
+    greedy = SamplingParams(max_new_tokens=10)
     written = [
         engine.generate([engine.tokenize(prompt) for prompt in prompts], greedy, lambda _row: True)
         for engine in (pair.vllm, pair.hf)
