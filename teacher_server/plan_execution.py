@@ -320,12 +320,8 @@ class _Group:
 
     def _enforce_error_budget(self, results: Sequence[LayerResult], fail: Fail) -> None:
         problems: dict[int, str] = {}
-        for result in results:
-            for place in range(len(result.indices)):
-                errors = {kind: values[place] for kind, values in result.relative_error.items()}
-                problem = error_budget_problem(errors, result.layer, self.plan.codec)
-                if problem is not None:
-                    problems.setdefault(place, problem)
+        for result in reversed(results):
+            problems |= error_budget_problems(result, [self.plan.codec] * len(result.indices))
         self._drop(problems, fail)
 
     def _drop(self, problems: Mapping[int, str], fail: Fail) -> None:
@@ -343,14 +339,17 @@ class _Group:
         self._held = [layer.rows(index_B) for layer in self._held]
 
 
-def error_budget_problem(errors: Mapping[str, float], layer: int, codec: CodecSpec) -> str | None:
-    """Which of a sample's errors in one layer, by kind, exceeds the plan's limit; None if none does."""
-    limit = codec.max_relative_error
-    for kind, error in errors.items():
-        if limit is not None and error > limit:
-            where = f"'{kind}' of layer {layer} in codec '{codec.name}'"
-            return f"{where} has a relative error of {error:.3g}; plan.codec.max_relative_error is {limit:.3g}"
-    return None
+def error_budget_problems(result: LayerResult, codecs: Sequence[CodecSpec]) -> dict[int, str]:
+    """The samples whose error exceeds their codec's `max_relative_error`, by index in `result.indices`."""
+    problems: dict[int, str] = {}
+    for kind, errors in result.relative_error.items():
+        for place, (error, codec) in enumerate(zip(errors, codecs, strict=True)):
+            limit = codec.max_relative_error
+            if limit is not None and error > limit:
+                where = f"'{kind}' of layer {result.layer} in codec '{codec.name}'"
+                problem = f"{where} has a relative error of {error:.3g}; plan.codec.max_relative_error is {limit:.3g}"
+                problems.setdefault(place, problem)
+    return problems
 
 
 def to_host(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -19,6 +19,7 @@ MAX_PROBLEM_LENGTH = 300
 MAX_CALLERS = 256
 WINDOW_SECONDS = 60.0
 
+_SHOWN_OF_CALLER = ("peer", "requests", "samples", "sent_bytes")
 _SHOWN_OF_CALL = ("peer", "method", "request_id", "samples", "tokens", "codec", "sent_bytes")
 
 
@@ -52,8 +53,9 @@ def current_call() -> Call:
 
 @dataclass(slots=True)
 class Caller:
-    """The calls of one peer within the last minute of its activity. `last`: when the latest one ended."""
+    """The calls of one peer since it was last idle for a minute. `last`: when the latest one ended."""
 
+    peer: str
     last: float = 0.0
     requests: int = 0
     samples: int = 0
@@ -87,7 +89,7 @@ class Activity:
     def _count(self, call: Call) -> None:
         self._forget_callers()
         # Ordered by the latest call, oldest first.
-        caller = self._callers[call.peer] = self._callers.pop(call.peer, Caller())
+        caller = self._callers[call.peer] = self._callers.pop(call.peer, Caller(call.peer))
         caller.last = time.monotonic()
         caller.requests += 1
         caller.samples += call.samples
@@ -157,14 +159,8 @@ class Activity:
         self._forget_callers()
         now = time.monotonic()
         return [
-            {
-                "peer": peer,
-                "requests": caller.requests,
-                "samples": caller.samples,
-                "sent_bytes": caller.sent_bytes,
-                "seconds": round(now - caller.last, 3),
-            }
-            for peer, caller in reversed(self._callers.items())
+            {name: getattr(caller, name) for name in _SHOWN_OF_CALLER} | {"seconds": round(now - caller.last, 3)}
+            for caller in reversed(self._callers.values())
         ]
 
     def problems(self) -> list[dict[str, Any]]:

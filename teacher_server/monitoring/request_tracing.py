@@ -14,6 +14,8 @@ from kvcore.types import Timings
 from teacher_server.monitoring.activity import Call
 from teacher_server.sample_queue import Job
 
+_ATTRIBUTES = ("request_id", "codec", "samples", "failed_samples", "tokens", "frames", "sent_bytes")
+
 
 @contextlib.contextmanager
 def traced(call: Call, service: str, headers: Iterable[tuple[str, str | bytes]]) -> Generator[None, None, None]:
@@ -35,19 +37,9 @@ def traced(call: Call, service: str, headers: Iterable[tuple[str, str | bytes]])
 def _describe(span: Span, call: Call) -> None:
     if not span.is_recording():
         return
-    span.set_attributes(
-        {
-            "rpc.grpc.status_code": grpc.StatusCode[call.code].value[0],
-            "network.peer.address": call.peer,
-            "kvdistill.request_id": call.request_id,
-            "kvdistill.codec": call.codec,
-            "kvdistill.samples": call.samples,
-            "kvdistill.failed_samples": call.failed_samples,
-            "kvdistill.tokens": call.tokens,
-            "kvdistill.frames": call.frames,
-            "kvdistill.sent_bytes": call.sent_bytes,
-        }
-    )
+    span.set_attribute("rpc.grpc.status_code", grpc.StatusCode[call.code].value[0])
+    span.set_attribute("network.peer.address", call.peer)
+    span.set_attributes({f"kvdistill.{name}": getattr(call, name) for name in _ATTRIBUTES})
     if call.code != grpc.StatusCode.OK.name:
         tracing.fail(span, f"{call.code}: {call.problem}")
     if call.first_frame_s is not None:

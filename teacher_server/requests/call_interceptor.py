@@ -25,6 +25,7 @@ from teacher_server.state import NotReadyError
 log = logging.getLogger(__name__)
 
 PUSHBACK = "grpc-retry-pushback-ms"
+_LOGGED = ("method", "peer", "code", "problem", "samples", "failed_samples", "tokens", "frames", "sent_bytes")
 Method = Callable[[grpc.aio.ServicerContext], Awaitable[Any]]
 
 
@@ -135,22 +136,9 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         failed = call.code != grpc.StatusCode.OK.name
         if failed and not call.frames and not self._line_limit.allow():
             return
-        log_event(
-            log,
-            "call",
-            method=call.method,
-            request=call.request_id,
-            peer=call.peer,
-            code=call.code,
-            problem=call.problem,
-            seconds=round(seconds, 6),
-            samples=call.samples,
-            failed_samples=call.failed_samples,
-            tokens=call.tokens,
-            written_tokens=call.generated_tokens,
-            frames=call.frames,
-            sent_bytes=call.sent_bytes,
-        )
+        fields = {name: getattr(call, name) for name in _LOGGED}
+        generated = call.generated_tokens
+        log_event(log, "call", request=call.request_id, seconds=round(seconds, 6), written_tokens=generated, **fields)
 
 
 def _code_of_cancelled(context: grpc.aio.ServicerContext) -> grpc.StatusCode:

@@ -205,12 +205,12 @@ def test_one_prompt_without_room_or_answer_harms_no_other(teacher: ServerInThrea
     assert isinstance(long.kv, MissingKV)
     assert long.written is None
     assert long.kv.reason.startswith("INVALID_ARGUMENT: samples[long].text: has ")
-    assert "30 may be written (sampling.max_new_tokens); together this teacher takes at most 120" in long.kv.reason
+    assert "up to 30 are generated (sampling.max_new_tokens); together this teacher takes at most 120" in long.kv.reason
     for one, text in ((second, plain[1]), (third, plain[2])):
         assert isinstance(one.kv, MissingKV)
         assert one.kv.reason.startswith("FAILED_PRECONDITION: ")
         assert "no token lies in the span 'answer'" in one.kv.reason
-        assert f"wrote 30 tokens (finish_reason: length), with no answer behind a marker {marker!r}" in one.kv.reason
+        assert f"generated 30 tokens (finish_reason: length), with no answer after the marker {marker!r}" in one.kv.reason
         # The text was dear: it comes all the same.
         assert one.written is not None
         assert (one.written.sample.text or "").endswith(text)
@@ -244,7 +244,7 @@ def test_what_no_writing_can_serve_is_refused_by_field(
 @pytest.mark.parametrize(
     ("sample", "problem"),
     [
-        (Sample("x", token_ids=(1, 2)), "samples.0.token_ids: a prompt to write on from must be text"),
+        (Sample("x", token_ids=(1, 2)), "samples.0.token_ids: a prompt to generate from must be text"),
         (
             Sample("x", text="abc", spans=(Span("prompt", 0, 1), Span("reasoning", 1, 3))),
             "samples.0.spans.1.kind: must be prompt (got reasoning)",

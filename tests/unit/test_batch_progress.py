@@ -93,7 +93,7 @@ def test_layers_that_do_not_come_fail_their_sample_in_time(monkeypatch: pytest.M
     batch.progress.give_up(lambda _row: True)
     (failure,) = batch.failures
     assert failure.index == 0
-    assert "not complete" in failure.problem
+    assert "incomplete" in failure.problem
     assert batch.assembly.open_rows() == [1]
 
 

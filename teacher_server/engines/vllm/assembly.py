@@ -12,7 +12,7 @@ from kvcore.plan import KVPlan
 from kvcore.types import Tensor
 from teacher_server.engines.base import LayerResult, SampleFailure
 from teacher_server.engines.vllm.message_queue import FailureMessage, LayerMessage, Message
-from teacher_server.plan_execution import error_budget_problem
+from teacher_server.plan_execution import error_budget_problems
 
 _Group = list[tuple[int, list[tuple[LayerMessage, int]]]]
 """Samples whose layer came in the same messages: each sample's row, and its pieces by ascending head."""
@@ -113,22 +113,15 @@ class Assembly:
         return LayerResult([row for row, _ in group], first.layer, parts, positions, errors)
 
     def _within_budget(self, results: Sequence[LayerResult]) -> tuple[list[LayerResult], list[SampleFailure]]:
-        kept: list[LayerResult] = []
         failures: list[SampleFailure] = []
         for result in results:
-            good: list[int] = []
-            for place, row in enumerate(result.indices):
-                errors = {kind: values[place] for kind, values in result.relative_error.items()}
-                problem = error_budget_problem(errors, result.layer, self._rows[row].plan.codec)
-                if problem is None:
-                    good.append(place)
-                elif not self._rows[row].failed:
-                    failures.append(self._fail(row, problem))
-            if good:
-                kept.append(result.subset(good))
+            problems = error_budget_problems(result, [self._rows[row].plan.codec for row in result.indices])
+            for place, problem in problems.items():
+                if not self._rows[result.indices[place]].failed:
+                    failures.append(self._fail(result.indices[place], problem))
         failed = {failure.index for failure in failures}
         return [
-            result.only(set(result.indices) - failed) for result in kept if not failed.issuperset(result.indices)
+            result.only(set(result.indices) - failed) for result in results if not failed.issuperset(result.indices)
         ], failures
 
 
