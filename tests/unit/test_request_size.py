@@ -1,4 +1,4 @@
-"""A request's size is checked on its bytes: a valid request passes, and one that holds too much is refused."""
+"""Request sizes are checked on the bytes: valid requests pass, oversized ones are refused."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def field(number: int, content: bytes) -> bytes:
         max_size=8,
     )
 )
-def test_a_valid_request_is_read_as_it_was_written(contents: list[str | tuple[int, ...]]) -> None:
+def test_a_valid_request_round_trips(contents: list[str | tuple[int, ...]]) -> None:
     samples = [
         Sample(f"é{i}", text=content) if isinstance(content, str) else Sample(f"é{i}", token_ids=content)
         for i, content in enumerate(contents)
@@ -48,7 +48,7 @@ def test_a_valid_request_is_read_as_it_was_written(contents: list[str | tuple[in
     assert (query.request_id, query.plan, query.samples) == ("request", PLAN, [*samples, TEXT])
 
 
-def test_numbers_that_are_not_packed_are_read_too() -> None:
+def test_unpacked_numbers_are_accepted() -> None:
     ids = b"\x08\x05\x08\x87\x01"
     data = kv_request(PLAN, [TEXT]).SerializeToString() + field(3, field(1, b"a") + field(3, ids))
     query = read_query(parse_request(data, pb.KVRequest, INFO), INFO)
@@ -95,7 +95,7 @@ ALONE: dict[str, tuple[bytes, str]] = {
 
 
 @pytest.mark.parametrize("case", [*TOO_LARGE, *ALONE])
-def test_a_request_that_holds_too_much_is_refused_by_field_and_limit(case: str) -> None:
+def test_an_oversized_request_is_refused_by_field_and_limit(case: str) -> None:
     data, problem = (WHOLE + TOO_LARGE[case][0], TOO_LARGE[case][1]) if case in TOO_LARGE else ALONE[case]
     with pytest.raises(FieldError) as caught:
         parse_request(data, pb.KVRequest, INFO)
@@ -110,18 +110,18 @@ def test_a_request_that_holds_too_much_is_refused_by_field_and_limit(case: str) 
         (field(6, b"x" * 257), "sampling.answer_marker: has 257 characters; the limit is 256"),
     ],
 )
-def test_sampling_that_holds_too_much_is_refused_by_field_and_limit(sampling: bytes, problem: str) -> None:
+def test_oversized_sampling_is_refused_by_field_and_limit(sampling: bytes, problem: str) -> None:
     with pytest.raises(FieldError, match=problem):
         parse_request(WHOLE + field(4, sampling), pb.GenerateRequest, INFO)
 
 
-def test_a_sample_that_is_no_protobuf_message_is_named() -> None:
+def test_an_invalid_sample_message_is_refused_by_index() -> None:
     text = field(3, field(1, b"a") + field(2, b"\xff"))
     with pytest.raises(FieldError, match=r"^samples\.1: is not a valid Sample"):
         read_query(parse_request(WHOLE + text, pb.KVRequest, INFO), INFO)
 
 
-def test_a_request_to_write_is_read_with_its_sampling() -> None:
+def test_a_generate_request_is_read_with_its_sampling() -> None:
     prompt = kv_request(PLAN, [Sample("p", text="ab")], "r").SerializeToString()
     data = prompt + pb.GenerateRequest(sampling=pb.Sampling(max_new_tokens=2, stop=["x"])).SerializeToString()
     query = read_generate_query(parse_request(data, pb.GenerateRequest, INFO), INFO)

@@ -1,4 +1,4 @@
-"""The queue before the engine: fair between streams, batches by padded tokens, bounded by tokens and windows."""
+"""The sample queue: fair between streams, batched by padded tokens, bounded by tokens and windows."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def stream_of(tokens: Sequence[int], nbytes: int = 10) -> tuple[ClientStream, li
 
 
 def prompts_of(tokens: Sequence[int], new: int, seed: int = 0) -> tuple[ClientStream, list[Job]]:
-    """A stream of prompts of these lengths to write on from."""
+    """A stream of prompts of these lengths."""
     stream, jobs = stream_of(tokens, nbytes=0)
     for job in jobs:
         job.sampling = SamplingParams(max_new_tokens=new, temperature=1.0, seed=seed)
@@ -71,7 +71,7 @@ def test_a_sample_longer_than_a_batch_runs_alone() -> None:
     assert [job.tokens for job in queue.take()] == [1]
 
 
-def test_a_full_queue_refuses_and_estimates_from_the_measured_speed() -> None:
+def test_a_full_queue_refuses_with_a_retry_time_from_the_measured_speed() -> None:
     queue = queue_of(max_tokens=100, max_batch_tokens=50)
     queue.admit(*stream_of([50, 50]))
     with pytest.raises(BusyError) as unmeasured:
@@ -84,7 +84,7 @@ def test_a_full_queue_refuses_and_estimates_from_the_measured_speed() -> None:
     assert measured.value.retry_ms == 200  # 100 tokens too many at 500 tokens a second
 
 
-def test_an_idle_server_takes_a_request_of_any_size_in_portions() -> None:
+def test_an_idle_queue_admits_a_request_of_any_size() -> None:
     queue = queue_of(max_tokens=10)
     queue.admit(*stream_of([6, 6, 6]))
     assert (queue.tokens, queue.ready_samples) == (6, 1)
@@ -94,7 +94,7 @@ def test_an_idle_server_takes_a_request_of_any_size_in_portions() -> None:
     assert [job.index for job in queue.take()] == [1]
 
 
-def test_a_stream_waits_until_its_answers_were_sent_and_holds_up_nobody() -> None:
+def test_a_stream_with_a_full_window_waits_without_blocking_others() -> None:
     queue = queue_of(window_bytes=25)
     stalled, other = stream_of([1] * 4, nbytes=10), stream_of([1] * 2, nbytes=10)
     queue.admit(*stalled)
@@ -106,7 +106,7 @@ def test_a_stream_waits_until_its_answers_were_sent_and_holds_up_nobody() -> Non
     assert indices(queue.take(), stalled[0]) == [2]
 
 
-def test_an_answer_larger_than_the_window_goes_alone() -> None:
+def test_an_answer_larger_than_the_window_runs_alone() -> None:
     queue = queue_of(window_bytes=25)
     stream, jobs = stream_of([1, 1], nbytes=100)
     queue.admit(stream, jobs)
@@ -115,7 +115,7 @@ def test_an_answer_larger_than_the_window_goes_alone() -> None:
     assert len(queue.take()) == 1
 
 
-def test_a_stream_that_leaves_takes_its_waiting_samples_along() -> None:
+def test_removing_a_stream_removes_its_waiting_samples() -> None:
     queue = queue_of(max_tokens=10, max_batch_tokens=4)
     leaving, staying = stream_of([4, 4, 4]), stream_of([2])
     queue.admit(*leaving)
@@ -129,7 +129,7 @@ def test_a_stream_that_leaves_takes_its_waiting_samples_along() -> None:
     assert queue.tokens == 2
 
 
-def test_a_stream_that_leaves_makes_room_for_those_that_wait() -> None:
+def test_removing_a_stream_makes_room_for_others() -> None:
     queue = queue_of(max_tokens=10, max_batch_tokens=2)
     waiting, leaving = stream_of([2, 9]), stream_of([3])
     queue.admit(*waiting)
@@ -140,7 +140,7 @@ def test_a_stream_that_leaves_makes_room_for_those_that_wait() -> None:
     assert indices(queue.take(), waiting[0]) == [1]
 
 
-def test_closing_wakes_whoever_waits_for_a_batch() -> None:
+def test_closing_wakes_a_waiting_take() -> None:
     queue = queue_of()
     taken: list[list[Job]] = []
     waiting = threading.Thread(target=lambda: taken.append(queue.take()))
@@ -183,7 +183,7 @@ def test_every_admitted_sample_runs_once_within_all_limits(
     assert queue.tokens == 0
 
 
-def test_what_may_be_written_counts_as_tokens() -> None:
+def test_max_new_tokens_count_as_tokens() -> None:
     queue = queue_of(max_tokens=100, max_batch_tokens=60)
     queue.admit(*prompts_of([10, 10, 10], new=20))
     assert queue.tokens == 90
@@ -192,7 +192,7 @@ def test_what_may_be_written_counts_as_tokens() -> None:
     assert [job.tokens for job in queue.take()] == [30, 30]
 
 
-def test_a_batch_is_of_one_kind_and_who_could_not_come_along_is_next() -> None:
+def test_a_batch_has_one_kind_and_skipped_streams_come_next() -> None:
     queue = queue_of(max_batch_tokens=4)
     samples, prompts, others = stream_of([1] * 6), prompts_of([1] * 3, new=1), prompts_of([1], new=1, seed=1)
     for stream in (samples, prompts, others):
@@ -207,7 +207,7 @@ def test_a_batch_is_of_one_kind_and_who_could_not_come_along_is_next() -> None:
     ]
 
 
-def test_what_follows_from_admitted_samples_waits_instead_of_being_refused() -> None:
+def test_extended_samples_wait_instead_of_being_refused() -> None:
     queue = queue_of(max_tokens=20, max_batch_tokens=20)
     first, second = prompts_of([5], new=10), stream_of([20])
     queue.admit(*first)
@@ -221,7 +221,7 @@ def test_what_follows_from_admitted_samples_waits_instead_of_being_refused() -> 
     assert queue.take() == jobs
 
 
-def test_nothing_follows_in_a_stream_that_is_gone() -> None:
+def test_a_removed_stream_is_not_extended() -> None:
     queue = queue_of()
     stream, jobs = stream_of([5])
     queue.remove(stream)
