@@ -113,11 +113,11 @@ def stream(engine: VLLMEngine, batch: Sequence[TokenizedSample], plan: KVPlan) -
 def _pass(engine: VLLMEngine, batches: Batches, samples: int, plan: KVPlan | None) -> None:
     batch = batches.next(samples)
     if plan is None:
-        engine.read_alone(batch)
+        engine.prefill_alone(batch)
     else:
         stream(engine, batch, plan)
     # K/V are complete before their forward pass ends; wait for its end.
-    engine.read_alone([batches.short()])
+    engine.prefill_alone([batches.short()])
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""A teacher server's life: HTTP first, then the model, a self-test, requests, and an orderly end."""
+"""The lifecycle of a teacher server: starts HTTP and gRPC, loads the model, tests it, serves, drains and exits."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine
-from typing import TypeVar
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import Future
 
 from grpc_health.v1 import health_pb2
 from grpc_health.v1.health import aio as health_aio  # pyright: ignore[reportAttributeAccessIssue]
@@ -26,24 +26,22 @@ from teacher_server.grpc_server import GrpcCrashError, GrpcServer
 from teacher_server.monitoring import logs
 from teacher_server.monitoring.http_api import build_app
 from teacher_server.monitoring.logs import log_event
+from teacher_server.requests.service import SERVICE, TeacherKVService
 from teacher_server.sample_queue import BusyError, SampleQueue
 from teacher_server.scheduler import Scheduler
 from teacher_server.self_test import SelfTestError, self_test
-from teacher_server.service import SERVICE, TeacherKVService
 from teacher_server.state import Backend, ServerState
 
 log = logging.getLogger(__name__)
 
 RETEST_SECONDS = 10.0
-LAST_WORDS_SECONDS = 2.0
+SHUTDOWN_SECONDS = 2.0
 SAMPLE_SECONDS = 5.0
 LOADING_SECONDS = 15.0
 
-ResultT = TypeVar("ResultT")
-
 
 class LoadError(KVDistillError):
-    """The model could not be loaded, for a reason that its libraries know."""
+    """The model's libraries failed to load it."""
 
 
 def run(config: ServeConfig) -> None:
@@ -52,21 +50,19 @@ def run(config: ServeConfig) -> None:
     Logs go to stderr: JSON Lines, or text on a terminal.
 
     Raises:
-        KVDistillError: a port, the model or the self-test failed, or traces cannot be sent as asked.
-
-    Ends the process with exit status 1 if the gRPC server crashes 5 times within 60 s.
+        KVDistillError: a port, the model or the self-test failed, or traces cannot be exported as configured.
     """
     logs.configure(config.log_level)
     stop_tracing = tracing.start("kvdistill-teacher", f"{config.teacher_name}@{socket.gethostname()}:{os.getpid()}")
     try:
-        ended, status = asyncio.run(_serve_until_signalled(config)), 0
+        stopped, status = asyncio.run(_serve_until_signalled(config)), 0
     except GrpcCrashError as error:
         log_event(log, "gave_up", level=logging.ERROR, problem=error.line())
-        ended, status = False, 1
+        stopped, status = False, 1
     finally:
         stop_tracing()
-    if not ended:
-        # A thread may still run the model, and tearing the interpreter down under it can crash or hang.
+    if not stopped:
+        # A thread may still run the model; interpreter shutdown could crash or hang in it.
         logging.shutdown()
         os._exit(status)
 
@@ -79,11 +75,11 @@ async def _serve_until_signalled(config: ServeConfig) -> bool:
 
 
 class TeacherServer:
-    """One teacher replica in this process. Made on a running event loop.
+    """One teacher replica in this process. Create it on a running event loop.
 
     Args:
         config: what to serve, where, and its limits.
-        load: makes the engine, in a thread of its own.
+        load: loads the engine; called in its own thread.
 
     Raises:
         FieldError: a certificate, key or token cannot be read.
@@ -97,11 +93,11 @@ class TeacherServer:
         self._health = health_aio.HealthServicer()
         self._grpc_server = GrpcServer(self.state, self._service, self._health)
         self._stop = asyncio.Event()
-        self._engine_broke = asyncio.Event()
-        self._lost: KVDistillError | None = None
+        self._engine_failed = asyncio.Event()
+        self._fatal: KVDistillError | None = None
 
     async def serve(self) -> bool:
-        """Runs from start to end; False if a thread of the engine still runs.
+        """Serve until the end; returns False if the engine's thread still runs a batch.
 
         Raises:
             KVDistillError: a port, the model or the self-test failed.
@@ -117,27 +113,27 @@ class TeacherServer:
                 watch.cancel()
                 await self._drain()
         ended = loaded and self._end_engine()
-        if self._lost is not None:
-            raise self._lost
+        if self._fatal is not None:
+            raise self._fatal
         return ended
 
     def request_stop(self) -> None:
-        """Begins to drain; ends the process if it drains already."""
+        """Begin to drain; exit at once if the server already drains."""
         if self._stop.is_set():
-            log.warning("second signal: ending at once")
+            log.warning("second signal: exiting at once")
             logging.shutdown()
             os._exit(1)
         self._stop.set()
 
     async def _start(self) -> None:
         config, started = self._config, time.monotonic()
-        engine = await _reported(_in_daemon_thread(lambda: _load(self._load, config)), config.model)
+        engine = await _load_in_thread(self._load, config)
         queue = SampleQueue(config.max_queued_tokens, config.max_batch_tokens, config.stream_window_bytes)
         scheduler = Scheduler(engine, queue, self.state.metrics, self._on_engine_error)
         self.state.backend = Backend(engine, scheduler)
-        self.state.set_ready("the self-test is running")
+        self.state.set_phase_problem("the self-test is running")
         await self_test(self._service, engine.info)
-        await self._serve_from_now()
+        await self._accept_requests()
         log_event(
             log,
             "ready",
@@ -148,8 +144,8 @@ class TeacherServer:
             seconds=round(time.monotonic() - started, 3),
         )
 
-    async def _serve_from_now(self) -> None:
-        self.state.set_ready(None)
+    async def _accept_requests(self) -> None:
+        self.state.set_phase_problem(None)
         await self._set_health(health_pb2.HealthCheckResponse.SERVING)
 
     async def _set_health(self, status: health_pb2.HealthCheckResponse.ServingStatus) -> None:
@@ -166,8 +162,8 @@ class TeacherServer:
         await task
         return True
 
-    def _look_after_engine(self) -> None:
-        """An engine may end while nobody asks it anything."""
+    def _check_engine(self) -> None:
+        """Notice an engine that ended while it was idle."""
         backend = self.state.backend
         if backend is not None and not self._stop.is_set():
             try:
@@ -177,18 +173,18 @@ class TeacherServer:
 
     def _on_engine_error(self, error: Exception) -> None:
         if isinstance(error, EngineLostError):
-            self._lost = error
+            self._fatal = error
             self._stop.set()
-        self._engine_broke.set()
+        self._engine_failed.set()
 
     async def _watch_engine(self) -> None:
-        """After a batch that failed, finds out whether the engine still works, and stops serving until it does."""
+        """Repeat the self-test after a failed batch; refuse requests until it passes."""
         while True:
-            await self._engine_broke.wait()
-            self._engine_broke.clear()
+            await self._engine_failed.wait()
+            self._engine_failed.clear()
             if not await self._engine_works():
                 await asyncio.sleep(RETEST_SECONDS)
-                self._engine_broke.set()
+                self._engine_failed.set()
 
     async def _engine_works(self) -> bool:
         try:
@@ -196,12 +192,12 @@ class TeacherServer:
         except BusyError:
             return True
         except SelfTestError as error:
-            self.state.set_ready(str(error))
+            self.state.set_phase_problem(str(error))
             await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
             log_event(log, "engine_broken", level=logging.ERROR, problem=str(error))
             return False
         if self.state.phase_problem is not None:
-            await self._serve_from_now()
+            await self._accept_requests()
             log_event(log, "engine_works_again")
         return True
 
@@ -211,18 +207,18 @@ class TeacherServer:
         self.state.http_port = listener.getsockname()[1]
         server = HttpServer(build_app(self.state, self._grpc_server.problem))
         task = asyncio.create_task(server.serve(sockets=[listener]))
-        sampling = asyncio.create_task(self._sample())
+        sampling_load = asyncio.create_task(self._sample_load())
         try:
             yield
         finally:
-            sampling.cancel()
+            sampling_load.cancel()
             server.should_exit = True
             await task
 
-    async def _sample(self) -> None:
+    async def _sample_load(self) -> None:
         while True:
             self.state.sample()
-            self._look_after_engine()
+            self._check_engine()
             await asyncio.sleep(SAMPLE_SECONDS)
 
     @contextlib.asynccontextmanager
@@ -234,18 +230,18 @@ class TeacherServer:
             yield
         finally:
             watch.cancel()
-            await self._grpc_server.stop(LAST_WORDS_SECONDS)
+            await self._grpc_server.stop(SHUTDOWN_SECONDS)
             self._service.close()
 
     async def _watch_grpc(self) -> None:
         try:
             await self._grpc_server.watch()
         except KVDistillError as error:
-            self._lost = error
+            self._fatal = error
             self._stop.set()
 
     async def _drain(self) -> None:
-        self.state.set_ready("the server is draining")
+        self.state.set_phase_problem("the server is draining")
         await self._health.enter_graceful_shutdown()
         log_event(log, "draining", open_streams=self.state.open_streams, seconds=self._config.drain_seconds)
         with contextlib.suppress(TimeoutError):
@@ -254,10 +250,31 @@ class TeacherServer:
 
     def _end_engine(self) -> bool:
         backend = self.state.loaded()
-        if not backend.scheduler.close(LAST_WORDS_SECONDS):
+        if not backend.scheduler.close(SHUTDOWN_SECONDS):
             return False
         backend.engine.close()
         return True
+
+
+async def _load_in_thread(load: Callable[[ServeConfig], TeacherEngine], config: ServeConfig) -> TeacherEngine:
+    """Load the engine in a daemon thread, which cannot keep a stopping process alive, and log that it still loads."""
+    result: Future[TeacherEngine] = Future()
+    result.set_running_or_notify_cancel()
+
+    def work() -> None:
+        try:
+            result.set_result(_load(load, config))
+        except BaseException as error:  # noqa: BLE001  raised again where the result is awaited
+            result.set_exception(error)
+
+    threading.Thread(target=work, name="loader", daemon=True).start()
+    loading, started = asyncio.wrap_future(result), time.monotonic()
+    try:
+        while not (await asyncio.wait({loading}, timeout=LOADING_SECONDS))[0]:
+            log_event(log, "loading", model=config.model, seconds=round(time.monotonic() - started, 3))
+        return await loading
+    finally:
+        loading.cancel()
 
 
 def _load(load: Callable[[ServeConfig], TeacherEngine], config: ServeConfig) -> TeacherEngine:
@@ -268,39 +285,3 @@ def _load(load: Callable[[ServeConfig], TeacherEngine], config: ServeConfig) -> 
     except Exception as error:
         log_event(log, "load_failed", level=logging.ERROR, error=error, model=config.model)
         raise LoadError(f"model: '{config.model}' cannot be loaded: {type(error).__name__}: {error}") from error
-
-
-async def _reported(load: Coroutine[None, None, ResultT], model: str) -> ResultT:
-    """Awaits a model, and logs every so often that it still loads."""
-    task, started = asyncio.create_task(load), time.monotonic()
-    try:
-        while not (await asyncio.wait({task}, timeout=LOADING_SECONDS))[0]:
-            log_event(log, "loading", model=model, seconds=round(time.monotonic() - started, 3))
-        return await task
-    finally:
-        task.cancel()
-
-
-async def _in_daemon_thread(function: Callable[[], ResultT]) -> ResultT:
-    """Awaits a function in a thread that does not keep a stopping process alive."""
-    loop = asyncio.get_running_loop()
-    future: asyncio.Future[ResultT] = loop.create_future()
-
-    def settle(result: ResultT | None, error: BaseException | None) -> None:
-        if future.cancelled():
-            return
-        if error is not None:
-            future.set_exception(error)
-        else:
-            future.set_result(result)  # type: ignore[arg-type]
-
-    def work() -> None:
-        try:
-            result, error = function(), None
-        except BaseException as caught:  # noqa: BLE001  it is raised again where the future is awaited
-            result, error = None, caught
-        with contextlib.suppress(RuntimeError):  # the loop has ended: nobody waits any more
-            loop.call_soon_threadsafe(settle, result, error)
-
-    threading.Thread(target=work, name="loader", daemon=True).start()
-    return await future

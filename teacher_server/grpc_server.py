@@ -1,4 +1,4 @@
-"""The gRPC port of a teacher server, and what happens when gRPC's own server crashes."""
+"""The gRPC server of a teacher: listens on a port, and restarts after a crash of gRPC's accept loop."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from grpc_reflection.v1alpha.reflection import enable_server_reflection
 from kvcore.errors import FieldError, KVDistillError
 from kvcore.wire.channel_arguments import server_arguments
 from teacher_server.config import MIB
-from teacher_server.interceptors import CallInterceptor
-from teacher_server.limits import OpenServicesInterceptor, max_calls, max_streams
 from teacher_server.monitoring.logs import log_event
-from teacher_server.security import read_token, server_credentials
-from teacher_server.service import SERVICE, TeacherKVService
+from teacher_server.requests.authentication import read_token, server_credentials
+from teacher_server.requests.call_interceptor import CallInterceptor
+from teacher_server.requests.connection_limits import OpenServicesInterceptor, max_calls, max_streams
+from teacher_server.requests.service import SERVICE, TeacherKVService
 from teacher_server.state import ServerState
 
 log = logging.getLogger(__name__)
@@ -36,16 +36,16 @@ PROBE_SECONDS = 2.0
 
 
 class GrpcCrashError(KVDistillError):
-    """gRPC's server crashed so often that serving on makes no sense."""
+    """The gRPC server crashed too often."""
 
     next_step = "the events grpc_crashed in the server's log have the tracebacks; start the server again"
 
 
 class GrpcServer:
-    """Serves on one port. A crash of gRPC's server is noticed, counted, and answered with a new one on the same port.
+    """A gRPC server on one port, replaced by a new one on the same port when it crashes.
 
-    gRPC's accept loop ends at the first request that it cannot read, such as one whose path is not UTF-8. The model
-    stays loaded, and calls that run already go on. At the fifth crash within 60 seconds `watch` gives up.
+    gRPC's accept loop ends at the first request that it cannot parse, such as one whose path is not UTF-8. The model
+    stays loaded, and running calls continue. `watch` raises at the fifth crash within 60 seconds.
 
     Raises:
         FieldError: a certificate, key or token cannot be read.
@@ -56,13 +56,12 @@ class GrpcServer:
         self._credentials = server_credentials(state.config)
         self._interceptor = CallInterceptor(SERVICE, state.metrics, state.activity, read_token(state.config))
         self._crashes: list[float] = []
-        self._crashed: list[grpc.aio.Server] = []
-        self._ending: list[asyncio.Task[None]] = []
+        self._draining: dict[grpc.aio.Server, asyncio.Task[None]] = {}
         self._server: grpc.aio.Server | None = None
         self._loopback: grpc.aio.Channel | None = None
 
     async def start(self) -> None:
-        """Listens, on the port that was used before if there was one.
+        """Listen, after a restart on the same port as before.
 
         Raises:
             FieldError: the port is taken.
@@ -77,14 +76,14 @@ class GrpcServer:
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         enable_server_reflection((SERVICE, HEALTH_SERVICE, REFLECTION_SERVICE), server)
         self._state.grpc_port = self._listen(server)
-        # The probe's own address: a certificate need not name the loopback address. Tokens are checked here as well.
+        # The probe has its own address: a certificate need not name the loopback address. Tokens apply here too.
         loopback = f"unix-abstract:kvdistill-{secrets.token_hex(16)}"
         server.add_insecure_port(loopback)
         await server.start()
         self._server, self._loopback = server, grpc.aio.insecure_channel(loopback)
 
     async def problem(self) -> str | None:
-        """Asks the health service over loopback; says what is wrong if it does not answer within 2 s."""
+        """Probe the health service over loopback; returns what is wrong if it does not answer within 2 s."""
         assert self._loopback is not None, "start() comes first"
         check = health_pb2_grpc.HealthStub(self._loopback).Check  # pyright: ignore[reportAttributeAccessIssue]
         try:
@@ -94,7 +93,7 @@ class GrpcServer:
         return None
 
     async def watch(self) -> None:
-        """Replaces the server whenever it crashes; returns once it was stopped.
+        """Replace the server whenever it crashes; returns when the server is stopped.
 
         Raises:
             GrpcCrashError: it crashed 5 times within 60 s.
@@ -103,18 +102,18 @@ class GrpcServer:
         assert self._server is not None, "start() comes first"
         while True:
             try:
-                # Without a timeout, a crash is reported only after the last call that runs has ended.
+                # Without a timeout, gRPC reports a crash only after the last running call has ended.
                 while await self._server.wait_for_termination(CRASH_CHECK_SECONDS):
                     pass
-            except Exception as error:  # noqa: BLE001  whatever gRPC's accept loop died of
+            except Exception as error:  # noqa: BLE001  gRPC's accept loop may raise anything
                 await self._replace(error)
             else:
                 return
 
     async def stop(self, grace_seconds: float) -> None:
-        """Ends all calls within the grace period."""
-        running = [self._server, *self._crashed] if self._server is not None else []
-        await asyncio.gather(*(server.stop(grace_seconds) for server in running), *self._ending)
+        """End all calls within the grace period."""
+        running = [self._server, *self._draining] if self._server is not None else []
+        await asyncio.gather(*(server.stop(grace_seconds) for server in running), *self._draining.values())
         if self._loopback is not None:
             await self._loopback.close()
 
@@ -126,7 +125,7 @@ class GrpcServer:
         self._state.metrics.grpc_crashes.inc()
         self._state.set_grpc_problem("the gRPC server crashed and is starting again")
         log_event(log, "grpc_crashed", level=logging.ERROR, error=error, crashes=len(self._crashes))
-        self._end_later(self._server)
+        self._drain(self._server)
         if len(self._crashes) >= MOST_CRASHES:
             raise GrpcCrashError(
                 f"the gRPC server crashed {len(self._crashes)} times within {CRASH_WINDOW_SECONDS:g} s: {error}"
@@ -137,20 +136,14 @@ class GrpcServer:
         self._state.set_grpc_problem(None)
         log_event(log, "grpc_restarted", grpc_port=self._state.grpc_port)
 
-    def _end_later(self, server: grpc.aio.Server) -> None:
-        """Lets the calls of a crashed server end by themselves."""
+    def _drain(self, server: grpc.aio.Server) -> None:
+        """Let the calls of a crashed server finish."""
         task = asyncio.create_task(server.stop(self._state.config.max_request_seconds))
-        self._crashed.append(server)
-        self._ending.append(task)
-
-        def ended(_task: asyncio.Task[None]) -> None:
-            self._crashed.remove(server)
-            self._ending.remove(task)
-
-        task.add_done_callback(ended)
+        self._draining[server] = task
+        task.add_done_callback(lambda _task: self._draining.pop(server))
 
     async def _start_again(self, give_up_at: float) -> None:
-        """Starts, and tries again while the port is not free yet."""
+        """Start, and retry while the port is not free yet."""
         while True:
             try:
                 return await self.start()

@@ -1,4 +1,4 @@
-"""Runs plans at the source: select, gather and encode each layer where it was computed, then copy it to the host."""
+"""Executes plans where the K/V are computed: selects, gathers and encodes each layer, then copies it to host memory."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from kvcore.errors import FieldError, NonFiniteError
 from kvcore.plan import CodecSpec, KVPlan
-from kvcore.tensors.codec import Kind, encode, part_layout
+from kvcore.tensors.codec import KINDS, Kind, encode, part_layout
 from kvcore.tensors.select import needs_importance, needs_keys, needs_seeds, select, select_sample
 from kvcore.tensors.selectors.random import sample_seed
 from kvcore.types import TeacherInfo, Tensor
@@ -35,7 +35,7 @@ _POSITION_BYTES = 4
 
 @dataclass(frozen=True, slots=True)
 class PlanRow:
-    """What of a sample its plan is executed on: the tokens it may choose from, ascending, and what draws start from."""
+    """A sample's plan, the token indices that it may select from, ascending, and the seed of random selection."""
 
     plan: KVPlan
     candidates_N: NDArray[np.int64]
@@ -43,10 +43,10 @@ class PlanRow:
 
 
 def check_plan(plan: KVPlan, info: TeacherInfo) -> None:
-    """Refuses a plan that this teacher cannot execute.
+    """Refuse a plan that this teacher cannot execute.
 
     Raises:
-        FieldError: naming the field of the plan, its value and the limit.
+        FieldError: names the field of the plan, its value and the limit.
     """
     if plan.layers[-1] >= info.layers:
         raise FieldError("plan.layers", f"got {plan.layers[-1]}; this teacher's layers are 0 to {info.layers - 1}")
@@ -57,33 +57,28 @@ def check_plan(plan: KVPlan, info: TeacherInfo) -> None:
         raise FieldError("plan.codec.name", f"got '{plan.codec.name}'; known: {', '.join(info.codecs)}")
 
 
-def check_sample(tokens: TokenizedSample, plan: KVPlan, field: str) -> None:
-    """Refuses a sample that the plan cannot be executed on: no token to choose from, no answer to rank by.
-
-    Args:
-        tokens: the sample as the teacher reads it.
-        plan: what is asked of it.
-        field: how the caller names the sample, for example `samples[q17]`.
+def check_sample(tokens: TokenizedSample, plan: KVPlan) -> None:
+    """Refuse a sample that the plan cannot be executed on: no token to select from, or no answer to rank by.
 
     Raises:
-        FieldError: naming what the sample lacks.
+        FieldError: names the sample and what it lacks.
     """
-    selection = plan.selection
+    selection, field = plan.selection, f"samples[{tokens.sample.id}].spans"
     if candidate_tokens(tokens, plan).size == 0:
-        raise FieldError(f"{field}.spans", f"no token lies in the span '{selection.span}' (plan.selection.span)")
+        raise FieldError(field, f"no token lies in the span '{selection.span}' (plan.selection.span)")
     if needs_importance(selection) and SPAN_KINDS.index("answer") not in tokens.span_ids:
         raise FieldError(
-            f"{field}.spans",
+            field,
             "the selector 'r_kv' ranks tokens by the attention of the answer's tokens, and no token lies in the span "
             "'answer'; mark the answer, or set plan.selection.importance_weight to 0",
         )
 
 
 def candidate_tokens(tokens: TokenizedSample, plan: KVPlan) -> NDArray[np.int64]:
-    """The token indices [N], ascending, that the plan may choose from.
+    """The token indices [N], ascending, that the plan may select from.
 
-    The span `all` holds every token that stands for text: not those that the tokenizer adds, such as a BOS. Where it is
-    known of no token what text it stands for, as can be with token ids, `all` holds every token.
+    The span `all` holds every token that stands for text, so not those that the tokenizer adds, such as a BOS. If no
+    token's text is known, as can be with token ids, `all` holds every token.
     """
     if plan.selection.span == "all":
         chosen = np.asarray(tokens.byte_ends) >= 0
@@ -95,11 +90,11 @@ def candidate_tokens(tokens: TokenizedSample, plan: KVPlan) -> NDArray[np.int64]
 
 
 def encoded_bytes(plan: KVPlan, tokens: TokenizedSample, info: TeacherInfo) -> int:
-    """The exact size in bytes of a sample's encoded K/V, positions included, headers not."""
+    """The exact size in bytes of a sample's encoded K/V and positions, without headers."""
     candidates = candidate_tokens(tokens, plan).size
     slots = candidates if plan.selection.selector == "full" else min(plan.selection.budget, candidates)
-    choosers = info.kv_heads if plan.selection.scope == "head" else 1
-    per_layer = choosers * slots * _POSITION_BYTES
+    selections = info.kv_heads if plan.selection.scope == "head" else 1
+    per_layer = selections * slots * _POSITION_BYTES
     for kind in _kinds(plan):
         for _, dtype, shape in part_layout(plan.codec, kind, info.kv_heads, slots, info.head_dim):
             per_layer += int(np.prod(shape)) * dtype.itemsize
@@ -109,12 +104,13 @@ def encoded_bytes(plan: KVPlan, tokens: TokenizedSample, info: TeacherInfo) -> i
 def execute(
     model: LayerwiseModel, batch: Sequence[PlannedSample], emit: Emit, fail: Fail, wanted: Wanted = lambda _row: True
 ) -> ExecutionTimings:
-    """Runs one batch, whose plans may differ, through the model and emits each layer as it finishes.
+    """Run one batch, whose plans may differ, through the model, and emit each layer as it is computed.
 
-    Every sample must have passed `check_plan` and `check_sample`. A sample's layers come in ascending order, at once,
-    but for selectors that read keys in scope `sample`: they choose when the plan's last layer is known, and all layers
-    leave then. `fail` is called at most once for a sample, as soon as its K/V turn out to be unusable: not finite, or
-    past the plan's `max_relative_error`; the others go on. What is not `wanted` any more is not encoded.
+    Every sample must have passed `check_plan` and `check_sample`. Its layers are emitted in ascending order, each as
+    soon as it is computed, except for selectors that read keys in scope `sample`: they select when the plan's last
+    layer is computed, and all layers are emitted then. `fail` is called at most once per sample, if its K/V are not
+    finite or exceed the plan's `max_relative_error`; the other samples continue. Rows that are no longer `wanted` are
+    not encoded.
     """
     run = PlanRun([plan_row(sample) for sample in batch], fail)
     in_sink_s = encode_s = 0.0
@@ -136,20 +132,20 @@ def execute(
 
 
 def plan_row(sample: PlannedSample) -> PlanRow:
-    """What a sample's plan needs to know of it."""
+    """The `PlanRow` of a sample."""
     selection = sample.plan.selection
     seed = sample_seed(selection.seed, sample.tokens.token_ids) if needs_seeds(selection) else 0
     return PlanRow(sample.plan, candidate_tokens(sample.tokens, sample.plan), seed)
 
 
 class PlanRun:
-    """The plans of one batch at work on its layers.
+    """Executes the plans of one batch, layer by layer.
 
     Args:
-        rows: the batch; `LayerOutput`s have its order.
-        fail: called for a row whose K/V turn out to be unusable.
-        own_heads: of the heads that layers come with, those that leave; all of them choose.
-        with_norms: whether results say what their errors are relative to.
+        rows: the batch, in the order of the rows of each `LayerOutput`.
+        fail: called for a row whose K/V cannot be used.
+        own_heads: the KV heads to encode; the selection is made with all heads of the `LayerOutput`.
+        with_norms: whether results have `norms`.
     """
 
     def __init__(
@@ -162,12 +158,12 @@ class PlanRun:
         self.with_importance = any(needs_importance(row.plan.selection) for row in rows)
 
     def keep(self, wanted: Wanted) -> None:
-        """Leaves out of what follows the rows that are not wanted."""
+        """Drop the rows that are not wanted."""
         for group in self._groups:
             group.keep(wanted)
 
     def receive(self, output: LayerOutput) -> list[LayerResult]:
-        """Takes the batch's next layer and returns what is ready to leave."""
+        """Take the batch's next layer; returns the layers that are encoded."""
         results: list[LayerResult] = []
         for group in self._groups:
             if output.layer in group.plan.layers:
@@ -176,18 +172,13 @@ class PlanRun:
 
 
 def _await_device(tensor: Tensor) -> None:
-    """Encoding needs the layer anyway; waiting for it here keeps the model's time out of the encoder's."""
+    """Wait for the layer, which encoding needs anyway, so that the model's time does not count as encoding."""
     if tensor.is_cuda:
         torch.cuda.current_stream(tensor.device).synchronize()
 
 
 def _kinds(plan: KVPlan) -> list[Kind]:
-    kinds: list[Kind] = []
-    if plan.keys:
-        kinds.append("k")
-    if plan.values:
-        kinds.append("v")
-    return kinds
+    return [kind for kind, included in zip(KINDS, (plan.keys, plan.values), strict=True) if included]
 
 
 def _group(batch: Sequence[PlanRow], own_heads: slice, with_norms: bool) -> list[_Group]:
@@ -204,7 +195,7 @@ def _group(batch: Sequence[PlanRow], own_heads: slice, with_norms: bool) -> list
 
 @dataclass(slots=True)
 class _Layer:
-    """One layer of a group. T is all tokens, or N where only the candidates were kept."""
+    """One layer of a group. T is all tokens, or N if only the candidates are kept."""
 
     layer: int
     k_BHTD: Tensor
@@ -231,7 +222,7 @@ def _gather_tokens(x_BHTD: Tensor, positions_BGM: Tensor) -> Tensor:
 
 
 class _Group:
-    """Samples of one batch with the same plan and as many candidates, so that each layer is one stack of tensors."""
+    """Samples of a batch with equal plans and numbers of candidates, so that each layer is one stack of tensors."""
 
     def __init__(
         self,
@@ -250,11 +241,11 @@ class _Group:
         self._held: list[_Layer] = []
 
     def keep(self, wanted: Wanted) -> None:
-        """Leaves out the rows that are not wanted."""
+        """Drop the rows that are not wanted."""
         self._keep_places([place for place, row in enumerate(self._rows) if wanted(row)])
 
     def receive(self, output: LayerOutput, batch_size: int, fail: Fail) -> list[LayerResult]:
-        """Takes the batch's next layer and returns what is ready to leave."""
+        """Take the batch's next layer; returns the layers that are encoded."""
         if not self._rows:
             return []
         device = output.k_BHTD.device
@@ -269,22 +260,22 @@ class _Group:
         results = self._encode_held(fail)
         self._held.clear()
         self._enforce_error_budget(results, fail)
-        return [_only(result, self._rows) for result in results] if self._rows else []
+        return [result.only(self._rows) for result in results] if self._rows else []
 
     def _encode_held(self, fail: Fail) -> list[LayerResult]:
         while self._rows:
             try:
-                positions_BGM = self._choose()
+                positions_BGM = self._select()
                 return [self._encode(layer, positions_BGM) for layer in self._held]
             except NonFiniteError as error:
-                # What was encoded so far holds the bad rows too, so the others start over without them.
+                # The layers encoded so far contain the failed rows too, so encode again without them.
                 layers = "layer " + " to ".join(str(n) for n in sorted({self._held[0].layer, self._held[-1].layer}))
                 problem = f"keys, values or attention in {layers} are not finite, or too large for the codec"
                 self._drop(dict.fromkeys(error.rows, problem), fail)
         return []
 
-    def _choose(self) -> Tensor:
-        """Which tokens stay, [B,H|1,M], as indices into the tokens that the held layers have."""
+    def _select(self) -> Tensor:
+        """Select tokens: [B,H|1,M] indices into the tokens of the held layers."""
         if not self._waits:
             layer = self._held[0]
             return select(
@@ -329,16 +320,12 @@ class _Group:
 
     def _enforce_error_budget(self, results: Sequence[LayerResult], fail: Fail) -> None:
         problems: dict[int, str] = {}
-        for result in results:
-            for place in range(len(result.indices)):
-                errors = {kind: values[place] for kind, values in result.relative_error.items()}
-                problem = error_budget_problem(errors, result.layer, self.plan.codec)
-                if problem is not None:
-                    problems.setdefault(place, problem)
+        for result in reversed(results):
+            problems |= error_budget_problems(result, [self.plan.codec] * len(result.indices))
         self._drop(problems, fail)
 
     def _drop(self, problems: Mapping[int, str], fail: Fail) -> None:
-        """Fails rows of the group, by their place in it, and goes on with the others."""
+        """Fail rows of the group, given by their index in it, and keep the others."""
         for place, problem in problems.items():
             fail(SampleFailure(self._rows[place], problem))
         self._keep_places([place for place in range(len(self._rows)) if place not in problems])
@@ -352,23 +339,21 @@ class _Group:
         self._held = [layer.rows(index_B) for layer in self._held]
 
 
-def _only(result: LayerResult, rows: Sequence[int]) -> LayerResult:
-    """The result without the samples that have failed."""
-    return result.subset([place for place, row in enumerate(result.indices) if row in rows])
-
-
-def error_budget_problem(errors: Mapping[str, float], layer: int, codec: CodecSpec) -> str | None:
-    """What is wrong with a sample's measured errors of one layer, by kind, if anything."""
-    limit = codec.max_relative_error
-    for kind, error in errors.items():
-        if limit is not None and error > limit:
-            where = f"'{kind}' of layer {layer} in codec '{codec.name}'"
-            return f"{where} has a relative error of {error:.3g}; plan.codec.max_relative_error is {limit:.3g}"
-    return None
+def error_budget_problems(result: LayerResult, codecs: Sequence[CodecSpec]) -> dict[int, str]:
+    """The samples whose error exceeds their codec's `max_relative_error`, by index in `result.indices`."""
+    problems: dict[int, str] = {}
+    for kind, errors in result.relative_error.items():
+        for place, (error, codec) in enumerate(zip(errors, codecs, strict=True)):
+            limit = codec.max_relative_error
+            if limit is not None and error > limit:
+                where = f"'{kind}' of layer {result.layer} in codec '{codec.name}'"
+                problem = f"{where} has a relative error of {error:.3g}; plan.codec.max_relative_error is {limit:.3g}"
+                problems.setdefault(place, problem)
+    return problems
 
 
 def to_host(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Copies tensors of one device to the host in one transfer."""
+    """Copy tensors from one device to host memory in one transfer."""
     if all(tensor.device.type == "cpu" for tensor in tensors.values()):
         return tensors
     packed, order = pack_bytes(tensors)
@@ -376,7 +361,7 @@ def to_host(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _pinned_copy(packed: Tensor) -> Tensor:
-    """A copy in page-locked memory, complete; made on the stream that is current."""
+    """A completed copy in page-locked memory, made on the current stream."""
     host = torch.empty(packed.shape, dtype=packed.dtype, pin_memory=True)
     host.copy_(packed, non_blocking=True)
     torch.cuda.current_stream(packed.device).synchronize()
@@ -384,13 +369,13 @@ def _pinned_copy(packed: Tensor) -> Tensor:
 
 
 def pack_bytes(tensors: Mapping[str, Tensor]) -> tuple[Tensor, list[str]]:
-    """All tensors' bytes end to end, wide dtypes first so that every tensor is aligned, and their order."""
+    """Concatenate the tensors' bytes, wide dtypes first so that every tensor is aligned; returns them and the order."""
     order = sorted(tensors, key=lambda name: -tensors[name].element_size())
     return torch.cat([tensors[name].contiguous().flatten().view(torch.uint8) for name in order]), order
 
 
 def unpack_bytes(packed: Tensor, order: Sequence[str], like: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Undoes `pack_bytes`, on the device of `packed`; `like` has the shapes and dtypes."""
+    """Undo `pack_bytes` on the device of `packed`. `like` gives the shapes and dtypes."""
     pieces = packed.split([like[name].nbytes for name in order])
     by_name = dict(zip(order, pieces, strict=True))
     return {name: by_name[name].view(tensor.dtype).view(tensor.shape) for name, tensor in like.items()}

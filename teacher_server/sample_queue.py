@@ -1,7 +1,7 @@
-"""The samples that wait for the engine: one bounded queue, fair between streams, batched by padded tokens.
+"""The queue of samples for the engine: bounded, fair between streams, batched by padded tokens.
 
-A stream's samples are `pending` until its window has room for their answers, then `ready` for the engine, in its own
-order. Ready samples of all streams are taken in rotation. All methods may be called from any thread.
+A stream's samples are `pending` until its window has room for their answers, then `ready` for the engine, in the
+stream's order. Batches take ready samples of all streams in rotation. All methods may be called from any thread.
 """
 
 from __future__ import annotations
@@ -14,14 +14,15 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from kvcore.errors import KVDistillError
+from kvcore.plan import SamplingParams
 from kvcore.types import Timings
-from teacher_server.engines.base import GeneratedText, GenerateOptions, LayerResult, PlannedSample, SampleFailure
+from teacher_server.engines.base import GeneratedText, LayerResult, PlannedSample, SampleFailure
 
 MIN_RETRY_MS, MAX_RETRY_MS, UNMEASURED_RETRY_MS = 50, 10_000, 1000
 
 
 class BusyError(KVDistillError):
-    """The server takes no more at the moment; the same request can succeed after `retry_ms`."""
+    """The server is at its limit; the same request can succeed after `retry_ms`."""
 
     def __init__(self, problem: str, retry_ms: int) -> None:
         super().__init__(problem)
@@ -29,39 +30,39 @@ class BusyError(KVDistillError):
 
 
 class Sink(Protocol):
-    """Who receives the results of a stream's samples, on the event loop's thread."""
+    """Receives the results of a stream's samples, on the event loop's thread."""
 
     def on_layer(self, jobs: Sequence[Job], rows: Sequence[int], result: LayerResult) -> None:
-        """One layer of some samples: job i is row `rows[i]` of the result's tensors."""
+        """One layer of some samples is encoded: job i is row `rows[i]` of the result's tensors."""
         ...
 
     def on_failed(self, job: Job, code: str, problem: str) -> None:
-        """A sample that ends without its K/V."""
+        """A sample failed; `code` is the name of a gRPC status."""
         ...
 
     def on_batch_end(self, done: Sequence[Job], timings: Sequence[Timings], releases: int) -> None:
-        """A batch left the engine: samples whose layers were all handed over, and the window bytes of the batch."""
+        """A batch left the engine: the samples that are complete, and the window bytes that the batch releases."""
         ...
 
     def on_crash(self, error: Exception) -> None:
-        """A call to this sink raised."""
+        """A call to this sink raised an exception."""
         ...
 
 
-# What came of some prompts, in their order, and the seconds that their batch took.
-OnWritten = Callable[[Sequence["Job"], Sequence[GeneratedText | SampleFailure], float], None]
+# Receives prompts, their outcomes in the same order, and the seconds that their batch took.
+OnGenerated = Callable[[Sequence["Job"], Sequence[GeneratedText | SampleFailure], float], None]
 
 
 @dataclass(slots=True, eq=False)
 class ClientStream:
-    """One stream's place in the queue.
+    """One stream's samples in the queue.
 
-    `on_written`: who receives what was written behind its samples, on the event loop's thread, where they are prompts.
-    `unsent`: bytes of answers that were asked of the engine and not yet sent.
+    `on_generated`: receives the generated texts if the samples are prompts, on the event loop's thread. `unsent`: bytes
+    of answers that are computed or being computed, and not sent yet. `gone`: the stream has ended.
     """
 
     sink: Sink
-    on_written: OnWritten | None = None
+    on_generated: OnGenerated | None = None
     pending: deque[Job] = field(default_factory=deque)
     ready: deque[Job] = field(default_factory=deque)
     unsent: int = 0
@@ -70,34 +71,35 @@ class ClientStream:
 
 @dataclass(slots=True, eq=False)
 class Job:
-    """One sample on its way through the server.
+    """One sample of a stream.
 
-    `index`: its place in the request. `nbytes`: its answer's size. `options`: how to write on from it; None where its
-    K/V are wanted. Only jobs with equal options share a batch.
+    `index`: in the request. `nbytes`: size of its answer. `sampling`: for a prompt, how to generate from it; None for a
+    sample whose K/V are asked for. Only jobs with equal `sampling` share a batch. `ready_at`: on the clock of
+    `time.perf_counter`. `waited`: seconds from ready to running.
     """
 
-    lane: ClientStream
+    stream: ClientStream
     index: int
     planned: PlannedSample
     nbytes: int
-    options: GenerateOptions | None = None
+    sampling: SamplingParams | None = None
     ready_at: float = 0.0
     waited: float = 0.0
     failed: bool = False
 
     @property
     def tokens(self) -> int:
-        """T, without padding; with those that may be written."""
-        return len(self.planned.tokens.token_ids) + (self.options.max_new_tokens if self.options else 0)
+        """Tokens without padding; for a prompt, `max_new_tokens` are added."""
+        return len(self.planned.tokens.token_ids) + (self.sampling.max_new_tokens if self.sampling else 0)
 
 
 class SampleQueue:
-    """Waiting samples of all streams.
+    """The waiting samples of all streams.
 
     Args:
-        max_tokens: the most tokens that are ready or running.
-        max_batch_tokens: the most padded tokens of a batch; a single sample may pass it.
-        window_bytes: the most unsent bytes of a stream; a single sample may pass it.
+        max_tokens: limit of the tokens that are ready or running.
+        max_batch_tokens: limit of a batch's padded tokens; a single sample may exceed it.
+        window_bytes: limit of a stream's unsent bytes; a single sample may exceed it.
     """
 
     def __init__(self, max_tokens: int, max_batch_tokens: int, window_bytes: int) -> None:
@@ -114,40 +116,40 @@ class SampleQueue:
 
     @property
     def tokens(self) -> int:
-        """Tokens ready or running."""
+        """Tokens that are ready or running."""
         return self._tokens
 
     @property
     def ready_samples(self) -> int:
-        """Samples that wait for the engine alone."""
+        """Samples that are ready for the engine."""
         return self._ready
 
-    def admit(self, lane: ClientStream, jobs: Sequence[Job]) -> None:
-        """Takes a stream's samples, all or none. An idle server takes a request of any size.
+    def admit(self, stream: ClientStream, jobs: Sequence[Job]) -> None:
+        """Queue a stream's samples, all or none. An idle server accepts a request of any size.
 
         Raises:
-            BusyError: they do not fit at the moment.
+            BusyError: the queue has no room for them.
         """
         total = sum(job.tokens for job in jobs)
         with self._changed:
             if self._tokens and self._tokens + total > self._max_tokens:
                 raise self._busy(total)
-            lane.pending.extend(jobs)
-            self._waiting.append(lane)
+            stream.pending.extend(jobs)
+            self._waiting.append(stream)
             self._refill()
 
-    def extend(self, lane: ClientStream, jobs: Sequence[Job]) -> None:
-        """Takes what follows from samples that were admitted: it waits for room, and is never refused."""
+    def extend(self, stream: ClientStream, jobs: Sequence[Job]) -> None:
+        """Queue samples that follow from admitted ones: they wait for room and are never refused."""
         with self._changed:
-            if lane.gone or not jobs:
+            if stream.gone or not jobs:
                 return
-            if not lane.pending:
-                self._waiting.append(lane)
-            lane.pending.extend(jobs)
+            if not stream.pending:
+                self._waiting.append(stream)
+            stream.pending.extend(jobs)
             self._refill()
 
     def take(self) -> list[Job]:
-        """Blocks for the next batch; empty once the queue is closed."""
+        """Wait for the next batch; returns an empty list when the queue is closed."""
         with self._changed:
             self._changed.wait_for(lambda: self._rotation or self._closed)
             if self._closed:
@@ -160,7 +162,7 @@ class SampleQueue:
         return batch
 
     def done(self, batch: Sequence[Job], seconds: float) -> None:
-        """Says that a batch left the engine after `seconds`."""
+        """Record that a batch left the engine after `seconds`."""
         tokens = sum(job.tokens for job in batch)
         with self._changed:
             self._tokens -= tokens
@@ -168,82 +170,82 @@ class SampleQueue:
             self._tokens_per_second = rate if not self._tokens_per_second else (self._tokens_per_second + rate) / 2
             self._refill()
 
-    def release(self, lane: ClientStream, nbytes: int) -> None:
-        """Says that a stream's answers of this size were sent."""
+    def release(self, stream: ClientStream, nbytes: int) -> None:
+        """Record that `nbytes` of a stream's answers were sent."""
         with self._changed:
-            lane.unsent -= nbytes
+            stream.unsent -= nbytes
             self._refill()
 
-    def remove(self, lane: ClientStream) -> None:
-        """Forgets a stream: its waiting samples leave, and those that run have no receiver any more."""
+    def remove(self, stream: ClientStream) -> None:
+        """Remove a stream and its waiting samples; results of its running samples are discarded."""
         with self._changed:
-            lane.gone = True
-            self._tokens -= sum(job.tokens for job in lane.ready)
-            self._ready -= len(lane.ready)
-            lane.pending.clear()
-            lane.ready.clear()
+            stream.gone = True
+            self._tokens -= sum(job.tokens for job in stream.ready)
+            self._ready -= len(stream.ready)
+            stream.pending.clear()
+            stream.ready.clear()
             for group in (self._waiting, self._rotation):
-                if lane in group:
-                    group.remove(lane)
+                if stream in group:
+                    group.remove(stream)
             self._refill()
 
     def close(self) -> None:
-        """Wakes the taker for the last time."""
+        """Close the queue and wake the thread that waits in `take`."""
         with self._changed:
             self._closed = True
             self._changed.notify_all()
 
-    def _busy(self, wanted: int) -> BusyError:
-        excess = self._tokens + wanted - self._max_tokens
+    def _busy(self, added: int) -> BusyError:
+        excess = self._tokens + added - self._max_tokens
         estimate = 1000 * excess / self._tokens_per_second if self._tokens_per_second else UNMEASURED_RETRY_MS
         return BusyError(
-            f"{self._tokens} tokens are queued and this request brings {wanted}; the limit is {self._max_tokens}",
+            f"{self._tokens} tokens are queued and this request adds {added}; the limit is {self._max_tokens}",
             int(min(max(estimate, MIN_RETRY_MS), MAX_RETRY_MS)),
         )
 
     def _refill(self) -> None:
-        """Makes pending samples ready, one of each stream in turn, until no window or limit has room."""
-        stuck = 0
-        while stuck < len(self._waiting):
-            lane = self._waiting.popleft()
-            stuck = 0 if self._make_ready(lane) else stuck + 1
-            if lane.pending:
-                self._waiting.append(lane)
+        """Make pending samples ready, one of each stream in turn, until no window or limit has room."""
+        blocked = 0
+        while blocked < len(self._waiting):
+            stream = self._waiting.popleft()
+            blocked = 0 if self._make_ready(stream) else blocked + 1
+            if stream.pending:
+                self._waiting.append(stream)
         if self._rotation:
             self._changed.notify()
 
-    def _make_ready(self, lane: ClientStream) -> bool:
-        job = lane.pending[0]
-        if lane.unsent and lane.unsent + job.nbytes > self._window_bytes:
+    def _make_ready(self, stream: ClientStream) -> bool:
+        job = stream.pending[0]
+        if stream.unsent and stream.unsent + job.nbytes > self._window_bytes:
             return False
         if self._tokens and self._tokens + job.tokens > self._max_tokens:
             return False
-        lane.unsent += job.nbytes
+        stream.unsent += job.nbytes
         self._tokens += job.tokens
         self._ready += 1
         job.ready_at = time.perf_counter()
-        if not lane.ready:
-            self._rotation.append(lane)
-        lane.ready.append(lane.pending.popleft())
+        if not stream.ready:
+            self._rotation.append(stream)
+        stream.ready.append(stream.pending.popleft())
         return True
 
     def _next_batch(self) -> list[Job]:
         batch: list[Job] = []
-        passed_over: list[ClientStream] = []
+        skipped: list[ClientStream] = []
         longest = 0
-        options = self._rotation[0].ready[0].options
+        sampling = self._rotation[0].ready[0].sampling
         while self._rotation:
-            lane = self._rotation[0]
-            if lane.ready[0].options != options:
-                passed_over.append(self._rotation.popleft())
+            stream = self._rotation[0]
+            if stream.ready[0].sampling != sampling:
+                skipped.append(self._rotation.popleft())
                 continue
-            longest = max(longest, lane.ready[0].tokens)
+            longest = max(longest, stream.ready[0].tokens)
             if batch and longest * (len(batch) + 1) > self._max_batch_tokens:
                 break
-            batch.append(lane.ready.popleft())
+            batch.append(stream.ready.popleft())
             self._rotation.rotate(-1)
-            if not lane.ready:
+            if not stream.ready:
                 self._rotation.pop()
-        # Whoever could not come along is the first of the next batch.
-        self._rotation.extendleft(reversed(passed_over))
+        # Streams that were skipped come first in the next batch.
+        self._rotation.extendleft(reversed(skipped))
         return batch

@@ -1,4 +1,4 @@
-"""Runs the engine in one thread on batches of all callers' samples, and hands results to the event loop."""
+"""The scheduler: runs batches of all callers' samples in the engine's thread; results go to the event loop."""
 
 from __future__ import annotations
 
@@ -10,15 +10,9 @@ import uuid
 from collections.abc import Callable, Sequence
 from functools import partial
 
+from kvcore.plan import SamplingParams
 from kvcore.types import Timings
-from teacher_server.engines.base import (
-    ExecutionTimings,
-    GeneratedText,
-    GenerateOptions,
-    LayerResult,
-    SampleFailure,
-    TeacherEngine,
-)
+from teacher_server.engines.base import ExecutionTimings, GeneratedText, LayerResult, SampleFailure, TeacherEngine
 from teacher_server.monitoring.logs import log_event
 from teacher_server.monitoring.metrics import Metrics
 from teacher_server.sample_queue import ClientStream, Job, SampleQueue
@@ -27,11 +21,11 @@ log = logging.getLogger(__name__)
 
 
 class Scheduler:
-    """The engine's thread and what feeds it. Made, and told of requests, on the event loop's thread.
+    """The engine's thread. Create it on the event loop's thread; callbacks run there.
 
     Args:
-        engine: called from this scheduler's thread alone.
-        queue: what waits for the engine.
+        engine: `run` and `generate` are called from this scheduler's thread only.
+        queue: where batches come from.
         metrics: of the server.
         on_engine_error: called on the event loop with what the engine raised on a batch.
     """
@@ -44,12 +38,12 @@ class Scheduler:
         self._metrics = metrics
         self._on_engine_error = on_engine_error
         self._loop = asyncio.get_running_loop()
-        # A daemon: a model that hangs must not keep a process alive that was told to end.
+        # A daemon thread: a model that hangs must not keep a stopping process alive.
         self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
         self._thread.start()
 
     def close(self, timeout_s: float) -> bool:
-        """Ends the engine's thread; False if a batch still runs after `timeout_s`."""
+        """End the engine's thread; returns False if a batch still runs after `timeout_s`."""
         self.queue.close()
         self._thread.join(timeout_s)
         return not self._thread.is_alive()
@@ -60,66 +54,74 @@ class Scheduler:
 
     def _run(self, batch: list[Job]) -> None:
         started = time.perf_counter()
-        options = batch[0].options
+        sampling = batch[0].sampling
         try:
-            finish = self._read(batch) if options is None else self._write(batch, options)
+            finish = self._prefill(batch) if sampling is None else self._generate(batch, sampling)
         except Exception as error:  # noqa: BLE001  a model and its libraries raise anything; the server stays up
             finish = partial(self._fail_batch, batch, error)
         self.queue.done(batch, time.perf_counter() - started)
         self._post(finish)
 
-    def _read(self, batch: list[Job]) -> Callable[[], None]:
+    def _prefill(self, batch: list[Job]) -> Callable[[], None]:
         timings = self._engine.run(
             [job.planned for job in batch],
-            lambda result: self._post(self._hand_over, batch, result),
+            lambda result: self._post(self._deliver_layer, batch, result),
             lambda failure: self._post(self._fail_one, batch, failure),
-            lambda row: not batch[row].lane.gone,
+            lambda row: not batch[row].stream.gone,
         )
         return partial(self._finish, batch, timings)
 
-    def _write(self, batch: list[Job], options: GenerateOptions) -> Callable[[], None]:
+    def _generate(self, batch: list[Job], sampling: SamplingParams) -> Callable[[], None]:
         started = time.perf_counter()
-        outcomes = self._engine.generate(
-            [job.planned.tokens for job in batch], options, lambda row: not batch[row].lane.gone
-        )
+        prompts = [job.planned.tokens for job in batch]
+        outcomes = self._engine.generate(prompts, sampling, lambda row: not batch[row].stream.gone)
         assert len(outcomes) == len(batch)
-        return partial(self._finish_writing, batch, outcomes, time.perf_counter() - started)
+        return partial(self._finish_generation, batch, outcomes, time.perf_counter() - started)
 
     def _post(self, callback: Callable[..., None], *arguments: object) -> None:
         try:
             self._loop.call_soon_threadsafe(callback, *arguments)
         except RuntimeError:
-            log.warning("results of a batch came after the server had ended")
+            log.warning("discarded results of a batch: the server has ended")
 
-    def _hand_over(self, batch: list[Job], result: LayerResult) -> None:
-        by_lane: dict[ClientStream, tuple[list[Job], list[int]]] = {}
+    def _deliver_layer(self, batch: list[Job], result: LayerResult) -> None:
+        by_stream: dict[ClientStream, tuple[list[Job], list[int]]] = {}
         for row, index in enumerate(result.indices):
-            jobs, rows = by_lane.setdefault(batch[index].lane, ([], []))
+            jobs, rows = by_stream.setdefault(batch[index].stream, ([], []))
             jobs.append(batch[index])
             rows.append(row)
-        for lane, (jobs, rows) in by_lane.items():
-            _tell(lane, lane.sink.on_layer, jobs, rows, result)
+        for stream, (jobs, rows) in by_stream.items():
+            _notify(stream, stream.sink.on_layer, jobs, rows, result)
 
     def _fail_one(self, batch: list[Job], failure: SampleFailure) -> None:
         job = batch[failure.index]
         job.failed = True
-        _tell(job.lane, job.lane.sink.on_failed, job, "FAILED_PRECONDITION", failure.problem)
+        _notify(job.stream, job.stream.sink.on_failed, job, "FAILED_PRECONDITION", failure.problem)
 
     def _finish(self, batch: list[Job], timings: ExecutionTimings) -> None:
-        self._observe(batch, timings)
-        for lane, jobs in _by_stream(batch).items():
+        metrics, tokens = self._metrics, sum(job.tokens for job in batch)
+        metrics.cached_tokens.inc(timings.cached_tokens)
+        metrics.batch_tokens.observe(tokens)
+        metrics.batch_samples.observe(len(batch))
+        metrics.model_seconds.inc(timings.prefill_s)
+        metrics.encode_seconds.inc(timings.encode_s)
+        self._count_batch(batch, tokens)
+        for stream, jobs in _by_stream(batch).items():
             done = [job for job in jobs if not job.failed]
             spent = [Timings(job.waited, timings.prefill_s, timings.encode_s) for job in done]
-            _tell(lane, lane.sink.on_batch_end, done, spent, sum(job.nbytes for job in jobs))
+            _notify(stream, stream.sink.on_batch_end, done, spent, sum(job.nbytes for job in jobs))
 
-    def _finish_writing(
+    def _finish_generation(
         self, batch: list[Job], outcomes: Sequence[GeneratedText | SampleFailure], seconds: float
     ) -> None:
-        self._observe_writing(batch, outcomes, seconds)
-        of_job = dict(zip(batch, outcomes, strict=True))
-        for lane, jobs in _by_stream(batch).items():
-            assert lane.on_written is not None
-            _tell(lane, lane.on_written, jobs, [of_job[job] for job in jobs], seconds)
+        generated = sum(outcome.tokens for outcome in outcomes if isinstance(outcome, GeneratedText))
+        self._metrics.generated_tokens.inc(generated)
+        self._metrics.generation_seconds.inc(seconds)
+        self._count_batch(batch, sum(len(job.planned.tokens.token_ids) for job in batch) + generated)
+        outcome_of = dict(zip(batch, outcomes, strict=True))
+        for stream, jobs in _by_stream(batch).items():
+            assert stream.on_generated is not None
+            _notify(stream, stream.on_generated, jobs, [outcome_of[job] for job in jobs], seconds)
 
     def _fail_batch(self, batch: list[Job], error: Exception) -> None:
         error_id = uuid.uuid4().hex[:12]
@@ -128,50 +130,32 @@ class Scheduler:
         log_event(
             log, "engine_failed", level=logging.ERROR, error=error, error_id=error_id, samples=len(batch), tokens=tokens
         )
-        for lane, jobs in _by_stream(batch).items():
+        problem = f"the engine failed on this sample's batch (error {error_id})"
+        for stream, jobs in _by_stream(batch).items():
             for job in jobs:
                 if not job.failed:
-                    problem = f"the engine failed on this sample's batch (error {error_id})"
-                    _tell(lane, lane.sink.on_failed, job, "INTERNAL", problem)
-            _tell(lane, lane.sink.on_batch_end, [], [], sum(job.nbytes for job in jobs))
+                    _notify(stream, stream.sink.on_failed, job, "INTERNAL", problem)
+            _notify(stream, stream.sink.on_batch_end, [], [], sum(job.nbytes for job in jobs))
         self._on_engine_error(error)
 
-    def _observe(self, batch: Sequence[Job], timings: ExecutionTimings) -> None:
-        metrics = self._metrics
-        tokens = sum(job.tokens for job in batch)
-        metrics.tokens.inc(tokens)
-        metrics.cached_tokens.inc(timings.cached_tokens)
-        metrics.batch_tokens.observe(tokens)
-        metrics.batch_samples.observe(len(batch))
-        metrics.model_seconds.inc(timings.prefill_s)
-        metrics.encode_seconds.inc(timings.encode_s)
+    def _count_batch(self, batch: Sequence[Job], tokens: int) -> None:
+        self._metrics.tokens.inc(tokens)
         for job in batch:
-            metrics.queue_wait.observe(job.waited)
-
-    def _observe_writing(
-        self, batch: Sequence[Job], outcomes: Sequence[GeneratedText | SampleFailure], seconds: float
-    ) -> None:
-        metrics = self._metrics
-        written = sum(outcome.tokens for outcome in outcomes if isinstance(outcome, GeneratedText))
-        metrics.tokens.inc(sum(len(job.planned.tokens.token_ids) for job in batch) + written)
-        metrics.written_tokens.inc(written)
-        metrics.writing_seconds.inc(seconds)
-        for job in batch:
-            metrics.queue_wait.observe(job.waited)
+            self._metrics.queue_wait.observe(job.waited)
 
 
 def _by_stream(batch: Sequence[Job]) -> dict[ClientStream, list[Job]]:
-    lanes: dict[ClientStream, list[Job]] = {}
+    by_stream: dict[ClientStream, list[Job]] = {}
     for job in batch:
-        lanes.setdefault(job.lane, []).append(job)
-    return lanes
+        by_stream.setdefault(job.stream, []).append(job)
+    return by_stream
 
 
-def _tell(lane: ClientStream, callback: Callable[..., None], *arguments: object) -> None:
-    """Calls a stream back unless it is gone; what goes wrong there ends that stream alone."""
-    if lane.gone:
+def _notify(stream: ClientStream, callback: Callable[..., None], *arguments: object) -> None:
+    """Call a stream's callback unless the stream is gone. An exception ends that stream alone."""
+    if stream.gone:
         return
     try:
         callback(*arguments)
-    except Exception as error:  # noqa: BLE001  the event loop would swallow it and leave the caller waiting
-        lane.sink.on_crash(error)
+    except Exception as error:  # noqa: BLE001  the event loop would swallow it, and the caller would wait forever
+        stream.sink.on_crash(error)

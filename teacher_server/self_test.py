@@ -1,4 +1,4 @@
-"""A short text through tokenizer, model, plan, codec and frames: what stands between loading and serving."""
+"""The server's self-test: sends a short text through tokenizer, model, plan, codec and frames before it serves."""
 
 from __future__ import annotations
 
@@ -6,22 +6,22 @@ from kvcore.errors import KVDistillError
 from kvcore.plan import KVPlan, Selection
 from kvcore.types import Sample, Span, TeacherInfo
 from kvcore.wire.stream_reader import RefusedSample, StreamReader
-from teacher_server.query import KVQuery
+from teacher_server.requests.request_parsing import KVQuery
+from teacher_server.requests.service import TeacherKVService
 from teacher_server.sample_queue import BusyError
-from teacher_server.service import TeacherKVService
 
 PROMPT, REASONING, ANSWER = "1 + 2 = 3, 4 + 5 = 9. ", "7 + 8 = 15, 2 + 6 = 8. ", "9 + 1 = 10, 3 + 3 = 6."
 
 
 class SelfTestError(KVDistillError):
-    """The teacher did not answer its own server's question."""
+    """The teacher failed its self-test."""
 
 
 async def self_test(service: TeacherKVService, info: TeacherInfo) -> None:
-    """Asks for every layer of one sample, with importance, and reads the answer as a student would.
+    """Request every layer of one sample, with importance, and read the answer as a trainer would.
 
     Raises:
-        SelfTestError: the sample failed, or the answer cannot be read.
+        SelfTestError: the sample failed, or the answer is not valid.
         BusyError: the queue is full.
     """
     middle, last = len(PROMPT), len(PROMPT) + len(REASONING)
@@ -31,11 +31,11 @@ async def self_test(service: TeacherKVService, info: TeacherInfo) -> None:
     reader = StreamReader("self-test", plan, [sample], info)
     outcomes: list[object] = []
 
-    async def write(frame: bytes) -> None:
+    async def read(frame: bytes) -> None:
         outcomes.extend(outcome for _, outcome in reader.feed(frame))
 
     try:
-        await service.answer(KVQuery("self-test", plan, [sample]), write)
+        await service.answer(KVQuery("self-test", plan, [sample]), read)
         reader.finish()
     except BusyError:
         raise

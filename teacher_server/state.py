@@ -1,4 +1,4 @@
-"""What one running server knows about itself, shared by its gRPC and HTTP sides. For the event loop's thread."""
+"""The state of a running server, shared by its gRPC and HTTP sides. Used on the event loop's thread only."""
 
 from __future__ import annotations
 
@@ -19,15 +19,17 @@ from teacher_server.sample_queue import BusyError
 from teacher_server.scheduler import Scheduler
 
 BUSY_STREAMS_RETRY_MS = 200
+# Shown by `/info`, by their names in `ServeConfig`.
+LIMITS = ("max_batch_tokens", "max_queued_tokens", "max_streams", "max_request_seconds", "stream_window_bytes")
 
 
 class NotReadyError(KVDistillError):
-    """The server is up but serves no K/V at the moment."""
+    """The server runs but does not serve K/V at the moment."""
 
 
 @dataclass(frozen=True, slots=True)
 class Backend:
-    """The loaded teacher and the thread that runs it."""
+    """The loaded teacher and the scheduler that runs it."""
 
     engine: TeacherEngine
     scheduler: Scheduler
@@ -35,10 +37,10 @@ class Backend:
 
 @dataclass(slots=True)
 class ServerState:
-    """Phase and load.
+    """Readiness and load.
 
-    `phase_problem`: why the model takes no requests, None once it does. `grpc_problem`: why the gRPC server takes none.
-    `idle`: set while no stream is open.
+    `phase_problem`: why the model takes no requests; None while it takes them. `grpc_problem`: the same for the gRPC
+    server. `idle`: set while no stream is open.
     """
 
     config: ServeConfig
@@ -58,16 +60,16 @@ class ServerState:
 
     @property
     def not_ready(self) -> str | None:
-        """Why no requests are taken, None while they are."""
+        """Why requests are refused; None while they are accepted."""
         return self.phase_problem or self.grpc_problem
 
-    def set_ready(self, not_ready: str | None) -> None:
-        """Takes requests from here on, or refuses them with a reason."""
-        self.phase_problem = not_ready
+    def set_phase_problem(self, problem: str | None) -> None:
+        """Refuse requests with a reason that concerns the model or the server's phase; None accepts them again."""
+        self.phase_problem = problem
         self.metrics.ready.set(self.not_ready is None)
 
     def set_grpc_problem(self, problem: str | None) -> None:
-        """Takes requests again after a crash of the gRPC server, or refuses them with a reason."""
+        """Refuse requests while the gRPC server restarts after a crash; None accepts them again."""
         self.grpc_problem = problem
         self.metrics.ready.set(self.not_ready is None)
 
@@ -83,11 +85,11 @@ class ServerState:
 
     @contextlib.contextmanager
     def open_stream(self) -> Iterator[None]:
-        """Counts a stream while it is open.
+        """Count a stream while it is open.
 
         Raises:
-            NotReadyError: loading, draining, or the engine is broken.
-            BusyError: `max_streams` are open.
+            NotReadyError: the server is loading or draining, or the engine is broken.
+            BusyError: `max_streams` streams are open.
         """
         if self.not_ready is not None:
             raise NotReadyError(self.not_ready)
@@ -103,7 +105,7 @@ class ServerState:
                 self.idle.set()
 
     def load(self) -> dict[str, int]:
-        """What is waiting and running."""
+        """Open streams, and the samples and tokens in the queue."""
         queue = self.backend.scheduler.queue if self.backend else None
         return {
             "open_streams": self.open_streams,
@@ -112,23 +114,16 @@ class ServerState:
         }
 
     def describe(self) -> dict[str, Any]:
-        """Everything that `/info` shows."""
-        config = self.config
+        """The content of `/info`."""
         return {
-            "name": config.teacher_name,
+            "name": self.config.teacher_name,
             "ready": self.not_ready is None,
             "not_ready_reason": self.not_ready,
             "uptime_seconds": round(time.monotonic() - self.started, 3),
             "grpc_port": self.grpc_port,
             "http_port": self.http_port,
             "teacher": dataclasses.asdict(self.backend.engine.info) if self.backend else None,
-            "limits": {
-                "max_batch_tokens": config.max_batch_tokens,
-                "max_queued_tokens": config.max_queued_tokens,
-                "max_streams": config.max_streams,
-                "max_request_seconds": config.max_request_seconds,
-                "stream_window_bytes": config.stream_window_bytes,
-            },
+            "limits": {name: getattr(self.config, name) for name in LIMITS},
             "load": self.load(),
             "throughput": self.activity.throughput(),
             "connections": self.activity.connections(),
@@ -137,11 +132,11 @@ class ServerState:
         }
 
     def sample(self) -> None:
-        """Notes how much was done so far, for rates over the last minute."""
+        """Record the totals so far, from which the rates of the last minute are computed."""
         self.activity.sample(self.metrics.registry.get_sample_value("kvdistill_tokens_total") or 0.0)
 
     def render_metrics(self) -> bytes:
-        """The metrics, with the gauges as they stand."""
+        """Update the gauges and render all metrics."""
         load = self.load()
         if self.backend is not None:
             info = self.backend.engine.info

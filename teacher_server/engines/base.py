@@ -1,23 +1,31 @@
-"""What a teacher engine is: tokenise, run a batch while handing over each layer as it finishes, and write text."""
+"""The TeacherEngine protocol, the extension point for running teacher models, and the types that it uses.
+
+To add an engine, write a module with a class that implements `TeacherEngine` and a function
+`load(config: ServeConfig) -> TeacherEngine`, and enter the module in `teacher_server.engines.ENGINES`. An engine that
+computes one layer after another in this process implements `LayerwiseModel` and calls `plan_execution.execute` in its
+`run`; `engines/fake.py` is a complete example. Every engine must pass `tests/contract`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
 from kvcore.errors import KVDistillError
-from kvcore.plan import ImportancePool, KVPlan, SelectionSpan
+from kvcore.plan import ImportancePool, KVPlan, SamplingParams, SelectionSpan
 from kvcore.tensors.selectors.random import sample_seed
 from kvcore.types import Sample, TeacherInfo, Tensor
+
+SPAN_KINDS: tuple[SelectionSpan, ...] = ("prompt", "reasoning", "answer")
 
 
 @dataclass(frozen=True, slots=True)
 class TokenizedSample:
-    """A sample as the teacher reads it.
+    """A sample as token ids [T].
 
-    `span_ids_T`: for each token the index into `SPAN_KINDS` of the span it belongs to (by the token's last
-    character), or -1. `byte_ends_T` as in `kvcore.types.EncodedSampleKV`.
+    `span_ids`: for each token the index into `SPAN_KINDS` of the span that holds the token's last character, or -1.
+    `byte_ends`: as in `kvcore.types.EncodedSampleKV`.
     """
 
     sample: Sample
@@ -27,19 +35,27 @@ class TokenizedSample:
 
     @property
     def prompt_ids(self) -> tuple[int, ...]:
-        """The tokens that a model writes on from: without what its tokenizer puts behind a text, such as an EOS."""
+        """The tokens to generate from: without those that the tokenizer adds after the text, such as an EOS."""
         after_text = next((place for place, end in enumerate(reversed(self.byte_ends)) if end >= 0), 0)
         return self.token_ids[: len(self.token_ids) - after_text]
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedSample:
+    """A tokenized sample and the plan of its caller."""
+
+    tokens: TokenizedSample
+    plan: KVPlan
 
 
 @dataclass(frozen=True, slots=True)
 class LayerOutput:
     """One layer of a batch, on the engine's device.
 
-    `k_BHTD` content keys and `v_BHTD` values, right-padded. `importance_BHT`: mean attention that the answer's tokens
-    pay to each token, for each the largest of a KV head's query heads; `mean_importance_BHT`: the mean of the query
-    heads instead. None where no sample of the batch asked for importance. The plans of a batch may differ, so an engine
-    gives both.
+    `k_BHTD` holds content keys and `v_BHTD` values, right-padded. `importance_BHT`: mean attention that the answer's
+    tokens pay to each token, where each KV head takes the maximum over its query heads; `mean_importance_BHT`: the same
+    with the mean over the query heads. Both are None if no sample of the batch asks for importance. An engine gives
+    both, because the plans of a batch may differ.
     """
 
     layer: int
@@ -49,7 +65,7 @@ class LayerOutput:
     mean_importance_BHT: Tensor | None
 
     def importance(self, pool: ImportancePool) -> Tensor | None:
-        """The importance [B,H,T] that a plan asks for."""
+        """Importance [B,H,T], pooled over query heads as a plan asks."""
         return self.importance_BHT if pool == "max" else self.mean_importance_BHT
 
 
@@ -57,30 +73,23 @@ LayerSink = Callable[[LayerOutput], None]
 
 
 class LayerwiseModel(Protocol):
-    """A model that hands over each layer as it computes it."""
+    """A model that returns each layer's keys and values as soon as it has computed the layer."""
 
     def prefill(
         self, batch: Sequence[TokenizedSample], layers: Sequence[int], with_importance: bool, sink: LayerSink
     ) -> None:
-        """Runs the batch once and calls `sink` for each of `layers`, in ascending order, as that layer finishes."""
+        """Run the batch once and call `sink` for each of `layers`, in ascending order, when that layer is computed."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
-class PlannedSample:
-    """A tokenised sample and what its caller wants of it."""
-
-    tokens: TokenizedSample
-    plan: KVPlan
-
-
-@dataclass(frozen=True, slots=True)
 class LayerResult:
-    """One layer of several samples, selected, encoded and on the host.
+    """One layer of several samples after selection and encoding, in host memory.
 
-    `indices`: rows of the batch; every tensor's leading b follows them. `parts`: encoded tensors by wire name
-    (`k.codes`, `v.scale`, ...). `positions`: [b,H,M] or [b,1,M] int32. `relative_error`: per row, by kind.
-    `norms`: where the heads are not all of the model's, the Frobenius norms that the errors are relative to, likewise.
+    `indices`: rows of the batch; the leading dimension b of every tensor follows them. `parts`: encoded tensors by wire
+    name (`k.codes`, `v.scale`, ...). `positions`: [b,H,M] or [b,1,M] int32. `relative_error`: by kind, one value per
+    row. `norms`: the Frobenius norms that the errors are relative to, by kind, one value per row; only if the result
+    holds a part of the model's KV heads.
     """
 
     indices: list[int]
@@ -91,7 +100,7 @@ class LayerResult:
     norms: dict[str, list[float]] = field(default_factory=dict)
 
     def subset(self, places: Sequence[int]) -> LayerResult:
-        """The result of some of its samples, by their place in `indices`."""
+        """The result of some samples, given by their index in `indices`."""
         if list(places) == list(range(len(self.indices))):
             return self
         return LayerResult(
@@ -103,10 +112,14 @@ class LayerResult:
             {kind: [values[place] for place in places] for kind, values in self.norms.items()},
         )
 
+    def only(self, rows: Collection[int]) -> LayerResult:
+        """The result of those samples that are among these rows of the batch."""
+        return self.subset([place for place, row in enumerate(self.indices) if row in rows])
+
 
 @dataclass(frozen=True, slots=True)
 class SampleFailure:
-    """One sample of a batch that ended without its K/V; nothing more is emitted for it."""
+    """A sample of a batch that failed. `index`: its row. The engine emits nothing more for it."""
 
     index: int
     problem: str
@@ -114,7 +127,7 @@ class SampleFailure:
 
 @dataclass(frozen=True, slots=True)
 class ExecutionTimings:
-    """Seconds a batch spent in the model, and in selecting, encoding and copying; tokens found in a prefix cache."""
+    """Seconds that a batch spent in the model, and in selecting, encoding and copying; tokens from a prefix cache."""
 
     prefill_s: float
     encode_s: float
@@ -124,38 +137,18 @@ class ExecutionTimings:
 Emit = Callable[[LayerResult], None]
 Fail = Callable[[SampleFailure], None]
 Wanted = Callable[[int], bool]
-"""Whether anybody still waits for a row of the batch."""
-
+"""Whether a caller still waits for this row of the batch."""
 
 FinishReason = Literal["stop", "length"]
 
 
 @dataclass(frozen=True, slots=True)
-class GenerateOptions:
-    """How a teacher writes.
-
-    `max_new_tokens`: at most this many. `temperature`: 0 writes the likeliest token each time (greedy); otherwise
-    tokens are drawn, from the smallest set whose probabilities reach `top_p`. `stop`: texts that end the writing.
-    """
-
-    max_new_tokens: int
-    temperature: float = 0.0
-    top_p: float = 1.0
-    seed: int = 0
-    stop: tuple[str, ...] = ()
-
-    def seed_for(self, prompt: TokenizedSample) -> int:
-        """What the draws of one prompt start from, 63 bits: the same in every batch and on every replica."""
-        return sample_seed(self.seed, prompt.prompt_ids) & (2**63 - 1)
-
-
-@dataclass(frozen=True, slots=True)
 class GeneratedText:
-    """What a teacher wrote behind a prompt.
+    """What a teacher generated from a prompt.
 
-    `text`: up to the stop text that ended it, without the model's special tokens and without a character that is not
-    complete at its end. `finish_reason`: `stop` where the model ended by itself or met a stop text, `length` where
-    `max_new_tokens` cut it off. `tokens`: how many the model wrote, also those that stand for no text.
+    `text`: up to the stop text that ended it, without special tokens and without an incomplete character at its end.
+    `finish_reason`: `stop` if the model ended its text or a stop text came, `length` if it reached `max_new_tokens`.
+    `tokens`: number of generated tokens, including those that stand for no text.
     """
 
     text: str
@@ -163,60 +156,70 @@ class GeneratedText:
     tokens: int
 
 
+def draw_seed(sampling: SamplingParams, prompt: TokenizedSample) -> int:
+    """The seed for sampling from one prompt, 63 bits: the same in every batch and on every replica."""
+    return sample_seed(sampling.seed, prompt.prompt_ids) & (2**63 - 1)
+
+
 class EngineLostError(KVDistillError):
-    """The engine has ended for good; its server has to end too, so that whoever started it can start another."""
+    """The engine has ended and cannot recover. The server exits, so that its supervisor can start it again."""
 
     next_step = "see the engine's own message above in this server's log, and start it again"
 
 
 class TeacherEngine(Protocol):
-    """One frozen teacher. `run` and `generate` are called from one thread at a time."""
+    """A frozen teacher model: tokenizes samples, computes their K/V under a plan, and generates text.
+
+    The server calls `run` and `generate` from one thread, one batch at a time, and `tokenize` from another.
+    """
 
     @property
     def info(self) -> TeacherInfo:
-        """Identity, geometry and limits, as `Describe` answers them."""
+        """Identity, geometry and limits of the teacher, as `Describe` returns them."""
         ...
 
     def tokenize(self, sample: Sample) -> TokenizedSample:
-        """Reads a sample's text and spans.
+        """Tokenize a sample and map its spans to tokens.
 
         Raises:
-            FieldError: the text, a token id or a span cannot be read.
+            FieldError: the text, a token id or a span is not valid.
         """
         ...
 
     def run(self, batch: Sequence[PlannedSample], emit: Emit, fail: Fail, wanted: Wanted) -> ExecutionTimings:
-        """Runs a batch, whose plans may differ, where the model is, and emits each layer as it is encoded.
+        """Compute the K/V of a batch, execute each sample's plan on the model's device, and emit layer by layer.
 
-        A sample's layers are emitted in ascending order, and each once. `fail` is called at most once for a sample, and
-        nothing more is emitted for it. A sample that `wanted` denies may end without either. All three are called from
-        the calling thread.
+        Args:
+            batch: samples that passed `check_plan` and `check_sample`; their plans may differ.
+            emit: receives each layer of each sample once, in ascending order per sample.
+            fail: called at most once per sample; nothing more is emitted for a sample that failed.
+            wanted: the engine may drop a row for which this returns False, without a call of `emit` or `fail`.
+
+        All three functions are called from the calling thread. Any exception fails the whole batch; the server then
+        repeats its self-test before it serves on.
         """
         ...
 
     def generate(
-        self, prompts: Sequence[TokenizedSample], options: GenerateOptions, wanted: Wanted
+        self, prompts: Sequence[TokenizedSample], sampling: SamplingParams, wanted: Wanted
     ) -> list[GeneratedText | SampleFailure]:
-        """Writes on from each prompt's `prompt_ids`; one outcome for each, in their order.
+        """Generate text from each prompt's `prompt_ids`; returns one outcome per prompt, in order.
 
-        Every prompt leaves room for `max_new_tokens` within `info.max_sample_tokens`. What is written depends on the
-        prompt and the options, not on the rest of the batch, as far as the model's rounding does not. A prompt that
-        `wanted` denies may end at any token; nobody looks at its outcome. Nothing of the model's own defaults applies
-        but for the tokens that end its text.
+        Each prompt leaves room for `max_new_tokens` within `info.max_sample_tokens`. The text depends on the prompt and
+        on `sampling`, not on the rest of the batch, up to the model's rounding. The engine ignores the model's default
+        generation settings except its end-of-text tokens. It ignores `sampling.answer_marker`. Generation may stop at
+        any token for a prompt that is no longer `wanted`; its outcome is discarded.
         """
         ...
 
     def check(self) -> None:
-        """Does nothing while the engine can run. May be called from any thread.
+        """Return if the engine can still run batches. Any thread may call it.
 
         Raises:
-            EngineLostError: it never will again.
+            EngineLostError: the engine has ended and cannot recover.
         """
         ...
 
     def close(self) -> None:
-        """Frees the model."""
+        """Free the model."""
         ...
-
-
-SPAN_KINDS: tuple[SelectionSpan, ...] = ("prompt", "reasoning", "answer")

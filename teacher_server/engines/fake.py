@@ -1,4 +1,4 @@
-"""A teacher without a model, for tests of the service: keys and values are a hash of token, place and layer."""
+"""A teacher without a model, for tests of the service: keys and values are hashes of token, position and layer."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, fields
 import torch
 
 from kvcore.errors import FieldError
-from kvcore.plan import CODECS, SELECTORS
+from kvcore.plan import CODECS, SELECTORS, SamplingParams
 from kvcore.tensors.selectors.random import sample_seed
 from kvcore.types import Sample, TeacherInfo, Tensor
 from teacher_server.config import ServeConfig
@@ -22,13 +22,13 @@ from teacher_server.engines.base import (
     Fail,
     FinishReason,
     GeneratedText,
-    GenerateOptions,
     LayerOutput,
     LayerSink,
     PlannedSample,
     SampleFailure,
     TokenizedSample,
     Wanted,
+    draw_seed,
 )
 from teacher_server.engines.text_reader import read_sample
 from teacher_server.plan_execution import execute
@@ -39,7 +39,7 @@ BOS = 256
 
 @dataclass(frozen=True, slots=True)
 class FakeModel:
-    """Geometry of the fake teacher. `delay_ms`: what each token of a batch costs, spread over the layers."""
+    """Geometry of the fake teacher. `delay_ms`: time per token of a batch, spread over the layers."""
 
     layers: int = 4
     heads: int = 2
@@ -48,10 +48,10 @@ class FakeModel:
 
     @classmethod
     def parse(cls, specification: str) -> FakeModel:
-        """Reads `fake:layers=3,heads=2,dim=16,delay_ms=0`; what is left out keeps its default.
+        """Parse `fake:layers=3,heads=2,dim=16,delay_ms=0`; omitted values keep their defaults.
 
         Raises:
-            FieldError: a name that there is not, or a value that is no number in range.
+            FieldError: a name is unknown, or a value is not a number in range.
         """
         types = {entry.name: float if entry.name == "delay_ms" else int for entry in fields(cls)}
         values: dict[str, float] = {}
@@ -62,23 +62,22 @@ class FakeModel:
             try:
                 values[name] = types[name](text)
             except ValueError as error:
-                raise FieldError("model", f"'{item}' in '{specification}' is no number") from error
+                raise FieldError("model", f"'{item}' in '{specification}' is not a number") from error
             if values[name] < (0 if name == "delay_ms" else 1):
                 raise FieldError("model", f"'{item}' in '{specification}' is too small")
         return cls(**values)  # type: ignore[arg-type]
 
 
 class FakeError(RuntimeError):
-    """The fault that `FakeFaults.fail` asks for: an engine that breaks."""
+    """The error that `FakeFaults.fail` injects."""
 
 
 @dataclass(frozen=True, slots=True)
 class FakeFaults:
-    """What goes wrong at which sample ids.
+    """Faults to inject, by sample id.
 
-    `fail`: the whole batch raises. `not_finite`: the sample's keys hold NaN in every layer, and nothing is written for
-    it. `die`: the process kills itself, as an out-of-memory killer would. `slow`: seconds that the sample's batch waits
-    before its first layer or token.
+    `fail`: the whole batch raises. `not_finite`: the sample's keys are NaN in every layer, and its generation fails.
+    `die`: the process kills itself with SIGKILL. `slow`: seconds to wait before the batch's first layer or token.
     """
 
     fail: frozenset[str] = frozenset()
@@ -88,7 +87,7 @@ class FakeFaults:
 
 
 class ByteReader:
-    """Every UTF-8 byte is a token; a BOS stands in front."""
+    """A byte tokenizer: every UTF-8 byte is a token, after a BOS."""
 
     vocabulary = BOS + 1
 
@@ -108,7 +107,7 @@ class ByteReader:
 
 
 class FakeEngine:
-    """A `TeacherEngine` whose output depends on the tokens alone: the same in every process and batch."""
+    """A `TeacherEngine` whose output depends on the tokens only: it is the same in every process and batch."""
 
     def __init__(self, config: ServeConfig, model: FakeModel, faults: FakeFaults | None = None) -> None:
         self._model = model
@@ -163,22 +162,22 @@ class FakeEngine:
         return execute(self, batch, emit, fail, wanted)
 
     def generate(
-        self, prompts: Sequence[TokenizedSample], options: GenerateOptions, wanted: Wanted
+        self, prompts: Sequence[TokenizedSample], sampling: SamplingParams, wanted: Wanted
     ) -> list[GeneratedText | SampleFailure]:
         """See `TeacherEngine.generate`. A byte is a token; each step of the batch takes `delay_ms`."""
         self._inject_faults([tokens.sample.id for tokens in prompts])
-        written = [write(tokens, options) for tokens in prompts]
-        for step in range(max(one.tokens for one in written) if self._model.delay_ms else 0):
-            if not any(wanted(row) and step < one.tokens for row, one in enumerate(written)):
+        texts = [generate_text(tokens, sampling) for tokens in prompts]
+        for step in range(max(text.tokens for text in texts) if self._model.delay_ms else 0):
+            if not any(wanted(row) and step < text.tokens for row, text in enumerate(texts)):
                 break
             time.sleep(self._model.delay_ms / 1000.0)
         return [
-            SampleFailure(row, "told to write nothing") if tokens.sample.id in self._faults.not_finite else one
-            for row, (tokens, one) in enumerate(zip(prompts, written, strict=True))
+            SampleFailure(row, "injected fault: no text") if tokens.sample.id in self._faults.not_finite else text
+            for row, (tokens, text) in enumerate(zip(prompts, texts, strict=True))
         ]
 
     def check(self) -> None:
-        """See `TeacherEngine.check`: it lives as long as this process."""
+        """See `TeacherEngine.check`: it can always run."""
 
     def close(self) -> None:
         """See `TeacherEngine.close`."""
@@ -188,20 +187,20 @@ class FakeEngine:
         if not faults.die.isdisjoint(sample_ids):
             os.kill(os.getpid(), signal.SIGKILL)
         if not faults.fail.isdisjoint(sample_ids):
-            raise FakeError(f"told to fail at one of the samples {sample_ids}")
+            raise FakeError(f"injected fault at one of the samples {sample_ids}")
         time.sleep(max((faults.slow.get(sample_id, 0.0) for sample_id in sample_ids), default=0.0))
 
     def _importance(self, tokens_BT: Tensor, layer: int) -> tuple[Tensor, Tensor]:
-        """The largest of two made-up query heads' attention, and their mean."""
+        """The maximum and the mean of two fake query heads' attention."""
         attention_BHTG = self._noise(tokens_BT, layer, salt=3)[..., :2].abs()
         return attention_BHTG.amax(dim=-1), attention_BHTG.mean(dim=-1)
 
     def _noise(self, tokens_BT: Tensor, layer: int, salt: int) -> Tensor:
-        """[B,H,T,D] in [-1,1), by an integer hash of (token, place, layer, head, channel)."""
+        """[B,H,T,D] in [-1,1): an integer hash of (token, position, layer, head, channel)."""
         heads, dim = self._model.heads, self._model.dim
-        place_T = torch.arange(tokens_BT.shape[1])
+        position_T = torch.arange(tokens_BT.shape[1])
         channel_HD = torch.arange(heads * dim).view(heads, dim)
-        seed_BT = (tokens_BT * 4096 + place_T) * 1024 + layer * 4 + salt
+        seed_BT = (tokens_BT * 4096 + position_T) * 1024 + layer * 4 + salt
         x = _mix(seed_BT[:, None, :, None] * 65536 + channel_HD[:, None, :])
         return (x & 0xFFFF).float() / 32768.0 - 1.0
 
@@ -211,17 +210,17 @@ def load(config: ServeConfig) -> FakeEngine:
     return FakeEngine(config, FakeModel.parse(config.model))
 
 
-def write(prompt: TokenizedSample, options: GenerateOptions) -> GeneratedText:
-    """A few sums and an answer, made of the prompt and, unless it is greedy, of the seed."""
-    state = options.seed_for(prompt) if options.temperature else sample_seed(0, prompt.prompt_ids)
-    numbers = torch.randint(0, 100, (4, 2), generator=torch.Generator().manual_seed(state & (2**63 - 1))).tolist()
+def generate_text(prompt: TokenizedSample, sampling: SamplingParams) -> GeneratedText:
+    """A few sums and an answer, seeded by the prompt and, unless greedy, by the sampling seed."""
+    seed = draw_seed(sampling, prompt) if sampling.temperature else sample_seed(0, prompt.prompt_ids)
+    numbers = torch.randint(0, 100, (4, 2), generator=torch.Generator().manual_seed(seed & (2**63 - 1))).tolist()
     text = "".join(f" {a} + {b} = {a + b}." for a, b in numbers) + f" Answer: {sum(map(sum, numbers))}"
     finish: FinishReason = "stop"
-    if len(text) > options.max_new_tokens:
-        text, finish = text[: options.max_new_tokens], "length"
-    places = [place for stop in options.stop if (place := text.find(stop)) >= 0]
-    if places:
-        text, finish = text[: min(places)], "stop"
+    if len(text) > sampling.max_new_tokens:
+        text, finish = text[: sampling.max_new_tokens], "length"
+    found = [index for stop in sampling.stop if (index := text.find(stop)) >= 0]
+    if found:
+        text, finish = text[: min(found)], "stop"
     return GeneratedText(text, finish, len(text))
 
 
@@ -231,7 +230,7 @@ def _pad(token_ids: Sequence[Sequence[int]]) -> Tensor:
 
 
 def _mix(x: Tensor) -> Tensor:
-    """Two rounds of multiply and shift on 64-bit integers: neighbours end far apart."""
+    """Mix 64-bit integers with two rounds of multiply and shift."""
     for multiplier in (0x5851F42D4C957F2D, 0x14057B7EF767814F):
         x = x * multiplier
         x = x ^ ((x >> 29) & 0x7FFFFFFFF)

@@ -1,4 +1,4 @@
-"""Finds a model's files and names their content."""
+"""Finds a model's files and computes the digest of its weights."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-# Hashing less than this is faster than it is worth remembering.
+# The digests of smaller files are not cached.
 CACHE_FROM_BYTES = 256 << 20
 
 _PATTERNS = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
@@ -29,10 +29,10 @@ _OTHER_COPIES = ["original/*", "consolidated*", "onnx/*"]
 
 
 def model_directory(model: str, revision: str | None, with_code: bool) -> Path:
-    """The directory that holds a model: the path itself, or the hub's files in the local cache, downloaded if need be.
+    """The directory of a model: the given path, or the hub's files in the local cache, downloaded if missing.
 
     Raises:
-        FieldError: neither a directory nor a hub id that can be reached.
+        FieldError: neither a directory nor a hub id that can be downloaded.
     """
     path = Path(model).expanduser()
     if path.is_dir():
@@ -44,14 +44,14 @@ def model_directory(model: str, revision: str | None, with_code: bool) -> Path:
         return Path(snapshot_download(model, revision=revision, allow_patterns=patterns, ignore_patterns=_OTHER_COPIES))
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise FieldError("model", f"'{model}' is no directory here, and the hub does not give it: {reason}") from error
+        raise FieldError("model", f"'{model}' is not a directory, and the hub cannot provide it: {reason}") from error
 
 
 def weight_files(directory: Path) -> list[Path]:
     """The safetensors files that make up the model, sorted.
 
     Raises:
-        FieldError: there are none, or one that the index names is missing.
+        FieldError: there are none, or a file of the index is missing.
     """
     index = directory / INDEX
     if index.is_file():
@@ -68,8 +68,8 @@ def weight_files(directory: Path) -> list[Path]:
 def weights_digest(directory: Path, config: Mapping[str, Any], loaded_as: str) -> str:
     """BLAKE2b over the weights, the model's configuration, and how they are loaded (dtype, quantisation).
 
-    Two processes that serve the same files in the same precision agree on it; the names of caches and of the
-    transformers release are no part of it.
+    It is the same in all processes that serve the same files in the same precision. Cache paths and the transformers
+    release are not part of it.
     """
     files = weight_files(directory)
     with ThreadPoolExecutor(max_workers=min(len(files), os.cpu_count() or 1)) as pool:
@@ -88,7 +88,7 @@ def _cache_directory() -> Path:
 
 
 def _file_digest(file: Path, cache: Path) -> str:
-    """The file's BLAKE2b; of a large file it is remembered until the file's size or time of change is another."""
+    """The file's BLAKE2b. For a large file it is cached until the file's size, modification time or inode changes."""
     status = file.resolve().stat()
     if status.st_size < CACHE_FROM_BYTES:
         return _hash(file)
@@ -101,7 +101,7 @@ def _file_digest(file: Path, cache: Path) -> str:
         cache.mkdir(parents=True, exist_ok=True)
         replace_file(entry, digest)
     except OSError as error:
-        logger.warning("cannot remember the digest of %s: %s", file, error)
+        logger.warning("cannot cache the digest of %s: %s", file, error)
     return digest
 
 

@@ -1,4 +1,4 @@
-"""Who is connected, what went wrong lately, and how much flows: for people who look. For the event loop's thread."""
+"""Open calls, recent callers, recent errors and throughput. Used on the event loop's thread only."""
 
 from __future__ import annotations
 
@@ -19,10 +19,13 @@ MAX_PROBLEM_LENGTH = 300
 MAX_CALLERS = 256
 WINDOW_SECONDS = 60.0
 
+_SHOWN_OF_CALLER = ("peer", "requests", "samples", "sent_bytes")
+_SHOWN_OF_CALL = ("peer", "method", "request_id", "samples", "tokens", "codec", "sent_bytes")
+
 
 @dataclass(slots=True, eq=False)
 class Call:
-    """What is known of a call while it runs, and when it ends."""
+    """The record of one call, filled in while it runs. `started`: on the clock of `time.perf_counter`."""
 
     method: str
     peer: str
@@ -32,7 +35,7 @@ class Call:
     samples: int = 0
     failed_samples: int = 0
     tokens: int = 0
-    written_tokens: int = 0
+    generated_tokens: int = 0
     frames: int = 0
     sent_bytes: int = 0
     first_frame_s: float | None = None
@@ -44,26 +47,15 @@ _current: ContextVar[Call] = ContextVar("call")
 
 
 def current_call() -> Call:
-    """The call that this task answers; a fresh one outside of any."""
+    """The call that this task answers; a new record outside of any call, as in the self-test."""
     return _current.get(Call("", ""))
 
 
 @dataclass(slots=True)
-class Problem:
-    """Calls that failed in one way. `problem`, `peer` and `last` are the latest one's."""
-
-    code: str
-    method: str
-    problem: str
-    peer: str
-    last: float
-    count: int = 1
-
-
-@dataclass(slots=True)
 class Caller:
-    """What one peer asked for since it was last away for a minute."""
+    """The calls of one peer since it was last idle for a minute. `last`: when the latest one ended."""
 
+    peer: str
     last: float = 0.0
     requests: int = 0
     samples: int = 0
@@ -75,15 +67,15 @@ class Activity:
 
     def __init__(self) -> None:
         self._open: dict[Call, None] = {}
-        self._problems: dict[tuple[str, ...], Problem] = {}
+        self._problems: dict[tuple[str, ...], dict[str, Any]] = {}
         self._callers: dict[str, Caller] = {}
         self._ended_bytes = 0
-        # Time, tokens and bytes since the start, the oldest first.
+        # Time, and tokens and bytes since the start, oldest first.
         self._totals: deque[tuple[float, float, float]] = deque()
 
     @contextlib.contextmanager
     def during(self, call: Call) -> Iterator[None]:
-        """Shows a call while it runs; afterwards remembers how it failed, if it did."""
+        """Show a call while it runs; afterwards count it for its caller, and record its error if it failed."""
         _current.set(call)
         self._open[call] = None
         try:
@@ -92,12 +84,12 @@ class Activity:
             self._open.pop(call)
             self._ended_bytes += call.sent_bytes
             self._count(call)
-            self._remember(call)
+            self._record_problem(call)
 
     def _count(self, call: Call) -> None:
         self._forget_callers()
-        # The longest away comes first.
-        caller = self._callers[call.peer] = self._callers.pop(call.peer, Caller())
+        # Ordered by the latest call, oldest first.
+        caller = self._callers[call.peer] = self._callers.pop(call.peer, Caller(call.peer))
         caller.last = time.monotonic()
         caller.requests += 1
         caller.samples += call.samples
@@ -109,37 +101,41 @@ class Activity:
         since = time.monotonic() - WINDOW_SECONDS
         self._callers = {peer: caller for peer, caller in self._callers.items() if caller.last >= since}
 
-    def _remember(self, call: Call) -> None:
+    def _record_problem(self, call: Call) -> None:
         code, problem = call.code, call.problem
         if code == grpc.StatusCode.CANCELLED.name:
-            return  # A caller may leave whenever it wants to.
+            return  # A caller may cancel at any time.
         if code == grpc.StatusCode.OK.name:
             if not call.failed_samples:
                 return
             code, problem = "SAMPLES_FAILED", f"{call.failed_samples} of {call.samples} samples failed"
-        # A problem that comes back with other figures is the same one, or a busy hour would push all others out.
+        # Problems that differ in numbers only count as one, so that a busy hour does not push out all others.
         key = (call.method, code, re.sub(r"\d+", "", problem))
-        count = self._problems.pop(key).count + 1 if key in self._problems else 1
-        self._problems[key] = Problem(code, call.method, problem[:MAX_PROBLEM_LENGTH], call.peer, time.time(), count)
+        count = self._problems.pop(key)["count"] + 1 if key in self._problems else 1
+        self._problems[key] = {
+            "time": datetime.now(UTC).isoformat(timespec="seconds"),
+            "code": code,
+            "method": call.method,
+            "problem": problem[:MAX_PROBLEM_LENGTH],
+            "peer": call.peer,
+            "count": count,
+        }
         if len(self._problems) > MAX_PROBLEMS:
             del self._problems[next(iter(self._problems))]
 
     def sample(self, tokens: float) -> None:
-        """Notes how much was done since the start. Called every few seconds, so that rates can be told.
+        """Record the totals since the start; called every few seconds.
 
         Args:
-            tokens: that went through the model.
+            tokens: total of the tokens that went through the model.
         """
         now = time.monotonic()
-        self._totals.append((now, tokens, self._sent_bytes()))
+        self._totals.append((now, tokens, self._ended_bytes + sum(call.sent_bytes for call in self._open)))
         while now - self._totals[0][0] > WINDOW_SECONDS and len(self._totals) > 2:
             self._totals.popleft()
 
-    def _sent_bytes(self) -> int:
-        return self._ended_bytes + sum(call.sent_bytes for call in self._open)
-
     def throughput(self) -> dict[str, float]:
-        """Tokens and bytes each second over the last minute, or since the start."""
+        """Tokens and bytes per second over the last minute, or since the start."""
         seconds = self._totals[-1][0] - self._totals[0][0] if self._totals else 0.0
         if not seconds:
             return {"seconds": 0.0, "tokens_per_second": 0.0, "bytes_per_second": 0.0}
@@ -151,47 +147,22 @@ class Activity:
         }
 
     def connections(self) -> list[dict[str, Any]]:
-        """Calls in progress, the oldest first."""
+        """Open calls, oldest first; `seconds` since their start."""
         now = time.perf_counter()
         return [
-            {
-                "peer": call.peer,
-                "method": call.method,
-                "request_id": call.request_id,
-                "samples": call.samples,
-                "tokens": call.tokens,
-                "codec": call.codec,
-                "sent_bytes": call.sent_bytes,
-                "seconds": round(now - call.started, 3),
-            }
+            {name: getattr(call, name) for name in _SHOWN_OF_CALL} | {"seconds": round(now - call.started, 3)}
             for call in self._open
         ]
 
     def callers(self) -> list[dict[str, Any]]:
-        """Who ended a call within the last minute, the latest first; `seconds` ago."""
+        """Peers that ended a call within the last minute, latest first; `seconds` since their latest call ended."""
         self._forget_callers()
         now = time.monotonic()
         return [
-            {
-                "peer": peer,
-                "requests": caller.requests,
-                "samples": caller.samples,
-                "sent_bytes": caller.sent_bytes,
-                "seconds": round(now - caller.last, 3),
-            }
-            for peer, caller in reversed(self._callers.items())
+            {name: getattr(caller, name) for name in _SHOWN_OF_CALLER} | {"seconds": round(now - caller.last, 3)}
+            for caller in reversed(self._callers.values())
         ]
 
     def problems(self) -> list[dict[str, Any]]:
-        """How calls failed lately, the latest first."""
-        return [
-            {
-                "time": datetime.fromtimestamp(one.last, UTC).isoformat(timespec="seconds"),
-                "code": one.code,
-                "method": one.method,
-                "problem": one.problem,
-                "peer": one.peer,
-                "count": one.count,
-            }
-            for one in reversed(self._problems.values())
-        ]
+        """Recent kinds of errors, latest first; `count` calls failed alike, and the other values are the latest's."""
+        return [dict(problem) for problem in reversed(self._problems.values())]

@@ -1,4 +1,4 @@
-"""The HTTP side: probes, metrics, and a page for people. It only ever reads."""
+"""The read-only HTTP API: probes, metrics, JSON and the status page."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ from teacher_server.state import ServerState
 
 
 def build_app(state: ServerState, grpc_problem: Callable[[], Awaitable[str | None]]) -> FastAPI:
-    """The routes over a server's state.
+    """Build the routes over a server's state.
 
     Args:
         state: of the server.
-        grpc_problem: asks the gRPC side, and says what is wrong with it if it does not answer.
+        grpc_problem: probes the gRPC server; returns why it does not answer, or None.
     """
     app = FastAPI(title="kvdistill teacher server", docs_url=None, redoc_url=None)
 
     @app.get("/healthz", response_class=PlainTextResponse)
     async def healthz() -> str:
-        """The process lives."""
+        """The process is alive."""
         return "ok\n"
 
-    @app.get("/readyz", response_class=PlainTextResponse, responses={503: {"description": "Why not."}})
+    @app.get("/readyz", response_class=PlainTextResponse, responses={503: {"description": "Not ready, with reason."}})
     async def readyz() -> PlainTextResponse:
-        """Whether requests are taken: the server says so, and its gRPC side answers."""
+        """Whether the server accepts requests and its gRPC side answers."""
         problem = state.not_ready or await grpc_problem()
         if problem is None:
             return PlainTextResponse("ready\n")
@@ -42,12 +42,12 @@ def build_app(state: ServerState, grpc_problem: Callable[[], Awaitable[str | Non
 
     @app.get("/info")
     async def info() -> JSONResponse:
-        """The teacher, its limits and its load."""
+        """The teacher, its limits and its load as JSON."""
         return JSONResponse(state.describe())
 
     @app.get("/", response_class=HTMLResponse)
     async def page() -> HTMLResponse:
-        """The same for people."""
+        """The status page: the content of `/info` as HTML."""
         return HTMLResponse(render_page(state.describe()), headers=HEADERS)
 
     return app

@@ -17,7 +17,7 @@ class JsonFormatter(logging.Formatter):
     """One JSON object per record: time, level, logger, event, then the event's own fields."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """Renders a record; line breaks inside values are escaped, so one record is always one line."""
+        """Render a record as one line; line breaks in values are escaped."""
         entry: dict[str, Any] = {
             "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
             "level": record.levelname.lower(),
@@ -73,7 +73,7 @@ def log_event(
     error: BaseException | None = None,
     **fields: object,
 ) -> None:
-    """Writes one event with its fields; `error` adds its traceback."""
+    """Log one event with its fields; `error` adds its traceback."""
     logger.log(level, event, extra={"fields": fields}, exc_info=error)
 
 
@@ -83,35 +83,35 @@ REPORT_SECONDS = 10.0
 
 
 class LineLimit:
-    """Limits lines that callers can cause as fast as they like. For the event loop's thread.
+    """A rate limit for log lines that callers can cause. Used on the event loop's thread only.
 
-    A hundred may come at once, and one per second in the long run. How many were left out is logged as an event of its
-    own, every ten seconds while there are any.
+    Allows a burst of `LINES_AT_ONCE` lines, and `LINES_PER_SECOND` in the long run. Every `REPORT_SECONDS` in which it
+    suppressed lines, it logs their number as an event.
 
     Args:
-        logger: gets that event.
-        event: its name; the field `count` says how many lines were left out.
+        logger: logs that event.
+        event: its name; the field `count` is the number of suppressed lines.
     """
 
     def __init__(self, logger: logging.Logger, event: str) -> None:
         self._logger, self._event = logger, event
         self._room = float(LINES_AT_ONCE)
         self._updated = time.monotonic()
-        self._left_out = 0
+        self._suppressed = 0
 
     def allow(self) -> bool:
-        """Whether the next line may be written; if not, it is counted."""
+        """Whether the next line may be logged; if not, it is counted as suppressed."""
         now = time.monotonic()
         self._room = min(self._room + (now - self._updated) * LINES_PER_SECOND, float(LINES_AT_ONCE))
         self._updated = now
         if self._room >= 1.0:
             self._room -= 1.0
             return True
-        if not self._left_out:
+        if not self._suppressed:
             asyncio.get_running_loop().call_later(REPORT_SECONDS, self._report)
-        self._left_out += 1
+        self._suppressed += 1
         return False
 
     def _report(self) -> None:
-        log_event(self._logger, self._event, level=logging.WARNING, count=self._left_out)
-        self._left_out = 0
+        log_event(self._logger, self._event, level=logging.WARNING, count=self._suppressed)
+        self._suppressed = 0

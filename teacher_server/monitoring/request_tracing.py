@@ -1,4 +1,4 @@
-"""What a traced call shows of itself: one span for the call, and below it where its samples' time went."""
+"""OpenTelemetry spans of a call: one for the call, and below it one per stage that its samples go through."""
 
 from __future__ import annotations
 
@@ -14,18 +14,20 @@ from kvcore.types import Timings
 from teacher_server.monitoring.activity import Call
 from teacher_server.sample_queue import Job
 
+_ATTRIBUTES = ("request_id", "codec", "samples", "failed_samples", "tokens", "frames", "sent_bytes")
+
 
 @contextlib.contextmanager
 def traced(call: Call, service: str, headers: Iterable[tuple[str, str | bytes]]) -> Generator[None, None, None]:
-    """A span around a call, below the caller's if it sent one.
+    """Open a span around a call, as a child of the caller's span if it sent one.
 
     Args:
-        call: filled in while it runs.
-        service: full name with a slash behind.
+        call: its record, filled in while it runs.
+        service: full name followed by a slash.
         headers: the call's metadata.
     """
-    beforehand = {"rpc.system": "grpc", "rpc.service": service.rstrip("/"), "rpc.method": call.method}
-    with tracing.span(f"{service}{call.method}", SpanKind.SERVER, beforehand, headers) as span:
+    attributes = {"rpc.system": "grpc", "rpc.service": service.rstrip("/"), "rpc.method": call.method}
+    with tracing.span(f"{service}{call.method}", SpanKind.SERVER, attributes, headers) as span:
         try:
             yield
         finally:
@@ -35,19 +37,9 @@ def traced(call: Call, service: str, headers: Iterable[tuple[str, str | bytes]])
 def _describe(span: Span, call: Call) -> None:
     if not span.is_recording():
         return
-    span.set_attributes(
-        {
-            "rpc.grpc.status_code": grpc.StatusCode[call.code].value[0],
-            "network.peer.address": call.peer,
-            "kvdistill.request_id": call.request_id,
-            "kvdistill.codec": call.codec,
-            "kvdistill.samples": call.samples,
-            "kvdistill.failed_samples": call.failed_samples,
-            "kvdistill.tokens": call.tokens,
-            "kvdistill.frames": call.frames,
-            "kvdistill.sent_bytes": call.sent_bytes,
-        }
-    )
+    span.set_attribute("rpc.grpc.status_code", grpc.StatusCode[call.code].value[0])
+    span.set_attribute("network.peer.address", call.peer)
+    span.set_attributes({f"kvdistill.{name}": getattr(call, name) for name in _ATTRIBUTES})
     if call.code != grpc.StatusCode.OK.name:
         tracing.fail(span, f"{call.code}: {call.problem}")
     if call.first_frame_s is not None:
@@ -55,33 +47,33 @@ def _describe(span: Span, call: Call) -> None:
 
 
 def add_batch(call_span: Span, done: Sequence[Job], timings: Sequence[Timings]) -> None:
-    """Adds what one batch took of a call's samples: waiting, the model, encoding.
+    """Add the spans of one batch of a call's samples: queue, prefill and encode.
 
-    The model and the encoder take turns layer by layer. Both spans are as long as their share; `prefill` is shown from
-    the batch's start and `encode` up to its end.
+    Prefill and encoding alternate layer by layer. Each span is as long as its share of the time: `prefill` from the
+    batch's start, `encode` up to its end.
     """
     if not done or not call_span.is_recording():
         return
     spent, ended = timings[0], time.perf_counter()
-    taken, said = _add_queue(call_span, done)
-    tracing.add_span("prefill", call_span, taken, taken + spent.prefill, said)
-    tracing.add_span("encode", call_span, ended - spent.encode, ended, said)
+    started, attributes = _add_queue(call_span, done)
+    tracing.add_span("prefill", call_span, started, started + spent.prefill, attributes)
+    tracing.add_span("encode", call_span, ended - spent.encode, ended, attributes)
 
 
-def add_writing(call_span: Span, prompts: Sequence[Job], seconds: float) -> None:
-    """Adds what one batch took of a call's prompts: waiting, and writing."""
+def add_generation(call_span: Span, prompts: Sequence[Job], seconds: float) -> None:
+    """Add the spans of one batch of a call's prompts: queue and write."""
     if call_span.is_recording():
-        taken, said = _add_queue(call_span, prompts)
-        tracing.add_span("write", call_span, taken, taken + seconds, said)
+        started, attributes = _add_queue(call_span, prompts)
+        tracing.add_span("write", call_span, started, started + seconds, attributes)
 
 
 def _add_queue(call_span: Span, jobs: Sequence[Job]) -> tuple[float, tracing.Attributes]:
-    """Adds the wait of a batch; returns when it ended, and what to say of the batch."""
-    said: tracing.Attributes = {
+    """Add the queue span of a batch; returns when it ended, and the attributes of the batch's spans."""
+    attributes: tracing.Attributes = {
         "kvdistill.samples": len(jobs),
         "kvdistill.tokens": sum(job.tokens for job in jobs),
         "kvdistill.sample_ids": tracing.id_list(job.planned.tokens.sample.id for job in jobs),
     }
-    taken = max(job.ready_at + job.waited for job in jobs)
-    tracing.add_span("queue", call_span, min(job.ready_at for job in jobs), taken, said)
-    return taken, said
+    started = max(job.ready_at + job.waited for job in jobs)
+    tracing.add_span("queue", call_span, min(job.ready_at for job in jobs), started, attributes)
+    return started, attributes

@@ -1,4 +1,4 @@
-"""The status page of a teacher server, for people: how it does, who is connected, what went wrong, what it is."""
+"""The HTML status page of a teacher server: readiness, load, open requests, callers, errors, teacher and limits."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ _FAILED = ("last", "times", "status", "problem", "latest from")
 
 
 def render_page(info: Mapping[str, Any]) -> str:
-    """The page over what `ServerState.describe` gives; every value is escaped."""
-    said = "Ready" if info["ready"] else f"Not ready: {info['not_ready_reason']}"
+    """Render the page from `ServerState.describe()`; every value is escaped."""
+    readiness = "Ready" if info["ready"] else f"Not ready: {info['not_ready_reason']}"
     return live_page(
         f"{info['name']} - kvdistill teacher",
         (
             heading(info["name"], 1),
             paragraphs([_geometry(info["teacher"])], "soft") if info["teacher"] else "",
-            state(f"{said}, up for {in_time(info['uptime_seconds'])}", good=info["ready"]),
+            state(f"{readiness}, up for {in_time(info['uptime_seconds'])}", good=info["ready"]),
             tiles(_figures(info)),
             heading("Open requests"),
             _table(_CONNECTED, _connected(info["connections"]), "No request is open."),
-            heading("Callers of the last minute"),
-            _table(_CALLED, _called(info["callers"]), "Nobody called."),
+            heading("Callers in the last minute"),
+            _table(_CALLED, _called(info["callers"]), "No calls."),
             heading("Recent errors"),
-            _table(_FAILED, _failed(info["recent_errors"]), "None since the start."),
+            _table(_FAILED, _failed(info["recent_errors"]), "No errors since the start."),
             heading("Teacher"),
             facts(_named(info["teacher"])) if info["teacher"] else paragraphs(["Not loaded."]),
             heading("Limits"),
@@ -49,18 +49,18 @@ def _geometry(teacher: Mapping[str, Any]) -> str:
 
 def _figures(info: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     load, limits, flow = info["load"], info["limits"], info["throughput"]
-    lately = f"over the last {flow['seconds']:.0f} s" if flow["seconds"] else "not measured yet"
+    period = f"over the last {flow['seconds']:.0f} s" if flow["seconds"] else "not measured yet"
     return [
-        ("tokens/s", f"{flow['tokens_per_second']:,.0f}", lately),
-        ("sent/s", in_bytes(flow["bytes_per_second"]), lately),
+        ("tokens/s", f"{flow['tokens_per_second']:,.0f}", period),
+        ("sent/s", in_bytes(flow["bytes_per_second"]), period),
         ("requests open", f"{load['open_streams']}", f"of at most {limits['max_streams']}"),
         ("samples waiting", f"{load['queued_samples']:,}", "for the model"),
         ("tokens queued", f"{load['queued_tokens']:,}", f"of at most {limits['max_queued_tokens']:,}"),
     ]
 
 
-def _table(headings: Sequence[str], rows: Sequence[Sequence[object]], otherwise: str) -> str:
-    return stack(headings, rows) if rows else paragraphs([otherwise])
+def _table(headings: Sequence[str], rows: Sequence[Sequence[object]], if_empty: str) -> str:
+    return stack(headings, rows) if rows else paragraphs([if_empty])
 
 
 def _connected(connections: Sequence[Mapping[str, Any]]) -> list[tuple[object, ...]]:
@@ -104,7 +104,7 @@ def _ago(time: str) -> str:
 
 
 def _peer(peer: str) -> str:
-    """An address without gRPC's `ipv4:`; brackets of IPv6 come escaped."""
+    """A peer's address without gRPC's `ipv4:` or `ipv6:`; gRPC percent-encodes the brackets of IPv6."""
     return unquote(peer).removeprefix("ipv4:").removeprefix("ipv6:")
 
 

@@ -1,4 +1,4 @@
-"""Calls during which the teacher sends nothing for half a minute: a long prefill, or a long queue."""
+"""Calls in which the teacher sends nothing for half a minute, as in a long prefill or queue."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ SILENCE_SECONDS = 30
 PLAN = KVPlan(layers=(0,), selection=Selection(span="all"))
 
 
-def test_the_server_lets_a_client_ping_every_5_s_through_a_long_silence(tmp_path: Path) -> None:
+def test_the_server_accepts_client_pings_during_a_silent_call(tmp_path: Path) -> None:
     pinging = [("grpc.keepalive_time_ms", 5000), ("grpc.http2.max_pings_without_data", 0)]
-    # The self-test's tokens take 7 s, those of this sample 30 s.
+    # The self-test takes 7 s, this sample 30 s.
     with (
         running_teacher("fake:layers=1,delay_ms=100", tmp_path / "log", engine="fake") as teacher,
         grpc.insecure_channel(teacher.endpoint, options=pinging) as channel,
@@ -34,10 +34,10 @@ def test_the_server_lets_a_client_ping_every_5_s_through_a_long_silence(tmp_path
         assert list(stream(request, timeout=4 * SILENCE_SECONDS))
 
 
-def test_a_server_with_the_defaults_of_grpc_does_not_cut_a_silent_call_of_the_client() -> None:
+def test_client_pings_respect_grpc_default_limits_of_a_server() -> None:
     teacher, over = ScriptedTeacher(), threading.Event()
 
-    # The first frame lets the core measure bandwidth, with a ping that counts as well.
+    # After the first frame, gRPC's core measures the bandwidth with a ping, which counts too.
     def be_silent_after_the_first_frame(frames: int, _context: grpc.ServicerContext) -> None:
         if frames == 1:
             over.wait(SILENCE_SECONDS)

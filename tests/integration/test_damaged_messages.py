@@ -1,4 +1,4 @@
-"""Bits that flip on the way: they end in an error, or in exactly the K/V that were asked for, and nowhere else."""
+"""Bit flips in transit end in an error or in exactly the requested K/V, never in wrong K/V."""
 
 from __future__ import annotations
 
@@ -67,12 +67,12 @@ def random_bits(seed: int, count: int = FLIPS) -> list[int]:
 
 
 def flip_every(bit: int) -> Callable[[bytes], bytes]:
-    """Damages every message, so that asking again does not help."""
+    """Damage every message, so that retries do not help."""
     return lambda message: flip(message, bit)
 
 
 def flip_in(part: str, bit: int) -> Callable[[bytes], bytes]:
-    """Damages one part of every frame that has it."""
+    """Damage one part of every frame that has it."""
 
     def damage(data: bytes) -> bytes:
         frame = pb.KVFrame.FromString(data)
@@ -91,7 +91,7 @@ def assert_right(got: Sequence[object], wanted: Sequence[object]) -> None:
 
 
 def problem_of(fetch: Callable[[], None]) -> str:
-    """What the error says with which the damage was noticed; empty if `fetch` found nothing wrong."""
+    """The message of the error that `fetch` raised; empty if it raised none."""
     try:
         fetch()
     except (ProtocolError, TeacherRefusedError, TeacherUnavailableError) as error:
@@ -100,13 +100,13 @@ def problem_of(fetch: Callable[[], None]) -> str:
 
 
 def assert_noticed(problems: Sequence[str], at_least: float, names: str) -> None:
-    """Enough of the damage was noticed, and every error names whom it concerns."""
+    """Check that enough of the damage was detected, and that every error names what it concerns."""
     noticed = list(filter(None, problems))
     assert len(noticed) >= at_least
     assert all(names in problem for problem in noticed)
 
 
-def test_a_flipped_bit_in_a_request_never_gives_other_kv(proxy: DamagingProxy, source: RemoteSource) -> None:
+def test_a_flipped_bit_in_a_request_never_gives_wrong_kv(proxy: DamagingProxy, source: RemoteSource) -> None:
     wanted = source.fetch(SAMPLES)
     problems: list[str] = []
     for bit in random_bits(1):
@@ -115,7 +115,7 @@ def test_a_flipped_bit_in_a_request_never_gives_other_kv(proxy: DamagingProxy, s
     assert_noticed(problems, FLIPS / 2, "teacher 'math'")
 
 
-def test_a_flipped_bit_that_passes_every_check_of_the_server_is_named_with_its_sample(
+def test_a_flipped_bit_that_the_server_accepts_is_reported_with_its_sample(
     proxy: DamagingProxy, source: RemoteSource
 ) -> None:
     proxy.request = lambda message: message.replace(b"3 apples", b"2 apples")
@@ -124,7 +124,7 @@ def test_a_flipped_bit_that_passes_every_check_of_the_server_is_named_with_its_s
         source.fetch(SAMPLES)
 
 
-def test_a_sample_that_fails_because_it_was_misread_is_not_missing(proxy: DamagingProxy, source: RemoteSource) -> None:
+def test_a_sample_that_fails_because_of_damage_is_not_missing(proxy: DamagingProxy, source: RemoteSource) -> None:
     def drop_reasoning(message: bytes) -> bytes:
         request = pb.KVRequest.FromString(message)
         del request.samples[0].spans[1]
@@ -136,7 +136,7 @@ def test_a_sample_that_fails_because_it_was_misread_is_not_missing(proxy: Damagi
 
 
 @pytest.mark.parametrize("part", ["header", "body", "frame"])
-def test_a_flipped_bit_in_an_answer_never_gives_other_kv(proxy: DamagingProxy, source: RemoteSource, part: str) -> None:
+def test_a_flipped_bit_in_an_answer_never_gives_wrong_kv(proxy: DamagingProxy, source: RemoteSource, part: str) -> None:
     wanted = source.fetch(SAMPLES)
     problems: list[str] = []
     for bit in random_bits(2):
@@ -146,7 +146,7 @@ def test_a_flipped_bit_in_an_answer_never_gives_other_kv(proxy: DamagingProxy, s
 
 
 @pytest.mark.parametrize("direction", ["request", "response"])
-def test_a_flipped_bit_never_gives_another_writing(proxy: DamagingProxy, direction: str) -> None:
+def test_a_flipped_bit_never_gives_a_wrong_completion(proxy: DamagingProxy, direction: str) -> None:
     plan = PLAN.model_copy(update={"selection": Selection(selector="right", budget=4)})
     with closing(CompletionSource("math", proxy.endpoint, lambda _info: plan, SAMPLING)) as writer:
         writer.connect()
@@ -167,9 +167,7 @@ def test_a_flipped_bit_never_gives_another_writing(proxy: DamagingProxy, directi
     assert_noticed(problems, FLIPS / 2, "teacher 'math'")
 
 
-def test_recording_never_stores_kv_of_something_else(
-    proxy: DamagingProxy, source: RemoteSource, tmp_path: Path
-) -> None:
+def test_recording_never_stores_wrong_kv(proxy: DamagingProxy, source: RemoteSource, tmp_path: Path) -> None:
     asked = [
         Sample(
             f"s{i}", text=f"{i} and {i} more make {2 * i}.", spans=(Span("reasoning", 0, 12), Span("answer", 12, 20))

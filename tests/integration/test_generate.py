@@ -1,4 +1,4 @@
-"""Teachers that write: over real gRPC, with a real model and with engines that the test controls."""
+"""Generate over real gRPC, with a real model and with engines that the test controls."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from protos import kv_cache_pb2_grpc as pb_grpc
 from student_trainer.kv_sources.completions import CompletedSample, CompletionSource
 from teacher_server.config import ServeConfig
 from teacher_server.engines import load_engine
-from teacher_server.engines.base import GeneratedText, GenerateOptions, SampleFailure, TokenizedSample, Wanted
+from teacher_server.engines.base import GeneratedText, SampleFailure, TokenizedSample, Wanted
 from teacher_server.engines.fake import FakeEngine, FakeFaults, FakeModel
 from tests.support.server_in_thread import CONFIG, ServerInThread
 from tests.support.servers import TeacherClient, refused, wait_until
@@ -94,7 +94,7 @@ def write(
 
 
 def texts(written: Sequence[CompletedSample]) -> list[str]:
-    """What was written, without the prompts."""
+    """The generated texts without the prompts."""
     found: list[str] = []
     for prompt, one in zip(PROMPTS, written, strict=True):
         assert one.written is not None
@@ -112,7 +112,7 @@ def kv(one: CompletedSample) -> EncodedSampleKV:
 def assert_kv_of_its_text(
     server: ServerInThread, written: Sequence[CompletedSample], plan: KVPlan, atol: float = 0.0
 ) -> None:
-    """What StreamKV gives for the same text and spans, read alone: bit for bit, unless a tolerance is given."""
+    """Compare with StreamKV on the same text and spans alone: bit for bit, unless a tolerance is given."""
     samples = [one.written.sample for one in written if one.written is not None]
     with TeacherClient(server.endpoint) as client:
         read = [client.fetch(plan, [sample])[0] for sample in samples]
@@ -147,9 +147,7 @@ def request_of(**changes: Any) -> pb.GenerateRequest:
 # ------------------------------------------------------------------------------------------------------ a real model
 
 
-def test_greedy_texts_are_the_models_own_and_their_kv_are_those_of_stream_kv(
-    teacher: ServerInThread, directory: Path
-) -> None:
+def test_greedy_texts_match_the_model_and_their_kv_match_stream_kv(teacher: ServerInThread, directory: Path) -> None:
     written = write(teacher, GREEDY)
     model: Any = AutoModelForCausalLM.from_pretrained(directory)
     tokenizer: Any = AutoTokenizer.from_pretrained(directory)
@@ -161,7 +159,7 @@ def test_greedy_texts_are_the_models_own_and_their_kv_are_those_of_stream_kv(
     alone = [one for prompt in PROMPTS for one in write(teacher, GREEDY, [prompt])]
     assert texts(alone) == texts(written)
     assert_kv_of_its_text(teacher, alone, plan_of())
-    # In a batch, its padding may change the last bits.
+    # Padding in a batch may change the last bits.
     assert_kv_of_its_text(teacher, written, plan_of(), atol=1e-5)
     for prompt, one in zip(PROMPTS, written, strict=True):
         assert one.written is not None
@@ -171,7 +169,7 @@ def test_greedy_texts_are_the_models_own_and_their_kv_are_those_of_stream_kv(
         assert (one.written.finish_reason, one.written.tokens) == ("length", GREEDY.max_new_tokens)
 
 
-def test_drawn_texts_come_again_with_their_seed_in_any_company(teacher: ServerInThread) -> None:
+def test_sampled_texts_depend_only_on_seed_and_prompt(teacher: ServerInThread) -> None:
     drawn = texts(write(teacher, DRAWN))
     assert texts(write(teacher, DRAWN, PROMPTS[::-1])[::-1]) == drawn
     others = texts(write(teacher, DRAWN.model_copy(update={"seed": 8})))
@@ -179,7 +177,7 @@ def test_drawn_texts_come_again_with_their_seed_in_any_company(teacher: ServerIn
     assert drawn != texts(write(teacher, GREEDY))
 
 
-def test_an_answer_marker_and_a_stop_text_make_an_answer_that_a_plan_can_rank_by(teacher: ServerInThread) -> None:
+def test_an_answer_marker_and_a_stop_text_give_an_answer_for_r_kv(teacher: ServerInThread) -> None:
     plain = texts(write(teacher, GREEDY))[0]
     marker, stop = plain[8], plain[plain.index(plain[8]) + 4 :][:2]
     sampling = GREEDY.model_copy(update={"answer_marker": marker, "stop": (stop,)})
@@ -195,7 +193,7 @@ def test_an_answer_marker_and_a_stop_text_make_an_answer_that_a_plan_can_rank_by
     assert_kv_of_its_text(teacher, [one], plan_of(selection))
 
 
-def test_one_prompt_without_room_or_answer_harms_no_other(teacher: ServerInThread) -> None:
+def test_a_prompt_without_room_or_answer_fails_alone(teacher: ServerInThread) -> None:
     plain = texts(write(teacher, GREEDY))
     marker = next(character for character in plain[0][4:-4] if character not in "".join(plain[1:3]))
     sampling = GREEDY.model_copy(update={"answer_marker": marker})
@@ -205,13 +203,15 @@ def test_one_prompt_without_room_or_answer_harms_no_other(teacher: ServerInThrea
     assert isinstance(long.kv, MissingKV)
     assert long.written is None
     assert long.kv.reason.startswith("INVALID_ARGUMENT: samples[long].text: has ")
-    assert "30 may be written (sampling.max_new_tokens); together this teacher takes at most 120" in long.kv.reason
+    assert "up to 30 are generated (sampling.max_new_tokens); together this teacher takes at most 120" in long.kv.reason
     for one, text in ((second, plain[1]), (third, plain[2])):
         assert isinstance(one.kv, MissingKV)
         assert one.kv.reason.startswith("FAILED_PRECONDITION: ")
         assert "no token lies in the span 'answer'" in one.kv.reason
-        assert f"wrote 30 tokens (finish_reason: length), with no answer behind a marker {marker!r}" in one.kv.reason
-        # The text was dear: it comes all the same.
+        assert (
+            f"generated 30 tokens (finish_reason: length), with no answer after the marker {marker!r}" in one.kv.reason
+        )
+        # The completion is sent although its K/V failed.
         assert one.written is not None
         assert (one.written.sample.text or "").endswith(text)
 
@@ -232,9 +232,7 @@ def test_one_prompt_without_room_or_answer_harms_no_other(teacher: ServerInThrea
         ({"plan__selection__selector": "best"}, "plan.selection.selector: "),
     ],
 )
-def test_what_no_writing_can_serve_is_refused_by_field(
-    teacher: ServerInThread, changes: dict[str, Any], problem: str
-) -> None:
+def test_invalid_sampling_is_refused_by_field(teacher: ServerInThread, changes: dict[str, Any], problem: str) -> None:
     with grpc.insecure_channel(teacher.endpoint) as channel:
         refusal = refused(lambda: list(pb_grpc.TeacherKVStub(channel).Generate(request_of(**changes), timeout=30)))
     assert refusal.code is grpc.StatusCode.INVALID_ARGUMENT
@@ -244,19 +242,19 @@ def test_what_no_writing_can_serve_is_refused_by_field(
 @pytest.mark.parametrize(
     ("sample", "problem"),
     [
-        (Sample("x", token_ids=(1, 2)), "samples.0.token_ids: a prompt to write on from must be text"),
+        (Sample("x", token_ids=(1, 2)), "samples.0.token_ids: a prompt to generate from must be text"),
         (
             Sample("x", text="abc", spans=(Span("prompt", 0, 1), Span("reasoning", 1, 3))),
             "samples.0.spans.1.kind: must be prompt (got reasoning)",
         ),
     ],
 )
-def test_what_is_no_prompt_is_refused_by_field(teacher: ServerInThread, sample: Sample, problem: str) -> None:
+def test_an_invalid_prompt_is_refused_by_field(teacher: ServerInThread, sample: Sample, problem: str) -> None:
     with pytest.raises(TeacherRefusedError, match="refused: " + problem.replace("(", r"\(").replace(")", r"\)")):
         write(teacher, GREEDY, [sample])
 
 
-def test_another_languages_client_gets_the_text_from_the_frames(teacher: ServerInThread) -> None:
+def test_a_plain_protobuf_client_gets_the_text_from_the_frames(teacher: ServerInThread) -> None:
     request = json.dumps(
         {
             "plan": {
@@ -280,7 +278,7 @@ def test_another_languages_client_gets_the_text_from_the_frames(teacher: ServerI
     assert text == texts(write(teacher, GREEDY))[0]
 
 
-def test_what_was_written_is_counted_and_logged(teacher: ServerInThread) -> None:
+def test_generated_tokens_are_counted_and_logged(teacher: ServerInThread) -> None:
     def counted(name: str) -> float:
         lines = teacher.get("/metrics").text.splitlines()
         return float(next(line.split()[-1] for line in lines if line.startswith(name)))
@@ -297,20 +295,20 @@ def test_what_was_written_is_counted_and_logged(teacher: ServerInThread) -> None
 
 
 class WaitingEngine(FakeEngine):
-    """Writes when its gate opens, or when nobody waits for it any more."""
+    """Generates when its gate opens, or when the prompt is no longer wanted."""
 
     def __init__(self, config: ServeConfig) -> None:
         super().__init__(config, FakeModel(layers=2))
         self.gate, self.writes = threading.Event(), threading.Event()
 
     def generate(
-        self, prompts: Sequence[TokenizedSample], options: GenerateOptions, wanted: Wanted
+        self, prompts: Sequence[TokenizedSample], sampling: SamplingParams, wanted: Wanted
     ) -> list[GeneratedText | SampleFailure]:
         self.writes.set()
         while not self.gate.is_set() and any(wanted(row) for row in range(len(prompts))):
             time.sleep(0.005)
         self.writes.clear()
-        return super().generate(prompts, options, wanted)
+        return super().generate(prompts, sampling, wanted)
 
 
 def start_waiting(start: Callable[..., ServerInThread], **limits: Any) -> tuple[ServerInThread, WaitingEngine]:
@@ -319,7 +317,7 @@ def start_waiting(start: Callable[..., ServerInThread], **limits: Any) -> tuple[
     return start(lambda _config: engine, config), engine
 
 
-def test_a_caller_that_leaves_frees_the_engine_and_its_slot(start: Callable[..., ServerInThread]) -> None:
+def test_cancelling_frees_the_engine_and_the_slot(start: Callable[..., ServerInThread]) -> None:
     server, engine = start_waiting(start, max_streams=1)
     with grpc.insecure_channel(server.endpoint) as channel:
         stub = pb_grpc.TeacherKVStub(channel)
@@ -330,13 +328,13 @@ def test_a_caller_that_leaves_frees_the_engine_and_its_slot(start: Callable[...,
         assert "max_streams" in refusal.details
         call.cancel()
         wait_until(lambda: server.get("/info").json()["load"] == IDLE)
-        # The engine is done with it too: it serves the next caller.
+        # The engine has stopped too: it serves the next caller.
         with TeacherClient(server.endpoint) as client:
             assert isinstance(client.fetch(plan_of(Selection(span="all")), PROMPTS[:1])[0], EncodedSampleKV)
         assert not engine.writes.is_set()
 
 
-def test_a_deadline_ends_the_writing(start: Callable[..., ServerInThread]) -> None:
+def test_a_deadline_ends_generation(start: Callable[..., ServerInThread]) -> None:
     server, engine = start_waiting(start)
     with grpc.insecure_channel(server.endpoint) as channel:
         stub = pb_grpc.TeacherKVStub(channel)
@@ -345,7 +343,7 @@ def test_a_deadline_ends_the_writing(start: Callable[..., ServerInThread]) -> No
     wait_until(lambda: server.get("/info").json()["load"] == IDLE and not engine.writes.is_set())
 
 
-def test_the_servers_own_deadline_counts_for_writing_too(start: Callable[..., ServerInThread]) -> None:
+def test_max_request_seconds_limits_generation(start: Callable[..., ServerInThread]) -> None:
     server, _engine = start_waiting(start, max_request_seconds=0.3)
     with grpc.insecure_channel(server.endpoint) as channel:
         stub = pb_grpc.TeacherKVStub(channel)
@@ -354,7 +352,7 @@ def test_the_servers_own_deadline_counts_for_writing_too(start: Callable[..., Se
     assert "max_request_seconds" in refusal.details
 
 
-def test_a_full_queue_says_when_to_come_back_counting_what_may_be_written(start: Callable[..., ServerInThread]) -> None:
+def test_a_full_queue_counts_max_new_tokens_and_returns_a_retry_time(start: Callable[..., ServerInThread]) -> None:
     server, engine = start_waiting(start, max_queued_tokens=100)
     with ThreadPoolExecutor(1) as pool, grpc.insecure_channel(server.endpoint) as channel:
         first = pool.submit(write, server, SamplingParams(max_new_tokens=60), PROMPTS[:1])
@@ -368,7 +366,7 @@ def test_a_full_queue_says_when_to_come_back_counting_what_may_be_written(start:
     assert refusal.pushback_ms is not None
 
 
-def test_a_server_that_ends_lets_writing_finish_and_its_kv_follow(start: Callable[..., ServerInThread]) -> None:
+def test_draining_finishes_generation_and_its_kv(start: Callable[..., ServerInThread]) -> None:
     server, engine = start_waiting(start, drain_seconds=20.0)
     with ThreadPoolExecutor(1) as pool:
         first = pool.submit(write, server, GREEDY)
@@ -380,20 +378,20 @@ def test_a_server_that_ends_lets_writing_finish_and_its_kv_follow(start: Callabl
     assert server.ended.result(20)
 
 
-def test_an_engine_that_fails_while_writing_fails_its_batch_alone(start: Callable[..., ServerInThread]) -> None:
+def test_an_engine_error_during_generation_fails_only_its_batch(start: Callable[..., ServerInThread]) -> None:
     faults = FakeFaults(fail=frozenset({"p1"}), not_finite=frozenset({"p2"}))
     server = start(lambda config: FakeEngine(config, FakeModel(layers=2), faults))
     one, broken, unwritten, other = write(server, GREEDY)
-    # Whoever fell with the batch was asked for again, alone.
+    # The client requested the other sample of the failed batch again.
     assert kv(one).slots == kv(other).slots == 6
     assert isinstance(broken.kv, MissingKV)
     assert broken.kv.reason.startswith("INTERNAL: the engine failed on this sample's batch")
     assert isinstance(unwritten.kv, MissingKV)
-    assert unwritten.kv.reason == "FAILED_PRECONDITION: told to write nothing"
+    assert unwritten.kv.reason == "FAILED_PRECONDITION: injected fault: no text"
     assert server.get("/readyz").status_code == 200
 
 
-def test_writing_and_reading_at_once_mix_up_nothing(start: Callable[..., ServerInThread]) -> None:
+def test_concurrent_generate_and_stream_kv_do_not_mix(start: Callable[..., ServerInThread]) -> None:
     server = start(lambda config: FakeEngine(config, FakeModel(layers=2)))
     alone, plan = write(server, GREEDY), plan_of()
     samples = [one.written.sample for one in alone if one.written is not None]
@@ -415,7 +413,7 @@ def test_writing_and_reading_at_once_mix_up_nothing(start: Callable[..., ServerI
             assert all(torch.equal(part, kv(expected).parts[name]) for name, part in outcome.parts.items())
 
 
-def test_the_documentations_example_writes_records_to_train_on(
+def test_the_documented_example_writes_training_records(
     start: Callable[..., ServerInThread], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = CONFIG.model_copy(update={"max_sample_tokens": 1000})

@@ -1,4 +1,4 @@
-"""A teacher server whose gRPC server crashes: gRPC's accept loop ends at a request whose path is not UTF-8."""
+"""Crashes of the gRPC server: gRPC's accept loop ends at a request whose path is not UTF-8."""
 
 from __future__ import annotations
 
@@ -52,19 +52,19 @@ def ask(teacher: TeacherProcess) -> None:
 
 
 def crash(teacher: TeacherProcess, times: int, *, tls: bool = False) -> None:
-    """Crashes the gRPC server and waits for the next one."""
+    """Crash the gRPC server and wait for its restart."""
     with closing(send_unreadable_request(teacher.grpc_port, tls=tls)):
         wait_until(lambda: len(teacher.events("grpc_restarted")) == times)
 
 
-def test_after_a_crash_the_same_port_serves_again_and_a_running_stream_ends_well(tmp_path: Path) -> None:
+def test_after_a_crash_the_port_serves_again_and_a_running_stream_finishes(tmp_path: Path) -> None:
     plan = KVPlan(layers=(0, 1, 2, 3), selection=Selection(selector="full", span="all"), codec=CodecSpec(name="raw"))
     options = {"engine": "fake", "stream_window_bytes": 1 << 20}
     model = "fake:layers=4,heads=4,dim=64"
     with running_teacher(model, tmp_path / "log", **options) as teacher, TeacherClient(teacher.endpoint) as client:
         samples = token_samples(8, 512)
         stream = client.call(plan, samples, "running")
-        # The answer is far larger than what may wait for this reader, so the stream is open until it is read.
+        # The answer is far larger than the stream's window, so the stream stays open until it is read.
         frames = [next(stream)]
         crash(teacher, 1)
         assert teacher.get("/readyz").status_code == 200
@@ -79,7 +79,7 @@ def test_after_a_crash_the_same_port_serves_again_and_a_running_stream_ends_well
         assert teacher.stop() == 0
 
 
-def test_after_a_crash_the_server_still_asks_for_tls_and_a_token(
+def test_after_a_crash_the_server_still_requires_tls_and_a_token(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cert, key = certificate(tmp_path / "tls")
@@ -105,7 +105,7 @@ def test_the_fifth_crash_within_a_minute_ends_the_process_with_status_1(tmp_path
         assert "crashed 5 times within 60 s" in last["problem"]
 
 
-def test_readyz_notices_by_itself_that_the_grpc_server_does_not_answer(
+def test_readyz_detects_an_unresponsive_grpc_server(
     start: Callable[..., ServerInThread], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(grpc_server, "CRASH_CHECK_SECONDS", 3600.0)

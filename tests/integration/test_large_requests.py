@@ -1,4 +1,4 @@
-"""Requests as large as gRPC lets through, made to cost as much as they can: the server answers others meanwhile."""
+"""Requests of the largest size and the highest parsing cost: the server answers others meanwhile."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.unit.test_request_size import field
 SIZE = (16 << 20) - 4096
 PLAN = KVPlan(layers=(0,), selection=Selection(selector="right", budget=1, span="all"))
 HEAD = pb.KVRequest(plan=plan_to_proto(PLAN)).SerializeToString()
-# The slowest answer of /healthz, asked for again and again from a process of its own until its input ends.
+# The slowest answer of /healthz, polled from another process until its input ends.
 POLL = """
 import sys, threading, time, urllib.request
 slowest, ended = 0.0, threading.Event()
@@ -30,7 +30,7 @@ while not ended.is_set():
     slowest = max(slowest, time.perf_counter() - started)
 print(slowest)
 """
-# Half a second is what a probe may wait. Before sizes were checked ahead of the parse, 4,000 spans took 17 s.
+# A bound for probes. Without the size check before parsing, 4,000 spans took 17 s.
 MOST_SECONDS = 2.0
 
 
@@ -67,7 +67,7 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TeacherProcess
 
 
 @pytest.mark.parametrize("case", WORST)
-def test_the_server_answers_others_while_it_reads_the_worst_request(teacher: TeacherProcess, case: str) -> None:
+def test_the_server_answers_others_while_it_parses_the_worst_request(teacher: TeacherProcess, case: str) -> None:
     command = [sys.executable, "-c", POLL, teacher.url("/healthz")]
     with (
         subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as poll,

@@ -1,4 +1,4 @@
-"""Servers that are known by a certificate, and callers by a token: over real TLS, by the client that trainers use."""
+"""Authentication by certificate and token over real TLS, with the client that trainers use."""
 
 from __future__ import annotations
 
@@ -67,12 +67,12 @@ def test_without_the_token_a_caller_is_refused(
     monkeypatch.setenv(TLS_CA, str(files["cert"]))
     if shown is not None:
         monkeypatch.setenv(TOKEN_FILE, str(files[shown]))
-    with pytest.raises(TeacherRefusedError, match="asks for a token"):
+    with pytest.raises(TeacherRefusedError, match="requires a token"):
         ask(teacher)
 
 
 @pytest.mark.parametrize("authority", [None, "other"])
-def test_a_caller_who_cannot_tell_the_server_does_not_talk_to_it(
+def test_a_client_refuses_a_server_that_it_cannot_verify(
     teacher: TeacherProcess, files: dict[str, Path], monkeypatch: pytest.MonkeyPatch, authority: str | None
 ) -> None:
     if authority is not None:
@@ -92,7 +92,7 @@ def test_probes_need_no_token(teacher: TeacherProcess, files: dict[str, Path]) -
     assert answer.status == health_pb2.HealthCheckResponse.SERVING
 
 
-def test_a_token_never_goes_without_tls(files: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_token_requires_tls(files: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(TOKEN_FILE, str(files["token"]))
     with pytest.raises(FieldError, match=f"{TOKEN_FILE}: a token goes over TLS alone"):
         RemoteSource("a", "127.0.0.1:1", lambda _info: PLAN)
@@ -102,13 +102,13 @@ def test_a_token_never_goes_without_tls(files: dict[str, Path], monkeypatch: pyt
         ServeConfig(model="fake:", engine="fake", tls_cert=files["cert"])
 
 
-def test_a_file_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_missing_file_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv(TLS_CA, str(tmp_path / "none"))
     with pytest.raises(FieldError, match=TLS_CA):
         RemoteSource("a", "127.0.0.1:1", lambda _info: PLAN)
 
 
-def test_servers_that_a_command_starts_itself_are_plain_and_say_so(
+def test_local_teachers_refuse_the_tls_variables(
     files: dict[str, Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv(TLS_CA, str(files["cert"]))
@@ -117,7 +117,7 @@ def test_servers_that_a_command_starts_itself_are_plain_and_say_so(
 
 
 @pytest.mark.parametrize("content", ["", " \n", "ünsafe"])
-def test_a_token_that_is_none_is_refused(
+def test_an_invalid_token_is_refused(
     files: dict[str, Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, content: str
 ) -> None:
     (tmp_path / "token").write_text(content, encoding="utf-8")

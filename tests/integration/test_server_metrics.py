@@ -1,4 +1,4 @@
-"""What Prometheus reads from a server that has answered and refused."""
+"""The Prometheus metrics of a server that has answered and refused calls."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ ALL = Selection(selector="full", span="all")
 NAME = 'a "quoted" name'
 
 
-def test_a_server_counts_calls_samples_tokens_bytes_and_times(tmp_path: Path) -> None:
+def test_metrics_count_calls_samples_tokens_bytes_and_times(tmp_path: Path) -> None:
     flags = {"engine": "fake", "name": NAME, "max_streams": 7, "max_queued_tokens": 5000}
     with running_teacher("fake:layers=3,heads=2,dim=16", tmp_path / "log", **flags) as server:
         with TeacherClient(server.endpoint) as client:
@@ -30,7 +30,7 @@ def test_a_server_counts_calls_samples_tokens_bytes_and_times(tmp_path: Path) ->
         for family in text_string_to_metric_families(text)
         for sample in family.samples
     }
-    # The self-test is one sample in one batch, and no call.
+    # The self-test is one sample in one batch, and is not a call.
     expected = {
         ("kvdistill_requests_total", "Describe", "OK"): 1,
         ("kvdistill_requests_total", "OK", "StreamKV"): 1,

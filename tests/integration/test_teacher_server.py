@@ -1,4 +1,4 @@
-"""The teacher server as callers meet it: real processes, real gRPC, real models."""
+"""The teacher server from a caller's view: real processes, real gRPC, real models."""
 
 from __future__ import annotations
 
@@ -43,12 +43,12 @@ BUF = Path(sys.executable).with_name("buf")
 
 NAME = "<script>alert(1)</script>"
 
-# A teacher of 8 KiB of raw K/V for each token.
+# A teacher with 8 KiB of raw K/V per token.
 WIDE = "fake:layers=4,heads=4,dim=64"
 
 
 class RunningFamilies:
-    """One server for each model family, started together."""
+    """One server per model family, started together."""
 
     def __init__(self, root: Path) -> None:
         self.directories = {family: save_tiny_model(root / family, tiny_spec(family)) for family in FAMILIES}
@@ -94,7 +94,7 @@ def fake(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TeacherProcess]:
 
 @pytest.fixture(scope="module")
 def wide(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TeacherProcess]:
-    """A server whose streams may hold 8 MiB."""
+    """A server with stream windows of 8 MiB."""
     log = tmp_path_factory.mktemp("wide") / "server.log"
     options = {"stream_window_bytes": 8 << 20, "max_batch_tokens": 1024}
     with running_teacher(WIDE, log, engine="fake", **options) as teacher:
@@ -133,7 +133,7 @@ def decoded(sample: EncodedSampleKV, kind: str) -> torch.Tensor:
 
 
 class Reference:
-    """A direct transformers forward: the cache's values, and its keys with the rotary embedding undone in fp64."""
+    """A direct transformers forward pass: the cache's values, and its keys un-rotated in fp64."""
 
     def __init__(self, directory: Path) -> None:
         self._model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
@@ -142,7 +142,7 @@ class Reference:
     def kv(self, text: str) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
         """Keys and values [L,H,T,D] and the token ids of one text, alone in its batch."""
         ids = self._tokenizer(text, return_tensors="pt").input_ids
-        # A bare cache keeps every token, whatever the model's sliding window.
+        # A plain cache keeps every token, also beyond a sliding window.
         cache: Any = DynamicCache()
         with torch.no_grad():
             self._model(input_ids=ids, past_key_values=cache, use_cache=True)
@@ -159,7 +159,7 @@ class Reference:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_describe_tells_identity_geometry_and_limits(families: RunningFamilies, family: Family) -> None:
+def test_describe_returns_identity_geometry_and_limits(families: RunningFamilies, family: Family) -> None:
     teacher = families.teachers[family]
     with TeacherClient(teacher.endpoint) as client:
         info = client.info
@@ -238,7 +238,7 @@ def test_a_plain_protobuf_client_decodes_the_same_frames(fake: TeacherProcess) -
         assert torch.equal(decoded(kv(again[index]), "k"), decoded(kv(outcome), "k"))
 
 
-def test_records_come_in_the_order_of_the_protocol(fake: TeacherProcess) -> None:
+def test_records_follow_the_protocols_order(fake: TeacherProcess) -> None:
     plan, samples = KVPlan(layers=(0, 1, 2), selection=FULL, codec=RAW), token_samples(2, 9)
     with TeacherClient(fake.endpoint) as client:
         frames = [unpack_frame(frame)[0] for frame in client.call(plan, samples)]
@@ -276,7 +276,7 @@ REFUSED: dict[str, tuple[Callable[[pb.KVRequest], object], str]] = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_a_request_that_cannot_be_served_names_its_field(fake: TeacherProcess, case: str) -> None:
+def test_an_invalid_request_is_refused_by_field(fake: TeacherProcess, case: str) -> None:
     change, field = REFUSED[case]
     request = kv_request(KVPlan(layers=(0, 1), selection=FULL, codec=RAW), [Sample("a", text="abc")])
     change(request)
@@ -286,7 +286,7 @@ def test_a_request_that_cannot_be_served_names_its_field(fake: TeacherProcess, c
     assert refusal.details.startswith(f"{field}: ")
 
 
-def test_a_sample_that_cannot_be_read_fails_alone(fake: TeacherProcess) -> None:
+def test_an_invalid_sample_fails_alone(fake: TeacherProcess) -> None:
     plan = KVPlan(layers=(0,), selection=Selection(selector="right", budget=2, span="reasoning"), codec=RAW)
     good = Sample("good", text="abcdef", spans=(Span("reasoning", 2, 6),))
     long = Sample("long", text="a" * 500, spans=(Span("reasoning", 0, 500),))
@@ -304,7 +304,7 @@ def test_a_sample_that_cannot_be_read_fails_alone(fake: TeacherProcess) -> None:
     assert all(isinstance(outcome, RefusedSample) for outcome in nothing_left)
 
 
-def test_a_sample_past_its_error_budget_fails_alone(families: RunningFamilies) -> None:
+def test_a_sample_over_its_error_budget_fails_alone(families: RunningFamilies) -> None:
     with TeacherClient(families.teachers["llama"].endpoint) as client:
         plan = full_plan(client, INT8)
         samples = text_samples()
@@ -318,7 +318,7 @@ def test_a_sample_past_its_error_budget_fails_alone(families: RunningFamilies) -
     assert "max_relative_error" in failure.message
 
 
-def test_a_slow_reader_neither_grows_memory_nor_stalls_others(wide: TeacherProcess) -> None:
+def test_a_slow_reader_does_not_grow_memory_or_block_others(wide: TeacherProcess) -> None:
     with TeacherClient(wide.endpoint) as slow, TeacherClient(wide.endpoint) as quick:
         plan = full_plan(slow)
         quick.fetch(plan, token_samples(8, 512, "w"))
@@ -326,7 +326,7 @@ def test_a_slow_reader_neither_grows_memory_nor_stalls_others(wide: TeacherProce
         samples = token_samples(64, 512)
         stalled = slow.call(plan, samples, "stalled", timeout=120)
         frames = [next(stalled)]
-        # Others are served while it holds everything back; each of their answers would show in its memory too.
+        # Others are served while this stream waits; their answers would show in the server's memory too.
         for turn in range(4):
             assert len(quick.fetch(plan, token_samples(4, 512, f"q{turn}-"))) == 4
         load = wide.info()["load"]
@@ -352,7 +352,7 @@ def test_buf_lists_the_service_by_reflection_and_describes(fake: TeacherProcess)
     assert described["limits"]["maxSampleTokens"] == 200
 
 
-def test_http_shows_probes_metrics_and_a_page_that_escapes(fake: TeacherProcess) -> None:
+def test_http_serves_probes_metrics_and_an_escaped_page(fake: TeacherProcess) -> None:
     with TeacherClient(fake.endpoint) as client:
         client.fetch(KVPlan(layers=(0, 1), selection=FULL, codec=INT8), token_samples(5, 10))
     assert fake.get("/healthz").status_code == 200

@@ -1,4 +1,4 @@
-"""A whole teacher server around an engine that the test controls: it waits, breaks, or hands over too much."""
+"""A whole teacher server around an engine that the test controls: it waits, fails, or emits too much."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def start() -> Iterator[Callable[..., ServerInThread]]:
 
 
 class GatedEngine(FakeEngine):
-    """Computes layer 0, then waits for its gate; the self-test passes by."""
+    """Computes layer 0, then waits for its gate, except in the self-test."""
 
     def __init__(self, config: ServeConfig) -> None:
         super().__init__(config, FakeModel(layers=2))
@@ -113,7 +113,7 @@ def test_probes_follow_loading_then_ready_then_draining(start: Callable[..., Ser
     assert server.ended.result() is True
 
 
-def test_a_model_that_loads_for_long_says_so_in_the_log(
+def test_slow_loading_is_logged(
     start: Callable[..., ServerInThread], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(app, "LOADING_SECONDS", 0.02)
@@ -131,7 +131,7 @@ def test_a_model_that_loads_for_long_says_so_in_the_log(
     assert caplog.records[caplog.messages.index("loading")].fields["model"] == "fake:layers=2"  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def test_loading_that_fails_ends_the_server_with_that_error(start: Callable[..., ServerInThread]) -> None:
+def test_a_loading_error_ends_the_server(start: Callable[..., ServerInThread]) -> None:
     def load(_config: ServeConfig) -> TeacherEngine:
         raise UnsupportedModelError("no such attention")
 
@@ -145,7 +145,7 @@ def test_loading_that_fails_ends_the_server_with_that_error(start: Callable[...,
         start(crash).ended.result(20)
 
 
-def test_a_teacher_that_fails_its_self_test_never_serves(start: Callable[..., ServerInThread]) -> None:
+def test_a_failed_self_test_ends_the_server(start: Callable[..., ServerInThread]) -> None:
     def load(config: ServeConfig) -> TeacherEngine:
         return FakeEngine(config, FakeModel(layers=2), FakeFaults(not_finite=frozenset({"self-test"})))
 
@@ -153,7 +153,7 @@ def test_a_teacher_that_fails_its_self_test_never_serves(start: Callable[..., Se
         start(load).ended.result(20)
 
 
-def test_a_batch_that_the_engine_fails_on_fails_its_samples_and_nothing_else(
+def test_an_engine_error_fails_only_the_samples_of_its_batch(
     start: Callable[..., ServerInThread],
 ) -> None:
     faults = FakeFaults(fail=frozenset({"poison"}), not_finite=frozenset({"nan"}))
@@ -162,7 +162,9 @@ def test_a_batch_that_the_engine_fails_on_fails_its_samples_and_nothing_else(
     with TeacherClient(server.endpoint) as client:
         poisoned = client.fetch(PLAN, samples("a", "poison"))
         assert [outcome.code for outcome in poisoned if isinstance(outcome, RefusedSample)] == ["INTERNAL", "INTERNAL"]
-        assert all("told to fail" not in outcome.message for outcome in poisoned if isinstance(outcome, RefusedSample))
+        assert all(
+            "injected fault" not in outcome.message for outcome in poisoned if isinstance(outcome, RefusedSample)
+        )
         mixed = client.fetch(PLAN, samples("a", "nan", "b"))
         assert [isinstance(outcome, EncodedSampleKV) for outcome in mixed] == [True, False, True]
         assert isinstance(mixed[1], RefusedSample)
@@ -174,7 +176,7 @@ def test_a_batch_that_the_engine_fails_on_fails_its_samples_and_nothing_else(
     wait_until(lambda: load_of(server) == IDLE)
 
 
-def test_a_broken_engine_stops_being_ready_until_it_works_again(
+def test_the_server_is_not_ready_while_its_engine_is_broken(
     start: Callable[..., ServerInThread], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(app, "RETEST_SECONDS", 0.05)
@@ -195,7 +197,7 @@ def test_a_broken_engine_stops_being_ready_until_it_works_again(
         assert isinstance(client.fetch(PLAN, samples("c"))[0], EncodedSampleKV)
 
 
-def test_an_error_that_nobody_foresaw_shows_an_id_and_no_internals(
+def test_an_unexpected_error_shows_an_id_without_internals(
     start: Callable[..., ServerInThread], caplog: pytest.LogCaptureFixture
 ) -> None:
     class Bug(FakeEngine):
@@ -216,9 +218,9 @@ def test_an_error_that_nobody_foresaw_shows_an_id_and_no_internals(
         assert isinstance(client.fetch(PLAN, samples("fine"))[0], EncodedSampleKV)
 
 
-def test_results_that_no_frame_can_hold_end_their_stream_alone(start: Callable[..., ServerInThread]) -> None:
+def test_results_that_break_the_frame_writer_end_only_their_stream(start: Callable[..., ServerInThread]) -> None:
     class OddLayers(FakeEngine):
-        """Hands layer 0 over twice, which no plan asked for."""
+        """Emits layer 0 twice."""
 
         def prefill(
             self, batch: Sequence[TokenizedSample], layers: Sequence[int], with_importance: bool, sink: LayerSink
@@ -244,7 +246,7 @@ def start_gated(start: Callable[..., ServerInThread], **limits: object) -> tuple
     return server, engine
 
 
-def test_layers_leave_while_later_ones_are_computed(start: Callable[..., ServerInThread]) -> None:
+def test_layers_are_sent_while_later_layers_are_computed(start: Callable[..., ServerInThread]) -> None:
     server, engine = start_gated(start)
     with TeacherClient(server.endpoint) as client:
         stream = client.call(PLAN, samples("a", "b"))
@@ -256,7 +258,7 @@ def test_layers_leave_while_later_ones_are_computed(start: Callable[..., ServerI
     assert [record["kind"] for record in rest] == ["layer", "sample_end", "sample_end", "end"]
 
 
-def test_streams_that_share_a_batch_get_each_their_own_samples(start: Callable[..., ServerInThread]) -> None:
+def test_streams_that_share_a_batch_get_their_own_samples(start: Callable[..., ServerInThread]) -> None:
     server, engine = start_gated(start)
     requests = [[Sample(f"{turn}-{i}", token_ids=(turn, i, 3, 4)) for i in range(3)] for turn in range(2)]
     with TeacherClient(server.endpoint) as client, ThreadPoolExecutor(2) as pool:
@@ -275,7 +277,7 @@ def test_streams_that_share_a_batch_get_each_their_own_samples(start: Callable[.
         assert all(torch.equal(got.parts[name], wanted.parts[name]) for name in wanted.parts)
 
 
-def test_a_full_queue_says_when_to_come_back_and_a_cancelled_call_makes_room(
+def test_a_full_queue_returns_a_retry_time_and_cancelling_makes_room(
     start: Callable[..., ServerInThread],
 ) -> None:
     server, engine = start_gated(start, max_queued_tokens=12, max_batch_tokens=8)
@@ -284,12 +286,12 @@ def test_a_full_queue_says_when_to_come_back_and_a_cancelled_call_makes_room(
         wait_until(lambda: load_of(server) == {"open_streams": 1, "queued_samples": 1, "queued_tokens": 12})
         full = client.call(PLAN, samples("d"))
         refusal = refused(lambda: list(full))
-        # gRPC's own retry policy passes over a call that had an answer, be it metadata alone.
+        # gRPC's retry policy does not retry a call that received anything, even initial metadata.
         assert not full.initial_metadata()
         assert refusal.code is grpc.StatusCode.RESOURCE_EXHAUSTED
         assert (refusal.pushback_ms or 0) >= 50
         first.cancel()
-        # What runs still counts until the engine is through with it; what waited is gone.
+        # The running sample counts until the engine has finished it; the waiting ones are removed.
         wait_until(lambda: load_of(server) == {"open_streams": 0, "queued_samples": 0, "queued_tokens": 8})
         second = client.call(PLAN, samples("d"))
         wait_until(lambda: load_of(server)["queued_tokens"] == 12)
@@ -299,7 +301,7 @@ def test_a_full_queue_says_when_to_come_back_and_a_cancelled_call_makes_room(
     wait_until(lambda: load_of(server) == IDLE)
 
 
-def test_a_passed_deadline_frees_the_slot(start: Callable[..., ServerInThread]) -> None:
+def test_an_exceeded_deadline_frees_the_slot(start: Callable[..., ServerInThread]) -> None:
     server, engine = start_gated(start, max_batch_tokens=4)
     with TeacherClient(server.endpoint) as client:
         late = refused(lambda: list(client.call(PLAN, samples("a", "b"), timeout=0.3)))
@@ -310,7 +312,7 @@ def test_a_passed_deadline_frees_the_slot(start: Callable[..., ServerInThread]) 
     assert 'code="DEADLINE_EXCEEDED",method="StreamKV"} 1.0' in server.get("/metrics").text
 
 
-def test_a_call_without_a_deadline_gets_the_servers_own(start: Callable[..., ServerInThread]) -> None:
+def test_a_call_without_a_deadline_gets_max_request_seconds(start: Callable[..., ServerInThread]) -> None:
     server, engine = start_gated(start, max_request_seconds=0.3)
     with TeacherClient(server.endpoint) as client:
         late = refused(lambda: list(client.call(PLAN, samples("a"), timeout=None)))
@@ -319,7 +321,7 @@ def test_a_call_without_a_deadline_gets_the_servers_own(start: Callable[..., Ser
     engine.gate.set()
 
 
-def test_more_open_streams_than_allowed_are_told_to_come_back(start: Callable[..., ServerInThread]) -> None:
+def test_calls_beyond_max_streams_get_a_retry_time(start: Callable[..., ServerInThread]) -> None:
     server, engine = start_gated(start, max_streams=1)
     with TeacherClient(server.endpoint) as client:
         first = client.call(PLAN, samples("a"))

@@ -1,4 +1,4 @@
-"""How a teacher server's process starts and ends: signals, draining, and starts that fail."""
+"""The lifecycle of a teacher server's process: signals, draining, and failed starts."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ from tests.support.servers import (
 
 RAW, FULL = CodecSpec(name="raw"), Selection(selector="full", span="all")
 
-# A teacher of 8 KiB of raw K/V for each token.
+# A teacher with 8 KiB of raw K/V per token.
 WIDE = "fake:layers=4,heads=4,dim=64"
 
 
-def test_sigterm_lets_a_running_stream_finish_and_takes_no_other(tmp_path: Path) -> None:
+def test_sigterm_lets_a_running_stream_finish_and_refuses_others(tmp_path: Path) -> None:
     plan = KVPlan(layers=(0, 1, 2, 3), selection=FULL, codec=RAW)
     options = {"engine": "fake", "stream_window_bytes": 1 << 20}
     with (
@@ -42,7 +42,7 @@ def test_sigterm_lets_a_running_stream_finish_and_takes_no_other(tmp_path: Path)
         frames = [next(stream)]
         teacher.signal(signal.SIGTERM)
         teacher.wait_event("draining")
-        # Its answer is far larger than what may wait for this reader, so the stream is open until it is read.
+        # The answer is far larger than the stream's window, so the stream stays open until it is read.
         ready = teacher.get("/readyz")
         assert (ready.status_code, ready.text) == (503, "the server is draining\n")
         assert health(teacher.endpoint) == health_pb2.HealthCheckResponse.NOT_SERVING
@@ -54,7 +54,7 @@ def test_sigterm_lets_a_running_stream_finish_and_takes_no_other(tmp_path: Path)
         assert teacher.wait() == 0
 
 
-def test_draining_gives_up_on_a_stream_that_does_not_end(tmp_path: Path) -> None:
+def test_draining_ends_after_drain_seconds(tmp_path: Path) -> None:
     plan = KVPlan(layers=(0, 1, 2, 3), selection=FULL, codec=RAW)
     options = {"engine": "fake", "drain_seconds": 0.3, "stream_window_bytes": 1 << 20}
     with running_teacher(WIDE, tmp_path / "log", **options) as teacher, TeacherClient(teacher.endpoint) as client:
@@ -66,7 +66,7 @@ def test_draining_gives_up_on_a_stream_that_does_not_end(tmp_path: Path) -> None
         refused(lambda: list(stream))
 
 
-def test_a_second_signal_ends_at_once(tmp_path: Path) -> None:
+def test_a_second_signal_exits_at_once(tmp_path: Path) -> None:
     plan = KVPlan(layers=(0, 1, 2), selection=FULL, codec=RAW)
     with (
         running_teacher("fake:layers=3,delay_ms=100", tmp_path / "log", engine="fake") as teacher,
@@ -81,7 +81,7 @@ def test_a_second_signal_ends_at_once(tmp_path: Path) -> None:
         stream.cancel()
 
 
-def test_a_model_that_cannot_be_loaded_ends_the_process_with_one_clear_line(tmp_path: Path) -> None:
+def test_a_loading_error_ends_the_process_with_one_line(tmp_path: Path) -> None:
     teacher = start_teacher(tmp_path / "nowhere", tmp_path / "log")
     with pytest.raises(ServerStartError):
         teacher.wait_ready()
@@ -91,7 +91,7 @@ def test_a_model_that_cannot_be_loaded_ends_the_process_with_one_clear_line(tmp_
     assert "Traceback" not in (tmp_path / "log").read_text()
 
 
-def test_a_taken_port_ends_the_process_with_the_name_of_the_flag(tmp_path: Path) -> None:
+def test_a_taken_port_ends_the_process_and_names_the_flag(tmp_path: Path) -> None:
     flags = ("grpc_port", "http_port")
     with socket.create_server(("127.0.0.1", 0)) as occupant:
         taken = occupant.getsockname()[1]

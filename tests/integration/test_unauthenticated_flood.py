@@ -1,4 +1,4 @@
-"""What callers without a token can make a server hold, read and log: over real TLS, against a real process."""
+"""Limits on the memory, reads and log lines that unauthenticated callers can cause: real TLS, a real process."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from grpc_health.v1 import health_pb2
 from kvcore.wire.channel_arguments import MAX_METADATA_BYTES
 from protos import kv_cache_pb2 as pb
 from teacher_server.config import MIB
-from teacher_server.limits import MAX_OPEN_REFLECTIONS
 from teacher_server.monitoring.logs import LINES_AT_ONCE
+from teacher_server.requests.connection_limits import MAX_OPEN_REFLECTIONS
 from tests.integration.test_secure_transport import SECRET, certificate
 from tests.support.servers import TeacherProcess, running_teacher, wait_until
 
@@ -48,13 +48,13 @@ def channel(teacher: TeacherProcess, cert: Path) -> Iterator[grpc.Channel]:
 
 
 def peak_mb(teacher: TeacherProcess) -> float:
-    """The most memory that the server ever had resident."""
+    """The server's peak resident memory."""
     status = Path(f"/proc/{teacher.pid}/status").read_text(encoding="ascii")
     return int(status.split("VmHWM:")[1].split()[0]) / 1024
 
 
 def flood(call: Callable[[int], object], calls: int) -> Counter[grpc.StatusCode]:
-    """Makes many calls at once, and counts how they ended."""
+    """Make many concurrent calls, and count their statuses."""
 
     def outcome(number: int) -> grpc.StatusCode:
         try:
@@ -69,7 +69,7 @@ def flood(call: Callable[[int], object], calls: int) -> Counter[grpc.StatusCode]
 
 
 @pytest.mark.parametrize(("path", "code"), [(STREAM_KV, "UNAUTHENTICATED"), (CHECK, "INVALID_ARGUMENT")])
-def test_large_requests_without_a_token_are_refused_in_little_memory(
+def test_unauthenticated_large_requests_use_little_memory(
     teacher: TeacherProcess, channel: grpc.Channel, path: str, code: str
 ) -> None:
     body = pb.KVRequest(request_id="a" * BYTES).SerializeToString()  # a HealthCheckRequest too
@@ -83,9 +83,7 @@ def test_large_requests_without_a_token_are_refused_in_little_memory(
     assert check(b"", timeout=30).status == health_pb2.HealthCheckResponse.SERVING
 
 
-def test_the_log_of_refused_calls_is_limited_and_counts_what_it_left_out(
-    teacher: TeacherProcess, channel: grpc.Channel
-) -> None:
+def test_log_lines_of_refused_calls_are_limited_and_counted(teacher: TeacherProcess, channel: grpc.Channel) -> None:
     calls = LINES_AT_ONCE + 200
     describe = channel.unary_unary(DESCRIBE)
     codes = flood(lambda _: [refused_describe(describe) for _ in range(calls // 10)], 10)
@@ -98,11 +96,11 @@ def test_the_log_of_refused_calls_is_limited_and_counts_what_it_left_out(
 
 
 def refused_describe(describe: Any) -> None:
-    with pytest.raises(grpc.RpcError, match="asks for a token"):
+    with pytest.raises(grpc.RpcError, match="requires a token"):
         describe(b"", timeout=30)
 
 
-def test_metadata_past_the_limit_is_refused_and_below_it_is_not(channel: grpc.Channel) -> None:
+def test_only_metadata_over_the_limit_is_refused(channel: grpc.Channel) -> None:
     check = channel.unary_unary(CHECK)
     check(b"", timeout=30, metadata=(("x-filler", "x" * (MAX_METADATA_BYTES - 1024)),))
     with pytest.raises(grpc.RpcError) as caught:
@@ -111,7 +109,7 @@ def test_metadata_past_the_limit_is_refused_and_below_it_is_not(channel: grpc.Ch
     assert failed.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
 
 
-def test_only_a_few_callers_hold_reflection_open_and_the_next_is_refused(channel: grpc.Channel) -> None:
+def test_open_reflection_calls_are_limited(channel: grpc.Channel) -> None:
     reflect = channel.stream_stream(REFLECT)
     ended = threading.Event()
 

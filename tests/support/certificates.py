@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def certificate(directory: Path) -> tuple[Path, Path]:
-    """A certificate of this machine's loopback, signed by itself, and its key."""
+    """A self-signed certificate for the loopback address, and its key."""
     directory.mkdir()
     cert, key = directory / "tls.crt", directory / "tls.key"
     request = ("openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=localhost")

@@ -16,7 +16,7 @@ def unchanged(message: bytes) -> bytes:
 
 
 def flip(message: bytes, bit: int) -> bytes:
-    """The message with one bit flipped; `bit` counts modulo the message's bits."""
+    """The message with one bit flipped; `bit` is taken modulo the message's number of bits."""
     at = bit % (8 * len(message))
     damaged = bytearray(message)
     damaged[at // 8] ^= 1 << at % 8
@@ -24,7 +24,7 @@ def flip(message: bytes, bit: int) -> bytes:
 
 
 class DamagingProxy(grpc.GenericRpcHandler):
-    """Passes StreamKV and Generate on as bytes, through `request` and `response`; other calls as they are."""
+    """Forwards StreamKV and Generate as bytes through `request` and `response`, and other calls unchanged."""
 
     def __init__(self, endpoint: str) -> None:
         self.request: Damage = unchanged

@@ -1,6 +1,6 @@
-"""What every teacher engine promises; a module of tests imports all of it and says what `engine` is.
+"""The contract of every teacher engine. A test module imports all of it and defines the fixture `engine`.
 
-The engine's teacher has three layers and reads at most 512 tokens.
+The teacher has three layers and takes at most 512 tokens.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from teacher_server.engines.base import (
 
 RAW = CodecSpec(name="raw")
 EVERYTHING = KVPlan(layers=(0, 1, 2), selection=Selection(selector="full", span="all"), codec=RAW)
-# Between two passes over the same tokens in other company, fp32.
+# Between two batches with the same sample, fp32.
 TOLERANCE = 1e-4
 TEXTS = (
     ("The start is 3. ", "3 + 4 = 7, so 0; 0 x 2 = 0. ", "The answer is 2."),
@@ -57,13 +57,13 @@ def read_batch(engine: TeacherEngine) -> list[TokenizedSample]:
 
 @dataclass
 class Outcome:
-    """What a batch gave."""
+    """The results and failures of a batch."""
 
     results: list[LayerResult] = field(default_factory=list)
     failures: list[SampleFailure] = field(default_factory=list)
 
     def of(self, row: int) -> list[tuple[LayerResult, int]]:
-        """One sample's layers, in the order in which they came, and its place in each result."""
+        """One sample's layers in the order of arrival, and its index in each result."""
         return [(result, result.indices.index(row)) for result in self.results if row in result.indices]
 
     def tensors(self, row: int, kind: str, plan: KVPlan) -> list[Tensor]:
@@ -106,7 +106,7 @@ def test_each_sample_gets_its_layers_once_in_order_with_the_geometry_that_info_s
                 assert result.relative_error[kind][place] == 0.0
 
 
-def test_what_a_sample_gets_does_not_depend_on_its_batch(engine: TeacherEngine) -> None:
+def test_results_do_not_depend_on_the_batch(engine: TeacherEngine) -> None:
     batch = read_batch(engine)
     together = run_everything(engine, batch)
     for row, tokens in enumerate(batch):
@@ -159,7 +159,7 @@ def test_plans_of_all_kinds_share_a_batch(engine: TeacherEngine) -> None:
                     )
 
 
-def test_an_error_budget_ends_the_sample_that_passes_it_and_no_other(engine: TeacherEngine) -> None:
+def test_a_sample_over_its_error_budget_fails_alone(engine: TeacherEngine) -> None:
     first, second = read_batch(engine)[1:3]
     strict = KVPlan(
         layers=(0, 1), selection=Selection(span="all"), codec=CodecSpec(name="int8", max_relative_error=1e-6)
@@ -172,7 +172,7 @@ def test_an_error_budget_ends_the_sample_that_passes_it_and_no_other(engine: Tea
     assert len(outcome.of(1)) == 3
 
 
-def test_a_receiver_that_raises_ends_the_batch_and_the_engine_serves_on(engine: TeacherEngine) -> None:
+def test_an_error_in_emit_ends_the_batch_and_the_engine_still_works(engine: TeacherEngine) -> None:
     batch = read_batch(engine)
     samples = [PlannedSample(tokens, EVERYTHING) for tokens in batch]
 
@@ -184,7 +184,7 @@ def test_a_receiver_that_raises_ends_the_batch_and_the_engine_serves_on(engine: 
     assert not run_everything(engine, batch).failures
 
 
-def test_a_batch_that_nobody_waits_for_ends(engine: TeacherEngine) -> None:
+def test_an_unwanted_batch_ends(engine: TeacherEngine) -> None:
     outcome = Outcome()
     samples = [PlannedSample(tokens, EVERYTHING) for tokens in read_batch(engine)]
     engine.run(samples, outcome.results.append, outcome.failures.append, lambda row: row == 1)
@@ -195,7 +195,7 @@ def test_a_batch_that_nobody_waits_for_ends(engine: TeacherEngine) -> None:
 # ---------------------------------------------------------------------------------------------------- reading
 
 
-def test_tokens_belong_to_the_span_that_their_last_byte_lies_in(engine: TeacherEngine) -> None:
+def test_a_token_belongs_to_the_span_of_its_last_byte(engine: TeacherEngine) -> None:
     for index in range(len(TEXTS)):
         sample = make_sample(index)
         tokens = engine.tokenize(sample)
@@ -212,7 +212,7 @@ def test_tokens_belong_to_the_span_that_their_last_byte_lies_in(engine: TeacherE
             assert [SPAN_KINDS[span_id]] == expected
 
 
-def test_token_ids_read_as_the_text_they_came_from(engine: TeacherEngine) -> None:
+def test_token_ids_of_a_text_give_the_same_sample(engine: TeacherEngine) -> None:
     for index in range(len(TEXTS)):
         read = engine.tokenize(make_sample(index))
         given = Sample("ids", token_ids=read.token_ids, spans=(Span("answer", 1, len(read.token_ids)),))
@@ -249,9 +249,7 @@ LONG = "a b c d e f g h i j k l m n o p " * 64
         ),
     ],
 )
-def test_samples_that_cannot_be_read_are_refused_by_field(
-    engine: TeacherEngine, sample: Sample, field: str, problem: str
-) -> None:
+def test_invalid_samples_are_refused_by_field(engine: TeacherEngine, sample: Sample, field: str, problem: str) -> None:
     with pytest.raises(FieldError) as caught:
         engine.tokenize(sample)
     assert caught.value.field == field

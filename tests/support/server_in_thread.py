@@ -18,7 +18,7 @@ CONFIG = ServeConfig(model="fake:layers=2", engine="fake", drain_seconds=0.2, ma
 
 
 class ServerInThread:
-    """A whole server on an event loop of its own, with an engine that the test can reach."""
+    """A whole server on its own event loop, with an engine that the test can access."""
 
     def __init__(self, load: Callable[[ServeConfig], TeacherEngine], config: ServeConfig = CONFIG) -> None:
         self.server: app.TeacherServer

@@ -1,4 +1,4 @@
-"""A request that gRPC's asyncio server cannot read: the byte 0xff in its path, which is no UTF-8."""
+"""A request that gRPC's asyncio server cannot parse: its path contains 0xff, which is not UTF-8."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ _HEADERS, _END_OF_HEADERS_AND_STREAM = 0x1, 0x5
 
 
 def send_unreadable_request(port: int, *, tls: bool = False) -> socket.socket:
-    """Sends it over HTTP/2 without a token; the connection stays open until the caller closes it."""
+    """Send it over HTTP/2 without a token; the connection stays open until the caller closes it."""
     connection = socket.create_connection(("127.0.0.1", port), timeout=10)
     if tls:
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
@@ -18,7 +18,7 @@ def send_unreadable_request(port: int, *, tls: bool = False) -> socket.socket:
         context.set_alpn_protocols(["h2"])
         connection = context.wrap_socket(connection)
     headers = {b":path": b"/a/\xff", b":authority": b"x", b"te": b"trailers", b"content-type": b"application/grpc"}
-    # 0x83 and 0x86 are HPACK's `:method: POST` and `:scheme: http`; the others are literals that are not indexed.
+    # 0x83 and 0x86 are HPACK's `:method: POST` and `:scheme: http`; the other headers are literals without indexing.
     block = b"\x83\x86" + b"".join(b"\0" + _sized(name) + _sized(value) for name, value in headers.items())
     preface = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
     request = _frame(_HEADERS, _END_OF_HEADERS_AND_STREAM, 1, block)

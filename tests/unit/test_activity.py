@@ -1,4 +1,4 @@
-"""Who is connected to a server, and what went wrong lately."""
+"""The record of a server's open calls, callers, problems and throughput."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def ended(activity: Activity, code: str, problem: str = "", **rest: object) -> N
         pass
 
 
-def test_a_call_is_shown_while_it_runs_and_not_afterwards() -> None:
+def test_a_call_is_listed_only_while_it_runs() -> None:
     activity = Activity()
     with activity.during(Call("StreamKV", "ipv4:10.0.0.1:5000")):
         current_call().request_id, current_call().sent_bytes = "step7", 2048
@@ -35,14 +35,14 @@ def test_a_call_is_shown_while_it_runs_and_not_afterwards() -> None:
     assert activity.connections() == []
 
 
-def test_a_call_that_raises_is_forgotten_too() -> None:
+def test_a_call_that_raises_is_no_longer_listed() -> None:
     activity = Activity()
     with pytest.raises(RuntimeError), activity.during(Call("StreamKV", "peer")):
         raise RuntimeError
     assert activity.connections() == []
 
 
-def test_who_called_is_known_for_a_minute(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_callers_are_listed_for_one_minute(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 1000.0
     monkeypatch.setattr(time, "monotonic", lambda: now)
     activity = Activity()
@@ -59,7 +59,7 @@ def test_who_called_is_known_for_a_minute(monkeypatch: pytest.MonkeyPatch) -> No
     assert [one["peer"] for one in activity.callers()] == ["ada:1"]
 
 
-def test_many_callers_take_no_more_than_their_room() -> None:
+def test_the_list_of_callers_is_bounded() -> None:
     activity = Activity()
     for number in range(2 * MAX_CALLERS):
         with activity.during(Call("StreamKV", f"peer:{number}")):
@@ -68,7 +68,7 @@ def test_many_callers_take_no_more_than_their_room() -> None:
     assert activity.callers()[0]["peer"] == f"peer:{2 * MAX_CALLERS - 1}"
 
 
-def test_failures_are_told_the_latest_first_and_neither_success_nor_a_caller_that_left_is_one() -> None:
+def test_problems_are_listed_latest_first_without_successes_and_cancellations() -> None:
     activity = Activity()
     ended(activity, "INVALID_ARGUMENT", "plan.layers: got 99")
     ended(activity, "OK", samples=3)
@@ -80,7 +80,7 @@ def test_failures_are_told_the_latest_first_and_neither_success_nor_a_caller_tha
     ]
 
 
-def test_the_same_failure_with_other_figures_is_counted_and_pushes_no_other_out() -> None:
+def test_problems_that_differ_only_in_numbers_are_counted_as_one() -> None:
     activity = Activity()
     ended(activity, "INTERNAL", "internal error")
     for tokens in range(10 * MAX_PROBLEMS):
@@ -90,7 +90,7 @@ def test_the_same_failure_with_other_figures_is_counted_and_pushes_no_other_out(
     assert (broken["code"], broken["count"]) == ("INTERNAL", 1)
 
 
-def test_neither_many_failures_nor_long_ones_take_more_than_their_room() -> None:
+def test_the_list_of_problems_and_their_length_are_bounded() -> None:
     activity = Activity()
     for letter in range(2 * MAX_PROBLEMS):
         ended(activity, "INVALID_ARGUMENT", chr(97 + letter) * 10_000)
@@ -98,7 +98,7 @@ def test_neither_many_failures_nor_long_ones_take_more_than_their_room() -> None
     assert {len(one["problem"]) for one in activity.problems()} == {MAX_PROBLEM_LENGTH}
 
 
-def test_rates_are_those_of_the_last_minute(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_throughput_covers_the_last_minute(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 1000.0
     monkeypatch.setattr(time, "monotonic", lambda: now)
     activity = Activity()

@@ -1,4 +1,4 @@
-"""The attention of an answer, from queries caught while its prompt was computed in any number of passes."""
+"""The attention of an answer, from queries that were collected while its prompt was computed in several passes."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ class Request:
         self.name, self.length, self.answer = name, length, answer
         self.layers: frozenset[str] = frozenset(LAYERS)
         count = -(-length // BLOCK_SIZE)
-        # Neither ascending nor one after the other.
+        # Not ascending and not adjacent.
         self.blocks = [first_block + (place * 5) % 7 for place in range(count)]
         generator = torch.Generator().manual_seed(first_block)
         self.query = {layer: torch.randn(length, QUERY_HEADS, DIM, generator=generator) for layer in LAYERS}
         self.key = {layer: torch.randn(length, HEADS, DIM, generator=generator) for layer in LAYERS}
 
     def segment(self, start: int, end: int) -> Segment:
-        """As the scheduler tells it: blocks of what is computed so far."""
+        """The segment of the scheduler: blocks of the tokens that are computed so far."""
         return Segment(self.answer, start, end, self.blocks[: -(-end // BLOCK_SIZE)], self.layers)
 
     def slots(self, start: int, end: int) -> list[int]:
@@ -56,8 +56,8 @@ def compute(queries: AnswerQueries, parts: Sequence[Part], ended: Sequence[str] 
             queries.add(request.name, request.segment(start, end))
     slots_T = torch.tensor([slot for request, start, end in parts for slot in request.slots(start, end)])
     for layer in LAYERS:
-        if queries.wanted:
-            queries.seen(layer, torch.cat([request.query[layer][start:end] for request, start, end in parts]))
+        if queries.needed:
+            queries.observe(layer, torch.cat([request.query[layer][start:end] for request, start, end in parts]))
         queries.keep(layer, slots_T)
 
 
@@ -78,7 +78,7 @@ def importance_of(
 
 
 def naive(request: Request, layer: str) -> tuple[list[list[float]], list[list[float]]]:
-    """By definition, in fp64: of each KV head and token the largest query head, and the mean of them."""
+    """By definition, in fp64: per KV head and token, the maximum and the mean over query heads."""
     group = QUERY_HEADS // HEADS
     largest = [[0.0] * request.length for _ in range(HEADS)]
     mean = [[0.0] * request.length for _ in range(HEADS)]
@@ -122,7 +122,7 @@ def test_one_pass_gives_exact_attention(queries: AnswerQueries) -> None:
 
 @settings(max_examples=30)
 @given(cuts=st.sets(st.integers(1, 15)), other_cuts=st.sets(st.integers(1, 8)))
-def test_a_prompt_may_be_computed_in_any_number_of_passes(cuts: set[int], other_cuts: set[int]) -> None:
+def test_attention_is_exact_for_prompts_in_any_number_of_passes(cuts: set[int], other_cuts: set[int]) -> None:
     queries = AnswerQueries(BLOCK_SIZE)
     first, second = Request("a", 16, answer_of(3, 9, 10, 15), 1), Request("b", 9, answer_of(2, 8), 20)
     rest = [_parts(second, other_cuts), _parts(first, cuts)]
@@ -136,7 +136,7 @@ def _parts(request: Request, cuts: set[int]) -> list[Part]:
     return [(request, start, end) for start, end in zip([0, *ends[:-1]], ends, strict=True)]
 
 
-def test_requests_without_an_answer_get_zeros_beside_those_with_one(queries: AnswerQueries) -> None:
+def test_requests_without_an_answer_get_zeros_in_a_mixed_batch(queries: AnswerQueries) -> None:
     asked, plain = Request("a", 7, answer_of(5, 6), 1), Request("b", 12, answer_of(), 20)
     compute(queries, [(plain, 0, 12), (asked, 0, 7)])
     found = importance_of(queries, [plain, asked])
@@ -145,19 +145,19 @@ def test_requests_without_an_answer_get_zeros_beside_those_with_one(queries: Ans
     torch.testing.assert_close(found[0][1, :, :7].double(), torch.tensor(naive(asked, "first")[0]).double())
 
 
-def test_nothing_is_taken_where_no_plan_asks(queries: AnswerQueries) -> None:
+def test_take_returns_none_if_no_plan_needs_queries(queries: AnswerQueries) -> None:
     plain = Request("b", 12, answer_of(), 20)
     compute(queries, [(plain, 0, 12)])
-    assert not queries.wanted
+    assert not queries.needed
     assert importance_of(queries, [plain]) is None
 
 
-def test_a_pass_without_tokens_of_an_answer_wants_no_queries(queries: AnswerQueries) -> None:
+def test_a_pass_without_answer_tokens_needs_no_queries(queries: AnswerQueries) -> None:
     request = Request("a", 12, answer_of(9), 1)
     compute(queries, [(request, 0, 8)])
-    assert not queries.wanted
+    assert not queries.needed
     compute(queries, [(request, 8, 12)])
-    assert queries.wanted
+    assert queries.needed
     assert_exact(queries, [request])
 
 
@@ -170,15 +170,15 @@ def test_a_preempted_request_starts_over(queries: AnswerQueries) -> None:
     assert_exact(queries, [request])
 
 
-def test_queries_that_were_not_computed_are_missed(queries: AnswerQueries) -> None:
+def test_missing_queries_raise(queries: AnswerQueries) -> None:
     request = Request("a", 12, answer_of(2, 9), 1)
-    # As where the prefix cache holds the first tokens.
+    # As if the prefix cache held the first tokens.
     compute(queries, [(request, 8, 12)])
     with pytest.raises(RuntimeError, match="queries of the answer are not complete"):
         importance_of(queries, [request])
 
 
-def test_queries_are_taken_once_and_forgotten_with_their_request(queries: AnswerQueries) -> None:
+def test_queries_are_removed_when_taken_and_when_their_request_ends(queries: AnswerQueries) -> None:
     first, second = Request("a", 6, answer_of(5), 1), Request("b", 6, answer_of(5), 20)
     compute(queries, [(first, 0, 6), (second, 0, 6)])
     assert importance_of(queries, [first]) is not None
@@ -189,7 +189,7 @@ def test_queries_are_taken_once_and_forgotten_with_their_request(queries: Answer
         importance_of(queries, [second])
 
 
-def test_heads_of_other_ranks_are_put_in(queries: AnswerQueries) -> None:
+def test_query_heads_of_other_ranks_are_included(queries: AnswerQueries) -> None:
     request = Request("a", 6, answer_of(5), 1)
     compute(queries, [(request, 0, 6)])
     taken = queries.take("first", ["a"], [request.answer])
@@ -200,7 +200,7 @@ def test_heads_of_other_ranks_are_put_in(queries: AnswerQueries) -> None:
     assert (both.rows, both.answers) == ([0], [[5]])
 
 
-def test_layers_that_no_plan_asks_for_keep_nothing() -> None:
+def test_no_queries_are_kept_for_layers_outside_the_plan() -> None:
     queries, request = AnswerQueries(BLOCK_SIZE), Request("a", 9, np.array([7, 8]), 3)
     request.layers = frozenset({LAYERS[0]})
     compute(queries, [(request, 0, 9)])

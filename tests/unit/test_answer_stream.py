@@ -1,16 +1,16 @@
-"""An answer on its way out ends once, after its last sample."""
+"""An answer stream ends once, after its last sample."""
 
 from __future__ import annotations
 
 import asyncio
 
 from kvcore.wire.frames import FrameWriter, unpack_frame
-from teacher_server.answer_stream import AnswerStream
+from teacher_server.requests.answer_stream import AnswerStream
 from tests.support.streams import PLAN, REQUEST
 
 
-def test_a_stream_ends_once_although_a_batch_ends_after_its_last_sample() -> None:
-    """A sample may fail in the middle of its batch; what was being written for the others fails before that ends."""
+def test_a_stream_ends_once_if_its_batch_ends_after_its_last_sample() -> None:
+    """Samples may fail in the middle of their batch, and the batch ends later."""
 
     async def kinds() -> list[str]:
         stream = AnswerStream(FrameWriter(REQUEST, PLAN, ["a", "b"], 1 << 20), 2, lambda _status: None)

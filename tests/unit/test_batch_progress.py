@@ -1,4 +1,4 @@
-"""What a batch on vLLM tells its caller: each layer, each failure once, and nothing of other batches."""
+"""A batch on vLLM emits each layer and each failure once, and nothing of other batches."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ PLAN = KVPlan(layers=(0, 1), selection=Selection(span="all"), codec=CodecSpec(na
 
 @dataclass
 class Batch:
-    """Two samples, and what their caller and vLLM are told."""
+    """A batch of two samples, and the calls that its caller and vLLM get."""
 
     results: list[LayerResult] = field(default_factory=list)
     failures: list[SampleFailure] = field(default_factory=list)
@@ -40,7 +40,7 @@ def layer(number: int, *tags: str) -> LayerMessage:
     )
 
 
-def test_layers_complete_a_batch_and_their_seconds_add_up() -> None:
+def test_a_batch_ends_when_all_layers_arrived_and_sums_encoding_times() -> None:
     batch = Batch()
     for number in (0, 1):
         batch.progress.on_message(layer(number, "a", "b"))
@@ -55,7 +55,7 @@ def test_layers_complete_a_batch_and_their_seconds_add_up() -> None:
     assert timings.prefill_s > 0.0
 
 
-def test_what_is_left_of_another_batch_changes_nothing() -> None:
+def test_events_of_another_batch_are_ignored() -> None:
     batch = Batch()
     batch.progress.on_ended(Ended("earlier", "refused", 9))
     batch.progress.on_message(layer(0, "earlier"))
@@ -65,7 +65,7 @@ def test_what_is_left_of_another_batch_changes_nothing() -> None:
     assert batch.progress.timings().cached_tokens == 0
 
 
-def test_a_refused_sample_fails_once_and_the_other_goes_on() -> None:
+def test_a_sample_that_vllm_refuses_fails_once_and_alone() -> None:
     batch = Batch()
     batch.progress.on_ended(Ended("a", "too long"))
     batch.progress.on_message(FailureMessage(["a"], "again"))
@@ -74,7 +74,7 @@ def test_a_refused_sample_fails_once_and_the_other_goes_on() -> None:
     assert [result.indices for result in batch.results] == [[1]]
 
 
-def test_a_sample_that_is_given_up_is_aborted_and_not_told() -> None:
+def test_an_unwanted_sample_is_aborted_without_a_failure() -> None:
     batch = Batch()
     batch.progress.give_up(lambda row: row == 1)
     batch.progress.on_message(layer(0, "a"))
@@ -84,7 +84,7 @@ def test_a_sample_that_is_given_up_is_aborted_and_not_told() -> None:
     assert not batch.results
 
 
-def test_layers_that_do_not_come_fail_their_sample_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_overdue_layers_fail_their_sample(monkeypatch: pytest.MonkeyPatch) -> None:
     batch = Batch()
     monkeypatch.setattr(batch_progress, "HANDOVER_SECONDS", 0.0)
     batch.progress.give_up(lambda _row: True)
@@ -93,24 +93,24 @@ def test_layers_that_do_not_come_fail_their_sample_in_time(monkeypatch: pytest.M
     batch.progress.give_up(lambda _row: True)
     (failure,) = batch.failures
     assert failure.index == 0
-    assert "not complete" in failure.problem
+    assert "incomplete" in failure.problem
     assert batch.assembly.open_rows() == [1]
 
 
-def test_ranks_encode_side_by_side() -> None:
+def test_encoding_time_is_that_of_the_slowest_rank() -> None:
     batch = Batch()
     batch.progress.on_message(layer(0, "a"))
     batch.progress.on_message(dataclasses.replace(layer(0, "b"), heads_from=1, encode_s=0.75))
     assert batch.progress.timings().encode_s == 0.75
 
 
-def test_a_batch_that_was_given_up_runs_no_longer() -> None:
+def test_a_batch_ends_when_all_its_samples_are_unwanted() -> None:
     batch = Batch()
     batch.progress.give_up(lambda _row: False)
     assert not batch.progress.runs
 
 
-def test_while_layers_come_none_is_overdue(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_arriving_layers_extend_the_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
     batch = Batch()
     monkeypatch.setattr(batch_progress, "HANDOVER_SECONDS", 0.0)
     batch.progress.on_ended(Ended("a", None))

@@ -1,4 +1,4 @@
-"""The arguments of gRPC servers and channels: the core ignores names that it does not know, so these are checked."""
+"""The arguments of gRPC servers and channels. gRPC's core ignores unknown names, so these tests check them."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ ARGUMENTS = [*server_arguments(1, 1), *client_arguments(1, 1.0)]
 
 
 @pytest.mark.parametrize("name", sorted({name for name, _ in ARGUMENTS}))
-def test_the_installed_grpc_core_knows_the_argument(name: str) -> None:
-    # A string ends with a zero byte. Before it the linker may put the start of a longer string that it shares.
+def test_the_installed_grpc_core_supports_the_argument(name: str) -> None:
+    # A string ends with a zero byte. It may be the end of a longer string, because linkers merge strings.
     whole_name = rb"(?<![a-z_.])" + re.escape(name.encode()) + rb"\0"
     assert re.search(whole_name, Path(cygrpc.__file__).read_bytes()) is not None, f"the core does not know {name}"
 
@@ -23,13 +23,11 @@ def test_the_installed_grpc_core_knows_the_argument(name: str) -> None:
 @pytest.mark.parametrize(
     ("timeout_s", "ping_interval_ms"), [(1.0, 5000), (32.0, 16_000), (120.0, 60_000), (600.0, 300_000), (1e6, 300_000)]
 )
-def test_clients_ping_after_half_of_the_timeout_within_what_servers_bear(
-    timeout_s: float, ping_interval_ms: int
-) -> None:
+def test_clients_ping_at_half_of_the_timeout_within_the_servers_limits(timeout_s: float, ping_interval_ms: int) -> None:
     assert dict(client_arguments(1, timeout_s))["grpc.keepalive_time_ms"] == ping_interval_ms
 
 
-def test_only_one_module_names_arguments_of_the_core() -> None:
+def test_only_one_module_names_grpc_core_arguments() -> None:
     root = Path(__file__).parents[2]
     folders = ("student_trainer", "teacher_server", "extraction", "evaluation", "experiments", "kvdistill", "kvcore")
     naming = {

@@ -1,4 +1,4 @@
-"""Which models the Hugging Face engine serves, which it refuses, and how it says so."""
+"""The models and options that the Hugging Face engine accepts or refuses."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def test_models_whose_kv_or_attention_would_be_inexact_are_refused(
         load_engine(serve(save(config, tmp_path)))
 
 
-def test_an_attention_with_arguments_of_its_own_is_refused(tiny: Path) -> None:
+def test_attention_with_unsupported_arguments_is_refused(tiny: Path) -> None:
     def add_sinks(module: torch.nn.Module, args: object, kwargs: dict[str, object]) -> tuple[object, dict[str, object]]:
         return args, {**kwargs, "s_aux": torch.zeros(4)}
 
@@ -123,7 +123,7 @@ def garbled_tokenizer(directory: Path) -> None:
         (garbled_tokenizer, "tokenizer of .* cannot be loaded"),
     ],
 )
-def test_a_damaged_model_is_named_with_what_is_wrong(tiny: Path, damage: Callable[[Path], None], reason: str) -> None:
+def test_a_damaged_checkpoint_is_refused(tiny: Path, damage: Callable[[Path], None], reason: str) -> None:
     damage(tiny)
     with pytest.raises(FieldError, match=reason) as caught:
         load_engine(serve(tiny))
@@ -136,32 +136,32 @@ def test_a_damaged_model_is_named_with_what_is_wrong(tiny: Path, damage: Callabl
         ({"load_in_8bit": True}, "load_in_8bit", "needs a GPU"),
         ({"load_in_4bit": True}, "load_in_4bit", "needs a GPU"),
         ({"device": "cuda:7"}, "device", "cuda:7"),
-        ({"max_sample_tokens": 513}, "max_sample_tokens", "got 513; the model reads at most 512"),
+        ({"max_sample_tokens": 513}, "max_sample_tokens", "got 513; the model takes at most 512"),
         ({"revision": "main"}, "revision", "no revisions"),
-        ({"model": "no-such-directory-or-model"}, "model", "is no directory"),
+        ({"model": "no-such-directory-or-model"}, "model", "is not a directory"),
         ({"model": "fake:layers=0", "engine": "fake"}, "model", "too small"),
         ({"model": "fake:depth=3", "engine": "fake"}, "model", "known: layers, heads, dim, delay_ms"),
-        ({"model": "fake:layers=three", "engine": "fake"}, "model", "no number"),
+        ({"model": "fake:layers=three", "engine": "fake"}, "model", "is not a number"),
     ],
 )
-def test_options_that_cannot_be_had_are_named(tiny: Path, options: dict[str, object], field: str, reason: str) -> None:
+def test_unavailable_options_are_refused(tiny: Path, options: dict[str, object], field: str, reason: str) -> None:
     with pytest.raises(FieldError, match=reason) as caught:
         load_engine(serve(tiny, **options))
     assert caught.value.field == field
 
 
-def test_the_longest_sample_is_the_models_context_unless_set(tiny: Path) -> None:
+def test_max_sample_tokens_defaults_to_the_models_context(tiny: Path) -> None:
     assert load_engine(serve(tiny)).info.max_sample_tokens == 512
     assert load_engine(serve(tiny, max_sample_tokens=100)).info.max_sample_tokens == 100
 
 
-def test_a_half_precision_teacher_states_it_and_is_another_teacher(tiny: Path) -> None:
+def test_dtype_is_part_of_the_teachers_identity(tiny: Path) -> None:
     full, half = load_engine(serve(tiny)).info, load_engine(serve(tiny, dtype="bf16")).info
     assert (full.dtype, half.dtype) == ("fp32", "bf16")
     assert not full.same_teacher(half)
 
 
-def test_the_digest_follows_the_weights_and_the_configuration_alone(tiny: Path, tmp_path: Path) -> None:
+def test_the_digest_depends_only_on_weights_and_configuration(tiny: Path, tmp_path: Path) -> None:
     def digest(directory: Path) -> str:
         return load_engine(serve(directory, name="any")).info.weights_digest
 
@@ -179,7 +179,7 @@ def test_the_digest_follows_the_weights_and_the_configuration_alone(tiny: Path, 
     assert digest(moved) != first
 
 
-def test_sharded_weights_are_digested_whole(tmp_path: Path) -> None:
+def test_the_digest_covers_all_shards(tmp_path: Path) -> None:
     names = ["a.safetensors", "b.safetensors"]
     (tmp_path / weights.INDEX).write_text(json.dumps({"weight_map": dict(enumerate(names))}), encoding="utf-8")
     for name in names:
@@ -192,7 +192,7 @@ def test_sharded_weights_are_digested_whole(tmp_path: Path) -> None:
         weights.weights_digest(tmp_path, {}, "fp32")
 
 
-def test_a_large_files_digest_is_remembered_until_the_file_changes(
+def test_the_digest_of_a_large_file_is_cached_until_it_changes(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))

@@ -1,4 +1,4 @@
-"""Whatever the heads and layers are spread over, what is put together is what one process would have sent."""
+"""Results assembled from tensor-parallel ranks and pipeline stages equal those of one process."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ RAW, INT8 = CodecSpec(name="raw"), CodecSpec(name="int8", group_size=4)
 SELECTORS = ("full", "right", "uniform", "random", "keydiff", "r_kv")
 SCALE = DIM**-0.5
 TOLERANCES = {"data": (1e-6, 1e-5), "codes": (1.0, 0.0), "scale": (0.0, 0.01)}
-# Two that share a plan and a length leave in one message.
+# Samples with equal plans and lengths share messages.
 TEXTS = (("ask", "1+1=2, so", "2"), ("how", "3*3=9, so", "9"), ("why?", "because it is so", "so"), ("a", "b", "c"))
 
 
@@ -63,7 +63,7 @@ def samples() -> list[TokenizedSample]:
 
 @dataclass(frozen=True)
 class Model:
-    """What a model computes of all samples: rotated keys and values [B,H,T,D] and queries [B,Q,T,D] by layer."""
+    """A model's output for all samples: rotated keys and values [B,H,T,D] and queries [B,Q,T,D] by layer."""
 
     keys: list[Tensor]
     values: list[Tensor]
@@ -75,7 +75,7 @@ class Model:
         longest = max(len(tokens.token_ids) for tokens in samples())
 
         def draw(heads: int) -> list[Tensor]:
-            # Heads of very different size, so that each weighs otherwise in the error over all.
+            # Heads of very different norms, so that their weights in the error over all heads differ.
             size_H11 = torch.logspace(-1, 1, heads)[:, None, None]
             shape = (len(TEXTS), heads, longest, DIM)
             return [torch.randn(shape, generator=generator) * size_H11 for _ in range(LAYERS)]
@@ -83,7 +83,7 @@ class Model:
         return cls(draw(HEADS), draw(HEADS), draw(QUERY_HEADS))
 
     def importance(self, layer: int, heads: slice) -> tuple[Tensor, Tensor]:
-        """By the query heads of these KV heads."""
+        """Importance by the query heads of these KV heads."""
         answers = [[place for place, span in enumerate(tokens.span_ids) if span == 2] for tokens in samples()]
         longest = max(map(len, answers))
         index_BA = torch.tensor([[*answer, *[0] * (longest - len(answer))] for answer in answers])
@@ -94,14 +94,14 @@ class Model:
 
     @cached_property
     def content(self) -> list[Tensor]:
-        """Keys before they were rotated."""
+        """Keys before rotation."""
         position_BT = torch.arange(self.keys[0].shape[2]).expand(len(TEXTS), -1)
         return [rope().unrotate(k_BHTD, position_BT) for k_BHTD in self.keys]
 
     def prefill(
         self, batch: Sequence[TokenizedSample], layers: Sequence[int], with_importance: bool, sink: LayerSink
     ) -> None:
-        """All heads in one piece, as `LayerwiseModel` has it."""
+        """All heads at once, as in `LayerwiseModel`."""
         for layer in layers:
             importance = self.importance(layer, slice(None)) if with_importance else (None, None)
             sink(LayerOutput(layer, self.content[layer], self.values[layer], *importance))
@@ -115,7 +115,7 @@ def in_one_piece(model: Model, plans: Sequence[KVPlan]) -> Outcome:
 
 
 def sent_by(model: Model, share: HeadShare, plans: Sequence[KVPlan], layers: Sequence[int]) -> list[bytes]:
-    """What one rank sends of the layers that its pipeline stage computes."""
+    """The messages of one rank for the layers of its pipeline stage."""
     batch = [PlannedSample(tokens, plan) for tokens, plan in zip(samples(), plans, strict=True)]
     rows = [WorkerRow.unpack(worker_row(f"tag {row}", sample).pack()) for row, sample in enumerate(batch)]
     gathered = any(share.needs_others(plan) for plan in plans)
@@ -164,7 +164,7 @@ def assert_same(found: Outcome, expected: Outcome, model: Model, plans: Sequence
             assert have.parts.keys() == want.parts.keys()
             for name, part in want.parts.items():
                 assert have.parts[name].dtype == part.dtype
-                # Where cosines differ in their last bit, so may codes and the rounding of their scales.
+                # If cosines differ in the last bit, codes and the rounding of scales may differ.
                 atol, rtol = TOLERANCES[name.partition(".")[2]]
                 torch.testing.assert_close(have.parts[name][at].float(), part[place].float(), atol=atol, rtol=rtol)
             for kind in KINDS:
@@ -183,13 +183,13 @@ def error_of(result: LayerResult, place: int, kind: str, plan: KVPlan, model: Mo
     return float((decoded - exact).norm() / exact.norm())
 
 
-# ---------------------------------------------------------------------------------------------------- whole ways
+# ---------------------------------------------------------------------------------------------------- whole batches
 
 
 @pytest.mark.parametrize("codec", [RAW, INT8], ids=["raw", "int8"])
 @pytest.mark.parametrize("scope", ["head", "layer", "sample"])
 @pytest.mark.parametrize("selector", SELECTORS)
-def test_ranks_send_together_what_one_process_would(selector: str, scope: str, codec: CodecSpec) -> None:
+def test_assembled_ranks_equal_one_process(selector: str, scope: str, codec: CodecSpec) -> None:
     model, plans = Model.random(), [plan_of(selector, scope, codec)] * len(TEXTS)
     expected = in_one_piece(model, plans)
     for ranks in (1, 4, 8, 16) if selector == "r_kv" and codec == INT8 else (2,) if codec == RAW else (16,):
@@ -200,7 +200,7 @@ def test_ranks_send_together_what_one_process_would(selector: str, scope: str, c
 
 @cache
 def mixed() -> tuple[Model, list[KVPlan], Outcome, list[list[bytes]]]:
-    """Four ranks in each of two stages, plans of every kind in one pass, and a budget that one sample is past."""
+    """Four ranks in each of two stages, all kinds of plans in one pass, and an error budget that one sample exceeds."""
     wide = KVPlan(layers=(0, 1, 2), selection=Selection(selector="full"), codec=INT8)
     strict = wide.model_copy(update={"codec": INT8.model_copy(update={"max_relative_error": 1e-9})})
     plans = [wide, strict, plan_of("r_kv", "layer", layers=(0, 1, 2)), plan_of("right", "head", layers=(1, 2))]
@@ -211,7 +211,7 @@ def mixed() -> tuple[Model, list[KVPlan], Outcome, list[list[bytes]]]:
 
 @settings(max_examples=40)
 @given(data=st.data())
-def test_workers_may_be_ahead_of_each_other(data: st.DataObject) -> None:
+def test_messages_of_workers_may_arrive_in_any_interleaving(data: st.DataObject) -> None:
     model, plans, expected, sent = mixed()
     queues = [iter(payloads) for payloads in sent]
     owners = [worker for worker, payloads in enumerate(sent) for _ in payloads]
@@ -222,7 +222,7 @@ def test_workers_may_be_ahead_of_each_other(data: st.DataObject) -> None:
     assert_same(found, expected, model, plans)
 
 
-def test_what_comes_twice_or_of_other_batches_is_left_out() -> None:
+def test_duplicates_and_messages_of_other_batches_are_ignored() -> None:
     model, plans, expected, sent = mixed()
     payloads = list(itertools.chain(*sent))
     other = message(["kv-of-before"], layer=0)
@@ -230,7 +230,7 @@ def test_what_comes_twice_or_of_other_batches_is_left_out() -> None:
     assert_same(put_together(plans, doubled), expected, model, plans)
 
 
-def test_a_sample_that_one_rank_cannot_encode_ends_alone() -> None:
+def test_a_sample_that_one_rank_cannot_encode_fails_alone() -> None:
     model = Model.random()
     model.values[2][1, 5] = torch.nan
     plans = [plan_of("right", "layer")] * len(TEXTS)
@@ -241,7 +241,7 @@ def test_a_sample_that_one_rank_cannot_encode_ends_alone() -> None:
     assert_same(found, in_one_piece(model, plans), model, plans)
 
 
-def test_a_rank_that_lacks_heads_which_its_plans_weigh_is_noticed() -> None:
+def test_a_rank_without_the_heads_that_its_plans_need_raises() -> None:
     with pytest.raises(AssertionError, match="other ranks' heads"):
         WorkerStep(
             [worker_row("a", PlannedSample(samples()[0], plan_of("keydiff", "layer")))],
@@ -258,7 +258,7 @@ def test_a_rank_that_lacks_heads_which_its_plans_weigh_is_noticed() -> None:
 @pytest.mark.parametrize("ranks", [1, 2, 4, 8, 16, 32])
 def test_every_head_is_sent_once(ranks: int) -> None:
     shares = ranks_of(ranks)
-    sent = [head for share in shares if share.ships for head in range(share.first, share.first + share.count)]
+    sent = [head for share in shares if share.sends for head in range(share.first, share.first + share.count)]
     assert sent == list(range(HEADS))
     assert [share.first for share in shares] == sorted(share.first for share in shares)
     assert all(share.copies == max(1, ranks // HEADS) for share in shares)
@@ -279,13 +279,13 @@ def test_every_head_is_sent_once(ranks: int) -> None:
         ("right", "layer", 16, False),
     ],
 )
-def test_ranks_see_each_others_heads_where_the_choice_depends_on_them(
+def test_ranks_gather_heads_if_the_selection_depends_on_them(
     selector: str, scope: str, ranks: int, needed: bool
 ) -> None:
     assert HeadShare.of(0, ranks, HEADS).needs_others(plan_of(selector, scope)) == needed
 
 
-def test_attention_alone_is_gathered_where_the_only_head_is_copied() -> None:
+def test_copies_of_a_single_head_gather_only_attention() -> None:
     share = HeadShare.of(1, 2, 1)
     assert share.needs_others(plan_of("r_kv", "layer"))
     assert not share.needs_others(plan_of("keydiff", "layer"))
@@ -317,7 +317,7 @@ def assembly_of(plan: KVPlan, rows: int = 1) -> Assembly:
 FULL = KVPlan(layers=(0, 1, 2), selection=Selection(selector="full"), codec=RAW)
 
 
-def test_layers_are_held_back_until_it_is_their_turn() -> None:
+def test_layers_are_emitted_in_order() -> None:
     assembly = assembly_of(FULL)
     assert assembly.take(message(["tag 0"], 2)) == ([], [])
     assert assembly.take(message(["tag 0"], 1)) == ([], [])
@@ -327,7 +327,7 @@ def test_layers_are_held_back_until_it_is_their_turn() -> None:
     assert not assembly.is_open(0)
 
 
-def test_samples_that_share_but_some_messages_get_their_layers_in_order() -> None:
+def test_samples_that_share_some_messages_get_their_layers_in_order() -> None:
     assembly, both = assembly_of(FULL, rows=2), ["tag 0", "tag 1"]
     half = HEADS // 2
     for held in (message(both, 1, 0, half), message(both, 1, half, half)):
@@ -343,7 +343,7 @@ def test_samples_that_share_but_some_messages_get_their_layers_in_order() -> Non
     ("errors", "norms", "fails"),
     [((0.2, 0.0), (1.0, 10.0), False), ((0.0, 0.2), (1.0, 10.0), True), ((0.0, 0.0), (0.0, 0.0), False)],
 )
-def test_the_error_budget_is_that_of_all_heads(
+def test_the_error_budget_applies_to_all_heads_together(
     errors: tuple[float, float], norms: tuple[float, float], fails: bool
 ) -> None:
     codec = RAW.model_copy(update={"max_relative_error": 0.1})
@@ -355,7 +355,7 @@ def test_the_error_budget_is_that_of_all_heads(
     assert all("max_relative_error is 0.1" in failure.problem for failure in failures)
 
 
-def test_samples_of_one_message_are_each_held_to_their_own_budget() -> None:
+def test_each_sample_of_a_message_has_its_own_budget() -> None:
     strict = FULL.model_copy(update={"codec": RAW.model_copy(update={"max_relative_error": 0.1})})
     assembly = Assembly(["tag 0", "tag 1"], [FULL, strict], HEADS)
     results, failures = assembly.take(message(["tag 0", "tag 1"], 0, error=0.5))
@@ -363,7 +363,7 @@ def test_samples_of_one_message_are_each_held_to_their_own_budget() -> None:
     assert [failure.index for failure in failures] == [1]
 
 
-def test_a_sample_past_its_budget_keeps_no_layer_of_the_same_moment() -> None:
+def test_a_sample_over_budget_emits_no_other_layer_of_the_same_message() -> None:
     codec = RAW.model_copy(update={"max_relative_error": 0.1})
     assembly = assembly_of(FULL.model_copy(update={"codec": codec}))
     assembly.take(message(["tag 0"], 1, error=0.5))
@@ -373,7 +373,7 @@ def test_a_sample_past_its_budget_keeps_no_layer_of_the_same_moment() -> None:
     assert assembly.take(message(["tag 0"], 2)) == ([], [])
 
 
-def test_failures_end_their_samples_once_and_alone() -> None:
+def test_failure_messages_fail_their_samples_once_and_alone() -> None:
     assembly = assembly_of(FULL, rows=3)
     failure = FailureMessage(["tag 1", "of another batch"], "no memory")
     assert [(f.index, f.problem) for f in assembly.take(failure)[1]] == [(1, "no memory")]
@@ -384,7 +384,7 @@ def test_failures_end_their_samples_once_and_alone() -> None:
     assert assembly.open_rows() == [0]
 
 
-def test_ranks_that_chose_differently_are_a_bug() -> None:
+def test_ranks_with_different_selections_raise() -> None:
     assembly, half = assembly_of(FULL), HEADS // 2
     assembly.take(message(["tag 0"], 0, 0, half))
     other = message(["tag 0"], 0, half, half)

@@ -1,4 +1,4 @@
-"""Bytes between workers and server over real sockets: exact, authenticated, bounded, and no one waits for another."""
+"""Messages between workers and server over real sockets: exact, authenticated, bounded and without blocking."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ PATIENCE = 10.0
 
 def layer(number: int = 0, tags: tuple[str, ...] = ("a", "b"), slots: int = 3) -> LayerMessage:
     generator = torch.Generator().manual_seed(number)
-    # Not contiguous, as what is cut out of a larger tensor is.
+    # Not contiguous, like a slice of a larger tensor.
     parts = {
         str(dtype): torch.randint(-99, 99, (len(tags), 2, 4, slots), generator=generator).to(dtype).transpose(2, 3)
         for dtype in DTYPES
@@ -62,7 +62,7 @@ def assert_equal(found: Message, expected: LayerMessage) -> None:
         assert torch.equal(have, part), name
 
 
-def parcel_of(*messages: Message, tags: tuple[str, ...] = ("a", "b"), nbytes: int = 100) -> PendingMessage:
+def pending_of(*messages: Message, tags: tuple[str, ...] = ("a", "b"), nbytes: int = 100) -> PendingMessage:
     return PendingMessage(nbytes, lambda: messages, tags)
 
 
@@ -82,14 +82,14 @@ def lost() -> threading.Event:
 
 
 @pytest.fixture
-def inbox(address: Address, received: SimpleQueue[Message], lost: threading.Event) -> Iterator[MessageReceiver]:
-    inbox = MessageReceiver(address, KEY, received.put, lost.set)
-    yield inbox
-    inbox.close()
+def receiver(address: Address, received: SimpleQueue[Message], lost: threading.Event) -> Iterator[MessageReceiver]:
+    receiver = MessageReceiver(address, KEY, received.put, lost.set)
+    yield receiver
+    receiver.close()
 
 
 @pytest.fixture
-def outboxes() -> Iterator[Callable[..., MessageSender]]:
+def senders() -> Iterator[Callable[..., MessageSender]]:
     made: list[MessageSender] = []
 
     def build(address: Address, max_bytes: int = PLENTY, key: bytes = KEY) -> MessageSender:
@@ -97,8 +97,8 @@ def outboxes() -> Iterator[Callable[..., MessageSender]]:
         return made[-1]
 
     yield build
-    for outbox in made:
-        outbox.close()
+    for sender in made:
+        sender.close()
 
 
 def eventually(is_so: Callable[[], bool]) -> bool:
@@ -111,7 +111,7 @@ def eventually(is_so: Callable[[], bool]) -> bool:
 # ---------------------------------------------------------------------------------------------------- messages
 
 
-def test_a_layer_survives_its_way_bit_by_bit() -> None:
+def test_a_layer_message_round_trips_bit_for_bit() -> None:
     message = layer()
     message.parts["odd"] = torch.tensor([[float("nan"), -0.0, float("inf"), 1e-45]] * 2)
     found = unpack(pack(message))
@@ -121,7 +121,7 @@ def test_a_layer_survives_its_way_bit_by_bit() -> None:
     assert_equal(found, message)
 
 
-def test_a_failure_survives_its_way() -> None:
+def test_a_failure_message_round_trips() -> None:
     failure = FailureMessage(["a", "ö"], "no memory: 思考")
     assert unpack(pack(failure)) == failure
 
@@ -134,74 +134,74 @@ PLAIN = st.recursive(
 
 
 @given(st.binary(max_size=40) | PLAIN.map(msgpack.packb))
-def test_bytes_that_are_no_message_are_named_as_such(payload: bytes) -> None:
-    with pytest.raises(ProtocolError, match=f"sent {len(payload)} bytes that are no message"):
+def test_invalid_bytes_are_refused(payload: bytes) -> None:
+    with pytest.raises(ProtocolError, match=f"sent {len(payload)} bytes that are not a message"):
         unpack(payload)
 
 
 @pytest.mark.parametrize("cut", [1, 10, 200])
-def test_a_message_that_was_cut_off_is_no_message(cut: int) -> None:
+def test_a_truncated_message_is_refused(cut: int) -> None:
     with pytest.raises(ProtocolError):
         unpack(pack(layer())[:-cut])
 
 
 @pytest.mark.parametrize("shape", [[2, 5], [7]])
-def test_a_tensor_of_another_size_than_its_bytes_is_no_message(shape: list[int]) -> None:
+def test_a_tensor_whose_size_differs_from_its_bytes_is_refused(shape: list[int]) -> None:
     header: Any = msgpack.unpackb(pack(layer()))
     header["tensors"][0][2] = shape
     with pytest.raises(ProtocolError):
         unpack(msgpack.packb(header))
 
 
-# ---------------------------------------------------------------------------------------------------- both ends
+# ---------------------------------------------------------------------------------------------------- connections
 
 
 def test_messages_arrive_whole_and_in_order(
-    inbox: MessageReceiver, received: SimpleQueue[Message], outboxes: Callable[..., MessageSender]
+    receiver: MessageReceiver, received: SimpleQueue[Message], senders: Callable[..., MessageSender]
 ) -> None:
-    outbox = outboxes(inbox.address)
-    # Larger than any socket's buffer.
+    sender = senders(receiver.address)
+    # Larger than any socket buffer.
     messages = [layer(number, slots=2000 * number + 1) for number in range(20)]
     for message in messages:
-        outbox.put(parcel_of(message, FailureMessage(["c"], str(message.layer))))
+        sender.put(pending_of(message, FailureMessage(["c"], str(message.layer))))
     for message in messages:
         assert_equal(received.get(timeout=PATIENCE), message)
         assert received.get(timeout=PATIENCE) == FailureMessage(["c"], str(message.layer))
 
 
-def test_closing_sends_what_waits(
-    inbox: MessageReceiver, received: SimpleQueue[Message], outboxes: Callable[..., MessageSender]
+def test_closing_the_sender_sends_the_waiting_messages(
+    receiver: MessageReceiver, received: SimpleQueue[Message], senders: Callable[..., MessageSender]
 ) -> None:
-    outbox = outboxes(inbox.address)
+    sender = senders(receiver.address)
     for number in range(5):
-        outbox.put(PendingMessage(1, lambda number=number: [time.sleep(0.02) or layer(number)], ("a", "b")))
-    outbox.close()
+        sender.put(PendingMessage(1, lambda number=number: [time.sleep(0.02) or layer(number)], ("a", "b")))
+    sender.close()
     for number in range(5):
         assert_equal(received.get(timeout=PATIENCE), layer(number))
-    outbox.put(parcel_of(layer()))
-    outbox.close()
+    sender.put(pending_of(layer()))
+    sender.close()
     with pytest.raises(Empty):
         received.get(timeout=0.05)
 
 
 def test_many_workers_send_at_once(
-    inbox: MessageReceiver, received: SimpleQueue[Message], outboxes: Callable[..., MessageSender]
+    receiver: MessageReceiver, received: SimpleQueue[Message], senders: Callable[..., MessageSender]
 ) -> None:
     for rank in range(16):
-        outboxes(inbox.address).put(parcel_of(FailureMessage([str(rank)], "hello")))
+        senders(receiver.address).put(pending_of(FailureMessage([str(rank)], "hello")))
     tags = {received.get(timeout=PATIENCE).tags[0] for _ in range(16)}
     assert tags == {str(rank) for rank in range(16)}
 
 
-def test_who_does_not_know_the_key_is_refused_and_the_others_go_on(
-    inbox: MessageReceiver, received: SimpleQueue[Message], outboxes: Callable[..., MessageSender]
+def test_a_worker_with_a_wrong_key_is_refused_and_others_continue(
+    receiver: MessageReceiver, received: SimpleQueue[Message], senders: Callable[..., MessageSender]
 ) -> None:
-    early = outboxes(inbox.address)
+    early = senders(receiver.address)
     with pytest.raises(AuthenticationError):
-        outboxes(inbox.address, key=b"wrong")
-    early.put(parcel_of(layer(1)))
+        senders(receiver.address, key=b"wrong")
+    early.put(pending_of(layer(1)))
     assert_equal(received.get(timeout=PATIENCE), layer(1))
-    outboxes(inbox.address).put(parcel_of(layer(2)))
+    senders(receiver.address).put(pending_of(layer(2)))
     assert_equal(received.get(timeout=PATIENCE), layer(2))
 
 
@@ -217,43 +217,43 @@ def _accept_with(listener: Listener, key: bytes) -> None:
         handover.deliver_challenge(connection, key)
 
 
-def test_who_says_nothing_or_nonsense_before_the_key_keeps_nobody_waiting(
-    inbox: MessageReceiver, received: SimpleQueue[Message], outboxes: Callable[..., MessageSender]
+def test_a_silent_or_invalid_connection_does_not_block_workers(
+    receiver: MessageReceiver, received: SimpleQueue[Message], senders: Callable[..., MessageSender]
 ) -> None:
-    with Client(inbox.address) as silent, Client(inbox.address) as noisy, Client(inbox.address) as gone:
+    with Client(receiver.address) as silent, Client(receiver.address) as noisy, Client(receiver.address) as gone:
         noisy.send_bytes(b"GET / HTTP/1.1")
         gone.close()
-        outboxes(inbox.address).put(parcel_of(layer()))
+        senders(receiver.address).put(pending_of(layer()))
         assert_equal(received.get(timeout=PATIENCE), layer())
         assert silent.poll(0)
 
 
 @pytest.mark.parametrize("garbage", [b"", b"\xc1", msgpack.packb({"tags": ["a"]}), b"pickle"], ids=repr)
-def test_nonsense_closes_the_connection_it_came_by_and_no_other(
-    garbage: bytes, inbox: MessageReceiver, received: SimpleQueue[Message], outboxes: Callable[..., MessageSender]
+def test_an_invalid_message_closes_only_its_own_connection(
+    garbage: bytes, receiver: MessageReceiver, received: SimpleQueue[Message], senders: Callable[..., MessageSender]
 ) -> None:
-    other = outboxes(inbox.address)
-    with Client(inbox.address, authkey=KEY) as broken:
+    other = senders(receiver.address)
+    with Client(receiver.address, authkey=KEY) as broken:
         broken.send_bytes(garbage)
         with pytest.raises((EOFError, ConnectionResetError)):
             broken.recv_bytes()
-    other.put(parcel_of(layer()))
+    other.put(pending_of(layer()))
     assert_equal(received.get(timeout=PATIENCE), layer())
 
 
-def test_a_closed_inbox_takes_no_more_workers(inbox: MessageReceiver, outboxes: Callable[..., MessageSender]) -> None:
-    inbox.close()
-    inbox.close()
+def test_a_closed_receiver_accepts_no_workers(receiver: MessageReceiver, senders: Callable[..., MessageSender]) -> None:
+    receiver.close()
+    receiver.close()
     with pytest.raises((OSError, EOFError)):
-        outboxes(inbox.address)
-    assert eventually(lambda: not any(thread.name == "kv inbox" for thread in threading.enumerate()))
+        senders(receiver.address)
+    assert eventually(lambda: not any(thread.name == "kv receiver" for thread in threading.enumerate()))
 
 
-# ---------------------------------------------------------------------------------------------------- trouble
+# ---------------------------------------------------------------------------------------------------- failures
 
 
 class SlowServer:
-    """Takes one worker and reads nothing until it is told to."""
+    """Accepts one worker, and reads nothing until it is released."""
 
     def __init__(self, address: Address) -> None:
         self._listener = Listener(address, authkey=KEY)
@@ -276,28 +276,26 @@ def slow_server(address: Address) -> Iterator[SlowServer]:
 
 
 def large(tag: str) -> FailureMessage:
-    """More than a socket holds."""
+    """A message larger than a socket buffer."""
     return FailureMessage([tag], "x" * (8 << 20))
 
 
-def test_what_a_slow_reader_leaves_no_room_for_fails_alone(
-    slow_server: SlowServer, outboxes: Callable[..., MessageSender]
-) -> None:
-    outbox, begun = outboxes(slow_server.address, max_bytes=1000), threading.Event()
+def test_messages_beyond_the_limit_fail_alone(slow_server: SlowServer, senders: Callable[..., MessageSender]) -> None:
+    sender, begun = senders(slow_server.address, max_bytes=1000), threading.Event()
     connection = slow_server.connection()
-    outbox.put(PendingMessage(600, lambda: (begun.set(), [large("sent")])[1], ("sent",)))
+    sender.put(PendingMessage(600, lambda: (begun.set(), [large("sent")])[1], ("sent",)))
     assert begun.wait(PATIENCE)
-    outbox.put(parcel_of(large("fits"), tags=("fits",), nbytes=400))
+    sender.put(pending_of(large("fits"), tags=("fits",), nbytes=400))
     started = time.monotonic()
     for number in range(100):
-        outbox.put(PendingMessage(1, _never, (f"too much {number}",)))
+        sender.put(PendingMessage(1, _never, (f"too much {number}",)))
     assert time.monotonic() - started < 1.0, "put waits for nobody"
     found = [unpack(connection.recv_bytes()) for _ in range(102)]
     assert [message.tags for message in found] == [["sent"], ["fits"], *([f"too much {n}"] for n in range(100))]
     problems = {message.problem for message in found[2:] if isinstance(message, FailureMessage)}
     assert problems == {"1000 bytes wait to be sent, and the limit is 1000"}
-    # There is room as soon as it was read.
-    outbox.put(parcel_of(layer(7), nbytes=1000))
+    # There is room again after it was read.
+    sender.put(pending_of(layer(7), nbytes=1000))
     assert_equal(unpack(connection.recv_bytes()), layer(7))
     connection.close()
 
@@ -306,58 +304,58 @@ def _never() -> Iterable[Message]:
     raise AssertionError("what there is no room for is not made")
 
 
-def test_a_parcel_beyond_the_limit_is_sent_when_nothing_waits(
-    inbox: MessageReceiver, received: SimpleQueue[Message], outboxes: Callable[..., MessageSender]
+def test_a_message_larger_than_the_limit_is_sent_if_nothing_waits(
+    receiver: MessageReceiver, received: SimpleQueue[Message], senders: Callable[..., MessageSender]
 ) -> None:
-    outboxes(inbox.address, max_bytes=10).put(parcel_of(layer(), nbytes=1000))
+    senders(receiver.address, max_bytes=10).put(pending_of(layer(), nbytes=1000))
     assert_equal(received.get(timeout=PATIENCE), layer())
 
 
-def test_a_dead_server_is_no_trouble_for_the_model(
-    slow_server: SlowServer, outboxes: Callable[..., MessageSender]
+def test_a_worker_keeps_running_when_the_server_is_gone(
+    slow_server: SlowServer, senders: Callable[..., MessageSender]
 ) -> None:
-    outbox = outboxes(slow_server.address)
-    outbox.put(parcel_of(large("under way")))
+    sender = senders(slow_server.address)
+    sender.put(pending_of(large("under way")))
     slow_server.connection().close()
-    outbox.put(parcel_of(large("lost")))
-    assert eventually(lambda: not any(thread.name == "kv outbox" for thread in threading.enumerate()))
+    sender.put(pending_of(large("lost")))
+    assert eventually(lambda: not any(thread.name == "kv sender" for thread in threading.enumerate()))
     started = time.monotonic()
     for _ in range(100):
-        outbox.put(PendingMessage(PLENTY, _never, ("a",)))
-    outbox.close()
+        sender.put(PendingMessage(PLENTY, _never, ("a",)))
+    sender.close()
     assert time.monotonic() - started < 1.0
 
 
 @pytest.mark.parametrize("error", [ValueError, OSError, MemoryError])
-def test_what_cannot_be_encoded_fails_by_name_and_the_next_goes_on(
+def test_an_encoding_error_fails_its_requests_and_the_next_are_sent(
     error: type[Exception],
-    inbox: MessageReceiver,
+    receiver: MessageReceiver,
     received: SimpleQueue[Message],
-    outboxes: Callable[..., MessageSender],
+    senders: Callable[..., MessageSender],
 ) -> None:
     def half() -> Iterator[Message]:
         yield layer(3)
         raise error("no room for codes")
 
-    outbox = outboxes(inbox.address)
-    outbox.put(PendingMessage(1, half, ("a", "b")))
-    outbox.put(parcel_of(layer(4)))
+    sender = senders(receiver.address)
+    sender.put(PendingMessage(1, half, ("a", "b")))
+    sender.put(pending_of(layer(4)))
     assert_equal(received.get(timeout=PATIENCE), layer(3))
     problem = f"the worker failed on them: {error.__name__}: no room for codes"
     assert received.get(timeout=PATIENCE) == FailureMessage(["a", "b"], problem)
     assert_equal(received.get(timeout=PATIENCE), layer(4))
 
 
-def test_a_layer_larger_than_a_message_fails_by_name_and_the_next_goes_on(
-    inbox: MessageReceiver,
+def test_a_layer_larger_than_a_message_fails_and_the_next_are_sent(
+    receiver: MessageReceiver,
     received: SimpleQueue[Message],
-    outboxes: Callable[..., MessageSender],
+    senders: Callable[..., MessageSender],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(handover, "MAX_MESSAGE_BYTES", 10_000)
-    outbox = outboxes(inbox.address)
-    outbox.put(parcel_of(layer(slots=5000)))
-    outbox.put(parcel_of(layer(2)))
+    sender = senders(receiver.address)
+    sender.put(pending_of(layer(slots=5000)))
+    sender.put(pending_of(layer(2)))
     failure = received.get(timeout=PATIENCE)
     assert isinstance(failure, FailureMessage)
     assert failure.tags == ["a", "b"]
@@ -366,29 +364,29 @@ def test_a_layer_larger_than_a_message_fails_by_name_and_the_next_goes_on(
 
 
 def test_a_message_larger_than_allowed_is_not_read(
-    inbox: MessageReceiver, received: SimpleQueue[Message], monkeypatch: pytest.MonkeyPatch
+    receiver: MessageReceiver, received: SimpleQueue[Message], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(handover, "MAX_MESSAGE_BYTES", 10_000)
-    with Client(inbox.address, authkey=KEY) as worker, pytest.raises((EOFError, OSError)):
+    with Client(receiver.address, authkey=KEY) as worker, pytest.raises((EOFError, OSError)):
         _ = worker.send_bytes(bytes(10_001)), worker.recv_bytes()
     assert received.empty()
 
 
-def test_a_port_that_nobody_listens_on_is_an_error_at_once() -> None:
+def test_connecting_to_a_closed_port_raises() -> None:
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     with pytest.raises(OSError, match="refused"):
         MessageSender(("127.0.0.1", port), KEY, PLENTY)
 
 
-def test_a_worker_that_leaves_is_told_and_the_end_of_the_inbox_is_not(
-    inbox: MessageReceiver, outboxes: Callable[..., MessageSender], lost: threading.Event
+def test_lost_is_called_for_a_lost_worker_but_not_on_close(
+    receiver: MessageReceiver, senders: Callable[..., MessageSender], lost: threading.Event
 ) -> None:
-    outbox = outboxes(inbox.address)
+    sender = senders(receiver.address)
     assert not lost.is_set()
-    outbox.close()
+    sender.close()
     assert lost.wait(PATIENCE)
     lost.clear()
-    outboxes(inbox.address)
-    inbox.close()
+    senders(receiver.address)
+    receiver.close()
     assert not lost.wait(0.2)

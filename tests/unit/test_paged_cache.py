@@ -1,4 +1,4 @@
-"""Keys and values are read from where vLLM put them, or not at all."""
+"""Keys and values are read exactly from vLLM's cache; unsupported layouts are refused."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from teacher_server.engines.vllm.paged_cache import (
 
 BLOCKS, HEADS, BLOCK_SIZE, DIM = 5, 3, 8, 16
 GEOMETRY = {"kv_heads": HEADS, "block_size": BLOCK_SIZE, "head_dim": DIM}
-# Out of order, a block twice, first and last places.
+# Out of order, one block twice, first and last offsets.
 BLOCK_N = torch.tensor([4, 0, 2, 2, 4, 1])
 OFFSET_N = torch.tensor([7, 0, 3, 5, 0, 7])
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def numbered(count: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Random numbers that every dtype holds."""
+    """Random numbers that every dtype represents exactly."""
     return torch.randint(-100, 100, (count,), generator=torch.Generator().manual_seed(1)).to(dtype)
 
 
@@ -42,7 +42,7 @@ def head_major() -> Tensor:
 
 
 def part_of_all_layers() -> Tensor:
-    """One of two layers whose blocks take turns in memory."""
+    """One of two layers whose blocks alternate in memory."""
     both = numbered(2 * BLOCKS * BLOCK_SIZE * HEADS * 2 * DIM).view(BLOCKS, 2, HEADS, BLOCK_SIZE, 2 * DIM)
     return both[:, 1]
 
@@ -63,7 +63,7 @@ def test_split_caches_are_read_token_by_token(make_cache: Callable[[], Tensor], 
 
 
 @pytest.mark.parametrize("backend", ["FLASH_ATTN", "CPU_ATTN"])
-def test_what_was_read_stays_when_vllm_writes_on(backend: str) -> None:
+def test_read_tensors_are_copies(backend: str) -> None:
     cache = head_major()
     k_NHD, v_NHD = layout_of(backend, cache, GEOMETRY, writer(in_order)).reader(BLOCK_N, OFFSET_N)(cache)
     before = (k_NHD.clone(), v_NHD.clone())
@@ -75,7 +75,7 @@ def test_what_was_read_stays_when_vllm_writes_on(backend: str) -> None:
 # ---------------------------------------------------------------------------------------------------- packed
 
 Places = Callable[[int, int], Tensor]
-"""For a block size and a head's dimension: where each element goes, as a permutation [block_size, D]."""
+"""From block size and head dimension to the place of each element, a permutation [block_size, D]."""
 
 
 def in_order(block_size: int, head_dim: int) -> Tensor:
@@ -88,7 +88,7 @@ def transposed(block_size: int, head_dim: int) -> Tensor:
 
 
 def in_pairs(block_size: int, head_dim: int) -> Tensor:
-    """Two tokens' elements take turns, as instructions on pairs of bf16 want it."""
+    """Two tokens' elements alternate, as for instructions on pairs of bf16."""
     return torch.arange(block_size * head_dim).view(block_size // 2, head_dim, 2).transpose(1, 2).reshape(-1, head_dim)
 
 
@@ -97,7 +97,7 @@ def at_random(block_size: int, head_dim: int) -> Tensor:
 
 
 def writer(key_places: Places, value_places: Places | None = None) -> WriteTokens:
-    """Writes as vLLM does on a processor that wants its elements so."""
+    """vLLM's write on a processor with this element order."""
 
     def write(key: Tensor, value: Tensor, key_cache: Tensor, value_cache: Tensor, slots: Tensor) -> None:
         block_size, head_dim = key_cache.shape[2:]
@@ -117,8 +117,8 @@ def writer(key_places: Places, value_places: Places | None = None) -> WriteToken
     [(in_order, in_order), (transposed, in_order), (in_order, in_pairs), (in_pairs, transposed), (at_random, in_pairs)],
     ids=lambda pair: "-".join(one.__name__ for one in pair),
 )
-def test_packed_caches_are_read_where_they_were_written(places: tuple[Places, Places], dtype: torch.dtype) -> None:
-    # 32 x 64 elements: more than bf16 counts to, and more than one digit.
+def test_packed_caches_are_read_exactly(places: tuple[Places, Places], dtype: torch.dtype) -> None:
+    # 32 x 64 elements: more than bf16 represents exactly, and more than one digit.
     block_size, head_dim = 32, 64
     cache = torch.zeros(BLOCKS, HEADS, block_size, 2 * head_dim, dtype=dtype)
     write = writer(*places)
@@ -151,7 +151,7 @@ def quantises(key: Tensor, value: Tensor, keys: Tensor, values: Tensor, slots: T
 
 
 @pytest.mark.parametrize("write", [writes_nothing, writes_the_first_token_alone, loses_values, quantises])
-def test_a_writing_that_is_no_permutation_is_refused(write: WriteTokens) -> None:
+def test_a_packing_that_is_not_a_permutation_is_refused(write: WriteTokens) -> None:
     with pytest.raises(UnsupportedModelError, match="does not hold each element of a block once"):
         recover_packing(write, torch.zeros(1, HEADS, BLOCK_SIZE, 2 * DIM))
 
@@ -164,7 +164,7 @@ CACHE = torch.zeros(BLOCKS, HEADS, BLOCK_SIZE, 2 * DIM)
 @pytest.mark.parametrize(
     ("backend", "cache", "reason"),
     [
-        ("FLASHINFER", CACHE, "backend 'FLASHINFER' lays its cache out in a way that is not known"),
+        ("FLASHINFER", CACHE, "backend 'FLASHINFER' is not supported"),
         ("FLASH_ATTN", CACHE.view(BLOCKS, HEADS, BLOCK_SIZE, 2, DIM), r"has the shape \(5, 3, 8, 2, 16\)"),
         ("FLASH_ATTN", torch.zeros(2, BLOCKS, BLOCK_SIZE, HEADS, DIM), "has the shape"),
         ("FLASH_ATTN", torch.zeros(BLOCKS, BLOCK_SIZE, HEADS, 2 * DIM), r"here \[\*, 3, 8, 32\]"),
@@ -172,15 +172,19 @@ CACHE = torch.zeros(BLOCKS, HEADS, BLOCK_SIZE, 2 * DIM)
         ("CPU_ATTN", torch.zeros(BLOCKS, HEADS + 1, BLOCK_SIZE, 2 * DIM), "has the shape"),
         ("FLASH_ATTN", CACHE.to(torch.float8_e4m3fn), "holds torch.float8_e4m3fn"),
         ("FLASH_ATTN", CACHE.to(torch.uint8), "holds torch.uint8"),
-        ("CPU_ATTN", CACHE.transpose(1, 2).contiguous().transpose(1, 2), "not known; known: FLASH_ATTN, TRITON_ATTN"),
+        (
+            "CPU_ATTN",
+            CACHE.transpose(1, 2).contiguous().transpose(1, 2),
+            "not supported; supported: FLASH_ATTN, TRITON_ATTN",
+        ),
     ],
 )
-def test_what_is_not_known_is_refused(backend: str, cache: Tensor, reason: str) -> None:
+def test_unsupported_caches_are_refused(backend: str, cache: Tensor, reason: str) -> None:
     with pytest.raises(UnsupportedModelError, match=reason):
         layout_of(backend, cache, GEOMETRY, writer(in_order))
 
 
-def test_a_packed_cache_needs_vllms_writing() -> None:
+def test_a_packed_cache_needs_vllms_write_function() -> None:
     with pytest.raises(UnsupportedModelError, match="CPU_ATTN"):
         layout_of("CPU_ATTN", CACHE, GEOMETRY, None)
 

@@ -1,4 +1,4 @@
-"""What leaves the teacher is what the plan asks for, sample by sample, whatever else is in the batch."""
+"""Plan execution emits what each sample's plan asks for, independent of the rest of the batch."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def make_sample(name: str, prompt: str = "ask", reasoning: str = "1+1=2", answer
 
 @dataclass
 class Outcome:
-    """Everything one execution handed over, in order."""
+    """All results and failures of one execution, in order."""
 
     results: list[LayerResult] = field(default_factory=list)
     failures: list[SampleFailure] = field(default_factory=list)
@@ -78,7 +78,7 @@ def run(samples: Sequence[tuple[Sample, KVPlan]], faults: FakeFaults | None = No
 
 
 def layers_of(sample: Sample, layers: Sequence[int]) -> list[LayerOutput]:
-    """What the engine computes for one sample alone."""
+    """The engine's output for one sample alone."""
     engine, outputs = make_engine(), list[LayerOutput]()
     engine.prefill([engine.tokenize(sample)], layers, True, outputs.append)
     return outputs
@@ -88,7 +88,7 @@ def layers_of(sample: Sample, layers: Sequence[int]) -> list[LayerOutput]:
 
 
 def naive_positions(plan: KVPlan, sample: Sample, layer: int) -> list[list[int]]:
-    """The tokens chosen for each head of one layer (one list where the scope is wider), by definition."""
+    """The tokens selected per head of one layer (one list if the scope is wider), by definition."""
     selection = plan.selection
     tokens = make_engine().tokenize(sample)
     kind = -1 if selection.span == "all" else SPAN_KINDS.index(selection.span)
@@ -118,7 +118,7 @@ def naive_positions(plan: KVPlan, sample: Sample, layer: int) -> list[list[int]]
 
 
 def naive_scores(selection: Selection, output: LayerOutput, head: int, candidates: list[int]) -> list[float]:
-    """Of one head."""
+    """The tokens that one head selects."""
     keys = output.k_BHTD[0, head, candidates].tolist()
     if selection.selector == "keydiff":
         return naive.keydiff_scores(keys)
@@ -129,7 +129,7 @@ def naive_scores(selection: Selection, output: LayerOutput, head: int, candidate
 
 
 def assert_as_alone(outcome: Outcome, index: int, sample: Sample, plan: KVPlan) -> None:
-    """A sample's results are its plan's layers in order, with the naive choice and the engine's own numbers."""
+    """Check a sample's results: its plan's layers in order, with the naive selection and the engine's K/V."""
     found = outcome.of(index)
     assert [result.layer for result, _ in found] == list(plan.layers)
     for (result, row), output in zip(found, layers_of(sample, plan.layers), strict=True):
@@ -145,7 +145,7 @@ def assert_as_alone(outcome: Outcome, index: int, sample: Sample, plan: KVPlan) 
             assert error == 0.0 if plan.codec.name == "raw" else error < 0.02
 
 
-# ---------------------------------------------------------------------------------------------------- what is emitted
+# ---------------------------------------------------------------------------------------------------- results
 
 
 @pytest.mark.parametrize("scope", ["head", "layer", "sample"])
@@ -169,7 +169,7 @@ def test_each_sample_gets_its_plans_tokens_and_layers(selector: str, scope: str,
         assert_as_alone(outcome, index, sample, plan)
 
 
-def test_plans_mix_in_one_batch() -> None:
+def test_different_plans_share_a_batch() -> None:
     plans = [
         KVPlan(layers=(1,), selection=R_KV, codec=RAW),
         KVPlan(layers=(0, 3), selection=Selection(selector="right", budget=2, span="prompt"), codec=RAW),
@@ -187,14 +187,14 @@ def test_plans_mix_in_one_batch() -> None:
         assert_as_alone(outcome, index, sample, plan)
 
 
-def test_what_stands_for_the_query_heads_is_each_plans_own_choice() -> None:
+def test_importance_pooling_is_chosen_per_plan() -> None:
     sample = make_sample("a", reasoning="1+1=2, 2+2=4, 4+4=8")
     outcome = run([(sample, KVPlan(layers=(1,), selection=by_importance(pool), codec=RAW)) for pool in ("max", "mean")])
     largest, mean = (outcome.of(index)[0] for index in range(2))
     assert largest[0].positions[largest[1]].tolist() != mean[0].positions[mean[1]].tolist()
 
 
-def test_a_sample_draws_the_same_tokens_whoever_asks_and_whatever_fails_beside_it() -> None:
+def test_random_selection_does_not_depend_on_the_batch() -> None:
     plan = KVPlan(layers=(0, 2), selection=Selection(selector="random", budget=3, scope="head", seed=5), codec=RAW)
     samples = [make_sample(name, reasoning=text) for name, text in (("a", "1+1=2"), ("bad", "3+3=6"), ("c", "2+2=4"))]
     outcome = run([(sample, plan) for sample in samples], FakeFaults(not_finite=frozenset({"bad"})))
@@ -210,7 +210,7 @@ def test_samples_of_equal_plan_and_length_share_one_result() -> None:
     assert [result.indices for result in run(samples).results] == [[0, 2], [1, 3]] * 2
 
 
-def test_keys_or_values_alone_leave_alone() -> None:
+def test_a_plan_may_ask_for_keys_or_values_only() -> None:
     for keys in (True, False):
         plan = KVPlan(layers=(0,), selection=R_KV, codec=RAW, keys=keys, values=not keys)
         (result,) = run([(make_sample("a"), plan)]).results
@@ -219,7 +219,7 @@ def test_keys_or_values_alone_leave_alone() -> None:
         assert list(result.relative_error) == [kind]
 
 
-def test_what_nobody_waits_for_any_more_is_not_encoded() -> None:
+def test_unwanted_samples_are_not_encoded() -> None:
     engine, results = make_engine(), list[LayerResult]()
     plan = KVPlan(layers=(0, 1), selection=Selection(selector="keydiff", budget=2, scope="layer"), codec=RAW)
     batch = [PlannedSample(engine.tokenize(make_sample(name)), plan) for name in ("a", "b")]
@@ -234,7 +234,7 @@ def test_what_nobody_waits_for_any_more_is_not_encoded() -> None:
 
 
 class RecordingEngine(FakeEngine):
-    """Notes in `events` when each layer is computed."""
+    """Records in `events` when each layer is computed."""
 
     def __init__(self, events: list[str]) -> None:
         super().__init__(ServeConfig(model="fake:", engine="fake"), FakeModel(LAYERS, HEADS, DIM))
@@ -260,7 +260,7 @@ class RecordingEngine(FakeEngine):
         ("random", "sample", ["computed 0", "emitted 0", "computed 1", "emitted 1"]),
     ],
 )
-def test_a_layer_leaves_as_soon_as_its_tokens_can_be_chosen(
+def test_a_layer_is_emitted_as_soon_as_its_tokens_can_be_selected(
     selector: Selector, scope: Scope, expected: list[str]
 ) -> None:
     events: list[str] = []
@@ -276,7 +276,7 @@ def test_a_layer_leaves_as_soon_as_its_tokens_can_be_chosen(
     assert events == expected
 
 
-def test_encoded_bytes_foretells_what_is_sent() -> None:
+def test_encoded_bytes_equals_the_size_of_the_result() -> None:
     selections = [R_KV, Selection(span="all", scope="head"), Selection(selector="uniform", budget=99, scope="layer")]
     for selection in selections:
         for codec in (RAW, CodecSpec(name="bf16"), CodecSpec(group_size=3)):
@@ -288,7 +288,7 @@ def test_encoded_bytes_foretells_what_is_sent() -> None:
             assert foretold == sum(tensor.nbytes for tensor in sent)
 
 
-def test_tensors_come_through_one_copy_unchanged() -> None:
+def test_tensors_are_unchanged_by_the_packed_copy() -> None:
     tensors = {
         "codes": torch.randint(-127, 127, (2, 3, 5), dtype=torch.int8),
         "error": torch.rand(2, dtype=torch.float64),
@@ -303,12 +303,12 @@ def test_tensors_come_through_one_copy_unchanged() -> None:
         assert torch.equal(unpacked[name], tensor)
 
 
-# ---------------------------------------------------------------------------------------------------- what fails alone
+# ---------------------------------------------------------------------------------------------------- failures
 
 
 @pytest.mark.parametrize("scope", ["head", "layer", "sample"])
 @pytest.mark.parametrize("selector", ["right", "r_kv"])
-def test_a_sample_with_kv_that_are_not_finite_fails_alone(selector: str, scope: str) -> None:
+def test_a_sample_with_non_finite_kv_fails_alone(selector: str, scope: str) -> None:
     selection = Selection.model_validate({"selector": selector, "budget": 3, "scope": scope})
     plan = KVPlan(layers=(0, 1, 2), selection=selection, codec=RAW)
     samples = [make_sample("a", reasoning="11111"), make_sample("bad"), make_sample("c", reasoning="33333")]
@@ -320,7 +320,7 @@ def test_a_sample_with_kv_that_are_not_finite_fails_alone(selector: str, scope: 
         assert_as_alone(outcome, index, samples[index], plan)
 
 
-def test_a_batch_of_which_all_samples_fail_ends_without_results() -> None:
+def test_a_batch_whose_samples_all_fail_has_no_results() -> None:
     plan = KVPlan(layers=(0, 1), selection=R_KV)
     outcome = run([(make_sample("bad"), plan)], FakeFaults(not_finite=frozenset({"bad"})))
     assert [failure.index for failure in outcome.failures] == [0]
@@ -328,7 +328,7 @@ def test_a_batch_of_which_all_samples_fail_ends_without_results() -> None:
 
 
 @pytest.mark.parametrize("scope", ["layer", "sample"])
-def test_a_sample_past_the_error_budget_fails_with_both_numbers(scope: Scope) -> None:
+def test_a_sample_over_the_error_budget_fails_with_both_numbers(scope: Scope) -> None:
     selection = Selection(selector="r_kv", budget=3, scope=scope)
     samples = [make_sample(f"s{index}", reasoning=f"{index}+{index}={2 * index}") for index in range(4)]
     free = KVPlan(layers=(0, 1), selection=selection)
@@ -353,22 +353,22 @@ def test_a_sample_past_the_error_budget_fails_with_both_numbers(scope: Scope) ->
         assert "has a relative error of 0.0" in problem
 
 
-def test_an_engine_that_breaks_is_the_callers_to_handle() -> None:
-    with pytest.raises(RuntimeError, match="told to fail"):
+def test_errors_of_the_model_reach_the_caller() -> None:
+    with pytest.raises(RuntimeError, match="injected fault"):
         run([(make_sample("a"), KVPlan(layers=(0,)))], FakeFaults(fail=frozenset({"a"})))
 
 
-# ---------------------------------------------------------------------------------------------------- what is refused
+# ---------------------------------------------------------------------------------------------------- refusals
 
 
-def test_a_plan_beyond_the_teacher_is_refused_by_field() -> None:
+def test_a_plan_with_unknown_layers_is_refused_by_field() -> None:
     info = make_engine().info
     check_plan(KVPlan(layers=(0, LAYERS - 1), selection=R_KV), info)
     with pytest.raises(FieldError, match=r"plan\.layers: got 4; this teacher's layers are 0 to 3"):
         check_plan(KVPlan(layers=(0, LAYERS)), info)
 
 
-def test_a_teacher_that_lacks_a_selector_or_codec_says_which_it_has() -> None:
+def test_an_unknown_selector_or_codec_is_refused_with_the_known_ones() -> None:
     config = ServeConfig(model="fake:", engine="fake")
     info = FakeEngine(config, FakeModel()).info
     poor = type(info)(
@@ -380,22 +380,22 @@ def test_a_teacher_that_lacks_a_selector_or_codec_says_which_it_has() -> None:
         check_plan(KVPlan(layers=(0,)), poor)
 
 
-def test_a_sample_without_tokens_to_choose_from_is_refused() -> None:
+def test_a_sample_without_candidate_tokens_is_refused() -> None:
     tokens = make_engine().tokenize(make_sample("q1", reasoning=""))
     with pytest.raises(FieldError, match=r"samples\[q1\]\.spans: no token lies in the span 'reasoning'"):
-        check_sample(tokens, KVPlan(layers=(0,)), "samples[q1]")
-    check_sample(tokens, KVPlan(layers=(0,), selection=Selection(span="prompt")), "samples[q1]")
+        check_sample(tokens, KVPlan(layers=(0,)))
+    check_sample(tokens, KVPlan(layers=(0,), selection=Selection(span="prompt")))
 
 
-def test_r_kv_needs_an_answer_unless_importance_weighs_nothing() -> None:
+def test_r_kv_needs_an_answer_unless_importance_weight_is_zero() -> None:
     tokens = make_engine().tokenize(make_sample("q1", answer=""))
     with pytest.raises(FieldError, match=r"samples\[q1\]\.spans: .*no token lies in the span 'answer'"):
-        check_sample(tokens, KVPlan(layers=(0,), selection=R_KV), "samples[q1]")
+        check_sample(tokens, KVPlan(layers=(0,), selection=R_KV))
     by_keys = Selection(selector="r_kv", budget=3, importance_weight=0.0)
-    check_sample(tokens, KVPlan(layers=(0,), selection=by_keys), "samples[q1]")
+    check_sample(tokens, KVPlan(layers=(0,), selection=by_keys))
 
 
-def test_the_span_all_leaves_out_tokens_that_stand_for_no_text() -> None:
+def test_the_span_all_excludes_tokens_without_text() -> None:
     plan = KVPlan(layers=(0,), selection=Selection(span="all"))
     tokens = make_engine().tokenize(Sample("a", text="abc"))
     assert candidate_tokens(tokens, plan).tolist() == [1, 2, 3]

@@ -1,4 +1,4 @@
-"""A request's size is checked on its bytes: a valid request passes, and one that holds too much is refused."""
+"""Request sizes are checked on the bytes: valid requests pass, oversized ones are refused."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from kvcore.errors import FieldError
 from kvcore.plan import KVPlan, Selection
 from kvcore.types import Sample, Span
 from protos import kv_cache_pb2 as pb
-from teacher_server.query import parse_request, read_generate_query, read_query
-from teacher_server.request_size import MAX_SPANS, MAX_UNKNOWN_FIELDS
+from teacher_server.requests.request_parsing import parse_request, read_generate_query, read_query
+from teacher_server.requests.request_size import MAX_SPANS, MAX_UNKNOWN_FIELDS
 from tests.support.servers import kv_request
 from tests.support.streams import INFO
 
@@ -38,7 +38,7 @@ def field(number: int, content: bytes) -> bytes:
         max_size=8,
     )
 )
-def test_a_valid_request_is_read_as_it_was_written(contents: list[str | tuple[int, ...]]) -> None:
+def test_a_valid_request_round_trips(contents: list[str | tuple[int, ...]]) -> None:
     samples = [
         Sample(f"é{i}", text=content) if isinstance(content, str) else Sample(f"é{i}", token_ids=content)
         for i, content in enumerate(contents)
@@ -48,7 +48,7 @@ def test_a_valid_request_is_read_as_it_was_written(contents: list[str | tuple[in
     assert (query.request_id, query.plan, query.samples) == ("request", PLAN, [*samples, TEXT])
 
 
-def test_numbers_that_are_not_packed_are_read_too() -> None:
+def test_unpacked_numbers_are_accepted() -> None:
     ids = b"\x08\x05\x08\x87\x01"
     data = kv_request(PLAN, [TEXT]).SerializeToString() + field(3, field(1, b"a") + field(3, ids))
     query = read_query(parse_request(data, pb.KVRequest, INFO), INFO)
@@ -69,10 +69,10 @@ TOO_LARGE: dict[str, tuple[bytes, str]] = {
         field(3, field(3, field(1, b"\x01" * ((1 << 20) + 1)))),
         "samples.1.token_ids.ids: has 1048577 entries; the limit is 1048576",
     ),
-    "unknown fields": (b"\xf8\x01\x01" * (MAX_UNKNOWN_FIELDS + 1), "KVRequest holds more than 64 unknown fields"),
+    "unknown fields": (b"\xf8\x01\x01" * (MAX_UNKNOWN_FIELDS + 1), "KVRequest has more than 64 unknown fields"),
     "a group": (b"\xfb\x01", "wire type 3"),
     "cut short": (b"\x1a\x05a", "past the end"),
-    "an endless number": (b"\xff" * 11, "no number ends"),
+    "an endless number": (b"\xff" * 11, "does not end"),
 }
 ALONE: dict[str, tuple[bytes, str]] = {
     "layers": (
@@ -89,13 +89,13 @@ ALONE: dict[str, tuple[bytes, str]] = {
     "request id": (field(1, "é".encode() * 257), "request_id: has 257 characters; the limit is 256"),
     "fields": (
         field(3, field(3, b"\x08\x01" * (1 << 17))),
-        "it holds more than",
+        "it has more than",
     ),
 }
 
 
 @pytest.mark.parametrize("case", [*TOO_LARGE, *ALONE])
-def test_a_request_that_holds_too_much_is_refused_by_field_and_limit(case: str) -> None:
+def test_an_oversized_request_is_refused_by_field_and_limit(case: str) -> None:
     data, problem = (WHOLE + TOO_LARGE[case][0], TOO_LARGE[case][1]) if case in TOO_LARGE else ALONE[case]
     with pytest.raises(FieldError) as caught:
         parse_request(data, pb.KVRequest, INFO)
@@ -110,19 +110,20 @@ def test_a_request_that_holds_too_much_is_refused_by_field_and_limit(case: str) 
         (field(6, b"x" * 257), "sampling.answer_marker: has 257 characters; the limit is 256"),
     ],
 )
-def test_sampling_that_holds_too_much_is_refused_by_field_and_limit(sampling: bytes, problem: str) -> None:
+def test_oversized_sampling_is_refused_by_field_and_limit(sampling: bytes, problem: str) -> None:
     with pytest.raises(FieldError, match=problem):
         parse_request(WHOLE + field(4, sampling), pb.GenerateRequest, INFO)
 
 
-def test_a_sample_that_is_no_protobuf_message_is_named() -> None:
+def test_an_invalid_sample_message_is_refused_by_index() -> None:
     text = field(3, field(1, b"a") + field(2, b"\xff"))
     with pytest.raises(FieldError, match=r"^samples\.1: is not a valid Sample"):
         read_query(parse_request(WHOLE + text, pb.KVRequest, INFO), INFO)
 
 
-def test_a_request_to_write_is_read_with_its_sampling() -> None:
+def test_a_generate_request_is_read_with_its_sampling() -> None:
     prompt = kv_request(PLAN, [Sample("p", text="ab")], "r").SerializeToString()
     data = prompt + pb.GenerateRequest(sampling=pb.Sampling(max_new_tokens=2, stop=["x"])).SerializeToString()
-    query, sampling = read_generate_query(parse_request(data, pb.GenerateRequest, INFO), INFO)
-    assert (query.samples, sampling.max_new_tokens, sampling.stop) == ([Sample("p", text="ab")], 2, ("x",))
+    query = read_generate_query(parse_request(data, pb.GenerateRequest, INFO), INFO)
+    assert query.sampling is not None
+    assert (query.samples, query.sampling.max_new_tokens, query.sampling.stop) == ([Sample("p", text="ab")], 2, ("x",))

@@ -1,4 +1,4 @@
-"""The queue before the engine: fair between streams, batches by padded tokens, bounded by tokens and windows."""
+"""The sample queue: fair between streams, batched by padded tokens, bounded by tokens and windows."""
 
 from __future__ import annotations
 
@@ -10,27 +10,27 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvcore.plan import KVPlan
+from kvcore.plan import KVPlan, SamplingParams
 from kvcore.types import Sample
-from teacher_server.engines.base import GenerateOptions, PlannedSample, TokenizedSample
+from teacher_server.engines.base import PlannedSample, TokenizedSample
 from teacher_server.sample_queue import BusyError, ClientStream, Job, SampleQueue, Sink
 
 PLAN = KVPlan(layers=(0,))
 NOBODY = cast("Sink", None)
 
 
-def lane_of(tokens: Sequence[int], nbytes: int = 10) -> tuple[ClientStream, list[Job]]:
+def stream_of(tokens: Sequence[int], nbytes: int = 10) -> tuple[ClientStream, list[Job]]:
     """A stream of samples of these lengths."""
-    lane = ClientStream(NOBODY)
-    return lane, [Job(lane, index, PlannedSample(read(count), PLAN), nbytes) for index, count in enumerate(tokens)]
+    stream = ClientStream(NOBODY)
+    return stream, [Job(stream, index, PlannedSample(read(count), PLAN), nbytes) for index, count in enumerate(tokens)]
 
 
 def prompts_of(tokens: Sequence[int], new: int, seed: int = 0) -> tuple[ClientStream, list[Job]]:
-    """A stream of prompts of these lengths to write on from."""
-    lane, jobs = lane_of(tokens, nbytes=0)
+    """A stream of prompts of these lengths."""
+    stream, jobs = stream_of(tokens, nbytes=0)
     for job in jobs:
-        job.options = GenerateOptions(new, temperature=1.0, seed=seed)
-    return lane, jobs
+        job.sampling = SamplingParams(max_new_tokens=new, temperature=1.0, seed=seed)
+    return stream, jobs
 
 
 def read(tokens: int) -> TokenizedSample:
@@ -42,13 +42,13 @@ def queue_of(max_tokens: int = 1000, max_batch_tokens: int = 1000, window_bytes:
     return SampleQueue(max_tokens, max_batch_tokens, window_bytes)
 
 
-def indices(batch: Sequence[Job], lane: ClientStream) -> list[int]:
-    return [job.index for job in batch if job.lane is lane]
+def indices(batch: Sequence[Job], stream: ClientStream) -> list[int]:
+    return [job.index for job in batch if job.stream is stream]
 
 
 def test_streams_take_turns_and_keep_their_own_order() -> None:
     queue = queue_of(max_batch_tokens=4)
-    big, small = lane_of([1] * 6), lane_of([1] * 2)
+    big, small = stream_of([1] * 6), stream_of([1] * 2)
     queue.admit(*big)
     queue.admit(*small)
     first, second = queue.take(), queue.take()
@@ -58,7 +58,7 @@ def test_streams_take_turns_and_keep_their_own_order() -> None:
 
 def test_a_batch_counts_its_padding() -> None:
     queue = queue_of(max_batch_tokens=20)
-    queue.admit(*lane_of([5, 5, 10, 1]))
+    queue.admit(*stream_of([5, 5, 10, 1]))
     # Three samples padded to 10 tokens would be 30; the fourth would fit but does not overtake.
     assert [job.tokens for job in queue.take()] == [5, 5]
     assert [job.tokens for job in queue.take()] == [10, 1]
@@ -66,27 +66,27 @@ def test_a_batch_counts_its_padding() -> None:
 
 def test_a_sample_longer_than_a_batch_runs_alone() -> None:
     queue = queue_of(max_batch_tokens=4)
-    queue.admit(*lane_of([9, 1]))
+    queue.admit(*stream_of([9, 1]))
     assert [job.tokens for job in queue.take()] == [9]
     assert [job.tokens for job in queue.take()] == [1]
 
 
-def test_a_full_queue_refuses_and_estimates_from_the_measured_speed() -> None:
+def test_a_full_queue_refuses_with_a_retry_time_from_the_measured_speed() -> None:
     queue = queue_of(max_tokens=100, max_batch_tokens=50)
-    queue.admit(*lane_of([50, 50]))
+    queue.admit(*stream_of([50, 50]))
     with pytest.raises(BusyError) as unmeasured:
-        queue.admit(*lane_of([50]))
+        queue.admit(*stream_of([50]))
     assert unmeasured.value.retry_ms == 1000
     queue.done(queue.take(), seconds=0.1)
-    queue.admit(*lane_of([50]))
+    queue.admit(*stream_of([50]))
     with pytest.raises(BusyError) as measured:
-        queue.admit(*lane_of([100]))
+        queue.admit(*stream_of([100]))
     assert measured.value.retry_ms == 200  # 100 tokens too many at 500 tokens a second
 
 
-def test_an_idle_server_takes_a_request_of_any_size_in_portions() -> None:
+def test_an_idle_queue_admits_a_request_of_any_size() -> None:
     queue = queue_of(max_tokens=10)
-    queue.admit(*lane_of([6, 6, 6]))
+    queue.admit(*stream_of([6, 6, 6]))
     assert (queue.tokens, queue.ready_samples) == (6, 1)
     batch = queue.take()
     assert (queue.tokens, queue.ready_samples) == (6, 0)
@@ -94,9 +94,9 @@ def test_an_idle_server_takes_a_request_of_any_size_in_portions() -> None:
     assert [job.index for job in queue.take()] == [1]
 
 
-def test_a_stream_waits_until_its_answers_were_sent_and_holds_up_nobody() -> None:
+def test_a_stream_with_a_full_window_waits_without_blocking_others() -> None:
     queue = queue_of(window_bytes=25)
-    stalled, other = lane_of([1] * 4, nbytes=10), lane_of([1] * 2, nbytes=10)
+    stalled, other = stream_of([1] * 4, nbytes=10), stream_of([1] * 2, nbytes=10)
     queue.admit(*stalled)
     queue.done(queue.take(), 0.1)
     assert (stalled[0].unsent, queue.ready_samples) == (20, 0)
@@ -106,18 +106,18 @@ def test_a_stream_waits_until_its_answers_were_sent_and_holds_up_nobody() -> Non
     assert indices(queue.take(), stalled[0]) == [2]
 
 
-def test_an_answer_larger_than_the_window_goes_alone() -> None:
+def test_an_answer_larger_than_the_window_runs_alone() -> None:
     queue = queue_of(window_bytes=25)
-    lane, jobs = lane_of([1, 1], nbytes=100)
-    queue.admit(lane, jobs)
+    stream, jobs = stream_of([1, 1], nbytes=100)
+    queue.admit(stream, jobs)
     assert len(queue.take()) == 1
-    queue.release(lane, 100)
+    queue.release(stream, 100)
     assert len(queue.take()) == 1
 
 
-def test_a_stream_that_leaves_takes_its_waiting_samples_along() -> None:
+def test_removing_a_stream_removes_its_waiting_samples() -> None:
     queue = queue_of(max_tokens=10, max_batch_tokens=4)
-    leaving, staying = lane_of([4, 4, 4]), lane_of([2])
+    leaving, staying = stream_of([4, 4, 4]), stream_of([2])
     queue.admit(*leaving)
     batch = queue.take()
     queue.remove(leaving[0])
@@ -129,9 +129,9 @@ def test_a_stream_that_leaves_takes_its_waiting_samples_along() -> None:
     assert queue.tokens == 2
 
 
-def test_a_stream_that_leaves_makes_room_for_those_that_wait() -> None:
+def test_removing_a_stream_makes_room_for_others() -> None:
     queue = queue_of(max_tokens=10, max_batch_tokens=2)
-    waiting, leaving = lane_of([2, 9]), lane_of([3])
+    waiting, leaving = stream_of([2, 9]), stream_of([3])
     queue.admit(*waiting)
     queue.admit(*leaving)
     queue.done(queue.take(), 0.1)
@@ -140,7 +140,7 @@ def test_a_stream_that_leaves_makes_room_for_those_that_wait() -> None:
     assert indices(queue.take(), waiting[0]) == [1]
 
 
-def test_closing_wakes_whoever_waits_for_a_batch() -> None:
+def test_closing_wakes_a_waiting_take() -> None:
     queue = queue_of()
     taken: list[list[Job]] = []
     waiting = threading.Thread(target=lambda: taken.append(queue.take()))
@@ -163,27 +163,27 @@ def test_every_admitted_sample_runs_once_within_all_limits(
     ran: dict[ClientStream, list[int]] = {}
     admitted: dict[ClientStream, int] = {}
     for lengths in requests:
-        lane, jobs = lane_of(lengths, nbytes=7)
+        stream, jobs = stream_of(lengths, nbytes=7)
         try:
-            queue.admit(lane, jobs)
+            queue.admit(stream, jobs)
         except BusyError:
             continue
-        admitted[lane], ran[lane] = len(jobs), []
+        admitted[stream], ran[stream] = len(jobs), []
     while queue.ready_samples:
         batch = queue.take()
         assert len(batch) == 1 or len(batch) * max(job.tokens for job in batch) <= max_batch_tokens
         assert queue.tokens <= max_tokens
         for job in batch:
-            ran[job.lane].append(job.index)
-            assert job.lane.unsent <= max(window_bytes, 7)
+            ran[job.stream].append(job.index)
+            assert job.stream.unsent <= max(window_bytes, 7)
         queue.done(batch, 0.01)
         for job in batch:
-            queue.release(job.lane, job.nbytes)
-    assert {lane: list(range(count)) for lane, count in admitted.items()} == ran
+            queue.release(job.stream, job.nbytes)
+    assert {stream: list(range(count)) for stream, count in admitted.items()} == ran
     assert queue.tokens == 0
 
 
-def test_what_may_be_written_counts_as_tokens() -> None:
+def test_max_new_tokens_count_as_tokens() -> None:
     queue = queue_of(max_tokens=100, max_batch_tokens=60)
     queue.admit(*prompts_of([10, 10, 10], new=20))
     assert queue.tokens == 90
@@ -192,27 +192,27 @@ def test_what_may_be_written_counts_as_tokens() -> None:
     assert [job.tokens for job in queue.take()] == [30, 30]
 
 
-def test_a_batch_is_of_one_kind_and_who_could_not_come_along_is_next() -> None:
+def test_a_batch_has_one_kind_and_skipped_streams_come_next() -> None:
     queue = queue_of(max_batch_tokens=4)
-    reading, writing, other = lane_of([1] * 6), prompts_of([1] * 3, new=1), prompts_of([1], new=1, seed=1)
-    for stream in (reading, writing, other):
+    samples, prompts, others = stream_of([1] * 6), prompts_of([1] * 3, new=1), prompts_of([1], new=1, seed=1)
+    for stream in (samples, prompts, others):
         queue.admit(*stream)
     batches = [queue.take() for _ in range(5)]
-    assert [(len(batch), {job.options for job in batch}) for batch in batches] == [
-        (4, {None}),
-        (2, {writing[1][0].options}),
-        (1, {other[1][0].options}),
-        (2, {None}),
-        (1, {writing[1][0].options}),
+    assert [[job.sampling for job in batch] for batch in batches] == [
+        [None] * 4,
+        [prompts[1][0].sampling] * 2,
+        [others[1][0].sampling],
+        [None] * 2,
+        [prompts[1][0].sampling],
     ]
 
 
-def test_what_follows_from_admitted_samples_waits_instead_of_being_refused() -> None:
+def test_extended_samples_wait_instead_of_being_refused() -> None:
     queue = queue_of(max_tokens=20, max_batch_tokens=20)
-    first, second = prompts_of([5], new=10), lane_of([20])
+    first, second = prompts_of([5], new=10), stream_of([20])
     queue.admit(*first)
     batch = queue.take()
-    following, jobs = lane_of([12])
+    following, jobs = stream_of([12])
     queue.extend(following, jobs)
     assert queue.ready_samples == 0
     with pytest.raises(BusyError):
@@ -221,9 +221,9 @@ def test_what_follows_from_admitted_samples_waits_instead_of_being_refused() -> 
     assert queue.take() == jobs
 
 
-def test_nothing_follows_in_a_stream_that_is_gone() -> None:
+def test_a_removed_stream_is_not_extended() -> None:
     queue = queue_of()
-    lane, jobs = lane_of([5])
-    queue.remove(lane)
-    queue.extend(lane, jobs)
+    stream, jobs = stream_of([5])
+    queue.remove(stream)
+    queue.extend(stream, jobs)
     assert (queue.tokens, queue.ready_samples) == (0, 0)

@@ -1,4 +1,4 @@
-"""What vLLM is started with, which flags and models are refused, and that a cache that is read wrongly is noticed."""
+"""vLLM's engine arguments, refused flags and models, and the self-test that detects a wrongly read cache."""
 
 from __future__ import annotations
 
@@ -89,19 +89,19 @@ def test_values_out_of_range_are_refused(field: str, value: object) -> None:
 @pytest.mark.parametrize(
     ("text", "reason"),
     [
-        ("{", "is no JSON"),
-        ("[1]", "it is a JSON object"),
-        ('{"max_batched": 3}', "'max_batched' is none of vLLM's engine arguments"),
+        ("{", "is not JSON"),
+        ("[1]", "it must be a JSON object"),
+        ('{"max_batched": 3}', "'max_batched' is not an engine argument of vLLM"),
         *((json.dumps({name: 1}), f"'{name}' is set by the server's own flags") for name in sorted(OWN_ARGUMENTS)),
     ],
 )
-def test_arguments_that_vllm_must_not_be_given_are_refused_by_name(text: str, reason: str) -> None:
+def test_reserved_or_invalid_vllm_arguments_are_refused_by_name(text: str, reason: str) -> None:
     with pytest.raises(FieldError, match=reason) as caught:
         engine_arguments(serve(vllm_args=text), "fp32", 100, frozenset(KNOWN))
     assert caught.value.field == "vllm_args"
 
 
-def test_vllm_is_started_with_what_was_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_engine_arguments_follow_the_configuration(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VLLM_ALLOW_LONG_MAX_MODEL_LEN", "0")
     config = serve(
         tensor_parallel_size=8,
@@ -116,7 +116,7 @@ def test_vllm_is_started_with_what_was_asked_for(monkeypatch: pytest.MonkeyPatch
         "pipeline_parallel_size": 2,
         "gpu_memory_utilization": 0.8,
         "dtype": "bfloat16",
-        # The token that it writes counts too.
+        # The generated token counts too.
         "max_model_len": 101,
         "max_num_batched_tokens": 9,
         "block_size": 64,
@@ -126,7 +126,7 @@ def test_vllm_is_started_with_what_was_asked_for(monkeypatch: pytest.MonkeyPatch
     assert os.environ["VLLM_ALLOW_LONG_MAX_MODEL_LEN"] == "0", "what a person has set stays"
 
 
-def test_vllm_is_allowed_the_last_position(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_max_model_len_may_exceed_the_context_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VLLM_ALLOW_LONG_MAX_MODEL_LEN", "")
     monkeypatch.delenv("VLLM_ALLOW_LONG_MAX_MODEL_LEN")
     engine_arguments(serve(), "fp32", 100, frozenset(KNOWN))
@@ -164,7 +164,7 @@ def quantised(config: PreTrainedConfig) -> PreTrainedConfig:
     ],
     ids=["window", "window of qwen2", "quantised", "dynamic", "longrope", "no rotation"],
 )
-def test_models_whose_cache_would_not_hold_what_was_computed_are_refused(model: PreTrainedConfig, reason: str) -> None:
+def test_models_whose_cache_does_not_keep_exact_kv_are_refused(model: PreTrainedConfig, reason: str) -> None:
     with pytest.raises(UnsupportedModelError, match=reason):
         check_supported(serve(), model)
 
@@ -180,7 +180,7 @@ def test_models_whose_cache_would_not_hold_what_was_computed_are_refused(model: 
     ],
     ids=["llama", "linear", "mistral", "qwen2", "qwen3"],
 )
-def test_other_models_are_served(model: PreTrainedConfig) -> None:
+def test_supported_models_are_accepted(model: PreTrainedConfig) -> None:
     check_supported(serve(), model)
 
 
@@ -195,13 +195,13 @@ def test_other_models_are_served(model: PreTrainedConfig) -> None:
         ({"max_model_len": 100, "max_sample_tokens": 200}, 100),
     ],
 )
-def test_the_longest_sample_is_the_least_of_all_limits(limits: dict[str, int], longest: int) -> None:
+def test_the_longest_sample_is_the_smallest_limit(limits: dict[str, int], longest: int) -> None:
     assert longest_sample(serve(**limits), LlamaConfig(**SMALL)) == longest
 
 
 @pytest.mark.parametrize("field", ["max_model_len", "max_sample_tokens"])
 def test_samples_longer_than_the_models_context_are_refused(field: str) -> None:
-    with pytest.raises(FieldError, match="got 513; the model reads at most 512 tokens") as caught:
+    with pytest.raises(FieldError, match="got 513; the model takes at most 512 tokens") as caught:
         longest_sample(serve(**{field: 513}), LlamaConfig(**SMALL))
     assert caught.value.field == field
 
@@ -225,19 +225,19 @@ def test_a_server_without_vllm_says_what_to_install() -> None:
     assert caught.value.field == "engine"
 
 
-def test_a_module_that_is_missing_for_another_reason_is_not_taken_for_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_missing_module_is_not_reported_as_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "teacher_server.engines.fake", None)
     with pytest.raises(ModuleNotFoundError, match="fake"):
         load_engine(ServeConfig(model="fake:", engine="fake"))
 
 
-# ---------------------------------------------------------------------------------------------------- the cache test
+# ---------------------------------------------------------------------------------------------------- the self-test
 
 Change = Callable[[LayerOutput], tuple[Tensor, Tensor]]
 
 
 class ScrambledEngine(FakeEngine):
-    """Hands over something else than it computed."""
+    """Emits changed results."""
 
     def __init__(self, change: Change, longest: int = 4096, failing: str = "") -> None:
         config = ServeConfig(model="fake:", engine="fake", max_sample_tokens=longest)
@@ -291,7 +291,7 @@ def slightly_off(output: LayerOutput) -> tuple[Tensor, Tensor]:
 
 
 @pytest.mark.parametrize("change", [unchanged, nearly])
-def test_a_cache_that_is_read_rightly_passes(change: Change) -> None:
+def test_matching_keys_and_values_pass_the_self_test(change: Change) -> None:
     engine = ScrambledEngine(change)
     check_against(ScrambledEngine(unchanged), engine)
     assert engine.lengths == [TOKENS]
@@ -307,23 +307,23 @@ def test_a_cache_that_is_read_rightly_passes(change: Change) -> None:
         (slightly_off, "the keys of layer 0 in vLLM's cache differ from those of transformers by 0.0002 "),
     ],
 )
-def test_keys_or_values_that_differ_are_refused(change: Change, what: str) -> None:
+def test_different_keys_or_values_fail_the_self_test(change: Change, what: str) -> None:
     with pytest.raises(UnsupportedModelError, match=what):
         check_against(ScrambledEngine(unchanged), ScrambledEngine(change))
 
 
-def test_an_engine_that_gives_nothing_is_refused() -> None:
+def test_an_engine_without_results_fails_the_self_test() -> None:
     with pytest.raises(UnsupportedModelError, match="cache test failed: no memory"):
         check_against(ScrambledEngine(unchanged), ScrambledEngine(unchanged, failing="no memory"))
 
 
-def test_a_server_of_short_samples_is_tested_with_one_of_those() -> None:
+def test_the_self_test_fits_max_sample_tokens() -> None:
     engine = ScrambledEngine(unchanged, longest=20)
     check_against(ScrambledEngine(unchanged), engine)
     assert engine.lengths == [20]
 
 
-def test_a_key_that_is_no_number_is_refused() -> None:
+def test_nan_keys_fail_the_self_test() -> None:
     def broken(output: LayerOutput) -> tuple[Tensor, Tensor]:
         return torch.full_like(output.k_BHTD, torch.nan), output.v_BHTD
 

@@ -1,4 +1,4 @@
-"""vLLM on the CPU: tiny models, small caches. Starting one takes many seconds, so each serves all tests that fit it."""
+"""vLLM on the CPU: tiny models, small caches. Starting vLLM is slow, so all tests of a model share one engine."""
 
 from __future__ import annotations
 
@@ -20,29 +20,29 @@ from tests.support.tiny_models import save_tiny_model, tiny_spec
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
 
-# A pass of 48 tokens cuts most prompts up; 24 blocks of 32 tokens hold one prompt of 512 and a half, so that requests
-# push each other out.
+# A pass of 48 tokens splits most prompts. 24 blocks of 32 tokens hold one and a half prompts of 512 tokens, so that
+# requests preempt each other.
 CROWDED = {
     "max_num_batched_tokens": 48,
     "num_gpu_blocks_override": 24,
     "max_num_seqs": 8,
-    # No prompt takes a whole pass, and none is sure of its blocks: several grow beside each other until one must go.
+    # No prompt takes a whole pass or has reserved blocks: several prompts grow together until one is preempted.
     "long_prefill_token_threshold": 16,
     "scheduler_reserve_full_isl": False,
 }
 MODELS: dict[str, tuple[dict[str, Any], dict[str, Any], int]] = {
     "qwen2": ({"family": "qwen2"}, {}, 1),
     # One KV head for four query heads, and a scaled rotary embedding.
-    # It counts what happened, so that a test can tell that it did; of several that count, the last alone would be seen.
+    # Its statistics are on, so that tests can check events. vLLM shows the statistics of the last such engine only.
     "llama": ({"family": "llama", "kv_heads": 1}, {**CROWDED, "disable_log_stats": False}, 1),
-    # Norms its queries and keys; each of two ranks computes one of its KV heads.
+    # Has query and key norms; each of two ranks computes one of its KV heads.
     "qwen3": ({"family": "qwen3", "head_dim": 64}, CROWDED, 2),
 }
 
 
 @dataclass(frozen=True)
 class Pair:
-    """The same files on both engines; whether vLLM `counts` what happens."""
+    """The same model on both engines; `counts`: whether vLLM's statistics are on."""
 
     counts: bool
     directory: Path
@@ -51,14 +51,14 @@ class Pair:
 
 
 def save_model(name: str, directory: Path) -> Path:
-    """One of MODELS. vLLM's CPU attention knows heads of 32 dimensions and more."""
+    """Save one of MODELS. vLLM's CPU attention supports head dimensions from 32 on."""
     geometry = {"head_dim": 32, "hidden": 128, **MODELS[name][0]}
     return save_tiny_model(directory, tiny_spec(**geometry))
 
 
 @pytest.fixture(scope="session")
 def pairs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], Pair]]:
-    """Starts a model when a test first asks for it."""
+    """Starts a model when a test first needs it."""
 
     def build(name: str) -> Pair:
         if name not in made:

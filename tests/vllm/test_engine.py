@@ -1,4 +1,4 @@
-"""vLLM keeps the engines' contract, and gives what transformers gives, however it schedules the work."""
+"""The vLLM engine meets the engine contract, and matches transformers under any scheduling."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from collections.abc import Callable
 import pytest
 from prometheus_client import REGISTRY
 
-from kvcore.plan import CodecSpec, KVPlan, Selection
+from kvcore.plan import CodecSpec, KVPlan, SamplingParams, Selection
 from kvcore.tensors.select import needs_keys
 from kvcore.types import Sample, Span
-from teacher_server.engines.base import GenerateOptions, LayerResult, PlannedSample, TeacherEngine
+from teacher_server.engines.base import LayerResult, PlannedSample, TeacherEngine
 from tests.support.engine_contract import *  # noqa: F403  every engine has to pass it
 from tests.support.engine_contract import EVERYTHING, RAW, TOLERANCE, Outcome, close, run_plans
 from tests.vllm.conftest import Pair
 
-# Around the ends of blocks of 32, of a pass of 48, and the longest there is.
+# Around multiples of the block size 32 and the pass size 48, and the longest.
 LENGTHS = (1, 2, 31, 32, 33, 47, 48, 49, 64, 97, 250, 511, 512)
 
 
@@ -36,7 +36,7 @@ def sample_of(length: int, seed: int, name: str = "") -> Sample:
 
 
 def assert_equal_on_both(pair: Pair, samples: list[Sample], plan: KVPlan) -> None:
-    """Tokens chosen alike, nearly everywhere the same, and there keys and values equal to 1e-4."""
+    """Check that selections match nearly everywhere, and that keys and values there match to 1e-4."""
     same = layers = 0
     tokens = [pair.hf.tokenize(sample) for sample in samples]
     assert tokens == [pair.vllm.tokenize(sample) for sample in samples]
@@ -50,7 +50,7 @@ def assert_equal_on_both(pair: Pair, samples: list[Sample], plan: KVPlan) -> Non
             assert have.layer == want.layer
             chosen, expected_choice = have.positions[at].tolist(), want.positions[place].tolist()
             for one, other in zip(chosen, expected_choice, strict=True):
-                # Of two tokens whose scores are equal but for rounding, either engine may take either.
+                # If two scores differ only by rounding, the engines may select different tokens.
                 assert len(set(one) - set(other)) <= (1 if needs_keys(plan.selection) else 0)
             layers += 1
             if chosen == expected_choice:
@@ -69,14 +69,14 @@ def test_both_engines_serve_the_same_teacher(pair: Pair) -> None:
     assert pair.vllm.info.selectors == pair.hf.info.selectors
 
 
-def test_prompts_of_every_length_give_what_transformers_gives(pair: Pair) -> None:
+def test_prompts_of_every_length_match_transformers(pair: Pair) -> None:
     samples = [sample_of(length, seed) for seed, length in enumerate(LENGTHS)]
     assert_equal_on_both(pair, samples, EVERYTHING)
 
 
 @pytest.mark.parametrize("scope", ["head", "layer", "sample"])
 @pytest.mark.parametrize("selector", ["right", "uniform", "random", "keydiff", "r_kv"])
-def test_selectors_choose_what_they_choose_on_transformers(pair: Pair, selector: str, scope: str) -> None:
+def test_selections_match_transformers(pair: Pair, selector: str, scope: str) -> None:
     selection = Selection.model_validate(
         {"selector": selector, "budget": 7, "scope": scope, "span": "all" if scope == "head" else "reasoning"}
     )
@@ -86,7 +86,7 @@ def test_selectors_choose_what_they_choose_on_transformers(pair: Pair, selector:
 
 
 def counted(name: str) -> float:
-    """One of vLLM's counters, over all engines that count."""
+    """One of vLLM's counters, summed over all engines with statistics."""
     return sum(
         sample.value
         for metric in REGISTRY.collect()
@@ -95,7 +95,7 @@ def counted(name: str) -> float:
     )
 
 
-def test_what_is_found_in_the_prefix_cache_leaves_too(pair: Pair) -> None:
+def test_tokens_from_the_prefix_cache_are_sent_too(pair: Pair) -> None:
     before = counted("prefix_cache_hits")
     shared = sample_of(250, 1).token_ids
     assert shared is not None
@@ -112,13 +112,13 @@ def test_what_is_found_in_the_prefix_cache_leaves_too(pair: Pair) -> None:
         assert counted("prefix_cache_hits") > before + 3 * 32
 
 
-def test_attention_of_an_answer_in_the_prefix_cache_is_computed_again(pair: Pair) -> None:
+def test_answers_in_the_prefix_cache_are_recomputed_for_attention(pair: Pair) -> None:
     plan = KVPlan(layers=(0, 1, 2), selection=Selection(selector="r_kv", budget=5, scope="layer"), codec=RAW)
     for _ in range(2):
         assert_equal_on_both(pair, [sample_of(120, 5, "once"), sample_of(90, 6, "more")], plan)
 
 
-def test_requests_that_push_each_other_out_of_the_cache_lose_nothing(pairs: Callable[[str], Pair]) -> None:
+def test_preempted_requests_lose_nothing(pairs: Callable[[str], Pair]) -> None:
     pair, before = pairs("llama"), counted("num_preemptions")
     samples = [sample_of(300 + 20 * number, 40 + number) for number in range(8)]
     for selector in ("full", "r_kv"):
@@ -128,7 +128,7 @@ def test_requests_that_push_each_other_out_of_the_cache_lose_nothing(pairs: Call
     assert counted("num_preemptions") > before
 
 
-def test_a_sample_that_is_given_up_ends_and_the_others_go_on(pair: Pair) -> None:
+def test_an_unwanted_sample_ends_and_the_others_continue(pair: Pair) -> None:
     samples = [sample_of(400, 70 + number) for number in range(4)]
     batch = [PlannedSample(pair.vllm.tokenize(sample), EVERYTHING) for sample in samples]
     outcome, given_up = Outcome(), threading.Event()
@@ -143,9 +143,9 @@ def test_a_sample_that_is_given_up_ends_and_the_others_go_on(pair: Pair) -> None
     assert_equal_on_both(pair, samples[3:], EVERYTHING)
 
 
-def test_it_writes_what_transformers_writes(pair: Pair) -> None:
+def test_generated_texts_match_transformers(pair: Pair) -> None:
     prompts = [Sample("a", text="The start is 3. "), Sample("b", text="Add 4, then multiply by 2")]
-    greedy = GenerateOptions(max_new_tokens=10)
+    greedy = SamplingParams(max_new_tokens=10)
     written = [
         engine.generate([engine.tokenize(prompt) for prompt in prompts], greedy, lambda _row: True)
         for engine in (pair.vllm, pair.hf)
@@ -153,5 +153,5 @@ def test_it_writes_what_transformers_writes(pair: Pair) -> None:
     assert written[0] == written[1]
 
 
-def test_tolerance_is_the_one_that_replicas_are_held_to() -> None:
+def test_the_tolerance_equals_that_of_the_self_test() -> None:
     assert TOLERANCE <= 1e-4

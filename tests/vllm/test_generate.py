@@ -1,4 +1,4 @@
-"""vLLM keeps what engines promise of writing."""
+"""The vLLM engine meets the contract of generation."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ import pytest
 
 from tests.contract.test_generate import (
     Case,
-    test_a_prompt_drawn_twice_in_a_batch_gets_the_same_text,
-    test_a_stop_text_ends_the_writing_and_is_no_part_of_it,
-    test_a_text_that_is_cut_off_says_so,
-    test_another_seed_writes_another_text_and_greedy_writing_has_no_seed,
-    test_what_is_written_does_not_depend_on_the_batch,
+    test_a_stop_text_ends_generation_and_is_not_part_of_the_text,
+    test_a_truncated_text_has_the_finish_reason_length,
+    test_equal_prompts_in_a_batch_get_the_same_text,
+    test_generated_text_does_not_depend_on_the_batch,
+    test_the_seed_changes_sampled_text_but_not_greedy_text,
 )
 from tests.vllm.conftest import Pair
 
 __all__ = [
-    "test_a_prompt_drawn_twice_in_a_batch_gets_the_same_text",
-    "test_a_stop_text_ends_the_writing_and_is_no_part_of_it",
-    "test_a_text_that_is_cut_off_says_so",
-    "test_another_seed_writes_another_text_and_greedy_writing_has_no_seed",
-    "test_what_is_written_does_not_depend_on_the_batch",
+    "test_a_stop_text_ends_generation_and_is_not_part_of_the_text",
+    "test_a_truncated_text_has_the_finish_reason_length",
+    "test_equal_prompts_in_a_batch_get_the_same_text",
+    "test_generated_text_does_not_depend_on_the_batch",
+    "test_the_seed_changes_sampled_text_but_not_greedy_text",
 ]
 
 

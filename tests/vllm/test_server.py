@@ -1,4 +1,4 @@
-"""A vLLM teacher behind the real service: a replica of the same model on transformers, for clients and for training."""
+"""A vLLM teacher in the real server: interchangeable with a transformers replica, for clients and for training."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def whole(outcomes: list[EncodedSampleKV | RefusedSample]) -> list[EncodedSample
     ],
     ids=["full", "right", "r_kv"],
 )
-def test_a_client_gets_from_either_replica_the_same(vllm: TeacherProcess, hf: TeacherProcess, plan: KVPlan) -> None:
+def test_both_replicas_return_the_same_kv(vllm: TeacherProcess, hf: TeacherProcess, plan: KVPlan) -> None:
     answers = []
     for teacher in (vllm, hf):
         with TeacherClient(teacher.endpoint) as client:
@@ -79,7 +79,7 @@ def test_a_client_gets_from_either_replica_the_same(vllm: TeacherProcess, hf: Te
             torch.testing.assert_close(getattr(one, kind), getattr(other, kind), atol=TOLERANCE, rtol=0)
 
 
-def test_a_caller_who_leaves_frees_his_place(vllm: TeacherProcess) -> None:
+def test_cancelling_frees_the_slot(vllm: TeacherProcess) -> None:
     with TeacherClient(vllm.endpoint) as client:
         call = client.call(FULL, samples())
         next(call)
@@ -88,7 +88,7 @@ def test_a_caller_who_leaves_frees_his_place(vllm: TeacherProcess) -> None:
         whole(client.fetch(FULL, samples()))
 
 
-def test_a_sample_that_passes_its_error_budget_fails_alone(vllm: TeacherProcess) -> None:
+def test_a_sample_over_its_error_budget_fails_alone(vllm: TeacherProcess) -> None:
     plan = KVPlan(
         layers=(0, 1), selection=Selection(selector="full"), codec=CodecSpec(name="int8", max_relative_error=1e-7)
     )
@@ -112,7 +112,7 @@ def write(teacher: TeacherProcess) -> list[CompletedSample]:
         return source.write(prompts)
 
 
-def test_it_writes_and_streams_the_kv_of_what_it_wrote(vllm: TeacherProcess, hf: TeacherProcess) -> None:
+def test_generate_streams_the_kv_of_the_completions(vllm: TeacherProcess, hf: TeacherProcess) -> None:
     for ours, theirs in zip(write(vllm), write(hf), strict=True):
         assert ours.written is not None
         assert theirs.written is not None
@@ -129,7 +129,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     return make_world(tmp_path_factory.mktemp("world"))
 
 
-def test_the_trainer_learns_from_it_what_it_learns_from_transformers(
+def test_training_losses_match_those_with_transformers(
     world: World, vllm: TeacherProcess, hf: TeacherProcess, tmp_path: Path
 ) -> None:
     run = {"steps": 2, "global_batch": 4}
@@ -141,8 +141,8 @@ def test_the_trainer_learns_from_it_what_it_learns_from_transformers(
     assert_same_losses(from_vllm, from_hf, 1e-3)
 
 
-def test_a_server_whose_engine_died_ends_and_says_so(vllm: TeacherProcess) -> None:
-    """The last one: it ends the server of all."""
+def test_a_server_whose_engine_died_exits_with_a_message(vllm: TeacherProcess) -> None:
+    """Runs last, because it ends the shared server."""
     (core,) = [child for child in psutil.Process(vllm.pid).children() if "EngineCore" in child.name()]
     with TeacherClient(vllm.endpoint) as client:
         core.kill()

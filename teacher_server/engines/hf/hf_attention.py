@@ -1,7 +1,7 @@
-"""Reads keys, values and attention out of a running transformers model, layer by layer.
+"""Captures keys, values and attention inputs from a running transformers model, layer by layer.
 
-transformers dispatches attention by name. The function registered here is its scaled-dot-product attention, and shows
-the layers that are being read what they attend with: queries and keys after the rotary embedding, and the mask.
+transformers dispatches attention by name. The function registered here computes its scaled-dot-product attention, and
+passes the attention's inputs of captured layers to an observer: queries and keys after the rotary embedding, and mask.
 """
 
 from __future__ import annotations
@@ -20,20 +20,20 @@ from transformers.masking_utils import sdpa_mask
 from kvcore.tensors.projections import KVProjection
 from kvcore.types import Tensor
 
-# "sdpa" in the name has transformers refuse models that scaled-dot-product attention does not compute exactly.
+# Because of "sdpa" in the name, transformers refuses models that scaled-dot-product attention cannot compute exactly.
 ATTENTION_NAME = "kvdistill_sdpa"
 
-# fp32 elements of attention probabilities made at once: 128 MiB.
+# fp32 attention probabilities in memory at once: 128 MiB.
 _PROBABILITIES_AT_ONCE = 1 << 25
 
 
 @dataclass(frozen=True, slots=True)
 class LayerTap:
-    """One layer as it enters its attention.
+    """One layer's inputs to its attention.
 
-    `q_BQTD` has the query heads Q; `rotated_k_BHTD` and `q_BQTD` are rotated, `k_BHTD` is not. `mask` is the layer's
-    attention mask (True where a key is seen) or None for plain causal attention. `extras`: other arguments of the
-    attention function.
+    `k_BHTD` and `v_BHTD`: as projected, before the rotary embedding. `q_BQTD` (query heads Q), `rotated_k_BHTD` and
+    `attended_v_BHTD`: as the attention gets them. `mask`: True where a key is visible; None for plain causal attention.
+    `extras`: other arguments of the attention function.
     """
 
     layer: int
@@ -49,7 +49,7 @@ class LayerTap:
 
 Receive = Callable[[LayerTap], None]
 _Observer = Callable[[Tensor, Tensor, Tensor, "Tensor | None", float, Mapping[str, Any]], None]
-# Attention modules that are being read: empty between batches, so that a look-up is all it costs.
+# Observers of captured attention modules; empty between batches, so that generation pays only for a look-up.
 _observers: dict[nn.Module, _Observer] = {}
 
 
@@ -62,7 +62,7 @@ def observed_attention(
     scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Scaled-dot-product attention as transformers computes it, shown first to the module's observer if it has one."""
+    """The scaled-dot-product attention of transformers; calls the module's observer first if it has one."""
     observer = _observers.get(module)
     if observer is not None:
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
@@ -76,7 +76,7 @@ AttentionMaskInterface.register(ATTENTION_NAME, sdpa_mask)
 
 @contextmanager
 def tapped(projections: Sequence[KVProjection], receive: Receive) -> Iterator[None]:
-    """While open, `receive` gets each of the layers before its attention is computed, in the order of computation."""
+    """Context in which `receive` gets each layer before its attention is computed, in the order of computation."""
     with ExitStack() as stack:
         for projection in projections:
             stack.enter_context(_tapped_layer(projection, receive))
@@ -96,7 +96,7 @@ def _tapped_layer(projection: KVProjection, receive: Receive) -> Iterator[None]:
     def observe(
         query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float, extras: Mapping[str, Any]
     ) -> None:
-        # Layers that share another one's keys reach their attention without having projected any.
+        # A layer that shares another layer's keys projects none itself.
         if outputs.keys() == {"k", "v"}:
             k_BHTD, v_BHTD = outputs.pop("k"), outputs.pop("v")
             receive(LayerTap(projection.layer, k_BHTD, v_BHTD, query, key, value, mask, scaling, extras))
@@ -116,7 +116,7 @@ def _tapped_layer(projection: KVProjection, receive: Receive) -> Iterator[None]:
 
 @dataclass(frozen=True, slots=True)
 class AnswerRows:
-    """The answer's tokens of each sample: indices [B,A], padded with any; which are none; where their queries stand."""
+    """The answer's tokens of each sample, padded to A: token indices, validity, and indices of their queries, [B,A]."""
 
     index_BA: Tensor
     valid_BA: Tensor
@@ -124,7 +124,7 @@ class AnswerRows:
 
     @classmethod
     def of(cls, rows: Sequence[Sequence[int]], device: torch.device) -> AnswerRows:
-        """Pads the samples' token indices to the largest number."""
+        """Pad the samples' token indices to the longest answer."""
         longest = max(map(len, rows))
         index_BA = torch.tensor([[*row, *[0] * (longest - len(row))] for row in rows], device=device)
         lengths_B = torch.tensor([len(row) for row in rows], device=device)
@@ -132,15 +132,14 @@ class AnswerRows:
 
 
 def answer_importance(tap: LayerTap, answer: AnswerRows) -> tuple[Tensor, Tensor]:
-    """The attention that the answer pays to each token, [B,H,T] fp32, by the largest query head and by their mean.
+    """The attention that the answer pays to each token, [B,H,T] fp32: maximum over query heads, and mean over them.
 
-    For each answer token the exact softmax over the keys that it sees, then the largest or the mean of a KV head's
-    query heads, then the mean over the answer's tokens; 0 for a sample without an answer. Only the answer's rows are
-    computed.
+    For each answer token: the exact softmax over its visible keys, then the maximum or the mean over a KV head's query
+    heads, then the mean over the answer's tokens. 0 for a sample without an answer. Computes only the answer's rows.
     """
     batch, heads, tokens, head_dim = tap.rotated_k_BHTD.shape
     group = tap.q_BQTD.shape[1] // heads
-    # G query heads share a KV head.
+    # G query heads share one KV head.
     q_BHGTD = tap.q_BQTD.unflatten(1, (heads, group))
     k_BH1DT = tap.rotated_k_BHTD.float().transpose(2, 3).unsqueeze(2)
     largest_BHT = q_BHGTD.new_zeros((batch, heads, tokens), dtype=torch.float32)
@@ -159,13 +158,13 @@ def answer_importance(tap: LayerTap, answer: AnswerRows) -> tuple[Tensor, Tensor
 
 
 def _mask_rows(mask: Tensor | None, index_Ba: Tensor, tokens: int) -> Tensor:
-    """What is added to the scores of the given queries: [B,1,a,T], 0 where a key is seen and -inf where it is not."""
+    """The additive mask of the given queries, [B,1,a,T]: 0 where a key is visible, -inf where it is not."""
     if mask is None:
         keys_T = torch.arange(tokens, device=index_Ba.device)
-        seen_B1aT = (keys_T <= index_Ba[..., None]).unsqueeze(1)
+        visible_B1aT = (keys_T <= index_Ba[..., None]).unsqueeze(1)
     else:
         rows = index_Ba[:, None, :, None].expand(-1, 1, -1, tokens)
-        seen_B1aT = mask.expand(index_Ba.shape[0], -1, -1, -1).gather(2, rows)
-    if seen_B1aT.dtype != torch.bool:
-        return seen_B1aT.float()
-    return torch.zeros(seen_B1aT.shape, device=index_Ba.device).masked_fill_(~seen_B1aT, -torch.inf)
+        visible_B1aT = mask.expand(index_Ba.shape[0], -1, -1, -1).gather(2, rows)
+    if visible_B1aT.dtype != torch.bool:
+        return visible_B1aT.float()
+    return torch.zeros(visible_B1aT.shape, device=index_Ba.device).masked_fill_(~visible_B1aT, -torch.inf)

@@ -24,7 +24,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from kvcore.errors import FieldError, UnsupportedModelError
 from kvcore.extras import needs
-from kvcore.plan import CODECS, SELECTORS
+from kvcore.plan import CODECS, SELECTORS, SamplingParams
 from kvcore.tensors.offsets import fingerprint, read_text
 from kvcore.tensors.projections import KVProjection, kv_projections
 from kvcore.types import Sample, TeacherInfo
@@ -35,7 +35,6 @@ from teacher_server.engines.base import (
     ExecutionTimings,
     Fail,
     GeneratedText,
-    GenerateOptions,
     LayerOutput,
     LayerSink,
     PlannedSample,
@@ -60,20 +59,19 @@ logger = logging.getLogger(__name__)
 
 DtypeName = Literal["fp32", "bf16", "fp16"]
 DTYPES: dict[DtypeName, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-# What bitsandbytes makes of the weights, by the field that asks for it.
+# The weights' type after bitsandbytes quantisation, by configuration field.
 QUANTISED = {"load_in_8bit": "int8", "load_in_4bit": "fp4"}
 
-# Arguments that some models give their attention and that scaled-dot-product attention leaves out.
+# Attention arguments of some models that scaled-dot-product attention ignores.
 _INEXACT_ARGUMENTS = ("softcap", "s_aux", "position_bias")
-# Rounding of half-precision rotary embeddings, far from what a transformed key or value would show.
+# Relative tolerance for the rounding of half-precision rotary embeddings; a transformed key or value differs far more.
 _SAME = 0.02
-
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tekken.json")
 
 
 class _LastLayerReadError(Exception):
-    """Ends a forward pass: nothing beyond the last layer asked for is computed. Never leaves this module."""
+    """Ends a forward pass after the last requested layer. Never leaves this module."""
 
 
 class HFReader:
@@ -89,7 +87,7 @@ class HFReader:
         return read_text(self._tokenizer, text, add_special_tokens=True)
 
     def byte_ends(self, token_ids: Sequence[int]) -> list[int]:
-        """See `TextReader.byte_ends`: told where the decoded text reads as the same tokens again."""
+        """See `TextReader.byte_ends`: known if the decoded text encodes to the same token ids."""
         plain = [token_id for token_id in token_ids if token_id not in self._special]
         text = cast("str", self._tokenizer.decode(plain, clean_up_tokenization_spaces=False))
         read_ids, read_ends = read_text(self._tokenizer, text, add_special_tokens=False) if text else ([], [])
@@ -100,7 +98,7 @@ class HFReader:
 
 
 class HFEngine:
-    """A frozen transformers model behind `TeacherEngine`."""
+    """A `TeacherEngine` on a frozen transformers model."""
 
     def __init__(
         self,
@@ -111,7 +109,7 @@ class HFEngine:
         digest: str,
     ) -> None:
         self._base = _base_model(model)
-        self._writer = HFGenerator(model, tokenizer)
+        self._generator = HFGenerator(model, tokenizer)
         self._projections = kv_projections(self._base)
         self._embedding = cast("nn.Embedding", self._base.get_input_embeddings())
         self._reader = HFReader(tokenizer, self._embedding.num_embeddings)
@@ -144,13 +142,13 @@ class HFEngine:
         return self.tokenize_up_to(sample, self._info.max_sample_tokens)
 
     def tokenize_up_to(self, sample: Sample, max_tokens: int) -> TokenizedSample:
-        """The same with another limit."""
+        """As `tokenize`, with another limit than `info.max_sample_tokens`."""
         return read_sample(sample, self._reader, max_tokens)
 
     def prefill(
         self, batch: Sequence[TokenizedSample], layers: Sequence[int], with_importance: bool, sink: LayerSink
     ) -> None:
-        """See `LayerwiseModel.prefill`. A layer is handed over before its attention is computed."""
+        """See `LayerwiseModel.prefill`. `sink` gets a layer before its attention is computed."""
         answer = self._answer_rows(batch) if with_importance else None
         last = max(layers)
 
@@ -167,26 +165,26 @@ class HFEngine:
         return execute(self, batch, emit, fail, wanted)
 
     def generate(
-        self, prompts: Sequence[TokenizedSample], options: GenerateOptions, wanted: Wanted
+        self, prompts: Sequence[TokenizedSample], sampling: SamplingParams, wanted: Wanted
     ) -> list[GeneratedText | SampleFailure]:
         """See `TeacherEngine.generate`."""
-        return self._writer.write(prompts, options, wanted)
+        return self._generator.generate(prompts, sampling, wanted)
 
     def check(self) -> None:
-        """See `TeacherEngine.check`: it lives as long as this process."""
+        """See `TeacherEngine.check`: it can always run."""
 
     def close(self) -> None:
         """See `TeacherEngine.close`."""
         on_gpu = self._embedding.weight.is_cuda
         self._projections.clear()
-        del self._base, self._embedding, self._writer
+        del self._base, self._embedding, self._generator
         if on_gpu:
             torch.cuda.empty_cache()
 
     def _forward(
         self, token_ids: Sequence[Sequence[int]], projections: Sequence[KVProjection], receive: Receive
     ) -> None:
-        """One pass over right-padded tokens: attention is causal, so no token sees padding and none needs a mask."""
+        """One pass over right-padded tokens. Attention is causal, so no token sees padding and no mask is needed."""
         longest = max(map(len, token_ids))
         padded = [[*ids, *[0] * (longest - len(ids))] for ids in token_ids]
         input_ids_BT = torch.tensor(padded, device=self._embedding.weight.device)
@@ -202,10 +200,10 @@ class HFEngine:
         return AnswerRows.of(rows, self._embedding.weight.device)
 
     def _check_exact(self) -> int:
-        """Reads a few tokens and checks that what is read is what the model attends with; returns its KV heads.
+        """Check on a few tokens that the captured keys and values are those of the attention; returns the KV heads.
 
-        At the first position the rotary embedding rotates nothing, and nowhere does it change a key's length, but for
-        one factor that some scalings apply.
+        The rotary embedding does not rotate the first position and changes no key's norm, except for one constant
+        factor of some RoPE scalings.
         """
         taps: dict[int, LayerTap] = {}
         tokens = [place % self._reader.vocabulary for place in range(4)]
@@ -247,13 +245,13 @@ def _attended_as_read(tap: LayerTap) -> bool:
 
 
 def load(config: ServeConfig) -> HFEngine:
-    """Loads a model and its tokenizer from a directory or the hub.
+    """Load a model and its tokenizer from a directory or the hub.
 
     Raises:
-        FieldError: a field names a model, device or option that cannot be had here.
-        UnsupportedModelError: the model's attention is not one whose keys and values can be read exactly.
+        FieldError: a model, device or option is not available on this host; names the field.
+        UnsupportedModelError: the keys and values of the model's attention cannot be read exactly.
     """
-    # A server's log is read by machines.
+    # The log is JSON Lines, without progress bars.
     disable_progress_bar()
     if config.threads is not None:
         torch.set_num_threads(config.threads)
@@ -272,12 +270,12 @@ def load(config: ServeConfig) -> HFEngine:
 
 
 def load_first_layers(config: ServeConfig, layers: int, dtype: DtypeName) -> tuple[HFEngine, PreTrainedConfig]:
-    """The model cut off after its first layers, on the CPU, and the configuration of the whole.
+    """Load the model's first layers on the CPU; returns them and the configuration of the whole model.
 
-    It tells how another engine's tokens, keys and values must be, and has the identity of the whole model on this one.
+    They are the reference for another engine's tokens, keys and values. `info` has the identity of the whole model.
 
     Raises:
-        FieldError, UnsupportedModelError: as `load`.
+        FieldError, UnsupportedModelError: as in `load`.
     """
     directory = model_directory(config.model, config.revision, config.trust_remote_code)
     weight_files(directory)
@@ -308,12 +306,12 @@ def _dtype(config: ServeConfig, device: torch.device) -> DtypeName:
 
 
 def _quantised(config: ServeConfig) -> str | None:
-    """The field that asks for quantised weights, if one does."""
+    """The field that asks for quantised weights, or None."""
     return next((field for field in QUANTISED if getattr(config, field)), None)
 
 
 def _load_tokenizer(directory: Path, config: ServeConfig) -> PreTrainedTokenizerBase:
-    # Without one, transformers makes up an empty tokenizer for some models.
+    # Without tokenizer files, transformers creates an empty tokenizer for some models.
     if not any((directory / name).is_file() for name in TOKENIZER_FILES):
         raise FieldError("model", f"'{config.model}' has no tokenizer: none of {', '.join(TOKENIZER_FILES)}")
     try:
@@ -340,7 +338,7 @@ def _load_model(
         "output_loading_info": True,
     }
     if device.type == "cuda":
-        # Straight onto the GPU: the host need not have room for the model.
+        # Load straight to the GPU, so that the model need not fit into host memory.
         options["device_map"] = {"": device}
     if config.load_in_8bit:
         options["quantization_config"] = BitsAndBytesConfig(load_in_8bit=True)
@@ -359,11 +357,11 @@ def _load_model(
     except (OSError, SafetensorError, ImportError, RuntimeError) as error:
         raise FieldError("model", f"the weights of '{config.model}' cannot be loaded: {error}") from error
     model, report = cast("tuple[PreTrainedModel, dict[str, Any]]", loaded)
-    # transformers fills in random values for weights that a checkpoint lacks.
+    # transformers initialises weights that a checkpoint lacks with random values.
     prefix = f"{model.base_model_prefix}."
     missing = sorted(name for name in report["missing_keys"] if name.startswith(prefix))
     if len(missing) < len(report["missing_keys"]):
-        # As transformers has it for models that cannot write: this one's head would be random.
+        # The head is missing and would be random: mark the model as unable to generate, as transformers does.
         model.generation_config = None  # pyright: ignore[reportAttributeAccessIssue]
     if missing:
         raise FieldError("model", f"the checkpoint of '{config.model}' lacks {len(missing)} weights: {missing[0]}, ...")
@@ -371,21 +369,21 @@ def _load_model(
 
 
 def _base_model(model: PreTrainedModel) -> PreTrainedModel:
-    """The model without its head: logits are not needed."""
+    """The model without its head; logits are not needed."""
     base = model.base_model
     if base is model or not isinstance(base, PreTrainedModel):
         raise UnsupportedModelError(f"{type(model).__name__} has no base model that runs without a head")
     return base
 
 
-def _max_sample_tokens(asked: int | None, text_config: Any) -> int:
+def _max_sample_tokens(requested: int | None, text_config: Any) -> int:
     context = cast("int | None", getattr(text_config, "max_position_embeddings", None))
     rope = cast("dict[str, Any]", getattr(text_config, "rope_parameters", None) or {})
     if rope.get("rope_type") == "longrope":
-        # Beyond this length the longest sample of a batch would change the frequencies for all the others.
+        # Beyond this length, the longest sample of a batch would change the rotary frequencies of all others.
         context = int(rope["original_max_position_embeddings"])
-    if context is None and asked is None:
+    if context is None and requested is None:
         raise FieldError("max_sample_tokens", "the model states no context length, so this must be set")
-    if context is not None and asked is not None and asked > context:
-        raise FieldError("max_sample_tokens", f"got {asked}; the model reads at most {context} tokens")
-    return cast("int", asked or context)
+    if context is not None and requested is not None and requested > context:
+        raise FieldError("max_sample_tokens", f"got {requested}; the model takes at most {context} tokens")
+    return cast("int", requested or context)

@@ -1,4 +1,4 @@
-"""Puts together what the workers of one batch send: heads of tensor-parallel ranks, layers of pipeline stages."""
+"""Assembles the messages of a batch's workers: heads of tensor-parallel ranks, layers of pipeline stages."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from kvcore.plan import KVPlan
 from kvcore.types import Tensor
 from teacher_server.engines.base import LayerResult, SampleFailure
 from teacher_server.engines.vllm.message_queue import FailureMessage, LayerMessage, Message
-from teacher_server.plan_execution import error_budget_problem
+from teacher_server.plan_execution import error_budget_problems
 
 _Group = list[tuple[int, list[tuple[LayerMessage, int]]]]
-"""Samples whose layer has come in the same messages: each one's row, and its pieces by ascending head."""
+"""Samples whose layer came in the same messages: each sample's row, and its pieces by ascending head."""
 
 
 @dataclass(slots=True)
 class _Row:
-    """One sample: the pieces of each layer by first head, each a message and the sample's place in it."""
+    """One sample. `pieces`: by layer and first head, a message and the sample's index in it."""
 
     plan: KVPlan
     pieces: dict[int, dict[int, tuple[LayerMessage, int]]] = field(default_factory=dict)
@@ -33,12 +33,12 @@ class _Row:
 
 
 class Assembly:
-    """The samples of one batch on their way in.
+    """The samples of one batch that is being received.
 
     Args:
         tags: the name of each sample's request.
         plans: each sample's plan.
-        kv_heads: of the whole model; a layer is complete when every head has come.
+        kv_heads: of the whole model; a layer is complete when all heads have arrived.
     """
 
     def __init__(self, tags: Sequence[str], plans: Sequence[KVPlan], kv_heads: int) -> None:
@@ -47,26 +47,26 @@ class Assembly:
         self._kv_heads = kv_heads
 
     def row_of(self, tag: str) -> int | None:
-        """The sample of a request; None where it is another batch's."""
+        """The row of a request's sample; None if it belongs to another batch."""
         return self._row_of.get(tag)
 
     def is_open(self, row: int) -> bool:
-        """Whether layers of a sample are still to come."""
+        """Whether a sample is neither complete nor failed."""
         return self._rows[row].open
 
     def open_rows(self) -> list[int]:
-        """The samples that are neither complete nor failed."""
+        """The rows of samples that are neither complete nor failed."""
         return [row for row, state in enumerate(self._rows) if state.open]
 
     def drop(self, row: int) -> None:
-        """Takes nothing more of a sample."""
+        """Ignore further messages about a sample."""
         self._rows[row].failed = True
         self._rows[row].pieces.clear()
 
     def take(self, message: Message) -> tuple[list[LayerResult], list[SampleFailure]]:
-        """What a message completes, each sample's layers in ascending order, and the samples that it ends.
+        """Add a message; returns the layers that it completes, in ascending order per sample, and failed samples.
 
-        What comes twice, as after a preemption, or for a request that is not of this batch, is left out.
+        Ignores duplicates, as after a preemption, and requests of other batches.
         """
         rows = {self._row_of[tag]: place for place, tag in enumerate(message.tags) if tag in self._row_of}
         rows = {row: place for row, place in rows.items() if self._rows[row].open}
@@ -82,7 +82,7 @@ class Assembly:
         return SampleFailure(row, problem)
 
     def _complete(self, rows: Iterable[int]) -> list[_Group]:
-        """Layers that have all heads and are next in their sample's order, grouped where they came together."""
+        """Layers that have all heads and are next in their sample's order, grouped by the messages that hold them."""
         groups: dict[tuple[int, ...], _Group] = {}
         for row in rows:
             state = self._rows[row]
@@ -97,7 +97,7 @@ class Assembly:
         return sorted(groups.values(), key=_layer_of)
 
     def _assemble(self, group: _Group) -> LayerResult:
-        """Samples that share their messages, as one result."""
+        """Join the pieces of samples that share their messages into one result."""
         messages = [message for message, _ in group[0][1]]
         places = [[pieces[rank][1] for _, pieces in group] for rank in range(len(messages))]
         first = messages[0]
@@ -113,21 +113,16 @@ class Assembly:
         return LayerResult([row for row, _ in group], first.layer, parts, positions, errors)
 
     def _within_budget(self, results: Sequence[LayerResult]) -> tuple[list[LayerResult], list[SampleFailure]]:
-        kept: list[LayerResult] = []
         failures: list[SampleFailure] = []
         for result in results:
-            good: list[int] = []
-            for place, row in enumerate(result.indices):
-                errors = {kind: values[place] for kind, values in result.relative_error.items()}
-                problem = error_budget_problem(errors, result.layer, self._rows[row].plan.codec)
-                if problem is None:
-                    good.append(place)
-                elif not self._rows[row].failed:
-                    failures.append(self._fail(row, problem))
-            if good:
-                kept.append(result.subset(good))
+            problems = error_budget_problems(result, [self._rows[row].plan.codec for row in result.indices])
+            for place, problem in problems.items():
+                if not self._rows[result.indices[place]].failed:
+                    failures.append(self._fail(result.indices[place], problem))
         failed = {failure.index for failure in failures}
-        return [_without(result, failed) for result in kept if not failed.issuperset(result.indices)], failures
+        return [
+            result.only(set(result.indices) - failed) for result in results if not failed.issuperset(result.indices)
+        ], failures
 
 
 def _layer_of(group: _Group) -> int:
@@ -139,7 +134,7 @@ def _rows_of(tensor: Tensor, places: list[int]) -> Tensor:
 
 
 def _whole_error(kind: str, messages: Sequence[LayerMessage], places: Sequence[list[int]]) -> list[float]:
-    """The error over all heads, from each rank's error and norm: ||decoded - x|| / ||x||."""
+    """The error over all heads, ||decoded - x|| / ||x||, from each rank's error and norm."""
     if len(messages) == 1:
         return [messages[0].relative_error[kind][place] for place in places[0]]
     whole: list[float] = []
@@ -149,7 +144,3 @@ def _whole_error(kind: str, messages: Sequence[LayerMessage], places: Sequence[l
         norm = math.hypot(*norms)
         whole.append(math.hypot(*(e * n for e, n in zip(errors, norms, strict=True))) / norm if norm else max(errors))
     return whole
-
-
-def _without(result: LayerResult, failed: set[int]) -> LayerResult:
-    return result.subset([place for place, row in enumerate(result.indices) if row not in failed])

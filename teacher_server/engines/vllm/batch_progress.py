@@ -1,4 +1,4 @@
-"""One batch on its way through vLLM: what its workers and its scheduler say, told to the batch's caller."""
+"""The progress of one batch in vLLM: turns events of its workers and its scheduler into layers and failures."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from teacher_server.engines.base import Emit, ExecutionTimings, Fail, SampleFail
 from teacher_server.engines.vllm.assembly import Assembly
 from teacher_server.engines.vllm.message_queue import LayerMessage, Message
 
-# How long layers may be under way after vLLM has said that their request ended.
+# How long a request's layers may take to arrive after vLLM has finished the request.
 HANDOVER_SECONDS = 30.0
 
 
 @dataclass(frozen=True, slots=True)
 class Ended:
-    """vLLM is done with a request; `problem` says why it gave none. `cached_tokens`: found in its prefix cache."""
+    """VLLM finished a request. `problem`: why it failed, or None. `cached_tokens`: found in the prefix cache."""
 
     tag: str
     problem: str | None
@@ -38,43 +38,45 @@ class BatchProgress:
         self._prefill_s = 0.0
         self._encode_s: dict[int, float] = {}
         self._cached_tokens = 0
-        self._reading = set(abort)
-        self._due: dict[int, float] = {}
+        self._running = set(abort)
+        self._deadlines: dict[int, float] = {}
 
     @property
     def runs(self) -> bool:
-        """Whether layers are still to come, or vLLM is still at a request: its last layer's K/V come before its end."""
-        return bool(self._reading or self._assembly.open_rows())
+        """Whether vLLM still runs a request of the batch, or layers are still to arrive."""
+        return bool(self._running or self._assembly.open_rows())
 
     def give_up(self, wanted: Wanted) -> None:
-        """Ends samples that nobody waits for, and those whose layers are overdue."""
+        """Drop samples that are no longer wanted, and fail those whose layers are overdue."""
         for row in self._assembly.open_rows():
             if not wanted(row):
                 self._assembly.drop(row)
                 self._abort[row]()
-                self._reading.discard(row)
-            elif time.perf_counter() > self._due.get(row, float("inf")):
-                self._end(row, f"its keys and values were not complete {HANDOVER_SECONDS:.0f} s after vLLM had read it")
+                self._running.discard(row)
+            elif time.perf_counter() > self._deadlines.get(row, float("inf")):
+                self._end(
+                    row, f"its keys and values were incomplete {HANDOVER_SECONDS:.0f} s after vLLM had finished it"
+                )
 
     def on_ended(self, event: Ended) -> None:
-        """VLLM is done with a request; its layers may still be under way."""
+        """Record that vLLM finished a request; its layers may still be on their way."""
         row = self._assembly.row_of(event.tag)
         if row is None:
             return
-        self._reading.discard(row)
+        self._running.discard(row)
         self._prefill_s = time.perf_counter() - self._started
         self._cached_tokens += event.cached_tokens
-        self._due[row] = time.perf_counter() + HANDOVER_SECONDS
+        self._deadlines[row] = time.perf_counter() + HANDOVER_SECONDS
         if event.problem is not None and self._assembly.is_open(row):
             self._end(row, event.problem)
 
     def on_message(self, message: Message) -> None:
-        """What a worker sent."""
+        """Take a message of a worker."""
         if isinstance(message, LayerMessage):
             spent = self._encode_s.get(message.heads_from, 0.0)
             self._encode_s[message.heads_from] = spent + message.encode_s
-            # As long as layers come, none is overdue.
-            self._due = dict.fromkeys(self._due, time.perf_counter() + HANDOVER_SECONDS)
+            # While layers arrive, none is overdue.
+            self._deadlines = dict.fromkeys(self._deadlines, time.perf_counter() + HANDOVER_SECONDS)
         results, failures = self._assembly.take(message)
         for result in results:
             self._emit(result)
@@ -82,7 +84,7 @@ class BatchProgress:
             self._fail(failure)
 
     def timings(self) -> ExecutionTimings:
-        """What the batch took: until vLLM's last answer, and in the slowest of the ranks that encode side by side."""
+        """Time until vLLM finished the last request, and encoding time of the slowest of the parallel ranks."""
         return ExecutionTimings(self._prefill_s, max(self._encode_s.values(), default=0.0), self._cached_tokens)
 
     def _end(self, row: int, problem: str) -> None:

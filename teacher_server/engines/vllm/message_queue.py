@@ -1,7 +1,7 @@
-"""How a worker process hands encoded layers to the server: one authenticated socket each, bytes only.
+"""Messages from vLLM workers to the server: encoded layers over one authenticated socket per worker.
 
-The standard library's `multiprocessing.connection` frames messages and proves a shared key (HMAC); its pickling halves,
-`send` and `recv`, are not used. A message is MessagePack: a header and the tensors' bytes.
+`multiprocessing.connection` of the standard library frames the messages and checks a shared key (HMAC). Its `send` and
+`recv`, which pickle, are not used. A message is MessagePack: a header and the tensors' bytes.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import logging
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from multiprocessing import AuthenticationError
 from multiprocessing.connection import Client, Connection, Listener, answer_challenge, deliver_challenge
 from typing import Any, cast
@@ -25,7 +25,7 @@ from kvcore.types import Tensor
 log = logging.getLogger(__name__)
 
 MAX_MESSAGE_BYTES = 1 << 30
-# Workers that may connect at the same moment.
+# Workers that may connect at the same time.
 BACKLOG = 128
 CLOSING_SECONDS = 5.0
 _DTYPES = {
@@ -37,10 +37,10 @@ Address = str | tuple[str, int]
 
 @dataclass(frozen=True, slots=True)
 class LayerMessage:
-    """One layer of some requests, of the KV heads of one worker.
+    """One layer of some requests, with the KV heads of one worker.
 
-    `tags` name the requests; every tensor's leading b follows them. `heads_from`: the worker's first head. `parts`,
-    `positions`, `relative_error` and `norms` as in `LayerResult`. `encode_s`: seconds spent on it.
+    `tags`: the requests' names; the leading dimension b of every tensor follows them. `heads_from`: the worker's first
+    head. `parts`, `positions`, `relative_error` and `norms`: as in `LayerResult`. `encode_s`: seconds of encoding.
     """
 
     tags: list[str]
@@ -56,7 +56,7 @@ class LayerMessage:
 
 @dataclass(frozen=True, slots=True)
 class FailureMessage:
-    """Requests whose K/V will not come, and why."""
+    """Requests that failed in the worker."""
 
     tags: list[str]
     problem: str
@@ -65,28 +65,24 @@ class FailureMessage:
 Message = LayerMessage | FailureMessage
 
 
+def worker_failure(tags: Sequence[str], error: Exception) -> FailureMessage:
+    """The message for requests that an unexpected error of the worker ends."""
+    return FailureMessage(list(tags), f"the worker failed on them: {type(error).__name__}: {error}")
+
+
 def pack(message: Message) -> bytes:
-    """A message as bytes.
+    """Serialise a message.
 
     Raises:
-        ProtocolError: more than `MAX_MESSAGE_BYTES`.
+        ProtocolError: it has more than `MAX_MESSAGE_BYTES`.
     """
-    if isinstance(message, FailureMessage):
-        return cast("bytes", msgpack.packb({"tags": message.tags, "problem": message.problem}))
-    tensors = {**message.parts, "positions": message.positions}
-    header = {
-        "tags": message.tags,
-        "layer": message.layer,
-        "heads_from": message.heads_from,
-        "heads": message.heads,
-        "relative_error": message.relative_error,
-        "norms": message.norms,
-        "encode_s": message.encode_s,
-        "tensors": [
+    header: dict[str, Any] = {entry.name: getattr(message, entry.name) for entry in fields(message)}
+    if isinstance(message, LayerMessage):
+        tensors = {**header.pop("parts"), "positions": header.pop("positions")}
+        header["tensors"] = [
             [name, str(tensor.dtype).removeprefix("torch."), list(tensor.shape), _bytes_of(tensor)]
             for name, tensor in tensors.items()
-        ],
-    }
+        ]
     payload = cast("bytes", msgpack.packb(header))
     if len(payload) > MAX_MESSAGE_BYTES:
         raise ProtocolError(f"one layer takes {len(payload)} bytes, and a message at most {MAX_MESSAGE_BYTES}")
@@ -94,19 +90,19 @@ def pack(message: Message) -> bytes:
 
 
 def unpack(payload: bytes) -> Message:
-    """Undoes `pack`; tensors are copies.
+    """Deserialise a message; tensors are copies.
 
     Raises:
-        ProtocolError: it is no such message.
+        ProtocolError: the bytes are not a message.
     """
     try:
         header = cast("dict[str, Any]", msgpack.unpackb(payload))
         if "problem" in header:
-            return FailureMessage(header["tags"], header["problem"])
+            return FailureMessage(**header)
         tensors = {name: _tensor(data, dtype, shape) for name, dtype, shape, data in header.pop("tensors")}
         return LayerMessage(parts=tensors, positions=tensors.pop("positions"), **header)
     except (ValueError, TypeError, LookupError, AttributeError, RuntimeError, msgpack.UnpackException) as error:
-        raise ProtocolError(f"a worker sent {len(payload)} bytes that are no message: {error}") from error
+        raise ProtocolError(f"a worker sent {len(payload)} bytes that are not a message: {error}") from error
 
 
 def _bytes_of(tensor: Tensor) -> bytes:
@@ -122,7 +118,7 @@ def _tensor(data: bytes, dtype: str, shape: list[int]) -> Tensor:
 
 @dataclass(frozen=True, slots=True)
 class PendingMessage:
-    """What waits to be sent: `make` is called by the sending thread; `failure` says what to send where it cannot be."""
+    """Messages to send, which the sending thread makes. `nbytes`: the memory that they hold. `tags`: their requests."""
 
     nbytes: int
     make: Callable[[], Iterable[Message]]
@@ -130,11 +126,11 @@ class PendingMessage:
 
 
 class MessageSender:
-    """Sends a worker's parcels from a thread of its own, so that the model never waits for a reader.
+    """Sends a worker's messages from its own thread, so that the model never waits for the server.
 
     Args:
         address, key: of the server's `MessageReceiver`.
-        max_bytes: the most that may wait. A parcel beyond it fails its requests, and theirs alone.
+        max_bytes: limit of the bytes that wait. Messages beyond it are replaced by a failure of their requests.
     """
 
     def __init__(self, address: Address, key: bytes, max_bytes: int) -> None:
@@ -144,24 +140,24 @@ class MessageSender:
         self._bytes = 0
         self._changed = threading.Condition()
         self._closed = False
-        self._thread = threading.Thread(target=self._work, name="kv outbox", daemon=True)
+        self._thread = threading.Thread(target=self._work, name="kv sender", daemon=True)
         self._thread.start()
 
-    def put(self, parcel: PendingMessage) -> None:
-        """Takes a parcel; never blocks, never raises."""
+    def put(self, pending: PendingMessage) -> None:
+        """Queue messages for sending; never blocks or raises."""
         with self._changed:
             if self._closed:
                 return
-            if self._bytes and self._bytes + parcel.nbytes > self._max_bytes:
+            if self._bytes and self._bytes + pending.nbytes > self._max_bytes:
                 problem = f"{self._bytes} bytes wait to be sent, and the limit is {self._max_bytes}"
-                failure = FailureMessage(list(parcel.tags), problem)
-                parcel = PendingMessage(0, lambda: [failure], parcel.tags)
-            self._bytes += parcel.nbytes
-            self._waiting.append(parcel)
+                failure = FailureMessage(list(pending.tags), problem)
+                pending = PendingMessage(0, lambda: [failure], pending.tags)
+            self._bytes += pending.nbytes
+            self._waiting.append(pending)
             self._changed.notify()
 
     def close(self) -> None:
-        """Sends what waits, then ends the thread."""
+        """Send the waiting messages, then end the thread."""
         with self._changed:
             self._closed = True
             self._changed.notify()
@@ -169,29 +165,28 @@ class MessageSender:
 
     def _work(self) -> None:
         with self._connection:
-            while (parcel := self._next()) is not None:
+            while (pending := self._next()) is not None:
                 try:
-                    for payload in self._payloads(parcel):
+                    for payload in self._payloads(pending):
                         self._connection.send_bytes(payload)
                 except OSError as error:
-                    log.warning("the server no longer takes keys and values: %s", error)
+                    log.warning("the connection to the server is broken: %s", error)
                     self._abandon()
                 with self._changed:
-                    self._bytes -= parcel.nbytes
+                    self._bytes -= pending.nbytes
 
     def _next(self) -> PendingMessage | None:
         with self._changed:
             self._changed.wait_for(lambda: self._waiting or self._closed)
             return self._waiting.popleft() if self._waiting else None
 
-    def _payloads(self, parcel: PendingMessage) -> Iterator[bytes]:
+    def _payloads(self, pending: PendingMessage) -> Iterator[bytes]:
         try:
-            for message in parcel.make():
+            for message in pending.make():
                 yield pack(message)
-        except Exception as error:  # the engine serves other requests; these fail by name
+        except Exception as error:  # fails these requests; the engine serves the others
             log.exception("cannot encode keys and values")
-            problem = f"the worker failed on them: {type(error).__name__}: {error}"
-            yield pack(FailureMessage(list(parcel.tags), problem))
+            yield pack(worker_failure(pending.tags, error))
 
     def _abandon(self) -> None:
         with self._changed:
@@ -203,37 +198,37 @@ class MessageSender:
 
 
 class MessageReceiver:
-    """Takes the messages of any number of workers.
+    """Receives the messages of any number of workers.
 
     Args:
-        address: a path for a local socket, or host and port where workers are on other nodes.
-        key: what workers have to know.
-        receive: called with each message, from a thread per worker.
-        lost: called when a worker's connection has ended while this is open.
+        address: a path for a local socket, or host and port for workers on other hosts.
+        key: the shared key that workers must prove.
+        receive: called with each message, from one thread per worker.
+        lost: called when a worker's connection ends while the receiver is open.
     """
 
     def __init__(
         self, address: Address, key: bytes, receive: Callable[[Message], None], lost: Callable[[], None]
     ) -> None:
-        # Workers prove the key in threads of their own: one that says nothing keeps nobody waiting.
+        # Each worker proves the key in its own thread, so that a silent one does not block the others.
         self._listener = Listener(address, backlog=BACKLOG)
         self._address = cast("Address", self._listener.address)
         self._key = key
         self._receive = receive
         self._lost = lost
         self._closed = False
-        threading.Thread(target=self._accept, name="kv inbox", daemon=True).start()
+        threading.Thread(target=self._accept, name="kv receiver", daemon=True).start()
 
     @property
     def address(self) -> Address:
-        """Where it listens."""
+        """The address that it listens on."""
         return self._address
 
     def close(self) -> None:
-        """Takes no more workers."""
+        """Stop accepting workers."""
         self._closed = True
         with contextlib.suppress(OSError):
-            # A thread that waits for a connection is woken by one, not by the end of the socket.
+            # Closing the socket does not wake a thread that waits in accept(); a connection does.
             Client(self._address).close()
         self._listener.close()
 
@@ -243,7 +238,7 @@ class MessageReceiver:
                 connection = self._listener.accept()
             except OSError as error:
                 if not self._closed:
-                    log.warning("a worker's connection broke: %s", error)
+                    log.warning("cannot accept a worker's connection: %s", error)
             else:
                 threading.Thread(target=self._serve, args=(connection,), name="kv reader", daemon=True).start()
 

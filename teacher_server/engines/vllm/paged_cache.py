@@ -1,12 +1,12 @@
-"""Where a token's keys and values lie in vLLM's paged cache.
+"""Reads tokens' keys and values from vLLM's paged cache.
 
-vLLM 0.32 gives every layer one tensor, nominally [blocks, heads, block_size, 2D]. The layouts known here:
+vLLM 0.32 gives every layer one tensor, nominally [blocks, heads, block_size, 2D]. Supported layouts:
 
 - Split (FlashAttention, Triton): the first D of the last dimension are the key, the rest the value.
 - Packed (CPU): per block and head, the first block_size * D elements are the keys and the rest the values, each in an
-  order that depends on the processor's instruction set. It is recovered by having vLLM write numbers.
+  order that depends on the processor's instruction set. It is recovered by having vLLM write numbered elements.
 
-What is not known is refused: read by another layout's rules, keys and values would be scrambled without a sign.
+Other layouts are refused: reading them by these rules would scramble keys and values without an error.
 """
 
 from __future__ import annotations
@@ -22,28 +22,28 @@ from kvcore.types import Tensor
 
 SPLIT_BACKENDS = ("FLASH_ATTN", "TRITON_ATTN")
 PACKED_BACKENDS = ("CPU_ATTN",)
-# Every dtype of a cache holds these numbers exactly.
+# All cache dtypes represent integers below this exactly.
 _DIGIT = 128
 
 WriteTokens = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], None]
-"""vLLM's own writing into a cache: key and value [T,H,D], key and value cache [blocks,H,block_size,D], slots [T]."""
+"""vLLM's write to a cache: key and value [T,H,D], key and value cache [blocks,H,block_size,D], slots [T]."""
 
 
 ReadTokens = Callable[[Tensor], tuple[Tensor, Tensor]]
-"""From a layer's cache to copies of the rotated keys and the values [N,H,D] of certain tokens."""
+"""Takes a layer's cache; returns copies of the rotated keys and the values [N,H,D] of the chosen tokens."""
 
 
 class CacheLayout(Protocol):
-    """Where the tokens of any layer lie."""
+    """The cache layout of all layers."""
 
     def reader(self, block_N: Tensor, offset_N: Tensor) -> ReadTokens:
-        """Reads tokens, given by their block and their place in it, out of every layer's cache."""
+        """A function that reads the tokens at these blocks and offsets from any layer's cache."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class SplitLayout:
-    """Key and value of a token side by side."""
+    """Key and value of a token are adjacent."""
 
     head_dim: int
 
@@ -59,7 +59,7 @@ class SplitLayout:
 
 @dataclass(frozen=True, slots=True)
 class PackedLayout:
-    """Keys and values of a block apart, elements permuted: places [block_size, D] within a block of one head."""
+    """Keys and values of a block are separate and permuted: element indices [block_size, D] in a block of one head."""
 
     heads: int
     key_places: Tensor
@@ -75,21 +75,21 @@ class PackedLayout:
 
 
 def layout_of(backend: str, cache: Tensor, geometry: Mapping[str, int], write: WriteTokens | None) -> CacheLayout:
-    """How to read a layer's cache.
+    """Determine the layout of a layer's cache.
 
     Args:
         backend: the name of vLLM's attention backend.
         cache: the layer's cache.
         geometry: `kv_heads`, `block_size` and `head_dim` that the model and the cache were configured with.
-        write: vLLM's writing, for layouts that are recovered.
+        write: vLLM's function that writes to a cache, for layouts that are recovered with it.
 
     Raises:
-        UnsupportedModelError: a backend, shape or dtype that is not known.
+        UnsupportedModelError: the backend, shape or dtype is not supported.
     """
     expected = (geometry["kv_heads"], geometry["block_size"], 2 * geometry["head_dim"])
     if cache.dim() != 4 or tuple(cache.shape[1:]) != expected:
         raise UnsupportedModelError(
-            f"vLLM's cache has the shape {tuple(cache.shape)}; known is [blocks, kv_heads, block_size, 2 head_dim], "
+            f"vLLM's cache has the shape {tuple(cache.shape)}; expected is [blocks, kv_heads, block_size, 2 head_dim], "
             f"here [*, {', '.join(map(str, expected))}]"
         )
     if cache.dtype not in (torch.float32, torch.bfloat16, torch.float16):
@@ -101,16 +101,16 @@ def layout_of(backend: str, cache: Tensor, geometry: Mapping[str, int], write: W
     if backend in PACKED_BACKENDS and write is not None and cache.is_contiguous():
         return recover_packing(write, cache)
     raise UnsupportedModelError(
-        f"vLLM's attention backend '{backend}' lays its cache out in a way that is not known; known: "
+        f"the cache layout of vLLM's attention backend '{backend}' is not supported; supported: "
         f"{', '.join(SPLIT_BACKENDS + PACKED_BACKENDS)} (vllm_args: attention_backend)"
     )
 
 
 def recover_packing(write: WriteTokens, cache: Tensor) -> PackedLayout:
-    """Finds out where each element of a block goes, by writing its number, digit by digit, into a block of its own.
+    """Recover where vLLM puts each element of a block: write the elements' numbers, digit by digit, to a scratch block.
 
     Raises:
-        UnsupportedModelError: what was written is no permutation of the elements.
+        UnsupportedModelError: the result is not a permutation of the elements.
     """
     heads, block_size, head_dim = cache.shape[1], cache.shape[2], cache.shape[3] // 2
     count = block_size * head_dim

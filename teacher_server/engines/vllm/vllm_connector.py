@@ -1,12 +1,11 @@
-"""The part of the vLLM engine that runs inside vLLM: a KV connector, loaded out of tree by its module path.
+"""The KV connector that runs inside vLLM; vLLM imports it by its module path.
 
-In vLLM's scheduler it notes which requests carry a plan, and tells the workers in which pass a prompt ends. In a worker
-it reads those requests' tokens from each layer's cache as soon as the layer is computed, and leaves the rest to a
-thread: un-rotate, select, encode, send. Nothing here waits, and nothing here may raise, since an exception would end
-the engine for everyone.
+In vLLM's scheduler it tracks which requests carry a plan, and tells the workers in which pass a prompt ends. In a
+worker it copies those requests' tokens from each layer's cache as soon as the layer is computed; a thread un-rotates,
+selects, encodes and sends them. Nothing here blocks or raises: an exception would end vLLM's engine for all requests.
 """
 
-# vllm is an extra, in an environment of its own.
+# vllm is an extra that is installed in its own environment.
 # pyright: reportMissingModuleSource=false
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ from kvcore.errors import UnsupportedModelError
 from kvcore.types import Tensor
 from teacher_server.engines.base import LayerOutput
 from teacher_server.engines.vllm.answer_queries import AnswerQueries, Segment
-from teacher_server.engines.vllm.message_queue import Address, FailureMessage, MessageSender, PendingMessage
+from teacher_server.engines.vllm.message_queue import Address, MessageSender, PendingMessage, worker_failure
 from teacher_server.engines.vllm.paged_cache import CacheLayout, ReadTokens, layout_of
 from teacher_server.engines.vllm.worker_step import HeadShare, WorkerRow, WorkerStep
 
@@ -50,7 +49,10 @@ NULL_BLOCK = 0
 
 @dataclass(frozen=True, slots=True)
 class Scheduled:
-    """One request's part in a pass: prompt tokens `start` to `end`, and the blocks of all its tokens so far."""
+    """One request in a pass, which computes its prompt tokens `start` to `end` out of `length`.
+
+    `content`: its packed `WorkerRow`. `blocks`: the cache blocks of all its tokens so far.
+    """
 
     content: bytes
     start: int
@@ -66,52 +68,50 @@ class Scheduled:
 
 @dataclass
 class StepMetadata(KVConnectorMetadata):
-    """What the scheduler tells the workers of one pass. `ended`: requests that left, finished or not."""
+    """The scheduler's message to the workers about one pass. `ended`: requests that finished or were aborted."""
 
     scheduled: list[tuple[str, Scheduled]] = field(default_factory=list)
     ended: list[str] = field(default_factory=list)
 
 
 class KVDistillConnector(KVConnectorBase_V1):
-    """See the module."""
+    """vLLM's connector interface; see the module."""
 
     def __init__(self, vllm_config: VllmConfig, role: KVConnectorRole, kv_cache_config: Any = None) -> None:
         super().__init__(vllm_config, role, kv_cache_config)
         if kv_cache_config is not None and len(kv_cache_config.kv_cache_groups) != 1:
-            raise UnsupportedModelError(
-                "vLLM keeps this model's layers in several caches; they are read from one alone"
-            )
+            raise UnsupportedModelError("vLLM keeps this model's layers in several cache groups; only one is supported")
         self._requests: dict[str, tuple[bytes, int]] = {}
         if role == KVConnectorRole.WORKER:
             self._worker = Worker(vllm_config, self._kv_transfer_config.kv_connector_extra_config)
 
     @property
     def requires_kv_delivery(self) -> bool:
-        """Blocks are read while their pass runs: nothing is pending when a request ends."""
+        """No: blocks are copied while their pass runs, so nothing is pending when a request ends."""
         return False
 
     @classmethod
     def requires_piecewise_for_cudagraph(cls, extra_config: dict[str, Any]) -> bool:  # noqa: ARG003
-        """A replayed full graph would skip `save_kv_layer`."""
+        """Yes: replaying a full CUDA graph would skip `save_kv_layer`."""
         return True
 
     # ------------------------------------------------------------------------------------------------ scheduler
 
     def on_new_request(self, request: Request) -> None:
-        """Notes a request that carries a plan."""
+        """Track a request that carries a plan."""
         content = (request.kv_transfer_params or {}).get(PARAMETER)
         if content is not None:
             self._requests[request.request_id] = (content, request.num_prompt_tokens)
 
     def get_num_new_matched_tokens(self, request: Request, num_computed_tokens: int) -> tuple[int, bool]:  # noqa: ARG002
-        """Nothing is ever loaded."""
+        """This connector never loads KV."""
         return 0, False
 
     def update_state_after_alloc(self, request: Request, blocks: Any, num_external_tokens: int) -> None:
-        """Nothing is ever loaded."""
+        """This connector never loads KV."""
 
     def build_connector_meta(self, scheduler_output: SchedulerOutput) -> StepMetadata:
-        """Which prompts this pass works on."""
+        """Describe the prompts of this pass to the workers."""
         cached = scheduler_output.scheduled_cached_reqs
         starts = {new.req_id: new.num_computed_tokens for new in scheduler_output.scheduled_new_reqs}
         starts |= dict(zip(cached.req_ids, cached.num_computed_tokens, strict=True))
@@ -130,36 +130,36 @@ class KVDistillConnector(KVConnectorBase_V1):
     # ------------------------------------------------------------------------------------------------ worker
 
     def register_kv_caches(self, kv_caches: dict[str, Tensor]) -> None:
-        """Learns where the layers are."""
+        """Pass the layers' caches to the worker."""
         self._worker.register(kv_caches)
 
     def bind_connector_metadata(self, connector_metadata: KVConnectorMetadata) -> None:
-        """A pass begins."""
+        """Begin a pass."""
         super().bind_connector_metadata(connector_metadata)
         self._worker.begin(cast("StepMetadata", connector_metadata))
 
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
-        """Nothing is ever loaded."""
+        """This connector never loads KV."""
 
     def wait_for_layer_load(self, layer_name: str) -> None:
-        """Nothing is ever loaded."""
+        """This connector never loads KV."""
 
     def save_kv_layer(self, layer_name: str, kv_layer: Tensor, attn_metadata: Any, **kwargs: Any) -> None:  # noqa: ARG002
-        """A layer's cache is written."""
+        """Called when a layer's cache is written."""
         self._worker.on_layer(layer_name, kv_layer, attn_metadata)
 
     def wait_for_save(self) -> None:
-        """What was read is a copy; there is nothing to wait for."""
+        """Nothing to wait for: the worker has copied what it needs."""
 
     def shutdown(self) -> None:
-        """Sends what waits."""
+        """Send the waiting messages."""
         if self.role == KVConnectorRole.WORKER:
             self._worker.close()
 
 
 @dataclass(slots=True)
 class _Pass:
-    """The requests whose prompts end in a pass, and how their tokens are read."""
+    """The requests whose prompts end in a pass, and the function that copies their tokens from a cache."""
 
     step: WorkerStep
     rows: list[WorkerRow]
@@ -168,7 +168,7 @@ class _Pass:
 
 
 class Worker:
-    """One rank's side of the connector."""
+    """The connector in one worker."""
 
     def __init__(self, vllm_config: VllmConfig, extra: dict[str, Any]) -> None:
         model, parallel = vllm_config.model_config, vllm_config.parallel_config
@@ -178,9 +178,8 @@ class Worker:
         self._share = HeadShare.of(get_tp_group().rank_in_group, self._ranks, total)
         self._modules = cast("dict[str, Any]", vllm_config.compilation_config.static_forward_context)
         self._block_size = cast("int", vllm_config.cache_config.block_size)
-        address = extra["address"]
-        where: Address = address if isinstance(address, str) else (address[0], int(address[1]))
-        self._outbox = MessageSender(where, bytes.fromhex(extra["key"]), int(extra["max_bytes"]))
+        address: Address = extra["address"] if isinstance(extra["address"], str) else tuple(extra["address"])
+        self._sender = MessageSender(address, bytes.fromhex(extra["key"]), int(extra["max_bytes"]))
         self._queries = AnswerQueries(self._block_size)
         self._layout: CacheLayout | None = None
         self._layers: dict[str, int] = {}
@@ -189,11 +188,11 @@ class Worker:
         log.info("kvdistill: rank %s of stage %s", get_tp_group().rank_in_group, get_pp_group().rank_in_group)
 
     def close(self) -> None:
-        """Sends what waits."""
-        self._outbox.close()
+        """Send the waiting messages."""
+        self._sender.close()
 
     def register(self, caches: dict[str, Tensor]) -> None:
-        """Learns the layers, and has their attention show its queries."""
+        """Find the layers' indices, and hook their attention to see its queries."""
         for name in caches:
             found = re.findall(r"\blayers\.(\d+)\.", name)
             self._layers[name] = int(found[0])
@@ -203,13 +202,13 @@ class Worker:
 
     def _query_hook(self, name: str, heads: int, head_dim: int) -> Callable[[Any, tuple[Tensor, ...]], None]:
         def hook(_module: Any, arguments: tuple[Tensor, ...]) -> None:
-            if self._queries.wanted and arguments:
-                self._queries.seen(name, arguments[0].view(-1, heads, head_dim))
+            if self._queries.needed and arguments:
+                self._queries.observe(name, arguments[0].view(-1, heads, head_dim))
 
         return hook
 
     def begin(self, metadata: StepMetadata) -> None:
-        """Prepares a pass. Where that fails, the requests whose prompts end in it fail, and the engine goes on."""
+        """Prepare a pass. If that fails, the requests whose prompts end in it fail, and the engine continues."""
         self._pass = None
         self._queries.begin(metadata.ended)
         rows: list[tuple[str, WorkerRow, Scheduled]] = []
@@ -226,7 +225,7 @@ class Worker:
 
     def _begin_pass(self, rows: Sequence[tuple[str, WorkerRow, Scheduled]]) -> None:
         if any(NULL_BLOCK in scheduled.blocks for _, _, scheduled in rows):
-            raise RuntimeError("vLLM has let go of blocks of the prompt, as it does beyond a sliding window")
+            raise RuntimeError("vLLM has freed blocks of the prompt, as it does beyond a sliding window")
         gathered = any(self._share.needs_others(row.row.plan) for _, row, _ in rows)
         step = WorkerStep(
             [row for _, row, _ in rows],
@@ -265,11 +264,11 @@ class Worker:
         return self._layout
 
     def on_layer(self, name: str, cache: Tensor, attention: Any) -> None:
-        """Copies what the pass needs of a layer, on the stream that computes, and hands it to the sending thread."""
+        """Copy the tokens that the pass needs from a layer, on the compute stream, and queue them for sending."""
         current = self._pass
         if name not in self._layers:
             return
-        # What is lost here is missed, and said, when its requests end.
+        # An error here fails the requests when their prompts end, because their queries are incomplete.
         self._guard([], lambda: self._queries.keep(name, attention.slot_mapping))
         if current is None or self._layers[name] not in current.step.layers:
             return
@@ -295,10 +294,10 @@ class Worker:
                 importance = (None, None) if queries is None else queries.importance(layer, k_BHTD, scale)
                 yield from current.step.messages(LayerOutput(layer, k_BHTD, v_BHTD, *importance))
 
-        self._outbox.put(PendingMessage(k_BHTD.nbytes + v_BHTD.nbytes, make, current.step.tags))
+        self._sender.put(PendingMessage(k_BHTD.nbytes + v_BHTD.nbytes, make, current.step.tags))
 
     def _all_heads(self, x_BHTD: Tensor) -> Tensor:
-        """Every rank's heads, each once."""
+        """All ranks' heads, without the copies."""
         gathered = get_tp_group().all_gather(x_BHTD.contiguous(), dim=1)
         copies = self._ranks * self._share.count // self._share.total
         return gathered[:, ::copies] if copies > 1 else gathered
@@ -309,11 +308,11 @@ class Worker:
     def _guard(self, tags: Sequence[str], work: Callable[[], None]) -> None:
         try:
             work()
-        except Exception as error:  # an exception here would end the engine for everyone
+        except Exception as error:  # an exception here would end vLLM's engine for all requests
             log.exception("cannot read keys and values")
-            failure = FailureMessage(list(tags), f"the worker failed on them: {type(error).__name__}: {error}")
+            failure = worker_failure(tags, error)
             if tags:
-                self._outbox.put(PendingMessage(0, lambda: [failure], list(tags)))
+                self._sender.put(PendingMessage(0, lambda: [failure], list(tags)))
 
 
 _side_streams: dict[torch.device, Any] = {}
@@ -321,7 +320,7 @@ _side_streams: dict[torch.device, Any] = {}
 
 @contextlib.contextmanager
 def _after(event: Any, tensors: Sequence[Tensor]) -> Iterator[None]:
-    """On a GPU: work on a stream of its own once `event` has passed, so that the model's stream goes on."""
+    """On a GPU: run on a side stream after `event`, so that the compute stream is not blocked."""
     if event is None:
         yield
         return
@@ -331,7 +330,7 @@ def _after(event: Any, tensors: Sequence[Tensor]) -> Iterator[None]:
     stream = _side_streams[device]
     stream.wait_event(event)
     for tensor in tensors:
-        # Their memory was taken on the model's stream, which must not have it back too soon.
+        # They were allocated on the compute stream, which must not reuse their memory too early.
         tensor.record_stream(stream)
     with torch.cuda.stream(stream):
         yield

@@ -1,10 +1,10 @@
-"""The engine on vLLM: teachers of any size, over several GPUs and nodes, behind vLLM's own scheduling.
+"""The engine on vLLM: teachers of any size, over several GPUs and nodes, with vLLM's scheduler.
 
-A batch's samples are requests to vLLM that write one token. `vllm_connector`, inside vLLM's workers, executes their
-plans and sends what is left to this process, layer by layer, while vLLM computes the next ones.
+Each sample is a vLLM request that generates one token. `vllm_connector` runs inside vLLM's workers: it executes the
+samples' plans and sends the encoded layers to this process while vLLM computes the next ones.
 """
 
-# vllm is an extra, in an environment of its own.
+# vllm is an extra that is installed in its own environment.
 # pyright: reportMissingModuleSource=false
 
 from __future__ import annotations
@@ -25,13 +25,14 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-# Before vllm is imported: it reads them then. Its log is for people and this process's for machines.
+# vllm reads these when it is imported. Its log lines are not JSON, so only warnings are let through.
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
 
 import vllm
-from vllm import AsyncEngineArgs, SamplingParams
+from vllm import AsyncEngineArgs
+from vllm import SamplingParams as VLLMSamplingParams
 from vllm.config import KVTransferConfig
 from vllm.inputs import TokensPrompt
 from vllm.platforms import current_platform
@@ -39,6 +40,7 @@ from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.async_llm import AsyncLLM
 
 from kvcore.errors import FieldError
+from kvcore.plan import SamplingParams
 from kvcore.tensors.select import needs_importance, needs_keys
 from kvcore.types import Sample, TeacherInfo
 from teacher_server.config import ServeConfig
@@ -48,17 +50,17 @@ from teacher_server.engines.base import (
     ExecutionTimings,
     Fail,
     GeneratedText,
-    GenerateOptions,
     PlannedSample,
     SampleFailure,
     TokenizedSample,
     Wanted,
+    draw_seed,
 )
 from teacher_server.engines.hf.hf_engine import DtypeName, HFEngine, load_first_layers
 from teacher_server.engines.hf.hf_generate import INCOMPLETE
 from teacher_server.engines.vllm.assembly import Assembly
 from teacher_server.engines.vllm.batch_progress import BatchProgress, Ended
-from teacher_server.engines.vllm.message_queue import Message, MessageReceiver
+from teacher_server.engines.vllm.message_queue import Address, Message, MessageReceiver
 from teacher_server.engines.vllm.vllm_connector import PARAMETER, KVDistillConnector
 from teacher_server.engines.vllm.vllm_self_test import REFERENCE_LAYERS, check_against
 from teacher_server.engines.vllm.vllm_settings import check_supported, engine_arguments, longest_sample
@@ -66,10 +68,10 @@ from teacher_server.engines.vllm.worker_step import worker_row
 
 log = logging.getLogger(__name__)
 
-# Each release may lay its cache out anew.
+# The cache layout may change with each release.
 KNOWN_RELEASE = "0.32."
-# What waits in a worker before the samples it belongs to fail.
-OUTBOX_BYTES = 2 << 30
+# Limit of the layers that wait in a worker; samples beyond it fail.
+SENDER_BYTES = 2 << 30
 SHUTDOWN_SECONDS = 30.0
 POLL_SECONDS = 0.1
 
@@ -77,10 +79,10 @@ ResultT = TypeVar("ResultT")
 
 
 class VLLMEngine:
-    """A frozen model in vLLM behind `TeacherEngine`.
+    """A `TeacherEngine` on a frozen model in vLLM.
 
     Args:
-        reference: the model's first layers on transformers: reads text, and tells what keys and values must be.
+        reference: the model's first layers on transformers; tokenizes samples.
         info: of the whole model.
         config: of the server.
         arguments: of vLLM's engine.
@@ -91,16 +93,18 @@ class VLLMEngine:
         self._info = info
         self._pipeline = config.pipeline_parallel_size
         self._events: queue.SimpleQueue[Message | Ended] = queue.SimpleQueue()
-        self._worker_left = threading.Event()
+        self._worker_lost = threading.Event()
         self._numbers = itertools.count()
         self._scratch = tempfile.TemporaryDirectory(prefix="kvdistill-")
         key = secrets.token_bytes(32)
-        address = config.worker_address
-        where = _address(address, Path(self._scratch.name))
+        listen: Address = str(Path(self._scratch.name) / "kv.sock")
+        if config.worker_address is not None:
+            host, _, port = config.worker_address.rpartition(":")
+            listen = host, int(port)
         try:
-            self._inbox = MessageReceiver(where, key, self._events.put, self._worker_left.set)
+            self._receiver = MessageReceiver(listen, key, self._events.put, self._worker_lost.set)
         except OSError as error:
-            raise FieldError("worker_address", f"cannot listen on {where}: {error.strerror or error}") from error
+            raise FieldError("worker_address", f"cannot listen on {listen}: {error.strerror or error}") from error
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="vllm", daemon=True)
         self._thread.start()
@@ -109,9 +113,9 @@ class VLLMEngine:
             kv_connector_module_path=KVDistillConnector.__module__,
             kv_role="kv_producer",
             kv_connector_extra_config={
-                "address": address.rsplit(":", 1) if address else self._inbox.address,
+                "address": listen,
                 "key": key.hex(),
-                "max_bytes": OUTBOX_BYTES,
+                "max_bytes": SENDER_BYTES,
             },
         )
         engine_arguments = AsyncEngineArgs(**arguments, kv_transfer_config=transfer)
@@ -152,7 +156,7 @@ class VLLMEngine:
                 for event in self._next_events():
                     if isinstance(event, Ended):
                         if event.problem is not None:
-                            # A dead engine refuses everything; that is no fault of the sample.
+                            # A dead engine refuses every request: raise EngineLostError instead of failing the sample.
                             self.check()
                         progress.on_ended(event)
                     else:
@@ -162,27 +166,29 @@ class VLLMEngine:
                 request.cancel()
         return progress.timings()
 
-    def read_alone(self, batch: Sequence[TokenizedSample]) -> None:
-        """Reads prompts without any plan: what vLLM costs by itself, for benchmarks."""
-        parameters = SamplingParams(
+    def prefill_alone(self, batch: Sequence[TokenizedSample]) -> None:
+        """Prefill prompts without plans, to measure the cost of vLLM alone; for benchmarks."""
+        parameters = VLLMSamplingParams(
             max_tokens=1, temperature=0.0, detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY
         )
-        reads = [self._on_loop(self._answer(t.token_ids, parameters, f"read-{next(self._numbers)}")) for t in batch]
-        for read in reads:
-            read.result()
+        requests = [
+            self._on_loop(self._answer(t.token_ids, parameters, f"prefill-{next(self._numbers)}")) for t in batch
+        ]
+        for request in requests:
+            request.result()
 
     def generate(
-        self, prompts: Sequence[TokenizedSample], options: GenerateOptions, wanted: Wanted
+        self, prompts: Sequence[TokenizedSample], sampling: SamplingParams, wanted: Wanted
     ) -> list[GeneratedText | SampleFailure]:
         """See `TeacherEngine.generate`."""
-        requests = [self._on_loop(self._write(tokens, options)) for tokens in prompts]
+        requests = [self._on_loop(self._generate(tokens, sampling)) for tokens in prompts]
         while waiting := [row for row, request in enumerate(requests) if not request.done()]:
             for row in waiting:
                 if not wanted(row):
                     requests[row].cancel()
             wait_for(requests, timeout=POLL_SECONDS)
         self.check()
-        return [_written(row, request) for row, request in enumerate(requests)]
+        return [_outcome(row, request) for row, request in enumerate(requests)]
 
     def close(self) -> None:
         """See `TeacherEngine.close`."""
@@ -192,7 +198,7 @@ class VLLMEngine:
         self._reference.close()
 
     def _end_threads(self) -> None:
-        self._inbox.close()
+        self._receiver.close()
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(timeout=1.0)
         if not self._loop.is_running():
@@ -204,8 +210,8 @@ class VLLMEngine:
 
     def check(self) -> None:
         """See `TeacherEngine.check`."""
-        if self._worker_left.is_set():
-            raise EngineLostError("the engine has ended: a worker no longer sends keys and values")
+        if self._worker_lost.is_set():
+            raise EngineLostError("the engine has ended: a worker closed its connection")
         if self._llm.errored:
             raise EngineLostError("the engine has ended: vLLM's core process died")
 
@@ -213,50 +219,50 @@ class VLLMEngine:
         selection = sample.plan.selection
         if self._pipeline > 1 and selection.scope == "sample" and needs_keys(selection):
             return (
-                f"plan.selection: '{selection.selector}' in scope 'sample' weighs all layers together, and this "
-                f"teacher's are on {self._pipeline} pipeline stages; take scope 'layer' or 'head', or the selector "
+                f"plan.selection: '{selection.selector}' in scope 'sample' needs all layers together, and this "
+                f"teacher's are on {self._pipeline} pipeline stages; use scope 'layer' or 'head', or the selector "
                 "'right'"
             )
         return None
 
     async def _prefill(self, tag: str, sample: PlannedSample) -> None:
         selection = sample.plan.selection
-        parameters = SamplingParams(
+        parameters = VLLMSamplingParams(
             max_tokens=1,
             temperature=0.0,
             detokenize=False,
             output_kind=RequestOutputKind.FINAL_ONLY,
-            # Queries of tokens that were found in the prefix cache are not computed again.
+            # vLLM does not compute the queries of tokens that it finds in the prefix cache.
             skip_reading_prefix_cache=needs_importance(selection),
             extra_args={"kv_transfer_params": {PARAMETER: worker_row(tag, sample).pack()}},
         )
         try:
             output = await self._answer(sample.tokens.token_ids, parameters, tag)
             ended = Ended(tag, None, output.num_cached_tokens or 0)
-        except Exception as error:  # noqa: BLE001  whatever vLLM refuses a request with, ends that sample alone
+        except Exception as error:  # noqa: BLE001  any error of vLLM on a request fails that sample alone
             ended = Ended(tag, f"vLLM refused the sample: {type(error).__name__}: {error}")
         self._events.put(ended)
 
-    async def _write(self, tokens: TokenizedSample, options: GenerateOptions) -> GeneratedText:
-        parameters = SamplingParams(
-            max_tokens=options.max_new_tokens,
-            temperature=options.temperature,
-            top_p=options.top_p if options.temperature else 1.0,
-            seed=options.seed_for(tokens),
-            stop=list(options.stop) or None,
+    async def _generate(self, tokens: TokenizedSample, sampling: SamplingParams) -> GeneratedText:
+        parameters = VLLMSamplingParams(
+            max_tokens=sampling.max_new_tokens,
+            temperature=sampling.temperature,
+            top_p=sampling.top_p if sampling.temperature else 1.0,
+            seed=draw_seed(sampling, tokens),
+            stop=list(sampling.stop) or None,
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
-        output = await self._answer(tokens.prompt_ids, parameters, f"write-{next(self._numbers)}")
-        (written,) = output.outputs
-        reason = "length" if written.finish_reason == "length" else "stop"
-        # Cut off inside a character, the text ends with what decoders make of the character's first bytes.
-        text = written.text.rstrip(INCOMPLETE) if reason == "length" else written.text
-        return GeneratedText(text, reason, len(written.token_ids))
+        output = await self._answer(tokens.prompt_ids, parameters, f"generate-{next(self._numbers)}")
+        (completion,) = output.outputs
+        reason = "length" if completion.finish_reason == "length" else "stop"
+        # A text that is cut off inside a character ends with the decoder's replacement character.
+        text = completion.text.rstrip(INCOMPLETE) if reason == "length" else completion.text
+        return GeneratedText(text, reason, len(completion.token_ids))
 
-    async def _answer(self, token_ids: Sequence[int], parameters: SamplingParams, name: str) -> Any:
+    async def _answer(self, token_ids: Sequence[int], parameters: VLLMSamplingParams, name: str) -> Any:
         output: Any = None
         prompt = TokensPrompt(prompt_token_ids=list(token_ids))
-        async for output in self._llm.generate(prompt, parameters, name):  # noqa: B007  the last one counts
+        async for output in self._llm.generate(prompt, parameters, name):  # noqa: B007  the last output is the final one
             pass
         return output
 
@@ -267,9 +273,9 @@ class VLLMEngine:
                 yield self._events.get_nowait()
 
 
-def _written(row: int, request: Future[GeneratedText]) -> GeneratedText | SampleFailure:
+def _outcome(row: int, request: Future[GeneratedText]) -> GeneratedText | SampleFailure:
     if request.cancelled():
-        return SampleFailure(row, "nobody waits for it any more")
+        return SampleFailure(row, "cancelled: the caller has gone")
     error = request.exception()
     if error is not None:
         return SampleFailure(row, f"vLLM refused the prompt: {type(error).__name__}: {error}")
@@ -277,7 +283,7 @@ def _written(row: int, request: Future[GeneratedText]) -> GeneratedText | Sample
 
 
 async def _start(arguments: AsyncEngineArgs) -> AsyncLLM:
-    """On the loop that it will run on."""
+    """Start vLLM on the event loop that it runs on."""
     return AsyncLLM.from_engine_args(arguments)
 
 
@@ -285,23 +291,17 @@ async def _shut_down(llm: AsyncLLM) -> None:
     llm.shutdown()
 
 
-def _address(worker_address: str | None, scratch: Path) -> str | tuple[str, int]:
-    if worker_address is None:
-        return str(scratch / "kv.sock")
-    host, _, port = worker_address.rpartition(":")
-    return host, int(port)
-
-
 def load(config: ServeConfig) -> VLLMEngine:
-    """Starts vLLM on a model, and compares what it serves with transformers.
+    """Start vLLM on a model, and compare its keys and values with those of transformers.
 
     Raises:
-        FieldError: a field names a model, device or option that cannot be had here.
-        UnsupportedModelError: keys and values cannot be read exactly, or are not what transformers computes.
+        FieldError: a model, device or option is not available on this host; names the field.
+        UnsupportedModelError: keys and values cannot be read exactly, or differ from those of transformers.
     """
     if not vllm.__version__.startswith(KNOWN_RELEASE):
         raise FieldError(
-            "engine", f"vllm {vllm.__version__} is installed; its cache is known in {KNOWN_RELEASE}x: docs/teachers.md"
+            "engine",
+            f"vllm {vllm.__version__} is installed; kvdistill supports {KNOWN_RELEASE}x only (docs/teachers.md)",
         )
     dtype = _dtype(config)
     reference, model = load_first_layers(config, REFERENCE_LAYERS, dtype)
@@ -326,7 +326,7 @@ def _dtype(config: ServeConfig) -> DtypeName:
     if not config.device.startswith(("auto", device)) or ":" in config.device:
         raise FieldError(
             "device",
-            f"got '{config.device}'; this vLLM runs on {device}, and CUDA_VISIBLE_DEVICES says on which GPUs",
+            f"got '{config.device}'; this vLLM runs on {device}; choose its GPUs with CUDA_VISIBLE_DEVICES",
         )
     if config.dtype == "auto":
         return "fp32" if device == "cpu" else "bf16"

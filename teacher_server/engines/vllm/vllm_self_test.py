@@ -1,4 +1,4 @@
-"""Compares what vLLM's cache gives with a forward pass of the model's first layers on transformers."""
+"""Compares keys and values from vLLM's cache with those of the model's first layers on transformers."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ from kvcore.types import Sample, Tensor
 from teacher_server.engines.base import LayerResult, PlannedSample, SampleFailure, TeacherEngine, TokenizedSample
 
 REFERENCE_LAYERS = 2
-# Relative error of keys and values; a scrambled cache or a wrong rotation is near 1.
+# Relative error of keys and values. A scrambled cache or a wrong rotation gives an error near 1.
 TOLERANCES = {"fp32": 1e-4, "bf16": 0.1, "fp16": 0.03}
-# More than a block of any size that vLLM uses by default.
+# More than one block at all block sizes that vLLM uses by default.
 TOKENS = 150
 
 
 def check_against(reference: TeacherEngine, engine: TeacherEngine) -> None:
-    """Reads some tokens with both.
+    """Compare some tokens' keys and values.
 
     Raises:
         UnsupportedModelError: keys or values differ.
     """
     layers = tuple(range(min(REFERENCE_LAYERS, reference.info.layers)))
     count = min(TOKENS, engine.info.max_sample_tokens)
-    # Neither the first of the vocabulary, which are often special, nor all the same.
+    # Varied ids, without the first of the vocabulary, which are often special.
     token_ids = tuple(10 + (7 * place) % 200 for place in range(count))
     sample = reference.tokenize(Sample("cache test", token_ids=token_ids))
     expected, found = (_read(which, sample, layers) for which in (reference, engine))
@@ -37,7 +37,7 @@ def check_against(reference: TeacherEngine, engine: TeacherEngine) -> None:
                 name = "keys" if kind == "k" else "values"
                 raise UnsupportedModelError(
                     f"the {name} of layer {layer} in vLLM's cache differ from those of transformers by {error:.3g} "
-                    f"(relative; allowed is {tolerance:g}): this vLLM lays its cache out, or rotates, in another way"
+                    f"(relative; the limit is {tolerance:g}): this vLLM has another cache layout or rotates differently"
                 )
 
 

@@ -1,4 +1,4 @@
-"""What vLLM is started with, and which models it is refused."""
+"""vLLM's engine arguments, and the models that are not supported on vLLM."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from teacher_server.config import ServeConfig
 from teacher_server.engines.hf.hf_engine import DtypeName
 
 VLLM_DTYPES: dict[DtypeName, str] = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
-# What the engine sets itself, and what would change keys or values on their way into the cache.
+# Arguments that the engine sets itself, or that would change the keys or values in the cache.
 OWN_ARGUMENTS = frozenset(
     {
         "model",
@@ -46,15 +46,19 @@ LONG_ROPE = ("dynamic", "longrope")
 
 
 def check_supported(config: ServeConfig, model: PreTrainedConfig) -> None:
-    """Refuses models whose keys or values are not in the cache as they were computed."""
+    """Refuse models whose keys or values do not stay in the cache as they were computed.
+
+    Raises:
+        UnsupportedModelError: names the model and the reason.
+    """
     text_config = cast("Any", model.get_text_config())
     name = f"'{config.model}'"
     if getattr(model, "quantization_config", None):
-        raise UnsupportedModelError(f"{name}: quantised weights cannot be compared with transformers; serve them there")
-    if getattr(text_config, "sliding_window", None) and getattr(text_config, "use_sliding_window", True):
         raise UnsupportedModelError(
-            f"{name}: vLLM lets go of tokens beyond a sliding window; serve it with --engine hf"
+            f"{name}: quantised weights cannot be compared with transformers; serve it with --engine hf"
         )
+    if getattr(text_config, "sliding_window", None) and getattr(text_config, "use_sliding_window", True):
+        raise UnsupportedModelError(f"{name}: vLLM frees tokens beyond a sliding window; serve it with --engine hf")
     rope = dict(getattr(text_config, "rope_parameters", None) or {})
     if rope.get("rope_type") in LONG_ROPE:
         raise UnsupportedModelError(f"{name}: vLLM and transformers rotate '{rope['rope_type']}' differently")
@@ -62,33 +66,43 @@ def check_supported(config: ServeConfig, model: PreTrainedConfig) -> None:
 
 
 def longest_sample(config: ServeConfig, model: PreTrainedConfig) -> int:
-    """The most tokens of a sample.
+    """The maximum number of tokens in a sample.
 
     Raises:
-        FieldError: more is asked for than the model reads.
+        FieldError: the configured limit exceeds the model's context.
     """
     context = cast("int", cast("Any", model.get_text_config()).max_position_embeddings)
     longest = min(config.max_model_len or context, config.max_sample_tokens or context)
     for field in ("max_model_len", "max_sample_tokens"):
-        asked = getattr(config, field)
-        if asked is not None and asked > context:
-            raise FieldError(field, f"got {asked}; the model reads at most {context} tokens")
+        requested = getattr(config, field)
+        if requested is not None and requested > context:
+            raise FieldError(field, f"got {requested}; the model takes at most {context} tokens")
     return longest
 
 
 def engine_arguments(config: ServeConfig, dtype: DtypeName, longest: int, known: frozenset[str]) -> dict[str, Any]:
-    """What vLLM is started with."""
+    """The keyword arguments of vLLM's engine.
+
+    Args:
+        config: of the server.
+        dtype: of weights and cache.
+        longest: the maximum number of tokens in a sample.
+        known: names of all arguments that vLLM accepts.
+
+    Raises:
+        FieldError: `vllm_args` is not a JSON object of arguments that may be set.
+    """
     try:
         extra = json.loads(config.vllm_args)
     except ValueError as error:
-        raise FieldError("vllm_args", f"is no JSON: {error}") from error
+        raise FieldError("vllm_args", f"is not JSON: {error}") from error
     if not isinstance(extra, dict):
-        raise FieldError("vllm_args", f"got {config.vllm_args}; it is a JSON object")
+        raise FieldError("vllm_args", f"got {config.vllm_args}; it must be a JSON object")
     if unknown := sorted(set(extra) - known):
-        raise FieldError("vllm_args", f"'{unknown[0]}' is none of vLLM's engine arguments")
+        raise FieldError("vllm_args", f"'{unknown[0]}' is not an engine argument of vLLM")
     if taken := sorted(OWN_ARGUMENTS & set(extra)):
         raise FieldError("vllm_args", f"'{taken[0]}' is set by the server's own flags, or cannot be changed")
-    # vLLM counts the token that it writes; the last position that it rotates is the sample's own.
+    # max_model_len includes the generated token, but vLLM rotates no position beyond the sample.
     os.environ.setdefault("VLLM_ALLOW_LONG_MAX_MODEL_LEN", "1")
     arguments: dict[str, Any] = {
         "model": config.model,
@@ -99,7 +113,7 @@ def engine_arguments(config: ServeConfig, dtype: DtypeName, longest: int, known:
         "tensor_parallel_size": config.tensor_parallel_size,
         "pipeline_parallel_size": config.pipeline_parallel_size,
         "gpu_memory_utilization": config.gpu_memory_utilization,
-        # Prompts gain nothing from captured graphs, and queries can only be seen without them.
+        # CUDA graphs do not speed up prefill, and the hooks that see queries need eager mode.
         "enforce_eager": True,
         "enable_log_requests": False,
         "disable_log_stats": True,

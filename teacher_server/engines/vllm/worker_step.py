@@ -1,7 +1,7 @@
-"""One forward pass of a worker: the requests whose prompts end in it, and their plans at work on its layers.
+"""One forward pass of a vLLM worker: executes the plans of the requests whose prompts end in the pass.
 
-A request's plan is executed when its last token is computed: from then on the cache holds all of its tokens, whatever
-was computed in earlier passes, found in the prefix cache, or computed again after a preemption.
+A request's plan is executed in the pass that computes its last prompt token. Then the cache holds all of its tokens,
+whether they were computed in earlier passes, found in the prefix cache, or recomputed after a preemption.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ from teacher_server.plan_execution import PlanRow, PlanRun, plan_row
 
 @dataclass(frozen=True, slots=True)
 class WorkerRow:
-    """What a worker must know of one request.
+    """One request as the workers need it.
 
-    `tag` names it. `needed_N`: the prompt's tokens to read from the cache, ascending. `row`: its plan over indices into
-    `needed_N`. `answer_A`: the answer's tokens, where the plan ranks by their attention.
+    `tag`: its name. `needed_N`: prompt tokens to read from the cache, ascending. `row`: its plan over indices into
+    `needed_N`. `answer_A`: the answer's tokens if the plan ranks by their attention, else empty.
     """
 
     tag: str
@@ -44,7 +44,7 @@ class WorkerRow:
     answer_A: NDArray[np.int64]
 
     def pack(self) -> bytes:
-        """As bytes, for the request's parameters."""
+        """Serialise for the request's parameters."""
         content = (
             self.tag,
             self.row.plan.model_dump_json(),
@@ -55,16 +55,16 @@ class WorkerRow:
 
     @classmethod
     def unpack(cls, content: bytes) -> WorkerRow:
-        """Undoes `pack`."""
+        """Deserialise what `pack` returned."""
         tag, plan, seed, *indices = cast("tuple[Any, ...]", msgpack.unpackb(content))
         candidates_N, needed_N, answer_A = (np.frombuffer(i, dtype="<i4").astype(np.int64) for i in indices)
         return cls(tag, PlanRow(KVPlan.model_validate_json(plan), candidates_N, seed), needed_N, answer_A)
 
 
 def worker_row(tag: str, sample: PlannedSample) -> WorkerRow:
-    """Decides which tokens a worker reads of a sample: those that may be chosen, or that are, where keys do not matter.
+    """Determine the tokens that a worker reads: the candidates, or the selected tokens if keys do not matter.
 
-    The plan's error budget stays with the server, which alone knows the error over all heads.
+    The server enforces the plan's error budget, because only it knows the error over all heads.
     """
     codec = sample.plan.codec.model_copy(update={"max_relative_error": None})
     row = plan_row(PlannedSample(sample.tokens, sample.plan.model_copy(update={"codec": codec})))
@@ -77,38 +77,38 @@ def worker_row(tag: str, sample: PlannedSample) -> WorkerRow:
     if not needs_keys(selection) and not needs_seeds(selection):
         no_keys_BHTD = torch.empty(1, 1, 0, 0)
         needed_N = select(selection, torch.from_numpy(needed_N)[None], no_keys_BHTD, None)[0, 0].long().numpy()
-    places = PlanRow(row.plan, np.arange(needed_N.size), row.seed)
-    return WorkerRow(tag, places, needed_N, np.empty(0, dtype=np.int64))
+    among_needed = PlanRow(row.plan, np.arange(needed_N.size), row.seed)
+    return WorkerRow(tag, among_needed, needed_N, np.empty(0, dtype=np.int64))
 
 
 @dataclass(frozen=True, slots=True)
 class HeadShare:
-    """A tensor-parallel rank's KV heads, of `total`; of the ranks that have copies of the same, one `ships`."""
+    """A tensor-parallel rank's KV heads, out of `total`. Of the ranks with copies of the same head, one `sends` it."""
 
     first: int
     count: int
     total: int
-    ships: bool
+    sends: bool
     copies: int = 1
 
     @classmethod
     def of(cls, rank: int, ranks: int, total: int) -> HeadShare:
-        """As vLLM shares heads out: an equal run each, or one head to several ranks where there are more ranks."""
+        """VLLM's distribution of heads: equal ranges, or copies of single heads if there are more ranks than heads."""
         if ranks <= total:
-            return cls(rank * (total // ranks), total // ranks, total, ships=True)
+            return cls(rank * (total // ranks), total // ranks, total, sends=True)
         copies = ranks // total
-        return cls(rank // copies, 1, total, ships=rank % copies == 0, copies=copies)
+        return cls(rank // copies, 1, total, sends=rank % copies == 0, copies=copies)
 
     def needs_others(self, plan: KVPlan) -> bool:
-        """Whether this rank must be given the other ranks' heads, of keys and of queries, to choose as they do."""
+        """Whether this rank needs the other ranks' keys and queries to select the same tokens as they do."""
         if self.copies > 1 and needs_importance(plan.selection):
-            # The query heads of one KV head are spread over the ranks that have a copy of it.
+            # The query heads of one KV head are distributed over the ranks that have a copy of it.
             return True
         return self.count < self.total and needs_all_heads(plan)
 
 
 def needs_all_heads(plan: KVPlan) -> bool:
-    """Whether a rank must see the other ranks' heads to choose as they do."""
+    """Whether a plan selects by all KV heads together."""
     selection = plan.selection
     return needs_seeds(selection) or (needs_keys(selection) and selection.scope != "head")
 
@@ -118,10 +118,10 @@ class WorkerStep:
 
     Args:
         rows: the requests.
-        lengths: each prompt's tokens.
-        rope: how the model rotated its keys.
+        lengths: number of tokens in each prompt.
+        rope: the model's rotary embedding.
         share: the heads that this rank computes.
-        gathered: whether `messages` gets all heads rather than the share's.
+        gathered: whether `messages` gets all heads instead of the share's.
     """
 
     def __init__(
@@ -143,7 +143,7 @@ class WorkerStep:
         self.layers = frozenset(self._run.layers)
 
     def messages(self, output: LayerOutput) -> Iterator[Message]:
-        """What leaves when a layer is done. `output` is rotated: its keys are un-rotated here."""
+        """The messages to send when a layer is computed. The keys of `output` are rotated; they are un-rotated here."""
         started = time.perf_counter()
         content_BHTD = self._rope.unrotate(output.k_BHTD, self.needed_BT.to(output.k_BHTD.device), self._length)
         content = LayerOutput(
@@ -151,7 +151,7 @@ class WorkerStep:
         )
         results = self._run.receive(content)
         encode_s = time.perf_counter() - started
-        if not self._share.ships:
+        if not self._share.sends:
             return
         for failure in self._failures:
             yield FailureMessage([self.tags[failure.index]], failure.problem)

@@ -1,4 +1,4 @@
-"""Around every TeacherKV call: errors become gRPC statuses, and its end becomes a log line and metrics."""
+"""The gRPC interceptor of TeacherKV: authenticates, maps errors to statuses, logs and counts calls."""
 
 from __future__ import annotations
 
@@ -18,19 +18,20 @@ from teacher_server.monitoring.activity import Activity, Call
 from teacher_server.monitoring.logs import LineLimit, log_event
 from teacher_server.monitoring.metrics import Metrics
 from teacher_server.monitoring.request_tracing import traced
+from teacher_server.requests.authentication import UnauthenticatedError, check_token
 from teacher_server.sample_queue import BusyError
-from teacher_server.security import UnauthenticatedError, check_token
 from teacher_server.state import NotReadyError
 
 log = logging.getLogger(__name__)
 
 PUSHBACK = "grpc-retry-pushback-ms"
+_LOGGED = ("method", "peer", "code", "problem", "samples", "failed_samples", "tokens", "frames", "sent_bytes")
 Method = Callable[[grpc.aio.ServicerContext], Awaitable[Any]]
 
 
 @dataclass(frozen=True, slots=True)
 class Status:
-    """How a call ends that failed."""
+    """The status of a failed call."""
 
     code: grpc.StatusCode
     details: str
@@ -38,7 +39,7 @@ class Status:
 
     @property
     def trailers(self) -> tuple[tuple[str, str], ...]:
-        """Trailing metadata: when a retry is welcome."""
+        """Trailing metadata: when the client may retry."""
         return () if self.pushback_ms is None else ((PUSHBACK, str(self.pushback_ms)),)
 
 
@@ -51,7 +52,7 @@ _CODES: tuple[tuple[type[Exception], grpc.StatusCode], ...] = (
 
 
 def status_of(error: Exception) -> Status:
-    """The status that a caller sees. Errors that nobody raised on purpose show an id alone; the log has the rest."""
+    """Map an error to a status. Callers see only an id of an unexpected error; the log has its traceback."""
     if isinstance(error, BusyError):
         return Status(grpc.StatusCode.RESOURCE_EXHAUSTED, str(error), error.retry_ms)
     if isinstance(error, TimeoutError):
@@ -70,10 +71,9 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
     """Wraps the methods of one service.
 
     Args:
-        service: its full name; other services pass through.
-        metrics: of the server.
-        activity: of the server.
-        token: what callers must show.
+        service: full name of the service; calls of other services pass through.
+        metrics, activity: of the server.
+        token: the token that callers must present; None if no token is required.
     """
 
     def __init__(self, service: str, metrics: Metrics, activity: Activity, token: bytes | None = None) -> None:
@@ -81,7 +81,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         self._metrics = metrics
         self._activity = activity
         self._token = token
-        self._lines = LineLimit(log, "calls_not_logged")
+        self._line_limit = LineLimit(log, "calls_not_logged")
 
     async def intercept_service(
         self,
@@ -97,31 +97,31 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         make = grpc.stream_stream_rpc_method_handler if streams else grpc.stream_unary_rpc_method_handler
         method = cast("Method", handler.stream_stream if streams else handler.stream_unary)
         return make(
-            self._watched(method, path.removeprefix(self._prefix)),
+            self._wrap(method, path.removeprefix(self._prefix)),
             request_deserializer=handler.request_deserializer,
             response_serializer=handler.response_serializer,
         )
 
-    def _watched(self, method: Method, name: str) -> Callable[[object, grpc.aio.ServicerContext], Awaitable[Any]]:
-        async def watched(_requests: object, context: grpc.aio.ServicerContext) -> Any:
-            call = Call(name, context.peer())
-            with self._activity.during(call), traced(call, self._prefix[1:], context.invocation_metadata() or ()):
+    def _wrap(self, method: Method, name: str) -> Callable[[object, grpc.aio.ServicerContext], Awaitable[Any]]:
+        async def wrapped(_requests: object, context: grpc.aio.ServicerContext) -> Any:
+            call, metadata = Call(name, context.peer()), context.invocation_metadata() or ()
+            with self._activity.during(call), traced(call, self._prefix[1:], metadata):
                 try:
-                    check_token(self._token, context.invocation_metadata() or ())
+                    check_token(self._token, metadata)
                     return await method(context)
                 except asyncio.CancelledError:
-                    call.code = _why_cancelled(context).name
+                    call.code = _code_of_cancelled(context).name
                     raise
                 except Exception as error:  # noqa: BLE001  the boundary where every error becomes a status
                     status = status_of(error)
                     call.code, call.problem = status.code.name, status.details
                 finally:
                     self._record(call)
-                # gRPC holds what this raises in a reference cycle. Raised while `error` is handled, it would hold that
-                # too, with the frames that it came through, and so the request until the next garbage collection.
+                # Abort outside the `except` block: gRPC keeps the exception of `abort` in a reference cycle, and its
+                # context would keep `error`, its frames and so the request alive until the next garbage collection.
                 return await context.abort(status.code, status.details, status.trailers)
 
-        return watched
+        return wrapped
 
     def _record(self, call: Call) -> None:
         seconds = time.perf_counter() - call.started
@@ -134,27 +134,14 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             if call.first_frame_s is not None:
                 metrics.first_frame.labels(call.method).observe(call.first_frame_s)
         failed = call.code != grpc.StatusCode.OK.name
-        if failed and not call.frames and not self._lines.allow():
+        if failed and not call.frames and not self._line_limit.allow():
             return
-        log_event(
-            log,
-            "call",
-            method=call.method,
-            request=call.request_id,
-            peer=call.peer,
-            code=call.code,
-            problem=call.problem,
-            seconds=round(seconds, 6),
-            samples=call.samples,
-            failed_samples=call.failed_samples,
-            tokens=call.tokens,
-            written_tokens=call.written_tokens,
-            frames=call.frames,
-            sent_bytes=call.sent_bytes,
-        )
+        fields = {name: getattr(call, name) for name in _LOGGED}
+        generated = call.generated_tokens
+        log_event(log, "call", request=call.request_id, seconds=round(seconds, 6), written_tokens=generated, **fields)
 
 
-def _why_cancelled(context: grpc.aio.ServicerContext) -> grpc.StatusCode:
+def _code_of_cancelled(context: grpc.aio.ServicerContext) -> grpc.StatusCode:
     remaining = context.time_remaining()
     if remaining is not None and remaining <= 0:
         return grpc.StatusCode.DEADLINE_EXCEEDED

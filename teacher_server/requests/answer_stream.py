@@ -1,4 +1,4 @@
-"""One answer on its way out: results become frames, and frames wait here until the caller reads them."""
+"""The answer to one request: turns results into frames, and holds the frames until they are sent."""
 
 from __future__ import annotations
 
@@ -6,8 +6,6 @@ import asyncio
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-
-import torch
 
 from kvcore.monitoring import tracing
 from kvcore.types import Sample, Timings
@@ -20,18 +18,18 @@ from teacher_server.sample_queue import Job
 
 @dataclass(frozen=True, slots=True)
 class Outgoing:
-    """A frame (or nothing), and how many bytes of the stream's window are free again once it was sent."""
+    """A frame, possibly empty, and the bytes of the stream's window that are free once it is sent."""
 
     frame: bytes
     releases: int = 0
 
 
 class AnswerStream:
-    """The frames of one request. For the event loop's thread alone.
+    """The frames of one request. Used on the event loop's thread only.
 
     Args:
         writer: makes the frames.
-        samples: how many samples the request holds; the stream ends with the last one's end.
+        samples: number of samples in the request; the stream ends when the last one has ended.
         count_sample: called with the status of every sample that ends.
     """
 
@@ -41,7 +39,7 @@ class AnswerStream:
         self._count_sample = count_sample
         self._span = tracing.current()
         self._opened: set[int] = set()
-        self._outbox: deque[Outgoing] = deque()
+        self._outgoing: deque[Outgoing] = deque()
         self._changed = asyncio.Event()
         self._loop = asyncio.get_running_loop()
         self._flush_planned = False
@@ -49,56 +47,52 @@ class AnswerStream:
         self._crash: Exception | None = None
 
     async def next(self) -> Outgoing | None:
-        """Waits for the next frame; None after the last one.
+        """Wait for the next frame; returns None after the last one.
 
         Raises:
-            Exception: whatever a callback raised; the stream cannot go on.
+            Exception: a callback raised it; the stream cannot continue.
         """
-        while not self._outbox:
+        while not self._outgoing:
             if self._crash is not None:
                 raise self._crash
             if self._ended:
                 return None
             self._changed.clear()
             await self._changed.wait()
-        return self._outbox.popleft()
+        return self._outgoing.popleft()
 
     def refuse(self, index: int, code: str, problem: str) -> None:
-        """Ends a sample without its K/V."""
+        """End a sample without K/V."""
         self._remaining -= 1
         self._count_sample(code)
         self._put(self._writer.sample_failed(index, code, problem))
 
     def settle(self, releases: int = 0) -> None:
-        """Sends what is buffered, and the end of the stream after its last sample."""
+        """Queue the buffered records for sending, and the end of the stream if the last sample has ended."""
         if self._ended:
             return
         self._ended = not self._remaining
         self._put(self._writer.end() if self._ended else self._writer.flush(), releases)
 
-    def announce(self, index: int, prompt: Sample, written: Completion) -> None:
-        """Says what was written behind a prompt, before its K/V."""
-        self._put(self._writer.written(index, prompt, written))
+    def announce(self, index: int, prompt: Sample, completion: Completion) -> None:
+        """Send the completion of a prompt; its K/V follow later."""
+        self._put(self._writer.written(index, prompt, completion))
 
     def on_layer(self, jobs: Sequence[Job], rows: Sequence[int], result: LayerResult) -> None:
-        """Frames one layer of some samples."""
+        """See `Sink.on_layer`."""
         for job in jobs:
             self._open(job)
-        parts, positions = result.parts, result.positions
-        if len(rows) != len(result.indices):
-            index = torch.tensor(rows)
-            parts = {name: part[index] for name, part in parts.items()}
-            positions = positions[index]
-        errors = {kind: [values[row] for row in rows] for kind, values in result.relative_error.items()}
-        self._put(self._writer.layer_batch([job.index for job in jobs], result.layer, parts, positions, errors))
+        own = result.subset(rows)
+        indices = [job.index for job in jobs]
+        self._put(self._writer.layer_batch(indices, own.layer, own.parts, own.positions, own.relative_error))
         self._flush_soon()
 
     def on_failed(self, job: Job, code: str, problem: str) -> None:
-        """Ends one sample of a batch without its K/V."""
+        """See `Sink.on_failed`."""
         self.refuse(job.index, code, problem)
 
     def on_batch_end(self, done: Sequence[Job], timings: Sequence[Timings], releases: int) -> None:
-        """Ends the samples that are complete."""
+        """See `Sink.on_batch_end`."""
         add_batch(self._span, done, timings)
         for job, spent in zip(done, timings, strict=True):
             self._put(self._writer.sample_end(job.index, spent))
@@ -107,7 +101,7 @@ class AnswerStream:
         self.settle(releases)
 
     def on_crash(self, error: Exception) -> None:
-        """Ends the stream with an error once the frames before it are read."""
+        """End the stream with an error after the frames that already wait."""
         self._crash = error
         self._changed.set()
 
@@ -118,7 +112,7 @@ class AnswerStream:
             self._put(self._writer.sample(job.index, tokens.sample.id, tokens.token_ids, tokens.byte_ends))
 
     def _flush_soon(self) -> None:
-        """Flushes in the loop's next round: results that already wait for the loop share a frame with this one."""
+        """Flush in the loop's next iteration, so that results that already wait for the loop share a frame."""
         if not self._flush_planned:
             self._flush_planned = True
             self._loop.call_soon(self._flush)
@@ -132,6 +126,6 @@ class AnswerStream:
         if releases:
             last = outgoing.pop().frame if outgoing else b""
             outgoing.append(Outgoing(last, releases))
-        self._outbox.extend(outgoing)
+        self._outgoing.extend(outgoing)
         if outgoing or self._ended:
             self._changed.set()

@@ -1,4 +1,4 @@
-"""Limits on what callers can take before the server knows who they are: connections, calls, metadata, memory."""
+"""Limits that apply before a caller is authenticated: connections, calls, health checks and reflection."""
 
 from __future__ import annotations
 
@@ -18,33 +18,33 @@ from teacher_server.config import ServeConfig
 MAX_OPEN_PROBES = 64
 MAX_PROBE_BYTES = 4096
 PROBE_SECONDS = 5.0
-# Reflection takes as many requests as its caller sends, each as large as gRPC allows.
+# A reflection call may send any number of requests, each as large as gRPC allows.
 MAX_OPEN_REFLECTIONS = 4
-# gRPC can only bound a message for the whole server, so probes are read few at a time.
+# gRPC limits the message size only for the whole server, so few probes are read at the same time.
 PROBES_READ_AT_ONCE = 4
 
 
 def max_streams(config: ServeConfig) -> int:
-    """Returns the most calls of one connection: a proxy's connection may carry all calls of the server, and probes."""
+    """The most calls of one connection: a proxy may send all calls of the server, and probes, over one connection."""
     return config.max_streams + MAX_OPEN_PROBES
 
 
 def max_calls(config: ServeConfig) -> int:
-    """The most calls in progress, of all services and connections; gRPC refuses others unread."""
+    """The most calls in progress over all services and connections; gRPC refuses further calls unread."""
     return config.max_streams + 4 * MAX_OPEN_PROBES
 
 
 async def read_request(context: grpc.aio.ServicerContext) -> bytes:
-    """The request of a method with one, where gRPC is told that it is a stream; nothing where the caller sent none.
+    """Read the single request of a call that is registered with a request stream; empty if the caller sent none.
 
-    The stream itself would keep the last message alive for as long as it is.
+    Iterating over the request stream instead would keep its last message alive as long as the call.
     """
     data: Any = await context.read()
     return data if isinstance(data, bytes) else b""
 
 
 class OpenServicesInterceptor(grpc.aio.ServerInterceptor):
-    """Bounds the services that need no token, health checks and reflection; other services pass through."""
+    """Limits the services that need no token, health checks and reflection. Calls of other services pass through."""
 
     def __init__(self) -> None:
         self._open: Counter[str] = Counter()
@@ -67,32 +67,26 @@ class OpenServicesInterceptor(grpc.aio.ServerInterceptor):
         return handler
 
     def _probe(self, path: str, handler: Any) -> grpc.RpcMethodHandler[Any, Any]:
-        """The same method with its one request as a stream, so that gRPC reads it only when it is asked for."""
+        """The same method with its request as a stream, so that gRPC reads it only when the method asks for it."""
         streams = handler.response_streaming
         make = grpc.stream_stream_rpc_method_handler if streams else grpc.stream_unary_rpc_method_handler
         method = handler.unary_stream if streams else handler.unary_unary
 
         async def probe(_requests: object, context: grpc.aio.ServicerContext) -> Any:
-            await self._enter(path, MAX_OPEN_PROBES, context)
-            try:
+            async with self._counted(path, MAX_OPEN_PROBES, context):
                 data = await self._read(context)
                 if data is None:
                     problem = f"the request has more than {MAX_PROBE_BYTES} bytes, or took over {PROBE_SECONDS:g} s"
                     await context.abort(grpc.StatusCode.INVALID_ARGUMENT, problem)
                 return await method(handler.request_deserializer(data), context)
-            finally:
-                self._open[path] -= 1
 
         return make(probe, response_serializer=handler.response_serializer)
 
     def _reflection(self, path: str, handler: Any) -> grpc.RpcMethodHandler[Any, Any]:
         async def reflect(requests: AsyncIterator[Any], context: grpc.aio.ServicerContext) -> AsyncIterator[Any]:
-            await self._enter(path, MAX_OPEN_REFLECTIONS, context)
-            try:
+            async with self._counted(path, MAX_OPEN_REFLECTIONS, context):
                 async for response in handler.stream_stream(requests, context):
                     yield response
-            finally:
-                self._open[path] -= 1
 
         return grpc.stream_stream_rpc_method_handler(
             reflect,
@@ -100,10 +94,15 @@ class OpenServicesInterceptor(grpc.aio.ServerInterceptor):
             response_serializer=handler.response_serializer,
         )
 
-    async def _enter(self, path: str, limit: int, context: grpc.aio.ServicerContext) -> None:
+    @contextlib.asynccontextmanager
+    async def _counted(self, path: str, limit: int, context: grpc.aio.ServicerContext) -> AsyncIterator[None]:
         if self._open[path] >= limit:
             await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, f"{limit} calls of {path} are open, the limit")
         self._open[path] += 1
+        try:
+            yield
+        finally:
+            self._open[path] -= 1
 
     async def _read(self, context: grpc.aio.ServicerContext) -> bytes | None:
         with contextlib.suppress(TimeoutError):

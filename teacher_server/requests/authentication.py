@@ -1,4 +1,4 @@
-"""Who may call a teacher server: a certificate for callers to know it by, and a token to know them by."""
+"""Authentication and TLS: the server's certificate, and the token that callers must present."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from teacher_server.config import ServeConfig
 
 
 class UnauthenticatedError(KVDistillError):
-    """The caller did not show the server's token."""
+    """The caller did not present the server's token."""
 
 
 def server_credentials(config: ServeConfig) -> grpc.ServerCredentials | None:
-    """The server's certificate and key; None where it speaks plain gRPC.
+    """The server's certificate and key; None if it serves without TLS.
 
     Raises:
         FieldError: a file cannot be read.
@@ -29,7 +29,7 @@ def server_credentials(config: ServeConfig) -> grpc.ServerCredentials | None:
 
 
 def read_token(config: ServeConfig) -> bytes | None:
-    """What callers have to show; None where anybody may call.
+    """The token that callers must present; None if no token is required.
 
     Raises:
         FieldError: the file cannot be read, or is empty.
@@ -43,17 +43,19 @@ def read_token(config: ServeConfig) -> bytes | None:
 
 
 def check_token(token: bytes | None, metadata: Iterable[tuple[str, str | bytes]]) -> None:
-    """Refuses a caller without the token, in a time that tells nothing of it.
+    """Refuse a caller without the token. The comparison takes constant time.
 
     Raises:
-        UnauthenticatedError: it is missing or another one.
+        UnauthenticatedError: the token is missing or wrong.
     """
     if token is None:
         return
-    shown = dict(metadata).get("authorization", "")
-    given = shown if isinstance(shown, bytes) else shown.encode()
+    header = dict(metadata).get("authorization", "")
+    given = header if isinstance(header, bytes) else header.encode()
     if not hmac.compare_digest(given, b"Bearer " + token):
-        raise UnauthenticatedError("this server asks for a token (KVDISTILL_TOKEN_FILE), and got none or another one")
+        raise UnauthenticatedError(
+            "this server requires a token (KVDISTILL_TOKEN_FILE); the call had none or a wrong one"
+        )
 
 
 def _content(path: Path, field: str) -> bytes:

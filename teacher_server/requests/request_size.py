@@ -1,7 +1,7 @@
-"""Counts what a request holds on its protobuf bytes, before anything is built from them.
+"""Checks a request's sizes on its protobuf bytes, before they are parsed.
 
-Parsing costs up to 40 times the bytes of a request of empty messages, and holds the interpreter while it runs. The scan
-stops at the first count that passes its limit.
+Parsing a request of empty messages takes up to 40 times its bytes, and holds the interpreter lock meanwhile. The scan
+stops at the first count that exceeds its limit.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ _VARINT, _FIXED64, _LENGTH_DELIMITED, _FIXED32 = 0, 1, 2, 5
 _FIXED_SIZES = {_FIXED64: 8, _FIXED32: 4}
 _MAX_VARINT_BYTES, _MAX_CHARACTER_BYTES = 10, 4
 _NEVER_PACKED = (FieldDescriptor.CPPTYPE_STRING, FieldDescriptor.CPPTYPE_MESSAGE)
-# The last byte of a varint has no high bit; every character of UTF-8 has one byte that does not continue another.
+# The last byte of a varint has no high bit. Every UTF-8 character has exactly one byte that is not a continuation.
 _NOT_LAST_OF_VARINT = bytes(range(0x80, 0x100))
 _CONTINUATIONS = bytes(range(0x80, 0xC0))
 
 
 @dataclass(frozen=True, slots=True)
 class SizeLimits:
-    """The most entries of each repeated field and characters of each string, by `Message.field`.
+    """Limits by `Message.field`: entries of repeated fields, characters of strings. `fields`: all fields together.
 
-    A field that is not repeated may come once. A string without a limit is limited by the request's bytes alone.
+    A field that is not repeated may occur once. Other strings are limited by the size of the request alone.
     """
 
     entries: Mapping[str, int]
@@ -53,7 +53,7 @@ def size_limits(info: TeacherInfo) -> SizeLimits:
             "Sample.spans": MAX_SPANS,
             "Plan.layers": info.layers,
             "Sampling.stop": MAX_STOPS,
-            # A sample that is too long for the teacher fails alone, unless it is this long.
+            # A sample that exceeds max_sample_tokens fails alone; one that exceeds this limit fails the request.
             "TokenIds.ids": max(MAX_TOKEN_IDS, info.max_sample_tokens),
         },
         characters={
@@ -65,14 +65,14 @@ def size_limits(info: TeacherInfo) -> SizeLimits:
             "Sampling.stop": MAX_STOP_LENGTH,
             "Sampling.answer_marker": MAX_STOP_LENGTH,
         },
-        # Far more than a well-formed request holds; it limits repeated numbers that are not packed.
+        # Far more than a well-formed request has. It limits repeated numbers that are not packed.
         fields=(1 << 16) + 64 * samples,
     )
 
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where a field of a message is: its tag, its content, and its end."""
+    """Byte offsets of a field: its tag, its content (-1 if the field has no length), and its end."""
 
     tag: int
     start: int
@@ -80,11 +80,10 @@ class Place:
 
 
 def check_size(data: bytes, message: Descriptor, limits: SizeLimits) -> list[Place]:
-    """Refuses a request that holds too many entries, or too long a name. Returns where its samples are.
+    """Refuse a request with too many entries or too long strings. Returns the places of its samples.
 
     Raises:
-        FieldError: naming the field, its size as far as it was counted, and the limit; or the bytes are no protobuf
-            message.
+        FieldError: a field exceeds its limit, with its size as far as counted; or the bytes are not a protobuf message.
     """
     scan = _Scan(data, limits)
     scan.message(message, 0, len(data), "")
@@ -105,7 +104,7 @@ class _Scan:
             if field is None:
                 counts[0] = counts.get(0, 0) + 1
                 if counts[0] > MAX_UNKNOWN_FIELDS:
-                    raise _malformed(f"{path or message.name} holds more than {MAX_UNKNOWN_FIELDS} unknown fields")
+                    raise _malformed(f"{path or message.name} has more than {MAX_UNKNOWN_FIELDS} unknown fields")
                 continue
             counted = counts.get(number, 0)
             counts[number] = counted + self._field(
@@ -113,7 +112,7 @@ class _Scan:
             )
 
     def _field(self, field: FieldDescriptor, key: str, place: Place, counted: int, path: str) -> int:
-        """Checks one field of which `counted` entries came before, and returns how many it adds."""
+        """Check one field after `counted` entries of the same field; returns the number of entries that it adds."""
         packed = place.start >= 0 and field.is_repeated and field.cpp_type not in _NEVER_PACKED
         limit = self._limits.entries.get(key, 1)
         added = self._count_varints(place, limit, path) if packed else 1
@@ -147,12 +146,12 @@ class _Scan:
             raise FieldError(path, f"has {characters} characters; the limit is {limit}")
 
     def _fields(self, at: int, end: int) -> Iterator[tuple[int, Place]]:
-        """Each field's number and place; its content starts at -1 where it has no length."""
+        """Number and place of each field."""
         while at < end:
             self._fields_left -= 1
             if self._fields_left < 0:
                 raise _malformed(
-                    f"it holds more than {self._limits.fields} fields; send repeated numbers packed, as proto3 does"
+                    f"it has more than {self._limits.fields} fields; send repeated numbers packed, as proto3 does"
                 )
             begin = at
             tag, at = self._varint(at, end)
@@ -176,8 +175,8 @@ class _Scan:
             value |= (byte & 0x7F) << 7 * place
             if byte < 0x80:
                 return value, at + place + 1
-        raise _malformed(f"no number ends after byte {at}")
+        raise _malformed(f"a number at byte {at} does not end")
 
 
 def _malformed(problem: str) -> FieldError:
-    return FieldError("request", f"is not a message that this server reads: {problem}")
+    return FieldError("request", f"is not a message that this server can read: {problem}")

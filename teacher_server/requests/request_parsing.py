@@ -1,0 +1,154 @@
+"""Parses and checks a request: from its bytes to samples that the queue can take.
+
+All of it runs in the tokenizer's thread, because its time grows with the request.
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Generic, TypeVar, cast
+
+from google.protobuf.descriptor import Descriptor
+from google.protobuf.message import DecodeError
+
+from kvcore.errors import FieldError
+from kvcore.plan import KVPlan, SamplingParams
+from kvcore.tensors.select import needs_importance
+from kvcore.types import Sample, TeacherInfo
+from kvcore.wire.messages import plan_from_proto, sample_from_proto, sampling_from_proto
+from protos import kv_cache_pb2 as pb
+from teacher_server.engines.base import TeacherEngine, TokenizedSample
+from teacher_server.plan_execution import check_plan, check_sample
+from teacher_server.requests.request_size import check_size, size_limits
+
+RequestT = TypeVar("RequestT", pb.KVRequest, pb.GenerateRequest)
+MessageT = TypeVar("MessageT", pb.KVRequest, pb.GenerateRequest, pb.Sample)
+
+
+@dataclass(frozen=True, slots=True)
+class KVQuery:
+    """A request that passed the checks that need no tokenizer. `sampling`: of a request to generate."""
+
+    request_id: str
+    plan: KVPlan
+    samples: list[Sample]
+    sampling: SamplingParams | None = None
+
+    def content_keys(self, info: TeacherInfo) -> list[str]:
+        """The content key of each sample as the server understood it."""
+        return [sample.content_key(info.weights_digest, self.plan, self.sampling) for sample in self.samples]
+
+
+@dataclass(frozen=True, slots=True)
+class ParsedRequest(Generic[RequestT]):
+    """A request whose sizes were checked. `head` has no samples: they are parsed one by one from `samples`."""
+
+    head: RequestT
+    samples: list[memoryview]
+
+
+def parse_request(data: bytes, kind: type[RequestT], info: TeacherInfo) -> ParsedRequest[RequestT]:
+    """Check a request's sizes, then parse its protobuf message.
+
+    Raises:
+        FieldError: a field is too large, or the bytes are not such a message.
+    """
+    places = check_size(data, cast("Descriptor", kind.DESCRIPTOR), size_limits(info))
+    view = memoryview(data)
+    ends = [0, *(place.end for place in places)]
+    starts = [*(place.tag for place in places), len(data)]
+    rest = b"".join(view[end:start] for end, start in zip(ends, starts, strict=True))
+    return ParsedRequest(_parsed(rest, kind, "request"), [view[place.start : place.end] for place in places])
+
+
+def _parsed(data: bytes, kind: type[MessageT], field: str) -> MessageT:
+    try:
+        return kind.FromString(data)
+    except DecodeError as error:
+        raise FieldError(field, f"is not a valid {kind.DESCRIPTOR.name}: {error}") from error
+
+
+def read_query(request: ParsedRequest[Any], info: TeacherInfo) -> KVQuery:
+    """Check a request as a whole: its plan, and its samples' ids and fields.
+
+    Raises:
+        FieldError: names the request's field.
+    """
+    plan = plan_from_proto(request.head.plan)
+    check_plan(plan, info)
+    if not request.samples:
+        raise FieldError("samples", f"is empty; a request holds 1 to {info.max_samples_per_request}")
+    samples: list[Sample] = []
+    seen: dict[str, int] = {}
+    for index, data in enumerate(request.samples):
+        field = f"samples.{index}"
+        # Parsing holds the interpreter lock: other threads can run between two samples.
+        sample = sample_from_proto(_parsed(bytes(data), pb.Sample, field), field)
+        if seen.setdefault(sample.id, index) != index:
+            raise FieldError(f"{field}.id", f"'{sample.id}' is the id of samples.{seen[sample.id]} too")
+        samples.append(sample)
+    return KVQuery(request.head.request_id or uuid.uuid4().hex, plan, samples)
+
+
+def read_generate_query(request: ParsedRequest[pb.GenerateRequest], info: TeacherInfo) -> KVQuery:
+    """Check a request to generate, as `read_query`, and its sampling.
+
+    Raises:
+        FieldError: names the request's field.
+    """
+    query, sampling = read_query(request, info), sampling_from_proto(request.head.sampling)
+    if sampling.max_new_tokens >= info.max_sample_tokens:
+        raise FieldError(
+            "sampling.max_new_tokens",
+            f"got {sampling.max_new_tokens}; a sample of this teacher, prompt included, has at most "
+            f"{info.max_sample_tokens} tokens (max_sample_tokens)",
+        )
+    selection = query.plan.selection
+    if (selection.span == "answer" or needs_importance(selection)) and not sampling.answer_marker:
+        raise FieldError("sampling.answer_marker", "is empty, and the plan needs to know which tokens are the answer")
+    for index, sample in enumerate(query.samples):
+        if sample.token_ids is not None:
+            raise FieldError(f"samples.{index}.token_ids", "a prompt to generate from must be text")
+        for at, span in enumerate(sample.spans):
+            if span.kind != "prompt":
+                raise FieldError(f"samples.{index}.spans.{at}.kind", f"must be prompt (got {span.kind})")
+    return KVQuery(query.request_id, query.plan, query.samples, sampling)
+
+
+def tokenize(engine: TeacherEngine, query: KVQuery) -> list[TokenizedSample | FieldError]:
+    """Tokenize every sample; returns the error of a sample that is not valid or that the plan cannot be executed on."""
+    return _tokenize_each(engine, query.samples, partial(check_sample, plan=query.plan))
+
+
+def tokenize_prompts(engine: TeacherEngine, query: KVQuery) -> list[TokenizedSample | FieldError]:
+    """Tokenize every prompt; returns the error of a prompt that is not valid or leaves no room for `max_new_tokens`."""
+    assert query.sampling is not None
+    new, limit = query.sampling.max_new_tokens, engine.info.max_sample_tokens
+
+    def check_room(tokens: TokenizedSample) -> None:
+        count = len(tokens.token_ids)
+        if count + new > limit:
+            raise FieldError(
+                f"samples[{tokens.sample.id}].text",
+                f"has {count} tokens, and up to {new} are generated (sampling.max_new_tokens); together this teacher "
+                f"takes at most {limit} (max_sample_tokens)",
+            )
+
+    return _tokenize_each(engine, query.samples, check_room)
+
+
+def _tokenize_each(
+    engine: TeacherEngine, samples: Sequence[Sample], check: Callable[[TokenizedSample], None]
+) -> list[TokenizedSample | FieldError]:
+    outcomes: list[TokenizedSample | FieldError] = []
+    for sample in samples:
+        try:
+            tokens = engine.tokenize(sample)
+            check(tokens)
+            outcomes.append(tokens)
+        except FieldError as error:
+            outcomes.append(error)
+    return outcomes
