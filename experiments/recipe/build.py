@@ -11,7 +11,7 @@ from experiments.recipe.config import STAGES, FusionKind, RecipeSettings
 from kvcore.config import parse
 from kvcore.plan import COMPRESSIONS
 from student_trainer.config import TrainConfig
-from student_trainer.launching.local_teachers import teacher_names
+from student_trainer.launching.endpoints import teacher_names
 
 # What a map that a router trains starts from: where there is no router, it stays that.
 UNTRAINED = {"linear": "ridge", "learned": "ratio"}

@@ -13,8 +13,8 @@ from experiments.recipe.build import DataFiles, train_config
 from experiments.recipe.config import RecipeSettings
 from kvcore.errors import ConfigError, KVDistillError
 from student_trainer.config import TrainConfig
-from student_trainer.launching.endpoints import read_endpoints
-from student_trainer.launching.local_teachers import LocalTeachers, teacher_names
+from student_trainer.launching.endpoints import read_endpoints, teacher_names
+from student_trainer.launching.local_teachers import LocalTeachers
 
 # What `kvdistill train --config` would take to do the same again.
 CONFIG = "run.yaml"

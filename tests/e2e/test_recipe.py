@@ -49,7 +49,7 @@ def test_a_job_records_and_the_command_trains_from_the_store_without_teachers(wo
         RANKS_PER_NODE=2,
         EXTRA_ARGS=TINY,
     )
-    assert "2 ranks on each of here" in said
+    assert "2 ranks on each of localhost" in said
     assert f"done: {recorded}" in said
     assert metrics(recorded, "routing/weights_mean/ben")[3] == 0.75
     assert [

@@ -7,7 +7,9 @@ import pytest
 from kvcore.errors import ConfigError, FieldError
 from student_trainer.config import TeacherConfig
 from student_trainer.launching import local_teachers
-from student_trainer.launching.local_teachers import _places, as_arguments, teacher_names
+from student_trainer.launching.endpoints import teacher_names
+from student_trainer.launching.local_teachers import _devices
+from student_trainer.launching.teacher_servers import as_arguments
 
 
 def test_a_teacher_is_called_by_the_end_of_its_path_or_hub_id() -> None:
@@ -38,12 +40,12 @@ def test_no_model_at_all_is_refused() -> None:
 
 def test_several_gpus_are_dealt_out_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(local_teachers, "_gpus", lambda: 2)
-    assert _places("cuda", 3) == ["cuda:0", "cuda:1", "cuda:0"]
-    assert _places("auto", 2) == ["cuda:0", "cuda:1"]
-    assert _places("cuda:1", 2) == ["cuda:1", "cuda:1"]
-    assert _places("cpu", 2) == ["cpu", "cpu"]
+    assert _devices("cuda", 3) == ["cuda:0", "cuda:1", "cuda:0"]
+    assert _devices("auto", 2) == ["cuda:0", "cuda:1"]
+    assert _devices("cuda:1", 2) == ["cuda:1", "cuda:1"]
+    assert _devices("cpu", 2) == ["cpu", "cpu"]
     monkeypatch.setattr(local_teachers, "_gpus", lambda: 0)
-    assert _places("auto", 2) == ["auto", "auto"]
+    assert _devices("auto", 2) == ["auto", "auto"]
 
 
 def test_flags_that_are_unset_are_left_out() -> None:
