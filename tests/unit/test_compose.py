@@ -182,6 +182,9 @@ def test_a_teachers_image_has_all_that_a_teacher_imports():
     imported: set[str] = set()
     for package in ("teacher_server", "kvcore", "protos", "kvdistill"):
         for path in (ROOT / package).rglob("*.py"):
+            if path.is_relative_to(ROOT / "kvdistill/report") or path.is_relative_to(ROOT / "kvdistill/sweep"):
+                # Only `kvdistill report` and `kvdistill sweep` import them, with the extra `train`.
+                continue
             for node in ast.parse(path.read_text("utf-8")).body:
                 if isinstance(node, ast.Import):
                     imported |= {alias.name.partition(".")[0] for alias in node.names}
