@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import shutil
 import signal
 import subprocess
 import time
@@ -12,7 +11,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from kvcore.errors import ConfigError
 from student_trainer.launching.placement import Node, Placement
 from student_trainer.launching.processes import free_port, killed_with_parent, start_logged
 
@@ -72,8 +70,12 @@ class LocalHost(Hosts):
     def start_ranks(self, command: Sequence[str], placement: Placement) -> list[subprocess.Popen[str]]:
         """See `Hosts.start_ranks`."""
         count = placement.ranks_per_node
-        shared = {"WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
-        shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+        shared = {
+            "WORLD_SIZE": count,
+            "LOCAL_WORLD_SIZE": count,
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": free_port(),
+        }
         command = killed_with_parent([*visible_gpus(placement), *command])
         return [start_rank(command, {**shared, "RANK": rank, "LOCAL_RANK": rank}) for rank in range(count)]
 
@@ -99,16 +101,4 @@ def visible_gpus(placement: Placement) -> list[str]:
     """The prefix of a rank's command that hides the GPUs of servers on the same node."""
     if placement.gpus is None:
         return []
-    return [which("env"), f"CUDA_VISIBLE_DEVICES={','.join(map(str, placement.gpus))}"]
-
-
-def which(program: str) -> str:
-    """The path of a program.
-
-    Raises:
-        ConfigError: it is not on the PATH.
-    """
-    found = shutil.which(program)
-    if found is None:
-        raise ConfigError(f"{program} is not on the PATH")
-    return found
+    return ["env", f"CUDA_VISIBLE_DEVICES={','.join(map(str, placement.gpus))}"]

@@ -103,7 +103,7 @@ def _die_with_parent(parent: int, command: list[str]) -> None:
     if os.getppid() != parent:
         # The parent ended before the setting was made.
         sys.exit(0)
-    os.execv(command[0], command)  # noqa: S606 - no shell is wanted
+    os.execvp(command[0], command)  # noqa: S606 - no shell is wanted
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from kvcore.errors import ConfigError
-from student_trainer.launching.hosts import TRAINER, Hosts, start_rank, visible_gpus, which
+from student_trainer.launching.hosts import TRAINER, Hosts, start_rank, visible_gpus
 from student_trainer.launching.placement import Node, Placement
 from student_trainer.launching.processes import free_port, killed_with_parent, start_logged
 
@@ -112,7 +112,7 @@ class SlurmHosts(Hosts):
         # For example 32(x2),64: two nodes with 32 CPUs each and one with 64.
         cpus = re.findall(r"(\d+)(?:\(x\d+\))?", self.variable("SLURM_JOB_CPUS_PER_NODE", component, "1"))
         return [
-            which("srun"),
+            "srun",
             # Under sbatch --export=A=... srun would pass on no other variable.
             "--export=ALL",
             f"--job-name={step}",
