@@ -147,7 +147,7 @@ def test_a_job_that_was_stopped_goes_on_at_the_same_step(cluster: SlurmCluster, 
     # What SLURM sends the script when the job's time is nearly over.
     cluster.call("scancel", "--batch", "--signal=USR1", str(job))
     first = run_again(1)
-    assert f"asking SLURM to run job {job} again" in said(tmp_path)
+    assert f"asking SLURM to requeue job {job}" in said(tmp_path)
     reaches(first + 3)
     # What happens to a job that makes room for another one: SIGTERM to every process.
     cluster.call("scontrol", "requeue", str(job))

@@ -17,7 +17,7 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     names = ["first"]
 
     def models(demo: Demo) -> dict[str, Pretrained]:
-        homes = {name: demo.layout.cache / f"{name}-{names[-1]}" / "model" for name in MODELS}
+        homes = {name: demo.paths.cache / f"{name}-{names[-1]}" / "model" for name in MODELS}
         for name, home in homes.items():
             home.mkdir(parents=True)
             (home / "config.json").write_text(f"{name} {names[-1]}", encoding="utf-8")

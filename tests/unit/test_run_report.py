@@ -13,11 +13,11 @@ from matplotlib.figure import Figure
 from matplotlib.image import imread
 
 from kvcore.errors import ConfigError
-from kvdistill.report.chart_style import LIGHT, draw
 from kvdistill.report.finished_runs import find_runs, read_run
 from kvdistill.report.report_charts import kv_by_layer, pictures, weights_by_dataset
 from kvdistill.report.report_table import comparison, comparison_csv, markdown
 from kvdistill.report.write_report import write_report
+from student_trainer.monitoring.chart_style import LIGHT, draw
 from tests.support.finished_runs import write_run
 
 STAGES = ("stage1_fixed", "stage2_similarity", "stage3_learnable")
@@ -62,7 +62,7 @@ def test_runs_are_found_below_a_folder_in_order_once_and_named_by_what_tells_the
 
 def test_a_folder_without_runs_is_an_error_that_names_it(stages: Path) -> None:
     (stages.parent / "empty").mkdir()
-    with pytest.raises(ConfigError, match="empty: holds no run"):
+    with pytest.raises(ConfigError, match="empty: has no run"):
         find_runs([stages, stages.parent / "empty"])
     with pytest.raises(ConfigError, match="nowhere: no such folder"):
         find_runs([stages.parent / "nowhere"])
