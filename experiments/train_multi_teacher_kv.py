@@ -1,4 +1,4 @@
-"""The guide's training command: flags in, the trainer's configuration out. It holds no training loop of its own."""
+"""The guide's training command: turns flags into the trainer's configuration and runs the trainer."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         settings = read_flags(sys.argv[1:] if arguments is None else arguments, program)
         require("train", program)
-        # Imported late, so that --help and mistakes are instant.
+        # Imported late, so that --help and wrong flags answer at once.
         from experiments.recipe.run_recipe import run  # noqa: PLC0415
 
         run(settings)

@@ -1,4 +1,4 @@
-"""What a sweep's file holds. Free of torch."""
+"""The configuration of a sweep. Does not import torch."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from kvcore.config import StrictModel
 
 Scalar = bool | int | float | str
 Flags = dict[str, Scalar | tuple[Scalar, ...]]
-# Options name folders, so they are plain.
+# Options name folders.
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]{0,63}")
-# Set for each run.
+# The sweep sets these for each run.
 _OWN_FLAGS = ("output_dir", "seed")
 _OWN_EVALUATION_FLAGS = ("model_path", "output_file")
 
@@ -24,13 +24,13 @@ class SweepConfig(StrictModel):
     """A matrix of trainings: every combination of the axes' options, each with every seed.
 
     `config`: a file of flags of experiments/train_multi_teacher_kv.py, such as configs/experiments/*.yaml.
-    `flags`: flags over it, without dashes. `matrix`: for each axis its options by name, each a mapping of flags (also
-    `config`); a list is short for an axis that is a flag itself. Later axes win over earlier ones, axes over `flags`.
-    `seeds`: `--seed` of the repetitions, which the intervals are over.
-    `command`: what trains, to which the flags are appended; torchrun goes here.
-    `evaluation`: flags of evaluation/multi_task_eval.py for every best model; none: validation scores alone.
-    `slurm`: options of sbatch by their long names, for `--slurm`. `max_parallel`: array tasks at a time.
-    `output_dir`: gets a folder for each run, and table.md and table.csv.
+    `flags`: flags that override it, without dashes. `matrix`: the options of each axis by name, each a mapping of flags
+    (also `config`); an axis that is a flag may give a list of values. Later axes override earlier ones, and axes
+    override `flags`. `seeds`: `--seed` of the repetitions; intervals are over them.
+    `command`: the training command, such as torchrun; flags are appended.
+    `evaluation`: flags of evaluation/multi_task_eval.py for every best model; without it the table has only validation
+    scores. `slurm`: options of sbatch by their long names, for `--slurm`. `max_parallel`: array tasks at a time.
+    `output_dir`: the folder for a folder per run, table.md and table.csv.
     """
 
     output_dir: Path
@@ -87,12 +87,12 @@ class SweepConfig(StrictModel):
 
 
 def _text(value: Scalar) -> str:
-    """A value as a flag takes it."""
+    """A value as text on the command line."""
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def as_arguments(flags: Flags) -> list[str]:
-    """Flags as a command takes them."""
+    """Flags as command-line arguments."""
     arguments: list[str] = []
     for name, value in flags.items():
         values = value if isinstance(value, tuple) else (value,)

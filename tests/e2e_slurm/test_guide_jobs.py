@@ -64,7 +64,7 @@ def test_three_stages_train_on_data_that_were_prepared(guide: Checkout, cluster:
     for name, split in zip(("train", "val"), loader.load_and_prepare(), strict=True):
         split.save_to_disk(str(guide.directory / "data" / "prepared" / name))
     job, said = submitted(guide, cluster, THREE_STAGES)
-    assert "data: ./data/prepared is there and is used" in said
+    assert "data: using ./data/prepared" in said
     # Servers on nodes of their own, the ranks on the third.
     assert f"job qwen_dual-{job}: 1 ranks on each of n1\n" in said
     assert "teacher Qwen2.5-7B on n2 (cpu)\n" in said
@@ -85,7 +85,7 @@ def test_three_large_teachers_weigh_as_the_script_says(guide: Checkout, cluster:
 
 def test_a_scenario_has_teachers_of_two_families_and_mixes_its_own_data(guide: Checkout, cluster: SlurmCluster) -> None:
     _, said = submitted(guide, cluster, SCENARIO)
-    assert "data: ./data/prepared" not in said
+    assert "data: using ./data/prepared" not in said
     last = guide.directory / "outputs" / "cross_family" / STAGES[-1]
     weights = [metrics(last, f"routing/weights_mean/{name}")[STEPS] for name in ("Qwen2.5-7B", "Llama-3.1-8B")]
     assert sum(weights) == pytest.approx(1.0, abs=1e-3)

@@ -70,7 +70,7 @@ def test_a_directory_is_read_as_it_is_and_made_ready_once(
     with caplog.at_level(logging.INFO):
         files = prepare_data(chosen, tmp_path / "out")
     assert load_records(files.train) == with_reasoning
-    assert "left out of train for want of reasoning: 1 of two" in caplog.text
+    assert "omitted train records without reasoning: 1 of two" in caplog.text
     before = files.train.stat().st_mtime_ns
     prepare_data(chosen, tmp_path / "out")
     assert files.train.stat().st_mtime_ns == before
@@ -96,7 +96,7 @@ def test_records_of_a_directory_that_are_too_long_are_left_out_and_counted(
     with caplog.at_level(logging.INFO):
         files = prepare_data(settings(student, dataset_name=(str(tmp_path),), max_length=40), tmp_path / "out")
     assert load_records(files.train) == [short]
-    assert "left out of train: 1 longer than --max_length 40" in caplog.text
+    assert "omitted 1 train records longer than --max_length 40" in caplog.text
 
 
 def test_as_many_usable_records_of_a_directory_as_are_asked_for(

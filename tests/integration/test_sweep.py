@@ -123,7 +123,7 @@ def test_results_of_other_settings_are_refused_before_anything_runs(tmp_path: Pa
 
 def test_a_command_that_trains_nothing_does_not_count(tmp_path: Path) -> None:
     said = Sweep(tmp_path, command="true").run(code=1)
-    assert "`train` ended well and left no training behind" in said
+    assert "`train` succeeded but wrote no training run" in said
 
 
 def test_sigterm_lets_the_training_save_and_the_same_command_goes_on(tmp_path: Path) -> None:
@@ -134,7 +134,7 @@ def test_sigterm_lets_the_training_save_and_the_same_command_goes_on(tmp_path: P
     process = sweep.start()
     try:
         wait_until(lambda: (wait.parent / "seed0" / "waiting").exists(), 20)
-        assert "right/seed0: another sweep is at it" in sweep.run("--task", "0", code=1)
+        assert "right/seed0: locked by another sweep" in sweep.run("--task", "0", code=1)
         process.send_signal(signal.SIGTERM)
         process.communicate(timeout=20)
     finally:

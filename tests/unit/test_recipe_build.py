@@ -126,6 +126,6 @@ def test_what_does_not_go_together_shows_before_anything_is_loaded(monkeypatch: 
     with pytest.raises(FieldError, match=r"teacher 'Qwen2\.5-14B' has no endpoint"):
         check(settings(teacher_endpoints=("Qwen/Qwen2.5-7B=n:1",)), DATA, 1)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    with pytest.raises(ConfigError, match="ranks on other nodes cannot reach servers started here"):
+    with pytest.raises(ConfigError, match="ranks on other nodes cannot reach servers that this command starts"):
         check(settings(), DATA, 4)
     assert check(settings(), DATA, 2) == {}
