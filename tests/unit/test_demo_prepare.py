@@ -1,4 +1,4 @@
-"""The demo's models and data alone, in a folder that other machines and containers mount."""
+"""The demo's models and data in a folder that other machines and containers mount."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return names
 
 
-def test_models_are_found_by_their_names_wherever_the_folder_is_mounted(tmp_path, trained):
+def test_links_to_models_survive_moving_the_folder(tmp_path, trained):
     prepare.main(tmp_path / "made")
     (tmp_path / "made").rename(tmp_path / "mounted")
     for name in MODELS:
         assert (tmp_path / "mounted" / name / "config.json").read_text("utf-8") == f"{name} first"
 
 
-def test_a_name_goes_over_to_the_model_that_was_made_last(tmp_path, trained):
+def test_link_points_to_the_newest_model(tmp_path, trained):
     prepare.main(tmp_path)
     trained.append("second")
     prepare.main(tmp_path)

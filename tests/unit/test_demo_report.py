@@ -1,4 +1,4 @@
-"""The demo's figures, verdict, table, picture and page, from made-up runs."""
+"""The demo's results, verdict, table, picture and page from made-up runs."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def results() -> Results:
     )
 
 
-def test_the_report_holds_exactly_the_agreed_keys(results: Results, tmp_path: Path) -> None:
+def test_report_json_has_the_documented_keys(results: Results, tmp_path: Path) -> None:
     paths = write_report(results, tmp_path / "out")
     assert [path.name for path in paths] == ["report.json", "report.png", "report.html"]
     report = json.loads(paths[0].read_text(encoding="utf-8"))
@@ -75,14 +75,14 @@ def test_the_report_holds_exactly_the_agreed_keys(results: Results, tmp_path: Pa
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == sorted(path.name for path in paths)
 
 
-def test_a_good_run_is_summed_up_with_its_own_figures(results: Results) -> None:
+def test_verdict_of_expected_results_has_their_values(results: Results) -> None:
     assert results.misses() == []
     said = " ".join(verdict(results))
     for figure in ("14.5%", "99.5%", "14.3%", "2345", "19456", "3.4%", "64 steps"):
         assert figure in said
 
 
-def test_every_arm_that_misses_its_limit_is_named(results: Results) -> None:
+def test_misses_name_every_arm_outside_its_limit(results: Results) -> None:
     bad = replace(
         results,
         arms=results.arms
@@ -107,9 +107,7 @@ def test_every_arm_that_misses_its_limit_is_named(results: Results) -> None:
         (Replay(0, float("inf"), same_steps=True), False),
     ],
 )
-def test_the_replay_matches_only_with_the_same_losses_at_the_same_steps(
-    results: Results, replay: Replay, *, matches: bool
-) -> None:
+def test_replay_matches_only_with_equal_losses_and_steps(results: Results, replay: Replay, *, matches: bool) -> None:
     compared = replace(results, replay=replay)
     assert compared.as_json()["offline_matches_online"] is matches
     assert any("from the store" in miss for miss in compared.misses()) is not matches
@@ -128,7 +126,7 @@ class Outside(HTMLParser):
         self.addresses += [value or "" for name, value in attrs if name in {"src", "srcset", "href", "data"}]
 
 
-def test_the_page_loads_nothing_from_outside_and_fits_phones_and_dark_screens(results: Results) -> None:
+def test_page_is_self_contained_and_fits_phones_and_dark_screens(results: Results) -> None:
     page = render_page(results, HEADINGS, table_rows(results), verdict(results))
     parser = Outside()
     parser.feed(page)
@@ -143,14 +141,14 @@ def test_the_page_loads_nothing_from_outside_and_fits_phones_and_dark_screens(re
         assert f"<td>{name}</td>" in page
 
 
-def test_text_in_the_page_is_escaped(results: Results) -> None:
+def test_page_escapes_text(results: Results) -> None:
     page = render_page(replace(results, facts={"<b>": "a & b"}), HEADINGS, [], ["1 < 2"])
     assert "&lt;b&gt;" in page
     assert "a &amp; b" in page
     assert "1 &lt; 2" in page
 
 
-def test_the_picture_is_a_png_even_where_no_arm_has_a_kv_loss(results: Results) -> None:
+def test_picture_is_drawn_without_kv_losses(results: Results) -> None:
     bare = {name: arm(0.5, kv_loss=None) for name in ARMS}
     for drawn in (draw_picture(results), draw_picture(replace(results, arms=bare, stages_ms={}))):
         assert drawn.startswith(b"\x89PNG\r\n\x1a\n")
@@ -172,7 +170,7 @@ def write_run(run: Path, metrics: list[dict[str, float]], accuracy: float | None
     (run / "result.json").write_text(json.dumps({"test_accuracy": accuracy, "seconds": 1.0}), encoding="utf-8")
 
 
-def test_an_arm_is_read_from_its_runs(tmp_path: Path) -> None:
+def test_gather_arm_reads_all_seeds(tmp_path: Path) -> None:
     paths = DemoPaths(tmp_path)
     lines = [
         {"step": 20, "train/loss": 3.0, "train/kv_loss": 1.0},
@@ -187,7 +185,7 @@ def test_an_arm_is_read_from_its_runs(tmp_path: Path) -> None:
         gather.gather_arm([paths.run("kv_one_teacher-seed2")])
 
 
-def test_stages_are_those_of_one_request_to_one_teacher() -> None:
+def test_stages_ms_is_per_request_and_teacher() -> None:
     lines = [
         {"step": 20, "kv/prefill_s": 0.8, "kv/stall_s": 0.03},
         {"step": 20, "val/loss": 1.0},
@@ -207,7 +205,7 @@ def test_stages_are_those_of_one_request_to_one_teacher() -> None:
         ([(1, 9.0, 9.0), (2, 1.5, math.nan)], Replay(2, math.nan, same_steps=True)),
     ],
 )
-def test_the_replay_is_compared_step_by_step(
+def test_gather_replay_compares_every_step(
     tmp_path: Path, offline: list[tuple[int, float, float]], expected: Replay
 ) -> None:
     paths = DemoPaths(tmp_path)
