@@ -19,8 +19,8 @@ from kvcore.monitoring.units import in_bytes
 from kvcore.store.kv_store import KVStoreReader
 from kvcore.store.manifest import MANIFEST_NAME
 from kvcore.tensors.offsets import fingerprint
-from student_trainer.launching.endpoints import read_endpoints
-from student_trainer.launching.local_teachers import LocalTeachers, teacher_names
+from student_trainer.launching.endpoints import read_endpoints, teacher_names
+from student_trainer.launching.local_teachers import LocalTeachers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

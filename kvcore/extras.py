@@ -8,7 +8,7 @@ from kvcore.errors import ConfigError
 
 # Import names by extra. A plain install serves teachers and reads from them; the extra `train` adds the rest.
 EXTRAS: dict[str, tuple[str, ...]] = {
-    "train": ("datasets", "deepspeed", "lm_eval", "matplotlib", "tensorboard"),
+    "train": ("datasets", "deepspeed", "lm_eval", "matplotlib", "scipy", "tensorboard"),
     "gpu": ("accelerate", "bitsandbytes"),
     "vllm": ("vllm",),
     "otel": ("opentelemetry.sdk",),

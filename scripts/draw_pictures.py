@@ -21,7 +21,7 @@ from kvcore.plan import Selection
 from kvcore.tensors.select import select
 from kvcore.tensors.selectors import REGISTRY
 from kvcore.types import Tensor
-from kvdistill.report.chart_style import LIGHT, draw
+from student_trainer.monitoring.chart_style import LIGHT, draw
 
 INK, FAINT, PALE = LIGHT.ink, LIGHT.faint, "#eef2f6"
 BLUE, RED, GREEN, _, _, GREY, *_ = LIGHT.series

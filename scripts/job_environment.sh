@@ -1,7 +1,7 @@
-# Sourced by the job scripts. What every job needs whoever starts it: the checkout, a Python, and where models are kept.
+# Sourced by the job scripts. Checks the checkout and Python, and sets the folders of models and data.
 # shellcheck shell=bash
 
-# default NAME VALUE: unless the variable is set, or CONFIG names a file of settings, which would be overridden.
+# default NAME VALUE: sets and exports a variable that is empty. With CONFIG it only exports, since the file has the settings.
 default() {
     if [[ -z "${CONFIG:-}" && -z "${!1:-}" ]]; then
         printf -v "$1" '%s' "$2"
@@ -10,25 +10,25 @@ default() {
 }
 
 if [[ ! -f experiments/train_multi_teacher_kv.py ]]; then
-    echo "$PWD is no checkout of kvdistill: submit from the repository's root" >&2
+    echo "$PWD is not a checkout of kvdistill: submit from the root of the repository" >&2
     exit 2
 fi
 if [[ -z "${PYTHON:-}" ]]; then
-    # sbatch --export=A=... passes no activated environment on.
+    # Under sbatch --export=A=... the job does not inherit an activated environment.
     if [[ -x .venv/bin/python ]]; then PYTHON=.venv/bin/python; else PYTHON=$(command -v python3 || echo python3); fi
 fi
 if ! "$PYTHON" -c 'import pydantic, torch' 2>/dev/null; then
     echo "$PYTHON lacks kvdistill's packages: run make setup here, or set PYTHON" >&2
     exit 2
 fi
-# Where Hugging Face keeps models and datasets; on a disk that all nodes see.
+# The Hugging Face caches, on a disk that all nodes see.
 export HF_HOME="${HF_HOME:-${HOME:-$PWD}/.cache/huggingface}"
 export HF_DATASETS_CACHE="${HF_DATASETS_CACHE:-$HF_HOME/datasets}"
 export HF_HUB_CACHE="${HF_HUB_CACHE:-${TRANSFORMERS_CACHE:-$HF_HOME/hub}}"
 export TOKENIZERS_PARALLELISM=false
-# Data that were made before are taken, unless the variables describe others.
-described="${CONFIG:-}${DATASET:-}${USE_EXTENDED:-}${MATH23K_RATIO:-}${DATA_DIR:-}"
-if [[ -z "$described" && -d data/prepared/train && -d data/prepared/val ]]; then
+# Use data/prepared if it exists and no variable selects other data.
+selected="${CONFIG:-}${DATASET:-}${USE_EXTENDED:-}${MATH23K_RATIO:-}${DATA_DIR:-}"
+if [[ -z "$selected" && -d data/prepared/train && -d data/prepared/val ]]; then
     export DATASET=./data/prepared
-    echo "data: $DATASET is there and is used (DATASET names others)"
+    echo "data: using $DATASET (set DATASET for other data)"
 fi

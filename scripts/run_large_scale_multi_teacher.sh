@@ -11,7 +11,7 @@
 #SBATCH --requeue
 #SBATCH --signal=B:USR1@600
 #
-# One student, several large teachers, one way of fusing them.
+# Trains one student with several large teachers and one fusion strategy.
 #
 #   sbatch scripts/run_large_scale_multi_teacher.sh
 #   FUSION_STRATEGY=learnable sbatch scripts/run_large_scale_multi_teacher.sh
@@ -26,25 +26,25 @@ source scripts/job_environment.sh
 default STUDENT "Qwen/Qwen2.5-1.5B"
 if [[ -z "${TEACHER_MODELS:-}${TEACHERS:-}" ]]; then
     default TEACHER_MODELS "Qwen/Qwen2.5-7B Qwen/Qwen2.5-14B Qwen/Qwen2.5-32B"
-    default NUM_TEACHERS "3"                # the first so many of them
+    default NUM_TEACHERS "3"                # the first N teachers
     if [[ "${NUM_TEACHERS:-}" == 3 ]]; then
         default FIXED_WEIGHTS "0.33,0.33,0.34"
     fi
 fi
-default NUM_TEACHERS ""                     # all of TEACHER_MODELS
+default NUM_TEACHERS ""                     # all teachers
 default FIXED_WEIGHTS ""                    # equal weights
 default OUTPUT_DIR "./outputs/large_scale_multi_teacher"
 
 default FUSION_STRATEGY "fixed"             # fixed, similarity, learnable
 default SIMILARITY_METRIC "cosine"          # cosine, dot, euclidean
-default TEMPERATURE ""                      # of similarity and router; each one's own
+default TEMPERATURE ""                      # of similarity or router; the default depends on them
 default ROUTER_TYPE "mlp"                   # mlp, gate, attention
 default ROUTER_HIDDEN_DIM "256"
 default ENTROPY_REG_WEIGHT "0.01"
 
 default KV_COMPRESSION "right"              # full, right, r-kv
 default KV_LOSS_WEIGHT "auto"
-default BATCH_SIZE "2"                      # on each rank
+default BATCH_SIZE "2"                      # per rank
 default GRAD_ACCUM "16"
 default LEARNING_RATE "2e-5"
 default WARMUP_RATIO "0.1"

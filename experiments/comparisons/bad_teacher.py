@@ -1,8 +1,9 @@
-"""Two good teachers and one with random weights.
+"""Compares fusion strategies with two good teachers and one that has random weights.
 
-Does routing find the bad one out, and what is that worth? All ways start from the same warm student and take the same
-few steps, so few that equal weights have not caught up yet; then each goes on from where equal weights ended, as the
-second and third stage of `configs/train/three_stage.yaml` do. docs/results.md has the figures.
+Does routing give the bad teacher less weight, and does this improve accuracy? All arms start from the same student and
+take the same small number of steps, at which equal weights have not caught up yet. Then each strategy continues from
+the run with equal weights, as the second and third stage of `configs/train/three_stage.yaml` do. The results are in
+docs/results.md.
 
 Examples:
   python -m experiments.comparisons.bad_teacher
@@ -52,11 +53,11 @@ ARMS = (
 
 
 class BadTeacher(Comparison):
-    """A comparison with a third teacher that was never trained."""
+    """A comparison with a third, untrained teacher."""
 
     def teachers(self, models: dict[ModelName, Pretrained]) -> dict[str, Path]:
-        """The demo's two, and one of the second's shape and tokenizer with random weights."""
-        bad = self.layout.output / "runs" / BAD
+        """The demo's two teachers, and one with random weights that has the shape and tokenizer of the second."""
+        bad = self.paths.output / "runs" / BAD
         make_model("teacher_b", AutoTokenizer.from_pretrained(models["teacher_b"].path), bad, BAD_SEED)
         return super().teachers(models) | {BAD: bad}
 
@@ -64,7 +65,8 @@ class BadTeacher(Comparison):
 def make(output: Path, settings: Settings, seeds: int) -> Comparison:
     """The comparison.
 
-    Steps, rate and temperatures were chosen on validation items of seed 0, the router's judge on those of seeds 3 to 5.
+    Steps, learning rate and temperatures were chosen on validation items of seed 0, and the router's loss on those of
+    seeds 3 to 5.
     """
     settings = replace(settings, test=1000, arm_steps=STEPS, arm_lr=RATE, evaluations=3)
     return BadTeacher(ARMS, output, settings, seeds)

@@ -1,6 +1,6 @@
-"""Both directions of alignment.
+"""Compares both directions of alignment.
 
-Two teachers and one, each with `align.direction` to_student and to_teacher. docs/results.md has the figures.
+Two teachers and one teacher, each with `align.direction` to_student and to_teacher. docs/results.md has the results.
 
 Examples:
   python -m experiments.comparisons.directions

@@ -1,8 +1,8 @@
-"""Every selector under real 2x eviction.
+"""Compares all selectors when they drop half of the tokens.
 
-The reasoning holds three running values among three fillers, at places drawn per question, and three of these six
-tokens leave the teacher: who keeps what the student needs? As in KaVa (arXiv 2510.02312) the teacher is the warm
-student itself, reading the written reasoning, so that every layer and head may keep its own tokens and nothing is
+The reasoning has three running values among three fillers, at random positions per question. The teacher sends three of
+these six tokens: which selector keeps those that the student needs? As in KaVa (arXiv 2510.02312) the teacher is the
+first student itself, reading the reasoning text. So every layer and head may keep its own tokens, and nothing is
 aligned.
 
 Examples:
@@ -28,24 +28,24 @@ PRETRAIN_STEPS: dict[ModelName, int] = {"teacher_a": 1, "teacher_b": 1, "student
 SAME_MODEL: Config = {"head_adapter": "identity"}
 
 
-def _way(selector: str) -> Arm:
+def _arm(selector: str) -> Arm:
     selection = {"selector": selector, "budget": LATENTS, "span": "reasoning", "scope": "head"}
     return Arm(selector, (TEACHER,), {"kv": {"selection": selection}, "align": SAME_MODEL})
 
 
-# `full` evicts nothing, so that its six slots are resampled to the three latents.
+# `full` drops nothing, so its six slots are resampled to the three latents.
 FULL = Arm("full", (TEACHER,), {"kv": {"selection": {"selector": "full"}}, "align": {**SAME_MODEL, "time": "linear"}})
 SHUFFLED = Arm(
-    "shuffled KV", (TEACHER,), _way("r_kv").changes | {"kv": {**_way("r_kv").changes["kv"], "control": "shuffled"}}
+    "shuffled KV", (TEACHER,), _arm("r_kv").changes | {"kv": {**_arm("r_kv").changes["kv"], "control": "shuffled"}}
 )
-ARMS = (*(_way(name) for name in SELECTORS if name != "full"), FULL, NO_KV, SHUFFLED)
+ARMS = (*(_arm(name) for name in SELECTORS if name != "full"), FULL, NO_KV, SHUFFLED)
 
 
 class Selectors(Comparison):
-    """A comparison whose teacher is the student before it learns to think in latents."""
+    """A comparison whose teacher is the student before it learns to reason in latents."""
 
     def teachers(self, models: dict[ModelName, Pretrained]) -> dict[str, Path]:
-        """The warm student; the demo's teachers are not asked."""
+        """The first student instead of the demo's teachers."""
         return {TEACHER: models["student"].path}
 
 

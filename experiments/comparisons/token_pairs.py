@@ -1,9 +1,9 @@
-"""Two ways to pair the tokens of two tokenizers.
+"""Compares two methods of pairing the tokens of two tokenizers.
 
-How many of the student's tokens find a counterpart, and how much of the student's own K/V a ridge map from the
-teacher's explains at them on held-out samples; beside it the same with each teacher row facing another sample's.
-Nothing is trained: an alignment is all that is measured, over whole texts, for other samples with each seed.
-docs/results.md has the figures.
+It measures how many of the student's tokens have a counterpart, and how much of the student's own K/V at these tokens a
+ridge map from the teacher's K/V explains on held-out samples. The control pairs each teacher row with another sample.
+Nothing is trained: only the alignment is measured, over whole texts, on other samples for each seed.
+docs/results.md has the results.
 
 Examples:
   python -m experiments.comparisons.token_pairs
@@ -20,7 +20,7 @@ from experiments.demo import results
 from experiments.demo.demo_config import TEACHERS, Config, Settings
 
 METHODS = ("boundary", "overlap")
-# The shortest run that there is; it leaves its alignments in its summary.
+# The shortest possible run; its summary has the alignments.
 ALIGN_ONLY: Config = {
     "student": {"mode": "token"},
     "kv": {"selection": {"selector": "full", "span": "all"}},
@@ -30,27 +30,27 @@ MEASURED = ("coverage", "explained_variance", "explained_variance_shuffled")
 
 
 class TokenPairs(Comparison):
-    """A comparison of alignments instead of trainings."""
+    """A comparison of alignments instead of training runs."""
 
     def plan(self, student: Path, ports: dict[str, int]) -> list[dict[str, Any]]:
-        """As ever, but without test items."""
+        """The runs of one launch, without test items."""
         return [planned | {"test": None} for planned in super().plan(student, ports)]
 
     def compare(self) -> dict[str, dict[str, Any]]:
-        """Per way and teacher, by seed: coverage, explained variance, and that of the shuffled control."""
+        """Returns per arm, teacher and seed: coverage, explained variance, and that of the shuffled control."""
         self.train_arms()
-        return {way.name: {name: self._alignments(way, name) for name in way.teachers} for way in self.ways}
+        return {arm.name: {name: self._alignments(arm, name) for name in arm.teachers} for arm in self.arms}
 
-    def _alignments(self, way: Arm, teacher: str) -> dict[str, list[Any]]:
-        runs = [self.run_of(way.name, seed) for seed in range(self.seeds)]
-        reports = [results.summary(run)["alignment"][teacher] for run in runs]
+    def _alignments(self, arm: Arm, teacher: str) -> dict[str, list[Any]]:
+        runs = [self.run_of(arm.name, seed) for seed in range(self.seeds)]
+        reports = [results.summary(results.finished(run))["alignment"][teacher] for run in runs]
         return {name: [report[name] for report in reports] for name in MEASURED}
 
 
 def make(output: Path, settings: Settings, seeds: int) -> Comparison:
     """The comparison."""
-    ways = [Arm(method, TEACHERS, ALIGN_ONLY | {"align": {"tokens": method}}) for method in METHODS]
-    return TokenPairs(ways, output, settings, seeds)
+    arms = [Arm(method, TEACHERS, ALIGN_ONLY | {"align": {"tokens": method}}) for method in METHODS]
+    return TokenPairs(arms, output, settings, seeds)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""Several training runs in one torchrun launch, one after the other: `torchrun ... -m experiments.demo.arms PLAN.json`.
+"""Runs several trainings in one torchrun launch: `torchrun ... -m experiments.demo.arms PLAN.json`.
 
-The plan is a list of runs, each with a name, a configuration of `kvdistill train`, and test items or null. Every run
-is the trainer's own; its best model is then loaded from disk and asked the test items.
+The plan is a list of runs, each with a name, a configuration of `kvdistill train`, and a file of test items or null.
+After each run its best model is loaded from disk and answers the test items.
 """
 
 from __future__ import annotations
@@ -31,16 +31,16 @@ _TEST_BATCH = 250
 
 
 def main(plan: Path) -> None:
-    """Runs everything in the plan; each run's directory gets a `result.json`."""
+    """Runs the plan; writes `result.json` into each run's directory."""
     runs: list[dict[str, Any]] = json.loads(plan.read_text(encoding="utf-8"))
     try:
         for run in runs:
-            _one(run["name"], parse(run["config"], TrainConfig), run["test"])
+            _run(run["name"], parse(run["config"], TrainConfig), run["test"])
     finally:
         ds_engine.stop()
 
 
-def _one(name: str, config: TrainConfig, test: str | None) -> None:
+def _run(name: str, config: TrainConfig, test: str | None) -> None:
     rank, _ = ds_engine.start(config.run.seed)
     logging.basicConfig(level=logging.INFO if rank == 0 else logging.WARNING, format="%(message)s", force=True)
     began = time.monotonic()
@@ -48,34 +48,36 @@ def _one(name: str, config: TrainConfig, test: str | None) -> None:
         print(f"{PROGRESS}{name}", flush=True)
     summary = trainer.run(config)
     result: dict[str, Any] = {"test_accuracy": None}
-    said = f"{summary['steps']} steps"
+    outcome = f"{summary['steps']} steps"
     if test is not None:
         result["test_accuracy"] = _test_accuracy(config, Path(test))
-        said = f"{result['test_accuracy']:.1%} of the test items"
+        outcome = f"{result['test_accuracy']:.1%} of the test items"
     result["seconds"] = time.monotonic() - began
     if rank == 0:
         write_json(config.run.output_dir / "result.json", result)
-        print(f"{PROGRESS}{name}: {said}, {result['seconds']:.0f} s", flush=True)
+        print(f"{PROGRESS}{name}: {outcome}, {result['seconds']:.0f} s", flush=True)
 
 
 @torch.no_grad()
 def _test_accuracy(config: TrainConfig, test: Path) -> float:
-    """Share of test items that the saved best model answers right after its latents; ranks share the items."""
+    """The share of test items that the saved best model answers correctly after its latents. Ranks share the items."""
     directory, student = config.run.output_dir / "best_model", config.student
     lm = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(directory)
     reasoning = load_reasoning(lm, directory, student.latents, student.passes)
-    assert reasoning is not None, "the trainer saves latents beside the model"
+    assert reasoning is not None, "the trainer saves latents with the model"
     model = LatentStudent(lm, reasoning).eval()
     collator = Collator(tokenizer, config.data.max_tokens)
     records = load_records(test)
     totals = {"count": 0.0, "accuracy": 0.0}
     for indices, counted in rank_batches(len(records), _TEST_BATCH, dist.get_rank(), dist.get_world_size()):
         chosen = [records[index] for index in indices]
-        written = answer(model, collator, tokenizer, chosen, config.data.answer_tokens, ds_engine.device(), latent=True)
-        right = [is_correct(text, record, latent=True) for text, record in zip(written, chosen, strict=True)]
+        completions = answer(
+            model, collator, tokenizer, chosen, config.data.answer_tokens, ds_engine.device(), latent=True
+        )
+        correct = [is_correct(text, record, latent=True) for text, record in zip(completions, chosen, strict=True)]
         totals["count"] += counted
-        totals["accuracy"] += sum(right[:counted])
+        totals["accuracy"] += sum(correct[:counted])
     return mean_over_ranks(totals, ds_engine.device())["accuracy"]
 
 

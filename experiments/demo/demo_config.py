@@ -1,4 +1,4 @@
-"""How much of everything the demo takes, and the training configurations it runs. Free of torch."""
+"""The demo's sizes and training configurations. Does not import torch."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ TEACHERS_OF_ARM: dict[ArmName, tuple[ModelName, ...]] = {
     "no_kv": (),
     "shuffled_kv": TEACHERS,
 }
-# What the demo expects to see; the report says so when it does not.
+# The report says when an accuracy is not within these limits.
 LEAST_KV_ACCURACY = 0.95
 MOST_CONTROL_ACCURACY = 0.25
 
-# Lines of a training process that begin so are shown.
+# The demo shows lines of the training process that begin with this.
 PROGRESS = "demo: "
 
 LATENTS = 3
@@ -34,10 +34,23 @@ PRETRAIN_STEPS: dict[ModelName, int] = {"teacher_a": 700, "teacher_b": 400, "stu
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """Sizes of one demo. `record`: how many training records make the epoch that is recorded and replayed.
+    """Sizes of one demo. The learning rate and steps of the arms were chosen on validation items.
 
-    `pretrain_*`: of teachers and student on written reasoning. The rates and steps of the arms were chosen on
-    validation items. `fillers`: words in each reasoning that say nothing, see `ChainTask`. `ranks`: training processes.
+    Attributes:
+        train: training records.
+        val: validation items.
+        test: test items.
+        record: training records of the epoch that is recorded and replayed.
+        arm_steps: steps of each arm.
+        arm_lr: its learning rate.
+        evaluations: validations of each arm.
+        data_seed: seed of the records.
+        modulus: of the chain arithmetic, see `ChainTask`.
+        operations: of each question.
+        fillers: meaningless words in each reasoning.
+        pretrain_steps: steps of teachers and student on reasoning text.
+        pretrain_lr: their learning rate.
+        ranks: training processes.
     """
 
     train: int = 32768
@@ -57,7 +70,7 @@ class Settings:
 
     @property
     def micro_batch(self) -> int:
-        """How many samples a rank takes at a time: its share of a step."""
+        """Samples per rank and step."""
         return _BATCH // self.ranks
 
 
@@ -67,7 +80,7 @@ QUICK = Settings(test=500, record=512, arm_steps=180, arm_lr=4e-3, evaluations=3
 
 @dataclass(frozen=True, slots=True)
 class DemoPaths:
-    """Where the demo keeps what."""
+    """The folders and files of one demo."""
 
     output: Path
 
@@ -81,7 +94,7 @@ class DemoPaths:
 
     @property
     def cache(self) -> Path:
-        """Models by the digest of what determines them."""
+        """Trained models, named by a digest of everything that determines them."""
         return self.output / "cache"
 
     @property
@@ -90,13 +103,13 @@ class DemoPaths:
         return self.output / "logs"
 
 
-def pretrain_config(name: ModelName, model: Path, settings: Settings, layout: DemoPaths, output_dir: Path) -> Config:
-    """Plain supervised training on text, without teachers: from scratch, with the reasoning written out."""
+def pretrain_config(name: ModelName, model: Path, settings: Settings, paths: DemoPaths, output_dir: Path) -> Config:
+    """Supervised training from scratch on text with the reasoning, without teachers."""
     return {
         "student": {"path": str(model), "mode": "token"},
         "data": {
-            "train": str(layout.split("train")),
-            "val": str(layout.split("val")),
+            "train": str(paths.split("train")),
+            "val": str(paths.split("val")),
             "max_tokens": 64,
             "answer_tokens": 5 + settings.fillers,
         },
@@ -113,22 +126,22 @@ def pretrain_config(name: ModelName, model: Path, settings: Settings, layout: De
 
 
 def arm_config(
-    arm: ArmName, seed: int, settings: Settings, layout: DemoPaths, student: Path, ports: dict[str, int]
+    arm: ArmName, seed: int, settings: Settings, paths: DemoPaths, student: Path, ports: dict[str, int]
 ) -> Config:
-    """One arm: the student thinks in latents; arms differ in nothing but the teachers and the control."""
+    """One arm: the student reasons in latents. Arms differ only in the teachers and the control."""
     chosen = {name: ports[name] for name in TEACHERS_OF_ARM[arm]}
-    config = run_config(f"{arm}-seed{seed}", seed, settings, layout, student, chosen)
+    config = run_config(f"{arm}-seed{seed}", seed, settings, paths, student, chosen)
     if arm == "shuffled_kv":
         config["kv"]["control"] = "shuffled"
     return config
 
 
 def run_config(
-    name: str, seed: int, settings: Settings, layout: DemoPaths, student: Path, ports: dict[str, int]
+    name: str, seed: int, settings: Settings, paths: DemoPaths, student: Path, ports: dict[str, int]
 ) -> Config:
-    """A student that thinks in latents, on the training data, with the teachers that `ports` names."""
-    config = _latent_config(layout.run(name), seed, layout.split("train"), student, settings.micro_batch)
-    config["data"]["val"] = str(layout.split("val"))
+    """A student that reasons in latents, on the training data, with the teachers in `ports`."""
+    config = _latent_config(paths.run(name), seed, paths.split("train"), student, settings.micro_batch)
+    config["data"]["val"] = str(paths.split("val"))
     config["optim"]["lr"] = settings.arm_lr
     config["run"] |= {"steps": settings.arm_steps, "eval_every": settings.arm_steps // settings.evaluations}
     config["teachers"] = _teachers(tuple(ports), ports)
@@ -136,15 +149,15 @@ def run_config(
 
 
 def epoch_config(
-    mode: Literal["record", "offline"], settings: Settings, layout: DemoPaths, student: Path, ports: dict[str, int]
+    mode: Literal["record", "offline"], settings: Settings, paths: DemoPaths, student: Path, ports: dict[str, int]
 ) -> Config:
-    """One epoch over a part of the training data that records, or replays, both teachers' K/V; logs every step.
+    """One epoch over part of the training data that records or replays both teachers' K/V and logs every step.
 
-    The replay is given no endpoints, so it cannot ask a server.
+    The replay gets no endpoints, so it cannot use a server.
     """
-    config = _latent_config(layout.run(mode), 0, layout.split("record"), student, settings.micro_batch)
+    config = _latent_config(paths.run(mode), 0, paths.split("record"), student, settings.micro_batch)
     config["run"] |= {"epochs": 1, "log_every": 1}
-    config["kv"] |= {"mode": mode, "store": str(layout.run("store"))}
+    config["kv"] |= {"mode": mode, "store": str(paths.run("store"))}
     config["teachers"] = _teachers(TEACHERS, ports if mode == "record" else {})
     return config
 

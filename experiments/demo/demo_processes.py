@@ -1,4 +1,4 @@
-"""The demo's child processes. Whatever is started here is ended here."""
+"""The demo's child processes."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 from kvcore.errors import KVDistillError
 from student_trainer.launching.processes import end, start_logged, tail
 
-# The same on every machine: no accelerator, and one thread a process, as there are as many processes as cores.
+# The same on every machine: no accelerator, and one thread per process, since there are as many processes as cores.
 CPU_ONLY = {
     "CUDA_VISIBLE_DEVICES": "",
     "DS_ACCELERATOR": "cpu",
@@ -20,11 +20,11 @@ CPU_ONLY = {
 
 
 class DemoError(KVDistillError):
-    """A part of the demo broke."""
+    """A process of the demo failed, or its replay differs from the recorded run."""
 
 
 def run_logged(command: list[str], log: Path, on_line: Callable[[str], None] = lambda _line: None) -> None:
-    """Runs a command to its end, its output going to `log` and line by line to `on_line`.
+    """Runs a command to its end; its output goes to `log`, and line by line to `on_line`.
 
     Raises:
         DemoError: it failed; with the end of its log.
@@ -44,7 +44,7 @@ def run_logged(command: list[str], log: Path, on_line: Callable[[str], None] = l
 
 
 def check(process: subprocess.Popen[str], command: list[str], log: Path) -> None:
-    """Raises where an ended process failed."""
+    """Raises a DemoError if an ended process failed."""
     if process.returncode != 0:
         shown = " ".join(command[1:])
         raise DemoError(f"`{shown}` ended with code {process.returncode}; the end of {log}:\n{tail(log)}")

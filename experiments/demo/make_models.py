@@ -1,4 +1,4 @@
-"""Random-initialised models of three shapes: two teachers of different families and geometry, and a smaller student."""
+"""Models with random weights: two teachers of different families and geometry, and a smaller student."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Geometry = dict[str, Any]
 _COMMON: Geometry = {
     "max_position_embeddings": 512,
     "tie_word_embeddings": False,
-    # Wider than the families' 0.02: these models are narrower, and learn sooner so.
+    # The families' default is 0.02. These models are narrow and learn faster with a wider range.
     "initializer_range": 0.06,
 }
 GEOMETRIES: dict[ModelName, Geometry] = {
@@ -50,7 +50,7 @@ _LLAMA_SHAPED = frozenset({"teacher_b"})
 
 
 def make_model(name: ModelName, tokenizer: PreTrainedTokenizerBase, directory: Path, seed: int | None = None) -> None:
-    """Writes config, random weights (safetensors) and tokenizer where transformers loads them."""
+    """Writes a model with random weights and its tokenizer to a directory that transformers loads."""
     special = {
         "vocab_size": len(tokenizer),
         "bos_token_id": tokenizer.bos_token_id,

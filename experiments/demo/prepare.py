@@ -1,6 +1,6 @@
-"""The demo's data and models alone, for servers and a trainer elsewhere: `python -m experiments.demo.prepare FOLDER`.
+"""Prepares the demo's data and models for servers and a trainer elsewhere: `python -m experiments.demo.prepare FOLDER`.
 
-The folder then holds `teacher_a`, `teacher_b` and `student`, which transformers loads, and the questions in
+The folder then has `teacher_a`, `teacher_b` and `student`, which transformers loads, and the records in
 `data/{train,val,test}.jsonl`.
 """
 
@@ -15,7 +15,7 @@ from student_trainer.launching.processes import ended_by_sigterm
 
 
 def main(output: Path) -> None:
-    """Makes what is missing; models that the folder has already, of the same sources and settings, stay.
+    """Writes the data and models. Keeps models that the folder already has from the same sources and settings.
 
     Raises:
         DemoError: a training failed; with the end of its log.
@@ -28,7 +28,7 @@ def main(output: Path) -> None:
 
 
 def _link(link: Path, target: Path) -> None:
-    """Points a name at a model in one step, so that it never names none."""
+    """Makes a link to a model, or replaces it in one step."""
     fresh = link.with_name(f".{link.name}.link")
     fresh.unlink(missing_ok=True)
     fresh.symlink_to(target)

@@ -1,55 +1,46 @@
-"""What the runs left on disk, gathered into the figures that the report shows."""
+"""The demo's results, read from its runs."""
 
 from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from experiments.demo.demo_config import (
-    ARMS,
-    CONTROLS,
-    LEAST_KV_ACCURACY,
-    MOST_CONTROL_ACCURACY,
-    ArmName,
-    DemoPaths,
-)
+from experiments.demo.demo_config import ARMS, CONTROLS, LEAST_KV_ACCURACY, MOST_CONTROL_ACCURACY, ArmName, DemoPaths
 from kvcore.errors import KVDistillError
+from kvdistill.report.finished_runs import Points, Run, read_run
 
 # Online and offline read the same encoded K/V in the same order; only rounding in reductions may differ.
 SAME_LOSS = 1e-6
 STAGES = ("queue", "prefill", "encode", "network", "decode", "stall")
 TRAINER_STAGES = frozenset({"decode", "stall"})
-Metrics = list[dict[str, float]]
 
 
 class ResultError(KVDistillError):
-    """A run did not leave what it should have."""
-
-
-@dataclass(frozen=True, slots=True)
-class Curve:
-    """Figures over steps, of one seed."""
-
-    steps: list[int]
-    values: list[float]
+    """A run did not write one of its files."""
 
 
 @dataclass(frozen=True, slots=True)
 class Arm:
-    """One arm: a figure per seed, and its first seed's curves. KV losses are None where no teacher was asked."""
+    """One arm: values per seed, and the curves of the first seed. KV losses are None for an arm without teachers."""
 
     accuracy: list[float]
     kv_loss: list[float | None]
-    accuracy_curve: Curve
-    kv_loss_curve: Curve
+    accuracy_curve: Points
+    kv_loss_curve: Points
+
+    @property
+    def mean_accuracy(self) -> float:
+        """The mean over seeds."""
+        return sum(self.accuracy) / len(self.accuracy)
 
 
 @dataclass(frozen=True, slots=True)
 class Replay:
-    """The recorded epoch against its replay from the store."""
+    """The losses of the recorded epoch compared with those of its replay from the store."""
 
     steps: int
     largest_difference: float
@@ -63,7 +54,7 @@ class Replay:
 
 @dataclass(frozen=True, slots=True)
 class Results:
-    """Everything that the report says. Throughput, bytes and stall are those of the two-teacher arm, first seed."""
+    """The values of the report. Throughput, bytes and stall are those of the two-teacher arm's first seed."""
 
     arms: dict[ArmName, Arm]
     chance: float
@@ -94,17 +85,15 @@ class Results:
         }
 
     def misses(self) -> list[str]:
-        """What came out otherwise than expected, a sentence each; empty when all is as it should be."""
+        """One sentence per result that is not as expected."""
         found: list[str] = []
         for name, arm in self.arms.items():
             for seed, accuracy in enumerate(arm.accuracy):
+                problem = f"{name}, seed {seed}: {accuracy:.1%} of the test items, "
                 if name in CONTROLS and accuracy > MOST_CONTROL_ACCURACY:
-                    limit = f"over {MOST_CONTROL_ACCURACY:.0%}"
+                    found.append(f"{problem}over {MOST_CONTROL_ACCURACY:.0%}.")
                 elif name not in CONTROLS and accuracy < LEAST_KV_ACCURACY:
-                    limit = f"under {LEAST_KV_ACCURACY:.0%}"
-                else:
-                    continue
-                found.append(f"{name}, seed {seed}: {accuracy:.1%} of the test items, {limit}.")
+                    found.append(f"{problem}under {LEAST_KV_ACCURACY:.0%}.")
         if not self.replay.matches:
             found.append(
                 f"The run from the store does not repeat the recorded one: losses differ by up to "
@@ -113,88 +102,80 @@ class Results:
         return found
 
 
-def gather_arm(name: ArmName, seeds: int, layout: DemoPaths) -> Arm:
-    """Reads one arm's runs.
+def gather_arms(seeds: int, paths: DemoPaths) -> dict[ArmName, Arm]:
+    """Reads every arm. Raises a ResultError if a file is missing."""
+    return {name: gather_arm([paths.run(f"{name}-seed{seed}") for seed in range(seeds)]) for name in ARMS}
 
-    Raises:
-        ResultError: a file or a figure is missing.
-    """
-    runs = [layout.run(f"{name}-seed{seed}") for seed in range(seeds)]
-    metrics = read_metrics(runs[0])
-    kv_losses = [_json(run / "summary.json")["val_kv_loss"] for run in runs]
+
+def gather_arm(directories: Sequence[Path]) -> Arm:
+    """Reads the runs of one arm, one per seed. Raises a ResultError if a file is missing."""
+    runs = [finished(directory) for directory in directories]
     return Arm(
-        [float(_json(run / "result.json")["test_accuracy"]) for run in runs],
-        [None if value is None else float(value) for value in kv_losses],
-        curve(metrics, "val/task_metrics/accuracy"),
-        curve(metrics, "train/kv_loss"),
+        [float(result(directory)["test_accuracy"]) for directory in directories],
+        [summary(run)["val_kv_loss"] for run in runs],
+        runs[0].series("val/task_metrics/accuracy"),
+        runs[0].series("train/kv_loss"),
     )
 
 
-def gather_arms(seeds: int, layout: DemoPaths) -> dict[ArmName, Arm]:
-    """Reads every arm."""
-    return {name: gather_arm(name, seeds, layout) for name in ARMS}
-
-
-def gather_replay(layout: DemoPaths) -> Replay:
+def gather_replay(paths: DemoPaths) -> Replay:
     """Compares the losses of the recorded and the replayed epoch, step by step."""
-    online, offline = (_losses(read_metrics(layout.run(mode))) for mode in ("record", "offline"))
+    online, offline = (_losses(finished(paths.run(mode))) for mode in ("record", "offline"))
     shared = sorted(online.keys() & offline.keys())
     differences = [abs(a - b) for step in shared for a, b in zip(online[step], offline[step], strict=True)]
-    # max() alone would let a NaN pass or not by its place in the list.
+    # max() alone would return or drop a NaN depending on its place in the list.
     largest = math.nan if any(map(math.isnan, differences)) else max(differences, default=math.inf)
     return Replay(len(shared), largest, online.keys() == offline.keys())
 
 
-def stages_ms(metrics: Metrics, samples: int, teachers: int) -> dict[str, float]:
-    """Milliseconds of each stage for one request, on average over the log; {} where none was logged.
+def stages_ms(run: Run, samples: int, teachers: int) -> dict[str, float]:
+    """The mean milliseconds per request of each stage that the run logged.
 
     Args:
-        metrics: of a run with teachers.
-        samples: how many one request holds: each of them logs the whole request's time at the teacher.
-        teachers: how many are asked: what is logged is their sum.
+        run: with teachers.
+        samples: samples per request; each of them logs the request's time at the teacher.
+        teachers: number of teachers; the log has their sum.
     """
     found: dict[str, float] = {}
     for stage in STAGES:
-        values = [line[f"kv/{stage}_s"] for line in metrics if f"kv/{stage}_s" in line]
+        values = [value for _, value in run.series(f"kv/{stage}_s")]
         if values:
             share = teachers if stage in TRAINER_STAGES else teachers * samples
             found[stage] = 1000 * sum(values) / len(values) / share
     return found
 
 
-def summary(run: Path) -> dict[str, Any]:
-    """A run's summary.json."""
-    return _json(run / "summary.json")
-
-
-def seconds(run: Path) -> float:
-    """How long a run took, start to end."""
-    return float(_json(run / "result.json")["seconds"])
-
-
-def read_metrics(run: Path) -> Metrics:
-    """A run's metrics.jsonl.
+def finished(directory: Path) -> Run:
+    """Reads a run that has ended.
 
     Raises:
-        ResultError: there is none.
+        ResultError: it has no summary.json.
     """
-    path = run / "metrics.jsonl"
-    if not path.is_file():
-        raise ResultError(f"{path} is missing: the run ended early")
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    run = read_run(directory, directory.name)
+    if run.summary is None:
+        raise ResultError(f"{directory / 'summary.json'} is missing: the run ended early")
+    return run
 
 
-def curve(metrics: Metrics, name: str) -> Curve:
-    """One metric over steps."""
-    points = [(int(line["step"]), float(line[name])) for line in metrics if name in line]
-    return Curve([step for step, _ in points], [value for _, value in points])
+def summary(run: Run) -> Mapping[str, Any]:
+    """The summary.json of a finished run."""
+    assert run.summary is not None
+    return run.summary
 
 
-def _losses(metrics: Metrics) -> dict[int, tuple[float, float]]:
-    return {int(line["step"]): (line["train/loss"], line["train/kv_loss"]) for line in metrics if "train/loss" in line}
+def result(directory: Path) -> dict[str, Any]:
+    """The result.json that `experiments.demo.arms` writes.
 
-
-def _json(path: Path) -> dict[str, Any]:
+    Raises:
+        ResultError: it is missing.
+    """
+    path = directory / "result.json"
     if not path.is_file():
         raise ResultError(f"{path} is missing: the run ended early")
     return json.loads(path.read_text(encoding="utf-8"))
+
+
+def _losses(run: Run) -> dict[int, tuple[float, float]]:
+    return {
+        int(line["step"]): (line["train/loss"], line["train/kv_loss"]) for line in run.metrics if "train/loss" in line
+    }

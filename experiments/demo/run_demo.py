@@ -1,4 +1,4 @@
-"""`kvdistill demo`: two tiny teachers, two servers, one student, its controls, and a report of what came out."""
+"""`kvdistill demo`: two tiny teachers, their servers, a student with control runs, and a report."""
 
 from __future__ import annotations
 
@@ -37,29 +37,34 @@ _MARKER = ".kvdistill-demo"
 
 
 def main(output: Path, *, quick: bool = False, seeds: int = 1) -> None:
-    """Runs everything and writes report.json, report.png and report.html into `output`.
+    """Runs the whole pipeline at toy scale and writes report.json, report.png and report.html into `output`.
 
-    It ends normally when every part worked, whatever the accuracies: the report says plainly where they miss what is
-    expected.
+    Accuracies that are not as expected are no error; the report names them.
 
     Raises:
         DemoError: a process failed, or the run from the store does not repeat the recorded one.
     """
     demo = Demo(output, QUICK if quick else FULL, seeds)
     with ended_by_sigterm():
-        found = demo.run()
-    paths = write_report(found, output)
-    if not found.replay.matches:
+        demo_results = demo.run()
+    paths = write_report(demo_results, output)
+    if not demo_results.replay.matches:
         raise DemoError("the run from the store does not repeat the recorded one; see the report")
     for path in paths:
         print(path)
 
 
 class Demo:
-    """One run of the demo: its settings, where it writes, and how long each stage took."""
+    """One run of the demo.
+
+    Args:
+        output: the folder for data, models, runs and logs.
+        settings: sizes, steps and learning rates.
+        seeds: number of runs per arm.
+    """
 
     def __init__(self, output: Path, settings: Settings, seeds: int) -> None:
-        self.layout = DemoPaths(output)
+        self.paths = DemoPaths(output)
         self.settings = settings
         self.seeds = seeds
         self.task = ChainTask(settings.modulus, settings.operations, settings.fillers)
@@ -67,7 +72,7 @@ class Demo:
         self._started = time.monotonic()
 
     def run(self) -> results.Results:
-        """All stages up to the report."""
+        """Runs all stages before the report."""
         models, servers_mb = self.train_arms()
         self.seconds["total"] = time.monotonic() - self._started
         return self._results(models, servers_mb)
@@ -77,19 +82,19 @@ class Demo:
         return {name: models[name].path for name in TEACHERS}
 
     def models(self) -> dict[ModelName, Pretrained]:
-        """Data, the trained teachers and the warmed-up student."""
+        """Writes the data, and trains the teachers and the first student unless they are cached."""
         with self._stage("data"):
             train = self._write_data()
         with self._stage("teachers and warm-up"):
-            return pretrain(self.settings, self.layout, train, self.say)
+            return pretrain(self.settings, self.paths, train, self.say)
 
     def train_arms(self) -> tuple[dict[ModelName, Pretrained], dict[str, float]]:
-        """Data, models, servers, and every arm. Returns the models and each server's peak memory in MiB."""
-        _empty(self.layout.output / "runs")
+        """Runs every arm with its data, models and servers; returns the models and each server's peak memory in MiB."""
+        _empty(self.paths.output / "runs")
         models = self.models()
-        paths = {name: str(path) for name, path in self.teachers(models).items()}
+        served = {name: str(path) for name, path in self.teachers(models).items()}
         servers = LocalTeachers(
-            paths, self.layout.logs, device="cpu", dtype="fp32", options={"threads": 1}, environment=CPU_ONLY
+            served, self.paths.logs, device="cpu", dtype="fp32", options={"threads": 1}, environment=CPU_ONLY
         )
         with ExitStack() as stack:
             with self._stage("teacher servers"):
@@ -98,7 +103,7 @@ class Demo:
         return models, servers.peak_memory_mb
 
     def say(self, line: str) -> None:
-        """One line of progress, with the time since the start."""
+        """Prints one line of progress with the time since the start."""
         minutes, rest = divmod(int(time.monotonic() - self._started), 60)
         print(f"[{minutes:2d}:{rest:02d}]   {line}", flush=True)
 
@@ -114,14 +119,14 @@ class Demo:
         settings = self.settings
         splits = make_splits(self.task, settings.train, settings.val, settings.test, settings.data_seed)
         for name, records in (("train", splits.train), ("val", splits.val), ("test", splits.test)):
-            write_records(self.layout.split(name), records)
-        write_records(self.layout.split("record"), splits.train[: settings.record])
+            write_records(self.paths.split(name), records)
+        write_records(self.paths.split("record"), splits.train[: settings.record])
         return splits.train
 
     def _train(self, student: Pretrained, endpoints: dict[str, str], servers: LocalTeachers) -> None:
-        """All arms, the recorded epoch and its replay, in one launch of the two ranks."""
+        """Runs the plan in one launch of the ranks."""
         ports = {name: int(endpoint.rpartition(":")[2]) for name, endpoint in endpoints.items()}
-        plan_path = self.layout.output / "runs" / "plan.json"
+        plan_path = self.paths.output / "runs" / "plan.json"
         plan = self.plan(student.path, ports)
         write_json(plan_path, plan)
         ranks = ["--nproc_per_node", str(self.settings.ranks)]
@@ -129,31 +134,31 @@ class Demo:
         began = time.monotonic()
         try:
             run_logged(
-                [*launcher, "-m", "experiments.demo.arms", str(plan_path)], self.layout.logs / "arms.log", self._show
+                [*launcher, "-m", "experiments.demo.arms", str(plan_path)], self.paths.logs / "arms.log", self._show
             )
         except DemoError:
             servers.check_alive()
             raise
         servers.check_alive()
         for run in plan:
-            self.seconds[run["name"]] = results.seconds(Path(run["config"]["run"]["output_dir"]))
+            self.seconds[run["name"]] = results.result(Path(run["config"]["run"]["output_dir"]))["seconds"]
         inside = sum(self.seconds[run["name"]] for run in plan)
         self.seconds["launch of the ranks"] = time.monotonic() - began - inside
 
     def plan(self, student: Path, ports: dict[str, int]) -> list[dict[str, Any]]:
         """The runs of one launch, in order: all arms, then the recorded epoch and its replay."""
-        test = str(self.layout.split("test"))
+        test = str(self.paths.split("test"))
         arms = [
             {
                 "name": f"{arm} seed {seed}",
-                "config": arm_config(arm, seed, self.settings, self.layout, student, ports),
+                "config": arm_config(arm, seed, self.settings, self.paths, student, ports),
                 "test": test,
             }
             for arm in ARMS
             for seed in range(self.seeds)
         ]
         epochs = [
-            {"name": mode, "config": epoch_config(mode, self.settings, self.layout, student, ports), "test": None}
+            {"name": mode, "config": epoch_config(mode, self.settings, self.paths, student, ports), "test": None}
             for mode in ("record", "offline")
         ]
         return arms + epochs
@@ -165,10 +170,10 @@ class Demo:
             self.say(f"  {line}")
 
     def _results(self, models: dict[ModelName, Pretrained], servers_mb: dict[str, float]) -> results.Results:
-        kv_run = self.layout.run(f"{ARMS[0]}-seed0")
+        kv_run = results.finished(self.paths.run(f"{ARMS[0]}-seed0"))
         summary = results.summary(kv_run)
         return results.Results(
-            arms=results.gather_arms(self.seeds, self.layout),
+            arms=results.gather_arms(self.seeds, self.paths),
             chance=self.task.chance,
             bytes_per_sample=float(summary["bytes_per_sample"]),
             raw_bf16_bytes_per_sample=float(summary["raw_bf16_bytes_per_sample"]),
@@ -176,9 +181,9 @@ class Demo:
             samples_per_second=float(summary["samples_per_second"]),
             teacher_tokens_per_second=float(summary["teacher_tokens_per_second"]),
             peak_memory_mb={f"trainer_{rank}": mb for rank, mb in summary["peak_memory_mb"].items()} | servers_mb,
-            replay=results.gather_replay(self.layout),
+            replay=results.gather_replay(self.paths),
             seconds=dict(self.seconds),
-            stages_ms=results.stages_ms(results.read_metrics(kv_run), self.settings.micro_batch, len(TEACHERS)),
+            stages_ms=results.stages_ms(kv_run, self.settings.micro_batch, len(TEACHERS)),
             facts=self._facts(models),
         )
 
@@ -197,9 +202,9 @@ class Demo:
 
 
 def _empty(runs: Path) -> None:
-    """Empties the folder of runs, if it is the demo's own."""
+    """Empties the folder of runs. Refuses to if the demo did not make it."""
     if runs.exists() and not (runs / _MARKER).is_file():
-        raise FieldError("--output", f"{runs} exists and was not made by the demo; choose another directory")
+        raise FieldError("--output", f"{runs} exists but was not made by the demo; choose another directory")
     shutil.rmtree(runs, ignore_errors=True)
     runs.mkdir(parents=True)
     (runs / _MARKER).touch()

@@ -1,7 +1,7 @@
-"""Three byte-level BPE tokenizers that disagree: other splits, other merges, other ids, with and without BOS.
+"""Three byte-level BPE tokenizers with different splits, merges and ids, with and without BOS.
 
-A reasoning value such as ` 4` is one token in each, so that three latents can stand for three values. Qwen2's split
-keeps digits apart from the space before them, so its tokenizers hold the values as added tokens.
+A reasoning value such as ` 4` is one token in each, so that three latents can represent three values. Qwen2's split
+separates digits from the space before them, so its tokenizers have the values as added tokens.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ _QWEN2_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-# Cut at spaces alone, as the SentencePiece Llamas do: merges may join an operator and its operand.
+# Splits at spaces only, as the SentencePiece Llamas do: merges may join an operator and its operand.
 _LLAMA_SPLIT = r" ?\S+|\s+"
 
 
 @dataclass(frozen=True, slots=True)
 class _Recipe:
-    """How a tokenizer is built. `joins_equals`: ` =` is one token, or two because no merge was learnt for it."""
+    """How a tokenizer is built. `joins_equals`: whether ` =` is one token; otherwise no merge joins it."""
 
     family: Literal["qwen2", "llama"]
     joins_equals: bool
@@ -41,7 +41,7 @@ _RECIPES: dict[ModelName, _Recipe] = {
 
 
 def build_tokenizer(name: ModelName, records: Sequence[Record]) -> PreTrainedTokenizerBase:
-    """Learns a model's tokenizer from the records' text; the same records give the same tokenizer."""
+    """Trains a model's tokenizer on the records' text; the same records give the same tokenizer."""
     recipe = _RECIPES[name]
     if recipe.family == "llama":
         return _llama(records, recipe)
@@ -50,7 +50,7 @@ def build_tokenizer(name: ModelName, records: Sequence[Record]) -> PreTrainedTok
 
 def _llama(records: Sequence[Record], recipe: _Recipe) -> PreTrainedTokenizerBase:
     bos, eos, pad = special = ["<|begin_of_text|>", "<|end_of_text|>", "<|finetune_right_pad_id|>"]
-    tokenizer = _learn(records, recipe, _LLAMA_SPLIT, special)
+    tokenizer = _trained(records, recipe, _LLAMA_SPLIT, special)
     begin = processors.TemplateProcessing(single=f"{bos} $A", special_tokens=[(bos, tokenizer.token_to_id(bos))])
     tokenizer.post_processor = processors.Sequence([processors.ByteLevel(trim_offsets=False), begin])
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=bos, eos_token=eos, pad_token=pad)
@@ -58,7 +58,7 @@ def _llama(records: Sequence[Record], recipe: _Recipe) -> PreTrainedTokenizerBas
 
 def _qwen2(records: Sequence[Record], recipe: _Recipe) -> PreTrainedTokenizerBase:
     eos, pad = special = ["<|im_end|>", "<|endoftext|>"]
-    tokenizer = _learn(records, recipe, _QWEN2_SPLIT, special)
+    tokenizer = _trained(records, recipe, _QWEN2_SPLIT, special)
     values = sorted({f" {value}" for record in records for value in (record.reasoning + record.answer).split()})
     tokenizer.add_tokens([AddedToken(value, normalized=False) for value in values])
     tokenizer.normalizer = normalizers.NFC()
@@ -66,7 +66,7 @@ def _qwen2(records: Sequence[Record], recipe: _Recipe) -> PreTrainedTokenizerBas
     return Qwen2Tokenizer(tokenizer_object=tokenizer, eos_token=eos, pad_token=pad)
 
 
-def _learn(records: Sequence[Record], recipe: _Recipe, split: str, special: list[str]) -> Tokenizer:
+def _trained(records: Sequence[Record], recipe: _Recipe, split: str, special: list[str]) -> Tokenizer:
     texts = [record.text if recipe.joins_equals else record.prompt.replace(" =", "") for record in records]
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(

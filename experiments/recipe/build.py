@@ -1,4 +1,4 @@
-"""From the recipe's settings to the trainer's configuration. Free of torch."""
+"""Turns the recipe's settings into the trainer's configuration. Does not import torch."""
 
 from __future__ import annotations
 
@@ -10,40 +10,40 @@ from typing import Any
 from experiments.recipe.config import STAGES, FusionKind, RecipeSettings
 from kvcore.config import parse
 from student_trainer.config import TrainConfig
-from student_trainer.launching.local_teachers import teacher_names
+from student_trainer.launching.endpoints import teacher_names
 
-# What a map that a router trains starts from: where there is no router, it stays that.
+# Maps that are trained together with a router start from these. Without a router these are used.
 UNTRAINED = {"linear": "ridge", "learned": "ratio"}
-# With less than this, weights by similarity are close to even: K/V of all teachers look much alike.
+# At the default temperature, similarity weights are almost equal, since the K/V of all teachers are similar.
 SIMILARITY_TEMPERATURE = 0.2
 
 
 @dataclass(frozen=True, slots=True)
 class DataFiles:
-    """What the trainer reads."""
+    """The files with the records that the trainer reads."""
 
     train: Path
     val: Path
 
     @classmethod
     def under(cls, directory: Path) -> DataFiles:
-        """The two files in a directory."""
+        """The files in a directory."""
         return cls(directory / "train.jsonl", directory / "val.jsonl")
 
 
 def train_config(
     settings: RecipeSettings, endpoints: Mapping[str, Sequence[str]], data: DataFiles, world_size: int
 ) -> TrainConfig:
-    """The configuration of the run, or of its three stages.
+    """Returns the configuration of the run, or of its three stages.
 
     Args:
-        settings: what the user asked for.
-        endpoints: of each teacher by name; empty offline.
+        settings: the recipe's flags.
+        endpoints: endpoints by teacher name; empty if K/V come from a store.
         data: training and validation records.
-        world_size: ranks that share a step's samples.
+        world_size: number of ranks.
 
     Raises:
-        FieldError: two settings do not go together; named as the trainer's configuration names them.
+        FieldError: two settings are inconsistent; the field is named as in the trainer's configuration.
     """
     weights = settings.fixed_weights or (1.0,) * len(settings.teachers)
     names = teacher_names(settings.teachers)
@@ -94,7 +94,7 @@ def _selection(settings: RecipeSettings) -> dict[str, Any]:
         "selector": settings.kv_compression,
         "budget": 0 if full else settings.num_latents,
         "span": "all" if full and settings.student_mode == "token" else "reasoning",
-        # Heads and layers of another geometry are mixed on their way to the student's: all need the same tokens.
+        # The alignment mixes heads and layers, so all of them need the same tokens.
         "scope": "sample",
     }
 

@@ -1,4 +1,4 @@
-"""The recipe's training and validation records, made once and kept beside the run."""
+"""Prepares the recipe's training and validation records once and keeps them with the run."""
 
 from __future__ import annotations
 
@@ -23,8 +23,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_WHAT = "prepared.json"
-_SHAPING = {
+_MARKER = "prepared.json"
+# Settings that determine the records.
+_DATA_SETTINGS = {
     "student_model_name_or_path",
     "max_length",
     "student_mode",
@@ -40,19 +41,19 @@ _SHAPING = {
 
 
 def prepare_data(settings: RecipeSettings, directory: Path) -> DataFiles:
-    """Writes train.jsonl and val.jsonl into `directory`, unless they are there from the same settings and files.
+    """Writes train.jsonl and val.jsonl to `directory`, unless it has them from the same settings and files.
 
-    Records longer than `max_length` are left out, and where the K/V of the reasoning are what is learnt from, those
-    without it: both are counted in the log.
+    Omits records longer than `max_length`. If the K/V of the reasoning are matched, it also omits records without
+    reasoning. The log counts both.
 
     Raises:
-        ConfigError: a dataset cannot be had, or holds too little; says which and what to do.
+        ConfigError: a dataset cannot be loaded or has no usable record; with what to do.
     """
     files = DataFiles.under(directory)
     digest = _digest(settings)
-    marker = directory / _WHAT
+    marker = directory / _MARKER
     if marker.is_file() and json.loads(marker.read_text(encoding="utf-8"))["settings"] == digest:
-        logger.info("data: %s is there already", directory)
+        logger.info("data: using the prepared %s", directory)
         return files
     train, val = _records(settings)
     directory.mkdir(parents=True, exist_ok=True)
@@ -65,8 +66,8 @@ def prepare_data(settings: RecipeSettings, directory: Path) -> DataFiles:
 
 
 def _digest(settings: RecipeSettings) -> str:
-    """Of all that decides which records come out, the files of a directory among it."""
-    digest = hashlib.blake2b(settings.model_dump_json(include=_SHAPING).encode(), digest_size=16)
+    """A digest of everything that determines the records, including the files of a directory."""
+    digest = hashlib.blake2b(settings.model_dump_json(include=_DATA_SETTINGS).encode(), digest_size=16)
     directory = _directory(settings)
     if directory is not None:
         for split in ("train", "val"):
@@ -75,7 +76,7 @@ def _digest(settings: RecipeSettings) -> str:
 
 
 def _directory(settings: RecipeSettings) -> Path | None:
-    """The directory that holds the data, where `dataset_name` is one."""
+    """The directory with the data, if `dataset_name` is a directory."""
     directory = Path(settings.dataset_name[0])
     return directory if len(settings.dataset_name) == 1 and directory.is_dir() else None
 
@@ -90,40 +91,40 @@ def _records(settings: RecipeSettings) -> tuple[Sequence[Record], Sequence[Recor
         train, val = (_first(usable[name], settings, name, limit) for name, limit in zip(usable, limits, strict=True))
         return train, val
     if len(names) == 1 and ("/" in names[0] or names[0].startswith(".")):
-        raise ConfigError(f"--dataset_name: no directory '{names[0]}' here; it would hold train and val")
+        raise ConfigError(f"--dataset_name: there is no directory '{names[0]}'; it should contain train and val")
     return _mixed(settings)
 
 
 def _split(directory: Path, name: str) -> Path:
-    """A saved dataset, or a file of JSON Lines."""
+    """The path of a saved dataset or of a JSON Lines file."""
     for path in (directory / name, directory / f"{name}.jsonl"):
         if path.exists():
             return path
-    raise ConfigError(f"--dataset_name: {directory} holds neither {name} (a saved dataset) nor {name}.jsonl")
+    raise ConfigError(f"--dataset_name: {directory} has neither {name} (a saved dataset) nor {name}.jsonl")
 
 
 def _first(records: Sequence[Record], settings: RecipeSettings, split: str, limit: int | None) -> list[Record]:
-    """The first `limit` records, or all, without those that training would refuse for their length."""
+    """Returns the first `limit` records, or all, without those that are too long for training."""
     from data.collate import Collator  # noqa: PLC0415 - loads torch
 
     collator = Collator(_tokenizer(settings.student_model_name_or_path), settings.max_length)
     kept: list[Record] = []
-    left_out = 0
+    too_long = 0
     for record in records:
         if len(kept) == limit:
             break
         try:
             collator.tokens(record)
         except FieldError:
-            left_out += 1
+            too_long += 1
         else:
             kept.append(record)
-    if left_out:
-        logger.info("data: left out of %s: %d longer than --max_length %d", split, left_out, settings.max_length)
+    if too_long:
+        logger.info("data: omitted %d %s records longer than --max_length %d", too_long, split, settings.max_length)
     if not kept:
         raise ConfigError(f"--max_length: every {split} record is longer than {settings.max_length} tokens")
     if limit is not None and len(kept) < limit:
-        logger.warning("data: %d of the %d %s records asked for are there", len(kept), limit, split)
+        logger.warning("data: found only %d of the requested %d %s records", len(kept), limit, split)
     return kept
 
 
@@ -140,8 +141,8 @@ def _mixed(settings: RecipeSettings) -> tuple[Sequence[Record], Sequence[Record]
     from data.multi_task_dataset import MultiTaskReasoningDataset  # noqa: PLC0415 - loads Hugging Face datasets
 
     if MIX in settings.dataset_name and len(settings.dataset_name) > 1:
-        raise ConfigError(f"--dataset_name: {MIX} is a mix already; name it alone, or datasets without it")
-    _tokenizer(settings.student_model_name_or_path)  # A student that is not there shows before anything is read.
+        raise ConfigError(f"--dataset_name: {MIX} is already a mix; give it alone, or give datasets without it")
+    _tokenizer(settings.student_model_name_or_path)  # Reports a missing student before the data are read.
     mix = settings.dataset_name == (MIX,)
     named = BASE if mix else tuple(name for name in settings.dataset_name if name != CHINESE)
     chinese = mix or CHINESE in settings.dataset_name
@@ -167,17 +168,17 @@ def _as_record(row: Mapping[str, Any]) -> Record:
 
 
 def _matches_whole_text(settings: RecipeSettings) -> bool:
-    """Whether K/V of prompt and answer are matched too, which samples without reasoning have."""
+    """Whether K/V of prompt and answer are matched too. If so, records without reasoning are usable."""
     return settings.student_mode == "token" and settings.kv_compression == "full"
 
 
 def _usable(records: Sequence[Record], settings: RecipeSettings, split: str) -> list[Record]:
-    """Without the records that have no tokens to match K/V at."""
+    """Returns the records that have tokens at which K/V are matched."""
     kept = [record for record in records if _matches_whole_text(settings) or record.reasoning]
     without = Counter(record.dataset or "one dataset" for record in records if not record.reasoning)
     if len(kept) < len(records):
         shown = ", ".join(f"{count} of {name}" for name, count in sorted(without.items()))
-        logger.info("data: left out of %s for want of reasoning: %s", split, shown)
+        logger.info("data: omitted %s records without reasoning: %s", split, shown)
     if not kept:
-        raise ConfigError(f"--dataset_name: no {split} record has reasoning, whose K/V are to be matched")
+        raise ConfigError(f"--dataset_name: no {split} record has reasoning, but the K/V of the reasoning are matched")
     return kept

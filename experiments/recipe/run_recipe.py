@@ -1,4 +1,4 @@
-"""Runs the recipe on one rank: data and teachers first (rank 0), then the trainer."""
+"""Runs the recipe on one rank. Rank 0 first prepares the data and starts the teachers."""
 
 from __future__ import annotations
 
@@ -13,27 +13,27 @@ from experiments.recipe.build import DataFiles, train_config
 from experiments.recipe.config import RecipeSettings
 from kvcore.errors import ConfigError, KVDistillError
 from student_trainer.config import TrainConfig
-from student_trainer.launching.endpoints import read_endpoints
-from student_trainer.launching.local_teachers import LocalTeachers, teacher_names
+from student_trainer.launching.endpoints import read_endpoints, teacher_names
+from student_trainer.launching.local_teachers import LocalTeachers
 
-# What `kvdistill train --config` would take to do the same again.
+# `kvdistill train --config` on this file repeats the run.
 CONFIG = "run.yaml"
 DTYPES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 _PLACEHOLDER = "127.0.0.1:1"
 
 
 def run(settings: RecipeSettings) -> None:
-    """Prepares the data, starts teachers where none were named, and trains.
+    """Prepares the data, starts teachers unless endpoints are given, and trains.
 
     Raises:
-        ConfigError: settings do not go together, a dataset or a model cannot be had.
+        ConfigError: settings are inconsistent, or a dataset or a model cannot be loaded.
         KVDistillError: a teacher or the training failed.
     """
     rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     logging.basicConfig(level=logging.INFO if rank == 0 else logging.WARNING, format="%(message)s")
     data = DataFiles.under(settings.output_dir / "data")
-    running = check(settings, data, world_size)
-    # Imported late: mistakes show before torch is loaded.
+    given_endpoints = check(settings, data, world_size)
+    # Imported late, so that wrong settings are reported before torch is loaded.
     from experiments.recipe.prepare import prepare_data  # noqa: PLC0415
 
     if settings.prepare_only:
@@ -52,7 +52,7 @@ def run(settings: RecipeSettings) -> None:
         try:
             if rank == 0:
                 prepare_data(settings, data.train.parent)
-                endpoints = running or _start_teachers(settings, until_trained)
+                endpoints = given_endpoints or _start_teachers(settings, until_trained)
                 _write(train_config(settings, endpoints, data, world_size))
         except KVDistillError as error:
             failure = error
@@ -61,15 +61,19 @@ def run(settings: RecipeSettings) -> None:
 
 
 def check(settings: RecipeSettings, data: DataFiles, world_size: int) -> dict[str, list[str]]:
-    """Finds what is wrong before anything is loaded; returns the endpoints that were named, if any."""
+    """Checks the settings before anything is loaded; returns the given endpoints.
+
+    Raises:
+        ConfigError: settings are inconsistent.
+    """
     if settings.teacher_endpoints:
         found = read_endpoints(settings.teacher_endpoints, settings.teachers)
         train_config(settings, found, data, world_size)
         return found
     if settings.kv_mode != "offline" and world_size > int(os.environ.get("LOCAL_WORLD_SIZE", world_size)):
         raise ConfigError(
-            "--teacher_endpoints: ranks on other nodes cannot reach servers started here; start them where all can, "
-            "and name them"
+            "--teacher_endpoints: is required with several nodes, since ranks on other nodes cannot reach servers that "
+            "this command starts"
         )
     placeholders = {name: [_PLACEHOLDER] for name in teacher_names(settings.teachers)}
     train_config(settings, placeholders, data, world_size)
@@ -77,7 +81,7 @@ def check(settings: RecipeSettings, data: DataFiles, world_size: int) -> dict[st
 
 
 def serve_flags(settings: RecipeSettings) -> dict[str, object]:
-    """Flags of `kvdistill serve` that every teacher gets."""
+    """The flags of `kvdistill serve` for all teachers."""
     quantised = settings.load_in_8bit or settings.load_in_4bit
     return {
         "dtype": DTYPES[settings.bnb_4bit_compute_dtype] if quantised else "auto",

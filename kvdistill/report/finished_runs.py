@@ -1,4 +1,4 @@
-"""What training runs left on disk: found below the folders that are given, and read."""
+"""Finds training runs below folders and reads their files."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any, cast
 from kvcore.errors import ConfigError
 
 METRICS, RESULTS, SUMMARY = "metrics.jsonl", "eval_results.json", "summary.json"
-# What a run keeps below itself, in which no other run is to be looked for.
+# Folders inside a run that contain no other runs.
 _NOT_RUNS = frozenset({"best_model", "checkpoints", "tensorboard", "logs"})
 AVERAGE = "average"
 
@@ -21,7 +21,7 @@ Points = list[tuple[int, float]]
 
 @dataclass(frozen=True, slots=True)
 class Score:
-    """One dataset's score in percent; `low` and `high` bound it with 95 % confidence, where that was measured."""
+    """A score on one dataset in percent. `low` and `high`: the 95 % confidence interval, if it was measured."""
 
     value: float
     low: float | None = None
@@ -33,8 +33,13 @@ class Score:
 class Run:
     """One training run.
 
-    `metrics`: the lines of metrics.jsonl. `scores`: by dataset. `average`: as eval_results.json has it. `summary`: None
-    while the run has not ended.
+    Attributes:
+        name: shown in tables.
+        path: its folder.
+        metrics: the lines of metrics.jsonl.
+        scores: scores of eval_results.json by dataset.
+        average: the average in eval_results.json.
+        summary: summary.json, or None if the run has not ended.
     """
 
     name: str
@@ -49,36 +54,36 @@ class Run:
         return [(int(line["step"]), line[name]) for line in self.metrics if name in line]
 
     def names(self, prefix: str) -> list[str]:
-        """What follows `prefix` in the metrics' names, in the order in which they first appear."""
+        """The rests of all metric names that begin with `prefix`, in order of appearance."""
         found = (name.removeprefix(prefix) for line in self.metrics for name in line if name.startswith(prefix))
         return list(dict.fromkeys(found))
 
     @property
     def steps(self) -> int | None:
-        """The last step that was logged."""
+        """The last logged step."""
         return max((int(line["step"]) for line in self.metrics), default=None)
 
     @property
     def validation(self) -> Mapping[str, float]:
-        """The best step's validation, or the last one's in a run that has not ended; empty if there is none."""
+        """The validation metrics of the best step, or of the last validation if the run has not ended; may be empty."""
         lines = [line for line in self.metrics if "val/loss" in line]
         best = (self.summary or {}).get("best_step")
         return next((line for line in lines if line["step"] == best), lines[-1] if lines else {})
 
 
 def find_runs(outputs: Iterable[Path]) -> list[Run]:
-    """Reads every run in or below the folders, in the order of their names, each once.
+    """Reads each run in or below the folders once, sorted by name within each folder.
 
     Raises:
-        ConfigError: a folder is missing or holds no run, or a file in it cannot be read.
+        ConfigError: a folder is missing or has no run, or a file in it cannot be read.
     """
     found: dict[Path, None] = {}
     for output in outputs:
         below = list(_run_folders(output))
         if not below:
             raise ConfigError(
-                f"{output}: {'holds no run' if output.is_dir() else 'no such folder'}; give the run.output_dir of a "
-                f"training run, or a folder above some (a run has {METRICS}, {RESULTS} or {SUMMARY})"
+                f"{output}: {'has no run' if output.is_dir() else 'no such folder'}; give the run.output_dir of a "
+                f"training run or a parent folder (a run has {METRICS}, {RESULTS} or {SUMMARY})"
             )
         found |= dict.fromkeys(path.resolve() for path in below)
     paths = list(found)
@@ -100,7 +105,7 @@ def read_run(path: Path, name: str) -> Run:
     """Reads one run's folder.
 
     Raises:
-        ConfigError: a file in it is not what the trainer or the evaluation writes.
+        ConfigError: a file in it does not have the format of the trainer or the evaluation.
     """
     results: Mapping[str, Any] = _json(path / RESULTS) or {}
     entries = {dataset: entry for dataset, entry in results.items() if dataset != AVERAGE}
@@ -123,7 +128,7 @@ def _score(entry: Mapping[str, Any]) -> Score:
 def _lines(path: Path) -> list[dict[str, float]]:
     if not path.is_file():
         return []
-    # A line without its end is being written by a run that goes on.
+    # A line without a newline is still being written by a running training.
     lines = [line for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
     return [cast("dict[str, float]", _parsed(line, path)) for line in lines]
 

@@ -1,29 +1,27 @@
-"""The report's pictures: learning curves, routing weights over time and by dataset, KV loss by layer."""
+"""The report's charts: learning curves, routing weights over time and by dataset, KV loss by layer."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from kvdistill.report.chart_style import Theme
 from kvdistill.report.finished_runs import Run
+from student_trainer.monitoring.chart_style import Fill, Theme
 
 WEIGHTS = "routing/weights_mean/"
 BY_DATASET = "val/by_dataset/"
 _DASHES = ("-", "--", ":", "-.")
 _MOST_COLUMNS = 3
 
-Fill = Callable[[Figure, Theme], None]
-
 
 @dataclass(frozen=True, slots=True)
 class Picture:
-    """One picture: its file's name without ending, what it shows, and how it is drawn in which size."""
+    """One picture: the file name without suffix, title, caption, drawing function, and width and height."""
 
     name: str
     title: str
@@ -33,10 +31,10 @@ class Picture:
 
 
 def pictures(runs: Sequence[Run]) -> tuple[list[Picture], list[str]]:
-    """What can be drawn of the runs, and a sentence for each picture that cannot."""
-    found = (_learning(runs), _routing(runs), _routing_by_dataset(runs), _kv_by_layer(runs))
-    drawn = [one for one in found if isinstance(one, Picture)]
-    return drawn, [one for one in found if isinstance(one, str)]
+    """Returns the pictures of the runs, and a sentence for each picture that cannot be drawn."""
+    results = (_learning(runs), _routing(runs), _routing_by_dataset(runs), _kv_by_layer(runs))
+    drawn = [one for one in results if isinstance(one, Picture)]
+    return drawn, [one for one in results if isinstance(one, str)]
 
 
 # ------------------------------------------------------------------------------------------- learning curves
@@ -67,8 +65,8 @@ def _learning(runs: Sequence[Run]) -> Picture | str:
         _legend(figure, theme, [run.name for run in runs])
 
     caption = (
-        "By step of each run. A KV loss of 1.0 (dashed) is what predicting the mean scores; below 0.5 is good, above "
-        "1.5 the alignment wants checking."
+        "By step of each run. Predicting the mean gives a KV loss of 1.0 (dashed); below 0.5 is good, above 1.5 check "
+        "the alignment."
     )
     return Picture("learning_curves", "Learning curves", caption, fill, (13, 4 + _legend_height(runs)))
 
@@ -84,7 +82,7 @@ def _routing(runs: Sequence[Run]) -> Picture | str:
 
     def fill(figure: Figure, theme: Theme) -> None:
         for axes, run in zip(_panels(figure, len(routed)), routed, strict=False):
-            # Thinner and thinner, so that equal weights show every teacher.
+            # Each line is thinner than the one below it, so that equal weights show every teacher.
             for place, name in enumerate(reversed(run.names(WEIGHTS))):
                 width = 1.8 * (len(teachers) - place)
                 _line(axes, run.series(f"{WEIGHTS}{name}"), theme, teachers.index(name), width=width)
@@ -96,7 +94,7 @@ def _routing(runs: Sequence[Run]) -> Picture | str:
     return Picture(
         "routing_weights",
         "Routing weights over time",
-        "Each teacher's mean weight over the training samples since the last logged step.",
+        "Each teacher's mean weight over the training samples since the previous logged step.",
         fill,
         _panel_inches(len(routed)),
     )
@@ -107,7 +105,7 @@ def _teachers(runs: Sequence[Run]) -> list[str]:
 
 
 def weights_by_dataset(run: Run) -> dict[str, dict[str, float]]:
-    """Each teacher's mean weight by the dataset of the validation samples, at the run's best step."""
+    """Each teacher's mean weight by dataset of the validation samples, at the run's best step."""
     found: dict[str, dict[str, float]] = {}
     for name, weight in run.validation.items():
         dataset, separator, teacher = name.removeprefix(BY_DATASET).partition(f"/{WEIGHTS}")
@@ -121,8 +119,8 @@ def _routing_by_dataset(runs: Sequence[Run]) -> Picture | str:
     routed = [(run, weights) for run, weights in routed if weights]
     if not routed:
         return (
-            "No routing weights by dataset: no run that weighs its teachers sample by sample has validation samples "
-            "that say which dataset they come from."
+            "No routing weights by dataset: no run with weights per sample has validation samples that name their "
+            "dataset."
         )
     teachers = _teachers([run for run, _ in routed])
     most = max(len(weights) for _, weights in routed)
@@ -137,7 +135,7 @@ def _routing_by_dataset(runs: Sequence[Run]) -> Picture | str:
         "routing_by_dataset",
         "Routing weights by dataset",
         "Each teacher's mean weight over the validation samples of a dataset, at the best validation of the run "
-        "(the last one, if it has not ended).",
+        "(the last validation if the run has not ended).",
         fill,
         _panel_inches(len(routed), 1.4 + 0.45 * most),
     )
@@ -187,7 +185,7 @@ def _kv_by_layer(runs: Sequence[Run]) -> Picture | str:
         "kv_loss_by_layer",
         "KV loss by layer",
         "Normalised KV error of the validation samples in each student layer, at the best validation of the run (the "
-        "last one, if it has not ended): 1.0 (dashed) is what predicting the mean scores.",
+        "last validation if the run has not ended). Predicting the mean gives 1.0 (dashed).",
         fill,
         (10, 3.6 + _legend_height(measured)),
     )
@@ -201,7 +199,7 @@ def _colour(theme: Theme, number: int) -> str:
 
 
 def _line_style(theme: Theme, number: int) -> str:
-    """Another dash where the colours come again."""
+    """Dashes differ where colours repeat."""
     return _DASHES[number // len(theme.series) % len(_DASHES)]
 
 
@@ -216,7 +214,7 @@ def _line(
 ) -> None:
     if not points:
         return
-    # A single point would be no line to see.
+    # A line needs two points to be visible.
     marker = "o" if len(points) == 1 else marker
     axes.plot(
         [x for x, _ in points],
@@ -236,7 +234,7 @@ def _titled(axes: Axes, title: str, x_label: str) -> None:
 
 
 def _panels(figure: Figure, count: int) -> list[Axes]:
-    """Axes in rows of up to three; those left over are hidden."""
+    """Axes in rows of up to three; hides unused ones."""
     columns = min(count, _MOST_COLUMNS)
     grid = figure.subplots(math.ceil(count / columns), columns, squeeze=False)
     panels: list[Axes] = list(grid.flat)

@@ -1,4 +1,4 @@
-"""The table that compares runs, as Markdown for reading and as CSV for counting on."""
+"""The table that compares runs, as Markdown and as CSV."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ UNKNOWN = "-"
 
 
 def datasets(runs: Sequence[Run]) -> list[str]:
-    """Every dataset that any run has a score of, in the order in which they first appear."""
+    """The datasets for which any run has a score, in order of appearance."""
     return list(dict.fromkeys(dataset for run in runs for dataset in run.scores))
 
 
 def comparison(runs: Sequence[Run]) -> tuple[list[str], Rows]:
-    """Headings and one row a run: scores with their intervals, in percent, then what training cost."""
+    """Returns headings and one row per run: scores in percent with intervals, then the costs of training."""
     columns = datasets(runs)
     headings = ["run", *columns, "average", "KV loss", "steps", "samples/s", "waiting", "bytes/sample"]
     return headings, [_row(run, columns) for run in runs]
@@ -27,7 +27,7 @@ def comparison(runs: Sequence[Run]) -> tuple[list[str], Rows]:
 def _row(run: Run, columns: Sequence[str]) -> list[str]:
     summary = run.summary or {}
     steps = UNKNOWN if run.steps is None else str(run.steps)
-    # A folder without a log is not a training run that broke off, but scores that were put there.
+    # A folder with scores but without metrics was not necessarily trained here, so it is not unfinished.
     unfinished = run.summary is None and run.steps is not None
     return [
         run.name,
@@ -42,7 +42,7 @@ def _row(run: Run, columns: Sequence[str]) -> list[str]:
 
 
 def score_cell(score: Score | None) -> str:
-    """A score, with its interval where there is one."""
+    """A score with its interval, if it has one."""
     if score is None:
         return UNKNOWN
     interval = "" if score.low is None or score.high is None else f" [{score.low:.1f}, {score.high:.1f}]"
@@ -60,7 +60,7 @@ def markdown(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def comparison_csv(runs: Sequence[Run]) -> str:
-    """One line a run with every figure apart and unrounded; empty where it is not known."""
+    """One line per run with every value unrounded in its own column; unknown values are empty."""
     columns = datasets(runs)
     parts = ("", "_low", "_high", "_num_examples")
     headings = ["run", *(f"{column}{part}" for column in columns for part in parts), "average"]

@@ -1,4 +1,4 @@
-"""`kvdistill report`: tables and pictures of training runs, as files and as one page that stands on its own."""
+"""`kvdistill report`: compares training runs in a table, pictures, and one self-contained HTML page."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from kvcore.files import replace_file
-from kvcore.monitoring.html_page import figure, heading, page, paragraphs, table
-from kvdistill.report.chart_style import DARK, LIGHT, draw
+from kvcore.monitoring.html_page import heading, page, paragraphs, table
 from kvdistill.report.finished_runs import Run, find_runs
 from kvdistill.report.report_charts import Picture, pictures
 from kvdistill.report.report_table import comparison, comparison_csv, markdown
+from student_trainer.monitoring.chart_style import LIGHT, draw, html_figure
 
 _SCORES = (
-    "Scores are in percent, with their 95 % bootstrap interval where the evaluation measured it. KV loss is the "
-    "normalised error in validation, at the best step."
+    "Scores are in percent, with the 95 % bootstrap interval if the evaluation measured one. KV loss is the normalised "
+    "validation error at the best step."
 )
 
 
@@ -23,11 +23,11 @@ def write_report(outputs: Sequence[Path], output: Path) -> list[Path]:
     """Writes report.html, report.md, report.csv and a PNG per picture into `output`; prints the table and the paths.
 
     Args:
-        outputs: folders of runs, or folders above some, such as the `run.output_dir` of a run with stages.
-        output: where the files go; made if missing.
+        outputs: folders of runs, or parents of such folders, like the `run.output_dir` of a run with stages.
+        output: the folder for the files; created if missing.
 
     Raises:
-        ConfigError: one of `outputs` holds no run, or a file in it cannot be read.
+        ConfigError: one of `outputs` has no run, or a file in it cannot be read.
     """
     runs = find_runs(outputs)
     headings, rows = comparison(runs)
@@ -53,14 +53,9 @@ def _page(runs: Sequence[Run], drawn: Sequence[Picture], missing: Sequence[str])
             heading("Training runs compared", 1),
             paragraphs([_SCORES]),
             table(*comparison(runs)),
-            *(f"{heading(one.title)}\n{_figure(one)}" for one in drawn),
+            *(f"{heading(one.title)}\n{html_figure(one.title, one.fill, one.inches, one.caption)}" for one in drawn),
             paragraphs(missing),
-            heading("Where the runs are"),
+            heading("Folders"),
             table(("run", "folder"), [(run.name, run.path) for run in runs]),
         ),
     )
-
-
-def _figure(picture: Picture) -> str:
-    light, dark = (draw(picture.fill, theme, picture.inches, "svg") for theme in (LIGHT, DARK))
-    return figure(picture.title, light, dark, picture.caption)

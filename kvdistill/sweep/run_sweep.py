@@ -1,4 +1,4 @@
-"""`kvdistill sweep`: runs what is left of a matrix of trainings, here or as a SLURM array, and ends in one table."""
+"""`kvdistill sweep`: runs a matrix of trainings, here or as a SLURM array, and writes one table."""
 
 from __future__ import annotations
 
@@ -37,90 +37,92 @@ def main(
     table_only: bool = False,
     task: int | None = None,
 ) -> None:
-    """Runs, lists, submits or sums up a sweep.
+    """Runs, lists or submits a sweep, or writes its table.
 
-    A run that fails does not stop the others; the same command takes up what is left.
+    A failed run does not stop the others. The same command continues with the runs that are not done.
 
     Args:
-        file: the sweep; see `SweepConfig`.
-        overrides: `key.path=value` over it.
-        slurm: submit what is left as an array.
-        list_only: only say what there is.
+        file: the sweep's file; see `SweepConfig`.
+        overrides: `key.path=value` for fields of the file.
+        slurm: submit the remaining runs as an array.
+        list_only: only list the runs.
         table_only: only write the table.
-        task: run this one alone, without the table, as an array's task does.
+        task: run only the run of this number, without the table. Tasks of an array use it.
 
     Raises:
-        ConfigError: the file, or the settings of any run, are wrong.
-        SweepError: runs failed; names them and their logs.
+        ConfigError: the file or the settings of a run are wrong.
+        SweepError: runs failed; with their names.
     """
     if sum((slurm, list_only, table_only, task is not None)) > 1:
-        raise ConfigError("--slurm, --list, --table and --task exclude one another; give one of them")
+        raise ConfigError("--slurm, --list, --table and --task exclude each other; give only one")
     runs = plan(load_config(file, overrides, SweepConfig))
     left = [run for run in runs if not run.is_done]
     if task is not None:
-        _one(runs, task)
+        _run_task(runs, task)
     elif list_only:
-        _say("\n".join(_line(run) for run in runs))
+        _print("\n".join(_list_line(run) for run in runs))
     elif table_only or (slurm and not left):
-        _sum_up(runs)
+        _write_table(runs)
     elif slurm:
         job, table = submit(runs, left)
-        _say(f"submitted {len(left)} of {len(runs)} runs as job {job}, and the table after them as job {table}")
+        _print(
+            f"submitted {len(left)} of {len(runs)} runs as job {job}, and the table as job {table}, which runs after it"
+        )
     else:
-        failed = _all(left)
-        _sum_up(runs)
+        failed = _run_all(left)
+        _write_table(runs)
         if failed:
             raise SweepError(
                 f"{len(failed)} of {len(runs)} runs failed, see above or the logs in their folders: "
-                f"{', '.join(failed)}; the same command tries them again"
+                f"{', '.join(failed)}; run the same command to retry them"
             )
 
 
-def _one(runs: Sequence[SweepRun], number: int) -> None:
+def _run_task(runs: Sequence[SweepRun], number: int) -> None:
     if number >= len(runs):
         raise FieldError("--task", f"the sweep has runs 0 to {len(runs) - 1}, got {number}")
     run = runs[number]
     with ended_by_sigterm():
-        _say(f"{run.name}: done before" if run.is_done else f"{run.name}: {shlex.join(run.command)}")
+        _print(f"{run.name}: done before" if run.is_done else f"{run.name}: {shlex.join(run.command)}")
         execute(run)
 
 
-def _line(run: SweepRun) -> str:
+def _list_line(run: SweepRun) -> str:
     state = "done" if run.is_done else "trained" if run.is_trained else "left"
     return f"{run.number}  {run.name}  {state}  {shlex.join(run.command)}"
 
 
-def _sum_up(runs: Sequence[SweepRun]) -> None:
+def _write_table(runs: Sequence[SweepRun]) -> None:
     text, paths = write_table(runs)
-    _say("\n".join((text, *map(str, paths))))
+    _print("\n".join((text, *map(str, paths))))
     left = [run.name for run in runs if not run.is_done]
     if left:
-        _say(f"{len(left)} of {len(runs)} runs are not done and not in the table: {', '.join(left)}")
+        _print(f"{len(left)} of {len(runs)} runs are not done and not in the table: {', '.join(left)}")
 
 
-def _all(left: Sequence[SweepRun]) -> list[str]:
-    """Runs one after the other; gives the names of those that failed, and says why at once."""
+def _run_all(left: Sequence[SweepRun]) -> list[str]:
+    """Runs all in order; reports failures as they happen and returns the names of the failed runs."""
     failed: list[str] = []
-    with ended_by_sigterm(), Meter({"runs": len(left)}, Console(), every=0, say=_say) as meter:
+    with ended_by_sigterm(), Meter({"runs": len(left)}, Console(), every=0, say=_print) as meter:
         for run in left:
             try:
                 execute(run)
             except SweepError as error:
                 failed.append(run.name)
-                _say(f"FAILED  {error}")
+                _print(f"FAILED  {error}")
             else:
-                _say(f"done  {run.name}")
+                _print(f"done  {run.name}")
             meter.advance("runs")
     return failed
 
 
 def execute(run: SweepRun) -> None:
-    """Trains, then evaluates, what is not done yet; each step's output goes to a log in the run's folder.
+    """Trains and evaluates one run, as far as it is not done; each step has a log in the run's folder.
 
     Raises:
-        SweepError: a step failed, or somebody else is at this run.
+        SweepError: a step failed, or the run is locked by another sweep.
     """
-    with _alone(run):
+    with _locked(run):
         if not run.is_trained:
             _step(run, run.command, "train")
             _check_trained(run)
@@ -132,24 +134,24 @@ def execute(run: SweepRun) -> None:
 
 
 def _check_trained(run: SweepRun) -> None:
-    """A command that ends well without having trained must not count as done."""
+    """Raises a SweepError if the command succeeded without training."""
     try:
         found = find_runs([run.directory])
     except ConfigError as error:
-        raise SweepError(f"{run.name}: `train` ended well and left no training behind: {error}") from error
+        raise SweepError(f"{run.name}: `train` succeeded but wrote no training run: {error}") from error
     without = [str(one.path) for one in found if not (one.path / BEST_MODEL).is_dir()]
     if run.sweep.evaluation is not None and without:
-        raise SweepError(f"{run.name}: `train` left no {BEST_MODEL} to evaluate in {', '.join(without)}")
+        raise SweepError(f"{run.name}: `train` wrote no {BEST_MODEL} to evaluate in {', '.join(without)}")
 
 
 @contextmanager
-def _alone(run: SweepRun) -> Iterator[None]:
+def _locked(run: SweepRun) -> Iterator[None]:
     run.directory.mkdir(parents=True, exist_ok=True)
     with (run.directory / ".sweep_lock").open("w", encoding="utf-8") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise SweepError(f"{run.name}: another sweep is at it; wait for that one's end") from error
+            raise SweepError(f"{run.name}: locked by another sweep; wait until it ends") from error
         yield
 
 
@@ -160,13 +162,13 @@ def _step(run: SweepRun, command: Sequence[str], name: str) -> None:
         code = process.wait()
     finally:
         if process.poll() is None:
-            # However long a checkpoint takes.
+            # No time limit: the training may be saving a checkpoint.
             process.terminate()
             process.wait()
     if code != 0:
         raise SweepError(f"{run.name}: `{name}` ended with code {code}; the end of {log}:\n{tail(log)}")
 
 
-def _say(text: str) -> None:
+def _print(text: str) -> None:
     sys.stdout.write(f"{text}\n")
     sys.stdout.flush()

@@ -87,12 +87,12 @@ class SweepConfig(StrictModel):
 
 
 def _text(value: Scalar) -> str:
-    """A value as on the command line."""
+    """A value as text on the command line."""
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def as_arguments(flags: Flags) -> list[str]:
-    """Flags as on the command line."""
+    """Flags as command-line arguments."""
     arguments: list[str] = []
     for name, value in flags.items():
         values = value if isinstance(value, tuple) else (value,)

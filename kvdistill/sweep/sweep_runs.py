@@ -1,4 +1,4 @@
-"""The runs of a sweep: their flags, their folders, and how far each one is."""
+"""The runs of a sweep: flags, folders and state."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ from student_trainer.config import BEST_MODEL
 
 RUNS, STATE = "runs", "sweep_state.json"
 _PROGRAM = "train_multi_teacher_kv.py"
-# Where things are does not shape what comes out.
-_PLACES = {"output_dir", "teacher_endpoints", "teacher_device", "data_dir", "kv_store", "kv_mode", "prepare_only"}
+# Locations do not change the results.
+_LOCATIONS = {"output_dir", "teacher_endpoints", "teacher_device", "data_dir", "kv_store", "kv_mode", "prepare_only"}
 
 
 @dataclass(frozen=True)
@@ -41,20 +41,20 @@ class SweepRun:
 
     @property
     def name(self) -> str:
-        """The folder below the sweep's runs."""
+        """Its folder, relative to the sweep's folder of runs."""
         return self.directory.relative_to(self.sweep.output_dir / RUNS).as_posix()
 
     @property
     def command(self) -> list[str]:
-        """What trains."""
+        """The training command."""
         return [*resolved(self.sweep.command), *self.arguments]
 
     @cached_property
     def settings(self) -> RecipeSettings:
-        """The whole settings of the training.
+        """The settings of the training.
 
         Raises:
-            ConfigError: a flag is wrong; names the run.
+            ConfigError: a flag is wrong; with the name of the run.
         """
         try:
             settings = FLAGS.read(self.arguments, _PROGRAM)
@@ -65,19 +65,19 @@ class SweepRun:
 
     @property
     def training(self) -> str:
-        """A digest of all that shapes the training's result."""
-        return _digest(self.settings.model_dump(mode="json", exclude=_PLACES))
+        """A digest of everything that determines the training's result."""
+        return _digest(self.settings.model_dump(mode="json", exclude=_LOCATIONS))
 
     @property
     def evaluation(self) -> str:
-        """A digest of what is evaluated, and how."""
+        """A digest of the training and of the evaluation's settings."""
         return _digest([self.training, self.sweep.model_dump(mode="json", include={"evaluation"})])
 
     def state(self) -> dict[str, str]:
-        """The digests of what is done.
+        """The digests of the finished steps.
 
         Raises:
-            ConfigError: what is done had other settings.
+            ConfigError: the finished training had other settings.
         """
         path = self.directory / STATE
         if not path.is_file():
@@ -85,24 +85,24 @@ class SweepRun:
         state: dict[str, str] = json.loads(path.read_text(encoding="utf-8"))
         if state["training"] != self.training:
             raise ConfigError(
-                f"{self.directory} holds a finished training of other settings; restore them, choose another "
+                f"{self.directory} has a finished training with other settings; restore them, choose another "
                 "output_dir, or remove that folder"
             )
         return state
 
     @property
     def is_trained(self) -> bool:
-        """Whether the training has ended well."""
+        """Whether the training succeeded."""
         return bool(self.state())
 
     @property
     def is_done(self) -> bool:
-        """Whether nothing is left to do."""
+        """Whether training and evaluation succeeded."""
         state = self.state()
         return bool(state) and (self.sweep.evaluation is None or state.get("evaluation") == self.evaluation)
 
     def evaluations(self) -> list[list[str]]:
-        """One command for each best model, once the training has ended."""
+        """The evaluation commands, one per best model. Requires a finished training."""
         flags = self.sweep.evaluation
         return [] if flags is None else [_evaluation(run.path, flags) for run in find_runs([self.directory])]
 
@@ -113,10 +113,10 @@ def _evaluation(folder: Path, flags: Flags) -> list[str]:
 
 
 def plan(sweep: SweepConfig) -> list[SweepRun]:
-    """Every run of the sweep, checked: nothing is started before all of them are known to be possible.
+    """Returns all runs of the sweep. Checks them all, so that a mistake is found before the first run starts.
 
     Raises:
-        ConfigError: the settings of a run are wrong, or differ from those that it was done with.
+        ConfigError: the settings of a run are wrong, or differ from those of its finished training.
     """
     runs: list[SweepRun] = []
     for chosen in itertools.product(*(options.items() for options in sweep.axes.values())):
@@ -135,15 +135,15 @@ def plan(sweep: SweepConfig) -> list[SweepRun]:
 
 
 def search_path() -> str:
-    """PATH with this Python's own commands first, such as torchrun."""
+    """PATH with the commands of this Python first, such as torchrun."""
     return os.pathsep.join((str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)))
 
 
 def resolved(command: str) -> list[str]:
-    """The words of a command, with the program's whole path.
+    """Splits a command and resolves its program.
 
     Raises:
-        ConfigError: there is no such program.
+        ConfigError: the program is not on PATH.
     """
     program, *rest = shlex.split(command)
     found = sys.executable if program == "python" else shutil.which(program, path=search_path())

@@ -1,4 +1,4 @@
-"""A sweep as a SLURM array: one task a run, then one job that writes the table."""
+"""Submits a sweep as a SLURM array with one task per run, followed by a job that writes the table."""
 
 from __future__ import annotations
 
@@ -16,29 +16,29 @@ from kvcore.errors import ConfigError, KVDistillError
 from kvdistill.sweep.sweep_config import SweepConfig
 from kvdistill.sweep.sweep_runs import SweepRun
 
-# Enough for a checkpoint before the time limit; options of the file win.
+# The signal leaves time for a checkpoint. Options in the sweep's file override these.
 _DEFAULTS: dict[str, str | int] = {"signal": "B:TERM@120", "requeue": "", "open-mode": "append"}
 
 
 class SubmissionError(KVDistillError):
-    """SLURM did not take a job."""
+    """sbatch refused a job."""
 
 
 def submit(runs: Sequence[SweepRun], left: Sequence[SweepRun]) -> list[str]:
-    """Submits the runs that are left as one array, and after it the job that writes the table.
+    """Submits the remaining runs as one array, and the job that writes the table after it.
 
-    The tasks read a copy of the sweep: a queue is long, and a change to the file would give their numbers to others.
+    Tasks read a copy of the sweep's file, since a change of the file while they are queued would change their numbers.
 
     Returns:
-        the ids of both jobs.
+        The ids of both jobs.
 
     Raises:
-        ConfigError: there is no SLURM here.
-        SubmissionError: sbatch refused a job; with what it said.
+        ConfigError: sbatch is not on the PATH.
+        SubmissionError: sbatch refused a job; with its message.
     """
     sweep = runs[0].sweep
     logs = sweep.output_dir.resolve() / "logs"
-    # SLURM ends a job whose log has no folder before it begins, without a word.
+    # If the folder of its log does not exist, SLURM ends a job before it starts, without a message.
     logs.mkdir(parents=True, exist_ok=True)
     parallel = f"%{sweep.max_parallel}" if sweep.max_parallel else ""
     array = ",".join(str(run.number) for run in left) + parallel
@@ -62,7 +62,7 @@ def _copy(sweep: SweepConfig) -> Path:
 
 def _script(options: dict[str, str | int], command: Sequence[str], last: str) -> str:
     lines = (f"#SBATCH --{name}{f'={value}' if value != '' else ''}" for name, value in options.items())
-    # exec: the signal before the time limit reaches the sweep itself, which passes it on.
+    # exec: SLURM sends the signal to the sweep itself, which forwards it.
     run = shlex.join([sys.executable, "-m", "kvdistill", *command])
     return "\n".join(
         ("#!/usr/bin/env bash", *lines, "set -euo pipefail", 'cd "$SLURM_SUBMIT_DIR"', f"exec {run}{last}", "")
@@ -72,7 +72,7 @@ def _script(options: dict[str, str | int], command: Sequence[str], last: str) ->
 def _sbatch(script: str, path: Path) -> str:
     sbatch = shutil.which("sbatch")
     if sbatch is None:
-        raise ConfigError("--slurm: no sbatch on PATH; run where SLURM is, or leave --slurm out")
+        raise ConfigError("--slurm: there is no sbatch on the PATH; run on a SLURM cluster, or omit --slurm")
     path.write_text(script, encoding="utf-8")
     done = subprocess.run([sbatch, "--parsable", str(path)], capture_output=True, text=True, check=False)
     if done.returncode != 0:

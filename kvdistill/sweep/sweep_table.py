@@ -1,4 +1,4 @@
-"""The one table of a sweep: means over seeds with their 95 % intervals."""
+"""The table of a sweep: means over seeds with their 95 % confidence intervals."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+
+from scipy.special import stdtrit
 
 from kvcore.files import replace_file
 from kvdistill.report.finished_runs import AVERAGE, Run, find_runs
@@ -19,7 +21,10 @@ KV_LOSS = "KV loss"
 
 @dataclass(frozen=True, slots=True)
 class Mean:
-    """A mean over seeds; `half`: of Student's 95 % interval, None for one seed alone."""
+    """A mean over `count` seeds.
+
+    `half`: half the width of Student's t 95 % confidence interval, None for one seed.
+    """
 
     value: float
     half: float | None
@@ -27,39 +32,21 @@ class Mean:
 
     @classmethod
     def of(cls, values: Sequence[float]) -> Mean:
-        """Mean and interval of one figure per seed."""
+        """The mean and interval of one value per seed."""
         count = len(values)
         mean = math.fsum(values) / count
         if count == 1:
             return cls(mean, None, 1)
         variance = math.fsum((value - mean) ** 2 for value in values) / (count - 1)
-        return cls(mean, student_quantile(count - 1) * math.sqrt(variance / count), count)
-
-
-def student_quantile(degrees: int) -> float:
-    """How many standard errors a two-sided 95 % interval reaches, by Student's t distribution."""
-    low, high = 1.9, 13.0
-    for _ in range(60):
-        middle = (low + high) / 2
-        low, high = (middle, high) if _within(middle, degrees) < _LEVEL else (low, middle)
-    return (low + high) / 2
-
-
-def _within(t: float, degrees: int) -> float:
-    """P(|T| <= t) for whole degrees of freedom (Abramowitz and Stegun, 26.7.3 and 26.7.4)."""
-    angle = math.atan(t / math.sqrt(degrees))
-    cosine, sine = math.cos(angle), math.sin(angle)
-    odd = degrees % 2
-    term, total = (cosine if odd else 1.0), 0.0
-    for power in range(1 + odd, degrees, 2):
-        total += term
-        term *= cosine**2 * power / (power + 1)
-    return 2 / math.pi * (angle + sine * total) if odd else sine * total
+        return cls(mean, float(stdtrit(count - 1, (1 + _LEVEL) / 2)) * math.sqrt(variance / count), count)
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One combination of options, in one stage where there are several: what each seed came to."""
+    """The results of one combination of options in one stage.
+
+    `stage`: empty if there are no stages. `figures`: by metric, one value per seed that has it.
+    """
 
     options: tuple[str, ...]
     stage: str
@@ -68,11 +55,11 @@ class Row:
 
 
 def write_table(runs: Sequence[SweepRun]) -> tuple[str, list[Path]]:
-    """Writes table.md and table.csv of what is done; gives the Markdown and the paths."""
+    """Writes table.md and table.csv of the finished runs; returns the Markdown and the paths."""
     sweep = runs[0].sweep
     rows = _rows(runs)
     columns = list(dict.fromkeys(name for row in rows for name in row.figures))
-    # What is there for every run comes last, behind the datasets.
+    # Datasets first, then the average and the KV loss.
     columns.sort(key=lambda name: (name == AVERAGE) + 2 * (name == KV_LOSS))
     keys = [*sweep.axes, "stage"] if any(row.stage for row in rows) else list(sweep.axes)
     text = markdown([*keys, *columns, "seeds"], [_cells(row, columns, len(keys)) for row in rows])
@@ -84,7 +71,7 @@ def write_table(runs: Sequence[SweepRun]) -> tuple[str, list[Path]]:
 
 
 def _rows(runs: Sequence[SweepRun]) -> list[Row]:
-    """A row for every combination of options and stage; one without figures where nothing is done."""
+    """One row per combination of options and stage; a row without figures if none of its runs is done."""
     rows: list[Row] = []
     for options, group in itertools.groupby(runs, key=lambda run: tuple(run.options.values())):
         found: dict[str, Row] = {}
@@ -99,7 +86,7 @@ def _rows(runs: Sequence[SweepRun]) -> list[Row]:
 
 
 def _stages(run: SweepRun) -> list[tuple[str, Run]]:
-    """Every training below a finished run's folder, by its stage; the stage of a single one is empty."""
+    """The trainings below a finished run's folder, with their stages. A run without stages has the stage ''."""
     if not run.is_done:
         return []
     home = run.directory.resolve()
@@ -128,13 +115,13 @@ def _cell(row: Row, name: str) -> str:
         return UNKNOWN
     mean, form = Mean.of(row.figures[name]), ".3f" if name == KV_LOSS else ".1f"
     half = "" if mean.half is None else f" ± {mean.half:{form}}"
-    # A figure that some seeds lack must not look like the others.
+    # Some seeds may lack this figure.
     short = f" ({mean.count} of {len(row.seeds)} seeds)" if mean.count < len(row.seeds) else ""
     return f"{mean.value:{form}}{half}{short}"
 
 
 def _csv(rows: Sequence[Row], columns: Sequence[str], keys: Sequence[str]) -> str:
-    """One line a row, every figure with its interval's ends, how many seeds it is of, and each seed's own."""
+    """One line per row: each mean with its interval, its number of seeds, and the values of the seeds."""
     parts = ("", "_low", "_high", "_count", "_by_seed")
     lines: list[Sequence[object]] = [[*keys, *(f"{name}{part}" for name in columns for part in parts), "seeds"]]
     for row in rows:

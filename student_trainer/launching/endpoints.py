@@ -1,32 +1,54 @@
-"""Where teachers listen: `NAME=HOST:PORT`, on the command line or one a line in a file. Free of torch."""
+"""Names and endpoints of teachers: `NAME=HOST:PORT`, as flags or as lines of a file. Does not import torch."""
 
 from __future__ import annotations
 
 import difflib
+import itertools
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from kvcore.errors import FieldError
+from kvcore.errors import ConfigError, FieldError
 from kvcore.files import replace_file
-from student_trainer.launching.local_teachers import teacher_names
 
 FLAG = "--teacher_endpoints"
 
 
-def read_endpoints(given: Sequence[str], models: Sequence[str]) -> dict[str, list[str]]:
-    """Endpoints of each model by its teacher's name, in the order of `models`.
-
-    Args:
-        given: `NAME=HOST:PORT[,HOST:PORT]` or `@FILE`; a name given again adds replicas.
-        models: the teachers. A name is the last part of the model, or the model as it was given.
+def teacher_names(models: Sequence[str]) -> dict[str, str]:
+    """Returns the models by teacher name, in order. The name is the last part of the path or hub id.
 
     Raises:
-        FieldError: a line is not of that form, a name is none of the teachers', or a teacher has no endpoint.
+        ConfigError: no model is given.
+        FieldError: a model has no name, or is given twice.
+    """
+    if not models:
+        raise ConfigError("teacher_models: name at least one model")
+    named: dict[str, str] = {}
+    for model in models:
+        if model in named.values():
+            raise FieldError("teacher_models", f"'{model}' is given twice")
+        base = re.sub(r"[^A-Za-z0-9_.-]+", "_", model.rstrip("/").rpartition("/")[2]).lstrip(".")[:60]
+        if not base:
+            raise FieldError("teacher_models", f"'{model}' is not a model directory or hub id")
+        numbered = (f"{base}.{number}" for number in itertools.count(2))
+        named[next(name for name in itertools.chain([base], numbered) if name not in named)] = model
+    return named
+
+
+def read_endpoints(given: Sequence[str], models: Sequence[str]) -> dict[str, list[str]]:
+    """Returns the endpoints of each teacher by name, in the order of `models`.
+
+    Args:
+        given: `NAME=HOST:PORT[,HOST:PORT]` or `@FILE`; repeating a name adds replicas.
+        models: the teachers' models. NAME is the teacher's name or the model as it was given.
+
+    Raises:
+        FieldError: an entry does not have that form, a name is unknown, or a teacher has no endpoint.
     """
     names = teacher_names(models)
     known = {**{name: name for name in names}, **{model: name for name, model in names.items()}}
     found: dict[str, list[str]] = {name: [] for name in names}
-    for item, where in _items(given):
+    for item, where in _entries(given):
         name, separator, addresses = item.partition("=")
         if not separator or not addresses:
             raise FieldError(where, f"expected NAME=HOST:PORT, got '{item}'")
@@ -41,7 +63,7 @@ def read_endpoints(given: Sequence[str], models: Sequence[str]) -> dict[str, lis
 
 
 def write_endpoints(path: Path, endpoints: Mapping[str, Sequence[str]]) -> None:
-    """Writes the file that `@FILE` reads; it appears under its name only when complete."""
+    """Writes the file that `@FILE` reads, atomically."""
     lines = [f"{name}={','.join(addresses)}\n" for name, addresses in endpoints.items()]
     replace_file(path, "".join(lines))
 
@@ -53,8 +75,8 @@ def _address(text: str, where: str) -> str:
     return text
 
 
-def _items(given: Sequence[str]) -> Iterator[tuple[str, str]]:
-    """Every NAME=ADDRESSES with where it stands."""
+def _entries(given: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """Yields every NAME=ADDRESSES with its flag, or its file and line."""
     for item in given:
         if not item.startswith("@"):
             yield item, FLAG

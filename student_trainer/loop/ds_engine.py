@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import logging
 import os
-import socket
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -16,6 +15,7 @@ from torch import nn
 
 from kvcore.types import Tensor
 from student_trainer.config import TrainConfig
+from student_trainer.launching.processes import free_port
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -29,7 +29,7 @@ def start(seed: int) -> tuple[int, int]:
     deepspeed = _import_deepspeed()
     for name, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1"), ("MASTER_ADDR", "127.0.0.1")):
         os.environ.setdefault(name, value)
-    os.environ.setdefault("MASTER_PORT", _free_port())
+    os.environ.setdefault("MASTER_PORT", str(free_port()))
     if not dist.is_initialized():
         deepspeed.init_distributed(dist_backend="nccl" if torch.cuda.is_available() else "gloo", verbose=False)
     if torch.cuda.is_available():
@@ -62,12 +62,6 @@ def _import_deepspeed() -> Any:
     # Otherwise start-up on CPU compiles a shared-memory op for minutes, and fails without a compiler.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return deepspeed
-
-
-def _free_port() -> str:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return str(listener.getsockname()[1])
 
 
 class Engine:

@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-import io
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from matplotlib import rc_context
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator, PercentFormatter
+
+from student_trainer.monitoring.chart_style import LIGHT, rendered, style
 
 Report = Mapping[str, Any]
 
 SIDES = {"k": "keys", "v": "values"}
 # Below it nothing is to be learnt from how far: such a map is worse than the mean.
 LOWEST_SHOWN = -0.5
-_TRUE, _CONTROL, _REST, _INK = "#0b62a4", "#c8553d", "#d8dee4", "#1b1f24"
-_STYLE: dict[Any, Any] = {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "axes.titlesize": 11}
+(_TRUE, _CONTROL, *_), _REST, _INK = LIGHT.series, LIGHT.faint, LIGHT.ink
 # More cells, or bars, than this carry no number.
 _MOST_CELLS, _MOST_BARS = 128, 8
 _WIDEST = 9.3
@@ -35,10 +34,10 @@ def draw_layer_map(report: Report) -> bytes | None:
     for s, row in mapping.items():
         for t, weight in row:
             weights[int(s)][int(t)] = weight
-    with rc_context(_STYLE):
+    with rc_context(style(LIGHT)):
         figure, (axes,) = _figure(1, *_heat_size(weights))
         _heat(axes, weights, "Weight of each teacher layer", "Blues")
-        return _png(figure)
+        return rendered(figure, "png")
 
 
 def draw_similarity(report: Report) -> bytes | None:
@@ -46,7 +45,7 @@ def draw_similarity(report: Report) -> bytes | None:
     cka: dict[str, list[list[float | None]]] | None = report["cka"]
     if cka is None or report["layer_map"] is None:
         return None
-    with rc_context(_STYLE):
+    with rc_context(style(LIGHT)):
         width, height = _heat_size(cka["k"])
         figure, sides = _figure(2, width, height)
         for axes, (tensor, name) in zip(sides, SIDES.items(), strict=True):
@@ -55,7 +54,7 @@ def draw_similarity(report: Report) -> bytes | None:
             for s, row in report["layer_map"].items():
                 frame = Rectangle((row[0][0] - 0.5, int(s) - 0.5), 1, 1, fill=False, edgecolor=_CONTROL, linewidth=2)
                 axes.add_patch(frame)
-        return _png(figure)
+        return rendered(figure, "png")
 
 
 def draw_explained(report: Report) -> bytes | None:
@@ -63,7 +62,7 @@ def draw_explained(report: Report) -> bytes | None:
     true, control = report["explained_variance"], report["explained_variance_shuffled"]
     if not true["k"]:
         return None
-    with rc_context(_STYLE):
+    with rc_context(style(LIGHT)):
         figure, sides = _figure(2, _within(0.3 * len(true["k"]) + 2), 3.4)
         for axes, (tensor, name) in zip(sides, SIDES.items(), strict=True):
             _bars(axes, true[tensor], -0.2, _TRUE, "paired tokens")
@@ -80,7 +79,7 @@ def draw_explained(report: Report) -> bytes | None:
             axes.set_ylabel("explained variance")
             axes.set_title(f"Explained variance of {name}, samples held out")
         figure.legend(*sides[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
-        return _png(figure)
+        return rendered(figure, "png")
 
 
 def draw_coverage(report: Report) -> bytes | None:
@@ -90,7 +89,7 @@ def draw_coverage(report: Report) -> bytes | None:
         return None
     names = [name.replace("_", " ") for name in coverage]
     shares = [count["paired"] / count["seen"] if count["seen"] else 0.0 for count in coverage.values()]
-    with rc_context(_STYLE):
+    with rc_context(style(LIGHT)):
         figure, (axes,) = _figure(1, 6.4, 1.9)
         axes.barh(names, shares, color=_TRUE, height=0.55, label="paired")
         axes.barh(
@@ -103,7 +102,7 @@ def draw_coverage(report: Report) -> bytes | None:
         axes.xaxis.set_major_formatter(PercentFormatter(1.0))
         axes.set_title("Tokens with a counterpart")
         figure.legend(loc="outside lower center", ncols=2, frameon=False)
-        return _png(figure)
+        return rendered(figure, "png")
 
 
 def _within(inches: float) -> float:
@@ -162,9 +161,3 @@ def _bars(axes: Axes, values: Sequence[float | None], offset: float, colour: str
             # Readable where the threshold passes behind it.
             bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.5},
         )
-
-
-def _png(figure: Figure) -> bytes:
-    buffer = io.BytesIO()
-    FigureCanvasAgg(figure).print_png(buffer)
-    return buffer.getvalue()

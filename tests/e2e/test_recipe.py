@@ -1,4 +1,4 @@
-"""The guide's training command and its job script on one machine, with servers that they start themselves."""
+"""The guide's training command and job script on one machine; they start their own servers."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def run(command: list[str], log: Path, **environment: object) -> str:
     return said
 
 
-def test_a_job_records_and_the_command_trains_from_the_store_without_teachers(world: World, tmp_path: Path) -> None:
+def test_job_records_a_store_and_the_command_trains_from_it(world: World, tmp_path: Path) -> None:
     teachers = " ".join(map(str, world.teachers.values()))
     recorded, replayed = tmp_path / "recorded", tmp_path / "replayed"
     said = run(
@@ -49,7 +49,7 @@ def test_a_job_records_and_the_command_trains_from_the_store_without_teachers(wo
         RANKS_PER_NODE=2,
         EXTRA_ARGS=TINY,
     )
-    assert "2 ranks on each of here" in said
+    assert "2 ranks on each of localhost" in said
     assert f"done: {recorded}" in said
     assert metrics(recorded, "routing/weights_mean/ben")[3] == 0.75
     assert [

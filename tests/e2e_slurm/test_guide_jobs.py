@@ -59,12 +59,12 @@ def submitted(guide: Checkout, cluster: SlurmCluster, piece: str) -> tuple[int, 
     return int(job), said
 
 
-def test_three_stages_train_on_data_that_were_prepared(guide: Checkout, cluster: SlurmCluster) -> None:
+def test_three_stages_train_on_prepared_data(guide: Checkout, cluster: SlurmCluster) -> None:
     loader = MultiTaskReasoningDataset(train_samples=64, val_samples=16, data_dir=guide.directory / "copies")
     for name, split in zip(("train", "val"), loader.load_and_prepare(), strict=True):
         split.save_to_disk(str(guide.directory / "data" / "prepared" / name))
     job, said = submitted(guide, cluster, THREE_STAGES)
-    assert "data: ./data/prepared is there and is used" in said
+    assert "data: using ./data/prepared" in said
     # Servers on nodes of their own, the ranks on the third.
     assert f"job qwen_dual-{job}: 1 ranks on each of n1\n" in said
     assert "teacher Qwen2.5-7B on n2 (cpu)\n" in said
@@ -75,7 +75,7 @@ def test_three_stages_train_on_data_that_were_prepared(guide: Checkout, cluster:
         assert (trained / "best_model" / "model.safetensors").is_file()
 
 
-def test_three_large_teachers_weigh_as_the_script_says(guide: Checkout, cluster: SlurmCluster) -> None:
+def test_three_large_teachers_have_the_scripts_weights(guide: Checkout, cluster: SlurmCluster) -> None:
     _, said = submitted(guide, cluster, LARGE_SCALE)
     trained = guide.directory / "outputs" / "large_scale_multi_teacher"
     for teacher, node, weight in (("7B", "n2", 0.33), ("14B", "n3", 0.33), ("32B", "n4", 0.34)):
@@ -83,15 +83,15 @@ def test_three_large_teachers_weigh_as_the_script_says(guide: Checkout, cluster:
         assert metrics(trained, f"routing/weights_mean/Qwen2.5-{teacher}")[STEPS] == pytest.approx(weight)
 
 
-def test_a_scenario_has_teachers_of_two_families_and_mixes_its_own_data(guide: Checkout, cluster: SlurmCluster) -> None:
+def test_scenario_trains_with_two_families_on_its_own_mix(guide: Checkout, cluster: SlurmCluster) -> None:
     _, said = submitted(guide, cluster, SCENARIO)
-    assert "data: ./data/prepared" not in said
+    assert "data: using ./data/prepared" not in said
     last = guide.directory / "outputs" / "cross_family" / STAGES[-1]
     weights = [metrics(last, f"routing/weights_mean/{name}")[STEPS] for name in ("Qwen2.5-7B", "Llama-3.1-8B")]
     assert sum(weights) == pytest.approx(1.0, abs=1e-3)
 
 
-def test_no_block_is_left_that_needs_slurm() -> None:
+def test_every_slurm_block_of_the_guide_is_tested() -> None:
     left = [block.text for block in blocks(PAGE) if block.needs_slurm]
     for piece in (THREE_STAGES, LARGE_SCALE, SCENARIO):
         left.remove(next(text for text in left if piece in text))

@@ -1,4 +1,4 @@
-"""The two job scripts under a real SLURM: servers and ranks on nodes of their own, failures, and going on."""
+"""The two job scripts under a real SLURM: servers and ranks on separate nodes, failures, and resuming."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def submit(cluster: SlurmCluster, tmp_path: Path, script: str, *options: str) ->
     return cluster.submit([f"--output={tmp_path}/%j.out", *options, script])
 
 
-def test_three_teachers_on_three_nodes_teach_the_ranks_on_the_fourth(
+def test_ranks_train_with_three_teachers_on_three_other_nodes(
     cluster: SlurmCluster, world: World, tmp_path: Path
 ) -> None:
     models = " ".join(map(str, world.teachers.values()))
@@ -92,7 +92,7 @@ def test_three_teachers_on_three_nodes_teach_the_ranks_on_the_fourth(
     assert (tmp_path / "out" / "best_model" / "model.safetensors").is_file()
 
 
-def test_three_stages_follow_one_another(cluster: SlurmCluster, world: World, tmp_path: Path) -> None:
+def test_three_stages_run_in_order(cluster: SlurmCluster, world: World, tmp_path: Path) -> None:
     teachers = f"{world.teachers['ada']} {world.teachers['ben']}"
     options = ("--job-name=qwen_dual", exported(world, tmp_path, 2, TEACHERS=teachers, FUSION_STRATEGY=""))
     job = submit(cluster, tmp_path, THREE_STAGES, *options)
@@ -114,7 +114,7 @@ def test_three_stages_follow_one_another(cluster: SlurmCluster, world: World, tm
         ({"KV_COMPRESSION": "left"}, "2:0", "--kv_compression: Input should be 'full', 'right' or 'r-kv'"),
     ],
 )
-def test_a_job_that_fails_says_so_to_slurm(
+def test_failed_job_has_a_failed_state_and_a_message(
     cluster: SlurmCluster, world: World, tmp_path: Path, variables: dict[str, str], status: str, problem: str
 ) -> None:
     given = {"TEACHERS": world.teachers["ada"], **variables}
@@ -125,7 +125,7 @@ def test_a_job_that_fails_says_so_to_slurm(
     assert "done: " not in said(tmp_path)
 
 
-def test_a_job_that_was_stopped_goes_on_at_the_same_step(cluster: SlurmCluster, world: World, tmp_path: Path) -> None:
+def test_requeued_job_resumes_at_the_saved_step(cluster: SlurmCluster, world: World, tmp_path: Path) -> None:
     steps = 150
     given = {"TEACHER_MODELS": world.teachers["ada"], "FIXED_WEIGHTS": "", "NUM_TEACHERS": ""}
     job = submit(cluster, tmp_path, LARGE_SCALE, "--nodes=2", exported(world, tmp_path, steps, **given))
@@ -147,7 +147,7 @@ def test_a_job_that_was_stopped_goes_on_at_the_same_step(cluster: SlurmCluster, 
     # What SLURM sends the script when the job's time is nearly over.
     cluster.call("scancel", "--batch", "--signal=USR1", str(job))
     first = run_again(1)
-    assert f"asking SLURM to run job {job} again" in said(tmp_path)
+    assert f"asking SLURM to requeue job {job}" in said(tmp_path)
     reaches(first + 3)
     # What happens to a job that makes room for another one: SIGTERM to every process.
     cluster.call("scontrol", "requeue", str(job))

@@ -1,4 +1,4 @@
-"""A sweep as a SLURM array, with a command in the trainer's place that takes no time."""
+"""A sweep as a SLURM array, with a fast stand-in for the trainer."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def submitted(directory: Path, cluster: SlurmCluster) -> tuple[int, int]:
     return int(jobs[0]), int(jobs[1])
 
 
-def test_an_array_runs_what_is_left_and_the_table_follows_it(tmp_path: Path) -> None:
+def test_array_runs_the_remaining_runs_and_then_writes_the_table(tmp_path: Path) -> None:
     (tmp_path / "sweep.yaml").write_text(yaml.safe_dump(SWEEP), encoding="utf-8")
     fail = tmp_path / "out" / "runs" / "right" / "fail"
     fail.parent.mkdir(parents=True)

@@ -1,4 +1,4 @@
-"""Teacher servers that a command starts for itself: real processes, ready when entered, gone when left."""
+"""`LocalTeachers` with real `kvdistill serve` processes."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def children() -> set[int]:
     return {child.pid for child in psutil.Process().children(recursive=True)}
 
 
-def test_servers_are_ready_on_entering_and_gone_on_leaving(tmp_path: Path) -> None:
+def test_servers_run_only_inside_the_block(tmp_path: Path) -> None:
     before = children()
     ada = str(save_tiny_model(tmp_path / "ada", tiny_spec("qwen2", layers=2)))
     ben = str(save_tiny_model(tmp_path / "ben", tiny_spec("llama", layers=3)))
@@ -37,11 +37,11 @@ def test_servers_are_ready_on_entering_and_gone_on_leaving(tmp_path: Path) -> No
     assert sorted(log.name for log in (tmp_path / "logs").iterdir()) == ["serve_ada.log", "serve_ben.log"]
 
 
-def test_a_model_that_cannot_be_loaded_is_named_with_the_end_of_its_log_and_ends_the_others(tmp_path: Path) -> None:
+def test_model_that_cannot_be_loaded_raises_with_its_log_and_ends_other_servers(tmp_path: Path) -> None:
     before = children()
     nowhere = tmp_path / "nowhere"
     with (
-        pytest.raises(TeacherUnavailableError, match="'nowhere': its server ended with code") as caught,
+        pytest.raises(TeacherUnavailableError, match="'nowhere': its server on localhost ended with code 2") as caught,
         LocalTeachers({"fine": FAKE, "nowhere": str(nowhere)}, tmp_path, device="cpu", options={"engine": "fake"}),
     ):
         raise AssertionError("entered")
@@ -49,7 +49,7 @@ def test_a_model_that_cannot_be_loaded_is_named_with_the_end_of_its_log_and_ends
     assert children() <= before
 
 
-def test_a_server_that_died_is_noticed(tmp_path: Path) -> None:
+def test_check_alive_raises_for_killed_server(tmp_path: Path) -> None:
     servers = LocalTeachers({"fake": FAKE}, tmp_path, device="cpu", options={"engine": "fake"})
     before = children()
     with servers:
@@ -59,7 +59,7 @@ def test_a_server_that_died_is_noticed(tmp_path: Path) -> None:
             wait_until(lambda: servers.check_alive() is not None, seconds=10)
 
 
-def test_a_server_that_takes_too_long_is_given_up(tmp_path: Path) -> None:
+def test_server_that_is_not_ready_in_time_raises(tmp_path: Path) -> None:
     servers = LocalTeachers({"fake": FAKE}, tmp_path, device="cpu", options={"engine": "fake"}, ready_seconds=0.0)
     with pytest.raises(TeacherUnavailableError, match="not ready after 0 s"), servers:
         raise AssertionError("entered")

@@ -1,4 +1,4 @@
-"""The recipe's records: the guide's mix from local copies, or a directory; made once; nothing left out in silence."""
+"""The recipe's records, from the guide's mix or a directory."""
 
 from __future__ import annotations
 
@@ -33,9 +33,7 @@ def settings(student: Path, **changes: Any) -> RecipeSettings:
     return RecipeSettings(**{**given, **changes})
 
 
-def test_the_guides_mix_comes_from_local_copies_with_worked_reasoning_where_that_is_matched(
-    student: Path, tmp_path: Path
-) -> None:
+def test_guides_mix_from_local_copies_has_reasoning_if_it_is_matched(student: Path, tmp_path: Path) -> None:
     write_guide_datasets(tmp_path / "copies", 40)
     files = prepare_data(settings(student, data_dir=tmp_path / "copies"), tmp_path / "latent")
     train, val = load_records(files.train), load_records(files.val)
@@ -53,16 +51,14 @@ def test_the_guides_mix_comes_from_local_copies_with_worked_reasoning_where_that
     assert "arc_challenge" in {record.dataset for record in both}
 
 
-def test_named_datasets_are_taken_alone(student: Path, tmp_path: Path) -> None:
+def test_named_datasets_replace_the_mix(student: Path, tmp_path: Path) -> None:
     write_guide_datasets(tmp_path / "copies", 40)
     named = settings(student, data_dir=tmp_path / "copies", dataset_name=("gsm8k", "math23k"), math23k_ratio=0.5)
     counts = Counter(record.dataset for record in load_records(prepare_data(named, tmp_path / "data").train))
     assert counts == {"gsm8k": 20, "math23k": 20}
 
 
-def test_a_directory_is_read_as_it_is_and_made_ready_once(
-    student: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_directory_is_prepared_once(student: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with_reasoning = [Record(f"a{number}", f"Q{number}?", " because", " 1", "one") for number in range(5)]
     write_records(tmp_path / "train.jsonl", [*with_reasoning, Record("b", "Q?", "", " 1", "two")])
     write_records(tmp_path / "val.jsonl", with_reasoning[:2])
@@ -70,7 +66,7 @@ def test_a_directory_is_read_as_it_is_and_made_ready_once(
     with caplog.at_level(logging.INFO):
         files = prepare_data(chosen, tmp_path / "out")
     assert load_records(files.train) == with_reasoning
-    assert "left out of train for want of reasoning: 1 of two" in caplog.text
+    assert "omitted train records without reasoning: 1 of two" in caplog.text
     before = files.train.stat().st_mtime_ns
     prepare_data(chosen, tmp_path / "out")
     assert files.train.stat().st_mtime_ns == before
@@ -78,7 +74,7 @@ def test_a_directory_is_read_as_it_is_and_made_ready_once(
     assert len(load_records(files.train)) == 3
 
 
-def test_a_directory_whose_content_has_changed_is_read_again(student: Path, tmp_path: Path) -> None:
+def test_changed_directory_is_prepared_again(student: Path, tmp_path: Path) -> None:
     for answer in (" 1", " 2"):
         records = [Record("a", "Q?", " because", answer)]
         write_records(tmp_path / "train.jsonl", records)
@@ -87,7 +83,7 @@ def test_a_directory_whose_content_has_changed_is_read_again(student: Path, tmp_
         assert load_records(files.train) == records
 
 
-def test_records_of_a_directory_that_are_too_long_are_left_out_and_counted(
+def test_too_long_records_of_a_directory_are_omitted_and_counted(
     student: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     long, short = Record("a", "Q?" * 30, " because", " 1"), Record("b", "Q?", " because", " 1")
@@ -96,10 +92,10 @@ def test_records_of_a_directory_that_are_too_long_are_left_out_and_counted(
     with caplog.at_level(logging.INFO):
         files = prepare_data(settings(student, dataset_name=(str(tmp_path),), max_length=40), tmp_path / "out")
     assert load_records(files.train) == [short]
-    assert "left out of train: 1 longer than --max_length 40" in caplog.text
+    assert "omitted 1 train records longer than --max_length 40" in caplog.text
 
 
-def test_as_many_usable_records_of_a_directory_as_are_asked_for(
+def test_directory_gives_the_requested_number_of_usable_records(
     student: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     short = [Record(f"a{number}", f"Q{number}?", " because", " 1") for number in range(4)]
@@ -115,7 +111,7 @@ def test_as_many_usable_records_of_a_directory_as_are_asked_for(
 
 
 @pytest.mark.parametrize("names", [("gsm8k",), ("{directory}",)])
-def test_a_student_that_is_not_there_is_named_before_data_is_made(names: tuple[str, ...], tmp_path: Path) -> None:
+def test_missing_student_raises_before_data_are_prepared(names: tuple[str, ...], tmp_path: Path) -> None:
     for split in ("train", "val"):
         write_records(tmp_path / f"{split}.jsonl", [Record("a", "Q?", " because", " 1")])
     names = tuple(name.format(directory=tmp_path) for name in names)
@@ -131,7 +127,9 @@ def test_a_student_that_is_not_there_is_named_before_data_is_made(names: tuple[s
         (("gsm9k",), "gsm9k"),
     ],
 )
-def test_data_that_cannot_be_had_is_named(student: Path, tmp_path: Path, names: tuple[str, ...], problem: str) -> None:
+def test_missing_data_raise_with_their_name(
+    student: Path, tmp_path: Path, names: tuple[str, ...], problem: str
+) -> None:
     with pytest.raises(ConfigError, match=problem):
         prepare_data(settings(student, dataset_name=names, data_dir=tmp_path), tmp_path / "out")
     assert not (tmp_path / "out").exists()

@@ -17,6 +17,7 @@ INTERNAL = {
     "experiments/recipe/job.py",
     "kvdistill/__main__.py",
     "student_trainer/launching/processes.py",
+    "student_trainer/launching/slurm.py",
 }
 # A script that reads no flags would do its work when it is asked for help.
 READS_FLAGS = re.compile(

@@ -1,4 +1,4 @@
-"""Sweeps as people run them, with a command in the trainer's place that takes no time."""
+"""`kvdistill sweep` on the command line, with a fast stand-in for the trainer."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ class Sweep:
             return list(csv.DictReader(file))
 
 
-def test_a_sweep_ends_in_a_table_and_does_nothing_twice(tmp_path: Path) -> None:
+def test_sweep_writes_a_table_and_skips_finished_runs(tmp_path: Path) -> None:
     sweep = Sweep(tmp_path)
     said = sweep.run()
     runs = [f"{option}/seed{seed}" for option in ("right", "r-kv") for seed in range(3)]
@@ -94,7 +94,7 @@ def test_a_sweep_ends_in_a_table_and_does_nothing_twice(tmp_path: Path) -> None:
     assert sweep.run("--list").count("  done  ") == 6
 
 
-def test_a_failed_run_is_named_keeps_no_other_from_running_and_is_tried_again(tmp_path: Path) -> None:
+def test_failed_run_does_not_stop_others_and_is_retried(tmp_path: Path) -> None:
     sweep = Sweep(tmp_path)
     fail = sweep.out / "runs" / "right" / "fail"
     fail.parent.mkdir(parents=True)
@@ -113,7 +113,7 @@ def test_a_failed_run_is_named_keeps_no_other_from_running_and_is_tried_again(tm
     assert all(row["seeds"] == "0 1 2" for row in sweep.rows())
 
 
-def test_results_of_other_settings_are_refused_before_anything_runs(tmp_path: Path) -> None:
+def test_finished_runs_with_other_settings_raise(tmp_path: Path) -> None:
     sweep = Sweep(tmp_path)
     sweep.run("--set", "seeds=[0]")
     said = sweep.run("--set", "flags.max_steps=4", code=2)
@@ -123,12 +123,12 @@ def test_results_of_other_settings_are_refused_before_anything_runs(tmp_path: Pa
     sweep.run("--set", "flags.teacher_device=cpu", "--set", "seeds=[0, 1]")
 
 
-def test_a_command_that_trains_nothing_does_not_count(tmp_path: Path) -> None:
+def test_command_that_does_not_train_fails(tmp_path: Path) -> None:
     said = Sweep(tmp_path, command="true").run(code=1)
-    assert "`train` ended well and left no training behind" in said
+    assert "`train` succeeded but wrote no training run" in said
 
 
-def test_sigterm_lets_the_training_save_and_the_same_command_goes_on(tmp_path: Path) -> None:
+def test_training_saves_after_sigterm_and_the_sweep_continues(tmp_path: Path) -> None:
     sweep = Sweep(tmp_path)
     wait = sweep.out / "runs" / "right" / "wait"
     wait.parent.mkdir(parents=True)
@@ -136,7 +136,7 @@ def test_sigterm_lets_the_training_save_and_the_same_command_goes_on(tmp_path: P
     process = sweep.start()
     try:
         wait_until(lambda: (wait.parent / "seed0" / "waiting").exists(), 20)
-        assert "right/seed0: another sweep is at it" in sweep.run("--task", "0", code=1)
+        assert "right/seed0: locked by another sweep" in sweep.run("--task", "0", code=1)
         process.send_signal(signal.SIGTERM)
         process.communicate(timeout=20)
     finally:
@@ -149,7 +149,7 @@ def test_sigterm_lets_the_training_save_and_the_same_command_goes_on(tmp_path: P
     assert all(row["seeds"] == "0 1 2" for row in sweep.rows())
 
 
-def test_every_stages_best_model_is_evaluated_and_has_its_row(tmp_path: Path) -> None:
+def test_best_model_of_every_stage_is_evaluated(tmp_path: Path) -> None:
     (tmp_path / "evaluation").mkdir()
     (tmp_path / "evaluation" / "multi_task_eval.py").write_text(EVALUATOR, encoding="utf-8")
     evaluation = {"eval_datasets": ["gsm8k_test", "bbh"]}
@@ -172,7 +172,7 @@ def test_every_stages_best_model_is_evaluated_and_has_its_row(tmp_path: Path) ->
     assert sweep.rows()[0]["gpqa"] == "40.0"
 
 
-def test_an_array_holds_what_is_left_and_each_task_runs_one(tmp_path: Path) -> None:
+def test_array_has_the_remaining_runs_one_per_task(tmp_path: Path) -> None:
     sweep = Sweep(tmp_path, slurm={"partition": "gpu", "gres": "gpu:8"}, max_parallel=2)
     assert sweep.run("--task", "1").startswith("right/seed1: ")
     assert not (sweep.out / "table.csv").exists()
@@ -201,7 +201,7 @@ def test_an_array_holds_what_is_left_and_each_task_runs_one(tmp_path: Path) -> N
     assert "invalid partition" in sweep.run("--slurm", code=1)
 
 
-def test_without_slurm_an_array_is_refused(tmp_path: Path) -> None:
+def test_slurm_flag_without_sbatch_raises(tmp_path: Path) -> None:
     sweep = Sweep(tmp_path)
     sweep.environment["PATH"] = str(tmp_path)
     assert "--slurm: no sbatch on PATH" in sweep.run("--slurm", code=2)

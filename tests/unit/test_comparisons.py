@@ -1,4 +1,4 @@
-"""What each comparison asks of the trainer: configurations that it takes, in an order in which they can run."""
+"""The configurations that comparisons pass to the trainer."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ PORTS = {"teacher_a": 50051, "teacher_b": 50052, bad_teacher.BAD: 50053, selecto
 
 
 @pytest.mark.parametrize("module", [bad_teacher, directions, selectors, token_pairs])
-def test_every_run_of_a_plan_is_valid_and_starts_from_what_is_there_by_then(module, tmp_path: Path) -> None:
+def test_runs_are_valid_and_start_from_models_of_earlier_runs(module, tmp_path: Path) -> None:
     plan = module.make(tmp_path, QUICK, 3).plan(Path("student"), PORTS)
     made = {"student"}
     for run in plan:
@@ -27,11 +27,11 @@ def test_every_run_of_a_plan_is_valid_and_starts_from_what_is_there_by_then(modu
     assert len({run["config"]["run"]["output_dir"] for run in plan}) == len(plan) == len({run["name"] for run in plan})
 
 
-def test_the_selector_comparison_holds_every_selector_and_both_controls(tmp_path: Path) -> None:
-    names = {way.name for way in selectors.make(tmp_path, QUICK, 1).ways}
+def test_selector_comparison_has_every_selector_and_both_controls(tmp_path: Path) -> None:
+    names = {arm.name for arm in selectors.make(tmp_path, QUICK, 1).arms}
     assert names == {*SELECTORS, "no KV", "shuffled KV"}
 
 
-def test_the_bad_teacher_is_weighed_in_every_way_but_the_one_that_shows_what_it_costs(tmp_path: Path) -> None:
-    ways = {way.name: way for way in bad_teacher.make(tmp_path, QUICK, 1).ways}
-    assert {name for name, way in ways.items() if bad_teacher.BAD not in way.teachers} == {"two good teachers", "no KV"}
+def test_all_other_arms_use_the_bad_teacher(tmp_path: Path) -> None:
+    arms = {arm.name: arm for arm in bad_teacher.make(tmp_path, QUICK, 1).arms}
+    assert {name for name, arm in arms.items() if bad_teacher.BAD not in arm.teachers} == {"two good teachers", "no KV"}

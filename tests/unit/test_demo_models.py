@@ -1,4 +1,4 @@
-"""The demo's tokenizers and models: what makes them differ, and what the latents need of them."""
+"""The demo's tokenizers and models: their differences, and one token per reasoning value."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def tokenizers(models: dict[ModelName, Path]) -> dict[ModelName, Any]:
     return {name: AutoTokenizer.from_pretrained(path) for name, path in models.items()}
 
 
-def test_every_reasoning_value_is_one_token_of_its_own_in_each_loaded_tokenizer(
+def test_every_reasoning_value_is_one_token_in_each_tokenizer(
     tokenizers: dict[ModelName, Any],
 ) -> None:
     for tokenizer in tokenizers.values():
@@ -48,7 +48,7 @@ def test_every_reasoning_value_is_one_token_of_its_own_in_each_loaded_tokenizer(
             assert pieces[-4:] == [*(f" {value}" for value in record.reasoning.split()), record.answer]
 
 
-def test_prompts_have_other_lengths_and_other_ids_in_each_tokenizer(tokenizers: dict[ModelName, Any]) -> None:
+def test_tokenizers_give_prompts_different_lengths_and_ids(tokenizers: dict[ModelName, Any]) -> None:
     ids = {name: tokenizer("3 +4 x2 -5 +1 =")["input_ids"] for name, tokenizer in tokenizers.items()}
     assert len({len(row) for row in ids.values()}) == 3
     values = {
@@ -65,13 +65,13 @@ def test_only_the_llama_shaped_teacher_begins_with_bos(tokenizers: dict[ModelNam
         assert tokenizer.pad_token_id not in {None, tokenizer.eos_token_id}
 
 
-def test_any_text_survives_tokenizing(tokenizers: dict[ModelName, Any]) -> None:
+def test_tokenizers_decode_any_text_exactly(tokenizers: dict[ModelName, Any]) -> None:
     text = "3 +4 = 44 ünïcode 你好 🙂\n\tend"
     for tokenizer in tokenizers.values():
         assert tokenizer.decode(tokenizer(text)["input_ids"], skip_special_tokens=True) == text
 
 
-def test_tokenizers_learn_the_same_from_the_same_records() -> None:
+def test_tokenizer_training_is_deterministic() -> None:
     def definition(name: ModelName) -> str:
         tokenizer: Any = build_tokenizer(name, records())
         return tokenizer.backend_tokenizer.to_str()
@@ -97,7 +97,7 @@ def test_models_differ_in_family_depth_heads_and_rope(models: dict[ModelName, Pa
     assert width == {"teacher_a": 32, "teacher_b": 32, "student": 16}
 
 
-def test_the_same_seed_makes_the_same_weights(models: dict[ModelName, Path], tmp_path: Path) -> None:
+def test_same_seed_gives_same_weights(models: dict[ModelName, Path], tmp_path: Path) -> None:
     make_model("student", build_tokenizer("student", records()), tmp_path)
     again, first = (AutoModelForCausalLM.from_pretrained(path).state_dict() for path in (tmp_path, models["student"]))
     assert all(torch.equal(again[name], tensor) for name, tensor in first.items())

@@ -1,4 +1,4 @@
-"""The demo's models and data alone, in a folder that other machines and containers mount."""
+"""The demo's models and data in a folder that other machines and containers mount."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     names = ["first"]
 
     def models(demo: Demo) -> dict[str, Pretrained]:
-        homes = {name: demo.layout.cache / f"{name}-{names[-1]}" / "model" for name in MODELS}
+        homes = {name: demo.paths.cache / f"{name}-{names[-1]}" / "model" for name in MODELS}
         for name, home in homes.items():
             home.mkdir(parents=True)
             (home / "config.json").write_text(f"{name} {names[-1]}", encoding="utf-8")
@@ -27,14 +27,14 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return names
 
 
-def test_models_are_found_by_their_names_wherever_the_folder_is_mounted(tmp_path, trained):
+def test_links_to_models_survive_moving_the_folder(tmp_path, trained):
     prepare.main(tmp_path / "made")
     (tmp_path / "made").rename(tmp_path / "mounted")
     for name in MODELS:
         assert (tmp_path / "mounted" / name / "config.json").read_text("utf-8") == f"{name} first"
 
 
-def test_a_name_goes_over_to_the_model_that_was_made_last(tmp_path, trained):
+def test_link_points_to_the_newest_model(tmp_path, trained):
     prepare.main(tmp_path)
     trained.append("second")
     prepare.main(tmp_path)

@@ -1,4 +1,4 @@
-"""The demo's child processes: output in logs, failures with the log's end."""
+"""The demo's child processes and their logs."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def python(code: str) -> list[str]:
     return [sys.executable, "-c", code]
 
 
-def test_output_reaches_the_log_and_the_caller_line_by_line(tmp_path: Path) -> None:
+def test_run_logged_sends_lines_to_log_and_caller(tmp_path: Path) -> None:
     lines: list[str] = []
     run_logged(
         python("import sys; print('one'); print('two', file=sys.stderr)"), tmp_path / "l" / "x.log", lines.append
@@ -27,7 +27,7 @@ def test_output_reaches_the_log_and_the_caller_line_by_line(tmp_path: Path) -> N
     assert sorted((tmp_path / "l" / "x.log").read_text(encoding="utf-8").split()) == ["one", "two"]
 
 
-def test_a_failed_command_is_reported_with_the_end_of_its_log(tmp_path: Path) -> None:
+def test_failed_command_raises_with_the_end_of_its_log(tmp_path: Path) -> None:
     code = "import sys\nfor i in range(99): print('line', i)\nsys.exit('the reason')"
     with pytest.raises(DemoError, match="code 1") as caught:
         run_logged(python(code), tmp_path / "x.log")
@@ -36,7 +36,7 @@ def test_a_failed_command_is_reported_with_the_end_of_its_log(tmp_path: Path) ->
     assert "line 3\n" not in str(caught.value)
 
 
-def test_a_caller_that_gives_up_leaves_no_process(tmp_path: Path) -> None:
+def test_process_ends_if_the_caller_raises(tmp_path: Path) -> None:
     def give_up(line: str) -> None:
         raise KeyboardInterrupt(line)
 
@@ -48,7 +48,7 @@ def test_a_caller_that_gives_up_leaves_no_process(tmp_path: Path) -> None:
         os.kill(int(str(caught.value)), 0)
 
 
-def test_the_demo_does_not_empty_a_folder_that_is_not_its_own(tmp_path: Path) -> None:
+def test_demo_refuses_to_empty_a_foreign_folder(tmp_path: Path) -> None:
     theirs = tmp_path / "runs" / "precious.txt"
     theirs.parent.mkdir()
     theirs.touch()
@@ -57,6 +57,6 @@ def test_the_demo_does_not_empty_a_folder_that_is_not_its_own(tmp_path: Path) ->
     assert theirs.exists()
 
 
-def test_progress_of_pretraining_needs_no_torch() -> None:
+def test_demo_config_and_processes_do_not_import_torch() -> None:
     code = "import sys, experiments.demo.demo_config, experiments.demo.demo_processes; sys.exit('torch' in sys.modules)"
     assert subprocess.run(python(code), check=False).returncode == 0

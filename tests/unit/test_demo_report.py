@@ -1,8 +1,7 @@
-"""The demo's figures, verdict, table, picture and page, from made-up runs."""
+"""The demo's results, verdict, table, picture and page from made-up runs."""
 
 from __future__ import annotations
 
-import io
 import json
 import math
 import re
@@ -11,14 +10,14 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from rich.console import Console
 
 from experiments.demo import results as gather
 from experiments.demo.demo_charts import draw_picture
 from experiments.demo.demo_config import ARMS, DemoPaths
 from experiments.demo.demo_page import render_page
-from experiments.demo.demo_report import HEADINGS, plain_table, show, table_rows, verdict, write_report
-from experiments.demo.results import Arm, Curve, Replay, ResultError, Results
+from experiments.demo.demo_report import HEADINGS, table_rows, text_table, verdict, write_report
+from experiments.demo.results import Arm, Replay, ResultError, Results
+from kvdistill.report.finished_runs import Run
 
 REPORT_KEYS = {
     "arms",
@@ -36,8 +35,8 @@ REPORT_KEYS = {
 
 def arm(*accuracy: float, kv_loss: float | None) -> Arm:
     steps = [100, 200, 300]
-    curve = Curve(steps, [0.15, 0.5 * accuracy[0] + 0.07, accuracy[0]])
-    losses = Curve([], []) if kv_loss is None else Curve(steps, [1.1, 0.5 + kv_loss / 2, kv_loss])
+    curve = list(zip(steps, [0.15, 0.5 * accuracy[0] + 0.07, accuracy[0]], strict=True))
+    losses = [] if kv_loss is None else list(zip(steps, [1.1, 0.5 + kv_loss / 2, kv_loss], strict=True))
     return Arm(list(accuracy), [kv_loss] * len(accuracy), curve, losses)
 
 
@@ -64,7 +63,7 @@ def results() -> Results:
     )
 
 
-def test_the_report_holds_exactly_the_agreed_keys(results: Results, tmp_path: Path) -> None:
+def test_report_json_has_the_documented_keys(results: Results, tmp_path: Path) -> None:
     paths = write_report(results, tmp_path / "out")
     assert [path.name for path in paths] == ["report.json", "report.png", "report.html"]
     report = json.loads(paths[0].read_text(encoding="utf-8"))
@@ -76,14 +75,14 @@ def test_the_report_holds_exactly_the_agreed_keys(results: Results, tmp_path: Pa
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == sorted(path.name for path in paths)
 
 
-def test_a_good_run_is_summed_up_with_its_own_figures(results: Results) -> None:
+def test_verdict_of_expected_results_has_their_values(results: Results) -> None:
     assert results.misses() == []
     said = " ".join(verdict(results))
     for figure in ("14.5%", "99.5%", "14.3%", "2345", "19456", "3.4%", "64 steps"):
         assert figure in said
 
 
-def test_every_arm_that_misses_its_limit_is_named(results: Results) -> None:
+def test_misses_name_every_arm_outside_its_limit(results: Results) -> None:
     bad = replace(
         results,
         arms=results.arms
@@ -95,7 +94,7 @@ def test_every_arm_that_misses_its_limit_is_named(results: Results) -> None:
     assert misses[1].startswith("shuffled_kv, seed 1: 31.0%")
     said = verdict(bad)
     assert said[0] == "NOT as expected:"
-    assert not any("lift the accuracy" in sentence for sentence in said)
+    assert not any("raise the accuracy" in sentence for sentence in said)
 
 
 @pytest.mark.parametrize(
@@ -108,9 +107,7 @@ def test_every_arm_that_misses_its_limit_is_named(results: Results) -> None:
         (Replay(0, float("inf"), same_steps=True), False),
     ],
 )
-def test_the_replay_matches_only_with_the_same_losses_at_the_same_steps(
-    results: Results, replay: Replay, *, matches: bool
-) -> None:
+def test_replay_matches_only_with_equal_losses_and_steps(results: Results, replay: Replay, *, matches: bool) -> None:
     compared = replace(results, replay=replay)
     assert compared.as_json()["offline_matches_online"] is matches
     assert any("from the store" in miss for miss in compared.misses()) is not matches
@@ -129,7 +126,7 @@ class Outside(HTMLParser):
         self.addresses += [value or "" for name, value in attrs if name in {"src", "srcset", "href", "data"}]
 
 
-def test_the_page_loads_nothing_from_outside_and_fits_phones_and_dark_screens(results: Results) -> None:
+def test_page_is_self_contained_and_fits_phones_and_dark_screens(results: Results) -> None:
     page = render_page(results, HEADINGS, table_rows(results), verdict(results))
     parser = Outside()
     parser.feed(page)
@@ -144,33 +141,26 @@ def test_the_page_loads_nothing_from_outside_and_fits_phones_and_dark_screens(re
         assert f"<td>{name}</td>" in page
 
 
-def test_text_in_the_page_is_escaped(results: Results) -> None:
+def test_page_escapes_text(results: Results) -> None:
     page = render_page(replace(results, facts={"<b>": "a & b"}), HEADINGS, [], ["1 < 2"])
     assert "&lt;b&gt;" in page
     assert "a &amp; b" in page
     assert "1 &lt; 2" in page
 
 
-def test_the_picture_is_a_png_even_where_no_arm_has_a_kv_loss(results: Results) -> None:
+def test_picture_is_drawn_without_kv_losses(results: Results) -> None:
     bare = {name: arm(0.5, kv_loss=None) for name in ARMS}
     for drawn in (draw_picture(results), draw_picture(replace(results, arms=bare, stages_ms={}))):
         assert drawn.startswith(b"\x89PNG\r\n\x1a\n")
 
 
-def test_off_a_terminal_the_table_is_plain_columns(results: Results) -> None:
-    stream = io.StringIO()
-    show(table_rows(results), ["said"], Console(file=stream, force_terminal=False))
-    lines = stream.getvalue().splitlines()
-    assert lines == [*plain_table([HEADINGS, *table_rows(results)]), "said"]
+def test_table_has_aligned_columns_in_ascii(results: Results) -> None:
+    lines = text_table([HEADINGS, *table_rows(results)])
     assert re.match(r"kv_two_teachers\s+100\.0% / 99\.0%\s+0\.120 / 0\.120\s+answer", lines[1])
-    assert stream.getvalue().isascii()
-
-
-def test_on_a_terminal_the_table_is_drawn(results: Results) -> None:
-    stream = io.StringIO()
-    show(table_rows(results), ["[said]"], Console(file=stream, force_terminal=True, width=120))
-    assert "┏" in stream.getvalue()
-    assert "[said]" in stream.getvalue()
+    assert "".join(lines).isascii()
+    assert {line.index(cell) for line, cell in zip(lines[:2], ("what the", "answer,"), strict=True)} == {
+        lines[0].index("what the")
+    }
 
 
 def write_run(run: Path, metrics: list[dict[str, float]], accuracy: float | None, kv_loss: float | None) -> None:
@@ -180,30 +170,30 @@ def write_run(run: Path, metrics: list[dict[str, float]], accuracy: float | None
     (run / "result.json").write_text(json.dumps({"test_accuracy": accuracy, "seconds": 1.0}), encoding="utf-8")
 
 
-def test_an_arm_is_read_from_its_runs(tmp_path: Path) -> None:
-    layout = DemoPaths(tmp_path)
+def test_gather_arm_reads_all_seeds(tmp_path: Path) -> None:
+    paths = DemoPaths(tmp_path)
     lines = [
         {"step": 20, "train/loss": 3.0, "train/kv_loss": 1.0},
         {"step": 40, "train/loss": 2.0, "train/kv_loss": 0.5},
         {"step": 40, "val/task_metrics/accuracy": 0.75},
     ]
-    write_run(layout.run("kv_one_teacher-seed0"), lines, 0.9, 0.4)
-    write_run(layout.run("kv_one_teacher-seed1"), [], 0.8, None)
-    found = gather.gather_arm("kv_one_teacher", 2, layout)
-    assert found == Arm([0.9, 0.8], [0.4, None], Curve([40], [0.75]), Curve([20, 40], [1.0, 0.5]))
+    write_run(paths.run("kv_one_teacher-seed0"), lines, 0.9, 0.4)
+    write_run(paths.run("kv_one_teacher-seed1"), [], 0.8, None)
+    found = gather.gather_arm([paths.run(f"kv_one_teacher-seed{seed}") for seed in range(2)])
+    assert found == Arm([0.9, 0.8], [0.4, None], [(40, 0.75)], [(20, 1.0), (40, 0.5)])
     with pytest.raises(ResultError, match=r"kv_one_teacher-seed2.*missing"):
-        gather.gather_arm("kv_one_teacher", 3, layout)
+        gather.gather_arm([paths.run("kv_one_teacher-seed2")])
 
 
-def test_stages_are_those_of_one_request_to_one_teacher() -> None:
+def test_stages_ms_is_per_request_and_teacher() -> None:
     lines = [
         {"step": 20, "kv/prefill_s": 0.8, "kv/stall_s": 0.03},
         {"step": 20, "val/loss": 1.0},
         {"step": 40, "kv/prefill_s": 0.4, "kv/stall_s": 0.01},
     ]
-    found = gather.stages_ms(lines, samples=30, teachers=2)
+    found = gather.stages_ms(Run("run", Path(), lines), samples=30, teachers=2)
     assert found == pytest.approx({"prefill": 10.0, "stall": 10.0})
-    assert gather.stages_ms([{"step": 1}], samples=30, teachers=2) == {}
+    assert gather.stages_ms(Run("run", Path(), [{"step": 1}]), samples=30, teachers=2) == {}
 
 
 @pytest.mark.parametrize(
@@ -215,13 +205,13 @@ def test_stages_are_those_of_one_request_to_one_teacher() -> None:
         ([(1, 9.0, 9.0), (2, 1.5, math.nan)], Replay(2, math.nan, same_steps=True)),
     ],
 )
-def test_the_replay_is_compared_step_by_step(
+def test_gather_replay_compares_every_step(
     tmp_path: Path, offline: list[tuple[int, float, float]], expected: Replay
 ) -> None:
-    layout = DemoPaths(tmp_path)
+    paths = DemoPaths(tmp_path)
     for mode, losses in (("record", [(1, 2.0, 0.5), (2, 1.5, 0.25)]), ("offline", offline)):
         lines = [{"step": step, "train/loss": loss, "train/kv_loss": kv} for step, loss, kv in losses]
-        write_run(layout.run(mode), lines, None, None)
-    found = gather.gather_replay(layout)
+        write_run(paths.run(mode), lines, None, None)
+    found = gather.gather_replay(paths)
     assert (found.steps, found.same_steps) == (expected.steps, expected.same_steps)
     assert found.largest_difference == pytest.approx(expected.largest_difference, abs=0.0, nan_ok=True)

@@ -1,4 +1,4 @@
-"""Child processes: ended when asked, and when whoever started them is gone."""
+"""Child processes end when asked and when their parent ends."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def wait_for_line(log: Path) -> str:
     return log.read_text(encoding="utf-8").strip()
 
 
-def test_a_process_that_ignores_sigterm_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_end_kills_process_that_ignores_sigterm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(processes, "STOP_SECONDS", 0.2)
     code = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('on', flush=True); time.sleep(60)"
     process = start_logged(python(code), tmp_path / "x.log")
@@ -36,7 +36,7 @@ def test_a_process_that_ignores_sigterm_is_killed(tmp_path: Path, monkeypatch: p
     assert process.returncode == -signal.SIGKILL
 
 
-def test_a_tied_process_ends_when_its_parent_is_killed(tmp_path: Path) -> None:
+def test_child_ends_when_its_parent_is_killed(tmp_path: Path) -> None:
     log = tmp_path / "child.log"
     parent = subprocess.Popen(
         python(
@@ -52,7 +52,7 @@ def test_a_tied_process_ends_when_its_parent_is_killed(tmp_path: Path) -> None:
     assert not psutil.pid_exists(child.pid)
 
 
-def test_a_tied_process_is_the_command_itself_with_its_exit_status(tmp_path: Path) -> None:
+def test_killed_with_parent_keeps_pid_and_exit_status(tmp_path: Path) -> None:
     process = start_logged(killed_with_parent(python("import sys; print('said'); sys.exit(7)")), tmp_path / "x.log")
     assert process.wait(30) == 7
     assert wait_for_line(tmp_path / "x.log") == "said"

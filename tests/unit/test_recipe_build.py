@@ -1,4 +1,4 @@
-"""From the recipe's settings to the trainer's configuration."""
+"""The trainer's configuration that the recipe's settings give."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def test_flags_reach_the_trainer() -> None:
     assert config(max_steps=7).run.epochs is None
 
 
-def test_a_phase_is_its_way_of_fusing() -> None:
+def test_training_phase_selects_the_fusion_strategy() -> None:
     assert [config(train_phase=phase).fuse.kind for phase in ("1", "2", "3")] == ["fixed", "similarity", "learnable"]
     router = config(fusion_strategy="learnable", router_type="gate", router_hidden_dim=8, entropy_reg_weight=0.05).fuse
     assert (router.router, router.router_width, router.entropy_weight) == ("gate", 8, 0.05)
@@ -75,7 +75,7 @@ def test_a_phase_is_its_way_of_fusing() -> None:
     assert (warm.metric, warm.temperature, warm.temperature_floor, warm.temperature_decay) == ("dot", 0.7, 0.7, 0.0)
 
 
-def test_all_phases_follow_one_another_in_the_guides_folders() -> None:
+def test_all_phases_become_stages_in_the_guides_folders() -> None:
     made = config(train_phase="all", head_adapt_strategy="linear", layer_map_strategy="learned")
     stages = [made.stage(index) for index in range(3)]
     assert [stage.run.output_dir.name for stage in stages] == ["stage1_fixed", "stage2_similarity", "stage3_learnable"]
@@ -95,7 +95,7 @@ def test_all_phases_follow_one_another_in_the_guides_folders() -> None:
         ("token", "r_kv", ("r_kv", 24, "reasoning"), "none"),
     ],
 )
-def test_compression_says_which_tokens_leave_a_teacher(
+def test_compression_selects_the_tokens_that_teachers_send(
     mode: str, compression: str, selected: tuple[str, int, str], time: str
 ) -> None:
     made = config(student_mode=mode, kv_compression=compression)
@@ -104,28 +104,28 @@ def test_compression_says_which_tokens_leave_a_teacher(
     assert made.align.time == time
 
 
-def test_a_store_is_kept_beside_the_run_unless_it_is_named() -> None:
+def test_store_is_in_the_output_directory_by_default() -> None:
     assert config(kv_mode="online").kv.store is None
     assert config(kv_mode="record").kv.store == Path("out/kv_store")
     assert config(kv_mode="offline", kv_store=Path("store")).kv.store == Path("store")
 
 
-def test_fewer_teachers_are_the_first_ones() -> None:
+def test_num_teachers_selects_the_first_teachers() -> None:
     assert [teacher.name for teacher in config(num_teachers=1).teachers] == ["Qwen2.5-7B"]
 
 
-def test_quantised_teachers_compute_in_the_type_that_was_named() -> None:
+def test_quantised_teachers_use_the_given_compute_dtype() -> None:
     chosen = settings(load_in_4bit=True, bnb_4bit_compute_dtype="float16")
     assert serve_flags(chosen) == {"dtype": "fp16", "load_in_8bit": False, "load_in_4bit": True}
     assert serve_flags(settings())["dtype"] == "auto"
 
 
-def test_what_does_not_go_together_shows_before_anything_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_check_raises_for_inconsistent_settings(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(FieldError, match=r"no teacher is named 'Qwen2\.5-7'; did you mean 'Qwen2\.5-7B'"):
         check(settings(teacher_endpoints=("Qwen2.5-7=n:1",)), DATA, 1)
     with pytest.raises(FieldError, match=r"teacher 'Qwen2\.5-14B' has no endpoint"):
         check(settings(teacher_endpoints=("Qwen/Qwen2.5-7B=n:1",)), DATA, 1)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    with pytest.raises(ConfigError, match="ranks on other nodes cannot reach servers started here"):
+    with pytest.raises(ConfigError, match="ranks on other nodes cannot reach servers that this command starts"):
         check(settings(), DATA, 4)
     assert check(settings(), DATA, 2) == {}

@@ -1,4 +1,4 @@
-"""The recipe's flags: the guide's names, values as they are written there, and mistakes named."""
+"""The recipe's flags: names and values of the guide, and errors."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def read(*flags: str) -> RecipeSettings:
     return FLAGS.read([*NEEDED, *flags], "recipe")
 
 
-def test_every_flag_of_the_guide_is_there_and_every_field_is_described() -> None:
+def test_every_flag_of_the_guide_exists_and_every_field_is_described() -> None:
     known = {flag.removeprefix("--").replace("-", "_") for flag, _, _ in FLAGS.completions()}
     assert set(GUIDE) <= known
     assert [name for name, field in RecipeSettings.model_fields.items() if not field.description] == []
@@ -82,7 +82,7 @@ def test_dashes_and_underscores_are_interchangeable(flag: str, value: str) -> No
     assert (settings.student_model_name_or_path, settings.kv_compression) == ("s", "r_kv")
 
 
-def test_values_are_read_as_the_guide_writes_them() -> None:
+def test_values_in_the_guides_form_are_parsed() -> None:
     settings = read(
         *("--load_in_8bit", "true", "--bf16", "false", "--bnb_4bit_compute_dtype", "bfloat16"),
         *("--fixed_weights", "0.25,0.75", "--learning_rate", "2e-5", "--kv_compression", "r-kv"),
@@ -98,7 +98,7 @@ def test_values_are_read_as_the_guide_writes_them() -> None:
     assert read("--fixed_weights", "0.25", "0.75").fixed_weights == (0.25, 0.75)
 
 
-def test_defaults_are_the_guides() -> None:
+def test_defaults_match_the_guide() -> None:
     settings = read()
     assert (settings.per_device_train_batch_size, settings.gradient_accumulation_steps) == (2, 16)
     assert (settings.learning_rate, settings.warmup_ratio) == (2e-5, 0.1)
@@ -106,7 +106,7 @@ def test_defaults_are_the_guides() -> None:
     assert (TRAIN_SAMPLES, VAL_SAMPLES, settings.math23k_ratio) == (15000, 2000, 0.2)
 
 
-def test_flags_win_over_the_file(tmp_path: Path) -> None:
+def test_flags_override_the_file(tmp_path: Path) -> None:
     path = tmp_path / "run.yaml"
     path.write_text("teacher_models: [a, b, c]\nseed: 3\nlearning_rate: 1e-3\nfixed_weights: [1, 2, 3]\n")
     flags = ("--config", str(path), "--student_model", "s", "--output_dir", "out", "--seed", "4")
@@ -146,13 +146,13 @@ def test_flags_win_over_the_file(tmp_path: Path) -> None:
         ("stray --seed 1", "'stray': no flag before it"),
     ],
 )
-def test_a_mistake_is_named_as_its_flag(flags: str, problem: str) -> None:
+def test_wrong_value_raises_with_the_flags_name(flags: str, problem: str) -> None:
     with pytest.raises(ConfigError) as caught:
         FLAGS.read([*flags.split()[:1], *NEEDED] if flags.startswith("stray") else [*NEEDED, *flags.split()], "recipe")
     assert str(caught.value).startswith(problem)
 
 
-def test_a_missing_flag_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+def test_missing_flag_raises_with_its_name(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--student_model", "s", "--output_dir", "out"]) == 2
     assert capsys.readouterr().err == "train_multi_teacher_kv.py: --teacher-models: is required\n"
 
@@ -169,7 +169,7 @@ def test_help_has_examples_and_loads_nothing_heavy() -> None:
 
 
 @pytest.mark.parametrize("path", sorted((REPOSITORY / "configs" / "experiments").glob("*.yaml")), ids=lambda p: p.stem)
-def test_every_scenario_that_ships_is_valid(path: Path) -> None:
+def test_shipped_scenarios_are_valid(path: Path) -> None:
     settings = FLAGS.read(["--config", str(path)], "recipe")
     assert settings.train_phase == "all"
     # What its heading says to type.

@@ -1,4 +1,4 @@
-"""Jobs: who runs on which node, and what the scripts' environment variables mean."""
+"""Placement of a job's processes, and the environment variables of the job scripts."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def nodes(count: int) -> list[Node]:
     return [Node(f"n{number}", f"10.0.0.{number}") for number in range(1, count + 1)]
 
 
-def test_each_teacher_gets_a_node_and_the_ranks_the_others() -> None:
+def test_each_teacher_gets_a_node_and_ranks_use_the_others() -> None:
     n1, n2, n3, n4 = nodes(4)
     layout = lay_out([n1, n2, n3, n4], 8, ["a", "b"])
     assert layout.trainers == (n1, n2)
@@ -47,7 +47,7 @@ def test_each_teacher_gets_a_node_and_the_ranks_the_others() -> None:
     assert layout.teachers == {"a": (ServerPlacement(n3, "cuda:0"),), "b": (ServerPlacement(n4, "cuda:0"),)}
 
 
-def test_servers_share_nodes_where_there_are_fewer() -> None:
+def test_servers_share_nodes_if_there_are_too_few() -> None:
     n1, n2, n3 = nodes(3)
     layout = lay_out([n1, n2, n3], 8, ["a", "b", "c"], replicas=2)
     assert layout.trainers == (n1,)
@@ -57,7 +57,7 @@ def test_servers_share_nodes_where_there_are_fewer() -> None:
     assert len(set(places)) == 6
 
 
-def test_on_one_node_servers_take_the_last_gpus_and_ranks_the_first() -> None:
+def test_servers_take_the_last_gpus_of_a_single_node() -> None:
     (n1,) = nodes(1)
     layout = lay_out([n1], 4, ["a", "b"])
     assert (layout.gpus, layout.ranks_per_node) == ((0, 1), 2)
@@ -77,7 +77,7 @@ def test_without_teachers_every_node_trains() -> None:
 
 
 @pytest.mark.parametrize(("count", "gpus", "teachers"), [(1, 2, "ab"), (2, 2, "abc")])
-def test_too_few_gpus_are_refused(count: int, gpus: int, teachers: str) -> None:
+def test_too_few_gpus_raise(count: int, gpus: int, teachers: str) -> None:
     with pytest.raises(ConfigError, match=f"{len(teachers)} servers and the training do not fit on {count} nodes"):
         lay_out(nodes(count), gpus, list(teachers))
 
@@ -121,7 +121,7 @@ def test_scripts_set_every_variable_of_the_guide(script: str) -> None:
         assert name in VARIABLES
 
 
-def test_gpus_are_those_of_the_allocation() -> None:
+def test_job_settings_use_the_allocations_gpus() -> None:
     assert job_settings({"SLURM_GPUS_ON_NODE": "8"}, local=False).gpus == 8
     assert job_settings({"SLURM_GPUS_ON_NODE": "8", "DEVICE": "cpu"}, local=False).gpus == 0
     how = job_settings({"TEACHER_REPLICAS": "2", "RANKS_PER_NODE": "4", "LOG_DIR": "there"}, local=False)

@@ -1,4 +1,4 @@
-"""The report of training runs: what it finds, says, draws, and what it says is missing."""
+"""`kvdistill report`: runs, table, pictures and messages about missing ones."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from matplotlib.figure import Figure
 from matplotlib.image import imread
 
 from kvcore.errors import ConfigError
-from kvdistill.report.chart_style import LIGHT, draw
 from kvdistill.report.finished_runs import find_runs, read_run
 from kvdistill.report.report_charts import kv_by_layer, pictures, weights_by_dataset
 from kvdistill.report.report_table import comparison, comparison_csv, markdown
 from kvdistill.report.write_report import write_report
+from student_trainer.monitoring.chart_style import LIGHT, draw
 from tests.support.finished_runs import write_run
 
 STAGES = ("stage1_fixed", "stage2_similarity", "stage3_learnable")
@@ -51,7 +51,7 @@ class Page(HTMLParser):
         self.words.append(data)
 
 
-def test_runs_are_found_below_a_folder_in_order_once_and_named_by_what_tells_them_apart(stages: Path) -> None:
+def test_find_runs_returns_each_run_once_with_a_unique_name(stages: Path) -> None:
     (stages / STAGES[0] / "checkpoints" / "step-1").mkdir(parents=True)
     (stages / STAGES[0] / "checkpoints" / "step-1" / "summary.json").write_text("{}")
     assert [run.name for run in find_runs([stages, stages / STAGES[1]])] == list(STAGES)
@@ -60,9 +60,9 @@ def test_runs_are_found_below_a_folder_in_order_once_and_named_by_what_tells_the
     assert [run.name for run in find_runs([other, stages])] == ["other/run", *(f"{stages.name}/{s}" for s in STAGES)]
 
 
-def test_a_folder_without_runs_is_an_error_that_names_it(stages: Path) -> None:
+def test_folder_without_runs_raises_with_its_name(stages: Path) -> None:
     (stages.parent / "empty").mkdir()
-    with pytest.raises(ConfigError, match="empty: holds no run"):
+    with pytest.raises(ConfigError, match="empty: has no run"):
         find_runs([stages, stages.parent / "empty"])
     with pytest.raises(ConfigError, match="nowhere: no such folder"):
         find_runs([stages.parent / "nowhere"])
@@ -77,7 +77,7 @@ def test_a_folder_without_runs_is_an_error_that_names_it(stages: Path) -> None:
         ("metrics.jsonl", "[1]\n", "expected a JSON object"),
     ],
 )
-def test_a_damaged_file_is_an_error_that_names_it(tmp_path: Path, file: str, text: str, said: str) -> None:
+def test_damaged_file_raises_with_its_name(tmp_path: Path, file: str, text: str, said: str) -> None:
     run = write_run(tmp_path / "run")
     (run / file).write_text(text)
     with pytest.raises(ConfigError, match=said) as caught:
@@ -85,14 +85,14 @@ def test_a_damaged_file_is_an_error_that_names_it(tmp_path: Path, file: str, tex
     assert str(run / file) in str(caught.value)
 
 
-def test_a_line_that_is_being_written_is_not_read(tmp_path: Path) -> None:
+def test_incomplete_last_line_is_ignored(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run")
     with (run / "metrics.jsonl").open("a", encoding="utf-8") as file:
         file.write('{"step": 40, "trai')
     assert read_run(run, "run").steps == 30
 
 
-def test_figures_at_the_best_step_are_those_of_that_validation(stages: Path) -> None:
+def test_validation_is_that_of_the_best_step(stages: Path) -> None:
     _, second, third = find_runs([stages])
     assert second.validation["step"] == 20
     # One that has not ended has no best step yet.
@@ -105,12 +105,12 @@ def test_figures_at_the_best_step_are_those_of_that_validation(stages: Path) -> 
     assert [error for _, error in kv_by_layer(second, "v")] == pytest.approx([0.4, 0.41, 0.42])
 
 
-def test_layers_are_in_the_order_of_their_numbers(tmp_path: Path) -> None:
+def test_layers_are_sorted_by_number(tmp_path: Path) -> None:
     run = read_run(write_run(tmp_path / "run", layers=12), "run")
     assert [layer for layer, _ in kv_by_layer(run, "k")] == list(range(12))
 
 
-def test_the_table_has_every_dataset_and_says_what_is_not_known(stages: Path) -> None:
+def test_table_has_every_dataset_and_marks_unknown_values(stages: Path) -> None:
     headings, rows = comparison(find_runs([stages]))
     assert headings[:4] == ["run", "val", "gsm8k_test", "average"]
     assert rows[1][:5] == [STAGES[1], "60.0", "61.2 [58.5, 64.0]", "60.0", "0.400"]
@@ -120,7 +120,7 @@ def test_the_table_has_every_dataset_and_says_what_is_not_known(stages: Path) ->
     assert markdown(["a", "b"], [["x|y", "1"]]) == "| a | b |\n| --- | --- |\n| x\\|y | 1 |\n"
 
 
-def test_the_csv_holds_every_figure_apart(stages: Path) -> None:
+def test_csv_has_every_value_in_its_own_column(stages: Path) -> None:
     rows = list(csv.DictReader(io.StringIO(comparison_csv(find_runs([stages])))))
     assert [row["run"] for row in rows] == list(STAGES)
     second = rows[1]
@@ -163,7 +163,7 @@ def test_the_report_writes_page_tables_and_pictures(stages: Path, capsys: pytest
         ("kv_loss_by_layer", '"val/kv_loss/v/layer0": 0.4', '"val/kv_loss/v/layer0": 0.6'),
     ],
 )
-def test_pictures_follow_the_figures(tmp_path: Path, name: str, figure: str, other: str) -> None:
+def test_pictures_depend_on_the_values(tmp_path: Path, name: str, figure: str, other: str) -> None:
     run = write_run(tmp_path / "run", by_dataset={"gsm8k": 0.9})
 
     def drawn() -> bytes:
@@ -179,7 +179,7 @@ def test_pictures_follow_the_figures(tmp_path: Path, name: str, figure: str, oth
     assert drawn() != before
 
 
-def test_what_cannot_be_drawn_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_missing_pictures_are_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / "scores"
     folder.mkdir()
     (folder / "eval_results.json").write_text(json.dumps({**MEASURED, "average": 61.25}))
@@ -198,7 +198,7 @@ def test_what_cannot_be_drawn_is_said(tmp_path: Path, capsys: pytest.CaptureFixt
     assert "unfinished" not in page
 
 
-def test_more_runs_than_colours_can_be_told_apart(tmp_path: Path) -> None:
+def test_more_runs_than_colours_are_distinguishable(tmp_path: Path) -> None:
     for number in range(10):
         write_run(tmp_path / "runs" / f"run{number}")
     drawn, missing = pictures(find_runs([tmp_path / "runs"]))

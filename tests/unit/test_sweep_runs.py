@@ -1,4 +1,4 @@
-"""A sweep's file becomes runs, all of them checked before any begins."""
+"""A sweep's configuration and the runs that it gives."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from kvcore.errors import ConfigError, FieldError
 from kvdistill.sweep import sweep_table as table
 from kvdistill.sweep.sweep_config import SweepConfig
 from kvdistill.sweep.sweep_runs import SweepRun, plan
-from kvdistill.sweep.sweep_table import Mean, Row, student_quantile
+from kvdistill.sweep.sweep_table import Mean, Row
 
 SHIPPED = Path(__file__).resolve().parents[2] / "configs" / "sweeps"
 
@@ -36,7 +36,7 @@ def planned(**changes: Any) -> list[SweepRun]:
     return plan(parse(tree(**changes), SweepConfig))
 
 
-def test_every_combination_meets_every_seed_in_a_folder_of_its_own() -> None:
+def test_plan_has_every_combination_and_seed_in_its_own_folder() -> None:
     runs = planned()
     assert [run.name for run in runs] == [
         f"{compression}/{share}/seed{seed}"
@@ -57,7 +57,7 @@ def test_flags_reach_the_settings_with_their_types() -> None:
     assert (last.settings.seed, last.settings.output_dir) == (1, last.directory)
 
 
-def test_options_win_over_flags_and_flags_over_the_file_of_flags(tmp_path: Path) -> None:
+def test_options_override_flags_and_flags_override_the_config_file(tmp_path: Path) -> None:
     base = tmp_path / "base.yaml"
     base.write_text(yaml.safe_dump({"max_steps": 1, "max_length": 7, "kv_loss_type": "mse"}), encoding="utf-8")
     settings = planned(config=str(base), matrix={"kv_loss_type": ["cka"]})[0].settings
@@ -89,19 +89,19 @@ def test_options_win_over_flags_and_flags_over_the_file_of_flags(tmp_path: Path)
         ({"comand": "x"}, "did you mean 'command'?"),
     ],
 )
-def test_a_mistake_in_any_run_is_named_before_the_first_begins(changes: dict[str, Any], said: str) -> None:
+def test_plan_raises_for_a_wrong_setting_of_any_run(changes: dict[str, Any], said: str) -> None:
     with pytest.raises(ConfigError) as caught:
         planned(**changes)
     assert said in str(caught.value)
 
 
-def test_a_program_that_is_not_there_is_named() -> None:
+def test_missing_program_raises_with_its_name() -> None:
     with pytest.raises(ConfigError, match="no program 'torchrum'"):
         _ = planned(command="torchrum train.py")[0].command
 
 
 @pytest.mark.parametrize("path", sorted(SHIPPED.glob("*.yaml")), ids=lambda path: path.stem)
-def test_shipped_sweeps_are_possible(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_shipped_sweeps_are_valid(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(SHIPPED.parents[1])
     runs = plan(load_config(path, [], SweepConfig))
     assert len({run.training for run in runs}) == len(runs)
@@ -110,15 +110,7 @@ def test_shipped_sweeps_are_possible(path: Path, monkeypatch: pytest.MonkeyPatch
     assert len(runs[0].sweep.seeds) >= 3
 
 
-@pytest.mark.parametrize(
-    ("degrees", "quantile"),
-    [(1, 12.7062), (2, 4.3027), (3, 3.1824), (4, 2.7764), (9, 2.2622), (30, 2.0423), (99, 1.9842)],
-)
-def test_quantiles_are_those_of_the_t_table(degrees: int, quantile: float) -> None:
-    assert student_quantile(degrees) == pytest.approx(quantile, abs=1e-4)
-
-
-def test_intervals_are_students() -> None:
+def test_mean_has_students_t_interval() -> None:
     mean = Mean.of([50.0, 52.0, 57.0])
     assert mean.value == 53.0
     assert mean.half == pytest.approx(4.30265 * math.sqrt(13.0 / 3), rel=1e-5)
@@ -126,7 +118,7 @@ def test_intervals_are_students() -> None:
     assert Mean.of([2.0, 2.0]).half == 0.0
 
 
-def test_a_figure_that_a_seed_lacks_says_so() -> None:
+def test_cell_names_the_number_of_seeds_if_some_are_missing() -> None:
     row = Row(("right",), "", [0, 1, 2], {"val": [50.0, 52.0, 57.0], "bbh": [40.0], "KV loss": [0.5, 0.5]})
     assert table._cell(row, "val") == "53.0 ± 9.0"
     assert table._cell(row, "bbh") == "40.0 (1 of 3 seeds)"
@@ -134,6 +126,6 @@ def test_a_figure_that_a_seed_lacks_says_so() -> None:
     assert table._cell(row, "gpqa") == "-"
 
 
-def test_fields_of_the_wrong_type_are_refused() -> None:
+def test_field_of_wrong_type_raises() -> None:
     with pytest.raises(FieldError, match="seeds"):
         planned(seeds=["0"])

@@ -301,7 +301,7 @@ def load(config: ServeConfig) -> VLLMEngine:
     if not vllm.__version__.startswith(KNOWN_RELEASE):
         raise FieldError(
             "engine",
-            f"vllm {vllm.__version__} is installed; kvdistill supports {KNOWN_RELEASE}x only (docs/teachers.md)",
+            f"vllm {vllm.__version__} is installed; only {KNOWN_RELEASE}x is supported (docs/teachers.md)",
         )
     dtype = _dtype(config)
     reference, model = load_first_layers(config, REFERENCE_LAYERS, dtype)

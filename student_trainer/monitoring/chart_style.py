@@ -1,4 +1,4 @@
-"""What all charts share: colours for light and for dark surroundings, and drawing without a display."""
+"""The style of all charts: colours for light and dark backgrounds, and drawing without a display."""
 
 from __future__ import annotations
 
@@ -11,10 +11,12 @@ from matplotlib import rc_context
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from kvcore.monitoring import html_page
+
 
 @dataclass(frozen=True, slots=True)
 class Theme:
-    """Colours of one surrounding. `series`: of lines and bars, to be told apart in any order."""
+    """Colours of the background, text, faint lines, and of `series`: lines and bars that are easy to tell apart."""
 
     ground: str
     ink: str
@@ -34,29 +36,40 @@ DARK = Theme(
     "#3d444d",
     ("#5cb3ff", "#ff8a70", "#4fd1a1", "#c39bea", "#f0c95a", "#9aa4af", "#ff94d0", "#6ad7e8"),
 )
+Fill = Callable[[Figure, Theme], None]
 
 
-def draw(
-    fill: Callable[[Figure, Theme], None], theme: Theme, inches: tuple[float, float], kind: Literal["png", "svg"]
-) -> bytes:
-    """One picture, the same bytes whenever it is drawn.
+def draw(fill: Fill, theme: Theme, inches: tuple[float, float], kind: Literal["png", "svg"]) -> bytes:
+    """Draws one picture; the same input gives the same bytes.
 
     Args:
-        fill: puts axes and titles into the figure.
-        theme: the surrounding that it is for.
+        fill: adds axes and titles to the figure.
+        theme: the colours.
         inches: width and height.
-        kind: the format.
+        kind: the file format.
     """
-    with rc_context(_style(theme)):
+    with rc_context(style(theme)):
         figure = Figure(figsize=inches, layout="constrained")
-        FigureCanvasAgg(figure)
         fill(figure, theme)
-        buffer = io.BytesIO()
-        figure.savefig(buffer, format=kind, dpi=110, metadata={"Date": None} if kind == "svg" else None)
-        return buffer.getvalue()
+        return rendered(figure, kind)
 
 
-def _style(theme: Theme) -> dict[Any, Any]:
+def html_figure(title: str, fill: Fill, inches: tuple[float, float], caption: str = "") -> str:
+    """Draws a picture for an HTML page, for light and dark backgrounds."""
+    light, dark = (draw(fill, theme, inches, "svg") for theme in (LIGHT, DARK))
+    return html_page.figure(title, light, dark, caption)
+
+
+def rendered(figure: Figure, kind: Literal["png", "svg"]) -> bytes:
+    """The bytes of a figure."""
+    FigureCanvasAgg(figure)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format=kind, dpi=110, metadata={"Date": None} if kind == "svg" else None)
+    return buffer.getvalue()
+
+
+def style(theme: Theme) -> dict[Any, Any]:
+    """Matplotlib's settings for `rc_context`."""
     return {
         "font.size": 11,
         "axes.titlesize": 12,
