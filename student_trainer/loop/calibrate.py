@@ -1,4 +1,4 @@
-"""Before the first step: fits each teacher's alignment on training samples and measures the targets' scale."""
+"""Fits each teacher's alignment on training samples before the first step, and measures the targets' scale."""
 
 from __future__ import annotations
 
@@ -12,22 +12,20 @@ import torch.distributed as dist
 from align.calibration import Calibration, LayerCalibration, StudentRead
 from align.head_dim_adapter import TENSORS
 from data.records import Record
-from kvcore.errors import FieldError, KVDistillError
+from kvcore.errors import FieldError
 from kvcore.types import Tensor
+from student_trainer.loop.rank_failures import FailTogether, shared_failure
 from student_trainer.model.distill_model import DistillModel, TrainBatch
-from student_trainer.monitoring.phase_progress import watched
+from student_trainer.monitoring.phase_progress import show_progress
 
 logger = logging.getLogger(__name__)
 
 Batcher = Callable[[Sequence[Record]], TrainBatch]
 
 
-FailTogether = Callable[[KVDistillError | None], None]
-
-
 @dataclass(frozen=True, slots=True)
 class _Samples:
-    """This rank's share of the calibration samples, and how their batches are made."""
+    """This rank's share of the calibration samples, and the settings of their batches."""
 
     records: Sequence[Record]
     numbers: Sequence[int]
@@ -35,8 +33,8 @@ class _Samples:
     micro_batch: int
 
     def batches(self, what: str) -> Iterator[tuple[TrainBatch, Tensor]]:
-        """Micro-batches, and the numbers of their samples among all ranks'; `what` they are for is shown."""
-        for start in watched(what, range(0, len(self.records), self.micro_batch)):
+        """Micro-batches, and their samples' numbers among all ranks'. `what` describes the pass in the progress display."""
+        for start in show_progress(what, range(0, len(self.records), self.micro_batch)):
             chosen = slice(start, start + self.micro_batch)
             yield self.batcher(self.records[chosen]), torch.tensor(self.numbers[chosen])
 
@@ -52,13 +50,15 @@ def calibrate(
 ) -> None:
     """Fits all alignments of `model` in place; every rank ends with the same ones.
 
-    The samples are read once more where a layer map has to be found before an adapter can be fitted, and once more
-    where teachers are fused, so that none of their K/V has to be kept.
+    There is one more pass over the samples if a layer map must be found before an adapter can be fitted, and one more
+    if teachers are fused. So no K/V has to be kept in memory.
 
     Args:
+        model: changed in place.
         records: this rank's share of the calibration samples.
         numbers: each record's number among all ranks' calibration samples.
         batcher: fetches the teachers' K/V for records.
+        micro_batch: samples per batch.
         fail_together: called with this rank's error or None; raises on every rank if any had one.
 
     Raises:
@@ -66,10 +66,10 @@ def calibrate(
     """
     model.eval()
     samples = _Samples(records, numbers, batcher, micro_batch)
-    unmapped = {place: LayerCalibration(one) for place, one in enumerate(model.aligners) if one.needs_layer_pass}
+    unmapped = {index: LayerCalibration(one) for index, one in enumerate(model.aligners) if one.needs_layer_pass}
     if unmapped:
         _run("finding layers", model, samples, unmapped, fail_together)
-    calibrations = {place: Calibration(aligner) for place, aligner in enumerate(model.aligners)}
+    calibrations = {index: Calibration(aligner) for index, aligner in enumerate(model.aligners)}
     _run("fitting alignments", model, samples, calibrations, fail_together)
     if dist.get_rank() == 0:
         for name, aligner in zip(model.weights, model.aligners, strict=True):
@@ -88,16 +88,12 @@ def _run(
     calibrations: Mapping[int, Calibration | LayerCalibration],
     fail_together: FailTogether,
 ) -> None:
-    """One pass over the samples for the teachers at the given places."""
-    failure: KVDistillError | None = None
-    try:
+    """One pass over the samples. `calibrations`: by the index of their teacher."""
+    with shared_failure(fail_together):
         for batch, sample_B in samples.batches(what):
             read = _read(model, batch)
-            for place, calibration in calibrations.items():
-                calibration.update(batch.teachers[place], sample_B, read)
-    except KVDistillError as error:
-        failure = error
-    fail_together(failure)
+            for index, calibration in calibrations.items():
+                calibration.update(batch.teachers[index], sample_B, read)
     for calibration in calibrations.values():
         for tensor in calibration.tensors():
             dist.all_reduce(tensor)
@@ -105,7 +101,7 @@ def _run(
 
 
 def _read(model: DistillModel, batch: TrainBatch) -> StudentRead:
-    """The student's own K/V over the text that the teachers read."""
+    """The student's own K/V of the text that the teachers read."""
     tokens = batch.tokens
     text = model.student.read_text(tokens.text_ids_BT, tokens.text_mask_BT, predict=False)
     return StudentRead(text.k_BLHTD, text.v_BLHTD, tokens.text_byte_ends_BT)
@@ -115,14 +111,13 @@ def _fused_scale(model: DistillModel, samples: _Samples, fail_together: FailToge
     """Standard deviation and variance [L,K] of the fused targets.
 
     Raises:
-        FieldError: no slot of any sample holds a target, or the targets never vary.
+        FieldError: no sample has a target, or the targets never vary.
     """
     student, device = model.aligners[0].student, model.aligners[0].scale_LK.device
     count = torch.zeros(1, dtype=torch.float64, device=device)
     total_KLF = torch.zeros(len(TENSORS), student.layers, student.features, dtype=torch.float64, device=device)
     square_KLF = torch.zeros_like(total_KLF)
-    failure: KVDistillError | None = None
-    try:
+    with shared_failure(fail_together):
         for batch, _ in samples.batches("scaling targets"):
             k_BLHMD, v_BLHMD, mask_BM = model.fused(batch)
             rows, slots = mask_BM.nonzero(as_tuple=True)
@@ -131,9 +126,6 @@ def _fused_scale(model: DistillModel, samples: _Samples, fail_together: FailToge
                 x_NLF = x_BLHMD[rows, :, :, slots].flatten(2).double()
                 total_KLF[column] += x_NLF.sum(dim=0)
                 square_KLF[column] += x_NLF.square().sum(dim=0)
-    except KVDistillError as error:
-        failure = error
-    fail_together(failure)
     for tensor in (count, total_KLF, square_KLF):
         dist.all_reduce(tensor)
     mean_KLF = total_KLF / count

@@ -1,4 +1,4 @@
-"""Validation: the losses, the answers that the student writes, and where its K/V still err."""
+"""Validation: losses, accuracy of the student's answers, and the error of its K/V by layer and head."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from kvcore.types import Tensor
 from student_trainer.loop.greedy_answers import answer, is_correct, mean_over_ranks, rank_batches
 from student_trainer.loop.training_context import TrainingContext
 from student_trainer.model.distill_model import TrainBatch
-from student_trainer.monitoring.phase_progress import watched
+from student_trainer.monitoring.phase_progress import show_progress
 
 Fetch = Callable[[Sequence[Record]], TrainBatch]
 BY_DATASET = "val/by_dataset/"
@@ -26,19 +26,19 @@ _WEIGHTS = "routing/weights_mean/"
 
 @dataclass(frozen=True, slots=True)
 class Validation:
-    """`metrics` by their names in docs/metrics.md; `kv_error_KLH`: normalised error by tensor, layer and head."""
+    """`metrics`: by their names in docs/metrics.md. `kv_error_KLH`: normalised error by tensor, layer and head."""
 
     metrics: dict[str, float]
     kv_error_KLH: Tensor | None
 
-    def results(self, parts: TrainingContext, step: int) -> dict[str, Any]:
-        """What `eval_results.json` holds: one entry per dataset, scores in percent, and their average."""
+    def results(self, context: TrainingContext, step: int) -> dict[str, Any]:
+        """The content of `eval_results.json`: one entry for the validation file, and the average; in percent."""
         score = 100 * self.metrics["val/task_metrics/accuracy"]
         entry: dict[str, Any] = {
-            "dataset": parts.config.data.val.stem if parts.config.data.val else "val",
+            "dataset": context.config.data.val.stem if context.config.data.val else "val",
             "metric": "accuracy",
             "score": score,
-            "num_examples": len(parts.val),
+            "num_examples": len(context.val),
             "split": "validation",
             "step": step,
             "loss": self.metrics["val/loss"],
@@ -50,17 +50,17 @@ class Validation:
         weights = self._below(_WEIGHTS)
         if weights:
             entry["routing_weights_mean"] = weights
-        by_dataset = self._by_dataset(parts.val)
+        by_dataset = self._by_dataset(context.val)
         if by_dataset:
             entry["by_dataset"] = by_dataset
         return {entry["dataset"]: entry, "average": score}
 
     def _below(self, prefix: str) -> dict[str, float]:
-        """The metrics whose names begin so, without that beginning."""
+        """The metrics whose names start with `prefix`, without it."""
         return {name.removeprefix(prefix): value for name, value in self.metrics.items() if name.startswith(prefix)}
 
     def _by_dataset(self, records: Sequence[Record]) -> dict[str, dict[str, Any]]:
-        """Each named dataset's share of the figures."""
+        """The metrics of each named dataset."""
         found: dict[str, dict[str, Any]] = {}
         for dataset, count in Counter(record.dataset for record in records if record.dataset).items():
             prefix = f"{BY_DATASET}{dataset}/"
@@ -78,33 +78,33 @@ class Validation:
 
 
 @torch.no_grad()
-def validate(module: nn.Module, parts: TrainingContext, fetch: Fetch, device: torch.device) -> Validation:
-    """Runs over the validation records; ranks share them. All ranks must call it.
+def validate(module: nn.Module, context: TrainingContext, fetch: Fetch, device: torch.device) -> Validation:
+    """Evaluates the validation records, which the ranks share. All ranks must call it.
 
     Args:
-        module: the model as its engine holds it, in evaluation mode.
-        parts: the run.
-        fetch: gets a micro-batch with the teachers' K/V.
-        device: this rank's.
+        module: the engine's module, in evaluation mode.
+        context: the run.
+        fetch: returns a micro-batch with the teachers' K/V.
+        device: of this rank.
     """
-    latent = parts.config.student.mode == "latent"
+    latent = context.config.student.mode == "latent"
     sums: dict[str, dict[str, float]] = {}
     errors: Tensor | None = None
-    batches = list(_batches(parts.val, parts.config.run.micro_batch))
-    for dataset, chosen, counted in watched("validating", batches):
-        # What fills a batch up enters no mean; every rank runs its pass all the same.
+    batches = list(_batches(context.val, context.config.run.micro_batch))
+    for dataset, chosen, counted in show_progress("validating", batches):
+        # Records that only fill up a batch count in no mean, but every rank runs the same number of passes.
         losses = module(fetch(chosen).first(max(1, counted)))
-        written = answer(
-            parts.model.student,
-            parts.collator,
-            parts.tokenizer,
+        texts = answer(
+            context.model.student,
+            context.collator,
+            context.tokenizer,
             chosen,
-            parts.config.data.answer_tokens,
+            context.config.data.answer_tokens,
             device,
             latent=latent,
         )
-        right = [is_correct(text, record, latent=latent) for text, record in zip(written, chosen, strict=True)]
-        found = {"count": float(counted), "accuracy": float(sum(right[:counted]))}
+        correct = [is_correct(text, record, latent=latent) for text, record in zip(texts, chosen, strict=True)]
+        found = {"count": float(counted), "accuracy": float(sum(correct[:counted]))}
         for name, value in losses.items():
             if name in ("loss", "kv_loss") or name.startswith("routing/"):
                 found[name] = float(value) * counted
@@ -118,7 +118,7 @@ def validate(module: nn.Module, parts: TrainingContext, fetch: Fetch, device: to
     metrics = {"val/loss": means["loss"], "val/task_metrics/accuracy": means["accuracy"]}
     metrics |= {name: value for name, value in means.items() if name.startswith("routing/")}
     metrics |= _by_dataset(sums, device)
-    if not parts.teachers:
+    if not context.sources:
         return Validation(metrics, None)
     metrics["val/kv_loss"] = means["kv_loss"]
     if errors is not None:
@@ -130,7 +130,7 @@ def validate(module: nn.Module, parts: TrainingContext, fetch: Fetch, device: to
 
 
 def _batches(records: Sequence[Record], micro_batch: int) -> Iterator[tuple[str, list[Record], int]]:
-    """This rank's batches, and how many records of each count; a batch is of one dataset, so its means are too."""
+    """This rank's batches: their dataset, their records, and how many of the records count."""
     rank, world_size = dist.get_rank(), dist.get_world_size()
     for dataset in dict.fromkeys(record.dataset for record in records):
         group = [record for record in records if record.dataset == dataset]
@@ -139,7 +139,7 @@ def _batches(records: Sequence[Record], micro_batch: int) -> Iterator[tuple[str,
 
 
 def _by_dataset(sums: Mapping[str, dict[str, float]], device: torch.device) -> dict[str, float]:
-    """The named datasets' metrics. All ranks have the same datasets in the same order."""
+    """The named datasets' metrics. All ranks must have the same datasets in the same order."""
     metrics: dict[str, float] = {}
     for dataset, one in sums.items():
         means = mean_over_ranks(one, device) if dataset else {}

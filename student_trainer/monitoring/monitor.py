@@ -1,4 +1,4 @@
-"""Rank 0 over HTTP while it trains: a page for people, /metrics for Prometheus, /healthz for probes."""
+"""HTTP server of rank 0 during training: a page for people, /metrics for Prometheus, /healthz for probes."""
 
 from __future__ import annotations
 
@@ -11,10 +11,9 @@ from fastapi import FastAPI, Response
 from fastapi.responses import PlainTextResponse
 from prometheus_client import CONTENT_TYPE_LATEST
 
-from kvcore.errors import FieldError
 from kvcore.monitoring.http_server import bind, serving_in_thread
 from student_trainer.config import TrainConfig
-from student_trainer.loop.training_context import fail_together
+from student_trainer.loop.rank_failures import shared_failure
 from student_trainer.monitoring.run_metrics import RunMetrics
 from student_trainer.monitoring.run_page import add_live_page
 from student_trainer.monitoring.run_state import RunState, current_run
@@ -24,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 
 class RunMonitor:
-    """The routes over a run's state. They only ever read."""
+    """The HTTP routes, which only read a run's state."""
 
     def __init__(self, config: TrainConfig, state: RunState) -> None:
         self.config, self.state = config, state
@@ -34,7 +33,7 @@ class RunMonitor:
 
         @self.app.get("/healthz", response_class=PlainTextResponse)
         def healthz() -> str:
-            """The process lives."""
+            """Liveness."""
             return "ok\n"
 
         @self.app.get("/metrics", response_class=PlainTextResponse)
@@ -45,12 +44,12 @@ class RunMonitor:
 
 @contextlib.contextmanager
 def monitored(config: TrainConfig, *, enabled: bool) -> Iterator[RunState]:
-    """Makes a run's state, shows it on the terminal if there is one, and serves it where `monitor.port` asks for it.
+    """Creates a run's state, shows it on the terminal if there is one, and serves it if `monitor.port` is set.
 
-    Every rank comes here; only the one with `enabled` shows anything and listens.
+    Every rank must call it; only the one with `enabled` shows anything and listens.
 
     Raises:
-        FieldError: the address cannot be had; other ranks raise KVDistillError.
+        FieldError: the address cannot be bound; other ranks raise KVDistillError.
     """
     state = RunState()
     with contextlib.ExitStack() as stack:
@@ -70,14 +69,9 @@ def monitored(config: TrainConfig, *, enabled: bool) -> Iterator[RunState]:
 
 
 def _listen(config: TrainConfig, *, enabled: bool) -> socket.socket | None:
+    assert config.monitor.port is not None
     listener: socket.socket | None = None
-    failure: FieldError | None = None
-    if enabled:
-        assert config.monitor.port is not None
-        try:
+    with shared_failure():
+        if enabled:
             listener = bind(config.monitor.host, config.monitor.port, "monitor.port")
-        except FieldError as error:
-            failure = error
-    # A rank that went on alone would wait in its first collective for one that has ended.
-    fail_together(failure)
     return listener

@@ -1,4 +1,4 @@
-"""What Prometheus reads from a run: the same state as the page, under names by convention (docs/observability.md)."""
+"""A run's Prometheus metrics, made from the same state as the page (docs/observability.md)."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from prometheus_client.process_collector import ProcessCollector
 from prometheus_client.registry import Collector
 
 from student_trainer.config import TrainConfig
-from student_trainer.loop.metric_accumulator import STAGES
+from student_trainer.kv_sources.kv_batch import STAGES
 from student_trainer.monitoring.run_state import BOTTLENECKS, OWN_STAGES, PHASES, RunSnapshot, RunState, TeacherView
 
-# A series of creation times beside every counter doubles what is scraped and tells nothing.
+# The creation time of every counter would double the scraped series for no use.
 disable_created_metrics()
 
 PREFIX = "kvdistill_train_"
-# Logged figures that have a metric of their own: name by figure, with what it is.
+# Logged metrics with a Prometheus metric of their own: its name and help text.
 FIGURES = {
     "train/lr": ("learning_rate", "The optimiser's learning rate."),
     "train/epoch": ("epoch", "Passes over the training samples begun, from 0."),
@@ -31,7 +31,7 @@ FIGURES = {
     "kv/bytes_per_sample": ("sample_bytes", "Encoded K/V of all teachers for one sample."),
     "routing/entropy": (
         "routing_entropy_nats",
-        "How evenly weights are spread; log(teachers) if equal, 0 for one alone.",
+        "Entropy of the routing weights: log(teachers) if all are equal, 0 if one teacher has all the weight.",
     ),
     "val/loss": ("validation_loss", "The loss on validation samples."),
     "val/kv_loss": ("validation_kv_loss", "The normalised KV error on validation samples; 1 is predicting the mean."),
@@ -42,7 +42,7 @@ Values = Iterator[tuple[tuple[str, ...], float]]
 
 
 class RunMetrics(Collector):
-    """Turns the run's state into metrics when it is asked for them. Counters start with the process."""
+    """Turns the run's state into metrics when scraped. Counters start with the process."""
 
     def __init__(self, config: TrainConfig, state: RunState) -> None:
         self._config, self._state = config, state
@@ -55,7 +55,7 @@ class RunMetrics(Collector):
         return generate_latest(self._registry)
 
     def collect(self) -> Iterator[Metric]:
-        """Every metric that the run has a value of."""
+        """Every metric that has a value."""
         run = self._state.snapshot()
         yield self._info()
         yield from _progress(run)
@@ -71,18 +71,18 @@ class RunMetrics(Collector):
             "kv_mode": config.kv.mode,
             "fuse": config.fuse.kind,
         }
-        return InfoMetricFamily(f"{PREFIX}run", "What runs.", value=labels)
+        return InfoMetricFamily(f"{PREFIX}run", "Name and modes of the run.", value=labels)
 
 
 def _gauge(name: str, text: str, labels: tuple[str, ...], values: Values) -> Metric:
-    family = GaugeMetricFamily(PREFIX + name, text, labels=labels)
-    for label_values, value in values:
-        family.add_metric(label_values, value)
-    return family
+    return _filled(GaugeMetricFamily(PREFIX + name, text, labels=labels), values)
 
 
 def _counter(name: str, text: str, labels: tuple[str, ...], values: Values) -> Metric:
-    family = CounterMetricFamily(PREFIX + name, text, labels=labels)
+    return _filled(CounterMetricFamily(PREFIX + name, text, labels=labels), values)
+
+
+def _filled(family: GaugeMetricFamily | CounterMetricFamily, values: Values) -> Metric:
     for label_values, value in values:
         family.add_metric(label_values, value)
     return family
@@ -99,22 +99,22 @@ def _chosen(choices: tuple[str, ...], chosen: str | None) -> Values:
 
 
 def _progress(run: RunSnapshot) -> Iterator[Metric]:
-    yield _gauge("phase", "1 for what the run is doing, 0 for the rest.", ("phase",), _chosen(PHASES, run.phase))
+    yield _gauge("phase", "1 for the current phase, 0 for the others.", ("phase",), _chosen(PHASES, run.phase))
     yield _gauge("step", "Optimiser steps done, those before a resume included.", (), _one(run.step))
     yield _gauge("planned_steps", "Optimiser steps of the whole run.", (), _one(run.steps))
     yield _counter("samples_total", "Samples of all ranks trained on.", (), _one(run.samples))
     yield _gauge("start_timestamp_seconds", "When this process began.", (), _one(run.started_at))
     yield _gauge("last_step_timestamp_seconds", "When the last step ended.", (), _one(run.last_step_at))
-    yield _gauge("eta_seconds", "Until the last step at the pace so far.", (), _one(run.eta_seconds))
+    yield _gauge("eta_seconds", "Seconds until the last step at the average pace.", (), _one(run.eta_seconds))
     yield _counter(
         "busy_seconds_total",
-        "Time of rank 0's training thread by what it did, as of the last logged step.",
+        "Time of rank 0's training thread by stage, as of the last logged step.",
         ("stage",),
         (((stage,), run.busy_seconds[stage]) for stage in OWN_STAGES),
     )
     yield _gauge(
         "bottleneck",
-        "1 for the stage that most of the last logged steps' time went to, 0 for the rest.",
+        "1 for the longest stage of the last logged steps, 0 for the others.",
         ("stage",),
         _chosen(BOTTLENECKS, run.bottleneck),
     )
@@ -151,8 +151,8 @@ def _teachers(teachers: dict[str, TeacherView]) -> Iterator[Metric]:
     )
     yield _counter(
         "teacher_stage_seconds_total",
-        "Where samples spent their time, summed over samples and ranks: queue, prefill, encode, network at the teacher "
-        "and on the way; decode, stall (waiting) per micro-batch.",
+        "Time by stage, summed over samples and ranks: queue, prefill, encode and network for each sample; decode and "
+        "stall (waiting) for each micro-batch.",
         ("teacher", "stage"),
         (((name, stage), view.sums.seconds[stage]) for name, view in teachers.items() for stage in STAGES),
     )
@@ -163,26 +163,26 @@ def _health(teachers: dict[str, TeacherView]) -> Iterator[Metric]:
     healths = {name: view.health for name, view in teachers.items() if view.health is not None}
     yield _gauge(
         "teacher_staleness_seconds",
-        "Since the teacher last answered rank 0.",
+        "Time since the teacher last answered rank 0.",
         ("teacher",),
         (((name,), h.answered_s_ago) for name, h in healths.items() if h.answered_s_ago is not None),
     )
     for name, text in (
-        ("switches", "Changes of rank 0 to another replica."),
+        ("switches", "Switches of rank 0 to another replica."),
         ("retries", "Requests that rank 0 repeated."),
     ):
         values = (((teacher,), float(getattr(health, name))) for teacher, health in healths.items())
         yield _counter(f"teacher_{name}_total", text, ("teacher",), values)
     yield _gauge(
         "teacher_endpoint_up",
-        "1 unless the replica failed when rank 0 last asked it; not asked again while another one answers.",
+        "0 if the replica failed rank 0's last request, else 1. It gets no request while another replica answers.",
         ("teacher", "endpoint"),
         (((name, one.endpoint), float(one.problem is None)) for name, h in healths.items() for one in h.endpoints),
     )
 
 
 def _disk(output_dir: Path) -> Iterator[Metric]:
-    place = next(path for path in (output_dir, *output_dir.absolute().parents) if path.exists())
-    usage = shutil.disk_usage(place)
+    existing = next(path for path in (output_dir, *output_dir.absolute().parents) if path.exists())
+    usage = shutil.disk_usage(existing)
     yield _gauge("disk_free_bytes", "Free space where run.output_dir is.", (), _one(usage.free))
     yield _gauge("disk_size_bytes", "Size of the disk where run.output_dir is.", (), _one(usage.total))

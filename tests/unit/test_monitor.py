@@ -12,7 +12,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from kvcore.errors import FieldError
 from student_trainer.config import TrainConfig
-from student_trainer.loop.metric_accumulator import STAGES, TeacherSums
+from student_trainer.kv_sources.kv_batch import STAGES, TeacherSums
 from student_trainer.monitoring.monitor import monitored
 from student_trainer.monitoring.run_state import RunState
 from tests.support.begun_run import half_dead_teacher

@@ -12,7 +12,7 @@ from fastapi import FastAPI
 from fastapi.testclient import TestClient
 
 from student_trainer.config import TrainConfig
-from student_trainer.loop.metric_accumulator import STAGES, TeacherSums
+from student_trainer.kv_sources.kv_batch import STAGES, TeacherSums
 from student_trainer.monitoring.run_page import add_live_page, render_page
 from student_trainer.monitoring.run_state import RunState
 from tests.support.begun_run import begun_run
@@ -51,7 +51,7 @@ def test_the_page_says_how_far_the_run_is_and_how_it_does(config: TrainConfig, r
         "KV loss 0.875",
         "samples/s 1,210",
         "stall 5.1%",
-        "K/V a sample 4.1 kB",
+        "K/V per sample 4.1 kB",
         "stall 25.0% decode 12.5% align 12.5% train 50.0%",
         "bottleneck train",
     ):

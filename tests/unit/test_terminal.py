@@ -9,7 +9,7 @@ import sys
 import pytest
 from rich.console import Console
 
-from student_trainer.loop.metric_accumulator import STAGES, TeacherSums
+from student_trainer.kv_sources.kv_batch import STAGES, TeacherSums
 from student_trainer.monitoring.run_state import RunState
 from student_trainer.monitoring.terminal import on_terminal, render
 from tests.support.begun_run import begun_run
@@ -58,7 +58,7 @@ def test_the_last_state_stays_on_the_terminal_with_the_log_above_it(
     monkeypatch.setattr(logging.getLogger(), "handlers", [logging.StreamHandler(screen)])
     console = Console(file=screen, force_terminal=True, width=120)
     with on_terminal(run, "night", enabled=True, console=console):
-        assert run.drawn
+        assert run.on_terminal
         logging.getLogger("any").warning("checkpoint saved")
         run.stepped(2, 64)
     said = screen.getvalue()
@@ -71,5 +71,5 @@ def test_nothing_is_drawn_where_there_is_no_terminal_or_on_other_ranks(
 ) -> None:
     screen = io.StringIO()
     with on_terminal(run, "night", enabled=enabled, console=Console(file=screen, force_terminal=terminal)):
-        assert not run.drawn
+        assert not run.on_terminal
     assert screen.getvalue() == ""

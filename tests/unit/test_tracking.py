@@ -83,11 +83,11 @@ def test_the_progress_line_names_teachers_with_a_dead_replica_and_is_left_out_wh
     tracker = Tracker(tmp_path, 10, enabled=True, first_step=0, state=state)
     with caplog.at_level(logging.INFO, "student_trainer.monitoring.tracking"):
         tracker.progress(1, {"train/samples_per_second": 64.0})
-        state.drawn = True
+        state.on_terminal = True
         tracker.progress(2, {"train/samples_per_second": 64.0})
     tracker.close()
-    (said,) = [record.message for record in caplog.records if record.name == "student_trainer.monitoring.tracking"]
-    assert said.endswith("  ada 1/2 up")
+    (line,) = [record.message for record in caplog.records if record.name == "student_trainer.monitoring.tracking"]
+    assert line.endswith("  ada 1/2 up")
 
 
 def test_the_curves_of_a_resumed_run_go_on_and_its_figures_are_of_this_process(tmp_path: Path) -> None:
