@@ -77,7 +77,7 @@ class KVSource(ABC):
         """Health of the teacher's replicas; None if K/V come from a store. Callable from any thread."""
         return None
 
-    def flush(self) -> None:
+    def flush(self) -> None:  # noqa: B027 - a default, not abstract
         """Returns when everything recorded so far is on disk. Does nothing in a source that does not record.
 
         Raises:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -79,6 +79,12 @@ def decode_and_pad(
         sums.seconds[stage] = sum(getattr(result.timings, stage) for result in present)
     kv = decode_batch(present) if present else _no_samples(info, plan)
     return _padded(kv, rows, len(results), slots), sums
+
+
+def map_kv(kv: BatchKV, change: Callable[[Tensor], Tensor]) -> BatchKV:
+    """Applies a function to every tensor of a batch."""
+    k_BLHMD, v_BLHMD = (None if x is None else change(x) for x in (kv.k_BLHMD, kv.v_BLHMD))
+    return BatchKV(k_BLHMD, v_BLHMD, change(kv.mask_BM), change(kv.byte_ends_BLHM))
 
 
 def _no_samples(info: TeacherInfo, plan: KVPlan) -> BatchKV:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -21,22 +20,8 @@ from student_trainer.monitoring.phase_progress import show_progress
 logger = logging.getLogger(__name__)
 
 Batcher = Callable[[Sequence[Record]], TrainBatch]
-
-
-@dataclass(frozen=True, slots=True)
-class _Samples:
-    """This rank's share of the calibration samples, and the settings of their batches."""
-
-    records: Sequence[Record]
-    numbers: Sequence[int]
-    batcher: Batcher
-    micro_batch: int
-
-    def batches(self, what: str) -> Iterator[tuple[TrainBatch, Tensor]]:
-        """Micro-batches, and their samples' numbers among all ranks'. `what` describes the pass in the progress display."""
-        for start in show_progress(what, range(0, len(self.records), self.micro_batch)):
-            chosen = slice(start, start + self.micro_batch)
-            yield self.batcher(self.records[chosen]), torch.tensor(self.numbers[chosen])
+# One pass over the calibration samples, by its name in the progress display: batches and their samples' numbers.
+_Pass = Callable[[str], Iterator[tuple[TrainBatch, Tensor]]]
 
 
 @torch.no_grad()
@@ -65,12 +50,17 @@ def calibrate(
         FieldError: too few samples to fit on.
     """
     model.eval()
-    samples = _Samples(records, numbers, batcher, micro_batch)
+
+    def batches(what: str) -> Iterator[tuple[TrainBatch, Tensor]]:
+        for start in show_progress(what, range(0, len(records), micro_batch)):
+            chosen = slice(start, start + micro_batch)
+            yield batcher(records[chosen]), torch.tensor(numbers[chosen])
+
     unmapped = {index: LayerCalibration(one) for index, one in enumerate(model.aligners) if one.needs_layer_pass}
     if unmapped:
-        _run("finding layers", model, samples, unmapped, fail_together)
+        _run("finding layers", model, batches, unmapped, fail_together)
     calibrations = {index: Calibration(aligner) for index, aligner in enumerate(model.aligners)}
-    _run("fitting alignments", model, samples, calibrations, fail_together)
+    _run("fitting alignments", model, batches, calibrations, fail_together)
     if dist.get_rank() == 0:
         for name, aligner in zip(model.weights, model.aligners, strict=True):
             aligner.warn_if_poor(name=name)
@@ -78,19 +68,19 @@ def calibrate(
     if model.fusion is None:
         model.freeze(first.scale_LK.clone(), first.variance_LK.clone())
     else:
-        model.freeze(*_fused_scale(model, samples, fail_together))
+        model.freeze(*_fused_scale(model, batches, fail_together))
 
 
 def _run(
     what: str,
     model: DistillModel,
-    samples: _Samples,
+    batches: _Pass,
     calibrations: Mapping[int, Calibration | LayerCalibration],
     fail_together: FailTogether,
 ) -> None:
     """One pass over the samples. `calibrations`: by the index of their teacher."""
     with shared_failure(fail_together):
-        for batch, sample_B in samples.batches(what):
+        for batch, sample_B in batches(what):
             read = _read(model, batch)
             for index, calibration in calibrations.items():
                 calibration.update(batch.teachers[index], sample_B, read)
@@ -107,7 +97,7 @@ def _read(model: DistillModel, batch: TrainBatch) -> StudentRead:
     return StudentRead(text.k_BLHTD, text.v_BLHTD, tokens.text_byte_ends_BT)
 
 
-def _fused_scale(model: DistillModel, samples: _Samples, fail_together: FailTogether) -> tuple[Tensor, Tensor]:
+def _fused_scale(model: DistillModel, batches: _Pass, fail_together: FailTogether) -> tuple[Tensor, Tensor]:
     """Standard deviation and variance [L,K] of the fused targets.
 
     Raises:
@@ -118,7 +108,7 @@ def _fused_scale(model: DistillModel, samples: _Samples, fail_together: FailToge
     total_KLF = torch.zeros(len(TENSORS), student.layers, student.features, dtype=torch.float64, device=device)
     square_KLF = torch.zeros_like(total_KLF)
     with shared_failure(fail_together):
-        for batch, _ in samples.batches("scaling targets"):
+        for batch, _ in batches("scaling targets"):
             k_BLHMD, v_BLHMD, mask_BM = model.fused(batch)
             rows, slots = mask_BM.nonzero(as_tuple=True)
             count += len(rows)

@@ -46,6 +46,7 @@ from student_trainer.kv_sources.kv_batch import TeacherSums
 from student_trainer.loop import checkpoint, ds_engine
 from student_trainer.loop.divergence import GRADIENT_NORM, STATE, DivergedError, FiniteCheck, not_finite
 from student_trainer.loop.metric_accumulator import MetricAccumulator
+from student_trainer.loop.rank_failures import shared_failure
 from student_trainer.loop.stages import run_stages
 from student_trainer.loop.training_context import TrainingContext, build_context
 from student_trainer.loop.validation import Validation, validate
@@ -219,24 +220,22 @@ class Trainer:
         self, records: Sequence[Record], pending: Sequence[PendingKV] | None, metrics: MetricAccumulator
     ) -> TrainBatch:
         """One micro-batch with its teachers' K/V. If any rank cannot continue, all ranks save a checkpoint and stop."""
-        failure: KVDistillError | None = None
         batch: TrainBatch | None = None
-        try:
+        with shared_failure(self._stop_if_any_rank_must):
             batch = self.context.batch(records, metrics, pending)
-        except KVDistillError as error:
-            failure = error
+        assert batch is not None
+        return batch
+
+    def _stop_if_any_rank_must(self, failure: KVDistillError | None) -> None:
         status = self._agree(failure)
         if status == _OK:
-            assert batch is not None
-            return batch
+            return
         if self.step > 0:  # Before the first step the optimiser has no state to save.
             path = self._save()
             if self.rank == 0:
                 logger.warning("checkpoint saved: %s; the same command resumes from step %d", path, self.step)
-        if failure is not None:
-            raise failure
         reason = "another rank failed" if status == _FAILED else "told to stop"
-        raise InterruptedRunError(f"{reason} at step {self.step}")
+        raise failure or InterruptedRunError(f"{reason} at step {self.step}")
 
     def _agree(self, failure: KVDistillError | None) -> int:
         """The highest status of any rank, in one small collective: OK, stop or failed.
@@ -338,12 +337,8 @@ class Trainer:
 
     def _flush(self) -> None:
         """Puts recorded K/V on disk, and checks that the model may be saved."""
-        failure: KVDistillError | None = None
-        try:
+        with shared_failure(self._check_state):
             self.context.flush()
-        except KVDistillError as error:
-            failure = error
-        self._check_state(failure)
 
     def _check_state(self, failure: KVDistillError | None = None) -> None:
         """Raises on all ranks if one has a failure or holds numbers that are not finite. Called before every save."""
@@ -373,9 +368,7 @@ class Trainer:
         self._flush()
         if not self.context.val:
             save_model(self.engine, self.context, self.out / BEST_MODEL)
-        peaks_R = torch.zeros(self.world_size, dtype=torch.float64, device=self.device)
-        peaks_R[self.rank] = peak_memory_mb()
-        dist.all_reduce(peaks_R)
+        peaks = self._sum_over_ranks([peak_memory_mb() * (rank == self.rank) for rank in range(self.world_size)])
         seconds_trained, samples = max(self.run_metrics.seconds, 1e-9), self.run_metrics.samples
         kv = TeacherSums.from_row(self._sum_over_ranks(self.run_metrics.kv_sums().row()))
         received, teachers = max(kv.samples, 1.0), len(self.context.sources)
@@ -390,7 +383,7 @@ class Trainer:
             "bytes_per_sample": kv.encoded_bytes / received * teachers,
             "raw_bf16_bytes_per_sample": kv.raw_bytes / received * teachers,
             "teacher_tokens_per_second": kv.tokens / seconds_trained,
-            "peak_memory_mb": {f"rank{index}": peak for index, peak in enumerate(peaks_R.tolist())},
+            "peak_memory_mb": {f"rank{index}": peak for index, peak in enumerate(peaks)},
             "alignment": self.context.model.report(),
             "seconds": seconds,
         }

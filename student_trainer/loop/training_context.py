@@ -23,7 +23,7 @@ from kvcore.tensors.projections import kv_projections
 from kvcore.types import BatchKV, TeacherInfo
 from student_trainer.config import StudentConfig, TrainConfig
 from student_trainer.kv_sources import KVSource, PendingKV, build_source
-from student_trainer.kv_sources.kv_batch import decode_and_pad
+from student_trainer.kv_sources.kv_batch import decode_and_pad, map_kv
 from student_trainer.loop import checkpoint, ds_engine
 from student_trainer.loop.calibrate import calibrate
 from student_trainer.loop.checkpoint import Checkpoint
@@ -94,16 +94,17 @@ class TrainingContext:
             pending = [source.without_control().submit(samples) for source in self.sources.values()]
         fills_latents = self.config.student.mode == "latent" and self.config.align.time == "none"
         slots = self.config.student.latents if fills_latents else None
+        device = ds_engine.device()
         caches: list[BatchKV] = []
         for (name, source), requested in zip(self.sources.items(), pending, strict=True):
             began = time.monotonic()
             results = requested.result()
             received = time.monotonic()
             kv, sums = decode_and_pad(name, results, source.info, source.plan, slots, self.config.kv.on_missing)
-            caches.append(_to_device(kv, ds_engine.device()))
+            caches.append(map_kv(kv, lambda x: x.to(device, non_blocking=True)))
             sums.seconds.update(stall=received - began, decode=time.monotonic() - received)
             metrics.add_teacher(name, sums)
-        return TrainBatch(self.collator(records).to(ds_engine.device()), tuple(caches))
+        return TrainBatch(self.collator(records).to(device), tuple(caches))
 
     def flush(self) -> None:
         """Puts everything recorded so far on disk."""
@@ -129,8 +130,7 @@ def build_context(config: TrainConfig, rank: int, world_size: int) -> TrainingCo
     lm, tokenizer = _load_student(config.student)
     student = _with_latents(lm, config)
     with ExitStack() as undo:
-        sources = _connect(config, lm, rank, world_size, undo)
-        aligners = [_aligner(config, lm, source.info) for source in sources.values()]
+        sources, aligners = _connect(config, lm, rank, world_size, undo)
         weights = {teacher.name: teacher.weight for teacher in config.teachers}
         model = DistillModel(student, aligners, weights, config).to(ds_engine.device())
         identity = _identity(config, len(train), sources)
@@ -166,48 +166,35 @@ def _with_latents(lm: PreTrainedModel, config: TrainConfig) -> LatentStudent:
 
 def _connect(
     config: TrainConfig, lm: PreTrainedModel, rank: int, world_size: int, undo: ExitStack
-) -> dict[str, KVSource]:
-    """Connects to every teacher; `undo` closes the sources.
+) -> tuple[dict[str, KVSource], list[Aligner]]:
+    """Connects to every teacher, and makes its alignment, not calibrated yet. `undo` closes the sources.
 
     Raises:
         TeacherRefusedError: a teacher does not offer the selector.
     """
-    geometry = _geometry(lm)
+    projections = kv_projections(lm)
+    heads = int(getattr(lm.config, "num_key_value_heads", None) or lm.config.num_attention_heads)
+    geometry = KVGeometry(len(projections), heads, projections[0].head_dim)
+    settings = config.align.model_dump(exclude={"time", "calibration_samples"})
 
     def plan(info: TeacherInfo) -> KVPlan:
-        return plan_for(
-            geometry, info, selection=config.kv.selection, codec=config.kv.codec, **_aligner_settings(config)
-        )
+        return plan_for(geometry, info, selection=config.kv.selection, codec=config.kv.codec, **settings)
 
     sources: dict[str, KVSource] = {}
+    aligners: list[Aligner] = []
     for teacher in config.teachers:
         source = sources[teacher.name] = build_source(teacher, config.kv, plan, rank, world_size)
         undo.callback(source.close)
         info, selector = source.info, config.kv.selection.selector
         if selector not in info.selectors:
-            raise TeacherRefusedError(
-                teacher.name, f"offers the selectors {', '.join(info.selectors)}, not '{selector}'"
-            )
+            offered = ", ".join(info.selectors)
+            raise TeacherRefusedError(teacher.name, f"offers the selectors {offered}, not '{selector}'")
         if rank == 0:
             shape = f"{info.layers} layers, {info.kv_heads} KV heads of {info.head_dim}"
             logger.info("teacher '%s': %s, %s", teacher.name, info.model, shape)
-    return sources
-
-
-def _aligner(config: TrainConfig, lm: PreTrainedModel, info: TeacherInfo) -> Aligner:
-    """A teacher's alignment, not calibrated yet."""
-    teacher = KVGeometry(info.layers, info.kv_heads, info.head_dim)
-    return Aligner(teacher, _geometry(lm), **_aligner_settings(config)).to(ds_engine.device())
-
-
-def _aligner_settings(config: TrainConfig) -> dict[str, Any]:
-    return config.align.model_dump(exclude={"time", "calibration_samples"})
-
-
-def _geometry(lm: PreTrainedModel) -> KVGeometry:
-    projections = kv_projections(lm)
-    heads = int(getattr(lm.config, "num_key_value_heads", None) or lm.config.num_attention_heads)
-    return KVGeometry(len(projections), heads, projections[0].head_dim)
+        own_geometry = KVGeometry(info.layers, info.kv_heads, info.head_dim)
+        aligners.append(Aligner(own_geometry, geometry, **settings).to(ds_engine.device()))
+    return sources, aligners
 
 
 def _identity(config: TrainConfig, count: int, sources: Mapping[str, KVSource]) -> dict[str, Any]:
@@ -291,10 +278,3 @@ def _set_kv_weight(context: TrainingContext, records: Sequence[Record], rank: in
     context.model.set_kv_weight(weight)
     if rank == 0:
         logger.info("loss.kv_weight auto: %.4g", weight)
-
-
-def _to_device(kv: BatchKV, device: torch.device) -> BatchKV:
-    if device.type == "cpu":
-        return kv
-    move = lambda tensor: None if tensor is None else tensor.to(device, non_blocking=True)  # noqa: E731
-    return BatchKV(move(kv.k_BLHMD), move(kv.v_BLHMD), kv.mask_BM.to(device), kv.byte_ends_BLHM.to(device))

@@ -22,6 +22,8 @@ from student_trainer.monitoring.phase_progress import show_progress
 Fetch = Callable[[Sequence[Record]], TrainBatch]
 BY_DATASET = "val/by_dataset/"
 _WEIGHTS = "routing/weights_mean/"
+# The entries of the flattened kv_error_KLH, among the sums.
+_ERROR = "kv_error/"
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +91,7 @@ def validate(module: nn.Module, context: TrainingContext, fetch: Fetch, device: 
     """
     latent = context.config.student.mode == "latent"
     sums: dict[str, dict[str, float]] = {}
-    errors: Tensor | None = None
+    error_shape: torch.Size | None = None
     batches = list(_batches(context.val, context.config.run.micro_batch))
     for dataset, chosen, counted in show_progress("validating", batches):
         # Records that only fill up a batch count in no mean, but every rank runs the same number of passes.
@@ -108,9 +110,10 @@ def validate(module: nn.Module, context: TrainingContext, fetch: Fetch, device: 
         for name, value in losses.items():
             if name in ("loss", "kv_loss") or name.startswith("routing/"):
                 found[name] = float(value) * counted
-        _add(sums.setdefault(dataset, {}), found)
         if "kv_error_KLH" in losses:
-            errors = losses["kv_error_KLH"] * counted + (0.0 if errors is None else errors)
+            error_shape = losses["kv_error_KLH"].shape
+            found |= {f"{_ERROR}{i}": x * counted for i, x in enumerate(losses["kv_error_KLH"].flatten().tolist())}
+        _add(sums.setdefault(dataset, {}), found)
     totals: dict[str, float] = {}
     for one in sums.values():
         _add(totals, one)
@@ -121,12 +124,14 @@ def validate(module: nn.Module, context: TrainingContext, fetch: Fetch, device: 
     if not context.sources:
         return Validation(metrics, None)
     metrics["val/kv_loss"] = means["kv_loss"]
-    if errors is not None:
-        errors = _mean_error(errors, totals["count"], device)
-        for tensor, by_layer_LH in zip(TENSORS, errors, strict=True):
-            layers = by_layer_LH.mean(dim=1).tolist()
-            metrics |= {f"val/kv_loss/{tensor}/layer{layer}": value for layer, value in enumerate(layers)}
-    return Validation(metrics, errors)
+    if error_shape is None:
+        return Validation(metrics, None)
+    errors = [means[f"{_ERROR}{i}"] for i in range(error_shape.numel())]
+    error_KLH = torch.tensor(errors, dtype=torch.float64).reshape(error_shape)
+    for tensor, error_LH in zip(TENSORS, error_KLH, strict=True):
+        layers = error_LH.mean(dim=1).tolist()
+        metrics |= {f"val/kv_loss/{tensor}/layer{layer}": value for layer, value in enumerate(layers)}
+    return Validation(metrics, error_KLH)
 
 
 def _batches(records: Sequence[Record], micro_batch: int) -> Iterator[tuple[str, list[Record], int]]:
@@ -151,11 +156,3 @@ def _by_dataset(sums: Mapping[str, dict[str, float]], device: torch.device) -> d
 def _add(totals: dict[str, float], found: dict[str, float]) -> None:
     for name, value in found.items():
         totals[name] = totals.get(name, 0.0) + value
-
-
-def _mean_error(errors_KLH: Tensor, count: float, device: torch.device) -> Tensor:
-    total = torch.tensor(count, dtype=torch.float64, device=device)
-    errors_KLH = errors_KLH.double()
-    for tensor in (errors_KLH, total):
-        dist.all_reduce(tensor)
-    return errors_KLH / total.clamp(min=1.0)

@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Literal
 
 from student_trainer.kv_sources import KVSource, SourceHealth
@@ -35,45 +35,46 @@ class TeacherView:
     health: SourceHealth | None
 
 
-@dataclass(frozen=True, slots=True)
-class RunSnapshot:
-    """The run at one moment. Times of day are Unix seconds.
-
-    `doing`: the current part of the phase and its progress. `eta_seconds`: until the last step at the average pace,
-    None before the first step. `scalars`, `history`: the last value, and (step, value) pairs, of every logged metric.
-    `busy_seconds`: rank 0's time by `OWN_STAGES`. `bottleneck`: one of `BOTTLENECKS` for the last logged steps.
-    """
-
-    phase: Phase
-    doing: str | None
-    step: int
-    steps: int
-    samples: int
-    started_at: float
-    last_step_at: float | None
-    eta_seconds: float | None
-    scalars: dict[str, float]
-    history: dict[str, list[tuple[int, float]]]
-    teachers: dict[str, TeacherView]
-    busy_seconds: dict[str, float]
-    bottleneck: str | None
-
-
 @dataclass(slots=True)
-class RunState:
-    """Written by the training thread, read by others through `snapshot`.
+class RunProgress:
+    """How far a run is. Times are Unix seconds.
 
-    `doing`: the current part of the phase and its progress. `on_terminal`: whether a terminal shows the run live.
+    `doing`: the current part of the phase and its progress. `samples`: of all ranks since this process started.
+    `bottleneck`: one of `BOTTLENECKS` for the last logged steps.
     """
 
     phase: Phase = "starting"
+    doing: str | None = None
     step: int = 0
     steps: int = 0
     samples: int = 0
     started_at: float = field(default_factory=time.time)
     last_step_at: float | None = None
     bottleneck: str | None = None
-    doing: str | None = None
+
+
+@dataclass(slots=True, kw_only=True)
+class RunSnapshot(RunProgress):
+    """The run at one moment.
+
+    `eta_seconds`: until the last step at the average pace, None before the first step. `scalars`, `history`: the last
+    value, and (step, value) pairs, of every logged metric. `busy_seconds`: rank 0's time by `OWN_STAGES`.
+    """
+
+    eta_seconds: float | None
+    scalars: dict[str, float]
+    history: dict[str, list[tuple[int, float]]]
+    teachers: dict[str, TeacherView]
+    busy_seconds: dict[str, float]
+
+
+@dataclass(slots=True)
+class RunState(RunProgress):
+    """The run as it goes on: written by the training thread, read by others through `snapshot`.
+
+    `on_terminal`: whether a terminal shows the run live.
+    """
+
     on_terminal: bool = False
     _first_step: int = 0
     _began: float = field(default_factory=time.monotonic)
@@ -151,26 +152,19 @@ class RunState:
         return [f"{name} {sum(up)}/{len(up)} up" for name, up in counts.items() if not all(up)]
 
     def snapshot(self) -> RunSnapshot:
-        """An immutable copy."""
+        """A copy of the current state."""
         with self._lock:
             teachers = {
                 name: TeacherView(self._sums[name], self._scalars.get(f"routing/weights_mean/{name}"), source.health())
                 for name, source in self._sources.items()
             }
             return RunSnapshot(
-                self.phase,
-                self.doing,
-                self.step,
-                self.steps,
-                self.samples,
-                self.started_at,
-                self.last_step_at,
-                self.eta_seconds,
-                dict(self._scalars),
-                {name: list(points) for name, points in self._history.items()},
-                teachers,
-                dict(self._busy),
-                self.bottleneck,
+                **{one.name: getattr(self, one.name) for one in fields(RunProgress)},
+                eta_seconds=self.eta_seconds,
+                scalars=dict(self._scalars),
+                history={name: list(points) for name, points in self._history.items()},
+                teachers=teachers,
+                busy_seconds=dict(self._busy),
             )
 
 
