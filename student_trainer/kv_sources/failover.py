@@ -35,7 +35,7 @@ class Replica(Protocol):
     @property
     def retries(self) -> int: ...  # noqa: D102
     def connect(self) -> TeacherInfo: ...  # noqa: D102
-    def fetch_into(self, samples: Sequence[Sample], results: list[KVResult | None], /) -> None: ...  # noqa: D102
+    def fetch_into(self, samples: Sequence[Sample], received: dict[str, KVResult], /) -> None: ...  # noqa: D102
     def close(self) -> None: ...  # noqa: D102
 
 
@@ -65,9 +65,6 @@ class _Endpoint:
     def recover(self) -> None:
         self.failures = 0
         self.failed_at = self.retry_at = -math.inf
-
-    def report(self) -> str:
-        return f"{self.name}: {self.problem}"
 
     @property
     def problem(self) -> str:
@@ -159,24 +156,24 @@ class FailoverSource(KVSource):
             return self._fetch(samples)
 
     def _fetch(self, samples: Sequence[Sample]) -> list[KVResult]:
-        results: list[KVResult | None] = [None] * len(samples)
+        received: dict[str, KVResult] = {}
+        ids = {sample.id for sample in samples}
         lost_since: float | None = None
         while True:
             endpoint = self._next_endpoint(lost_since)
             if lost_since is not None:
                 self._repeated += 1
-            missing = results.count(None)
+            before = len(received)
             try:
                 self._verify(endpoint)
-                endpoint.replica.fetch_into(samples, results)
+                endpoint.replica.fetch_into(samples, received)
             except (TeacherUnavailableError, ProtocolError) as error:
-                still_missing = results.count(None)
-                self._failed(endpoint, error, still_missing)
-                if lost_since is None or still_missing < missing:
+                self._failed(endpoint, error, missing=len(ids) - len(received))
+                if lost_since is None or len(received) > before:
                     lost_since = endpoint.failed_at
             else:
                 self._answered(endpoint)
-                return [result for result in results if result is not None]
+                return [received[sample.id] for sample in samples]
 
     def close(self) -> None:
         """Closes every connection, which ends a fetch in progress."""
@@ -191,7 +188,9 @@ class FailoverSource(KVSource):
                 raise CancelledError(f"teacher '{self._teacher}': the source was closed")
             now = time.monotonic()
             give_up_at = math.inf if lost_since is None else lost_since + self._patience_s
-            ready = [endpoint for endpoint in self._in_turn() if endpoint.retry_at <= now]
+            first = self._endpoints.index(self._current)
+            in_turn = self._endpoints[first:] + self._endpoints[:first]
+            ready = [endpoint for endpoint in in_turn if endpoint.retry_at <= now]
             untried = any(lost_since is not None and endpoint.failed_at < lost_since for endpoint in ready)
             if now >= give_up_at and not untried:
                 raise self._lost(now - give_up_at + self._patience_s)
@@ -199,11 +198,6 @@ class FailoverSource(KVSource):
                 return min(ready, key=lambda endpoint: endpoint.failed_at)
             wake_at = min(give_up_at, *(endpoint.retry_at for endpoint in self._endpoints))
             self._closed.wait(wake_at - now)
-
-    def _in_turn(self) -> list[_Endpoint]:
-        """The endpoints in order, starting at the current one."""
-        first = self._endpoints.index(self._current)
-        return self._endpoints[first:] + self._endpoints[:first]
 
     def _verify(self, endpoint: _Endpoint) -> None:
         """Connects if needed, and checks that the endpoint serves the same teacher as before and as the others."""
@@ -224,9 +218,8 @@ class FailoverSource(KVSource):
     def _failed(self, endpoint: _Endpoint, error: TeacherUnavailableError | ProtocolError, missing: int) -> None:
         endpoint.fail(error)
         if endpoint.failures == 1:
-            logger.warning(
-                "teacher '%s': %s; %d samples still to be answered", self._teacher, endpoint.report(), missing
-            )
+            problem = f"{endpoint.name}: {endpoint.problem}"
+            logger.warning("teacher '%s': %s; %d samples still to be answered", self._teacher, problem, missing)
 
     def _answered(self, endpoint: _Endpoint) -> None:
         self._answered_at = time.monotonic()
@@ -241,7 +234,7 @@ class FailoverSource(KVSource):
         damage = [error for error in errors if isinstance(error, ProtocolError)]
         if len(damage) == len(errors):
             return damage[0]
-        reports = "; ".join(endpoint.report() for endpoint in self._endpoints)
+        reports = "; ".join(f"{endpoint.name}: {endpoint.problem}" for endpoint in self._endpoints)
         return TeacherUnavailableError(
             self._teacher,
             f"no endpoint answered for {seconds:.1f} s ({reports}). Check that `kvdistill serve` runs there and is "

@@ -146,28 +146,19 @@ class RemoteSource(KVSource):
             TeacherRefusedError: the teacher will not serve this.
             ProtocolError: damaged bytes, again after a retry.
         """
-        results: list[KVResult | None] = [None] * len(samples)
-        self.fetch_into(samples, results)
-        return [result for result in results if result is not None]
+        received: dict[str, KVResult] = {}
+        self.fetch_into(samples, received)
+        return [received[sample.id] for sample in samples]
 
-    def fetch_into(self, samples: Sequence[Sample], results: list[KVResult | None]) -> None:
-        """Fills every `results[i]` that is None with sample i's result. Samples received before an error are kept.
+    def fetch_into(self, samples: Sequence[Sample], received: dict[str, KVResult]) -> None:
+        """Adds the results that `received`, by sample id, does not have. Those received before an error are kept.
 
         Raises:
             As `fetch`.
         """
-        rows: dict[str, list[int]] = {}
-        for row, sample in enumerate(samples):
-            if results[row] is None:
-                rows.setdefault(sample.id, []).append(row)
-        for chunk in _chunks([samples[first] for first, *_ in rows.values()], self.info.max_samples_per_request):
-            received: dict[str, KVResult] = {}
-            try:
-                self._fetch_chunk(chunk, received)
-            finally:
-                for sample_id, result in received.items():
-                    for row in rows[sample_id]:
-                        results[row] = result
+        missing = {sample.id: sample for sample in samples if sample.id not in received}
+        for chunk in _chunks(list(missing.values()), self.info.max_samples_per_request):
+            self._fetch_chunk(chunk, received)
 
     def close(self) -> None:
         """Closes the connection and cancels a request in progress."""

@@ -27,6 +27,7 @@ import signal
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -58,7 +59,6 @@ from student_trainer.monitoring.tracking import Tracker, peak_memory_mb
 
 logger = logging.getLogger(__name__)
 
-SHOWN = ("val/loss", "val/kv_loss")
 # A rank's status. Where ranks differ, the highest holds for all.
 _OK, _STOP, _FAILED, _DIVERGED = range(4)
 
@@ -86,16 +86,12 @@ def main(config_path: Path, overrides: list[str]) -> None:
 def run(config: TrainConfig) -> dict[str, Any]:
     """Trains from the start or from the newest checkpoint to the end, and returns the content of `summary.json`."""
     rank, world_size = ds_engine.start(config.run.seed)
-    with monitored(config, enabled=rank == 0) as state:
+    with monitored(config, enabled=rank == 0) as state, ExitStack() as undo:
         context = build_context(config, rank, world_size)
-        trainer: Trainer | None = None
-        try:
-            trainer = Trainer(config, context, rank, world_size, state)
-            return trainer.train()
-        finally:
-            context.close()
-            if trainer is not None:
-                trainer.engine.close()
+        undo.callback(context.close)
+        trainer = Trainer(config, context, rank, world_size, state)
+        undo.callback(trainer.engine.close)
+        return trainer.train()
 
 
 def learning_rate(optim: OptimConfig, step: int, steps: int) -> float:
@@ -137,10 +133,12 @@ class Trainer:
         self._set_epoch(max(self.step - 1, 0))
 
     def train(self) -> dict[str, Any]:
-        """Trains to the end and returns the summary."""
+        """Trains to the end and returns the summary. A finished run returns the summary that it has."""
         summary = self.out / "summary.json"
         if self.step == self.context.sample_order.steps == self.evaluated and summary.is_file():
-            return self._already_done(summary)
+            if self.rank == 0:
+                logger.info("all %d steps are done; choose another run.output_dir, or run.resume=never", self.step)
+            return json.loads(summary.read_text(encoding="utf-8"))
         before = {number: signal.signal(number, self._request_stop) for number in (signal.SIGTERM, signal.SIGINT)}
         tracker = Tracker(
             self.out, self.context.sample_order.steps, enabled=self.rank == 0, first_step=self.step, state=self.state
@@ -154,12 +152,6 @@ class Trainer:
             tracker.close()
             for number, handler in before.items():
                 signal.signal(number, handler)
-
-    def _already_done(self, summary: Path) -> dict[str, Any]:
-        """Returns the summary of a finished run, which keeps its model and metrics."""
-        if self.rank == 0:
-            logger.info("all %d steps are done; choose another run.output_dir, or run.resume=never", self.step)
-        return json.loads(summary.read_text(encoding="utf-8"))
 
     def _request_stop(self, number: int, _frame: FrameType | None) -> None:
         """Ends the run at the next micro-batch; a second signal ends the process at once."""
@@ -312,7 +304,9 @@ class Trainer:
         if bad := not_finite({name: found.metrics[name] for name in judged}):
             raise DivergedError(self.step, sorted(bad), self._checkpoints)
         if self.rank == 0:
-            shown = ", ".join(f"{name} {found.metrics[name]:.4f}" for name in SHOWN if name in found.metrics)
+            shown = ", ".join(
+                f"{name} {found.metrics[name]:.4f}" for name in ("val/loss", "val/kv_loss") if name in found.metrics
+            )
             accuracy = 100 * found.metrics["val/task_metrics/accuracy"]
             logger.info("step %d  validation: accuracy %.1f %%, %s", self.step, accuracy, shown)
         self._keep_best(found)

@@ -35,48 +35,25 @@ class Validation:
 
     def results(self, context: TrainingContext, step: int) -> dict[str, Any]:
         """The content of `eval_results.json`: one entry for the validation file, and the average; in percent."""
-        score = 100 * self.metrics["val/task_metrics/accuracy"]
-        entry: dict[str, Any] = {
-            "dataset": context.config.data.val.stem if context.config.data.val else "val",
-            "metric": "accuracy",
-            "score": score,
-            "num_examples": len(context.val),
-            "split": "validation",
-            "step": step,
-            "loss": self.metrics["val/loss"],
-        }
-        if "val/kv_loss" in self.metrics:
-            entry["kv_loss"] = self.metrics["val/kv_loss"]
+        dataset = context.config.data.val.stem if context.config.data.val else "val"
+        entry: dict[str, Any] = {"dataset": dataset, "metric": "accuracy", "split": "validation", "step": step}
+        entry |= self._scores("val/", "val/task_metrics/accuracy", _WEIGHTS, len(context.val))
         if self.kv_error_KLH is not None:
             entry["kv_error"] = dict(zip(TENSORS, self.kv_error_KLH.tolist(), strict=True))
-        weights = self._below(_WEIGHTS)
-        if weights:
-            entry["routing_weights_mean"] = weights
-        by_dataset = self._by_dataset(context.val)
+        by_dataset: dict[str, dict[str, Any]] = {}
+        for name, count in Counter(record.dataset for record in context.val if record.dataset).items():
+            prefix = f"{BY_DATASET}{name}/"
+            by_dataset[name] = self._scores(prefix, f"{prefix}accuracy", f"{prefix}{_WEIGHTS}", count)
         if by_dataset:
             entry["by_dataset"] = by_dataset
-        return {entry["dataset"]: entry, "average": score}
+        return {dataset: entry, "average": entry["score"]}
 
-    def _below(self, prefix: str) -> dict[str, float]:
-        """The metrics whose names start with `prefix`, without it."""
-        return {name.removeprefix(prefix): value for name, value in self.metrics.items() if name.startswith(prefix)}
-
-    def _by_dataset(self, records: Sequence[Record]) -> dict[str, dict[str, Any]]:
-        """The metrics of each named dataset."""
-        found: dict[str, dict[str, Any]] = {}
-        for dataset, count in Counter(record.dataset for record in records if record.dataset).items():
-            prefix = f"{BY_DATASET}{dataset}/"
-            accuracy = self.metrics[f"{prefix}accuracy"]
-            one: dict[str, Any] = {
-                "score": 100 * accuracy,
-                "num_examples": count,
-                "loss": self.metrics[f"{prefix}loss"],
-            }
-            if f"{prefix}kv_loss" in self.metrics:
-                one["kv_loss"] = self.metrics[f"{prefix}kv_loss"]
-            weights = self._below(f"{prefix}{_WEIGHTS}")
-            found[dataset] = one | ({"routing_weights_mean": weights} if weights else {})
-        return found
+    def _scores(self, prefix: str, accuracy: str, weights: str, count: int) -> dict[str, Any]:
+        """The results of `count` samples. The other arguments are names of metrics, or their beginnings."""
+        scores: dict[str, Any] = {"score": 100 * self.metrics[accuracy], "num_examples": count}
+        scores |= {name: self.metrics[prefix + name] for name in ("loss", "kv_loss") if prefix + name in self.metrics}
+        shares = {name.removeprefix(weights): x for name, x in self.metrics.items() if name.startswith(weights)}
+        return scores | ({"routing_weights_mean": shares} if shares else {})
 
 
 @torch.no_grad()

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
-from kvcore.tensors.projections import kv_projections
+from kvcore.tensors.projections import KVProjection, kv_projections
 from kvcore.types import Tensor
 
 
@@ -39,25 +40,15 @@ def capture_kv(model: nn.Module) -> Iterator[KVCapture]:
     """
     capture = KVCapture()
     projections = kv_projections(model)
-    handles: list[Any] = []
-    for projection in projections:
-        for module, kept in ((projection.key, capture.k_BHTD), (projection.value, capture.v_BHTD)):
-
-            def keep(
-                _module: nn.Module,
-                _inputs: Any,
-                output: Tensor,
-                kept: list[Tensor] = kept,
-                projection: Any = projection,
-            ) -> None:
-                kept.append(projection.heads_first(output))
-
-            handles.append(module.register_forward_hook(keep))
-    try:
+    with ExitStack() as undo:
+        for projection in projections:
+            for module, kept in ((projection.key, capture.k_BHTD), (projection.value, capture.v_BHTD)):
+                undo.callback(module.register_forward_hook(partial(_keep, projection, kept)).remove)
         yield capture
-    finally:
-        for handle in handles:
-            handle.remove()
     assert len(capture.k_BHTD) == len(capture.v_BHTD) == len(projections), "run exactly one forward pass"
     # Reentrant checkpointing computes the same values, but silently cuts the gradient.
     assert not torch.is_grad_enabled() or capture.k_BHTD[0].requires_grad, "captured keys carry no gradient"
+
+
+def _keep(projection: KVProjection, kept: list[Tensor], _module: nn.Module, _inputs: Any, output: Tensor) -> None:
+    kept.append(projection.heads_first(output))

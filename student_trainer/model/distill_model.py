@@ -94,15 +94,16 @@ class DistillModel(nn.Module):
         In evaluation also `kv_error_KLH`: `kv_loss` by tensor, layer and head, if there is a single target.
         """
         losses = self._latent_losses(batch) if self._latent else self._token_losses(batch)
+        weights = {
+            "kv_objective": self.kv_weight,
+            "codi_loss": self._loss.codi_weight,
+            "routing/router_loss": self._config.fuse.router_loss_weight,
+            "routing/entropy_reg": 1.0,
+        }
         losses["loss"] = losses["ce_loss"]
-        if "kv_objective" in losses:
-            losses["loss"] = losses["loss"] + self.kv_weight * losses["kv_objective"]
-        if "codi_loss" in losses:
-            losses["loss"] = losses["loss"] + self._loss.codi_weight * losses["codi_loss"]
-        if "routing/router_loss" in losses:
-            fuse = self._config.fuse
-            losses["loss"] = losses["loss"] + fuse.router_loss_weight * losses["routing/router_loss"]
-            losses["loss"] = losses["loss"] + losses["routing/entropy_reg"]
+        for name, weight in weights.items():
+            if name in losses:
+                losses["loss"] = losses["loss"] + weight * losses[name]
         return losses
 
     def _latent_losses(self, batch: TrainBatch) -> dict[str, Tensor]:
@@ -175,14 +176,14 @@ class DistillModel(nn.Module):
     def _compare(
         self, own: _StudentKV, aligner: Aligner, target: AlignedTeacher, scale_LK: Tensor, variance_LK: Tensor
     ) -> dict[str, Tensor]:
-        objectives: list[Tensor] = []
-        errors_LH: list[Tensor] = []
+        mask_BM, objectives, errors_LH = target.mask_BM, [], []
         sides = ((own.k_BLHMD, target.k_BLHMD), (own.v_BLHMD, target.v_BLHMD))
-        for column, (tensor, (x_BLHMD, target_BLHMD)) in enumerate(zip(TENSORS, sides, strict=True)):
-            x_BLHMD = aligner.student_view(x_BLHMD, tensor)  # noqa: PLW2901
-            scale_L, variance_L = scale_LK[:, column].float(), variance_LK[:, column].float()
-            objectives.append(kv_distance(x_BLHMD, target_BLHMD, scale_L, target.mask_BM, self._loss.kv_loss))
-            errors_LH.append(error_by_layer_and_head(x_BLHMD, target_BLHMD, variance_L, target.mask_BM))
+        for tensor, (own_BLHMD, target_BLHMD), scale_L, variance_L in zip(
+            TENSORS, sides, scale_LK.float().T, variance_LK.float().T, strict=True
+        ):
+            view_BLHMD = aligner.student_view(own_BLHMD, tensor)
+            objectives.append(kv_distance(view_BLHMD, target_BLHMD, scale_L, mask_BM, self._loss.kv_loss))
+            errors_LH.append(error_by_layer_and_head(view_BLHMD, target_BLHMD, variance_L, mask_BM))
         error_KLH = torch.stack(errors_LH)
         losses = {"kv_objective": torch.stack(objectives).mean(), "kv_loss": error_KLH.mean()}
         return losses if self.training else losses | {"kv_error_KLH": error_KLH}
@@ -250,8 +251,7 @@ class DistillModel(nn.Module):
         for one, kv in zip(aligned, batch.teachers, strict=True):
             slots = BatchKV(one.k_BLHMD, one.v_BLHMD, one.mask_BM, kv.byte_ends_BLHM)
             text = at_student_tokens(slots, batch.tokens.text_byte_ends_BT)
-            assert text.k_BLHMD is not None
-            assert text.v_BLHMD is not None
+            assert text.k_BLHMD is not None and text.v_BLHMD is not None  # noqa: PT018
             found.append(AlignedTeacher(text.k_BLHMD, text.v_BLHMD, text.mask_BM))
         return found
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
@@ -24,21 +24,17 @@ def inject_kv(model: nn.Module, k_BLHTD: Tensor, v_BLHTD: Tensor, mask_BT: Tenso
     Raises:
         UnsupportedModelError: the model's keys and values can't be replaced exactly.
     """
-    handles: list[Any] = []
-    for projection in kv_projections(model):
-        for module, x_BLHTD in ((projection.key, k_BLHTD), (projection.value, v_BLHTD)):
-            replace = partial(_replaced, projection, mask_BT, x_BLHTD[:, projection.layer])
-            handles.append(
-                module.register_forward_hook(lambda _module, _inputs, output, replace=replace: replace(output))
-            )
-    try:
+    with ExitStack() as undo:
+        for projection in kv_projections(model):
+            for module, x_BLHTD in ((projection.key, k_BLHTD), (projection.value, v_BLHTD)):
+                replace = partial(_replaced, projection, mask_BT, x_BLHTD[:, projection.layer])
+                undo.callback(module.register_forward_hook(replace).remove)
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
-def _replaced(projection: KVProjection, mask_BT: Tensor, x_BHTD: Tensor, output: Tensor) -> Tensor:
+def _replaced(
+    projection: KVProjection, mask_BT: Tensor, x_BHTD: Tensor, _module: nn.Module, _inputs: Any, output: Tensor
+) -> Tensor:
     """A projection's output with some positions replaced, in the module's own layout."""
     kept = mask_BT[:, None, :, None]
     # x may hold anything where nothing is injected, NaN included, which must not reach the gradient either.

@@ -22,24 +22,23 @@ from student_trainer.monitoring.terminal import on_terminal
 logger = logging.getLogger(__name__)
 
 
-class RunMonitor:
+def monitor_app(config: TrainConfig, state: RunState) -> FastAPI:
     """The HTTP routes, which only read a run's state."""
+    app = FastAPI(title="kvdistill trainer", docs_url=None, redoc_url=None)
+    metrics = RunMetrics(config, state)
+    add_live_page(app, config, state)
 
-    def __init__(self, config: TrainConfig, state: RunState) -> None:
-        self.config, self.state = config, state
-        self.app = FastAPI(title="kvdistill trainer", docs_url=None, redoc_url=None)
-        metrics = RunMetrics(config, state)
-        add_live_page(self.app, config, state)
+    @app.get("/healthz", response_class=PlainTextResponse)
+    def healthz() -> str:
+        """Liveness."""
+        return "ok\n"
 
-        @self.app.get("/healthz", response_class=PlainTextResponse)
-        def healthz() -> str:
-            """Liveness."""
-            return "ok\n"
+    @app.get("/metrics", response_class=PlainTextResponse)
+    def read_metrics() -> Response:
+        """Prometheus text format."""
+        return Response(metrics.render(), media_type=CONTENT_TYPE_LATEST)
 
-        @self.app.get("/metrics", response_class=PlainTextResponse)
-        def read_metrics() -> Response:
-            """Prometheus text format."""
-            return Response(metrics.render(), media_type=CONTENT_TYPE_LATEST)
+    return app
 
 
 @contextlib.contextmanager
@@ -54,9 +53,12 @@ def monitored(config: TrainConfig, *, enabled: bool) -> Iterator[RunState]:
     state = RunState()
     with contextlib.ExitStack() as stack:
         if config.monitor.port is not None:
-            listener = _listen(config, enabled=enabled)
+            listener: socket.socket | None = None
+            with shared_failure():
+                if enabled:
+                    listener = bind(config.monitor.host, config.monitor.port, "monitor.port")
             if listener is not None:
-                stack.enter_context(serving_in_thread(RunMonitor(config, state).app, listener))
+                stack.enter_context(serving_in_thread(monitor_app(config, state), listener))
                 logger.info("monitor: http://%s:%d/", *listener.getsockname()[:2])
         stack.enter_context(on_terminal(state, config.run.output_dir.name, enabled=enabled))
         stack.callback(current_run.reset, current_run.set(state))
@@ -66,12 +68,3 @@ def monitored(config: TrainConfig, *, enabled: bool) -> Iterator[RunState]:
             state.phase = "failed"
             raise
         state.phase = "done"
-
-
-def _listen(config: TrainConfig, *, enabled: bool) -> socket.socket | None:
-    assert config.monitor.port is not None
-    listener: socket.socket | None = None
-    with shared_failure():
-        if enabled:
-            listener = bind(config.monitor.host, config.monitor.port, "monitor.port")
-    return listener

@@ -98,7 +98,7 @@ def test_the_only_replica_is_retried_until_it_answers(a):
 
 
 def test_replicas_that_fail_slowly_do_not_starve_another_replica(a, b):
-    def fail_slowly(samples: Sequence[Sample], answers: list[KVResult | None]) -> None:
+    def fail_slowly(samples: Sequence[Sample], received: dict[str, KVResult]) -> None:
         threading.Event().wait(0.06)  # longer than the longest backoff, so one of the two is always due
         raise a.error
 
@@ -112,9 +112,9 @@ def test_replicas_that_fail_slowly_do_not_starve_another_replica(a, b):
 def test_patience_restarts_when_a_failing_replica_answers_some_samples(a):
     a.answers_left = 1
 
-    def one_more(samples: Sequence[Sample], answers: list[KVResult | None]) -> None:
+    def one_more(samples: Sequence[Sample], received: dict[str, KVResult]) -> None:
         try:
-            ScriptedReplica.fetch_into(a, samples, answers)
+            ScriptedReplica.fetch_into(a, samples, received)
         finally:
             a.answers_left = 1
 
