@@ -1,4 +1,4 @@
-"""A teacher's endpoint in memory that fails when told to."""
+"""A teacher's endpoint in memory that fails on demand."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tests.support.kv_fakes import INFO, PLAN, kv_of
 
 
 class ScriptedReplica:
-    """Answers at most `answers_left` samples, then fails with `error` until it is healed."""
+    """Answers at most `answers_left` samples, then fails with `error` until `answers_left` is set again."""
 
     def __init__(self, endpoint: str, info: TeacherInfo = INFO) -> None:
         self.endpoint = endpoint
