@@ -13,6 +13,7 @@ from extraction.extraction_progress import ExtractionProgress
 from extraction.survey import Survey
 from extraction.teachers import Teacher
 from kvcore.types import EncodedSampleKV
+from student_trainer.kv_sources import PendingKV
 
 # After SIGKILL at most this much work is lost, plus one store shard.
 FLUSH_SECONDS = 120.0
@@ -67,13 +68,13 @@ def _pull(
     """Fetches all batches of one teacher."""
     failures: Failures = {}
     upcoming = iter(batches)
-    ahead = deque(_announced(teacher, batch) for batch in islice(upcoming, prefetch))
+    ahead = deque(_submitted(teacher, batch) for batch in islice(upcoming, prefetch))
     flushed = time.monotonic()
     while ahead and not stop.is_set():
-        batch, samples = ahead.popleft()
-        ahead.extend(_announced(teacher, following) for following in islice(upcoming, 1))
+        batch, pending = ahead.popleft()
+        ahead.extend(_submitted(teacher, following) for following in islice(upcoming, 1))
         try:
-            answers = teacher.source.fetch(samples)
+            answers = pending.result()
         except CancelledError:
             # Only `pull` closes a source early, and it says why.
             break
@@ -89,7 +90,5 @@ def _pull(
     return failures
 
 
-def _announced(teacher: Teacher, batch: Sequence[int]) -> tuple[Sequence[int], list]:
-    samples = [teacher.sample(row) for row in batch]
-    teacher.source.announce(samples)
-    return batch, samples
+def _submitted(teacher: Teacher, batch: Sequence[int]) -> tuple[Sequence[int], PendingKV]:
+    return batch, teacher.source.submit([teacher.sample(row) for row in batch])

@@ -22,10 +22,10 @@ from kvcore.plan import KVPlan, Selection
 from kvcore.types import Sample
 from student_trainer.config import TrainConfig
 from student_trainer.kv_sources.failover import FailoverSource
+from student_trainer.kv_sources.kv_batch import STAGES, TeacherSums
 from student_trainer.kv_sources.remote import RemoteSource
 from student_trainer.launching.local_teachers import LocalTeachers
 from student_trainer.launching.teacher_servers import find_event
-from student_trainer.loop.metric_accumulator import STAGES, TeacherSums
 from student_trainer.monitoring.run_metrics import FIGURES, RunMetrics
 from student_trainer.monitoring.run_state import RunState
 

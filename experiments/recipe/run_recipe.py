@@ -43,7 +43,7 @@ def run(settings: RecipeSettings) -> None:
         ds_engine,
         trainer,
     )
-    from student_trainer.loop.training_context import fail_together  # noqa: PLC0415
+    from student_trainer.loop.rank_failures import fail_together  # noqa: PLC0415
 
     with ExitStack() as until_trained:
         until_trained.callback(ds_engine.stop)

@@ -1,10 +1,10 @@
-"""What a KV source is: samples in, encoded K/V out, in the same order. Sources compose by wrapping one another."""
+"""The KVSource interface: samples in, encoded K/V out, in the same order. Sources compose by wrapping one another."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 from kvcore.plan import KVPlan
 from kvcore.types import EncodedSampleKV, MissingKV, Sample, TeacherInfo
@@ -14,7 +14,7 @@ KVResult = EncodedSampleKV | MissingKV
 
 @dataclass(frozen=True, slots=True)
 class EndpointHealth:
-    """One replica: `problem` is what it last failed with, None while it is trusted to answer."""
+    """Health of one replica. `problem`: its last error, None while it is expected to answer."""
 
     endpoint: str
     problem: str | None
@@ -22,10 +22,10 @@ class EndpointHealth:
 
 @dataclass(frozen=True, slots=True)
 class SourceHealth:
-    """A teacher's replicas as one rank sees them.
+    """Health of a teacher's replicas, as one rank sees it.
 
-    `current`: the endpoint that is asked. `answered_s_ago`: seconds since the teacher last answered a request whole,
-    None if it never did. `switches`, `retries`: so far.
+    `current`: the endpoint in use. `answered_s_ago`: seconds since the teacher last completed a request, None if it
+    never did. `switches`: changes of endpoint. `retries`: repeated requests.
     """
 
     current: str
@@ -35,40 +35,66 @@ class SourceHealth:
     retries: int
 
 
-class KVSource(Protocol):
-    """One teacher under one plan, as a trainer's rank sees it."""
+@dataclass(frozen=True, slots=True)
+class PendingKV:
+    """A submitted batch. `result` blocks until every sample is answered, and raises what `KVSource.fetch` does.
+
+    Unlike a `concurrent.futures.Future` it may do its work in the thread that asks for the result, and it yields its
+    result once.
+    """
+
+    result: Callable[[], list[KVResult]]
+
+
+class KVSource(ABC):
+    """One teacher under one plan, as one rank of the trainer sees it."""
 
     @property
+    @abstractmethod
     def info(self) -> TeacherInfo:
         """The teacher's identity and geometry."""
-        ...
 
     @property
+    @abstractmethod
     def plan(self) -> KVPlan:
         """The plan that every fetched sample follows."""
-        ...
 
-    def announce(self, samples: Sequence[Sample]) -> None:
-        """Says that `samples` will be fetched soon, in this grouping. Only prefetching sources act on it."""
-        ...
-
+    @abstractmethod
     def fetch(self, samples: Sequence[Sample]) -> list[KVResult]:
         """Blocks until every sample is answered; result i belongs to sample i.
 
         Raises:
-            TeacherUnavailableError: nobody answers within the source's patience.
+            TeacherUnavailableError: no replica answers within `kv.patience_s`.
             TeacherRefusedError: the teacher will not serve this plan or these samples.
-            ProtocolError: damaged bytes that a retry did not cure.
+            ProtocolError: damaged bytes, again after a retry.
         """
-        ...
 
+    def submit(self, samples: Sequence[Sample]) -> PendingKV:
+        """Requests samples without waiting for them. A source that does not prefetch fetches them in `result`."""
+        return PendingKV(lambda: self.fetch(samples))
+
+    def health(self) -> SourceHealth | None:
+        """Health of the teacher's replicas; None if K/V come from a store. Callable from any thread."""
+        return None
+
+    def flush(self) -> None:  # noqa: B027 - a default, not abstract
+        """Returns when everything recorded so far is on disk. Does nothing in a source that does not record.
+
+        Raises:
+            StoreError: the disk is full or failed.
+        """
+
+    def without_control(self) -> KVSource:
+        """The source that gives each sample its own K/V, whatever `kv.control` says."""
+        return self
+
+    @abstractmethod
     def close(self) -> None:
         """Ends threads, connections and files. Safe to call twice."""
-        ...
 
 
-class WrappingSource:
-    """What every wrapper shares: it speaks for the same teacher under the same plan as the source inside."""
+class WrappingSource(KVSource):
+    """A source around another one, of the same teacher and plan. Subclasses override `submit`."""
 
     def __init__(self, source: KVSource) -> None:
         self.source = source
@@ -82,3 +108,19 @@ class WrappingSource:
     def plan(self) -> KVPlan:
         """The wrapped source's plan."""
         return self.source.plan
+
+    def fetch(self, samples: Sequence[Sample]) -> list[KVResult]:
+        """Submits the samples and waits for them."""
+        return self.submit(samples).result()
+
+    def health(self) -> SourceHealth | None:
+        """Health of the wrapped source's replicas."""
+        return self.source.health()
+
+    def flush(self) -> None:
+        """Flushes the wrapped source."""
+        self.source.flush()
+
+    def close(self) -> None:
+        """Closes the wrapped source."""
+        self.source.close()

@@ -1,4 +1,4 @@
-"""How teachers are reached: plain, or over TLS with a token, as two environment variables say."""
+"""gRPC channels to teachers: plain, or over TLS with a token, as set by two environment variables."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def open_channel(endpoint: str, options: Sequence[tuple[str, int]]) -> grpc.Chan
     """A channel to `host:port`.
 
     Raises:
-        FieldError: a file that a variable names cannot be read, or a token would go without TLS.
+        FieldError: the file named by a variable cannot be read, or a token is set without TLS.
     """
     token = _token()
     authorities = _content(TLS_CA)

@@ -1,4 +1,4 @@
-"""Has a teacher write the reasoning that prompts lack, and pulls the K/V of what it wrote, in one call."""
+"""Has a teacher complete prompts, and pulls the K/V of the completed texts, in one call."""
 
 from __future__ import annotations
 
@@ -20,26 +20,26 @@ from student_trainer.kv_sources.remote import PlanFactory, RemoteSource
 
 @dataclass(frozen=True, slots=True)
 class CompletedSample:
-    """What came of one prompt.
+    """The result of one prompt.
 
-    `written`: the text with its spans; None where the teacher wrote nothing that arrived. `kv`: its K/V, or why there
-    are none; with a text, that is because the plan found nothing to select in it, or its K/V were unusable.
+    `completion`: the text with its spans; None if no text arrived. `kv`: its K/V, or why there are none. A text has no
+    K/V if the plan selects nothing in it, or if its K/V were unusable.
     """
 
-    written: Completion | None
+    completion: Completion | None
     kv: KVResult
 
 
 class CompletionSource(RemoteSource):
-    """One server that writes on from prompts. `connect` comes first, as for `RemoteSource`.
+    """One server that completes prompts. Call `connect` first, as for `RemoteSource`.
 
     Args:
-        teacher: as of `RemoteSource`.
-        endpoint: as of `RemoteSource`.
-        plan_for: makes the plan for what was written; one that selects by the answer needs `sampling.answer_marker`.
-        sampling: how to write.
-        timeout_s: deadline of one request: a teacher writes for longer than it reads.
-        patience_s: as of `RemoteSource`.
+        teacher: as in `RemoteSource`.
+        endpoint: as in `RemoteSource`.
+        plan_for: makes the plan for completed texts; one that selects by the answer needs `sampling.answer_marker`.
+        sampling: how to generate.
+        timeout_s: deadline of one request. Generation takes longer than a prefill.
+        patience_s: as in `RemoteSource`.
     """
 
     _METHOD: ClassVar[str] = "Generate"
@@ -55,31 +55,31 @@ class CompletionSource(RemoteSource):
     ) -> None:
         super().__init__(teacher, endpoint, plan_for, timeout_s, patience_s)
         self._sampling = sampling
-        self._answers: list[tuple[Sequence[Sample], CompletionReader]] = []
+        self._readers: list[tuple[Sequence[Sample], CompletionReader]] = []
 
-    def write(self, prompts: Sequence[Sample]) -> list[CompletedSample]:
-        """What the teacher wrote behind each prompt, with its K/V, in their order.
+    def complete(self, prompts: Sequence[Sample]) -> list[CompletedSample]:
+        """The teacher's completion of each prompt, with its K/V, in order.
 
         Args:
-            prompts: texts, with no span or one of the kind `prompt`; equal ids mean the same prompt.
+            prompts: texts, without a span or with one of the kind `prompt`; equal ids mean the same prompt.
 
         Raises:
-            TeacherUnavailableError: it does not answer.
-            TeacherRefusedError: it will not serve this.
+            TeacherUnavailableError: the endpoint does not answer.
+            TeacherRefusedError: the teacher will not serve this.
             ProtocolError: damaged bytes, again after a retry.
         """
-        self._answers.clear()
+        self._readers.clear()
         results = self.fetch(prompts)
-        # Of a sample that was asked for again, the last answer counts.
-        written = {
+        # The last completion counts if a sample was requested again.
+        completions = {
             sample.id: reader.written.get(index)
-            for samples, reader in self._answers
+            for samples, reader in self._readers
             for index, sample in enumerate(samples)
         }
-        self._answers.clear()
-        return [_joined(written.get(prompt.id), kv) for prompt, kv in zip(prompts, results, strict=True)]
+        self._readers.clear()
+        return [_joined(completions.get(prompt.id), kv) for prompt, kv in zip(prompts, results, strict=True)]
 
-    def _question(self, request_id: str, samples: Sequence[Sample]) -> tuple[Message, StreamReader]:
+    def _request(self, request_id: str, samples: Sequence[Sample]) -> tuple[Message, StreamReader]:
         request = pb.GenerateRequest(
             request_id=request_id,
             plan=wire.plan_to_proto(self.plan),
@@ -87,13 +87,13 @@ class CompletionSource(RemoteSource):
             sampling=wire.sampling_to_proto(self._sampling),
         )
         reader = CompletionReader(request_id, self.plan, samples, self.info, self._sampling)
-        self._answers.append((samples, reader))
+        self._readers.append((samples, reader))
         return request, reader
 
 
-def _joined(written: Completion | None, kv: KVResult) -> CompletedSample:
-    """Takes the time of writing out of what counts as network."""
-    if written is not None and isinstance(kv, EncodedSampleKV):
-        network_s = max(0.0, kv.timings.network - written.queue_s - written.write_s)
+def _joined(completion: Completion | None, kv: KVResult) -> CompletedSample:
+    """Takes the time of generation out of the time counted as network."""
+    if completion is not None and isinstance(kv, EncodedSampleKV):
+        network_s = max(0.0, kv.timings.network - completion.queue_s - completion.write_s)
         kv = replace(kv, timings=replace(kv.timings, network=network_s))
-    return CompletedSample(written, kv)
+    return CompletedSample(completion, kv)

@@ -1,4 +1,4 @@
-"""Several replicas of one teacher seen as one source: what a lost replica left open, another one answers."""
+"""Several replicas of one teacher as one source: another replica answers the samples that a failed one left open."""
 
 from __future__ import annotations
 
@@ -15,60 +15,33 @@ from kvcore.errors import ProtocolError, TeacherMismatchError, TeacherUnavailabl
 from kvcore.monitoring import tracing
 from kvcore.plan import KVPlan
 from kvcore.types import Sample, TeacherInfo
-from student_trainer.kv_sources.base import EndpointHealth, KVResult, SourceHealth
+from student_trainer.kv_sources.base import EndpointHealth, KVResult, KVSource, SourceHealth
 
 logger = logging.getLogger(__name__)
 
 FIRST_BACKOFF_SECONDS = 0.5
 LONGEST_BACKOFF_SECONDS = 8.0
-# Enough to reach the longest; without a limit a power of two would one day be no float.
-MOST_DOUBLINGS = 16
+# Enough to reach the longest; an unlimited power of two would overflow a float.
+MAX_DOUBLINGS = 16
 
 
 class Replica(Protocol):
-    """One endpoint of a teacher."""
+    """One endpoint of a teacher. `RemoteSource` is the implementation over gRPC."""
 
     @property
-    def endpoint(self) -> str:
-        """host:port."""
-        ...
-
+    def endpoint(self) -> str: ...  # noqa: D102
     @property
-    def plan(self) -> KVPlan:
-        """The plan made for this teacher's geometry; known once connected."""
-        ...
-
+    def plan(self) -> KVPlan: ...  # noqa: D102
     @property
-    def retries(self) -> int:
-        """Requests repeated on this endpoint alone."""
-        ...
-
-    def connect(self) -> TeacherInfo:
-        """Asks who serves there.
-
-        Raises:
-            TeacherUnavailableError: nobody answers.
-        """
-        ...
-
-    def fetch_into(self, samples: Sequence[Sample], answers: list[KVResult | None]) -> None:
-        """Fills every `answers[i]` that is None with sample i's result; what arrived before an error stays.
-
-        Raises:
-            TeacherUnavailableError: the endpoint does not answer, or stopped answering.
-            TeacherRefusedError: the teacher will not serve this.
-            ProtocolError: damaged bytes, twice.
-        """
-        ...
-
-    def close(self) -> None:
-        """Ends the connection and whatever waits on it."""
-        ...
+    def retries(self) -> int: ...  # noqa: D102
+    def connect(self) -> TeacherInfo: ...  # noqa: D102
+    def fetch_into(self, samples: Sequence[Sample], received: dict[str, KVResult], /) -> None: ...  # noqa: D102
+    def close(self) -> None: ...  # noqa: D102
 
 
 @dataclass(slots=True, eq=False)
 class _Endpoint:
-    """What is known about one replica's health; times are monotonic seconds."""
+    """One replica and its health. Times are monotonic seconds."""
 
     replica: Replica
     verified: bool = False
@@ -85,7 +58,7 @@ class _Endpoint:
         self.verified = False
         self.last_error = error
         self.failed_at = time.monotonic()
-        doublings = min(self.failures, MOST_DOUBLINGS)
+        doublings = min(self.failures, MAX_DOUBLINGS)
         self.retry_at = self.failed_at + min(LONGEST_BACKOFF_SECONDS, FIRST_BACKOFF_SECONDS * 2**doublings)
         self.failures += 1
 
@@ -93,26 +66,23 @@ class _Endpoint:
         self.failures = 0
         self.failed_at = self.retry_at = -math.inf
 
-    def report(self) -> str:
-        return f"{self.name}: {self.problem}"
-
     @property
     def problem(self) -> str:
         error = self.last_error
         return error.problem if isinstance(error, TeacherUnavailableError) else str(error)
 
 
-class FailoverSource:
-    """Stays with one replica while it answers; when it fails, asks the next for the samples still missing.
+class FailoverSource(KVSource):
+    """Uses one replica while it answers. When it fails, requests the missing samples from the next one.
 
-    Every sample comes whole from one replica. Replicas must serve the same teacher, which is checked at every
-    connection. An endpoint that failed is left alone for 0.5 s, doubling up to 8 s.
+    Every sample comes from a single replica. Replicas must serve the same teacher, which is checked at every
+    connection. A failed endpoint is not retried for 0.5 s, doubling up to 8 s.
 
     Args:
         teacher: the teacher's name in the configuration.
         replicas: at least one.
-        patience_s: seconds without any answer, counted from the first failure, after which the teacher is lost.
-        start: the replica to begin with, modulo their number; ranks start apart to share the load.
+        patience_s: seconds without an answer, from the first failure on, after which the teacher counts as lost.
+        start: index of the first replica, modulo their number; ranks start at different ones to share the load.
     """
 
     def __init__(self, teacher: str, replicas: Sequence[Replica], patience_s: float, start: int = 0) -> None:
@@ -123,29 +93,29 @@ class FailoverSource:
         self._current = self._endpoints[start % len(self._endpoints)]
         self._patience_s = patience_s
         self._reference: tuple[str, TeacherInfo, KVPlan] | None = None
-        self._attempts_repeated = 0
+        self._repeated = 0
         self._answered_at: float | None = None
         self._closed = threading.Event()
 
     @property
     def info(self) -> TeacherInfo:
-        """The teacher all replicas serve."""
-        assert self._reference is not None, "connect() comes first"
+        """The teacher that all replicas serve."""
+        assert self._reference is not None, "call connect() first"
         return self._reference[1]
 
     @property
     def plan(self) -> KVPlan:
         """The plan made for this teacher."""
-        assert self._reference is not None, "connect() comes first"
+        assert self._reference is not None, "call connect() first"
         return self._reference[2]
 
     @property
     def retries(self) -> int:
-        """Requests that had to be repeated: on the same endpoint or on another."""
-        return self._attempts_repeated + sum(endpoint.replica.retries for endpoint in self._endpoints)
+        """Repeated requests, on the same endpoint or another one."""
+        return self._repeated + sum(endpoint.replica.retries for endpoint in self._endpoints)
 
     def connect(self) -> TeacherInfo:
-        """Finds a replica that answers, and compares the others that do with it.
+        """Connects to the first replica that answers, and checks that the others serve the same teacher.
 
         Raises:
             TeacherUnavailableError: no endpoint answered within the patience.
@@ -161,7 +131,7 @@ class FailoverSource:
         return self.info
 
     def health(self) -> SourceHealth:
-        """How the replicas do; from any thread."""
+        """Health of the replicas. Callable from any thread."""
         answered_at = self._answered_at
         return SourceHealth(
             current=self._current.name,
@@ -171,57 +141,56 @@ class FailoverSource:
             retries=self.retries,
         )
 
-    def announce(self, samples: Sequence[Sample]) -> None:
-        """Does nothing: this source does not prefetch."""
-
     def fetch(self, samples: Sequence[Sample]) -> list[KVResult]:
-        """Asks until every sample is answered, whichever replicas it takes.
+        """Requests the samples from one replica after another until all are answered.
 
         Raises:
             TeacherUnavailableError: no endpoint answered within the patience; names each with its last error.
             TeacherRefusedError: the teacher will not serve this.
             TeacherMismatchError: an endpoint serves another teacher.
             ProtocolError: every endpoint sent damaged bytes, again after a retry.
-            concurrent.futures.CancelledError: the source was closed meanwhile.
+            concurrent.futures.CancelledError: the source was closed.
         """
         ids = tracing.id_list(sample.id for sample in samples)
         with tracing.span("kv.fetch", attributes={"kvdistill.teacher": self._teacher, "kvdistill.sample_ids": ids}):
             return self._fetch(samples)
 
     def _fetch(self, samples: Sequence[Sample]) -> list[KVResult]:
-        answers: list[KVResult | None] = [None] * len(samples)
+        received: dict[str, KVResult] = {}
+        ids = {sample.id for sample in samples}
         lost_since: float | None = None
         while True:
             endpoint = self._next_endpoint(lost_since)
             if lost_since is not None:
-                self._attempts_repeated += 1
-            missing = answers.count(None)
+                self._repeated += 1
+            before = len(received)
             try:
                 self._verify(endpoint)
-                endpoint.replica.fetch_into(samples, answers)
+                endpoint.replica.fetch_into(samples, received)
             except (TeacherUnavailableError, ProtocolError) as error:
-                still_missing = answers.count(None)
-                self._failed(endpoint, error, still_missing)
-                if lost_since is None or still_missing < missing:
+                self._failed(endpoint, error, missing=len(ids) - len(received))
+                if lost_since is None or len(received) > before:
                     lost_since = endpoint.failed_at
             else:
                 self._answered(endpoint)
-                return [answer for answer in answers if answer is not None]
+                return [received[sample.id] for sample in samples]
 
     def close(self) -> None:
-        """Ends every connection; a fetch under way ends too."""
+        """Closes every connection, which ends a fetch in progress."""
         self._closed.set()
         for endpoint in self._endpoints:
             endpoint.replica.close()
 
     def _next_endpoint(self, lost_since: float | None) -> _Endpoint:
-        """The endpoint whose turn it is, after waiting for it; raises once patience has run out."""
+        """Waits for the next endpoint that may be tried; raises when `patience_s` has passed."""
         while True:
             if self._closed.is_set():
                 raise CancelledError(f"teacher '{self._teacher}': the source was closed")
             now = time.monotonic()
             give_up_at = math.inf if lost_since is None else lost_since + self._patience_s
-            ready = [endpoint for endpoint in self._in_turn() if endpoint.retry_at <= now]
+            first = self._endpoints.index(self._current)
+            in_turn = self._endpoints[first:] + self._endpoints[:first]
+            ready = [endpoint for endpoint in in_turn if endpoint.retry_at <= now]
             untried = any(lost_since is not None and endpoint.failed_at < lost_since for endpoint in ready)
             if now >= give_up_at and not untried:
                 raise self._lost(now - give_up_at + self._patience_s)
@@ -230,13 +199,8 @@ class FailoverSource:
             wake_at = min(give_up_at, *(endpoint.retry_at for endpoint in self._endpoints))
             self._closed.wait(wake_at - now)
 
-    def _in_turn(self) -> list[_Endpoint]:
-        """From the current endpoint on, round the circle."""
-        first = self._endpoints.index(self._current)
-        return self._endpoints[first:] + self._endpoints[:first]
-
     def _verify(self, endpoint: _Endpoint) -> None:
-        """Connects where needed, and makes sure that the same teacher answers as before and elsewhere."""
+        """Connects if needed, and checks that the endpoint serves the same teacher as before and as the others."""
         if endpoint.verified:
             return
         info = endpoint.replica.connect()
@@ -254,9 +218,8 @@ class FailoverSource:
     def _failed(self, endpoint: _Endpoint, error: TeacherUnavailableError | ProtocolError, missing: int) -> None:
         endpoint.fail(error)
         if endpoint.failures == 1:
-            logger.warning(
-                "teacher '%s': %s; %d samples still to be answered", self._teacher, endpoint.report(), missing
-            )
+            problem = f"{endpoint.name}: {endpoint.problem}"
+            logger.warning("teacher '%s': %s; %d samples still to be answered", self._teacher, problem, missing)
 
     def _answered(self, endpoint: _Endpoint) -> None:
         self._answered_at = time.monotonic()
@@ -271,7 +234,7 @@ class FailoverSource:
         damage = [error for error in errors if isinstance(error, ProtocolError)]
         if len(damage) == len(errors):
             return damage[0]
-        reports = "; ".join(endpoint.report() for endpoint in self._endpoints)
+        reports = "; ".join(f"{endpoint.name}: {endpoint.problem}" for endpoint in self._endpoints)
         return TeacherUnavailableError(
             self._teacher,
             f"no endpoint answered for {seconds:.1f} s ({reports}). Check that `kvdistill serve` runs there and is "

@@ -1,9 +1,9 @@
-"""One teacher's answers for a micro-batch, as padded tensors with a mask."""
+"""Decodes one teacher's results for a micro-batch into padded tensors with a mask."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 
 import torch
 
@@ -13,29 +13,51 @@ from kvcore.tensors.codec import decode_batch
 from kvcore.types import BatchKV, EncodedSampleKV, MissingKV, TeacherInfo, Tensor
 from student_trainer.kv_sources.base import KVResult
 
+# Stages at the teacher and in the network; then what the trainer does with the results.
+TEACHER_STAGES = ("queue", "prefill", "encode", "network")
+STAGES = (*TEACHER_STAGES, "decode", "stall")
+
 
 @dataclass(frozen=True, slots=True)
-class DecodedBatch:
-    """A decoded batch and what it took to get it. Sums are over the samples that came."""
+class TeacherSums:
+    """Sums over what one teacher sent.
 
-    kv: BatchKV
-    samples: int
-    missing: int
-    encoded_bytes: int
-    raw_bf16_bytes: int
-    teacher_tokens: int
-    seconds: Mapping[str, float]
+    `samples`, `missing`: samples with and without K/V. `encoded_bytes`: of encoded K/V. `seconds`: by stage.
+    `raw_bytes`: what all of the teacher's K/V would take in bf16. `tokens`: the teacher's tokens.
+    """
+
+    samples: float = 0.0
+    missing: float = 0.0
+    encoded_bytes: float = 0.0
+    seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(STAGES, 0.0))
+    raw_bytes: float = 0.0
+    tokens: float = 0.0
+
+    def __add__(self, other: TeacherSums) -> TeacherSums:
+        return TeacherSums.from_row([a + b for a, b in zip(self.row(), other.row(), strict=True)])
+
+    def row(self) -> list[float]:
+        """All sums as numbers, for a collective."""
+        counts = [self.samples, self.missing, self.encoded_bytes, self.raw_bytes, self.tokens]
+        return counts + [self.seconds[stage] for stage in STAGES]
+
+    @classmethod
+    def from_row(cls, row: Sequence[float]) -> TeacherSums:
+        """The inverse of `row`."""
+        samples, missing, encoded_bytes, raw_bytes, tokens, *seconds = row
+        return cls(samples, missing, encoded_bytes, dict(zip(STAGES, seconds, strict=True)), raw_bytes, tokens)
 
 
 def decode_and_pad(
     teacher: str, results: Sequence[KVResult], info: TeacherInfo, plan: KVPlan, slots: int | None, on_missing: str
-) -> DecodedBatch:
-    """Decodes a teacher's answers, padded to `slots` (or to the longest).
+) -> tuple[BatchKV, TeacherSums]:
+    """Decodes a teacher's results, padded to `slots` (None: to the longest), and sums up what it sent.
+
+    Samples without K/V are masked out. The times for decoding and waiting are left at 0.
 
     Raises:
         TeacherRefusedError: a sample is missing and `on_missing` is `fail`.
     """
-    rows = [index for index, result in enumerate(results) if isinstance(result, EncodedSampleKV)]
     missing = [result for result in results if isinstance(result, MissingKV)]
     if missing and on_missing == "fail":
         raise TeacherRefusedError(
@@ -44,63 +66,54 @@ def decode_and_pad(
             f"{missing[0].reason}. Set kv.on_missing=mask to go on without them",
         )
     present = [result for result in results if isinstance(result, EncodedSampleKV)]
+    rows = [row for row, result in enumerate(results) if isinstance(result, EncodedSampleKV)]
     tokens = sum(int(result.token_ids_T.numel()) for result in present)
-    kv = _spread(decode_batch(present), rows, len(results)) if present else _nothing(len(results), info, plan)
-    seconds = {
-        stage: sum(getattr(result.timings, stage) for result in present)
-        for stage in ("queue", "prefill", "encode", "network")
-    }
-    full_token_bytes = info.layers * info.kv_heads * info.head_dim * 2 * 2
-    return DecodedBatch(
-        _pad_slots(kv, slots),
+    sums = TeacherSums(
         len(present),
         len(missing),
         sum(result.nbytes for result in present),
-        tokens * full_token_bytes,
-        tokens,
-        seconds,
+        raw_bytes=tokens * info.layers * info.kv_heads * info.head_dim * 2 * 2,
+        tokens=tokens,
     )
+    for stage in TEACHER_STAGES:
+        sums.seconds[stage] = sum(getattr(result.timings, stage) for result in present)
+    kv = decode_batch(present) if present else _no_samples(info, plan)
+    return _padded(kv, rows, len(results), slots), sums
 
 
-def _spread(kv: BatchKV, rows: list[int], batch: int) -> BatchKV:
-    """Puts the samples that came back into their rows; the others are masked out."""
-    if len(rows) == batch:
-        return kv
-
-    def place(tensor: Tensor | None, fill: int) -> Tensor | None:
-        if tensor is None:
-            return None
-        placed = tensor.new_full((batch, *tensor.shape[1:]), fill)
-        placed[rows] = tensor
-        return placed
-
-    mask_BM, byte_ends_BLHM = place(kv.mask_BM, 0), place(kv.byte_ends_BLHM, -1)
-    assert mask_BM is not None
-    assert byte_ends_BLHM is not None
-    return BatchKV(place(kv.k_BLHMD, 0), place(kv.v_BLHMD, 0), mask_BM, byte_ends_BLHM)
+def map_kv(kv: BatchKV, change: Callable[[Tensor], Tensor]) -> BatchKV:
+    """Applies a function to every tensor of a batch."""
+    k_BLHMD, v_BLHMD = (None if x is None else change(x) for x in (kv.k_BLHMD, kv.v_BLHMD))
+    return BatchKV(k_BLHMD, v_BLHMD, change(kv.mask_BM), change(kv.byte_ends_BLHM))
 
 
-def _nothing(batch: int, info: TeacherInfo, plan: KVPlan) -> BatchKV:
-    """A batch in which every sample is masked out: ranks go through the same steps whatever a teacher did."""
-    shape = (batch, len(plan.layers), info.kv_heads, 1, info.head_dim)
+def _no_samples(info: TeacherInfo, plan: KVPlan) -> BatchKV:
+    """A batch of no samples and one slot: every rank goes through the same steps, even if a teacher sent nothing."""
+    x_BLHMD = torch.zeros(0, len(plan.layers), info.kv_heads, 1, info.head_dim)
+    ends_BLHM = torch.zeros(0, 1, 1, 1, dtype=torch.long)
     return BatchKV(
-        torch.zeros(shape) if plan.keys else None,
-        torch.zeros(shape) if plan.values else None,
-        torch.zeros(batch, 1, dtype=torch.bool),
-        torch.full((batch, 1, 1, 1), -1, dtype=torch.long),
+        x_BLHMD if plan.keys else None, x_BLHMD if plan.values else None, torch.zeros(0, 1, dtype=torch.bool), ends_BLHM
     )
 
 
-def _pad_slots(kv: BatchKV, slots: int | None) -> BatchKV:
+def _padded(kv: BatchKV, rows: list[int], batch: int, slots: int | None) -> BatchKV:
+    """Moves the decoded samples to their rows of the batch, and pads the slots."""
     width = kv.mask_BM.shape[1]
-    if slots is None or width == slots:
+    slots = width if slots is None else slots
+    assert width <= slots, "a plan's budget bounds the slots"
+    if (len(rows), width) == (batch, slots):
         return kv
-    assert width < slots, "a plan's budget bounds the slots"
-    extra = slots - width
-    pad = torch.nn.functional.pad
+
+    def padded(x: Tensor, slot_dim: int, fill: int = 0) -> Tensor:
+        shape = [batch, *x.shape[1:]]
+        shape[slot_dim] = slots
+        whole = x.new_full(shape, fill)
+        whole.narrow(slot_dim, 0, width)[rows] = x
+        return whole
+
     return BatchKV(
-        None if kv.k_BLHMD is None else pad(kv.k_BLHMD, (0, 0, 0, extra)),
-        None if kv.v_BLHMD is None else pad(kv.v_BLHMD, (0, 0, 0, extra)),
-        pad(kv.mask_BM, (0, extra)),
-        pad(kv.byte_ends_BLHM, (0, extra), value=-1),
+        None if kv.k_BLHMD is None else padded(kv.k_BLHMD, 3),
+        None if kv.v_BLHMD is None else padded(kv.v_BLHMD, 3),
+        padded(kv.mask_BM, 1),
+        padded(kv.byte_ends_BLHM, 3, fill=-1),
     )

@@ -9,15 +9,15 @@ from kvcore.plan import KVPlan
 from kvcore.store.kv_store import KVStoreReader
 from kvcore.store.manifest import Manifest, claim
 from kvcore.types import MissingKV, Sample, TeacherInfo
-from student_trainer.kv_sources.base import KVResult
+from student_trainer.kv_sources.base import KVResult, KVSource
 
 
-class OfflineSource:
+class OfflineSource(KVSource):
     """Reads one teacher's store. Samples are found by content: the same text under the same plan, whatever its id.
 
     Args:
         directory: the store of this teacher.
-        plan_for: makes the plan for a teacher of this geometry; it must be the plan that was recorded.
+        plan_for: makes the plan for a teacher of this geometry; it must be the recorded plan.
 
     Raises:
         StoreError: there is no store, it is damaged, or it holds another plan; names what differs.
@@ -31,16 +31,13 @@ class OfflineSource:
 
     @property
     def info(self) -> TeacherInfo:
-        """The teacher that was recorded."""
+        """The recorded teacher."""
         return self._reader.info
 
     @property
     def plan(self) -> KVPlan:
         """The recorded plan."""
         return self._plan
-
-    def announce(self, samples: Sequence[Sample]) -> None:
-        """Does nothing: this source does not prefetch."""
 
     def fetch(self, samples: Sequence[Sample]) -> list[KVResult]:
         """Reads every sample; one that was never recorded is missing.

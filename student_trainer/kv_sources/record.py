@@ -1,21 +1,20 @@
-"""Keeps what an online run fetches, so that the first epoch becomes the offline store."""
+"""Stores what an online run fetches, so that the first epoch fills the offline store."""
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
 
 from kvcore.store.kv_store import KVStoreReader, KVStoreWriter, merge_index
 from kvcore.types import EncodedSampleKV, Sample
-from student_trainer.kv_sources.base import KVResult, KVSource, WrappingSource
+from student_trainer.kv_sources.base import KVResult, KVSource, PendingKV, WrappingSource
 
 
 class Record(WrappingSource):
-    """Writes each sample once, and reads from the store what is there already instead of asking the teacher.
+    """Writes each sample once, and reads stored samples from the store instead of asking the teacher again.
 
-    So a recording that was interrupted asks only for the rest. What a sample lacks (`MissingKV`) is not stored.
-    Only `flush` and `close` make what was fetched safe. For one thread at a time.
+    A recording that was interrupted therefore requests only what is left. Missing K/V (`MissingKV`) are not stored.
+    Fetched samples are safe on disk only after `flush` or `close`. Not thread-safe.
 
     Args:
         source: where K/V come from; already connected.
@@ -24,7 +23,7 @@ class Record(WrappingSource):
         merges_index: whether `close` merges the index of all ranks' journals; for one rank, after the others flushed.
 
     Raises:
-        StoreError: the store holds another teacher or plan, is damaged, or someone else writes under this name.
+        StoreError: the store holds another teacher or plan, is damaged, or another process writes under this name.
     """
 
     def __init__(self, source: KVSource, directory: Path, writer: str, merges_index: bool) -> None:
@@ -33,40 +32,23 @@ class Record(WrappingSource):
         self._merges_index = merges_index
         self._writer = KVStoreWriter(directory, source.info, source.plan, writer)
         self._reader = KVStoreReader(directory)
-        self._announced: dict[tuple[Sample, ...], deque[list[Sample]]] = {}
         self._closed = False
 
-    def announce(self, samples: Sequence[Sample]) -> None:
-        """Passes on what is not stored yet."""
-        wanted = [sample for sample in samples if self._key(sample) not in self._writer]
-        # The batch is asked for later exactly as announced, whatever is stored by then.
-        self._announced.setdefault(tuple(samples), deque()).append(wanted)
-        if wanted:
-            self.source.announce(wanted)
+    def submit(self, samples: Sequence[Sample]) -> PendingKV:
+        """Submits the samples that are not stored yet. `result` stores them, and reads the others from the store.
 
-    def fetch(self, samples: Sequence[Sample]) -> list[KVResult]:
-        """The stored samples from the store, the others from the wrapped source, which are stored on the way.
-
-        Raises:
-            StoreError: the store is damaged, or the disk is full.
-            KVDistillError: whatever the wrapped source raises.
+        `result` raises StoreError if the store is damaged or the disk is full, and what the wrapped source raises.
         """
-        wanted = self._wanted(samples)
-        fetched: dict[str, KVResult] = {}
-        if wanted:
-            answers = self.source.fetch(wanted)
-            fetched = {sample.id: answer for sample, answer in zip(wanted, answers, strict=True)}
-        for result in fetched.values():
-            if isinstance(result, EncodedSampleKV):
-                self._writer.add(result)
-        return [fetched.get(sample.id) or self._read(sample) for sample in samples]
+        missing = [sample for sample in samples if self._key(sample) not in self._writer]
+        pending = self.source.submit(missing) if missing else PendingKV(list)
+        return PendingKV(lambda: self._store(samples, missing, pending))
 
     def flush(self) -> None:
-        """Returns when the disk has everything fetched so far."""
+        """Returns when everything fetched so far is on disk."""
         self._writer.flush()
 
     def close(self) -> None:
-        """Flushes, closes the wrapped source, and merges the index where that is this rank's task."""
+        """Flushes, closes the wrapped source, and merges the index if this rank does that."""
         if self._closed:
             return
         self._closed = True
@@ -78,14 +60,12 @@ class Record(WrappingSource):
         if self._merges_index:
             merge_index(self._directory)
 
-    def _wanted(self, samples: Sequence[Sample]) -> list[Sample]:
-        announced = self._announced.get(tuple(samples))
-        if announced is None:
-            return [sample for sample in samples if self._key(sample) not in self._writer]
-        wanted = announced.popleft()
-        if not announced:
-            del self._announced[tuple(samples)]
-        return wanted
+    def _store(self, samples: Sequence[Sample], missing: Sequence[Sample], pending: PendingKV) -> list[KVResult]:
+        fetched = {sample.id: result for sample, result in zip(missing, pending.result(), strict=True)}
+        for result in fetched.values():
+            if isinstance(result, EncodedSampleKV):
+                self._writer.add(result)
+        return [fetched.get(sample.id) or self._read(sample) for sample in samples]
 
     def _read(self, sample: Sample) -> KVResult:
         key = self._key(sample)

@@ -1,4 +1,4 @@
-"""One endpoint of a teacher over gRPC. The only place where gRPC's errors become ours."""
+"""One endpoint of a teacher over gRPC. Maps gRPC errors to the errors of `kvcore.errors`."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from kvcore.wire import messages as wire
 from kvcore.wire.channel_arguments import client_arguments
 from kvcore.wire.stream_reader import StreamReader
 from protos import kv_cache_pb2 as pb
-from student_trainer.kv_sources.base import KVResult
+from student_trainer.kv_sources.base import KVResult, KVSource
 from student_trainer.kv_sources.channel import open_channel
 
 logger = logging.getLogger(__name__)
@@ -33,13 +33,13 @@ PlanFactory = Callable[[TeacherInfo], KVPlan]
 
 DESCRIBE_TIMEOUT_S = 5.0
 DEFAULT_PUSHBACK_S = 0.5
-# A frame's header comes on top of its body: at most 1024 records of a few hundred bytes.
+# Room for a frame's header: at most 1024 records of a few hundred bytes.
 HEADER_ALLOWANCE_BYTES = 1 << 20
 DEFAULT_RECEIVE_BYTES = 4 << 20
-# Below the 4 MiB that gRPC servers accept unless told otherwise; a single sample may still be larger.
+# Below gRPC servers' default limit of 4 MiB; a single sample may still be larger.
 REQUEST_BYTES = 3 << 20
-# How many samples an error names.
-MOST_IDS_NAMED = 5
+# Samples that an error names.
+MAX_IDS_NAMED = 5
 
 _REFUSALS = {
     grpc.StatusCode.INVALID_ARGUMENT,
@@ -50,29 +50,29 @@ _REFUSALS = {
     grpc.StatusCode.UNAUTHENTICATED,
 }
 
-# Statuses of single samples that say nothing about the sample.
-_PASSING_FAILURES = {"INTERNAL", "UNAVAILABLE", "RESOURCE_EXHAUSTED", "ABORTED", "DEADLINE_EXCEEDED", "UNKNOWN"}
+# Statuses of single samples that are not caused by the sample itself.
+_TRANSIENT_FAILURES = {"INTERNAL", "UNAVAILABLE", "RESOURCE_EXHAUSTED", "ABORTED", "DEADLINE_EXCEEDED", "UNKNOWN"}
 
 
 class _BusyError(Exception):
-    """The teacher is full and says when to come back."""
+    """The teacher's queue is full. `wait_s`: the delay before a retry that it asks for."""
 
     def __init__(self, wait_s: float, details: str) -> None:
         super().__init__(details)
         self.wait_s = wait_s
 
 
-class RemoteSource:
-    """Pulls K/V from one server. `connect` comes first: the plan is made from the geometry it learns.
+class RemoteSource(KVSource):
+    """Pulls K/V from one server. Call `connect` first: it learns the geometry that the plan is made from.
 
-    For one fetching thread; `close` may come from any other.
+    One thread fetches; `close` may be called from any other.
 
     Args:
         teacher: the teacher's name in the configuration.
         endpoint: host:port of the gRPC service.
         plan_for: makes the plan for a teacher of this geometry.
         timeout_s: deadline of one request.
-        patience_s: how long to keep coming back to a teacher that says it is full.
+        patience_s: how long to retry while the teacher's queue is full.
     """
 
     _METHOD: ClassVar[str] = "StreamKV"
@@ -94,26 +94,26 @@ class RemoteSource:
 
     @property
     def info(self) -> TeacherInfo:
-        """What the server last said of itself."""
-        assert self._info is not None, "connect() comes first"
+        """The server's last description of itself."""
+        assert self._info is not None, "call connect() first"
         return self._info
 
     @property
     def plan(self) -> KVPlan:
         """The plan made for this teacher."""
-        assert self._plan is not None, "connect() comes first"
+        assert self._plan is not None, "call connect() first"
         return self._plan
 
     def connect(self, wait_s: float = 0.0) -> TeacherInfo:
-        """Asks who serves there.
+        """Fetches the teacher's description and makes the plan.
 
         Args:
-            wait_s: how long to wait for a server that is not up yet; by default not at all.
+            wait_s: how long to wait for a server that is not up yet; by default it fails at once.
 
         Raises:
-            TeacherUnavailableError: nobody answers.
-            TeacherRefusedError: what answers is no teacher of this protocol.
-            ProtocolError: the description was damaged on its way.
+            TeacherUnavailableError: the endpoint does not answer.
+            TeacherRefusedError: the server is not a teacher of this protocol.
+            ProtocolError: the description was damaged in transit.
         """
         try:
             timeout_s = max(wait_s, DESCRIBE_TIMEOUT_S)
@@ -138,121 +138,109 @@ class RemoteSource:
             self._open_channel(needed)
         return info
 
-    def announce(self, samples: Sequence[Sample]) -> None:
-        """Does nothing: this source does not prefetch."""
-
     def fetch(self, samples: Sequence[Sample]) -> list[KVResult]:
-        """Asks this endpoint alone, for everything.
+        """Fetches every sample from this endpoint.
 
         Raises:
-            TeacherUnavailableError: it does not answer.
-            TeacherRefusedError: it will not serve this.
+            TeacherUnavailableError: the endpoint does not answer.
+            TeacherRefusedError: the teacher will not serve this.
             ProtocolError: damaged bytes, again after a retry.
         """
-        answers: list[KVResult | None] = [None] * len(samples)
-        self.fetch_into(samples, answers)
-        return [answer for answer in answers if answer is not None]
+        received: dict[str, KVResult] = {}
+        self.fetch_into(samples, received)
+        return [received[sample.id] for sample in samples]
 
-    def fetch_into(self, samples: Sequence[Sample], answers: list[KVResult | None]) -> None:
-        """Fills every `answers[i]` that is None with sample i's result; whole samples that came before an error stay.
+    def fetch_into(self, samples: Sequence[Sample], received: dict[str, KVResult]) -> None:
+        """Adds the results that `received`, by sample id, does not have. Those received before an error are kept.
 
         Raises:
             As `fetch`.
         """
-        rows: dict[str, list[int]] = {}
-        for row, sample in enumerate(samples):
-            if answers[row] is None:
-                rows.setdefault(sample.id, []).append(row)
-        for chunk in _chunks([samples[first] for first, *_ in rows.values()], self.info.max_samples_per_request):
-            got: dict[str, KVResult] = {}
-            try:
-                self._fetch_chunk(chunk, got)
-            finally:
-                for sample_id, result in got.items():
-                    for row in rows[sample_id]:
-                        answers[row] = result
+        missing = {sample.id: sample for sample in samples if sample.id not in received}
+        for chunk in _chunks(list(missing.values()), self.info.max_samples_per_request):
+            self._fetch_chunk(chunk, received)
 
     def close(self) -> None:
-        """Closes the connection; a request under way is cancelled."""
+        """Closes the connection and cancels a request in progress."""
         self._closed.set()
         self._channel.close()
 
-    def _fetch_chunk(self, samples: Sequence[Sample], got: dict[str, KVResult]) -> None:
-        """One request, repeated while the server is full, and once after damaged bytes.
+    def _fetch_chunk(self, samples: Sequence[Sample], received: dict[str, KVResult]) -> None:
+        """Sends one request; repeats it while the server is full, and once after damaged bytes.
 
-        A sample that failed for no reason of its own (the engine broke on its batch) is asked for once more, alone.
+        A sample with a transient failure (the engine failed on its batch) is requested once more, on its own.
         """
         give_up_at = time.monotonic() + self._patience_s
         damaged = False
-        excused: set[str] = set()
-        while missing := [sample for sample in samples if sample.id not in got]:
-            asked = [sample for sample in missing if sample.id not in excused] or missing[:1]
+        failed_once: set[str] = set()
+        while missing := [sample for sample in samples if sample.id not in received]:
+            requested = [sample for sample in missing if sample.id not in failed_once] or missing[:1]
             try:
-                with tracing.span(f"kvcache.v1.TeacherKV/{self._METHOD}", SpanKind.CLIENT, self._attributes(asked)):
-                    self._stream(asked, got, excused)
+                with tracing.span(f"kvcache.v1.TeacherKV/{self._METHOD}", SpanKind.CLIENT, self._attributes(requested)):
+                    self._stream(requested, received, failed_once)
             except _BusyError as busy:
                 self._wait_for_room(busy, give_up_at)
             except ProtocolError as error:
                 if damaged:
-                    raise self._damage(error, asked) from error
+                    raise self._damage(error, requested) from error
                 damaged = True
-                logger.warning("teacher '%s' at %s: %s; asking once more", self._teacher, self.endpoint, error)
-            if any(sample.id not in got for sample in asked):
+                logger.warning("teacher '%s' at %s: %s; retrying once", self._teacher, self.endpoint, error)
+            if any(sample.id not in received for sample in requested):
                 self.retries += 1
 
-    def _stream(self, samples: Sequence[Sample], got: dict[str, KVResult], excused: set[str]) -> None:
-        """One request; adds each sample to `got` as soon as it is whole, or to `excused` for its first such failure."""
-        request, reader = self._question(uuid.uuid4().hex, samples)
+    def _stream(self, samples: Sequence[Sample], received: dict[str, KVResult], failed_once: set[str]) -> None:
+        """Sends one request. Adds each complete sample to `received`; a first transient failure to `failed_once`."""
+        request, reader = self._request(uuid.uuid4().hex, samples)
         started = time.monotonic()
         try:
-            call = self._ask(request, timeout=self._timeout_s, metadata=tracing.headers())
+            call = self._call(request, timeout=self._timeout_s, metadata=tracing.headers())
         except ValueError as error:
             raise self._closed_error() from error
         try:
             for number, data in enumerate(call):
                 if number == 0:
                     self._check_teacher(dict(call.initial_metadata()))
-                arrived = reader.feed(data)
+                outcomes = reader.feed(data)
                 elapsed = time.monotonic() - started
-                for index, outcome in arrived:
+                for index, outcome in outcomes:
                     sample_id = samples[index].id
                     if isinstance(outcome, EncodedSampleKV):
-                        got[sample_id] = _timed(outcome, elapsed)
-                    elif outcome.code in _PASSING_FAILURES and sample_id not in excused:
-                        excused.add(sample_id)
+                        received[sample_id] = _with_network_time(outcome, elapsed)
+                    elif outcome.code in _TRANSIENT_FAILURES and sample_id not in failed_once:
+                        failed_once.add(sample_id)
                     else:
-                        got[sample_id] = MissingKV(sample_id, f"{outcome.code}: {outcome.message}")
+                        received[sample_id] = MissingKV(sample_id, f"{outcome.code}: {outcome.message}")
             reader.finish()
         except grpc.RpcError as error:
             raise self._mapped(error) from error
         finally:
             call.cancel()
 
-    def _question(self, request_id: str, samples: Sequence[Sample]) -> tuple[Message, StreamReader]:
-        """A request, and who reads its answer."""
+    def _request(self, request_id: str, samples: Sequence[Sample]) -> tuple[Message, StreamReader]:
+        """A request, and the reader of its response stream."""
         messages = [wire.sample_to_proto(sample) for sample in samples]
         request = pb.KVRequest(request_id=request_id, plan=self._plan_message, samples=messages)
         return request, StreamReader(request_id, self.plan, samples, self.info)
 
-    def _attributes(self, asked: Sequence[Sample]) -> tracing.Attributes:
-        """What a request's span says of it."""
+    def _attributes(self, requested: Sequence[Sample]) -> tracing.Attributes:
+        """Attributes of a request's tracing span."""
         return {
             "rpc.system": "grpc",
             "rpc.service": "kvcache.v1.TeacherKV",
             "rpc.method": self._METHOD,
             "server.address": self.endpoint,
             "kvdistill.teacher": self._teacher,
-            "kvdistill.samples": len(asked),
-            "kvdistill.sample_ids": tracing.id_list(sample.id for sample in asked),
+            "kvdistill.samples": len(requested),
+            "kvdistill.sample_ids": tracing.id_list(sample.id for sample in requested),
         }
 
     def _check_teacher(self, metadata: dict[str, Any]) -> None:
-        """An endpoint may be restarted, or balanced over servers, behind a channel that reconnects by itself."""
-        answering = metadata.get(wire.TEACHER_METADATA)
-        if answering is None:
-            raise ProtocolError("the answer does not say which teacher it comes from")
-        if answering != wire.teacher_metadata(self.info):
-            raise self._unavailable("another teacher answers there than the one that was connected to")
+        """Checks who answers: a channel reconnects by itself to a restarted server, or to another one of a balancer."""
+        teacher = metadata.get(wire.TEACHER_METADATA)
+        if teacher is None:
+            raise ProtocolError("the response does not name its teacher")
+        if teacher != wire.teacher_metadata(self.info):
+            raise self._unavailable("another teacher answers at this endpoint than before")
 
     def _wait_for_room(self, busy: _BusyError, give_up_at: float) -> None:
         if time.monotonic() + busy.wait_s > give_up_at:
@@ -268,13 +256,13 @@ class RemoteSource:
             request_serializer=pb.DescribeRequest.SerializeToString,
             response_deserializer=pb.DescribeResponse.FromString,
         )
-        # Without a deserialiser every message arrives as the bytes that were sent: no protobuf object, no copy.
-        self._ask = self._channel.unary_stream(
+        # Without a deserializer every message arrives as raw bytes: no protobuf object, no copy.
+        self._call = self._channel.unary_stream(
             f"/kvcache.v1.TeacherKV/{self._METHOD}", request_serializer=operator.methodcaller("SerializeToString")
         )
 
     def _mapped(self, error: Any) -> KVDistillError | _BusyError | CancelledError:
-        """The error that a gRPC status means. `error` is a grpc.RpcError that is also a grpc.Call."""
+        """Maps a gRPC status to an error. `error` is a grpc.RpcError that is also a grpc.Call."""
         code, details = error.code(), error.details() or "no details"
         if self._closed.is_set():
             return self._closed_error()
@@ -292,14 +280,14 @@ class RemoteSource:
             wait_s = DEFAULT_PUSHBACK_S if pushback is None else int(pushback) / 1000
         except ValueError:
             wait_s = -1.0
-        # By gRPC's retry design a pushback that is negative or no number means: do not come back.
+        # In gRPC's retry design a negative or malformed pushback means: do not retry.
         return _BusyError(wait_s, details) if wait_s >= 0 else self._unavailable(f"full: {details}")
 
-    def _damage(self, error: ProtocolError, asked: Sequence[Sample] = ()) -> ProtocolError:
-        """The error with where it came from, and the samples whose request it ended."""
-        ids = ", ".join(f"'{sample.id}'" for sample in asked[:MOST_IDS_NAMED])
-        more = f" and {len(asked) - MOST_IDS_NAMED} more" if len(asked) > MOST_IDS_NAMED else ""
-        request = f" (request for the samples {ids}{more})" if asked else ""
+    def _damage(self, error: ProtocolError, requested: Sequence[Sample] = ()) -> ProtocolError:
+        """Adds the endpoint and the requested samples to the error."""
+        ids = ", ".join(f"'{sample.id}'" for sample in requested[:MAX_IDS_NAMED])
+        more = f" and {len(requested) - MAX_IDS_NAMED} more" if len(requested) > MAX_IDS_NAMED else ""
+        request = f" (request for the samples {ids}{more})" if requested else ""
         return ProtocolError(f"teacher '{self._teacher}' at {self.endpoint}: {error}{request}")
 
     def _unavailable(self, problem: str) -> TeacherUnavailableError:
@@ -309,24 +297,24 @@ class RemoteSource:
         return CancelledError(f"teacher '{self._teacher}': the source was closed")
 
 
-def _chunks(samples: Sequence[Sample], most: int) -> Iterator[list[Sample]]:
-    """Cuts samples into requests of at most `most`, and of a size that any server takes."""
+def _chunks(samples: Sequence[Sample], max_samples: int) -> Iterator[list[Sample]]:
+    """Splits samples into requests of at most `max_samples` and about `REQUEST_BYTES`."""
     chunk: list[Sample] = []
     size = 0
     for sample in samples:
-        # At most 4 bytes for a character in UTF-8, 5 for a token id below 2^35 as a varint.
-        weight = 4 * len(sample.text or "") + 5 * len(sample.token_ids or ())
-        if chunk and (len(chunk) == most or size + weight > REQUEST_BYTES):
+        # A character takes at most 4 bytes in UTF-8, a token id below 2^35 at most 5 as a varint.
+        bytes_at_most = 4 * len(sample.text or "") + 5 * len(sample.token_ids or ())
+        if chunk and (len(chunk) == max_samples or size + bytes_at_most > REQUEST_BYTES):
             yield chunk
             chunk, size = [], 0
         chunk.append(sample)
-        size += weight
+        size += bytes_at_most
     if chunk:
         yield chunk
 
 
-def _timed(kv: EncodedSampleKV, elapsed_s: float) -> EncodedSampleKV:
-    """Counts as network what the server's stages do not account for."""
+def _with_network_time(kv: EncodedSampleKV, elapsed_s: float) -> EncodedSampleKV:
+    """Counts as network the time that the server's stages do not account for."""
     at_server = kv.timings
     network = max(0.0, elapsed_s - at_server.queue - at_server.prefill - at_server.encode)
     kv.timings = Timings(at_server.queue, at_server.prefill, at_server.encode, network)

@@ -7,15 +7,16 @@ from collections.abc import Sequence
 
 from kvcore.errors import FieldError
 from kvcore.types import Sample
-from student_trainer.kv_sources.base import KVResult, KVSource, WrappingSource
+from student_trainer.kv_sources.base import KVResult, KVSource, PendingKV, WrappingSource
 
 logger = logging.getLogger(__name__)
 
 
 class ShuffledControl(WrappingSource):
-    """Hands sample i of a fetched batch what belongs to sample i-1 (the first gets the last's).
+    """Gives sample i of a batch the result of sample i-1; the first sample gets the last one's.
 
-    Missing K/V move along. What a result says about itself (`sample_id`, `key`) stays its own.
+    Missing K/V move along. A result keeps its own `sample_id` and `key`. A batch of one sample has no other sample to
+    learn from: its result raises FieldError.
     """
 
     def __init__(self, source: KVSource) -> None:
@@ -26,21 +27,18 @@ class ShuffledControl(WrappingSource):
             source.info.model,
         )
 
-    def announce(self, samples: Sequence[Sample]) -> None:
-        """Passed on."""
-        self.source.announce(samples)
+    def submit(self, samples: Sequence[Sample]) -> PendingKV:
+        """Submits to the wrapped source. `result` rolls its results by one."""
+        pending = self.source.submit(samples)
 
-    def fetch(self, samples: Sequence[Sample]) -> list[KVResult]:
-        """The wrapped source's results, rolled by one.
+        def rolled() -> list[KVResult]:
+            if len(samples) == 1:
+                raise FieldError("kv.control", "'shuffled' needs at least 2 samples in every fetched batch; got 1")
+            results = pending.result()
+            return results[-1:] + results[:-1]
 
-        Raises:
-            FieldError: a batch of one sample, which has no other sample to learn from.
-        """
-        if len(samples) == 1:
-            raise FieldError("kv.control", "'shuffled' needs at least 2 samples in every fetched batch; got 1")
-        results = self.source.fetch(samples)
-        return results[-1:] + results[:-1]
+        return PendingKV(rolled)
 
-    def close(self) -> None:
-        """Closes the wrapped source."""
-        self.source.close()
+    def without_control(self) -> KVSource:
+        """The wrapped source."""
+        return self.source

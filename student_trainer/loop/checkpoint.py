@@ -1,4 +1,4 @@
-"""Checkpoints: safetensors and JSON, whole tensors, so that a run resumes under any ZeRO stage and number of ranks."""
+"""Checkpoints in safetensors and JSON. Tensors are whole, so a run can resume with any ZeRO stage and world size."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ WEIGHTS, MOMENTS, FROZEN, STATE = "weights.safetensors", "moments.safetensors", 
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """One saved moment of a run."""
+    """One saved checkpoint."""
 
     path: Path
     state: dict[str, Any]
@@ -33,16 +33,16 @@ class Checkpoint:
         return int(self.state["step"])
 
     def frozen(self) -> dict[str, Tensor]:
-        """What was fitted before the first step and never trains: adapters and scales."""
+        """The tensors fitted before the first step, which are not trained: adapters and scales."""
         return load_file(self.path / FROZEN)
 
     def load_weights(self, module: nn.Module) -> None:
-        """Puts the weights into a module that no engine holds yet: an engine copies its parameters when it is made."""
+        """Loads the weights into a module before its engine is created: an engine copies its parameters."""
         _, unexpected = module.load_state_dict(load_file(self.path / WEIGHTS), strict=False)
         assert not unexpected, f"weights of another model: {unexpected}"
 
     def restore(self, engine: Engine) -> None:
-        """Puts fp32 weights and optimiser state into an engine made after `load_weights`."""
+        """Loads fp32 weights and optimiser state into an engine created after `load_weights`."""
         engine.restore(load_file(self.path / WEIGHTS), load_file(self.path / MOMENTS), self.step)
 
 
@@ -56,7 +56,7 @@ def at(directory: Path, step: int) -> Checkpoint:
     """The checkpoint of one step.
 
     Raises:
-        ConfigError: it is not there.
+        ConfigError: there is none.
     """
     path = directory / _name(step)
     if not (path / STATE).is_file():
@@ -73,10 +73,10 @@ def _name(step: int) -> str:
 
 
 def check_same_run(checkpoint: Checkpoint, identity: dict[str, Any]) -> None:
-    """Refuses to continue a run under settings that would make it another one.
+    """Refuses to resume a run with other settings, teachers or data.
 
     Raises:
-        ConfigError: naming the settings that differ.
+        ConfigError: names the settings that differ.
     """
     saved = checkpoint.state["identity"]
     differing = sorted(name for name in saved.keys() | identity.keys() if saved.get(name) != identity.get(name))
@@ -89,11 +89,11 @@ def check_same_run(checkpoint: Checkpoint, identity: dict[str, Any]) -> None:
 
 
 def save(directory: Path, engine: Engine, frozen: dict[str, Tensor], state: dict[str, Any], keep: int) -> Path:
-    """Writes a checkpoint that appears under its name only when complete. All ranks must call it."""
+    """Writes a checkpoint, which gets its final name only when complete. All ranks must call it."""
     weights, moments = engine.weights(), engine.moments()
     final = directory / _name(state["step"])
     if dist.get_rank() == 0 and (final / STATE).is_file():
-        write_json(final / STATE, state)  # The tensors of one step are the same each time.
+        write_json(final / STATE, state)  # The tensors of one step never change.
     elif dist.get_rank() == 0:
         temporary = directory / f".{final.name}.tmp"
         shutil.rmtree(temporary, ignore_errors=True)
@@ -114,5 +114,5 @@ def save(directory: Path, engine: Engine, frozen: dict[str, Tensor], state: dict
 
 
 def forget(directory: Path) -> None:
-    """Removes every checkpoint of a run that starts over."""
+    """Removes every checkpoint, for a run that starts over."""
     shutil.rmtree(directory, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""Ends a run whose numbers are no longer finite, on all ranks alike and before anything of it is saved."""
+"""Ends a run with values that are not finite: on all ranks, and before anything is saved."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ GRADIENT_NORM, STATE = "gradient norm", "parameters or optimizer moments"
 
 
 class DivergedError(KVDistillError):
-    """Losses, gradients or parameters became NaN or infinite, so nothing after that is worth keeping.
+    """Losses, gradients or parameters became NaN or infinite.
 
     Args:
         step: the optimiser step, as logged.
         names: what is not finite.
-        checkpoints: the run's directory of checkpoints, of which the newest is from before.
+        checkpoints: the run's directory of checkpoints; the newest is from before the divergence.
     """
 
     next_step = (
@@ -36,7 +36,7 @@ class DivergedError(KVDistillError):
 
 
 class FiniteCheck:
-    """What this rank saw that is not finite, until the ranks agree on it."""
+    """Collects this rank's values that are not finite, until all ranks agree to stop."""
 
     def __init__(self) -> None:
         self._losses: set[str] = set()
@@ -45,18 +45,18 @@ class FiniteCheck:
 
     @property
     def failed(self) -> bool:
-        """Whether this rank saw a figure that is not finite."""
+        """Whether this rank saw a value that is not finite."""
         return bool(self._found)
 
-    def note(self, step: int, figures: Mapping[str, float]) -> None:
-        """Looks at figures of one step: losses, of which all ranks must pass the same, `GRADIENT_NORM` or `STATE`."""
-        self._losses |= figures.keys() - {GRADIENT_NORM, STATE}
-        self._found |= not_finite(figures)
+    def note(self, step: int, values: Mapping[str, float]) -> None:
+        """Checks values of one step: losses (the same names on all ranks), `GRADIENT_NORM` or `STATE`."""
+        self._losses |= values.keys() - {GRADIENT_NORM, STATE}
+        self._found |= not_finite(values)
         if self._found and not self._step:
             self._step = step
 
     def agreed(self, device: torch.device) -> tuple[int, list[str]]:
-        """The step, and what was not finite on any rank. All ranks must call it."""
+        """The step, and the names of all ranks' values that are not finite. All ranks must call it."""
         names = [*sorted(self._losses), GRADIENT_NORM, STATE]
         seen = torch.tensor([self._step, *(int(name in self._found) for name in names)], device=device)
         dist.all_reduce(seen, op=dist.ReduceOp.MAX)
@@ -64,6 +64,6 @@ class FiniteCheck:
         return step, [name for name, flag in zip(names, flags, strict=True) if flag]
 
 
-def not_finite(figures: Mapping[str, float]) -> set[str]:
-    """The names of the figures that are NaN or infinite."""
-    return {name for name, value in figures.items() if not math.isfinite(value)}
+def not_finite(values: Mapping[str, float]) -> set[str]:
+    """The names of the values that are NaN or infinite."""
+    return {name for name, value in values.items() if not math.isfinite(value)}

@@ -1,4 +1,4 @@
-"""The one place that touches DeepSpeed: start-up, the engine, and its full state without pickle."""
+"""The only module that uses DeepSpeed: process group, engine, and its full state without pickle."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def start(seed: int) -> tuple[int, int]:
-    """Joins the process group that torchrun or deepspeed launched (or makes one of a single process).
+    """Joins the process group of torchrun or deepspeed, or makes one of a single process.
 
     Returns:
         rank and world size.
@@ -52,14 +52,14 @@ def device() -> torch.device:
 def _import_deepspeed() -> Any:
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    # DeepSpeed calls functions that torch renames, once a step and rank.
+    # In every step DeepSpeed calls functions that torch has renamed.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     import deepspeed
     import deepspeed.ops
     from deepspeed.utils import logger
 
     logger.setLevel(logging.WARNING)
-    # Otherwise start-up on CPU compiles a shared-memory op for minutes, and fails without a compiler.
+    # Otherwise start-up on the CPU compiles a shared-memory op for minutes, and fails without a compiler.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return deepspeed
 
@@ -68,8 +68,8 @@ class Engine:
     """A module under DeepSpeed ZeRO.
 
     Args:
-        module: what is trained; its forward returns a dict of scalar losses with the key `loss`.
-        config: the run.
+        module: the module to train; its forward pass returns a dict of scalar losses with the key `loss`.
+        config: the run's configuration.
         accumulation: micro-batches per optimiser step on this rank.
     """
 
@@ -85,14 +85,14 @@ class Engine:
         self.module: nn.Module = self._engine.module
 
     def micro_step(self, batch: Any) -> dict[str, Tensor]:
-        """Forward, backward, and at an accumulation boundary the optimiser's step."""
+        """Forward and backward pass, and the optimiser's step after the last micro-batch of a step."""
         losses = self._engine(batch)
         self._engine.backward(losses["loss"])
         self._engine.step()
         return losses
 
     def close(self) -> None:
-        """Lets go of module and optimiser, so that a process that trains again holds one of each."""
+        """Frees module and optimiser, so that a process that trains again holds only one of each."""
         self._engine.destroy()
         del self._engine, self.module
         gc.collect()
@@ -105,15 +105,15 @@ class Engine:
             group["lr"] = lr
 
     def gradient_norm(self) -> float | None:
-        """The norm of all ranks' gradients at the last step, before clipping, the same on every rank.
+        """The norm of all ranks' gradients at the last step, before clipping; the same on every rank.
 
-        It is infinite where DeepSpeed skipped the step, and None where DeepSpeed keeps no norm: stage 0 in fp32.
+        Infinite if DeepSpeed skipped the step. None if DeepSpeed keeps no norm: stage 0 in fp32.
         """
         norm = self._engine.get_global_grad_norm()
         return None if norm is None else float(norm)
 
     def is_finite(self) -> bool:
-        """Whether the parameters and moments that this rank's optimiser holds are finite."""
+        """Whether this rank's optimiser holds only finite parameters and moments."""
         state = self._inner().state
         return all(
             bool(tensor.isfinite().all())
@@ -122,8 +122,8 @@ class Engine:
         )
 
     def _held(self) -> Iterator[Tensor]:
-        """The fp32 tensors that the optimiser steps: parameters, or this rank's partitions of them."""
-        # ZeRO-3 hands its partitions to the optimizer only while it steps; the other stages keep them there.
+        """The fp32 tensors that the optimiser updates: parameters, or this rank's partitions of them."""
+        # ZeRO-3 gives its partitions to the optimiser only during a step; in other stages the optimiser keeps them.
         partitions = getattr(self._engine.optimizer, "fp32_partitioned_groups_flat", None)
         if partitions:
             return iter(partitions)
@@ -134,19 +134,16 @@ class Engine:
         return getattr(optimizer, "optimizer", optimizer)
 
     def trained_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """Names and parameters that the optimiser holds, in a fixed order."""
+        """The trained parameters with their names, in a fixed order."""
         return ((name, p) for name, p in self.module.named_parameters() if p.requires_grad)
 
     def weights(self) -> dict[str, Tensor]:
-        """Every trained parameter in fp32, whole, on CPU, on rank 0 ({} elsewhere). All ranks must call it."""
+        """On rank 0 every whole trained parameter, in fp32 on the CPU; {} elsewhere. All ranks must call it."""
         return self._gather(None)
 
     def moments(self) -> dict[str, Tensor]:
-        """The optimiser's moments as `<parameter>/<moment>`, whole, on CPU, on rank 0. All ranks must call it."""
-        gathered: dict[str, Tensor] = {}
-        for moment in MOMENTS:
-            gathered |= {f"{name}/{moment}": tensor for name, tensor in self._gather(moment).items()}
-        return gathered
+        """On rank 0 the optimiser's whole moments as `<parameter>/<moment>`, on the CPU. All ranks must call it."""
+        return {f"{name}/{moment}": x for moment in MOMENTS for name, x in self._gather(moment).items()}
 
     def _gather(self, moment: str | None) -> dict[str, Tensor]:
         gathered: dict[str, Tensor] = {}
@@ -170,9 +167,9 @@ class Engine:
         return parameter if moment is None else self._inner().state[parameter][moment]
 
     def restore(self, weights: dict[str, Tensor], moments: dict[str, Tensor], steps: int) -> None:
-        """Sets the fp32 parameters and the optimiser to a saved state, after `steps` steps, on any number of ranks.
+        """Sets fp32 parameters and optimiser state to those saved after `steps` steps, with any number of ranks.
 
-        The module must have been given the same weights before this engine was made.
+        The module must have had the same weights when this engine was created.
         """
         self._prime_optimizer(steps)
         for name, parameter in self.trained_parameters():
@@ -181,7 +178,7 @@ class Engine:
                 self._set(parameter, moment, moments[f"{name}/{moment}"])
 
     def _prime_optimizer(self, steps: int) -> None:
-        """Makes the state that AdamW would only make at its first step, so that there is something to set."""
+        """Creates the state that AdamW creates only at its first step, so that it can be set."""
         inner = self._inner()
         for held in self._held():
             inner.state[held] = {"step": torch.tensor(float(steps))} | {
@@ -217,7 +214,7 @@ class Engine:
             self._inner().state[parameter][moment].copy_(value)
 
     def _partition(self, parameter: nn.Parameter, value: Tensor) -> Tensor:
-        """This rank's share of a ZeRO-3 parameter, padded as DeepSpeed pads the last one."""
+        """This rank's partition of a ZeRO-3 parameter, padded like DeepSpeed's last partition."""
         size: int = parameter.partition_numel()  # type: ignore[attr-defined]
         flat = value.flatten()
         padded = torch.nn.functional.pad(flat, (0, size * dist.get_world_size() - flat.numel()))
@@ -225,8 +222,8 @@ class Engine:
 
 
 def _settings(config: TrainConfig, accumulation: int, trained: list[nn.Parameter]) -> dict[str, Any]:
-    # DeepSpeed allocates whole buckets up front; its default of 5e8 elements is for far larger models.
-    # A power of two, since a bucket must divide among the ranks' aligned shares.
+    # DeepSpeed allocates whole buckets up front; its default of 5e8 elements is meant for far larger models.
+    # A power of two, since a bucket must divide into the ranks' aligned partitions.
     bucket = max(2**16, min(2**28, 1 << sum(parameter.numel() for parameter in trained).bit_length()))
     return {
         "train_batch_size": config.run.global_batch,

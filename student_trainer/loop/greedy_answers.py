@@ -1,4 +1,4 @@
-"""Validation: greedy answers compared with the reference, exact match after stripping blanks."""
+"""Greedy answers for validation, and exact match with the reference after stripping whitespace."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ if TYPE_CHECKING:
 
 
 def rank_batches(count: int, micro_batch: int, rank: int, world_size: int) -> list[tuple[list[int], int]]:
-    """This rank's batches of indices, and how many of each count.
+    """This rank's batches of indices, and how many indices of each batch count.
 
-    Every rank gets the same number of full batches, as ranks that share parameters must run in step: what is missing
-    is filled up with the first record, which then doesn't count.
+    Every rank gets the same number of full batches, as ranks that share parameters must run the same passes. Batches
+    are filled up with the first record, which then does not count.
     """
     share = list(range(rank, count, world_size))
     batches = math.ceil(math.ceil(count / world_size) / micro_batch)
@@ -43,7 +43,7 @@ def answer(
     *,
     latent: bool,
 ) -> list[str]:
-    """Greedy answers to the records' prompts: after latents, or after the reasoning that the student writes as text."""
+    """Greedy answers to the records' prompts: after latents (`latent`), or after reasoning generated as text."""
     ids_BP, mask_BP = collator.prompts([record.prompt for record in records])
     tokens_BA = student.generate(ids_BP.to(device), mask_BP.to(device), max_new_tokens, latent=latent)
     return [_until_end(row, tokenizer) for row in tokens_BA.tolist()]
@@ -55,9 +55,9 @@ def _until_end(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> str:
     return str(tokenizer.decode(ids, skip_special_tokens=True))
 
 
-def is_correct(written: str, record: Record, *, latent: bool) -> bool:
-    """Whether the reference's words are all that was written (latent), or its last words (after written reasoning)."""
-    words, reference = written.split(), record.answer.split()
+def is_correct(text: str, record: Record, *, latent: bool) -> bool:
+    """Whether the reference's words are all of the text (`latent`), or its last words (after generated reasoning)."""
+    words, reference = text.split(), record.answer.split()
     return words == reference if latent else words[-len(reference) :] == reference
 
 

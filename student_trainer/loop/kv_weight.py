@@ -1,7 +1,7 @@
-"""`loss.kv_weight: auto`: the weight at which the KV loss pulls as hard as the cross-entropy does.
+"""`loss.kv_weight: auto`: the weight at which the gradient of the KV loss is as long as that of the cross-entropy.
 
-What a weight of 1 means depends on models, layers and slots: with a separate teacher the KV gradient was seen at
-0.2 % of the cross-entropy's, where the KV loss teaches nothing.
+The effect of a fixed weight depends on models, layers and slots. With a separate teacher the KV gradient was measured
+at 0.2 % of the cross-entropy's, and the KV loss had no effect.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from kvcore.types import Tensor
 def auto_kv_weight(model: nn.Module, batches: Iterable[Any], ratio: float, reduce: Callable[[Tensor], object]) -> float:
     """The weight w with w · mean ‖∇ kv_objective‖ = ratio · mean ‖∇ ce_loss‖, means over micro-batches and ranks.
 
-    Gradients are of the parameters that both losses reach: neither a head that only the cross-entropy trains nor a
-    regressor that only the KV loss trains counts. The model runs in training mode, and is left as it was: modes,
-    random state, and no `.grad` is written. Call it before an engine partitions the parameters; it takes memory for
-    one gradient of the student.
+    Only parameters that both losses train count: not a head that only the cross-entropy trains, nor a regressor that
+    only the KV loss trains. The model runs in training mode. Its modes and the random state are restored, and no
+    `.grad` is written. Call it before an engine partitions the parameters. It needs memory for one gradient of the
+    student.
 
     Args:
         model: `model(batch)` returns a dict with the scalars `ce_loss` and `kv_objective`.
-        batches: this rank's micro-batches, in hand already: a rank that fails alone would leave the others waiting.
-        ratio: how long the weighted KV gradient is to be, as a multiple of the cross-entropy's.
+        batches: this rank's micro-batches, already fetched: a rank that failed alone would leave the others waiting.
+        ratio: length of the weighted KV gradient, as a multiple of the cross-entropy's.
         reduce: sums a small tensor over ranks in place, as `dist.all_reduce` does; every rank gets the same weight.
 
     Raises:
@@ -69,7 +69,7 @@ def _squared_lengths(loss: Tensor, parameters: Sequence[nn.Parameter], *, retain
 
 @contextlib.contextmanager
 def _training_undisturbed(model: nn.Module) -> Iterator[None]:
-    """Training mode, with each module's mode and the random state put back at the end."""
+    """Training mode; restores each module's mode and the random state at the end."""
     modes = [(module, module.training) for module in model.modules()]
     devices = sorted({parameter.device.index for parameter in model.parameters() if parameter.is_cuda})
     with torch.random.fork_rng(devices=devices):

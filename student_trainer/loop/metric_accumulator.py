@@ -1,124 +1,63 @@
-"""Sums between two logged steps."""
+"""Accumulates losses, times and what teachers sent between two logged steps."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from student_trainer.kv_sources.kv_batch import DecodedBatch
-
-SUMS = (
-    "micro_batches",
-    "samples",
-    "seconds",
-    "stall_s",
-    "received",
-    "missing",
-    "encoded_bytes",
-    "raw_bytes",
-    "teacher_tokens",
-)
-# At the teacher and on the way; then what the trainer does with the answer.
-TEACHER_STAGES = ("queue", "prefill", "encode", "network")
-STAGES = (*TEACHER_STAGES, "decode", "stall")
-
-
-@dataclass(frozen=True, slots=True)
-class TeacherSums:
-    """What one teacher sent: samples with and without K/V, bytes of encoded K/V, and seconds by stage."""
-
-    samples: float = 0.0
-    missing: float = 0.0
-    encoded_bytes: float = 0.0
-    seconds: Mapping[str, float] = field(default_factory=lambda: dict.fromkeys(STAGES, 0.0))
-
-    def plus(self, other: TeacherSums) -> TeacherSums:
-        """Both together."""
-        return TeacherSums.from_row([a + b for a, b in zip(self.row(), other.row(), strict=True)])
-
-    def row(self) -> list[float]:
-        """As numbers, for a collective."""
-        return [self.samples, self.missing, self.encoded_bytes, *(self.seconds[stage] for stage in STAGES)]
-
-    @classmethod
-    def from_row(cls, row: Sequence[float]) -> TeacherSums:
-        """From what `row` gave."""
-        samples, missing, encoded_bytes, *seconds = row
-        return cls(samples, missing, encoded_bytes, dict(zip(STAGES, seconds, strict=True)))
-
-
-ROW = len(TeacherSums().row())
+from student_trainer.kv_sources.kv_batch import TeacherSums
 
 
 @dataclass(slots=True)
 class MetricAccumulator:
-    """What one rank did. `received`, `missing`, bytes and tokens count per teacher; `samples` counts all ranks'."""
+    """Sums of one rank. `samples` counts those of all ranks; `align_s` is the part of `seconds` spent on alignment."""
 
     micro_batches: int = 0
     samples: int = 0
     seconds: float = 0.0
-    stall_s: float = 0.0
-    received: int = 0
-    missing: int = 0
-    encoded_bytes: int = 0
-    raw_bytes: int = 0
-    teacher_tokens: int = 0
+    align_s: float = 0.0
     losses: dict[str, float] = field(default_factory=dict)
-    stages: dict[str, float] = field(default_factory=dict)
     teachers: dict[str, TeacherSums] = field(default_factory=dict)
 
-    def receive(self, teacher: str, received: DecodedBatch, waited_s: float, decode_s: float) -> None:
-        """Adds what one teacher sent for one micro-batch, and how long this rank waited for it."""
-        self.stall_s += waited_s
-        self.received += received.samples
-        self.missing += received.missing
-        self.encoded_bytes += received.encoded_bytes
-        self.raw_bytes += received.raw_bf16_bytes
-        self.teacher_tokens += received.teacher_tokens
-        stages = {**received.seconds, "decode": decode_s, "stall": waited_s}
-        _add(self.stages, stages)
-        sent = TeacherSums(received.samples, received.missing, received.encoded_bytes, stages)
-        self.teachers[teacher] = self.teachers.get(teacher, TeacherSums()).plus(sent)
+    def add_teacher(self, teacher: str, sums: TeacherSums) -> None:
+        """Adds what one teacher sent."""
+        self.teachers[teacher] = self.teachers.get(teacher, TeacherSums()) + sums
 
-    def lost(self, losses: Mapping[str, float]) -> None:
+    def add_losses(self, losses: Mapping[str, float]) -> None:
         """Adds one micro-batch's losses."""
-        _add(self.losses, losses)
         self.micro_batches += 1
+        for name, value in losses.items():
+            self.losses[name] = self.losses.get(name, 0.0) + value
 
-    def spent(self, seconds: float, align_s: float) -> None:
-        """Adds one step's time, and how much of it went to aligning."""
+    def add_step(self, samples: int, seconds: float, align_s: float) -> None:
+        """Adds one optimiser step's samples and time."""
+        self.samples += samples
         self.seconds += seconds
-        if self.teachers:
-            _add(self.stages, {"align": align_s})
+        self.align_s += align_s
 
     def add(self, other: MetricAccumulator) -> None:
-        """Adds another window's sums."""
-        for name in SUMS:
-            setattr(self, name, getattr(self, name) + getattr(other, name))
-        _add(self.losses, other.losses)
-        _add(self.stages, other.stages)
+        """Adds the time, samples and teachers of another accumulator; its losses are not added."""
+        self.add_step(other.samples, other.seconds, other.align_s)
+        for name, sums in other.teachers.items():
+            self.add_teacher(name, sums)
 
-    def teacher_rows(self, names: Sequence[str]) -> list[float]:
-        """Every teacher's sums in one row of numbers, in this order, for a collective."""
-        return [number for name in names for number in self.teachers.get(name, TeacherSums()).row()]
+    def kv_sums(self) -> TeacherSums:
+        """Sums over all teachers."""
+        return sum(self.teachers.values(), TeacherSums())
+
+    def stages(self) -> dict[str, float]:
+        """Seconds by stage, over all teachers; empty without teachers."""
+        return self.kv_sums().seconds | {"align": self.align_s} if self.teachers else {}
 
     def figures(self, by_teacher: Mapping[str, TeacherSums], world_size: int) -> dict[str, float]:
-        """What is logged of K/V: of all ranks from `by_teacher`, and this rank's stages per micro-batch."""
-        sums = TeacherSums()
-        for one in by_teacher.values():
-            sums = sums.plus(one)
+        """The K/V metrics to log. `by_teacher` holds sums over all ranks; stages are this rank's, per micro-batch."""
+        total = sum(by_teacher.values(), TeacherSums())
         return {
-            "kv/stall_fraction": sums.seconds["stall"] / world_size / self.seconds,
-            "kv/bytes_per_sample": sums.encoded_bytes / max(sums.samples, 1.0) * len(by_teacher),
-            "kv/missing_samples": sums.missing,
-        } | {f"kv/{stage}_s": seconds / max(1, self.micro_batches) for stage, seconds in self.stages.items()}
+            "kv/stall_fraction": total.seconds["stall"] / world_size / self.seconds,
+            "kv/bytes_per_sample": total.encoded_bytes / max(total.samples, 1.0) * len(by_teacher),
+            "kv/missing_samples": total.missing,
+        } | {f"kv/{stage}_s": seconds / max(1, self.micro_batches) for stage, seconds in self.stages().items()}
 
-
-def from_rows(names: Sequence[str], rows: Sequence[float]) -> dict[str, TeacherSums]:
-    """Each teacher's sums from what `teacher_rows` gave."""
-    return {name: TeacherSums.from_row(rows[ROW * i : ROW * (i + 1)]) for i, name in enumerate(names)}
-
-
-def _add(mine: dict[str, float], theirs: Mapping[str, float]) -> None:
-    for name, value in theirs.items():
-        mine[name] = mine.get(name, 0.0) + value
+    def teacher_rows(self, names: Sequence[str]) -> list[list[float]]:
+        """Every teacher's sums as a row of numbers, in the order of `names`, for a collective."""
+        return [self.teachers.get(name, TeacherSums()).row() for name in names]

@@ -1,4 +1,4 @@
-"""Which samples each step, micro-batch and rank gets: a function of seed and step alone, so that runs can resume."""
+"""The samples of each step, micro-batch and rank. They depend only on seed and step, so that runs can resume."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from student_trainer.config import RunConfig
 
 
 class SampleOrder:
-    """Cuts an endless stream of shuffled epochs into global batches, and those into micro-batches per rank.
+    """Splits an endless stream of shuffled epochs into global batches, and those into micro-batches per rank.
 
-    Epochs follow one another without a gap: a batch at the end of one is filled from the next.
+    The last batch of an epoch is filled up with samples of the next epoch.
 
     Raises:
         FieldError: the global batch does not divide into micro-batches over the ranks.
@@ -33,11 +33,11 @@ class SampleOrder:
         self._order = lru_cache(maxsize=2)(lambda epoch: epoch_order(count, run.seed, epoch))
 
     def epoch(self, step: int) -> float:
-        """How many epochs have been read after `step` steps."""
+        """Number of epochs read after `step` steps."""
         return step * self._run.global_batch / self._count
 
     def micro_batches(self, first_step: int) -> Iterator[list[int]]:
-        """This rank's micro-batches (indices of records) from `first_step` on, to the end of the run."""
+        """This rank's micro-batches (indices of records) from `first_step` to the end of the run."""
         for step in range(first_step, self.steps):
             start = step * self._run.global_batch
             for index in range(self.accumulation):

@@ -1,4 +1,4 @@
-"""Several runs in one command: each starts from the best model of the one before, and an interrupted chain goes on."""
+"""Several runs in one command. Each starts from the best model of the one before; interrupted stages resume."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ DONE = "stage_done.json"
 
 
 def run_stages(config: TrainConfig, run: Callable[[TrainConfig], dict[str, Any]]) -> list[dict[str, Any]]:
-    """Runs every stage that is not done yet, in order; an interrupted one resumes from its own checkpoint.
+    """Runs every unfinished stage in order. An interrupted stage resumes from its own checkpoint.
 
     Args:
         config: with `stages`.
-        run: what trains one configuration on every rank.
+        run: trains one configuration on this rank.
 
     Returns:
         each stage's summary.
 
     Raises:
-        ConfigError: a finished stage had other settings or data than it has in `config`.
+        ConfigError: a finished stage had other settings or data than in `config`.
     """
     rank, _ = ds_engine.start(config.run.seed)
     summaries: list[dict[str, Any]] = []
@@ -42,15 +42,15 @@ def run_stages(config: TrainConfig, run: Callable[[TrainConfig], dict[str, Any]]
         directory = settings.run.output_dir
         digest = _digest(settings)
         done = config.run.resume == "auto" and _is_done(directory, digest)
-        # Before any rank writes: all of them must have seen the same.
+        # No rank may write before all have looked.
         dist.barrier()
         if rank == 0 and not done:
-            # Whatever came out of an earlier course of this stage no longer holds.
+            # The results of an earlier run of this stage are no longer valid.
             for later in config.stages[index:]:
                 (config.run.output_dir / later.name / DONE).unlink(missing_ok=True)
         if rank == 0:
-            place = f"stage {index + 1} of {len(config.stages)}, {stage.name}"
-            logger.info("%s: %s", place, "done before" if done else f"from {settings.student.path}")
+            name = f"stage {index + 1} of {len(config.stages)}, {stage.name}"
+            logger.info("%s: %s", name, "done before" if done else f"from {settings.student.path}")
         if done:
             summaries.append(json.loads((directory / "summary.json").read_text(encoding="utf-8")))
             continue
@@ -74,11 +74,11 @@ def _is_done(directory: Path, digest: str) -> bool:
 
 
 def _digest(settings: TrainConfig) -> str:
-    """Of all settings and data that shape the result. Where K/V come from does not, if the teachers are the same."""
+    """Digest of the settings and data that affect the result. `kv.mode` does not, if the teachers are the same."""
     tree = settings.model_dump(mode="json", include={"student", "align", "fuse", "loss", "data", "optim"})
     tree["run"] = settings.run.model_dump(mode="json", include={"seed", "steps", "epochs", "global_batch"})
     tree["kv"] = settings.kv.model_dump(mode="json", include={"selection", "codec", "on_missing", "control"})
-    # A path is no proof: its file may have been written anew.
+    # The path alone does not identify the data: the file may have changed.
     tree["content"] = [content_digest(path) for path in (settings.data.train, settings.data.val) if path]
     tree["teachers"] = [[teacher.name, teacher.weight] for teacher in settings.teachers]
     return hashlib.blake2b(json.dumps(tree, sort_keys=True).encode(), digest_size=16).hexdigest()

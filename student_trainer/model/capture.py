@@ -1,20 +1,21 @@
-"""The student's own content keys and values, with their gradients."""
+"""Captures the student's content keys and values, with their gradients."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
-from kvcore.tensors.projections import kv_projections
+from kvcore.tensors.projections import KVProjection, kv_projections
 from kvcore.types import Tensor
 
 
 class KVCapture:
-    """What one forward pass left behind, layer by layer."""
+    """The K/V of one forward pass, layer by layer."""
 
     def __init__(self) -> None:
         self.k_BHTD: list[Tensor] = []
@@ -29,9 +30,9 @@ class KVCapture:
 
 @contextmanager
 def capture_kv(model: nn.Module) -> Iterator[KVCapture]:
-    """Captures every layer's K/V during the forward pass run inside the block; the model is restored on leaving.
+    """Captures every layer's K/V of the forward pass run inside the block. The model is restored when the block ends.
 
-    Gradients flow from what is captured into the model, under non-reentrant gradient checkpointing and every ZeRO
+    Gradients flow from the captured K/V into the model, also with non-reentrant gradient checkpointing and every ZeRO
     stage. Run exactly one forward pass inside the block.
 
     Raises:
@@ -39,25 +40,15 @@ def capture_kv(model: nn.Module) -> Iterator[KVCapture]:
     """
     capture = KVCapture()
     projections = kv_projections(model)
-    handles: list[Any] = []
-    for projection in projections:
-        for module, kept in ((projection.key, capture.k_BHTD), (projection.value, capture.v_BHTD)):
-
-            def keep(
-                _module: nn.Module,
-                _inputs: Any,
-                output: Tensor,
-                kept: list[Tensor] = kept,
-                projection: Any = projection,
-            ) -> None:
-                kept.append(projection.heads_first(output))
-
-            handles.append(module.register_forward_hook(keep))
-    try:
+    with ExitStack() as undo:
+        for projection in projections:
+            for module, kept in ((projection.key, capture.k_BHTD), (projection.value, capture.v_BHTD)):
+                undo.callback(module.register_forward_hook(partial(_keep, projection, kept)).remove)
         yield capture
-    finally:
-        for handle in handles:
-            handle.remove()
     assert len(capture.k_BHTD) == len(capture.v_BHTD) == len(projections), "run exactly one forward pass"
-    # Reentrant checkpointing computes the same values but cuts the gradient in silence.
+    # Reentrant checkpointing computes the same values, but silently cuts the gradient.
     assert not torch.is_grad_enabled() or capture.k_BHTD[0].requires_grad, "captured keys carry no gradient"
+
+
+def _keep(projection: KVProjection, kept: list[Tensor], _module: nn.Module, _inputs: Any, output: Tensor) -> None:
+    kept.append(projection.heads_first(output))

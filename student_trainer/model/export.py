@@ -1,4 +1,4 @@
-"""The best model on disk: what transformers loads, with the latents' parameters beside it."""
+"""Saves the best model: what transformers loads, with the latent parameters in a file next to it."""
 
 from __future__ import annotations
 
@@ -18,29 +18,29 @@ if TYPE_CHECKING:
 LM_PREFIX, REASONING_PREFIX = "student.lm.", "student.reasoning."
 
 
-def save_model(engine: Engine, parts: TrainingContext, directory: Path) -> None:
-    """Writes model, tokenizer and latent parameters, replacing an earlier best. All ranks must call it."""
+def save_model(engine: Engine, context: TrainingContext, directory: Path) -> None:
+    """Writes model, tokenizer and latent parameters, and replaces an earlier best model. All ranks must call it."""
     weights = engine.weights()
     if dist.get_rank() == 0:
-        dtype = torch.bfloat16 if parts.config.student.dtype == "bf16" else torch.float32
+        dtype = torch.bfloat16 if context.config.student.dtype == "bf16" else torch.float32
         lm_state = {
             name.removeprefix(LM_PREFIX): w.to(dtype) for name, w in weights.items() if name.startswith(LM_PREFIX)
         }
         temporary = directory.with_name(f".{directory.name}.tmp")
         shutil.rmtree(temporary, ignore_errors=True)
-        parts.model.student.lm.save_pretrained(temporary, state_dict=lm_state)
-        parts.tokenizer.save_pretrained(temporary)
-        if parts.config.student.mode == "latent":
+        context.model.student.lm.save_pretrained(temporary, state_dict=lm_state)
+        context.tokenizer.save_pretrained(temporary)
+        if context.config.student.mode == "latent":
             latent = {
                 name.removeprefix(REASONING_PREFIX): w
                 for name, w in weights.items()
                 if name.startswith(REASONING_PREFIX)
             }
-            save_reasoning(parts.model.student.reasoning, latent, temporary)
-        aside = directory.with_name(f".{directory.name}.old")
-        shutil.rmtree(aside, ignore_errors=True)
+            save_reasoning(context.model.student.reasoning, latent, temporary)
+        previous = directory.with_name(f".{directory.name}.old")
+        shutil.rmtree(previous, ignore_errors=True)
         if directory.exists():
-            directory.rename(aside)
+            directory.rename(previous)
         temporary.rename(directory)
-        shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(previous, ignore_errors=True)
     dist.barrier()

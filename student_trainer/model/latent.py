@@ -1,9 +1,9 @@
-"""A student that thinks in latents instead of text (PCCoT, arXiv 2506.18582; KaVa, arXiv 2510.02312).
+"""A student that reasons in latents instead of text (PCCoT, arXiv 2506.18582; KaVa, arXiv 2510.02312).
 
 The sequence is prompt, M latents, answer. Each Jacobi pass replaces the input of latent i by a projection of the last
-hidden state one position before it; after `passes` of them the answer is read off. No markers stand around the latents:
-they take the places of reasoning tokens, so that what a student knows from written reasoning carries over. The first
-inputs are embeddings of their own, and the student's vocabulary stays as it is.
+hidden state one position before it. The answer follows after `passes` passes. There are no marker tokens around the
+latents: they take the positions of reasoning tokens, so that what a student learned from reasoning as text transfers.
+The first inputs are embeddings of their own; the student's vocabulary does not change.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class LatentReasoning(nn.Module):
         hidden: the student's hidden size.
         latents: M.
         passes: T, the Jacobi passes.
-        embedding_rms: root mean square of the student's embeddings; inputs start at that scale.
+        embedding_rms: root mean square of the student's embeddings, the initial scale of the inputs.
     """
 
     def __init__(self, hidden: int, latents: int, passes: int, embedding_rms: float) -> None:
@@ -56,9 +56,9 @@ class LatentReasoning(nn.Module):
 class AnswerReading:
     """One pass over prompt, latents and answer.
 
-    `logits_BAV` predict each answer token; `k_BLHMD`, `v_BLHMD` are the latents' in the last pass; `prompt_state_BE` is
-    the last hidden state of the prompt's last token, `before_answer_BSE` every layer's state of the last latent, if
-    asked for.
+    `logits_BAV` predict each answer token. `k_BLHMD`, `v_BLHMD`: of the latents in the last pass. `prompt_state_BE`:
+    the last hidden state of the prompt's last token. `before_answer_BSE`: every layer's state of the last latent, None
+    unless requested.
     """
 
     logits_BAV: Tensor
@@ -72,8 +72,8 @@ class AnswerReading:
 class TextReading:
     """One pass over text.
 
-    `logits_BTV` predict tokens 1..T-1 (none where not wanted); with K/V, hidden states of the last layer, and every
-    layer's if asked for.
+    `logits_BTV` predict tokens 1..T-1, empty unless requested. `hidden_BTE`: of the last layer. `states_BSTE`: of every
+    layer, None unless requested.
     """
 
     logits_BTV: Tensor
@@ -92,14 +92,14 @@ class LatentStudent(nn.Module):
         self.reasoning = reasoning
 
     def think(self, prompt_ids_BP: Tensor, prompt_mask_BP: Tensor) -> tuple[Tensor, Tensor]:
-        """Refines the latents.
+        """Computes the latents of a batch of prompts.
 
         Returns:
             inputs [B,P+M,E] (prompt, latents) and their mask.
         """
         prompt_BPE = self.embed(prompt_ids_BP)
-        places_M = torch.arange(self.reasoning.latents, device=prompt_ids_BP.device)
-        latents_BME = self.reasoning.first_inputs(places_M).expand(len(prompt_BPE), -1, -1)
+        positions_M = torch.arange(self.reasoning.latents, device=prompt_ids_BP.device)
+        latents_BME = self.reasoning.first_inputs(positions_M).expand(len(prompt_BPE), -1, -1)
         mask_BT = functional.pad(prompt_mask_BP, (0, self.reasoning.latents), value=True)
         before_first = prompt_BPE.shape[1] - 1
         for _ in range(self.reasoning.passes):
@@ -116,7 +116,7 @@ class LatentStudent(nn.Module):
         *,
         all_layers: bool = False,
     ) -> AnswerReading:
-        """Thinks, then reads the answer. `all_layers`: keep every layer's state before the answer."""
+        """Computes the latents, then reads the answer. `all_layers`: keep every layer's state before the answer."""
         inputs_BTE, mask_BT = self.think(prompt_ids_BP, prompt_mask_BP)
         end = inputs_BTE.shape[1]
         inputs_BTE = torch.cat([inputs_BTE, self.embed(answer_ids_BA[:, :-1])], dim=1)
@@ -136,9 +136,9 @@ class LatentStudent(nn.Module):
     def read_text(
         self, ids_BT: Tensor, mask_BT: Tensor, *, all_layers: bool = False, predict: bool = True
     ) -> TextReading:
-        """Reads text as any language model.
+        """Reads text like any language model.
 
-        `all_layers`: keep every layer's states. `predict`: whether logits are wanted, the largest tensor of all.
+        `all_layers`: keep every layer's states. `predict`: compute logits, which are the largest tensor.
         """
         with capture_kv(self.lm) as capture:
             hidden_BTE, layers = self._hidden(self.embed(ids_BT), mask_BT, all_layers=all_layers)
@@ -148,7 +148,7 @@ class LatentStudent(nn.Module):
         return TextReading(logits_BTV, k_BLHTD, v_BLHTD, hidden_BTE, states_BSTE)
 
     def logits(self, inputs_BTE: Tensor, mask_BT: Tensor, first: int = 0) -> Tensor:
-        """Logits [B,T-first,V] after reading inputs as they are; those before column `first` are not computed."""
+        """Logits [B,T-first,V] of input embeddings, from position `first` on."""
         hidden_BTE, _ = self._hidden(inputs_BTE, mask_BT)
         return self._logits(hidden_BTE[:, first:])
 
@@ -164,7 +164,7 @@ class LatentStudent(nn.Module):
     def _hidden(
         self, inputs_BTE: Tensor, mask_BT: Tensor, *, all_layers: bool = False
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """Last hidden states [B,T,E], and every layer's output if asked for."""
+        """Last hidden states [B,T,E], and every layer's output if requested."""
         positions_BT = (mask_BT.long().cumsum(dim=1) - 1).clamp(min=0)
         output = self.lm.base_model(
             inputs_embeds=inputs_BTE,
@@ -173,15 +173,15 @@ class LatentStudent(nn.Module):
             use_cache=False,
             output_hidden_states=all_layers,
         )
-        # The first of them are the embeddings.
+        # The first one holds the embeddings.
         return output.last_hidden_state, tuple(output.hidden_states[1:]) if all_layers else ()
 
     @torch.no_grad()
     def generate(self, prompt_ids_BP: Tensor, prompt_mask_BP: Tensor, max_new_tokens: int, *, latent: bool) -> Tensor:
         """Greedy continuation [B,max_new_tokens] after the latents (`latent`) or straight after the prompt.
 
-        It always takes `max_new_tokens` steps, so that ranks that share parameters stay in step; cut at the first end
-        of sequence.
+        Every call takes `max_new_tokens` steps, so that ranks that share parameters run the same passes. The caller
+        cuts the tokens at the first end of sequence.
         """
         if latent:
             inputs_BTE, mask_BT = self.think(prompt_ids_BP, prompt_mask_BP)
@@ -207,9 +207,9 @@ class LatentStudent(nn.Module):
 
 
 def new_reasoning(lm: PreTrainedModel, latents: int, passes: int, seed: int) -> LatentReasoning:
-    """Fresh latent parameters for a student, the same on every rank."""
+    """New latent parameters for a student, the same on every rank."""
     weight: Tensor = lm.get_input_embeddings().weight  # pyright: ignore[reportAssignmentType]
-    # No devices: each rank would else open a context on every GPU of its machine.
+    # No devices: otherwise each rank would open a context on every GPU of its machine.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         rms = float(weight.detach().float().pow(2).mean().sqrt())
@@ -217,14 +217,14 @@ def new_reasoning(lm: PreTrainedModel, latents: int, passes: int, seed: int) -> 
 
 
 def save_reasoning(reasoning: LatentReasoning, tensors: dict[str, Tensor], directory: Path) -> None:
-    """Writes latent parameters beside a student's own weights. `tensors`: the module's state, gathered."""
+    """Writes latent parameters next to a student's weights. `tensors`: the module's gathered state."""
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, directory / LATENT_WEIGHTS)
     settings = {"latents": reasoning.latents, "passes": reasoning.passes}
     write_json(directory / LATENT_CONFIG, settings)
 
 
 def load_reasoning(lm: PreTrainedModel, directory: Path, latents: int, passes: int) -> LatentReasoning | None:
-    """Latent parameters saved beside a student, or None where there are none.
+    """The latent parameters saved next to a student, or None.
 
     Raises:
         ConfigError: they were saved for another number of latents.

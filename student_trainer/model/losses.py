@@ -1,7 +1,7 @@
-"""The losses. Unless one says otherwise, each is a mean over samples of a mean over that sample's own tokens or slots.
+"""The losses. Unless documented otherwise, each is a mean over samples of the mean over a sample's tokens or slots.
 
-Averaging inside a sample first keeps the gradient the same however a batch is split over ranks and micro-batches.
-K/V slots that a mask leaves out may hold anything, NaN included: they reach neither a value nor a gradient.
+Averaging within a sample first makes the gradient independent of how a batch is split over ranks and micro-batches.
+Masked-out K/V slots may hold anything, NaN included: they affect neither a value nor a gradient.
 """
 
 from __future__ import annotations
@@ -26,17 +26,16 @@ def cross_entropy(logits_BTV: Tensor, targets_BT: Tensor, mask_BT: Tensor) -> Te
 def codi_loss(student_hidden_BSE: Tensor, teacher_hidden_BSE: Tensor) -> Tensor:
     """CODI's distillation of hidden states at the token before the answer (arXiv 2502.21074).
 
-    Mean over layers of smooth L1(student, teacher) / std(teacher), where both are over all of a layer's elements in
-    the batch: its samples and its features. So the loss, not the states, is in units of the deviation. The deviation
-    is the micro-batch's own, as in CODI: unlike the cross-entropy, the loss depends on how a batch is cut.
+    Mean over layers of smooth L1(student, teacher) / std(teacher), both over all samples and features of a layer. So
+    the loss, not the states, is in units of the deviation. The deviation is that of the micro-batch, as in CODI: unlike
+    the cross-entropy, the loss depends on how a batch is split.
 
     Args:
-        student_hidden_BSE: S hidden states of E features (layers), read after the latents.
-        teacher_hidden_BSE: the same of the text with its reasoning; taken as a constant, which learns from its own
-            cross-entropy.
+        student_hidden_BSE: S layers' hidden states of E features, after the latents.
+        teacher_hidden_BSE: the same after the reasoning as text; a constant here, trained by its own cross-entropy.
 
     Returns:
-        scalar; infinite where a layer's teacher states are all equal.
+        scalar; infinite if a layer's teacher states are all equal.
     """
     student, teacher = _at_least_fp32(student_hidden_BSE), _at_least_fp32(teacher_hidden_BSE.detach())
     loss_S = functional.smooth_l1_loss(student, teacher, reduction="none").mean(dim=(0, 2))
@@ -46,22 +45,22 @@ def codi_loss(student_hidden_BSE: Tensor, teacher_hidden_BSE: Tensor) -> Tensor:
 def kv_distance(student_BLHMD: Tensor, target_BLHMD: Tensor, scale_L: Tensor, mask_BM: Tensor, kind: str) -> Tensor:
     """The KV objective of one tensor (keys or values): both sides divided by the target's per-layer deviation.
 
-    `mse` and `smooth_l1` are over elements, `cosine` is 1 - cosine over D of each head and slot (0 for a zero vector's
-    cosine), all averaged over layers and heads. `cka` is 1 - linear CKA (arXiv 1905.00414) of each layer, with all
-    the batch's slots as centred rows of H x D features, averaged over layers: it asks for the same similarities
-    between slots, in any rotation. A layer with fewer than two slots, or with a side that never varies, adds 0.
-    Unlike the others `cka` depends on how a batch is cut into micro-batches, and with far fewer slots than features
-    it is near 0 for any pair.
+    `mse` and `smooth_l1` are per element, `cosine` is 1 - cosine over D per head and slot (the cosine of a zero vector
+    is 0), all averaged over layers and heads. `cka` is 1 - linear CKA (arXiv 1905.00414) per layer, with all the
+    batch's slots as centred rows of H x D features, averaged over layers: it compares the similarities between slots,
+    whatever their rotation. A layer with fewer than two slots, or with a constant side, adds 0. Unlike the others
+    `cka` depends on how a batch is split into micro-batches, and with far fewer slots than features it is near 0 for
+    any pair.
 
     Args:
         student_BLHMD: with gradient.
-        target_BLHMD: taken as a constant.
-        scale_L: standard deviation of the targets, per layer; `cosine` and `cka` do not change with it.
-        mask_BM: slots that hold a target; samples without any are left out of the mean.
+        target_BLHMD: a constant; no gradient reaches it.
+        scale_L: standard deviation of the targets, per layer; it does not affect `cosine` and `cka`.
+        mask_BM: slots with a target; samples without any are left out of the mean.
         kind: `mse`, `smooth_l1`, `cosine` or `cka`.
 
     Returns:
-        scalar; 0 where no sample has a target, still attached to the graph.
+        scalar; 0 if no sample has a target, still attached to the graph.
     """
     scale = scale_L[None, :, None, None, None]
     student = _only_masked_in(student_BLHMD, mask_BM) / scale
@@ -73,10 +72,10 @@ def kv_distance(student_BLHMD: Tensor, target_BLHMD: Tensor, scale_L: Tensor, ma
 
 @torch.no_grad()
 def error_by_layer_and_head(student_BLHMD: Tensor, target_BLHMD: Tensor, variance_L: Tensor, mask_BM: Tensor) -> Tensor:
-    """Squared error over the variance of the target's layer, as [L,H]; 0 where no sample has a target.
+    """Squared error divided by the variance of the target's layer, [L,H]; 0 if no sample has a target.
 
-    Its mean is the normalised error, and over a layer's heads it averages to 1.0 for predicting the mean; a head that
-    varies less than others has less to lose, and scores below that.
+    Its mean is the normalised error. Predicting the mean gives 1.0 on average over a layer's heads, and less for a head
+    that varies less than the others.
     """
     student, target = _only_masked_in(student_BLHMD, mask_BM), _only_masked_in(target_BLHMD, mask_BM)
     error_BLHM = (student - target).pow(2).mean(dim=-1) / variance_L[None, :, None, None]
@@ -88,7 +87,7 @@ def _at_least_fp32(x: Tensor) -> Tensor:
 
 
 def _only_masked_in(x_BLHMD: Tensor, mask_BM: Tensor) -> Tensor:
-    # Before any arithmetic: a NaN times a mask's 0 is NaN, forward and backward.
+    # Before any arithmetic: NaN times 0 is NaN, forward and backward.
     return _at_least_fp32(x_BLHMD.masked_fill(~mask_BM[:, None, None, :, None], 0.0))
 
 
@@ -116,23 +115,23 @@ _SLOT_LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"mse": _mse, "smo
 
 
 def _correlation(xy: Tensor, xx: Tensor, yy: Tensor) -> Tensor:
-    """`xy / sqrt(xx yy)`, and 0 with a gradient of 0 where either side has no length."""
+    """`xy / sqrt(xx yy)`; 0 with a gradient of 0 where either side has length 0."""
     defined = (xx > 0) & (yy > 0)
     x_length, y_length = (torch.where(defined, square, 1.0).sqrt() for square in (xx, yy))
     return torch.where(defined, xy, 0.0) / x_length / y_length
 
 
 def _slots_as_rows(x_BLHMD: Tensor, mask_BM: Tensor) -> Tensor:
-    """x_LNF: the N masked-in slots of all samples, centred over them."""
+    """x_LNF: the N masked-in slots of all samples, centred."""
     x_NLHD = x_BLHMD.permute(0, 3, 1, 2, 4)[mask_BM]
     x_LNF = x_NLHD.flatten(2).transpose(0, 1)
-    # Seen from the first row, rows that are all equal are exactly 0, which their distance to a rounded mean is not.
+    # Relative to the first row, equal rows are exactly 0; their distance to a rounded mean is not.
     x_LNF = x_LNF - x_LNF[:, :1].detach()
     return x_LNF - x_LNF.sum(dim=1, keepdim=True) / max(1, x_LNF.shape[1])
 
 
 def _cka_distance(x_LNF: Tensor, y_LNF: Tensor) -> Tensor:
-    """Mean over layers of 1 - linear CKA of centred rows, by whichever of NxN and FxF matrices is smaller."""
+    """Mean over layers of 1 - linear CKA of centred rows, from the smaller of the NxN and FxF matrices."""
     if x_LNF.shape[1] < x_LNF.shape[2]:
         x_LNN, y_LNN = x_LNF @ x_LNF.mT, y_LNF @ y_LNF.mT
         xy_L, xx_L, yy_L = (_inner(a, b) for a, b in ((x_LNN, y_LNN), (x_LNN, x_LNN), (y_LNN, y_LNN)))

@@ -1,4 +1,4 @@
-"""Loading a causal language model so that nothing of it is made up."""
+"""Loads a causal language model, and refuses one with missing weights."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ _DTYPES: dict[str, torch.dtype | str] = {"auto": "auto", "fp32": torch.float32, 
 
 
 def load_pretrained(path: str, dtype: DTypeName, field: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A model on the CPU, with its tokenizer.
+    """Loads a model on the CPU, and its tokenizer.
 
     Args:
         path: a directory or hub id that transformers loads.
-        dtype: of the weights; `auto` as they were saved.
-        field: what an error calls `path`.
+        dtype: of the weights; `auto` keeps the saved one.
+        field: the name of `path` in errors.
 
     Raises:
-        FieldError: it cannot be loaded, or lacks weights.
+        FieldError: the model cannot be loaded, or weights are missing.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer, logging  # noqa: PLC0415 - slow to import
 
@@ -40,7 +40,7 @@ def load_pretrained(path: str, dtype: DTypeName, field: str) -> tuple[PreTrained
         raise FieldError(field, f"cannot load '{path}': {reason} Next: {step}") from error
     lm, report = cast("tuple[PreTrainedModel, dict[str, Any]]", loaded)
     if report["missing_keys"]:
-        # transformers fills them with random values.
+        # transformers initialises them at random.
         missing = sorted(report["missing_keys"])
         raise FieldError(field, f"'{path}' lacks {len(missing)} weights of its model: {missing[0]}, ...")
     return lm, tokenizer

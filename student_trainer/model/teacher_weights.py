@@ -1,4 +1,4 @@
-"""How much of each teacher goes into a sample's target: fixed, by similarity, or by a router that learns."""
+"""Each teacher's weight in a sample's target: fixed, by similarity, or by a trained router."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from student_trainer.config import FuseConfig
 
 @dataclass(frozen=True, slots=True)
 class AlignedTeacher:
-    """One teacher's K/V in the student's space, [B,L,H,M,D], masked by slot.
+    """One teacher's K/V (or a fused target) in the student's space, [B,L,H,M,D], masked by slot.
 
-    `standard_k`, `standard_v`: the same, less the mean that calibration measured, over its deviation. `own_k`, `own_v`:
-    the student's own at the same tokens of the text, standardised alike; `compared_BLHM` is True where it has one.
-    Only routing reads them.
+    The other fields are inputs of routing. `standard_k`, `standard_v`: the K/V standardised with the mean and deviation
+    of calibration. `own_k`, `own_v`: the student's K/V at the same tokens of the text, standardised alike.
+    `compared_BLHM`: True where the student has such a token.
     """
 
     k_BLHMD: Tensor
@@ -34,18 +34,6 @@ class AlignedTeacher:
     own_k: Tensor | None = None
     own_v: Tensor | None = None
     compared_BLHM: Tensor | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class TeacherWeights:
-    """How much each teacher counts.
-
-    `weights`: [N] (fixed), [B,N] or [B,L,N]; `soft`: the same before a choice of one; `present_BN`: who had anything.
-    """
-
-    weights: Tensor
-    soft: Tensor
-    present_BN: Tensor
 
 
 class Fusion(nn.Module):
@@ -81,12 +69,12 @@ class Fusion(nn.Module):
 
     @property
     def compares(self) -> bool:
-        """Whether weights depend on the student's own K/V at the teachers' tokens."""
+        """Whether weights depend on the student's K/V at the teachers' tokens."""
         return self.settings.kind == "similarity"
 
     @property
     def reads_kv(self) -> bool:
-        """Whether weights depend on the teachers' K/V at all; the other routers see the prompt alone."""
+        """Whether weights depend on the teachers' K/V; the other routers see only the prompt."""
         return self.compares or (self.learns and self.settings.router == "attention")
 
     @property
@@ -95,25 +83,31 @@ class Fusion(nn.Module):
         return self.router is not None
 
     def set_epoch(self, epoch: float) -> None:
-        """Anneals the temperature."""
+        """Sets the temperature of this epoch."""
         settings = self.settings
         self.temperature = temperature(
             epoch, settings.temperature, settings.temperature_decay, settings.temperature_floor
         )
 
-    def weigh(self, teachers: Sequence[AlignedTeacher], prompt_state_BE: Tensor) -> TeacherWeights:
-        """Every sample's weights. `prompt_state_BE`: the student's state at the prompt's end, for the router."""
+    def weigh(self, teachers: Sequence[AlignedTeacher], prompt_state_BE: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Every sample's weights, [N] (fixed), [B,N] or [B,L,N], and the routing metrics (none if fixed).
+
+        The metrics are each teacher's mean weight over the samples that have any K/V, and the entropy of the weights in
+        nats, before `choose: top1`. `prompt_state_BE`: the student's state at the end of the prompt, for the router.
+        """
         present_BN = torch.stack([teacher.mask_BM.any(dim=1) for teacher in teachers], dim=1)
         if self.settings.kind == "fixed":
-            fixed_N = self._fixed_N.to(present_BN.device)
-            return TeacherWeights(fixed_N, fixed_N, present_BN)
+            return self._fixed_N.to(present_BN.device), {}
         logits = self._logits(teachers, prompt_state_BE)
         soft = to_weights(logits, present_BN, self.temperature, "soft")
         weights = to_weights(logits, present_BN, self.temperature, self.settings.choose)
-        return TeacherWeights(weights, soft, present_BN)
+        per_sample_BN = weights.detach() if weights.dim() == 2 else weights.detach().mean(dim=1)
+        means_N = per_sample_BN.sum(dim=0) / present_BN.any(dim=1).sum().clamp(min=1)
+        metrics = {f"routing/weights_mean/{name}": mean for name, mean in zip(self.names, means_N, strict=True)}
+        return weights, metrics | {"routing/entropy": entropy(soft, present_BN)}
 
     def fuse(self, teachers: Sequence[AlignedTeacher], weights: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """k_BLHMD, v_BLHMD and mask_BM under weights as `weigh` gives them; without any, under the fixed ones."""
+        """The weighted mean k_BLHMD, v_BLHMD and mask_BM. `weights`: from `weigh`; by default the fixed ones."""
         mask_NBM = torch.stack([teacher.mask_BM for teacher in teachers])
         weights = self._fixed_N.to(mask_NBM.device) if weights is None else weights
         k_BLHMD, mask_BM = fuse(torch.stack([teacher.k_BLHMD for teacher in teachers]), mask_NBM, weights)
@@ -128,9 +122,9 @@ class Fusion(nn.Module):
         return self.router(prompt_state_BE.detach(), summary_BNF)
 
     def _similarities(self, teachers: Sequence[AlignedTeacher]) -> Tensor:
-        """[B,N], or [B,L,N] per layer: keys and values count alike.
+        """[B,N], or [B,L,N] per layer: the mean over keys and values.
 
-        A teacher none of whose tokens the student has in common is rated like the least similar one.
+        A teacher that shares no token with the student gets the lowest similarity of the others.
         """
         found: list[Tensor] = []
         compared_BN = torch.stack(
@@ -151,23 +145,14 @@ class Fusion(nn.Module):
         sim_BLN = torch.where(compared_BN[:, None] | least_BL1.isinf(), sim_BLN, least_BL1)
         return sim_BLN if self.settings.per_layer else sim_BLN.mean(dim=1)
 
-    def metrics(self, found: TeacherWeights) -> dict[str, Tensor]:
-        """Mean weight of each teacher over the samples that have any, and the entropy of the soft weights, in nats."""
-        weights = found.weights.detach()
-        per_sample_BN = weights if weights.dim() == 2 else weights.mean(dim=1)
-        counted = found.present_BN.any(dim=1).sum().clamp(min=1)
-        means_N = per_sample_BN.sum(dim=0) / counted
-        named = {f"routing/weights_mean/{name}": mean for name, mean in zip(self.names, means_N, strict=True)}
-        return named | {"routing/entropy": entropy(found.soft, found.present_BN)}
-
 
 def _summary(teacher: AlignedTeacher) -> Tensor:
-    """[B,F]: mean over the slots of a teacher's standardised K/V, all layers, heads and dims in a row."""
+    """[B,F]: mean over slots of a teacher's standardised K/V; all layers, heads and dims concatenated."""
     assert teacher.standard_k is not None
     assert teacher.standard_v is not None
     counts_B = teacher.mask_BM.sum(dim=1).clamp(min=1)
-    parts: list[Tensor] = []
+    means: list[Tensor] = []
     for x_BLHMD in (teacher.standard_k, teacher.standard_v):
         kept_BLHMD = x_BLHMD.detach().masked_fill(~teacher.mask_BM[:, None, None, :, None], 0.0)
-        parts.append((kept_BLHMD.sum(dim=3) / counts_B[:, None, None, None]).flatten(1))
-    return torch.cat(parts, dim=1)
+        means.append((kept_BLHMD.sum(dim=3) / counts_B[:, None, None, None]).flatten(1))
+    return torch.cat(means, dim=1)

@@ -1,4 +1,4 @@
-"""Rank 0 over HTTP while it trains: a page for people, /metrics for Prometheus, /healthz for probes."""
+"""HTTP server of rank 0 during training: a page for people, /metrics for Prometheus, /healthz for probes."""
 
 from __future__ import annotations
 
@@ -11,10 +11,9 @@ from fastapi import FastAPI, Response
 from fastapi.responses import PlainTextResponse
 from prometheus_client import CONTENT_TYPE_LATEST
 
-from kvcore.errors import FieldError
 from kvcore.monitoring.http_server import bind, serving_in_thread
 from student_trainer.config import TrainConfig
-from student_trainer.loop.training_context import fail_together
+from student_trainer.loop.rank_failures import shared_failure
 from student_trainer.monitoring.run_metrics import RunMetrics
 from student_trainer.monitoring.run_page import add_live_page
 from student_trainer.monitoring.run_state import RunState, current_run
@@ -23,41 +22,43 @@ from student_trainer.monitoring.terminal import on_terminal
 logger = logging.getLogger(__name__)
 
 
-class RunMonitor:
-    """The routes over a run's state. They only ever read."""
+def monitor_app(config: TrainConfig, state: RunState) -> FastAPI:
+    """The HTTP routes, which only read a run's state."""
+    app = FastAPI(title="kvdistill trainer", docs_url=None, redoc_url=None)
+    metrics = RunMetrics(config, state)
+    add_live_page(app, config, state)
 
-    def __init__(self, config: TrainConfig, state: RunState) -> None:
-        self.config, self.state = config, state
-        self.app = FastAPI(title="kvdistill trainer", docs_url=None, redoc_url=None)
-        metrics = RunMetrics(config, state)
-        add_live_page(self.app, config, state)
+    @app.get("/healthz", response_class=PlainTextResponse)
+    def healthz() -> str:
+        """Liveness."""
+        return "ok\n"
 
-        @self.app.get("/healthz", response_class=PlainTextResponse)
-        def healthz() -> str:
-            """The process lives."""
-            return "ok\n"
+    @app.get("/metrics", response_class=PlainTextResponse)
+    def read_metrics() -> Response:
+        """Prometheus text format."""
+        return Response(metrics.render(), media_type=CONTENT_TYPE_LATEST)
 
-        @self.app.get("/metrics", response_class=PlainTextResponse)
-        def read_metrics() -> Response:
-            """Prometheus text format."""
-            return Response(metrics.render(), media_type=CONTENT_TYPE_LATEST)
+    return app
 
 
 @contextlib.contextmanager
 def monitored(config: TrainConfig, *, enabled: bool) -> Iterator[RunState]:
-    """Makes a run's state, shows it on the terminal if there is one, and serves it where `monitor.port` asks for it.
+    """Creates a run's state, shows it on the terminal if there is one, and serves it if `monitor.port` is set.
 
-    Every rank comes here; only the one with `enabled` shows anything and listens.
+    Every rank must call it; only the one with `enabled` shows anything and listens.
 
     Raises:
-        FieldError: the address cannot be had; other ranks raise KVDistillError.
+        FieldError: the address cannot be bound; other ranks raise KVDistillError.
     """
     state = RunState()
     with contextlib.ExitStack() as stack:
         if config.monitor.port is not None:
-            listener = _listen(config, enabled=enabled)
+            listener: socket.socket | None = None
+            with shared_failure():
+                if enabled:
+                    listener = bind(config.monitor.host, config.monitor.port, "monitor.port")
             if listener is not None:
-                stack.enter_context(serving_in_thread(RunMonitor(config, state).app, listener))
+                stack.enter_context(serving_in_thread(monitor_app(config, state), listener))
                 logger.info("monitor: http://%s:%d/", *listener.getsockname()[:2])
         stack.enter_context(on_terminal(state, config.run.output_dir.name, enabled=enabled))
         stack.callback(current_run.reset, current_run.set(state))
@@ -67,17 +68,3 @@ def monitored(config: TrainConfig, *, enabled: bool) -> Iterator[RunState]:
             state.phase = "failed"
             raise
         state.phase = "done"
-
-
-def _listen(config: TrainConfig, *, enabled: bool) -> socket.socket | None:
-    listener: socket.socket | None = None
-    failure: FieldError | None = None
-    if enabled:
-        assert config.monitor.port is not None
-        try:
-            listener = bind(config.monitor.host, config.monitor.port, "monitor.port")
-        except FieldError as error:
-            failure = error
-    # A rank that went on alone would wait in its first collective for one that has ended.
-    fail_together(failure)
-    return listener

@@ -1,4 +1,4 @@
-"""How far a long part of a run is: for the page, the terminal and the log."""
+"""Progress of a long part of a run, for the page, the terminal and the log."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ logger = logging.getLogger(__name__)
 BatchT = TypeVar("BatchT")
 
 
-def watched(what: str, batches: Sequence[BatchT]) -> Iterator[BatchT]:
-    """Passes batches on. Rank 0 shows how many are done; in the log only if it takes long and no terminal shows it."""
+def show_progress(what: str, batches: Sequence[BatchT]) -> Iterator[BatchT]:
+    """Yields the batches while rank 0 shows how many are done. Long parts also go to the log if no terminal is used."""
     run = current_run.get()
     if run is None or dist.get_rank() != 0:
         yield from batches
         return
     lines = Console(stderr=True, force_terminal=False)
-    say = logger.debug if run.drawn else logger.info
-    with Meter({what: len(batches)}, lines, brief=True, say=say) as meter:
+    log = logger.debug if run.on_terminal else logger.info
+    with Meter({what: len(batches)}, lines, brief=True, say=log) as meter:
         try:
             for number, batch in enumerate(batches):
                 run.doing = f"{what} {number}/{len(batches)}"

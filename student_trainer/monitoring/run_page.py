@@ -1,4 +1,4 @@
-"""The page of a run for people: how far it is, its curves, where its time goes, and how its teachers do."""
+"""The page of a run: progress, curves, where the time goes, and the health of its teachers."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from kvcore.monitoring.line_chart import line_chart, number
 from kvcore.monitoring.live_page import HEADERS, facts, live_page, shares, stack, state, tiles
 from kvcore.monitoring.units import in_bytes, in_time
 from student_trainer.config import TrainConfig
-from student_trainer.loop.metric_accumulator import TEACHER_STAGES
+from student_trainer.kv_sources.kv_batch import TEACHER_STAGES
 from student_trainer.monitoring.run_state import Phase, RunSnapshot, RunState, TeacherView
 
 _LINKS = ("/state.json", "/metrics", "/healthz")
@@ -28,14 +28,24 @@ _PHASES: Mapping[Phase, str] = {
     "failed": "Failed; the log says why",
 }
 _WEIGHT = "routing/weights_mean/"
-# Title, then label and logged figure of each curve.
+# Title, then label and metric of each curve.
 _CHARTS: Mapping[str, Mapping[str, str]] = {
     "Loss": {"train": "train/loss", "cross-entropy": "train/ce_loss", "validation": "val/loss"},
     "KV loss (1: predicting the mean)": {"train": "train/kv_loss", "validation": "val/kv_loss"},
     "Share of time waiting for teachers": {"stall": "kv/stall_fraction"},
 }
 _ACCURACY = {"accuracy": "val/task_metrics/accuracy"}
-_TEACHERS = ("teacher", "replicas", "asked", "last answer", "retries", "switches", "samples", "missing", "K/V a sample")
+_TEACHERS = (
+    "teacher",
+    "replicas",
+    "in use",
+    "last answer",
+    "retries",
+    "switches",
+    "samples",
+    "missing",
+    "K/V per sample",
+)
 _STAGES = ("teacher", *(f"{stage} ms" for stage in TEACHER_STAGES), "decode ms", "stall ms")
 
 
@@ -44,12 +54,12 @@ def add_live_page(app: FastAPI, config: TrainConfig, run: RunState) -> None:
 
     @app.get("/", response_class=HTMLResponse)
     def page() -> HTMLResponse:
-        """The run, for people."""
+        """The page."""
         return HTMLResponse(render_page(config, run.snapshot()), headers=HEADERS)
 
     @app.get("/state.json")
     def read_state() -> JSONResponse:
-        """The same for programs. Figures that are not finite are null."""
+        """The run's state as JSON. Numbers that are not finite are null."""
         return JSONResponse(finite_or_null(dataclasses.asdict(run.snapshot())))
 
 
@@ -60,8 +70,8 @@ def render_page(config: TrainConfig, run: RunSnapshot) -> str:
         f"{_percent(run)} {name} - kvdistill",
         (
             heading(name, 1),
-            paragraphs([_what(config)], "soft"),
-            state(_said(run), good=run.phase != "failed"),
+            paragraphs([_description(config)], "soft"),
+            state(_status(run), good=run.phase != "failed"),
             f'<progress value="{run.step}" max="{max(run.steps, 1)}">{_percent(run)}</progress>',
             tiles(_figures(run)),
             charts(_curves(run)),
@@ -79,24 +89,24 @@ def _percent(run: RunSnapshot) -> str:
     return f"{run.step / run.steps:.0%}" if run.steps else "0%"
 
 
-def _what(config: TrainConfig) -> str:
+def _description(config: TrainConfig) -> str:
     names = ", ".join(teacher.name for teacher in config.teachers) or "no teacher"
-    what = f"{config.student.path} learns from {names}; K/V {config.kv.mode}, {config.student.mode} mode"
-    return f"{what}; into {config.run.output_dir}"
+    student = f"{config.student.path} learns from {names}; K/V {config.kv.mode}, {config.student.mode} mode"
+    return f"{student}; output: {config.run.output_dir}"
 
 
-def _said(run: RunSnapshot) -> str:
+def _status(run: RunSnapshot) -> str:
     doing = f" ({run.doing})" if run.doing else ""
-    said = f"{_PHASES[run.phase]}{doing}, running for {in_time(time.time() - run.started_at)}"
+    status = f"{_PHASES[run.phase]}{doing}, running for {in_time(time.time() - run.started_at)}"
     if run.last_step_at is None:
-        return said
-    return f"{said}; last step {in_time(time.time() - run.last_step_at)} ago"
+        return status
+    return f"{status}; last step {in_time(time.time() - run.last_step_at)} ago"
 
 
 def _figures(run: RunSnapshot) -> list[tuple[str, str, str]]:
     found = [("step", f"{run.step:,}", f"of {run.steps:,}")] if run.steps else []
     if run.eta_seconds is not None:
-        found.append(("time left", in_time(run.eta_seconds), "at the pace so far"))
+        found.append(("time left", in_time(run.eta_seconds), "at the average pace"))
     for label, figure, note in (
         ("loss", "train/loss", "training"),
         ("KV loss", "train/kv_loss", "good below 0.5; check above 1.5"),
@@ -108,9 +118,9 @@ def _figures(run: RunSnapshot) -> list[tuple[str, str, str]]:
         found.append(("accuracy", f"{run.scalars['val/task_metrics/accuracy']:.1%}", "last validation"))
     if "kv/stall_fraction" in run.scalars:
         found.append(("stall", f"{run.scalars['kv/stall_fraction']:.1%}", "of the time, waiting for teachers"))
-        found.append(("K/V a sample", in_bytes(run.scalars["kv/bytes_per_sample"]), "of all teachers, encoded"))
+        found.append(("K/V per sample", in_bytes(run.scalars["kv/bytes_per_sample"]), "of all teachers, encoded"))
     if run.bottleneck is not None:
-        found.append(("bottleneck", run.bottleneck, "most of the last steps' time"))
+        found.append(("bottleneck", run.bottleneck, "longest stage of the last steps"))
     return found
 
 
@@ -144,7 +154,7 @@ def _teachers(run: RunSnapshot) -> tuple[str, ...]:
         heading("Teachers"),
         stack(_TEACHERS, (_teacher(name, teacher) for name, teacher in run.teachers.items())),
         paragraphs(problems, "missed"),
-        heading("Time a sample spends, by teacher"),
+        heading("Time per sample, by teacher"),
         stack(_STAGES, (_stages(name, teacher) for name, teacher in run.teachers.items())),
     )
 
@@ -183,7 +193,7 @@ def _settings(config: TrainConfig) -> dict[str, object]:
         "fusion": config.fuse.kind,
         "KV loss": f"{config.loss.kv_loss}, weight {config.loss.kv_weight}",
         "learning rate": config.optim.lr,
-        "batch": f"{config.run.global_batch}, {config.run.micro_batch} at once on a rank",
+        "batch": f"{config.run.global_batch}, {config.run.micro_batch} per rank at once",
         "ZeRO stage": config.run.zero_stage,
         "seed": config.run.seed,
     }

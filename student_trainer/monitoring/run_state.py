@@ -1,34 +1,33 @@
-"""What rank 0 knows of its run while it goes on: one record that the progress line, the page and /metrics read."""
+"""The state of a run on rank 0. The progress line, the page and /metrics read it."""
 
 from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Literal
 
-from student_trainer.kv_sources import SourceHealth, health
-from student_trainer.kv_sources.base import KVSource
-from student_trainer.loop.metric_accumulator import TEACHER_STAGES, TeacherSums
+from student_trainer.kv_sources import KVSource, SourceHealth
+from student_trainer.kv_sources.kv_batch import TEACHER_STAGES, TeacherSums
 
 Phase = Literal["starting", "training", "validating", "saving", "done", "failed"]
 PHASES: tuple[Phase, ...] = ("starting", "training", "validating", "saving", "done", "failed")
-# Where a step's time can go. `store` is a stall in reading a store from disk, where no teacher is asked.
+# The stages of a step. `store` is a stall while reading the store from disk.
 BOTTLENECKS = ("queue", "prefill", "encode", "network", "store", "decode", "align", "train")
 OWN_STAGES = ("stall", "decode", "align", "train")
-# Points of one curve; beyond it every other one is dropped, so that a long run costs no more than a short one.
-MOST_POINTS = 2000
+# Points kept per curve. Beyond it every other point is dropped, so that memory does not grow with the run.
+MAX_POINTS = 2000
 
 
 @dataclass(frozen=True, slots=True)
 class TeacherView:
-    """One teacher: sums over all ranks since this process started, its weight, and how rank 0 reaches it.
+    """One teacher.
 
-    `seconds`: by stage (queue, prefill, encode, network, decode, stall). `weight`: its share in the fusion, None until
-    the first logged step. `health`: None where K/V come from a store.
+    `sums`: over all ranks since this process started. `weight`: its share in the fusion, None until the first logged
+    step. `health`: of its replicas as rank 0 sees them, None if K/V come from a store.
     """
 
     sums: TeacherSums
@@ -36,46 +35,47 @@ class TeacherView:
     health: SourceHealth | None
 
 
-@dataclass(frozen=True, slots=True)
-class RunSnapshot:
-    """The run at one moment. Times of day are Unix seconds; `history` holds (step, value) of every logged figure.
-
-    `doing`: a long part of the phase, and how far it is. `busy_seconds`: rank 0's time by `OWN_STAGES`. `bottleneck`:
-    one of `BOTTLENECKS` for the last logged steps. `eta_seconds`: until the last step at the pace so far, None before
-    the first step.
-    """
-
-    phase: Phase
-    doing: str | None
-    step: int
-    steps: int
-    samples: int
-    started_at: float
-    last_step_at: float | None
-    eta_seconds: float | None
-    scalars: dict[str, float]
-    history: dict[str, list[tuple[int, float]]]
-    teachers: dict[str, TeacherView]
-    busy_seconds: dict[str, float]
-    bottleneck: str | None
-
-
 @dataclass(slots=True)
-class RunState:
-    """Fed by the training thread, read from others through `snapshot`.
+class RunProgress:
+    """How far a run is. Times are Unix seconds.
 
-    `doing`: a long part of the phase, and how far it is. `drawn`: a terminal shows all this as it goes.
+    `doing`: the current part of the phase and its progress. `samples`: of all ranks since this process started.
+    `bottleneck`: one of `BOTTLENECKS` for the last logged steps.
     """
 
     phase: Phase = "starting"
+    doing: str | None = None
     step: int = 0
     steps: int = 0
     samples: int = 0
     started_at: float = field(default_factory=time.time)
     last_step_at: float | None = None
     bottleneck: str | None = None
-    doing: str | None = None
-    drawn: bool = False
+
+
+@dataclass(slots=True, kw_only=True)
+class RunSnapshot(RunProgress):
+    """The run at one moment.
+
+    `eta_seconds`: until the last step at the average pace, None before the first step. `scalars`, `history`: the last
+    value, and (step, value) pairs, of every logged metric. `busy_seconds`: rank 0's time by `OWN_STAGES`.
+    """
+
+    eta_seconds: float | None
+    scalars: dict[str, float]
+    history: dict[str, list[tuple[int, float]]]
+    teachers: dict[str, TeacherView]
+    busy_seconds: dict[str, float]
+
+
+@dataclass(slots=True)
+class RunState(RunProgress):
+    """The run as it goes on: written by the training thread, read by others through `snapshot`.
+
+    `on_terminal`: whether a terminal shows the run live.
+    """
+
+    on_terminal: bool = False
     _first_step: int = 0
     _began: float = field(default_factory=time.monotonic)
     _scalars: dict[str, float] = field(default_factory=dict)
@@ -86,13 +86,13 @@ class RunState:
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def connected(self, sources: Mapping[str, KVSource]) -> None:
-        """Takes the run's teachers by name."""
+        """Sets the run's sources, by teacher."""
         with self._lock:
             self._sources = dict(sources)
             self._sums = {name: TeacherSums() for name in sources}
 
     def begin(self, steps: int, first_step: int) -> None:
-        """The first step comes next; the pace counts from here."""
+        """Marks the start of training after `first_step` steps; the pace is measured from here."""
         with self._lock:
             self.step = self._first_step = first_step
             self.steps = steps
@@ -100,104 +100,87 @@ class RunState:
 
     @contextmanager
     def during(self, phase: Phase) -> Iterator[None]:
-        """The run is in this phase for a while, then in the one it was in."""
+        """Sets the phase inside the block, and restores the one before at its end, unless an error leaves the block."""
         before, self.phase = self.phase, phase
         yield
         self.phase = before
 
     def stepped(self, step: int, samples: int) -> None:
-        """One optimiser step on so many samples of all ranks is done."""
+        """Counts one optimiser step. `samples`: of all ranks."""
         with self._lock:
             self.step = step
             self.samples += samples
             self.last_step_at = time.time()
 
-    def log(self, step: int, figures: Mapping[str, float]) -> None:
-        """Keeps logged figures, under the names of docs/monitoring.md."""
-        with self._lock:
-            self._scalars |= figures
-            self._keep(step, figures)
+    def log(self, step: int, metrics: Mapping[str, float], *, earlier_process: bool = False) -> None:
+        """Keeps metrics under the names of docs/monitoring.md.
 
-    def recall(self, step: int, figures: Mapping[str, float]) -> None:
-        """Keeps what an earlier process logged of the same run: its curves go on, while its figures are past."""
+        Those that an earlier process logged of the same run continue its curves, but are not current values.
+        """
         with self._lock:
-            self._keep(step, figures)
-
-    def _keep(self, step: int, figures: Mapping[str, float]) -> None:
-        for name, value in figures.items():
-            points = self._history.setdefault(name, [])
-            points.append((step, value))
-            if len(points) > MOST_POINTS:
-                del points[1::2]
+            if not earlier_process:
+                self._scalars |= metrics
+            for name, value in metrics.items():
+                points = self._history.setdefault(name, [])
+                points.append((step, value))
+                if len(points) > MAX_POINTS:
+                    del points[1::2]
 
     def account(self, seconds: float, stages: Mapping[str, float], by_teacher: Mapping[str, TeacherSums]) -> None:
-        """Adds some steps: rank 0's time in all and by stage, and what each teacher sent to all ranks."""
+        """Adds rank 0's time, in total and by stage, and what each teacher sent to all ranks."""
         own = {stage: stages.get(stage, 0.0) for stage in OWN_STAGES}
         own["train"] = max(0.0, seconds - sum(own.values()))
         with self._lock:
             for stage, spent in own.items():
                 self._busy[stage] += spent
             for name, sums in by_teacher.items():
-                self._sums[name] = self._sums[name].plus(sums)
+                self._sums[name] += sums
             self.bottleneck = bottleneck(own, stages)
 
     @property
     def eta_seconds(self) -> float | None:
-        """Until the last step at the pace so far; None before the first step."""
+        """Seconds until the last step at the average pace; None before the first step."""
         done = self.step - self._first_step
         if done <= 0:
             return None
         return (time.monotonic() - self._began) / done * (self.steps - self.step)
 
     def down(self) -> list[str]:
-        """Says of each teacher with replicas that do not answer how many do."""
-        found = {name: health(source) for name, source in self._sources.items()}
+        """For each teacher with a failed replica, how many of its replicas are up."""
+        found = {name: source.health() for name, source in self._sources.items()}
         counts = {name: [one.problem is None for one in view.endpoints] for name, view in found.items() if view}
         return [f"{name} {sum(up)}/{len(up)} up" for name, up in counts.items() if not all(up)]
 
     def snapshot(self) -> RunSnapshot:
-        """A copy that nobody changes any more."""
+        """A copy of the current state."""
         with self._lock:
             teachers = {
-                name: TeacherView(
-                    self._sums[name], self._scalars.get(f"routing/weights_mean/{name}"), health(self._sources[name])
-                )
-                for name in self._sources
+                name: TeacherView(self._sums[name], self._scalars.get(f"routing/weights_mean/{name}"), source.health())
+                for name, source in self._sources.items()
             }
             return RunSnapshot(
-                self.phase,
-                self.doing,
-                self.step,
-                self.steps,
-                self.samples,
-                self.started_at,
-                self.last_step_at,
-                self.eta_seconds,
-                dict(self._scalars),
-                {name: list(points) for name, points in self._history.items()},
-                teachers,
-                dict(self._busy),
-                self.bottleneck,
+                **{one.name: getattr(self, one.name) for one in fields(RunProgress)},
+                eta_seconds=self.eta_seconds,
+                scalars=dict(self._scalars),
+                history={name: list(points) for name, points in self._history.items()},
+                teachers=teachers,
+                busy_seconds=dict(self._busy),
             )
 
 
-# The run that this process is at; None outside of any.
+# This process's run; None outside of one.
 current_run: ContextVar[RunState | None] = ContextVar("current_run", default=None)
 
 
 def bottleneck(own: Mapping[str, float], stages: Mapping[str, float]) -> str:
-    """The stage that most of the time went to; a stall is charged to the teachers' longest stage.
+    """The stage that took most of the time. A stall is attributed to the teachers' longest stage.
 
     Args:
         own: the training thread's seconds by `OWN_STAGES`, which add up to all of its time.
-        stages: seconds by stage; the teachers' overlap with training and with one another.
+        stages: seconds by stage. The teachers' stages overlap with training and with one another.
     """
     longest = max(own, key=lambda stage: own[stage])
     if longest != "stall":
         return longest
-    return _longest([(stage, stages.get(stage, 0.0)) for stage in TEACHER_STAGES]) or "store"
-
-
-def _longest(stages: Sequence[tuple[str, float]]) -> str | None:
-    name, seconds = max(stages, key=lambda pair: pair[1])
-    return name if seconds > 0 else None
+    of_teachers = {stage: stages.get(stage, 0.0) for stage in TEACHER_STAGES}
+    return max(of_teachers, key=lambda stage: of_teachers[stage]) if any(of_teachers.values()) else "store"

@@ -1,4 +1,4 @@
-"""A run on a terminal: a few lines that keep themselves up to date, with the log above them."""
+"""Live display of a run on a terminal, below its log."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from kvcore.monitoring.units import in_bytes, in_time
 from student_trainer.monitoring.run_state import RunSnapshot, RunState, TeacherView
 
 REFRESHES_PER_SECOND = 2
-_FIGURES = (
+_METRICS = (
     ("loss", "train/loss", "{:.4f}"),
     ("ce", "train/ce_loss", "{:.4f}"),
     ("KV loss", "train/kv_loss", "{:.4f}"),
@@ -29,17 +29,17 @@ _FIGURES = (
 
 @contextlib.contextmanager
 def on_terminal(state: RunState, name: str, *, enabled: bool, console: Console | None = None) -> Iterator[None]:
-    """Shows a run while it goes on.
+    """Shows a run while the block runs.
 
     Args:
         state: the run.
-        name: what it is called.
+        name: its name.
         enabled: whether this rank shows anything.
-        console: where; the terminal of stderr by default. Where it is none, nothing is drawn, and log lines say it all.
+        console: stderr by default. Nothing is drawn if it is not a terminal; the log then has progress lines.
     """
     console = console or Console(stderr=True)
-    state.drawn = enabled and console.is_terminal
-    if not state.drawn:
+    state.on_terminal = enabled and console.is_terminal
+    if not state.on_terminal:
         yield
         return
     live = Live(
@@ -50,11 +50,11 @@ def on_terminal(state: RunState, name: str, *, enabled: bool, console: Console |
 
 
 def render(run: RunSnapshot, name: str) -> RenderableType:
-    """Progress, figures, and a line for each teacher."""
+    """Progress, metrics, and a line for each teacher."""
     teachers = Table.grid(padding=(0, 2))
     for teacher, view in run.teachers.items():
         teachers.add_row(Text(teacher, style="bold"), *_teacher(view))
-    return Group(_progress(run, name), _figures(run), teachers)
+    return Group(_progress(run, name), _metrics(run), teachers)
 
 
 def _progress(run: RunSnapshot, name: str) -> Table:
@@ -68,9 +68,9 @@ def _progress(run: RunSnapshot, name: str) -> Table:
     return row
 
 
-def _figures(run: RunSnapshot) -> Text:
-    said = [f"{label} {how.format(run.scalars[figure])}" for label, figure, how in _FIGURES if figure in run.scalars]
-    return Text("  ".join([*said, *([f"bottleneck {run.bottleneck}"] if run.bottleneck else [])]))
+def _metrics(run: RunSnapshot) -> Text:
+    shown = [f"{label} {form.format(run.scalars[name])}" for label, name, form in _METRICS if name in run.scalars]
+    return Text("  ".join([*shown, *([f"bottleneck {run.bottleneck}"] if run.bottleneck else [])]))
 
 
 def _teacher(teacher: TeacherView) -> list[Text]:

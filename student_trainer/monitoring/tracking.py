@@ -1,4 +1,4 @@
-"""Where figures go: TensorBoard, JSON Lines, and a progress line."""
+"""Writes metrics to TensorBoard, JSON Lines, and a progress line."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ logger = logging.getLogger(__name__)
 
 
 class Tracker:
-    """Writes metrics of rank 0, and keeps them in `state`; on other ranks it does nothing."""
+    """Writes the metrics of rank 0 and keeps them in `state`. Does nothing on other ranks."""
 
     def __init__(
         self, output_dir: Path, steps: int, *, enabled: bool, first_step: int, state: RunState | None = None
@@ -34,11 +34,11 @@ class Tracker:
         self._board = SummaryWriter(str(output_dir / "tensorboard"), purge_step=first_step + 1)
         self._lines_path = output_dir / "metrics.jsonl"
         for line in _drop_lines_after(self._lines_path, first_step):
-            self.state.recall(line.pop("step"), line)
+            self.state.log(line.pop("step"), line, earlier_process=True)
         self._lines = self._lines_path.open("a", encoding="utf-8")
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
-        """Records metrics under the names of docs/monitoring.md; one that is not finite is left out."""
+        """Records metrics under the names of docs/monitoring.md. Those that are not finite are left out."""
         if not self._enabled:
             return
         metrics = {name: value for name, value in metrics.items() if math.isfinite(value)}
@@ -49,19 +49,19 @@ class Tracker:
         self.state.log(step, metrics)
 
     def progress(self, step: int, metrics: dict[str, float]) -> None:
-        """One line for people: step, losses, stall, time left, and teachers with a replica that does not answer."""
-        if not self._enabled or self.state.drawn:
+        """Logs one line: step, losses, stall, time left, and teachers with a failed replica."""
+        if not self._enabled or self.state.on_terminal:
             return
-        parts = [f"step {step}/{self._steps}"]
+        line = [f"step {step}/{self._steps}"]
         for name, label in (("train/loss", "loss"), ("train/ce_loss", "ce"), ("train/kv_loss", "kv")):
             if name in metrics:
-                parts.append(f"{label} {metrics[name]:.4f}")
+                line.append(f"{label} {metrics[name]:.4f}")
         if "kv/stall_fraction" in metrics:
-            parts.append(f"stall {metrics['kv/stall_fraction']:.0%}")
-        parts.append(f"{metrics['train/samples_per_second']:.0f} samples/s")
-        parts.append(f"ETA {in_time(self.state.eta_seconds or 0.0)}")
-        parts += self.state.down()
-        logger.info("  ".join(parts))
+            line.append(f"stall {metrics['kv/stall_fraction']:.0%}")
+        line.append(f"{metrics['train/samples_per_second']:.0f} samples/s")
+        line.append(f"ETA {in_time(self.state.eta_seconds or 0.0)}")
+        line += self.state.down()
+        logger.info("  ".join(line))
 
     def close(self) -> None:
         """Flushes and closes the files."""
@@ -71,10 +71,10 @@ class Tracker:
 
 
 def _drop_lines_after(path: Path, step: int) -> list[dict[str, Any]]:
-    """A run that resumes at `step` repeats what an interrupted one had logged beyond it; gives what it had before."""
+    """Removes the lines after `step`, which a resumed run logs again, and returns the others."""
     if not path.is_file():
         return []
-    # A line without its end was cut off as it was written, after the checkpoint that the run resumes from.
+    # An incomplete last line was being written when the process ended, after the checkpoint.
     lines = [line for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
     kept = [(line, parsed) for line in lines if (parsed := json.loads(line))["step"] <= step]
     replace_file(path, "".join(line for line, _ in kept))

@@ -1,4 +1,4 @@
-"""What every KV source promises, whatever it is made of."""
+"""The contract of every KV source."""
 
 import dataclasses
 import threading
@@ -12,7 +12,7 @@ from kvcore.errors import FieldError, StoreError, TeacherMismatchError
 from kvcore.plan import CodecSpec
 from kvcore.types import MissingKV, Sample
 from student_trainer.config import KVConfig, TeacherConfig
-from student_trainer.kv_sources import build_source, counters, flush, unshuffled
+from student_trainer.kv_sources import build_source
 from student_trainer.kv_sources.base import KVSource
 from student_trainer.kv_sources.failover import FailoverSource
 from student_trainer.kv_sources.offline import OfflineSource
@@ -30,7 +30,7 @@ TEACHER = "math"
 
 @dataclasses.dataclass
 class Bench:
-    """What the sources under test are made of; every sample but `MISSING` has K/V."""
+    """The parts of the sources under test. Every sample except `MISSING` has K/V."""
 
     teachers: tuple[ScriptedTeacher, ScriptedTeacher]
     directory: Path
@@ -52,7 +52,7 @@ class Bench:
         return source
 
     def recorded(self) -> Path:
-        """A store of everything the teacher has."""
+        """A store of all samples."""
         store = self.directory / TEACHER
         record = Record(MemorySource(missing=[MISSING]), store, "rank0", merges_index=True)
         record.fetch(SAMPLES)
@@ -60,7 +60,7 @@ class Bench:
         return store
 
     def half_recorded(self) -> Record:
-        """A recording that was interrupted after a while, started again."""
+        """A recording that was interrupted and started again."""
         store = self.directory / TEACHER
         interrupted = Record(MemorySource(), store, "rank0", merges_index=False)
         interrupted.fetch(SAMPLES[:4])
@@ -114,19 +114,19 @@ def source(request, bench) -> Iterator[KVSource]:
     built.close()
 
 
-def test_it_knows_its_teacher_and_its_plan(source):
+def test_source_has_its_teacher_and_plan(source):
     assert source.info == INFO
     assert source.plan == PLAN
 
 
-def test_every_sample_is_answered_in_order_with_the_teachers_bytes(source):
+def test_results_are_the_teachers_bytes_in_order(source):
     some = [sample for sample in SAMPLES[::-1] if sample.id != MISSING]
     results = source.fetch(some)
     assert [result.sample_id for result in results] == [sample.id for sample in some]
     assert all(same_result(result, kv_of(sample)) for result, sample in zip(results, some, strict=True))
 
 
-def test_a_sample_without_kv_harms_no_other(source):
+def test_a_missing_sample_does_not_affect_the_others(source):
     results = source.fetch(SAMPLES)
     missing = [result for result in results if isinstance(result, MissingKV)]
     assert [result.sample_id for result in missing] == [MISSING]
@@ -135,14 +135,17 @@ def test_a_sample_without_kv_harms_no_other(source):
     assert all(same_result(result, kv_of(SAMPLES[i])) for i, result in enumerate(results) if i != 5)
 
 
-def test_announced_batches_are_answered_like_any_other(source):
+def test_submitted_batches_are_answered_like_fetched_ones(source):
     batches = [SAMPLES[6:9], SAMPLES[9:12], SAMPLES[12:20]]
-    for batch in batches:
-        source.announce(batch)
-    for batch in batches:
-        assert all(
-            same_result(result, kv_of(sample)) for result, sample in zip(source.fetch(batch), batch, strict=True)
-        )
+    submitted = [(batch, source.submit(batch)) for batch in batches]
+    for batch, pending in submitted:
+        assert all(same_result(result, kv_of(sample)) for result, sample in zip(pending.result(), batch, strict=True))
+
+
+def test_batches_fetched_between_submit_and_result_do_not_change_the_result(source):
+    pending = source.submit(SAMPLES[:3])
+    source.fetch(SAMPLES[2:5])
+    assert [result.sample_id for result in pending.result()] == ["s0", "s1", "s2"]
 
 
 def test_the_same_samples_can_be_fetched_again(source):
@@ -150,7 +153,7 @@ def test_the_same_samples_can_be_fetched_again(source):
     assert all(same_result(*pair) for pair in zip(first, second, strict=True))
 
 
-def test_a_sample_that_stands_twice_in_a_batch_is_answered_twice(source):
+def test_a_sample_that_is_twice_in_a_batch_is_answered_twice(source):
     results = source.fetch([SAMPLES[1], SAMPLES[2], SAMPLES[1]])
     assert [result.sample_id for result in results] == ["s1", "s2", "s1"]
     assert same_result(results[0], results[2])
@@ -160,15 +163,15 @@ def test_an_empty_batch_has_no_results(source):
     assert source.fetch([]) == []
 
 
-def test_it_closes_twice_and_with_batches_that_nobody_fetched(source):
-    source.announce(SAMPLES[:3])
-    source.announce(SAMPLES[3:6])
+def test_source_can_be_closed_twice_with_pending_batches(source):
+    source.submit(SAMPLES[:3])
+    source.submit(SAMPLES[3:6])
     source.close()
     source.close()
     assert not [thread for thread in threading.enumerate() if thread.name == "kv-prefetch"]
 
 
-def test_shuffled_control_gives_every_sample_anothers_kv(bench, caplog):
+def test_shuffled_control_gives_each_sample_the_kv_of_another(bench, caplog):
     source = ShuffledControl(bench.failover())
     results = source.fetch(SAMPLES[:4])
     source.close()
@@ -182,12 +185,12 @@ def test_shuffled_control_moves_missing_kv_along():
     assert [isinstance(result, MissingKV) for result in results] == [False, True, False]
 
 
-def test_shuffled_control_refuses_a_sample_on_its_own():
+def test_shuffled_control_refuses_a_batch_of_one_sample():
     with pytest.raises(FieldError, match="at least 2 samples"):
         ShuffledControl(MemorySource()).fetch(SAMPLES[:1])
 
 
-def test_shuffled_control_goes_around_everything_else(bench):
+def test_shuffled_control_does_not_change_what_is_recorded(bench):
     source = bench.built(mode="record", store=bench.directory, control="shuffled")
     source.fetch(SAMPLES[:3])
     source.close()
@@ -195,40 +198,37 @@ def test_shuffled_control_goes_around_everything_else(bench):
     assert all(same_result(result, kv_of(SAMPLES[i])) for i, result in enumerate(straight.fetch(SAMPLES[:3])))
 
 
-def test_the_true_pairs_stay_within_reach_of_a_shuffled_source(bench):
+def test_a_shuffled_source_can_give_each_sample_its_own_kv(bench):
     source = bench.built(control="shuffled")
     own = [kv_of(sample) for sample in SAMPLES[:3]]
-    assert all(same_result(*pair) for pair in zip(unshuffled(source).fetch(SAMPLES[:3]), own, strict=True))
+    assert all(same_result(*pair) for pair in zip(source.without_control().fetch(SAMPLES[:3]), own, strict=True))
     assert not any(same_result(*pair) for pair in zip(source.fetch(SAMPLES[:3]), own, strict=True))
     source.close()
 
 
-def test_a_resumed_recording_asks_only_for_what_is_missing(bench):
+def test_a_resumed_recording_requests_only_missing_samples(bench):
     record = bench.half_recorded()
     inner = record.source
     assert isinstance(inner, MemorySource)
-    record.announce(SAMPLES[:8])
-    record.announce(SAMPLES[10:14])
-    record.fetch(SAMPLES[:8])
-    record.fetch(SAMPLES[10:14])
-    assert inner.announced == inner.fetched == [["s4", "s5", "s6", "s7"]]
+    pending = [record.submit(SAMPLES[:8]), record.submit(SAMPLES[10:14])]
+    assert [len(one.result()) for one in pending] == [8, 4]
+    assert inner.submitted == inner.fetched == [["s4", "s5", "s6", "s7"]]
     record.close()
 
 
-def test_a_batch_that_was_recorded_after_its_announcement_is_still_asked_for_as_announced(bench):
+def test_a_sample_in_two_pending_batches_is_stored_once(bench):
     inner = MemorySource()
     record = Record(inner, bench.directory, "rank0", merges_index=False)
-    record.announce(SAMPLES[:2])
-    record.announce(SAMPLES[1:3])
-    record.fetch(SAMPLES[:2])
-    record.fetch(SAMPLES[1:3])
+    first, second = record.submit(SAMPLES[:2]), record.submit(SAMPLES[1:3])
+    first.result()
+    second.result()
     record.close()
-    assert inner.fetched == inner.announced == [["s0", "s1"], ["s1", "s2"]]
+    assert inner.fetched == inner.submitted == [["s0", "s1"], ["s1", "s2"]]
     journal = (bench.directory / "rank0.jsonl").read_text().splitlines()
     assert len(journal) == 3
 
 
-def test_samples_of_one_content_share_what_is_stored_but_keep_their_ids(bench):
+def test_samples_with_equal_content_share_the_stored_kv_but_keep_their_ids(bench):
     inner = MemorySource()
     record = Record(inner, bench.directory, "rank0", merges_index=True)
     record.fetch(SAMPLES[:1])
@@ -240,16 +240,16 @@ def test_samples_of_one_content_share_what_is_stored_but_keep_their_ids(bench):
     assert inner.fetched == [["s0"]]
 
 
-def test_flushed_samples_are_there_without_a_close(bench):
+def test_flushed_samples_are_readable_before_close(bench):
     source = bench.built(mode="record", store=bench.directory)
     source.fetch(SAMPLES[:3])
-    flush(source)
+    source.flush()
     offline = OfflineSource(bench.directory / TEACHER, lambda _: PLAN)
     assert all(same_result(result, kv_of(SAMPLES[i])) for i, result in enumerate(offline.fetch(SAMPLES[:3])))
     source.close()
 
 
-def test_offline_names_what_differs_from_the_recorded_plan(bench):
+def test_offline_names_the_difference_from_the_recorded_plan(bench):
     other = PLAN.model_copy(update={"codec": CodecSpec(name="bf16")})
     store = bench.recorded()
     with pytest.raises(StoreError, match=r"codec\.name: 'int8', not 'bf16'"):
@@ -274,17 +274,24 @@ def test_endpoints_of_different_teachers_are_refused_when_the_source_is_built(be
     stranger.stop()
 
 
-def test_counters_of_a_whole_chain_are_found(bench):
+def test_health_is_that_of_the_replicas_inside_all_wrappers(bench):
     source = bench.built(mode="record", store=bench.directory, control="shuffled")
     source.fetch(SAMPLES[:3])
-    found = counters(source)
+    health = source.health()
     source.close()
-    assert found.keys() == {"stall_seconds", "switches", "retries"}
-    assert found["stall_seconds"] > 0
-    assert found["switches"] == found["retries"] == 0
+    assert health is not None
+    assert [one.endpoint for one in health.endpoints] == [teacher.endpoint for teacher in bench.teachers]
+    assert (health.switches, health.retries) == (0, 0)
+    assert health.answered_s_ago is not None
 
 
-def test_ranks_begin_with_different_endpoints(bench):
+def test_a_stored_teacher_has_no_health(bench):
+    source = bench.built_offline()
+    assert source.health() is None
+    source.close()
+
+
+def test_ranks_start_with_different_endpoints(bench):
     for teacher in bench.teachers:
         teacher.requests.clear()
     for rank in range(4):

@@ -1,4 +1,4 @@
-"""Runs whose numbers stop being finite: told in one line, on every rank, and nothing of it is kept."""
+"""Diverged runs: every rank reports it in one line, and nothing that is not finite is saved."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ pytestmark = pytest.mark.slow
 RANKS = 2
 
 
-def ended(config: dict[str, Any], directory: Path) -> str:
-    """Runs to the end, which must be a failure, and returns the log."""
+def failed_log(config: dict[str, Any], directory: Path) -> str:
+    """Runs until the run fails, as it must, and returns the log."""
     process, log = start_cli(config, RANKS, directory)
     try:
-        assert process.wait(240) != 0, "a diverged run is no success"
+        assert process.wait(240) != 0, "a diverged run must fail"
     finally:
         process.kill()
     return log.read_text(encoding="utf-8")
 
 
-def told(log: str) -> list[str]:
-    """What every rank ended with, without its number."""
+def messages(log: str) -> list[str]:
+    """Every rank's last message, without the rank."""
     lines = [line.partition("rank ")[2] for line in log.splitlines() if line.startswith("kvdistill: rank ")]
     assert sorted(line[0] for line in lines) == [str(rank) for rank in range(RANKS)], log[-4000:]
     return [line[3:] for line in lines]
@@ -37,9 +37,9 @@ def refuse(constant: str) -> NoReturn:
     raise AssertionError(f"{constant} is not JSON")
 
 
-def assert_what_is_kept_is_finite(output: Path) -> None:
+def assert_saved_values_are_finite(output: Path) -> None:
     for path in output.rglob("*.safetensors"):
-        if path.name != "frozen.safetensors":  # Calibration leaves NaN where nothing was measured.
+        if path.name != "frozen.safetensors":  # Calibration stores NaN where nothing was measured.
             assert all(tensor.isfinite().all() for tensor in load_file(path).values()), path
     for path in (*output.rglob("*.json"), *output.rglob("*.jsonl")):
         for line in path.read_text(encoding="utf-8").splitlines() if path.suffix == ".jsonl" else [path.read_text()]:
@@ -47,27 +47,27 @@ def assert_what_is_kept_is_finite(output: Path) -> None:
 
 
 @pytest.mark.parametrize("stage", [2])
-def test_a_learning_rate_far_too_high_fails_on_every_rank_and_resumes_from_the_last_finite_checkpoint(
+def test_a_too_high_learning_rate_fails_on_every_rank_and_keeps_the_last_finite_checkpoint(
     world: World, endpoints: Endpoints, tmp_path: Path, stage: int
 ) -> None:
     run = {"zero_stage": stage, "save_every": 1, "eval_every": 2}
     config = world.config(f"rate-zero{stage}", endpoints, optim={"lr": 1e30}, run=run)
     output = Path(config["run"]["output_dir"])
-    first = told(ended(config, tmp_path))
-    assert first[0] == first[1], "all ranks say the same"
+    first = messages(failed_log(config, tmp_path))
+    assert first[0] == first[1], "all ranks report the same"
     assert first[0].startswith("step 2: the run diverged; not finite: "), first[0]
     assert " loss" in first[0]
     assert "optim.lr" in first[0]
-    assert_what_is_kept_is_finite(output)
+    assert_saved_values_are_finite(output)
     assert [path.name for path in (output / "checkpoints").iterdir()] == ["step-00000001"]
     assert not (output / "best_model").exists()
-    again = ended(config, tmp_path)
+    again = failed_log(config, tmp_path)
     assert "resuming from" in again
-    assert told(again) == first
+    assert messages(again) == first
 
 
 @pytest.mark.parametrize("stage", [0, 3])
-def test_parameters_that_the_last_step_made_infinite_are_not_saved(
+def test_infinite_parameters_of_the_last_step_are_not_saved(
     world: World, endpoints: Endpoints, tmp_path: Path, stage: int
 ) -> None:
     optim = {"lr": 100.0, "weight_decay": 1e38, "warmup_ratio": 0.0}
@@ -76,7 +76,7 @@ def test_parameters_that_the_last_step_made_infinite_are_not_saved(
         f"decay-zero{stage}", endpoints, optim=optim, data=data, run={"steps": 1, "zero_stage": stage}
     )
     output = Path(config["run"]["output_dir"])
-    for line in told(ended(config, tmp_path)):
+    for line in messages(failed_log(config, tmp_path)):
         assert line.startswith("step 1: the run diverged; not finite: parameters or optimizer moments; no checkpoint")
     assert not (output / "best_model").exists()
     assert not (output / "summary.json").exists()

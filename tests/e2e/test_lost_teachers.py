@@ -1,4 +1,4 @@
-"""Teachers that die, and runs that are told to stop, in the middle of training."""
+"""Teachers that are lost, and runs that are stopped, during training."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def last_step(output: Path) -> int:
     return json.loads((newest / "state.json").read_text(encoding="utf-8"))["step"]
 
 
-def test_a_killed_replica_costs_no_step(world: World, tmp_path: Path) -> None:
+def test_training_survives_the_loss_of_a_replica(world: World, tmp_path: Path) -> None:
     a, b = (start_teacher(world.teachers["ada"], tmp_path / f"{name}.log") for name in "ab")
     try:
         endpoints = [a.wait_ready().endpoint, b.wait_ready().endpoint]
@@ -41,7 +41,7 @@ def test_a_killed_replica_costs_no_step(world: World, tmp_path: Path) -> None:
     assert a.endpoint in log.read_text(encoding="utf-8"), "the switch is logged"
 
 
-def test_losing_the_only_replica_ends_the_run_with_a_checkpoint_and_the_teachers_name(
+def test_losing_the_only_replica_ends_the_run_with_a_checkpoint_and_names_the_teacher(
     world: World, tmp_path: Path
 ) -> None:
     teacher = start_teacher(world.teachers["ada"], tmp_path / "ada.log")
@@ -54,14 +54,14 @@ def test_losing_the_only_replica_ends_the_run_with_a_checkpoint_and_the_teachers
         assert process.wait(120) != 0
     finally:
         teacher.stop()
-    said = log.read_text(encoding="utf-8")
-    assert "teacher 'ada'" in said
-    assert teacher.endpoint in said
+    log_text = log.read_text(encoding="utf-8")
+    assert "teacher 'ada'" in log_text
+    assert teacher.endpoint in log_text
     assert last_step(output) >= 5
-    assert f"step-{last_step(output):08d}" in said
+    assert f"step-{last_step(output):08d}" in log_text
 
 
-def test_a_run_told_to_stop_saves_and_goes_on_later(world: World, tmp_path: Path) -> None:
+def test_a_stopped_run_saves_a_checkpoint_and_resumes(world: World, tmp_path: Path) -> None:
     with running_teacher(world.teachers["ada"], tmp_path / "ada.log") as teacher:
         config = world.config("stopped", {"ada": [teacher.endpoint]}, run={"steps": STEPS})
         output = Path(config["run"]["output_dir"])

@@ -1,4 +1,4 @@
-"""Fixed, similarity, learnable: three stages in one command, and routing under every way of sharing parameters."""
+"""Three stages (fixed, similarity, learnable) in one command, and routing under every ZeRO stage."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def stopped_in_stage_two(config: dict[str, Any], directory: Path) -> None:
     assert process.wait(120) != 0
 
 
-def test_three_stages_run_in_one_command_and_go_on_where_they_were_interrupted(
+def test_three_stages_run_in_one_command_and_resume_after_an_interruption(
     world: World, endpoints: Endpoints, tmp_path: Path
 ) -> None:
     whole, cut = (three_stages(world, endpoints, tmp_path / name) for name in ("whole", "cut"))
@@ -74,10 +74,10 @@ def test_three_stages_run_in_one_command_and_go_on_where_they_were_interrupted(
     val = tmp_path / "val.jsonl"
     val.write_bytes(Path(cut["data"]["val"]).read_bytes())
     cut["data"] = cut["data"] | {"val": str(val)}
-    said = finish(*start_cli(whole, 2, tmp_path / "whole-log"))
+    log_text = finish(*start_cli(whole, 2, tmp_path / "whole-log"))
     for index, stage in enumerate(STAGES):
         directory = tmp_path / "whole" / stage
-        assert f"stage {index + 1} of 3, {stage}: from " in said
+        assert f"stage {index + 1} of 3, {stage}: from " in log_text
         assert (directory / "best_model" / "model.safetensors").is_file()
         assert list((directory / "tensorboard").iterdir())
         results = json.loads((directory / "eval_results.json").read_text(encoding="utf-8"))
@@ -87,20 +87,20 @@ def test_three_stages_run_in_one_command_and_go_on_where_they_were_interrupted(
         alignment = json.loads((directory / "alignment.json").read_text(encoding="utf-8"))
         assert alignment["teachers"].keys() == endpoints.keys()
         if index > 0:
-            assert f"{stage}: from {tmp_path / 'whole' / STAGES[index - 1] / 'best_model'}" in said
+            assert f"{stage}: from {tmp_path / 'whole' / STAGES[index - 1] / 'best_model'}" in log_text
             weights = [metrics(directory, f"routing/weights_mean/{name}") for name in endpoints]
             for step in weights[0]:
                 assert sum(by_step[step] for by_step in weights) == pytest.approx(1.0, abs=1e-5)
     assert metrics(tmp_path / "whole" / STAGES[2], "routing/router_loss").keys() == set(range(1, 7))
 
     stopped_in_stage_two(cut, tmp_path / "cut-log")
-    said = finish(*start_cli(cut, 2, tmp_path / "cut-log"))
-    assert f"{STAGES[0]}: done before" in said
+    log_text = finish(*start_cli(cut, 2, tmp_path / "cut-log"))
+    assert f"{STAGES[0]}: done before" in log_text
     for stage in STAGES:
         assert_same_losses(tmp_path / "whole" / stage, tmp_path / "cut" / stage, 0.0)
 
-    said = finish(*start_cli(cut, 2, tmp_path / "cut-log"))
-    assert said.count(": done before") == 3
+    log_text = finish(*start_cli(cut, 2, tmp_path / "cut-log"))
+    assert log_text.count(": done before") == 3
     changed = {**cut, "loss": cut["loss"] | {"kv_weight": 2.0}}
     for again in (changed, cut):
         process, log = start_cli(again, 1, tmp_path / "cut-log")
@@ -132,9 +132,7 @@ def test_routing_gives_the_same_losses_under_every_zero_stage_and_with_checkpoin
         assert any(part in name for name in moved), part
 
 
-def test_the_kv_weight_is_set_from_gradients_and_kept_by_a_checkpoint(
-    world: World, endpoints: Endpoints, tmp_path: Path
-) -> None:
+def test_the_automatic_kv_weight_is_kept_in_checkpoints(world: World, endpoints: Endpoints, tmp_path: Path) -> None:
     config = world.config("auto", endpoints, loss={"kv_weight": "auto"}, run={"save_every": 3})
     (run,) = train([config], 2, tmp_path)
     saved = load_file(run / "checkpoints/step-00000006/frozen.safetensors")["kv_weight"]

@@ -1,4 +1,4 @@
-"""What a training run promises, seen over real servers and real DeepSpeed ranks."""
+"""Training runs with real servers and real DeepSpeed ranks."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_recording_then_offline_gives_the_online_losses(world: World, endpoints:
     assert_same_losses(by_record, by_offline, 0.0, (*LOSSES, "val/kv_loss", "val/task_metrics/accuracy"))
 
 
-def test_token_mode_bf16_checkpointing_and_a_trained_adapter_all_learn(
+def test_token_mode_with_bf16_checkpointing_and_a_trained_adapter_learns(
     world: World, endpoints: Endpoints, tmp_path: Path
 ) -> None:
     every_token = {"selector": "full", "budget": 0, "span": "all"}
@@ -85,7 +85,7 @@ def test_token_mode_bf16_checkpointing_and_a_trained_adapter_all_learn(
         assert sum(losses[-5:]) < 0.8 * sum(losses[:5]), run.name
 
 
-def test_a_run_leaves_a_model_that_transformers_loads_and_all_its_figures(
+def test_a_run_saves_a_model_that_transformers_loads_and_all_metrics(
     world: World, endpoints: Endpoints, tmp_path: Path
 ) -> None:
     (output,) = train([world.config("figures", endpoints, run={"zero_stage": 3})], 2, tmp_path)

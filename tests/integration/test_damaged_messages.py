@@ -150,15 +150,15 @@ def test_a_flipped_bit_never_gives_a_wrong_completion(proxy: DamagingProxy, dire
     plan = PLAN.model_copy(update={"selection": Selection(selector="right", budget=4)})
     with closing(CompletionSource("math", proxy.endpoint, lambda _info: plan, SAMPLING)) as writer:
         writer.connect()
-        wanted = writer.write(PROMPTS)
+        wanted = writer.complete(PROMPTS)
 
         def write() -> None:
-            got: list[CompletedSample] = writer.write(PROMPTS)
+            got: list[CompletedSample] = writer.complete(PROMPTS)
             assert_right([one.kv for one in got], [one.kv for one in wanted])
             for one, other in zip(got, wanted, strict=True):
-                assert one.written is not None
-                assert other.written is not None
-                assert one.written.sample == other.written.sample
+                assert one.completion is not None
+                assert other.completion is not None
+                assert one.completion.sample == other.completion.sample
 
         problems: list[str] = []
         for bit in random_bits(3):

@@ -1,4 +1,4 @@
-"""Real `kvdistill serve` processes that are killed, frozen, restarted and overloaded while a student fetches."""
+"""Failover with real `kvdistill serve` processes that are killed, frozen, restarted and overloaded."""
 
 import logging
 import re
@@ -16,7 +16,7 @@ from kvcore.errors import TeacherMismatchError, TeacherUnavailableError
 from kvcore.plan import CodecSpec, KVPlan, Selection
 from kvcore.types import Sample, Span, TeacherInfo
 from student_trainer.config import KVConfig, TeacherConfig
-from student_trainer.kv_sources import build_source, counters
+from student_trainer.kv_sources import build_source
 from student_trainer.kv_sources.base import KVResult, KVSource
 from tests.support.kv_fakes import same_result
 from tests.support.servers import REPOSITORY, TeacherProcess, start_teacher
@@ -63,6 +63,13 @@ def source_of(*teachers: TeacherProcess, **kv: Any) -> KVSource:
     return build_source(config, KVConfig(**{"prefetch": 0, "patience_s": 20.0, **kv}), plan_for, rank=0, world_size=1)
 
 
+def counted(source: KVSource) -> tuple[int, int]:
+    """The source's switches and retries."""
+    health = source.health()
+    assert health is not None
+    return health.switches, health.retries
+
+
 def undisturbed(teacher: TeacherProcess, count: int) -> list[KVResult]:
     source = source_of(teacher)
     try:
@@ -93,7 +100,7 @@ def streams(teacher: TeacherProcess) -> list[int]:
 
 
 @pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "frozen"])
-def test_what_a_lost_replica_left_open_the_other_answers(serve, caplog, end):
+def test_another_replica_answers_the_samples_that_a_lost_one_left_open(serve, caplog, end):
     lost, other = serve(SLOW, max_batch_tokens=ONE_AT_A_TIME), serve()
     lost.wait_ready()
     other.wait_ready()
@@ -103,7 +110,7 @@ def test_what_a_lost_replica_left_open_the_other_answers(serve, caplog, end):
         wait_until_served(lost, 4)
         lost.signal(end)
         results = running.result(timeout=60)
-    assert counters(source) == {"switches": 1, "retries": 1}
+    assert counted(source) == (1, 1)
     source.close()
     (still_missing,) = (int(found) for found in re.findall(r"(\d+) samples still to be answered", caplog.text))
     assert 0 < still_missing < 12
@@ -111,14 +118,14 @@ def test_what_a_lost_replica_left_open_the_other_answers(serve, caplog, end):
     assert same(results, undisturbed(other, 12))
 
 
-def test_a_lost_teacher_ends_the_fetch_within_its_patience_and_is_named(serve):
+def test_a_lost_teacher_is_reported_by_name_after_patience_s(serve):
     only = serve(SLOW, max_batch_tokens=ONE_AT_A_TIME).wait_ready()
     source = source_of(only, patience_s=1.5, prefetch=2)
-    source.announce(samples(12))
+    pending = source.submit(samples(12))
     wait_until_served(only, 2)
     only.kill()
     with pytest.raises(TeacherUnavailableError) as caught:
-        source.fetch(samples(12))
+        pending.result()
     source.close()
     message = str(caught.value)
     assert re.match(r"teacher 'math': no endpoint answered for [12]\.\d s \(127\.0\.0\.1:\d+: UNAVAILABLE: ", message)
@@ -126,7 +133,7 @@ def test_a_lost_teacher_ends_the_fetch_within_its_patience_and_is_named(serve):
     assert "start the run again" in message
 
 
-def test_a_server_that_restarts_on_its_port_is_found_again(serve):
+def test_a_server_restarted_on_its_port_is_used_again(serve):
     first = serve().wait_ready()
     source = source_of(first)
     before = source.fetch(samples(4))
@@ -138,7 +145,7 @@ def test_a_server_that_restarts_on_its_port_is_found_again(serve):
     source.close()
 
 
-def test_a_server_that_comes_back_as_another_teacher_is_refused(serve):
+def test_a_server_restarted_as_another_teacher_is_refused(serve):
     first = serve().wait_ready()
     source = source_of(first)
     source.fetch(samples(4))
@@ -157,14 +164,14 @@ def test_replicas_of_different_teachers_are_refused(serve):
         source_of(one, other)
 
 
-def test_students_of_an_overloaded_teacher_all_get_their_samples(serve):
+def test_all_students_of_an_overloaded_teacher_get_their_samples(serve):
     # Three students of 6 samples; the server holds what two of them ask for.
     teacher = serve(SLOW, max_batch_tokens=ONE_AT_A_TIME, max_queued_tokens=700).wait_ready()
     sources = [source_of(teacher, patience_s=60.0) for _ in range(3)]
     with ThreadPoolExecutor(3) as pool:
         results = list(pool.map(lambda source: source.fetch(samples(6)), sources))
-    assert sum(counters(source)["retries"] for source in sources) > 0
-    assert sum(counters(source)["switches"] for source in sources) == 0
+    assert sum(counted(source)[1] for source in sources) > 0
+    assert sum(counted(source)[0] for source in sources) == 0
     for source in sources:
         source.close()
     assert same(results[0], results[1])
@@ -175,12 +182,11 @@ RECORDING = """
 import os, sys
 from pathlib import Path
 from tests.integration.test_failover import KVConfig, TeacherConfig, build_source, plan_for, samples
-from student_trainer.kv_sources import flush
 
 config = TeacherConfig(name="math", endpoints=(sys.argv[1],))
 source = build_source(config, KVConfig(mode="record", store=Path(sys.argv[2])), plan_for, rank=0, world_size=1)
 source.fetch(samples(12)[:5])
-flush(source)
+source.flush()
 source.fetch(samples(12)[5:7])
 os.kill(os.getpid(), 9)
 """
@@ -197,15 +203,13 @@ def test_a_recording_that_was_killed_resumes_and_equals_the_online_run(serve, tm
 
     resumed = source_of(teacher, mode="record", store=store, prefetch=2)
     batches = [samples(12)[:4], samples(12)[4:8], samples(12)[8:]]
-    for batch in batches:
-        resumed.announce(batch)
-    recorded = [result for batch in batches for result in resumed.fetch(batch)]
+    pending = [resumed.submit(batch) for batch in batches]
+    recorded = [result for one in pending for result in one.result()]
     resumed.close()
     assert streams(teacher) == [12, 5, 2, 3, 4]
     assert same(recorded, online)
 
     teacher.stop()
     offline = source_of(teacher, mode="offline", store=store, prefetch=2)
-    offline.announce(samples(12))
-    assert same(offline.fetch(samples(12)), online)
+    assert same(offline.submit(samples(12)).result(), online)
     offline.close()

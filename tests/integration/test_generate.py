@@ -90,17 +90,17 @@ def write(
 ) -> list[CompletedSample]:
     with closing(CompletionSource("teacher", server.endpoint, lambda _info: plan_of(selection), sampling)) as writer:
         writer.connect()
-        return writer.write(prompts)
+        return writer.complete(prompts)
 
 
 def texts(written: Sequence[CompletedSample]) -> list[str]:
     """The generated texts without the prompts."""
     found: list[str] = []
     for prompt, one in zip(PROMPTS, written, strict=True):
-        assert one.written is not None
-        assert one.written.sample.text is not None
+        assert one.completion is not None
+        assert one.completion.sample.text is not None
         assert prompt.text is not None
-        found.append(one.written.sample.text.removeprefix(prompt.text))
+        found.append(one.completion.sample.text.removeprefix(prompt.text))
     return found
 
 
@@ -113,7 +113,7 @@ def assert_kv_of_its_text(
     server: ServerInThread, written: Sequence[CompletedSample], plan: KVPlan, atol: float = 0.0
 ) -> None:
     """Compare with StreamKV on the same text and spans alone: bit for bit, unless a tolerance is given."""
-    samples = [one.written.sample for one in written if one.written is not None]
+    samples = [one.completion.sample for one in written if one.completion is not None]
     with TeacherClient(server.endpoint) as client:
         read = [client.fetch(plan, [sample])[0] for sample in samples]
     for one, expected in zip(written, read, strict=True):
@@ -162,11 +162,11 @@ def test_greedy_texts_match_the_model_and_their_kv_match_stream_kv(teacher: Serv
     # Padding in a batch may change the last bits.
     assert_kv_of_its_text(teacher, written, plan_of(), atol=1e-5)
     for prompt, one in zip(PROMPTS, written, strict=True):
-        assert one.written is not None
+        assert one.completion is not None
         assert prompt.text is not None
-        end, whole = len(prompt.text), len(one.written.sample.text or "")
-        assert one.written.sample.spans == (Span("prompt", 0, end), Span("reasoning", end, whole))
-        assert (one.written.finish_reason, one.written.tokens) == ("length", GREEDY.max_new_tokens)
+        end, whole = len(prompt.text), len(one.completion.sample.text or "")
+        assert one.completion.sample.spans == (Span("prompt", 0, end), Span("reasoning", end, whole))
+        assert (one.completion.finish_reason, one.completion.tokens) == ("length", GREEDY.max_new_tokens)
 
 
 def test_sampled_texts_depend_only_on_seed_and_prompt(teacher: ServerInThread) -> None:
@@ -183,13 +183,13 @@ def test_an_answer_marker_and_a_stop_text_give_an_answer_for_r_kv(teacher: Serve
     sampling = GREEDY.model_copy(update={"answer_marker": marker, "stop": (stop,)})
     selection = Selection(selector="r_kv", budget=4, span="reasoning", scope="layer")
     (one,) = write(teacher, sampling, PROMPTS[:1], selection)
-    assert one.written is not None
-    sample = one.written.sample
+    assert one.completion is not None
+    sample = one.completion.sample
     assert sample.text is not None
     found = {span.kind: sample.text[span.start : span.end] for span in sample.spans}
     before, _, after = plain[: plain.index(stop)].partition(marker)
     assert found == {"prompt": PROMPTS[0].text, "reasoning": before + marker, "answer": after}
-    assert one.written.finish_reason == "stop"
+    assert one.completion.finish_reason == "stop"
     assert_kv_of_its_text(teacher, [one], plan_of(selection))
 
 
@@ -201,7 +201,7 @@ def test_a_prompt_without_room_or_answer_fails_alone(teacher: ServerInThread) ->
     first, long, second, third = write(teacher, sampling, prompts, Selection(selector="full", span="answer"))
     assert kv(first).slots > 0
     assert isinstance(long.kv, MissingKV)
-    assert long.written is None
+    assert long.completion is None
     assert long.kv.reason.startswith("INVALID_ARGUMENT: samples[long].text: has ")
     assert "up to 30 are generated (sampling.max_new_tokens); together this teacher takes at most 120" in long.kv.reason
     for one, text in ((second, plain[1]), (third, plain[2])):
@@ -212,8 +212,8 @@ def test_a_prompt_without_room_or_answer_fails_alone(teacher: ServerInThread) ->
             f"generated 30 tokens (finish_reason: length), with no answer after the marker {marker!r}" in one.kv.reason
         )
         # The completion is sent although its K/V failed.
-        assert one.written is not None
-        assert (one.written.sample.text or "").endswith(text)
+        assert one.completion is not None
+        assert (one.completion.sample.text or "").endswith(text)
 
 
 @pytest.mark.parametrize(
@@ -394,7 +394,7 @@ def test_an_engine_error_during_generation_fails_only_its_batch(start: Callable[
 def test_concurrent_generate_and_stream_kv_do_not_mix(start: Callable[..., ServerInThread]) -> None:
     server = start(lambda config: FakeEngine(config, FakeModel(layers=2)))
     alone, plan = write(server, GREEDY), plan_of()
-    samples = [one.written.sample for one in alone if one.written is not None]
+    samples = [one.completion.sample for one in alone if one.completion is not None]
 
     def read() -> list[Any]:
         with TeacherClient(server.endpoint) as client:

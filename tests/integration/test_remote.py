@@ -1,4 +1,4 @@
-"""One endpoint over real gRPC: what it sends, how it fails, and what is asked again."""
+"""One endpoint over real gRPC: requests, failures and retries."""
 
 import dataclasses
 import threading
@@ -54,7 +54,7 @@ def flip_last_byte_of(*numbers: int) -> Callable[[bytes], bytes]:
     return damage
 
 
-def test_the_plan_is_made_from_the_geometry_that_the_server_describes(teacher):
+def test_the_plan_is_made_from_the_servers_description(teacher):
     seen = []
     remote = RemoteSource("math", teacher.endpoint, lambda info: seen.append(info) or PLAN)
     assert remote.connect() == INFO
@@ -62,31 +62,31 @@ def test_the_plan_is_made_from_the_geometry_that_the_server_describes(teacher):
     assert seen == [INFO]
 
 
-def test_a_fetch_is_cut_into_requests_of_the_size_that_the_server_takes(teacher, source):
+def test_a_fetch_is_split_into_requests_of_at_most_the_servers_number_of_samples(teacher, source):
     many = samples(20)
     assert [result.sample_id for result in source.fetch(many)] == [sample.id for sample in many]
     assert [len(ids) for ids in teacher.requests] == [8, 8, 4]
 
 
-def test_a_fetch_is_cut_into_requests_of_a_size_that_grpc_takes(teacher, source, monkeypatch):
+def test_a_fetch_is_split_into_requests_below_the_grpc_size_limit(teacher, source, monkeypatch):
     monkeypatch.setattr("student_trainer.kv_sources.remote.REQUEST_BYTES", 70)
     assert all_right(source.fetch(SAMPLES))
     assert [len(ids) for ids in teacher.requests] == [2, 1, 1, 2]
 
 
-def test_samples_that_were_whole_before_the_stream_died_stay(teacher, source):
+def test_samples_received_before_the_stream_broke_are_kept(teacher, source):
     teacher.script = die_after(2)
-    answers: list[KVResult | None] = [None] * len(SAMPLES)
+    received: dict[str, KVResult] = {}
     with pytest.raises(TeacherUnavailableError, match="UNAVAILABLE: Socket closed"):
-        source.fetch_into(SAMPLES, answers)
-    assert [answer is not None for answer in answers] == [True, True, False, False, False, False]
+        source.fetch_into(SAMPLES, received)
+    assert list(received) == IDS[:2]
     teacher.script = lambda _sent, _context: None
-    source.fetch_into(SAMPLES, answers)
+    source.fetch_into(SAMPLES, received)
     assert teacher.requests == [IDS, IDS[2:]]
-    assert all_right([answer for answer in answers if answer is not None])
+    assert all_right([received[sample_id] for sample_id in IDS])
 
 
-def test_a_damaged_frame_is_asked_for_once_more(teacher, source):
+def test_samples_of_a_damaged_frame_are_requested_once_more(teacher, source):
     teacher.damage = flip_last_byte_of(3)
     assert all_right(source.fetch(SAMPLES))
     assert teacher.requests == [IDS, IDS[3:]]
@@ -101,14 +101,14 @@ def test_frames_that_stay_damaged_are_reported(teacher, source):
     assert len(teacher.requests) == 2
 
 
-def test_a_stream_that_ends_early_without_an_error_is_no_success(teacher, source):
+def test_a_stream_that_ends_early_without_an_error_is_an_error(teacher, source):
     teacher.frames_at_most = 2
     with pytest.raises(ProtocolError, match="broke off after 2 of 4 samples"):
         source.fetch(SAMPLES)
     assert teacher.requests == [IDS, IDS[2:]]
 
 
-def test_a_full_server_is_asked_again_after_the_time_it_names(teacher, source):
+def test_a_full_server_is_retried_after_its_pushback(teacher, source):
     teacher.script = busy(2, pushback_ms="150")
     started = time.monotonic()
     assert all_right(source.fetch(SAMPLES))
@@ -116,7 +116,7 @@ def test_a_full_server_is_asked_again_after_the_time_it_names(teacher, source):
     assert source.retries == 2
 
 
-def test_a_server_that_stays_full_is_given_up_within_the_patience(teacher):
+def test_a_server_that_stays_full_is_given_up_after_patience_s(teacher):
     remote = connect(teacher, patience_s=0.2)
     teacher.script = busy(1000, pushback_ms="50")
     with pytest.raises(TeacherUnavailableError, match=r"still full after 0\.2 s \(1048576 tokens wait already\)"):
@@ -125,7 +125,7 @@ def test_a_server_that_stays_full_is_given_up_within_the_patience(teacher):
 
 
 @pytest.mark.parametrize("pushback_ms", ["-1", "soon"])
-def test_a_full_server_that_wants_no_retry_gets_none(teacher, source, pushback_ms):
+def test_a_full_server_with_a_negative_pushback_is_not_retried(teacher, source, pushback_ms):
     teacher.script = busy(1, pushback_ms)
     with pytest.raises(TeacherUnavailableError, match="full: 1048576 tokens"):
         source.fetch(SAMPLES)
@@ -133,7 +133,7 @@ def test_a_full_server_that_wants_no_retry_gets_none(teacher, source, pushback_m
 
 
 @pytest.mark.parametrize("code", [grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.FAILED_PRECONDITION])
-def test_a_refusal_keeps_the_servers_words(teacher, source, code):
+def test_a_refusal_keeps_the_servers_message(teacher, source, code):
     teacher.script = refuse(code, "plan.layers: 9 is above the last layer 2")
     with pytest.raises(TeacherRefusedError) as caught:
         source.fetch(SAMPLES)
@@ -148,24 +148,24 @@ def test_a_failing_server_counts_as_unavailable(teacher, source, code):
         source.fetch(SAMPLES)
 
 
-def test_a_server_that_hangs_is_given_up_at_the_deadline(teacher):
+def test_a_server_that_hangs_fails_at_the_deadline(teacher):
     remote = connect(teacher, timeout_s=0.3)
     teacher.script = lambda sent, _context: teacher.released.wait(10) if sent == 3 else None
-    answers: list[KVResult | None] = [None] * len(SAMPLES)
+    received: dict[str, KVResult] = {}
     with pytest.raises(TeacherUnavailableError, match="DEADLINE_EXCEEDED"):
-        remote.fetch_into(SAMPLES, answers)
-    assert sum(answer is not None for answer in answers) == 3
+        remote.fetch_into(SAMPLES, received)
+    assert len(received) == 3
     remote.close()
 
 
-def test_a_sample_with_a_fault_of_its_own_is_missing_with_the_servers_reason(teacher, source):
+def test_a_sample_that_the_server_refuses_is_missing_with_its_reason(teacher, source):
     teacher.failing = {"s1"}
     results = source.fetch(SAMPLES)
     assert results[1] == MissingKV("s1", "FAILED_PRECONDITION: a key of layer 1")
     assert teacher.requests == [IDS]
 
 
-def test_samples_that_fell_with_their_batch_are_asked_for_once_more_each_alone(teacher, source):
+def test_samples_that_failed_with_their_batch_are_requested_once_more_each_alone(teacher, source):
     teacher.failing = {"s1", "s4"}
     teacher.failure_code = "INTERNAL"
 
@@ -180,7 +180,7 @@ def test_samples_that_fell_with_their_batch_are_asked_for_once_more_each_alone(t
     assert results[4] == MissingKV("s4", "INTERNAL: a key of layer 1")
 
 
-def test_network_time_is_what_the_servers_stages_leave(teacher, source):
+def test_network_time_is_the_rest_after_the_servers_stages(teacher, source):
     teacher.script = lambda sent, _context: time.sleep(0.2) if sent == 0 else None
     (result,) = source.fetch(SAMPLES[:1])
     assert isinstance(result, EncodedSampleKV)
@@ -188,7 +188,7 @@ def test_network_time_is_what_the_servers_stages_leave(teacher, source):
     assert result.timings.network >= 0.19
 
 
-def test_frames_up_to_the_servers_own_limit_arrive(teacher):
+def test_frames_up_to_the_servers_limit_are_received(teacher):
     teacher.info = dataclasses.replace(INFO, max_frame_bytes=16 << 20, max_sample_tokens=2_000_000)
     remote = connect(teacher)
     long = Sample("long", token_ids=(7,) * 1_000_000)
@@ -197,13 +197,13 @@ def test_frames_up_to_the_servers_own_limit_arrive(teacher):
     remote.close()
 
 
-def test_frames_above_the_servers_own_limit_are_refused(teacher, source):
+def test_frames_above_the_servers_limit_are_refused(teacher, source):
     teacher.info = dataclasses.replace(INFO, max_frame_bytes=16 << 20)
     with pytest.raises(TeacherRefusedError, match="too large"):
         source.fetch([Sample("long", token_ids=(7,) * 1_000_000)])
 
 
-def test_close_ends_a_fetch_that_is_under_way(teacher, source):
+def test_close_ends_a_fetch_in_progress(teacher, source):
     teacher.script = lambda sent, _context: teacher.released.wait(10) if sent == 2 else None
     with ThreadPoolExecutor(1) as pool:
         running = pool.submit(source.fetch, SAMPLES)
@@ -214,7 +214,7 @@ def test_close_ends_a_fetch_that_is_under_way(teacher, source):
         source.fetch(SAMPLES)
 
 
-def test_waiting_for_a_server_that_is_not_up_yet():
+def test_connect_can_wait_for_a_server_that_is_not_up_yet():
     port = ScriptedTeacher()
     port.stop()
     remote = RemoteSource("math", port.endpoint, lambda _: PLAN)
@@ -227,7 +227,7 @@ def test_waiting_for_a_server_that_is_not_up_yet():
     late[0].stop()
 
 
-def test_an_endpoint_that_is_no_teacher_is_refused(teacher, monkeypatch):
+def test_an_endpoint_that_is_not_a_teacher_is_refused(teacher, monkeypatch):
     stranger = grpc.server(ThreadPoolExecutor(1))
     port = stranger.add_insecure_port("127.0.0.1:0")
     stranger.start()
@@ -238,7 +238,7 @@ def test_an_endpoint_that_is_no_teacher_is_refused(teacher, monkeypatch):
     stranger.stop(None).wait()
 
 
-def test_a_description_that_makes_no_sense_is_refused(teacher):
+def test_an_invalid_description_is_refused(teacher):
     teacher.info = dataclasses.replace(INFO, layers=0)
     remote = RemoteSource("math", teacher.endpoint, lambda _: PLAN)
     with pytest.raises(TeacherRefusedError, match="describes itself wrongly: layers"):
@@ -246,9 +246,9 @@ def test_a_description_that_makes_no_sense_is_refused(teacher):
     remote.close()
 
 
-def test_an_answer_of_another_teacher_than_was_connected_to_is_not_taken(teacher, source):
+def test_a_response_of_another_teacher_than_at_connect_is_refused(teacher, source):
     teacher.info = dataclasses.replace(INFO, weights_digest="ff" * 16)
-    answers: list[KVResult | None] = [None] * len(SAMPLES)
+    received: dict[str, KVResult] = {}
     with pytest.raises(TeacherUnavailableError, match="another teacher answers"):
-        source.fetch_into(SAMPLES, answers)
-    assert answers == [None] * len(SAMPLES)
+        source.fetch_into(SAMPLES, received)
+    assert not received

@@ -119,7 +119,7 @@ def test_writing_is_a_stage_of_its_own(collector: Collector, server: TeacherProc
     writer = CompletionSource("ada", server.endpoint, plan_for, SamplingParams(max_new_tokens=8))
     with traced_alone(collector, "Generate"), contextlib.closing(writer):
         writer.connect()
-        writer.write([Sample("p0", text="1 + 2 = ")])
+        writer.complete([Sample("p0", text="1 + 2 = ")])
     call = only(collector.named("kvcache.v1.TeacherKV/Generate", "SERVER"))
     assert call.parent == only(collector.named("kvcache.v1.TeacherKV/Generate", "CLIENT")).id
     stages = [span.name for span in collector.below(call) if span.attributes.get("kvdistill.sample_ids") == ["p0"]]

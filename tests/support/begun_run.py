@@ -1,4 +1,4 @@
-"""A run's state after its first step, for what shows it: the page, the terminal, the metrics."""
+"""The state of a run after its first step, for tests of the page, the terminal and the metrics."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tests.support.scripted_replica import ScriptedReplica
 
 
 def half_dead_teacher() -> FailoverSource:
-    """Two replicas, the first of them dead, that have answered."""
+    """A teacher with two replicas, the first of them down, that has answered a request."""
     dead, alive = ScriptedReplica("dead:1"), ScriptedReplica("alive:2")
     dead.up = False
     live = FailoverSource("ada", [dead, alive], patience_s=5.0)
@@ -21,7 +21,7 @@ def half_dead_teacher() -> FailoverSource:
 
 
 def begun_run(name: str, figures: Mapping[str, float]) -> RunState:
-    """After one of ten steps; a teacher of this name with one of two replicas dead, and `ben` from a store."""
+    """A run after one of ten steps: a teacher of this name with one of two replicas down, and `ben` from a store."""
     state = RunState()
     state.connected({name: half_dead_teacher(), "ben": MemorySource()})
     state.begin(10, first_step=0)

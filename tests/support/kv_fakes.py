@@ -12,7 +12,7 @@ from kvcore.errors import TeacherUnavailableError
 from kvcore.plan import CodecSpec, KVPlan, Selection
 from kvcore.tensors import codec
 from kvcore.types import EncodedSampleKV, MissingKV, Sample, TeacherInfo, Tensor
-from student_trainer.kv_sources.base import KVResult
+from student_trainer.kv_sources.base import KVResult, KVSource, PendingKV
 
 INFO = TeacherInfo(
     model="fake",
@@ -67,22 +67,30 @@ def kv_of(sample: Sample, info: TeacherInfo = INFO, plan: KVPlan = PLAN) -> Enco
     )
 
 
-class MemorySource:
-    """A `KVSource` without a network. `missing` samples have no K/V; `gate` holds every fetch until it is set."""
+class MemorySource(KVSource):
+    """A source without a network. `missing` samples have no K/V; `gate` holds every fetch until it is set."""
 
     def __init__(self, missing: Sequence[str] = (), plan: KVPlan = PLAN) -> None:
-        self.info = INFO
-        self.plan = plan
+        self._plan = plan
         self.missing = set(missing)
-        self.announced: list[list[str]] = []
+        self.submitted: list[list[str]] = []
         self.fetched: list[list[str]] = []
         self.closed = 0
         self.gate = threading.Event()
         self.gate.set()
         self.before_fetch: Callable[[list[str]], None] = lambda _: None
 
-    def announce(self, samples: Sequence[Sample]) -> None:
-        self.announced.append([sample.id for sample in samples])
+    @property
+    def info(self) -> TeacherInfo:
+        return INFO
+
+    @property
+    def plan(self) -> KVPlan:
+        return self._plan
+
+    def submit(self, samples: Sequence[Sample]) -> PendingKV:
+        self.submitted.append([sample.id for sample in samples])
+        return super().submit(samples)
 
     def fetch(self, samples: Sequence[Sample]) -> list[KVResult]:
         ids = [sample.id for sample in samples]

@@ -1,4 +1,4 @@
-"""The trainer's engine without DeepSpeed: plain AdamW in one process, with the same state on the outside."""
+"""The trainer's engine without DeepSpeed: plain AdamW in one process, with the same interface."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from student_trainer.loop.ds_engine import MOMENTS, Engine
 
 
 class PlainEngine(Engine):
-    """Like DeepSpeed's under every ZeRO stage, it has no moments to give before its first step."""
+    """Like DeepSpeed's engine with every ZeRO stage, it has no moments before its first step."""
 
     def __init__(self, module: nn.Module, config: TrainConfig, accumulation: int) -> None:
         self.module = module

@@ -1,4 +1,4 @@
-"""A teacher's endpoint in memory that fails when told to."""
+"""A teacher's endpoint in memory that fails on demand."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tests.support.kv_fakes import INFO, PLAN, kv_of
 
 
 class ScriptedReplica:
-    """Answers at most `answers_left` samples, then fails with `error` until it is healed."""
+    """Answers at most `answers_left` samples, then fails with `error` until `answers_left` is set again."""
 
     def __init__(self, endpoint: str, info: TeacherInfo = INFO) -> None:
         self.endpoint = endpoint
@@ -31,13 +31,13 @@ class ScriptedReplica:
             raise TeacherUnavailableError("math", "UNAVAILABLE: connection refused")
         return self.info
 
-    def fetch_into(self, samples: Sequence[Sample], answers: list[KVResult | None]) -> None:
-        missing = [i for i, answer in enumerate(answers) if answer is None]
-        self.asked.append([samples[i].id for i in missing])
-        for i in missing:
+    def fetch_into(self, samples: Sequence[Sample], received: dict[str, KVResult]) -> None:
+        missing = [sample for sample in samples if sample.id not in received]
+        self.asked.append([sample.id for sample in missing])
+        for sample in missing:
             if self.answers_left == 0:
                 raise self.error
-            answers[i] = kv_of(samples[i], self.info)
+            received[sample.id] = kv_of(sample, self.info)
             if self.answers_left is not None:
                 self.answers_left -= 1
 

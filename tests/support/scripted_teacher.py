@@ -1,4 +1,4 @@
-"""A real gRPC server in this process that serves `kv_of`, and misbehaves on demand."""
+"""A real gRPC server in this process that serves `kv_of`, and fails on demand."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ class ScriptedTeacher:
 
 
 def die_after(frames: int) -> Script:
-    """Breaks a stream off, as a lost connection would, once `frames` frames were sent."""
+    """Breaks the stream after `frames` frames, like a lost connection."""
 
     def script(sent: int, context: grpc.ServicerContext) -> None:
         if sent == frames:
@@ -104,7 +104,7 @@ def die_after(frames: int) -> Script:
 
 
 def busy(times: int, pushback_ms: str = "20") -> Script:
-    """Refuses the first `times` requests for want of room."""
+    """Refuses the first `times` requests with RESOURCE_EXHAUSTED."""
     left = [times]
 
     def script(sent: int, context: grpc.ServicerContext) -> None:

@@ -72,7 +72,7 @@ def make_world(directory: Path) -> World:
 
 
 def start_training(command: list[str], ranks: int, log: Path) -> subprocess.Popen[bytes]:
-    """Starts `python -m ...` under torchrun; all it prints goes to `log`."""
+    """Starts `python -m ...` under torchrun; its output goes to `log`."""
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
     with log.open("wb") as out:
         return subprocess.Popen(
@@ -111,7 +111,7 @@ def metrics(output: Path, name: str) -> dict[int, float]:
 
 
 def assert_same_losses(one: Path, other: Path, tolerance: float, names: Sequence[str] = LOSSES) -> None:
-    """Every logged step of both runs, whatever it took to get there."""
+    """Compares every logged step of both runs."""
     for name in names:
         ours, theirs = metrics(one, name), metrics(other, name)
         assert ours.keys() == theirs.keys()

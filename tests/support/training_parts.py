@@ -1,4 +1,4 @@
-"""A trainer's parts in one process: a tiny student, teachers' K/V made from nothing but the text, and one rank."""
+"""The trainer in one process: a tiny student, teachers' K/V computed from the text, and a process group of one rank."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ RECORDS: tuple[Record, ...] = tuple(make_splits(ChainTask(), 60, 1, 1, seed=0).t
 
 @contextlib.contextmanager
 def one_rank() -> Iterator[None]:
-    """A process group of this process alone."""
+    """A process group of this process only."""
     store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
     dist.init_process_group("gloo", store=store, rank=0, world_size=1)
     try:
@@ -58,7 +58,7 @@ def aligner_of(
 
 
 def train_config(mode: str = "latent", **sections: dict[str, Any]) -> TrainConfig:
-    """A configuration whose paths lead nowhere; `sections` are merged one level deep."""
+    """A configuration with paths that do not exist; `sections` are merged one level deep."""
     tree: dict[str, Any] = {
         "student": {"path": "tiny", "mode": mode, "latents": LATENTS, "passes": PASSES},
         "kv": {"selection": {"selector": "right", "budget": LATENTS}},
@@ -94,7 +94,7 @@ def _generator(seed: str) -> torch.Generator:
 def teacher_kv(
     teacher: str, records: Sequence[Record], slots: int | None = LATENTS, layers: int | None = None
 ) -> BatchKV:
-    """K/V that a map of the student's can explain in part: they depend on teacher and last byte, with noise by text.
+    """K/V that an alignment can explain in part: they depend on teacher and last byte, with noise by text.
 
     `slots`: only so many of the last tokens, else every token that ends at a known byte. `layers`: as many as the plan
     asks for, those of the default layer map if not given.
@@ -121,7 +121,7 @@ def teacher_kv(
 
 
 def train_batch(model: DistillModel, records: Sequence[Record], slots: int | None = LATENTS) -> TrainBatch:
-    """What the trainer feeds the model, with K/V of all its teachers."""
+    """A batch like the trainer's, with K/V of all the model's teachers."""
     asked = {name: len(aligner.layers_needed) for name, aligner in zip(model.weights, model.aligners, strict=True)}
     caches = (teacher_kv(name, records, slots, layers) for name, layers in asked.items())
     return TrainBatch(collator()(records), tuple(caches))

@@ -39,7 +39,7 @@ def targets(model: DistillModel, batch: TrainBatch) -> tuple[torch.Tensor, torch
 
 
 @pytest.mark.parametrize("weights", [{"ada": 1.0}, {"ada": 3.0, "ben": 1.0}])
-def test_the_targets_scale_is_that_of_what_the_loss_compares_with(weights: dict[str, float]) -> None:
+def test_the_scale_is_measured_on_the_targets_of_the_loss(weights: dict[str, float]) -> None:
     model = calibrated(distill_model(weights))
     batch = train_batch(model, RECORDS[:40], None)
     k_BLHMD, v_BLHMD, mask_BM = targets(model, batch)
@@ -55,7 +55,7 @@ def test_the_targets_scale_is_that_of_what_the_loss_compares_with(weights: dict[
             assert float(model.fused_variance_LK[layer, column]) == pytest.approx(variance, rel=tolerance)
 
 
-def test_the_first_teachers_scale_stands_where_nothing_is_fused() -> None:
+def test_without_fusion_the_first_teachers_scale_is_kept() -> None:
     model = calibrated(distill_model({"ada": 3.0, "ben": 1.0}, direction="to_teacher"))
     assert model.fused_scale_LK.equal(model.aligners[0].scale_LK)
     assert model.fused_variance_LK.equal(model.aligners[0].variance_LK)
@@ -71,7 +71,7 @@ def test_the_fit_does_not_depend_on_how_samples_are_batched() -> None:
         torch.testing.assert_close(other.frozen_state()[name], tensor, rtol=1e-3, atol=1e-4, equal_nan=True, msg=name)
 
 
-def test_the_samples_numbers_among_all_ranks_decide_what_is_held_out() -> None:
+def test_samples_are_held_out_by_their_number_among_all_ranks() -> None:
     model = distill_model({"ada": 1.0})
     calibrate(model, RECORDS[:5], [4, 9, 1, 2, 14], lambda chosen: train_batch(model, chosen, None), 2, no_failure)
     by_number = {"fit": 0, "held_out": 0}
@@ -84,7 +84,7 @@ def test_the_samples_numbers_among_all_ranks_decide_what_is_held_out() -> None:
     assert model.report()["ada"]["rows"] == by_number
 
 
-def test_calibration_takes_no_gradient_and_leaves_the_student_as_it_was() -> None:
+def test_calibration_computes_no_gradient_and_does_not_change_the_student() -> None:
     model = distill_model({"ada": 1.0})
     before = {name: tensor.clone() for name, tensor in model.student.state_dict().items()}
     calibrated(model)
@@ -92,7 +92,7 @@ def test_calibration_takes_no_gradient_and_leaves_the_student_as_it_was() -> Non
     assert all(tensor.equal(before[name]) for name, tensor in model.student.state_dict().items())
 
 
-def test_a_teachers_failure_is_shared_before_any_rank_waits_for_another() -> None:
+def test_a_teachers_failure_is_shared_before_the_next_collective() -> None:
     model = distill_model({"ada": 1.0})
     lost = TeacherRefusedError("ada", "no")
     shared: list[KVDistillError | None] = []
@@ -112,7 +112,7 @@ def test_a_teachers_failure_is_shared_before_any_rank_waits_for_another() -> Non
 
 @pytest.mark.parametrize("teachers", [{"ada": 1.0}, {"ada": 1.0, "ben": 1.0}])
 @pytest.mark.parametrize("layer_map", ["ratio", "learned", "cka"])
-def test_the_samples_are_read_again_for_a_layer_map_and_for_the_scale_of_what_is_fused(
+def test_a_layer_map_and_fusion_each_take_one_more_pass_over_the_samples(
     layer_map: str, teachers: dict[str, float]
 ) -> None:
     fuse = {"kind": "learnable"} if layer_map == "learned" else {}
@@ -146,7 +146,7 @@ def test_every_teacher_is_calibrated_on_its_own_kv() -> None:
     assert both.report()["ada"]["layer_strategy"] == "ratio"
 
 
-def test_a_failure_in_the_second_reading_is_shared_too() -> None:
+def test_a_failure_in_the_second_pass_is_shared_too() -> None:
     model = distill_model({"ada": 1.0}, align={"layer_map": "cka"})
     lost = TeacherRefusedError("ada", "no")
     shared: list[KVDistillError | None] = []
@@ -169,13 +169,13 @@ def test_a_failure_in_the_second_reading_is_shared_too() -> None:
     assert not model.frozen_state()
 
 
-def test_a_poor_map_is_warned_about_by_the_teachers_name(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_warning_about_a_poor_map_names_the_teacher(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
         calibrated(distill_model({"ada": 1.0}), count=10)
     assert "ada: the adapter explains less than 0.20" in caplog.text
 
 
-def test_the_shuffled_control_stands_beside_every_fit() -> None:
+def test_every_fit_is_reported_with_its_shuffled_control() -> None:
     model = calibrated(distill_model({"ada": 1.0, "ben": 1.0}))
     for report in model.report().values():
         for tensor in ("k", "v"):
@@ -184,6 +184,6 @@ def test_the_shuffled_control_stands_beside_every_fit() -> None:
             assert None not in control
 
 
-def test_too_few_samples_are_refused_by_the_settings_name() -> None:
+def test_too_few_samples_are_refused_with_the_name_of_the_setting() -> None:
     with pytest.raises(FieldError, match=r"align\.calibration_samples"):
         calibrated(distill_model({"ada": 1.0}), count=3)

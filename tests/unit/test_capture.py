@@ -1,4 +1,4 @@
-"""The student's own K/V are what its projections put out, with their gradients."""
+"""Captured K/V are the outputs of the student's projections, with their gradients."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_content_keys_and_values_are_the_projections_outputs(family: Family) -> 
         torch.testing.assert_close(v_BLHTD[:, number], v_BTHD.transpose(1, 2))
 
 
-def test_columns_cut_a_range_of_the_sequence_in_single_precision() -> None:
+def test_columns_returns_a_range_of_positions_in_fp32() -> None:
     model = model_of("qwen2").bfloat16()
     with capture_kv(model) as capture:
         model(IDS_BT)
@@ -68,7 +68,7 @@ def test_gradients_reach_every_parameter_that_made_the_keys_and_values() -> None
 
 # The name that every supported transformers has.
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable`:FutureWarning")
-def test_gradient_checkpointing_leaves_the_gradient_as_it_is() -> None:
+def test_gradient_checkpointing_does_not_change_the_gradient() -> None:
     plain = model_of("qwen3").train()
     checkpointed: Any = model_of("qwen3").train()
     checkpointed.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -82,7 +82,7 @@ def test_gradient_checkpointing_leaves_the_gradient_as_it_is() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable`:FutureWarning")
-def test_reentrant_checkpointing_which_cuts_the_gradient_is_refused() -> None:
+def test_reentrant_checkpointing_is_refused() -> None:
     model: Any = model_of("qwen3").train()
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
     model.enable_input_require_grads()
@@ -94,7 +94,7 @@ def hooks(model: PreTrainedModel) -> int:
     return sum(len(module._forward_hooks) for module in model.modules())
 
 
-def test_the_model_is_restored_when_the_block_is_left_or_raises() -> None:
+def test_the_model_is_restored_after_the_block_and_after_an_error() -> None:
     model = model_of("qwen2")
     with capture_kv(model) as capture:
         assert hooks(model) == 6
@@ -108,7 +108,7 @@ def test_the_model_is_restored_when_the_block_is_left_or_raises() -> None:
 
 
 @pytest.mark.parametrize("passes", [0, 2])
-def test_a_block_holds_exactly_one_forward_pass(passes: int) -> None:
+def test_a_block_must_run_exactly_one_forward_pass(passes: int) -> None:
     model = model_of("qwen2")
 
     def run_passes() -> None:
@@ -120,7 +120,7 @@ def test_a_block_holds_exactly_one_forward_pass(passes: int) -> None:
         run_passes()
 
 
-def test_capturing_without_gradients_is_no_error() -> None:
+def test_capture_works_without_gradients() -> None:
     with torch.no_grad():
         k_BLHTD, _ = captured(model_of("llama"))
     assert not k_BLHTD.requires_grad

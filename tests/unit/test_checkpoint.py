@@ -1,4 +1,4 @@
-"""Checkpoints: complete or invisible, and only for the run they belong to."""
+"""Checkpoints are complete, and only resume the run that they belong to."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def saved(directory: Path, step: int, keep: int = 9) -> Path:
     return checkpoint.save(directory, stepped(step), {"fused/scale": torch.arange(6.0).view(2, 3).T}, state, keep)
 
 
-def test_weights_moments_and_frozen_tensors_come_back(tmp_path: Path) -> None:
+def test_weights_moments_and_frozen_tensors_are_restored(tmp_path: Path) -> None:
     path = saved(tmp_path, 3)
     found = checkpoint.latest(tmp_path)
     assert found is not None
@@ -98,13 +98,13 @@ def test_the_newest_complete_checkpoint_is_the_latest(tmp_path: Path) -> None:
     assert found.step == 10
 
 
-def test_only_the_newest_are_kept(tmp_path: Path) -> None:
+def test_only_the_newest_checkpoints_are_kept(tmp_path: Path) -> None:
     for step in (1, 2, 3, 4):
         saved(tmp_path, step, keep=2)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000003", "step-00000004"]
 
 
-def test_a_step_saved_again_replaces_what_an_interrupted_save_left(tmp_path: Path) -> None:
+def test_saving_a_step_again_replaces_an_interrupted_save(tmp_path: Path) -> None:
     for name in ("step-00000002", ".step-00000002.tmp"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "rubbish").touch()
@@ -114,7 +114,7 @@ def test_a_step_saved_again_replaces_what_an_interrupted_save_left(tmp_path: Pat
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_the_same_settings_continue_a_run(tmp_path: Path) -> None:
+def test_a_run_resumes_with_the_same_settings(tmp_path: Path) -> None:
     saved(tmp_path, 1)
     found = checkpoint.latest(tmp_path)
     assert found is not None
@@ -129,7 +129,7 @@ def test_the_same_settings_continue_a_run(tmp_path: Path) -> None:
         ({"weights": {"ada": 1.0}}, ("weights", "None", "1.0")),
     ],
 )
-def test_other_settings_are_refused_with_both_values_and_a_way_out(
+def test_other_settings_are_refused_with_both_values_and_the_next_step(
     tmp_path: Path, change: dict[str, Any], named: tuple[str, ...]
 ) -> None:
     path = saved(tmp_path, 1)
@@ -142,7 +142,7 @@ def test_other_settings_are_refused_with_both_values_and_a_way_out(
     assert "'seed'" not in str(caught.value), "settings that agree are left out"
 
 
-def test_a_run_that_starts_over_forgets_its_checkpoints(tmp_path: Path) -> None:
+def test_a_run_that_starts_over_removes_its_checkpoints(tmp_path: Path) -> None:
     saved(tmp_path / "checkpoints", 1)
     checkpoint.forget(tmp_path / "checkpoints")
     checkpoint.forget(tmp_path / "checkpoints")

@@ -14,7 +14,7 @@ import yaml
 from prometheus_client.metrics_core import Metric
 
 from student_trainer.kv_sources.failover import FailoverSource
-from student_trainer.loop.metric_accumulator import TeacherSums
+from student_trainer.kv_sources.kv_batch import TeacherSums
 from student_trainer.monitoring.run_metrics import FIGURES, RunMetrics
 from student_trainer.monitoring.run_state import RunState
 from teacher_server.monitoring.metrics import Metrics

@@ -1,4 +1,4 @@
-"""The losses of a student against its teachers, put together from parts that have tests of their own."""
+"""The losses of a student against its teachers, combined from functions with tests of their own."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ LOSS = LossConfig(kv_weight=5.0, reasoning_ce_weight=0.5, kv_loss="mse")
 def model_of(
     weights: dict[str, float], *, mode: str = "latent", direction: str = "to_student", loss: LossConfig = LOSS
 ) -> DistillModel:
-    """A model in training mode, its alignments fitted on records that no test reads."""
+    """A model in training mode, calibrated on records that no test reads."""
     model = distill_model(weights, mode=mode, direction=direction, loss=loss)
     with one_rank():
         calibrate(model, RECORDS[:40], range(40), lambda chosen: train_batch(model, chosen, None), 40, lambda _: None)
@@ -35,7 +35,7 @@ def losses_of(model: DistillModel, batch: TrainBatch) -> dict[str, float]:
 
 
 def without(kv: BatchKV, row: int, fill: float = 0.0) -> BatchKV:
-    """A teacher that has nothing for one sample."""
+    """A teacher without K/V for one sample."""
     assert kv.k_BLHMD is not None
     assert kv.v_BLHMD is not None
     k_BLHMD, v_BLHMD, mask_BM = kv.k_BLHMD.clone(), kv.v_BLHMD.clone(), kv.mask_BM.clone()
@@ -73,14 +73,14 @@ def test_latent_losses_are_the_weighted_sum_of_their_parts() -> None:
     assert losses_of(model, batch) == pytest.approx(expected, rel=1e-5)
 
 
-def test_reasoning_is_not_scored_in_validation_nor_where_it_has_no_weight() -> None:
+def test_reasoning_has_no_loss_in_validation_or_with_weight_zero() -> None:
     model = model_of({"ada": 1.0}).eval()
     assert "reasoning_ce" not in losses_of(model, train_batch(model, BATCH))
     unscored = model_of({"ada": 1.0}, loss=LossConfig(reasoning_ce_weight=0.0))
     assert "reasoning_ce" not in losses_of(unscored, train_batch(unscored, BATCH))
 
 
-def test_without_teachers_there_is_cross_entropy_alone() -> None:
+def test_without_teachers_the_loss_is_the_cross_entropy() -> None:
     for mode, names in (("latent", {"answer_ce", "reasoning_ce", "ce_loss", "loss"}), ("token", {"ce_loss", "loss"})):
         model = distill_model({}, mode=mode).train()
         losses = losses_of(model, train_batch(model, BATCH))
@@ -88,7 +88,7 @@ def test_without_teachers_there_is_cross_entropy_alone() -> None:
         assert losses["loss"] == losses["ce_loss"]
 
 
-def test_teachers_in_the_students_space_are_fused_with_normalised_weights() -> None:
+def test_to_student_fuses_teachers_with_normalised_weights() -> None:
     model = model_of(WEIGHTS)
     batch = train_batch(model, BATCH)
     (ada_k, ada_v), (ben_k, ben_v) = (
@@ -107,7 +107,7 @@ def test_teachers_in_the_students_space_are_fused_with_normalised_weights() -> N
     assert model.weights == {"ada": 0.75, "ben": 0.25}
 
 
-def test_where_one_teacher_has_nothing_the_other_is_the_whole_target() -> None:
+def test_if_one_teacher_has_no_kv_the_other_is_the_target() -> None:
     model = model_of(WEIGHTS)
     batch = train_batch(model, BATCH)
     ada, ben = batch.teachers
@@ -117,7 +117,7 @@ def test_where_one_teacher_has_nothing_the_other_is_the_whole_target() -> None:
     torch.testing.assert_close(k_BLHMD[0], model.fused(batch)[0][0])
 
 
-def test_in_the_teachers_spaces_each_ones_loss_counts_by_its_weight() -> None:
+def test_to_teacher_averages_the_losses_with_the_teachers_weights() -> None:
     both = model_of(WEIGHTS, direction="to_teacher")
     batch = train_batch(both, BATCH)
     losses = losses_of(both, batch)
@@ -131,7 +131,7 @@ def test_in_the_teachers_spaces_each_ones_loss_counts_by_its_weight() -> None:
 
 
 @pytest.mark.parametrize("direction", ["to_student", "to_teacher"])
-def test_only_regressors_into_a_teachers_space_train(direction: str) -> None:
+def test_only_to_teacher_trains_regressors(direction: str) -> None:
     model = model_of(WEIGHTS, direction=direction)
     model(train_batch(model, BATCH))["kv_objective"].backward()
     trained = {name: p.grad for name, p in model.named_parameters() if name.startswith("trained_aligners.")}
@@ -197,7 +197,7 @@ def test_token_mode_compares_tokens_that_end_at_the_same_byte() -> None:
 
 
 @pytest.mark.parametrize("direction", ["to_student", "to_teacher"])
-def test_a_calibration_comes_back_from_its_tensors(direction: str) -> None:
+def test_a_calibration_is_restored_from_its_tensors(direction: str) -> None:
     model = model_of(WEIGHTS, direction=direction)
     other = distill_model(WEIGHTS, direction=direction, loss=LOSS).train()
     other.load_frozen(model.frozen_state())
@@ -208,7 +208,7 @@ def test_a_calibration_comes_back_from_its_tensors(direction: str) -> None:
     assert other.report().keys() == TEACHERS.keys()
 
 
-def test_what_calibration_fitted_is_kept_as_it_was_while_regressors_train() -> None:
+def test_frozen_state_does_not_change_while_regressors_train() -> None:
     model = model_of({"ada": 1.0}, direction="to_teacher")
     before = {name: tensor.clone() for name, tensor in model.frozen_state().items()}
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""What a replica left open another one answers; endpoints come back; a lost teacher is named."""
+"""Failover between replicas, endpoints that recover, and teachers that are lost."""
 
 import dataclasses
 import logging
@@ -43,13 +43,13 @@ def ids(results: Sequence[KVResult]) -> list[str]:
     return [result.sample_id for result in results]
 
 
-def test_ranks_begin_with_different_replicas(a, b):
+def test_ranks_start_with_different_replicas(a, b):
     for rank in range(4):
         source_of(a, b, start=rank).fetch(samples(1))
     assert len(a.asked) == len(b.asked) == 2
 
 
-def test_the_next_replica_is_asked_only_for_what_is_missing(a, b):
+def test_only_missing_samples_are_requested_from_the_next_replica(a, b):
     a.answers_left = 3
     source = source_of(a, b)
     assert ids(source.fetch(samples(5))) == ["s0", "s1", "s2", "s3", "s4"]
@@ -58,7 +58,7 @@ def test_the_next_replica_is_asked_only_for_what_is_missing(a, b):
     assert (source.switches, source.retries) == (1, 1)
 
 
-def test_it_stays_with_the_replica_that_answers_and_says_so_once(a, b, caplog):
+def test_a_switch_to_another_replica_is_kept_and_logged_once(a, b, caplog):
     a.answers_left = 0
     source = source_of(a, b)
     with caplog.at_level(logging.WARNING):
@@ -70,7 +70,7 @@ def test_it_stays_with_the_replica_that_answers_and_says_so_once(a, b, caplog):
     ]
 
 
-def test_a_replica_that_is_down_at_the_start_does_not_matter(a, b):
+def test_a_replica_that_is_down_at_the_start_is_skipped(a, b):
     a.up = False
     source = source_of(a, b)
     assert source.connect() == INFO
@@ -78,7 +78,7 @@ def test_a_replica_that_is_down_at_the_start_does_not_matter(a, b):
     assert ids(source.fetch(samples(2))) == ["s0", "s1"]
 
 
-def test_a_replica_that_was_down_is_found_when_the_other_dies(a, b):
+def test_a_replica_that_was_down_is_used_when_the_other_fails(a, b):
     a.up = False
     source = source_of(a, b)
     source.connect()
@@ -87,7 +87,7 @@ def test_a_replica_that_was_down_is_found_when_the_other_dies(a, b):
     assert a.asked == [["s0", "s1"]]
 
 
-def test_the_only_replica_is_asked_again_until_it_answers(a):
+def test_the_only_replica_is_retried_until_it_answers(a):
     source = source_of(a)
     a.up = False
     healing = threading.Timer(0.1, setattr, (a, "up", True))
@@ -97,8 +97,8 @@ def test_the_only_replica_is_asked_again_until_it_answers(a):
     assert source.retries >= 2
 
 
-def test_replicas_that_fail_slowly_do_not_keep_another_from_its_turn(a, b):
-    def fail_slowly(samples: Sequence[Sample], answers: list[KVResult | None]) -> None:
+def test_replicas_that_fail_slowly_do_not_starve_another_replica(a, b):
+    def fail_slowly(samples: Sequence[Sample], received: dict[str, KVResult]) -> None:
         threading.Event().wait(0.06)  # longer than the longest backoff, so one of the two is always due
         raise a.error
 
@@ -109,12 +109,12 @@ def test_replicas_that_fail_slowly_do_not_keep_another_from_its_turn(a, b):
     assert ids(source_of(a, b, c, patience_s=1.5).fetch(samples(2))) == ["s0", "s1"]
 
 
-def test_progress_of_a_dying_replica_restarts_the_patience(a):
+def test_patience_restarts_when_a_failing_replica_answers_some_samples(a):
     a.answers_left = 1
 
-    def one_more(samples: Sequence[Sample], answers: list[KVResult | None]) -> None:
+    def one_more(samples: Sequence[Sample], received: dict[str, KVResult]) -> None:
         try:
-            ScriptedReplica.fetch_into(a, samples, answers)
+            ScriptedReplica.fetch_into(a, samples, received)
         finally:
             a.answers_left = 1
 
@@ -124,7 +124,7 @@ def test_progress_of_a_dying_replica_restarts_the_patience(a):
 
 
 @pytest.mark.parametrize("patience_s", [0.0, 0.1])
-def test_a_lost_teacher_is_named_with_every_endpoint_and_its_last_error(a, b, patience_s):
+def test_a_lost_teacher_is_reported_with_every_endpoint_and_its_last_error(a, b, patience_s):
     source = source_of(a, b, patience_s=patience_s)
     source.connect()
     a.answers_left = 0
@@ -141,7 +141,7 @@ def test_a_lost_teacher_is_named_with_every_endpoint_and_its_last_error(a, b, pa
     assert b.asked
 
 
-def test_without_patience_a_replica_that_failed_long_ago_still_gets_its_turn(a, b):
+def test_without_patience_a_replica_that_failed_earlier_is_still_tried(a, b):
     source = source_of(a, b, patience_s=0.0)
     a.answers_left = 0
     source.fetch(samples(1))
@@ -156,7 +156,7 @@ def test_a_replica_with_other_weights_is_refused_at_the_start(a):
         source_of(a, other).connect()
 
 
-def test_a_server_that_came_back_with_other_weights_is_refused(a, b):
+def test_a_server_restarted_with_other_weights_is_refused(a, b):
     source = source_of(a, b)
     source.connect()
     a.answers_left = 0
@@ -184,7 +184,7 @@ def test_damaged_bytes_of_one_replica_are_replaced_by_another(a, b):
     assert b.asked == [["s1", "s2"]]
 
 
-def test_damaged_bytes_everywhere_are_reported_as_such(a, b):
+def test_damaged_bytes_from_every_replica_are_reported(a, b):
     for replica in (a, b):
         replica.answers_left = 0
         replica.error = ProtocolError("xxh3 of frame 4 does not match")

@@ -1,4 +1,4 @@
-"""Answers are written greedily and judged by their words."""
+"""Greedy answers, compared by their words."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ CPU = torch.device("cpu")
     ("written", "expected"),
     [(" 12", True), ("12 ", True), ("12", True), ("1 2", False), ("112", False), ("so 12", False), ("", False)],
 )
-def test_after_latents_the_answer_is_all_that_may_be_written(written: str, expected: bool) -> None:
+def test_after_latents_the_whole_text_must_be_the_answer(written: str, expected: bool) -> None:
     assert is_correct(written, Record("a", "p", "r", " 12"), latent=True) is expected
 
 
@@ -25,11 +25,11 @@ def test_after_latents_the_answer_is_all_that_may_be_written(written: str, expec
     ("written", "expected"),
     [("3 + 9 = 12; is 12", True), ("12\n", True), ("12 it is", False), ("112", False), ("", False)],
 )
-def test_after_written_reasoning_the_last_words_are_the_answer(written: str, expected: bool) -> None:
+def test_after_generated_reasoning_the_last_words_are_the_answer(written: str, expected: bool) -> None:
     assert is_correct(written, Record("a", "p", "r", " 12"), latent=False) is expected
 
 
-def test_an_answer_of_several_words_is_compared_whole() -> None:
+def test_all_words_of_an_answer_are_compared() -> None:
     record = Record("a", "p", "r", "the red  door")
     assert is_correct("the red door", record, latent=True)
     assert is_correct("it is the red door", record, latent=False)
@@ -37,7 +37,7 @@ def test_an_answer_of_several_words_is_compared_whole() -> None:
 
 
 class Scripted(LatentStudent):
-    """A student whose every continuation is known."""
+    """A student with fixed continuations."""
 
     def __init__(self, rows: list[list[int]]) -> None:
         student = tiny_student()
@@ -50,7 +50,7 @@ class Scripted(LatentStudent):
         return torch.tensor(self.rows)
 
 
-def test_what_follows_the_end_of_sequence_is_not_part_of_an_answer() -> None:
+def test_answers_end_at_the_end_of_sequence() -> None:
     ids = TOKENIZER(" 12")["input_ids"]
     eos = TOKENIZER.eos_token_id
     rows = [[*ids, eos, 77, 78], [eos, *ids, 77, 78], [*ids, 77, 78, 79]]
@@ -68,7 +68,7 @@ def test_answers_continue_the_training_prompts(latent: bool) -> None:
     assert texts == [TOKENIZER.decode(row, skip_special_tokens=True) for row in cut]
 
 
-def test_totals_become_means_over_what_counted() -> None:
+def test_totals_are_divided_by_the_count() -> None:
     with one_rank():
         assert mean_over_ranks({"count": 4.0, "loss": 10.0, "accuracy": 1.0}, CPU) == {"loss": 2.5, "accuracy": 0.25}
         assert mean_over_ranks({"count": 0.0, "loss": 0.0}, CPU) == {"loss": 0.0}

@@ -1,4 +1,4 @@
-"""K/V from elsewhere in the student's cache: what later tokens see there, and nothing else."""
+"""Injected K/V are what later tokens see, and change nothing else."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from kvcore.types import Tensor
 from student_trainer.model.capture import capture_kv
-from student_trainer.model.injection import Injection, inject_kv
+from student_trainer.model.injection import inject_kv
 from tests.support.rotary_models import MODELS
 from tests.support.tiny_models import FAMILIES, Family, build_model, tiny_spec
 
@@ -31,15 +31,15 @@ def other_kv(model: PreTrainedModel) -> tuple[Tensor, Tensor]:
     return capture.columns(1, 4)
 
 
-def at_columns(k_BLHMD: Tensor, v_BLHMD: Tensor, mask_BT: Tensor = INSIDE_BT) -> Injection:
+def at_columns(k_BLHMD: Tensor, v_BLHMD: Tensor, mask_BT: Tensor = INSIDE_BT) -> tuple[Tensor, Tensor, Tensor]:
     """K/V for the columns, NaN at all others."""
     around = (0, 0, COLUMNS.start, IDS_BT.shape[1] - COLUMNS.stop)
     k_BLHTD, v_BLHTD = (torch.nn.functional.pad(x, around, value=torch.nan) for x in (k_BLHMD, v_BLHMD))
-    return Injection(k_BLHTD, v_BLHTD, mask_BT)
+    return k_BLHTD, v_BLHTD, mask_BT
 
 
-def injected_logits(model: PreTrainedModel, injection: Injection) -> Tensor:
-    with inject_kv(model, injection):
+def injected_logits(model: PreTrainedModel, injection: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+    with inject_kv(model, *injection):
         return model(IDS_BT).logits
 
 
@@ -60,7 +60,7 @@ def logits_through_a_cache(model: Any, row: int, k_LHMD: Tensor, v_LHMD: Tensor)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_models_own_kv_change_nothing(family: Family) -> None:
+def test_injecting_a_models_own_kv_changes_nothing(family: Family) -> None:
     model = model_of(family)
     with torch.no_grad(), capture_kv(model) as capture:
         plain = model(IDS_BT).logits
@@ -69,7 +69,7 @@ def test_a_models_own_kv_change_nothing(family: Family) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_later_tokens_see_what_an_overwritten_cache_would_show_them(family: Family) -> None:
+def test_later_tokens_see_the_same_as_with_an_overwritten_cache(family: Family) -> None:
     model = model_of(family)
     k_BLHMD, v_BLHMD = other_kv(model)
     logits = injected_logits(model, at_columns(k_BLHMD, v_BLHMD))
@@ -80,7 +80,7 @@ def test_later_tokens_see_what_an_overwritten_cache_would_show_them(family: Fami
     torch.testing.assert_close(logits[:, : COLUMNS.start], model(IDS_BT).logits[:, : COLUMNS.start])
 
 
-def test_where_nothing_is_injected_the_model_keeps_its_own_and_anything_may_stand_there() -> None:
+def test_masked_out_positions_keep_the_models_own_kv() -> None:
     model = model_of("qwen3")
     k_BLHMD, v_BLHMD = other_kv(model)
     mask_BT = torch.zeros_like(INSIDE_BT)
@@ -104,22 +104,22 @@ def test_the_model_is_restored_even_after_an_error() -> None:
     model = model_of("llama")
     plain = model(IDS_BT).logits
     k_BLHMD, v_BLHMD = other_kv(model)
-    with pytest.raises(ZeroDivisionError), inject_kv(model, at_columns(k_BLHMD, v_BLHMD)):
+    with pytest.raises(ZeroDivisionError), inject_kv(model, *at_columns(k_BLHMD, v_BLHMD)):
         raise ZeroDivisionError
     assert model(IDS_BT).logits.equal(plain)
 
 
 @pytest.mark.parametrize("name", MODELS)
 @torch.no_grad()
-def test_in_every_architecture_kv_go_back_in_the_form_they_came(name: str) -> None:
+def test_kv_can_be_injected_in_every_architecture(name: str) -> None:
     model: Any = MODELS[name]().base_model
     ids_BT = IDS_BT % int(model.config.vocab_size)
     with capture_kv(model) as capture:
         plain = model(ids_BT).last_hidden_state
     k_BLHMD, v_BLHMD = capture.columns(2, 5)
-    with inject_kv(model, at_columns(k_BLHMD, v_BLHMD)):
+    with inject_kv(model, *at_columns(k_BLHMD, v_BLHMD)):
         torch.testing.assert_close(model(ids_BT).last_hidden_state, plain, atol=1e-5, rtol=1e-5)
-    with inject_kv(model, at_columns(k_BLHMD.flip(3), v_BLHMD.flip(3))):
+    with inject_kv(model, *at_columns(k_BLHMD.flip(3), v_BLHMD.flip(3))):
         changed = (model(ids_BT).last_hidden_state - plain).abs()
     assert changed[:, : COLUMNS.start].max() == 0
     assert changed[:, COLUMNS.stop :].max() > 1e-4

@@ -1,4 +1,4 @@
-"""A teacher's answers for a micro-batch become padded tensors, whatever is missing."""
+"""Decoding a teacher's results for a micro-batch into padded tensors."""
 
 from __future__ import annotations
 
@@ -38,19 +38,18 @@ def shortened(result: KVResult, slots: int) -> EncodedSampleKV:
     return result
 
 
-def assert_holds(received_row: int, result: KVResult, kv_x: torch.Tensor | None, kind: str) -> None:
+def assert_holds(row: int, result: KVResult, kv_x: torch.Tensor | None, kind: str) -> None:
     assert isinstance(result, EncodedSampleKV)
     assert kv_x is not None
     parts = {name[2:]: part for name, part in result.parts.items() if name.startswith(kind)}
     expected_LHMD = decode(parts, "k" if kind == "k" else "v", result.codec)
-    torch.testing.assert_close(kv_x[received_row, :, :, : result.slots], expected_LHMD, rtol=0, atol=0)
-    assert (kv_x[received_row, :, :, result.slots :] == 0).all()
+    torch.testing.assert_close(kv_x[row, :, :, : result.slots], expected_LHMD, rtol=0, atol=0)
+    assert (kv_x[row, :, :, result.slots :] == 0).all()
 
 
-def test_slots_are_padded_to_what_the_student_has() -> None:
+def test_slots_are_padded_to_the_given_number() -> None:
     results = [shortened(result, slots) for result, slots in zip(answered(3), (3, 1, 2), strict=True)]
-    received = decode_and_pad("ada", results, INFO, PLAN, 5, "fail")
-    kv = received.kv
+    kv, _ = decode_and_pad("ada", results, INFO, PLAN, 5, "fail")
     assert kv.mask_BM.tolist() == [[1, 1, 1, 0, 0], [1, 0, 0, 0, 0], [1, 1, 0, 0, 0]]
     for row, result in enumerate(results):
         assert_holds(row, result, kv.k_BLHMD, "k")
@@ -59,46 +58,47 @@ def test_slots_are_padded_to_what_the_student_has() -> None:
     assert kv.byte_ends_BLHM[:, 0, 0].tolist() == [[6, 8, 10, -1, -1], [12, -1, -1, -1, -1], [12, 14, -1, -1, -1]]
 
 
-def test_without_a_number_of_slots_the_longest_sample_decides() -> None:
+def test_slots_are_padded_to_the_longest_sample_by_default() -> None:
     results = [shortened(result, slots) for result, slots in zip(answered(2), (1, 2), strict=True)]
-    assert decode_and_pad("ada", results, INFO, PLAN, None, "fail").kv.mask_BM.shape == (2, 2)
+    kv, _ = decode_and_pad("ada", results, INFO, PLAN, None, "fail")
+    assert kv.mask_BM.shape == (2, 2)
 
 
 @pytest.mark.parametrize("missing", [(0,), (1, 3), (4,), (0, 1, 2, 3)])
-def test_missing_samples_are_masked_and_the_others_keep_their_rows(missing: tuple[int, ...]) -> None:
+def test_missing_samples_are_masked_and_others_keep_their_rows(missing: tuple[int, ...]) -> None:
     results = answered(5, missing)
-    received = decode_and_pad("ada", results, INFO, PLAN, 4, "mask")
-    assert (received.samples, received.missing) == (5 - len(missing), len(missing))
+    kv, sums = decode_and_pad("ada", results, INFO, PLAN, 4, "mask")
+    assert (sums.samples, sums.missing) == (5 - len(missing), len(missing))
     for row, result in enumerate(results):
         if row in missing:
-            assert not received.kv.mask_BM[row].any()
-            assert (received.kv.byte_ends_BLHM[row] == -1).all(), "no student token pairs with it"
+            assert not kv.mask_BM[row].any()
+            assert (kv.byte_ends_BLHM[row] == -1).all(), "no student token pairs with it"
         else:
-            assert received.kv.mask_BM[row].tolist() == [True] * BUDGET + [False]
-            assert_holds(row, result, received.kv.k_BLHMD, "k")
-            assert_holds(row, result, received.kv.v_BLHMD, "v")
+            assert kv.mask_BM[row].tolist() == [True] * BUDGET + [False]
+            assert_holds(row, result, kv.k_BLHMD, "k")
+            assert_holds(row, result, kv.v_BLHMD, "v")
 
 
 @pytest.mark.parametrize("slots", [4, None])
-def test_a_batch_of_which_all_is_missing_has_the_usual_shape_and_no_target(slots: int | None) -> None:
-    received = decode_and_pad("ada", answered(2, (0, 1)), INFO, PLAN, slots, "mask")
+def test_a_batch_without_any_kv_has_the_usual_shape_and_is_masked_out(slots: int | None) -> None:
+    kv, sums = decode_and_pad("ada", answered(2, (0, 1)), INFO, PLAN, slots, "mask")
     width = slots or 1
-    for x in (received.kv.k_BLHMD, received.kv.v_BLHMD):
+    for x in (kv.k_BLHMD, kv.v_BLHMD):
         assert x is not None
         assert x.shape == (2, len(PLAN.layers), INFO.kv_heads, width, INFO.head_dim)
-    assert received.kv.mask_BM.tolist() == [[False] * width] * 2
-    assert received.kv.byte_ends_BLHM.tolist() == [[[[-1] * width]]] * 2
-    assert (received.samples, received.missing, received.encoded_bytes, received.teacher_tokens) == (0, 2, 0, 0)
+    assert kv.mask_BM.tolist() == [[False] * width] * 2
+    assert kv.byte_ends_BLHM.tolist() == [[[[-1] * width]]] * 2
+    assert (sums.samples, sums.missing, sums.encoded_bytes, sums.tokens) == (0, 2, 0, 0)
 
 
 @pytest.mark.parametrize("left_out", ["keys", "values"])
-def test_what_a_plan_leaves_out_stays_out_when_all_is_missing(left_out: str) -> None:
+def test_keys_or_values_left_out_by_the_plan_are_none_when_all_samples_are_missing(left_out: str) -> None:
     plan = PLAN.model_copy(update={left_out: False})
-    kv = decode_and_pad("ada", answered(1, (0,)), INFO, plan, 2, "mask").kv
+    kv, _ = decode_and_pad("ada", answered(1, (0,)), INFO, plan, 2, "mask")
     assert (kv.k_BLHMD is None, kv.v_BLHMD is None) == (left_out == "keys", left_out == "values")
 
 
-def test_a_missing_sample_ends_a_run_that_asked_for_all_by_teacher_sample_and_reason() -> None:
+def test_on_missing_fail_raises_with_teacher_sample_and_reason() -> None:
     with pytest.raises(TeacherRefusedError) as caught:
         decode_and_pad("ada", answered(4, (1, 2)), INFO, PLAN, 4, "fail")
     assert caught.value.teacher == "ada"
@@ -106,16 +106,16 @@ def test_a_missing_sample_ends_a_run_that_asked_for_all_by_teacher_sample_and_re
         assert part in str(caught.value)
 
 
-def test_bytes_tokens_and_seconds_are_summed_over_what_came() -> None:
+def test_bytes_tokens_and_seconds_are_summed_over_received_samples() -> None:
     results = answered(3, (1,))
     for seconds, result in enumerate(results, start=1):
         if isinstance(result, EncodedSampleKV):
             result.timings = Timings(queue=seconds, prefill=10.0 * seconds, encode=0.5, network=0.25)
-    received = decode_and_pad("ada", results, INFO, PLAN, None, "mask")
+    _, sums = decode_and_pad("ada", results, INFO, PLAN, None, "mask")
     tokens = 5 + 7
-    assert received.teacher_tokens == tokens
+    assert sums.tokens == tokens
     # 3 layers, 2 heads of 16, keys and values, 2 bytes in bf16.
-    assert received.raw_bf16_bytes == tokens * 3 * 2 * 16 * 2 * 2
+    assert sums.raw_bytes == tokens * 3 * 2 * 16 * 2 * 2
     codes, scales = 3 * 2 * BUDGET * 16, 3 * 2 * (16 + BUDGET) * 2
-    assert received.encoded_bytes == 2 * (2 * codes + scales)
-    assert received.seconds == {"queue": 4.0, "prefill": 40.0, "encode": 1.0, "network": 0.5}
+    assert sums.encoded_bytes == 2 * (2 * codes + scales)
+    assert sums.seconds == {"queue": 4.0, "prefill": 40.0, "encode": 1.0, "network": 0.5, "decode": 0.0, "stall": 0.0}

@@ -1,4 +1,4 @@
-"""The KV objective and the reported errors against loops over elements in double precision."""
+"""The KV objective and the reported errors, compared with loops over elements in double precision."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ def test_cka_is_the_same_by_either_of_its_matrices(rows: int) -> None:
 
 
 @pytest.mark.parametrize(("samples", "slots", "dim"), [(2, 2, 64), (4, 100, 2)])
-def test_cka_keeps_nothing_larger_than_the_kv_themselves(samples: int, slots: int, dim: int) -> None:
+def test_cka_allocates_nothing_larger_than_the_kv(samples: int, slots: int, dim: int) -> None:
     student = torch.randn(samples, 1, 2, slots, dim, requires_grad=True)
     kept: list[int] = []
 
@@ -138,7 +138,7 @@ def small_kv(draw: st.DrawFn) -> tuple[Tensor, Tensor, Tensor]:
 
 
 @given(small_kv(), st.sampled_from(KINDS))
-def test_any_values_and_any_mask_give_what_the_loops_give(values: tuple[Tensor, Tensor, Tensor], kind: str) -> None:
+def test_any_values_and_masks_match_the_loops(values: tuple[Tensor, Tensor, Tensor], kind: str) -> None:
     a, b, mask_BM = values
     student = a.clone().requires_grad_()
     scale_L = torch.tensor([0.5, 2.0], dtype=torch.float64)[: a.shape[1]]
@@ -150,7 +150,7 @@ def test_any_values_and_any_mask_give_what_the_loops_give(values: tuple[Tensor, 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("samples", [2, 4])
-def test_gradients_are_those_of_finite_differences(kind: str, samples: int) -> None:
+def test_gradients_match_finite_differences(kind: str, samples: int) -> None:
     student = with_nan(kv(1, torch.float64))[:samples].requires_grad_()
     target, mask_BM, scale_L = with_nan(kv(2, torch.float64))[:samples], MASK_BM[:samples], SCALE_L.double()
     assert torch.autograd.gradcheck(
@@ -174,21 +174,21 @@ def test_masked_slots_reach_neither_the_loss_nor_the_gradient_even_as_nan(kind: 
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_target_is_never_moved_towards_the_student(kind: str) -> None:
+def test_the_target_gets_no_gradient(kind: str) -> None:
     student, target = kv(1).requires_grad_(), kv(2).requires_grad_()
     kv_distance(student, target, SCALE_L, MASK_BM, kind).backward()
     assert target.grad is None
 
 
 @pytest.mark.parametrize("kind", PER_SLOT)
-def test_samples_without_a_target_do_not_thin_the_mean(kind: str) -> None:
+def test_samples_without_a_target_are_left_out_of_the_mean(kind: str) -> None:
     everyone = kv_distance(kv(1), kv(2), SCALE_L, MASK_BM, kind)
     with_target = kv_distance(kv(1)[:3], kv(2)[:3], SCALE_L, MASK_BM[:3], kind)
     assert everyone == pytest.approx(float(with_target), rel=1e-6)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_batch_without_any_target_gives_zero_that_can_be_differentiated(kind: str) -> None:
+def test_a_batch_without_any_target_has_a_differentiable_loss_of_zero(kind: str) -> None:
     student = kv(1).requires_grad_()
     loss = kv_distance(student, kv(2), SCALE_L, torch.zeros_like(MASK_BM), kind)
     assert float(loss.detach()) == 0
@@ -212,14 +212,14 @@ def test_two_halves_of_a_batch_have_the_mean_and_gradient_of_the_whole(kind: str
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_half_precision_is_compared_in_single(kind: str) -> None:
+def test_half_precision_is_compared_in_fp32(kind: str) -> None:
     student, target = kv(1).bfloat16(), kv(2).bfloat16()
     loss = kv_distance(student, target, SCALE_L, MASK_BM, kind)
     assert loss.dtype == torch.float32
     assert loss == kv_distance(student.float(), target.float(), SCALE_L, MASK_BM, kind)
 
 
-def test_cosine_sees_directions_alone_and_a_zero_vector_has_none() -> None:
+def test_cosine_depends_only_on_direction_and_is_zero_for_a_zero_vector() -> None:
     lengths = 0.1 + torch.rand(BATCH, LAYERS, HEADS, SLOTS, 1, generator=torch.Generator().manual_seed(4))
     longer = (kv(2) * lengths).requires_grad_()
     assert float(kv_distance(longer, kv(2), SCALE_L, MASK_BM, "cosine").detach()) == pytest.approx(0, abs=1e-6)
@@ -230,7 +230,7 @@ def test_cosine_sees_directions_alone_and_a_zero_vector_has_none() -> None:
     assert (torch.autograd.grad(loss, nothing)[0] == 0).all()
 
 
-def test_cka_sees_neither_rotation_nor_length_nor_offset() -> None:
+def test_cka_does_not_depend_on_rotation_length_or_offset() -> None:
     features = HEADS * DIM
     turn, _ = torch.linalg.qr(torch.randn(features, features, generator=torch.Generator().manual_seed(6)))
     flat = kv(2).transpose(2, 3).flatten(3) @ turn
@@ -240,7 +240,7 @@ def test_cka_sees_neither_rotation_nor_length_nor_offset() -> None:
 
 
 @pytest.mark.parametrize("side", ["student", "target"])
-def test_a_layer_that_never_varies_adds_nothing_to_cka(side: str) -> None:
+def test_a_constant_layer_adds_nothing_to_cka(side: str) -> None:
     """Though the mean of ten equal numbers is, rounded, often another number."""
     sides = {"student": kv(1), "target": kv(2)}
     sides[side][:, 1] = kv(7)[0, 0, :, :1]

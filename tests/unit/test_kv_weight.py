@@ -1,4 +1,4 @@
-"""The automatic KV weight on a module whose gradients are known, and on the model that is trained."""
+"""The automatic KV weight, on a module with known gradients and on the trained model."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def test_every_rank_gets_the_weight_of_all_ranks_batches() -> None:
 
 
 @pytest.mark.parametrize("batches", [[(1.0, 1.0)], [(1.0, 0.0)]])
-def test_the_model_is_left_as_it_was(batches: list[Batch]) -> None:
+def test_the_model_is_not_changed(batches: list[Batch]) -> None:
     model = Linear()
     weights, state = [p.clone() for p in model.parameters()], torch.get_rng_state()
     try:
@@ -106,12 +106,12 @@ def test_the_model_is_left_as_it_was(batches: list[Batch]) -> None:
         ([(math.inf, 1.0)], "cross-entropy's length is inf"),
     ],
 )
-def test_gradients_that_give_no_weight_are_refused_by_name(batches: Sequence[Batch], who: str) -> None:
+def test_zero_or_infinite_gradients_are_refused_by_name(batches: Sequence[Batch], who: str) -> None:
     with pytest.raises(FieldError, match=f"^loss.kv_weight: 'auto' .*{who}"):
         auto_kv_weight(Linear(), batches, 1.0, alone)
 
 
-def test_a_kv_loss_that_trains_nothing_of_the_students_is_refused() -> None:
+def test_a_kv_loss_that_trains_no_parameter_of_the_student_is_refused() -> None:
     model = Linear()
     model.shared.requires_grad_(False)
     with pytest.raises(FieldError, match=r"KV loss's length is 0\.0"):
@@ -145,7 +145,7 @@ def length(model: DistillModel, loss: Tensor, other: Tensor) -> float:
 @pytest.mark.parametrize(("mode", "direction"), [("latent", "to_student"), ("token", "to_teacher")])
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable`:FutureWarning")
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_the_model_that_is_trained_gets_the_weight_of_its_gradients(
+def test_the_trained_model_gets_the_weight_of_its_own_gradients(
     mode: str, direction: str, *, checkpointing: bool
 ) -> None:
     model = calibrated(mode, direction).eval()

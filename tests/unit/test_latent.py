@@ -1,4 +1,4 @@
-"""Latent reasoning against loops that run one unpadded prompt at a time."""
+"""Latent reasoning compared with loops that run one unpadded prompt at a time."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def naive_latents(student: LatentStudent, prompt: list[int]) -> list[Tensor]:
 
 @pytest.mark.parametrize("family", FAMILIES)
 @torch.no_grad()
-def test_a_padded_batch_reads_like_its_prompts_one_by_one(family: Family) -> None:
+def test_a_padded_batch_gives_the_results_of_its_prompts_one_by_one(family: Family) -> None:
     student = student_of(family)
     answer_ids_BA, answer_mask_BA = right_padded(ANSWERS)
     reading = student.read_answer(*left_padded(PROMPTS), answer_ids_BA, answer_mask_BA)
@@ -89,7 +89,7 @@ def test_a_padded_batch_reads_like_its_prompts_one_by_one(family: Family) -> Non
 
 
 @torch.no_grad()
-def test_what_stands_in_padding_changes_nothing() -> None:
+def test_padding_tokens_change_nothing() -> None:
     student = student_of()
     ids_BP, mask_BP = left_padded(PROMPTS)
     answers = right_padded(ANSWERS)
@@ -101,7 +101,7 @@ def test_what_stands_in_padding_changes_nothing() -> None:
 
 @pytest.mark.parametrize("passes", [1, 2, 3])
 @torch.no_grad()
-def test_each_pass_settles_one_more_latent(passes: int) -> None:
+def test_each_pass_makes_one_more_latent_final(passes: int) -> None:
     """After T passes the first T latents are what reading them one at a time gives, whatever the first inputs were."""
     student = student_of(passes=passes)
     ids_BP, mask_BP = left_padded(PROMPTS)
@@ -145,7 +145,7 @@ def test_generation_is_greedy_decoding_of_each_prompt_alone(family: Family, late
 
 
 @torch.no_grad()
-def test_text_is_read_as_by_the_plain_model() -> None:
+def test_text_is_read_like_by_the_plain_model() -> None:
     student = student_of()
     ids_BT, mask_BT = right_padded(PROMPTS)
     reading = student.read_text(ids_BT, mask_BT)
@@ -156,7 +156,7 @@ def test_text_is_read_as_by_the_plain_model() -> None:
         torch.testing.assert_close(logits_BTV[row, : len(ids) - 1], output.logits[0, :-1], atol=1e-5, rtol=1e-5)
 
 
-def test_new_parameters_start_at_the_scale_of_the_embeddings_alike_on_every_rank() -> None:
+def test_new_parameters_have_the_scale_of_the_embeddings_and_are_equal_on_every_rank() -> None:
     lm = build_model(tiny_spec("qwen2"))
     table: Any = lm.get_input_embeddings()
     rms = float(table.weight.detach().square().mean().sqrt())
@@ -173,7 +173,7 @@ def test_new_parameters_start_at_the_scale_of_the_embeddings_alike_on_every_rank
         assert float(inputs.detach().square().mean().sqrt()) == pytest.approx(rms, rel=0.1)
 
 
-def test_latent_parameters_come_back_from_disk(tmp_path: Path) -> None:
+def test_latent_parameters_are_saved_and_loaded(tmp_path: Path) -> None:
     student = student_of()
     save_reasoning(student.reasoning, dict(student.reasoning.state_dict()), tmp_path)
     loaded = load_reasoning(student.lm, tmp_path, LATENTS, passes=7)
@@ -181,15 +181,15 @@ def test_latent_parameters_come_back_from_disk(tmp_path: Path) -> None:
     saved = student.reasoning.state_dict()
     assert saved.keys() == loaded.state_dict().keys()
     assert all(tensor.equal(saved[name]) for name, tensor in loaded.state_dict().items())
-    assert (loaded.latents, loaded.passes) == (LATENTS, 7), "passes are the configuration's to choose"
-    assert json.loads((tmp_path / LATENT_CONFIG).read_text()) == {"latents": 4, "passes": 2}
+    assert (loaded.latents, loaded.passes) == (LATENTS, 7), "the configuration sets the passes"
+    assert json.loads((tmp_path / LATENT_CONFIG).read_text(encoding="utf-8")) == {"latents": 4, "passes": 2}
 
 
-def test_a_student_without_latent_parameters_has_none_to_load(tmp_path: Path) -> None:
+def test_loading_from_a_student_without_latent_parameters_returns_none(tmp_path: Path) -> None:
     assert load_reasoning(build_model(tiny_spec("qwen2")), tmp_path, LATENTS, PASSES) is None
 
 
-def test_another_number_of_latents_is_refused_with_both_numbers(tmp_path: Path) -> None:
+def test_a_different_number_of_latents_is_refused_with_both_numbers(tmp_path: Path) -> None:
     student = student_of()
     save_reasoning(student.reasoning, dict(student.reasoning.state_dict()), tmp_path)
     with pytest.raises(ConfigError, match=r"student\.latents: .* trained with 4, the configuration says 5"):

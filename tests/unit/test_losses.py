@@ -1,4 +1,4 @@
-"""Losses on logits and hidden states against loops over elements in double precision."""
+"""Losses on logits and hidden states, compared with loops over elements in double precision."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def hidden(seed: int) -> Tensor:
     return x_BSE * torch.tensor([0.3, 1.0, 9.0])[:, None] + torch.arange(BATCH)[:, None, None]
 
 
-def test_cross_entropy_averages_inside_a_sample_first() -> None:
+def test_cross_entropy_averages_within_a_sample_first() -> None:
     logits, targets = text(3)
     samples: list[float] = []
     for b in range(BATCH):
@@ -81,7 +81,7 @@ def test_codi_divides_each_layers_loss_by_the_deviation_of_its_teacher_states() 
     assert float(codi_loss(student, teacher)) == pytest.approx(naive_codi(student, teacher), rel=1e-12)
 
 
-def test_codis_gradient_is_that_of_finite_differences_and_the_students_alone() -> None:
+def test_codis_gradient_matches_finite_differences_and_reaches_only_the_student() -> None:
     student, teacher = hidden(1).requires_grad_(), hidden(2).requires_grad_()
     codi_loss(student, teacher).backward()
     assert teacher.grad is None

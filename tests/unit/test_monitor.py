@@ -1,4 +1,4 @@
-"""Rank 0 over HTTP: what Prometheus reads, and when there is anything to read."""
+"""The HTTP server of rank 0 and its Prometheus metrics."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from kvcore.errors import FieldError
 from student_trainer.config import TrainConfig
-from student_trainer.loop.metric_accumulator import STAGES, TeacherSums
+from student_trainer.kv_sources.kv_batch import STAGES, TeacherSums
 from student_trainer.monitoring.monitor import monitored
 from student_trainer.monitoring.run_state import RunState
 from tests.support.begun_run import half_dead_teacher
@@ -57,7 +57,7 @@ def trained(state: RunState) -> None:
     state.account(1.0, {"stall": 0.75, "prefill": 2.0, "queue": 0.25}, {"ada": sent})
 
 
-def test_metrics_say_how_the_run_and_each_teacher_does(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_metrics_report_the_run_and_each_teacher(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level("INFO"), monitored(config(tmp_path, 0), enabled=True) as state:
         trained(state)
         url = url_in(caplog.messages)
@@ -83,9 +83,7 @@ def test_metrics_say_how_the_run_and_each_teacher_does(tmp_path: Path, caplog: p
     assert read(text, "disk_free_bytes")[()] > 0
 
 
-def test_a_run_that_has_not_begun_shows_no_figure_that_it_does_not_have(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_run_before_its_first_step_has_only_known_metrics(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level("INFO"), monitored(config(tmp_path, 0), enabled=True):
         text = httpx.get(f"{url_in(caplog.messages)}metrics").text
     assert read(text, "phase")[("starting",)] == 1
@@ -94,7 +92,7 @@ def test_a_run_that_has_not_begun_shows_no_figure_that_it_does_not_have(
 
 
 @pytest.mark.parametrize(("port", "enabled"), [(None, True), (0, False)])
-def test_nothing_listens_unless_asked_for_and_on_other_ranks(
+def test_only_rank_0_listens_and_only_with_a_port(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, port: int | None, enabled: bool
 ) -> None:
     with caplog.at_level("INFO"), monitored(config(tmp_path, port), enabled=enabled) as state:
@@ -103,7 +101,7 @@ def test_nothing_listens_unless_asked_for_and_on_other_ranks(
     assert state.phase == "done"
 
 
-def test_a_port_that_is_taken_ends_the_run_before_it_begins(tmp_path: Path) -> None:
+def test_a_port_in_use_ends_the_run_before_it_starts(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         refused = pytest.raises(FieldError, match=rf"monitor.port: cannot listen on 127.0.0.1:{port}")
@@ -111,7 +109,7 @@ def test_a_port_that_is_taken_ends_the_run_before_it_begins(tmp_path: Path) -> N
             pytest.fail("it went on")
 
 
-def test_the_port_is_free_again_after_the_run_whatever_its_end(
+def test_the_port_is_released_after_the_run_and_after_an_error(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     states: list[RunState] = []

@@ -1,4 +1,4 @@
-"""Routing inside the model: who gets weight, and what may and may not learn from the router loss."""
+"""Routing inside the model: the teachers' weights, and what the router loss trains."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ KV_ALONE = LossConfig(reasoning_ce_weight=0.0, kv_weight=1.0)
 
 
 def model_of(mode: str = "latent", loss: LossConfig = KV_ALONE, **sections: Any) -> DistillModel:
-    """Two teachers, calibrated on records that no test reads."""
+    """A model with two teachers, calibrated on records that no test reads."""
     torch.manual_seed(0)
     model = distill_model(BOTH, mode=mode, loss=loss, **sections)
     with one_rank():
@@ -37,7 +37,7 @@ def model_of(mode: str = "latent", loss: LossConfig = KV_ALONE, **sections: Any)
 
 
 def noisy(kv: BatchKV, spoilt: str = "kv") -> BatchKV:
-    """The same cache under noise that no map can see through, in keys, values or both."""
+    """The same cache with strong noise in keys, values or both."""
     assert kv.k_BLHMD is not None
     assert kv.v_BLHMD is not None
     generator = torch.Generator().manual_seed(1)
@@ -54,7 +54,7 @@ def weights_of(model: DistillModel, batch: TrainBatch, *teachers: BatchKV) -> li
 
 
 def randomise_router(model: DistillModel) -> None:
-    """A router's start gives every teacher the same, whatever it reads."""
+    """A new router gives every teacher the same weight, whatever it reads."""
     assert model.fusion is not None
     for parameter in model.fusion.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
@@ -68,7 +68,7 @@ def gradients(model: DistillModel, loss: Tensor) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("mode", ["latent", "token"])
 @pytest.mark.parametrize("metric", ["cosine", "dot", "euclidean"])
-def test_similarity_trusts_the_teacher_that_says_what_the_student_reads(mode: str, metric: str) -> None:
+def test_similarity_gives_more_weight_to_the_teacher_without_noise(mode: str, metric: str) -> None:
     model = model_of(mode, fuse={"kind": "similarity", "metric": metric, "temperature": 0.2, "temperature_floor": 0.1})
     batch = train_batch(model, BATCH, LATENTS if mode == "latent" else None)
     ada, ben = batch.teachers
@@ -83,7 +83,7 @@ def test_similarity_trusts_the_teacher_that_says_what_the_student_reads(mode: st
 
 
 @pytest.mark.parametrize("mode", ["latent", "token"])
-def test_similarity_compares_both_sides_standardised_at_tokens_that_end_alike(
+def test_similarity_compares_standardised_kv_at_tokens_with_equal_ends(
     mode: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = model_of(mode, fuse={"kind": "similarity"})
@@ -114,7 +114,7 @@ def test_similarity_compares_both_sides_standardised_at_tokens_that_end_alike(
                     torch.testing.assert_close(found[b, :, :, place], expected_LHD, rtol=1e-4, atol=1e-4)
 
 
-def test_a_teacher_with_no_token_in_common_is_rated_like_the_least_similar() -> None:
+def test_a_teacher_with_no_common_token_gets_the_lowest_similarity() -> None:
     model = model_of(fuse={"kind": "similarity"})
     batch = train_batch(model, BATCH)
     ada, ben = batch.teachers
@@ -125,7 +125,7 @@ def test_a_teacher_with_no_token_in_common_is_rated_like_the_least_similar() -> 
 
 
 @pytest.mark.parametrize("kind", ["similarity", "learnable"])
-def test_a_teacher_that_is_absent_gets_no_weight_and_samples_without_any_do_not_count(kind: str) -> None:
+def test_an_absent_teacher_gets_no_weight_and_samples_without_kv_do_not_count(kind: str) -> None:
     model = model_of(fuse={"kind": kind})
     batch = train_batch(model, BATCH)
     ada, ben = batch.teachers
@@ -138,7 +138,7 @@ def test_a_teacher_that_is_absent_gets_no_weight_and_samples_without_any_do_not_
 
 
 @pytest.mark.parametrize("mode", ["latent", "token"])
-def test_the_router_reads_the_prompts_end_and_what_each_teachers_filled_slots_hold(mode: str) -> None:
+def test_the_router_reads_the_prompts_end_and_each_teachers_filled_slots(mode: str) -> None:
     model = model_of(mode, fuse={"kind": "learnable", "router": "attention"})
     batch = train_batch(model, BATCH, LATENTS if mode == "latent" else None)
     ada, ben = batch.teachers
@@ -166,7 +166,7 @@ def test_the_router_reads_the_prompts_end_and_what_each_teachers_filled_slots_ho
             torch.testing.assert_close(summary_BNF[b, n], torch.cat(means), rtol=1e-4, atol=1e-4)
 
 
-def test_the_student_cannot_move_its_weights_by_similarity() -> None:
+def test_similarity_weights_give_the_student_no_gradient() -> None:
     model = model_of(fuse={"kind": "similarity"})
     fused = model(train_batch(model, BATCH))
     assert not fused["routing/weights_mean/ada"].requires_grad
@@ -174,7 +174,7 @@ def test_the_student_cannot_move_its_weights_by_similarity() -> None:
 
 
 @pytest.mark.parametrize("mode", ["latent", "token"])
-def test_the_router_loss_trains_router_and_adapters_and_nothing_of_the_student(mode: str) -> None:
+def test_the_router_loss_trains_router_and_adapters_but_not_the_student(mode: str) -> None:
     trained = {"head_adapter": "linear", "layer_map": "learned"}
     model = model_of(mode, align=trained, fuse={"kind": "learnable"})
     randomise_router(model)
@@ -233,7 +233,7 @@ def answer_places(ends_T: Tensor, mask_T: Tensor, row: int) -> list[bool]:
     return [there and (end > reasoning or end < 0) for end, there in pairs]
 
 
-def test_kv_stand_in_the_reasonings_places_alone_and_only_where_there_are_any() -> None:
+def test_kv_are_injected_only_at_tokens_of_the_reasoning() -> None:
     model = model_of(fuse={"kind": "learnable"})
     tokens = train_batch(model, BATCH).tokens
     text = model.student.read_text(tokens.text_ids_BT, tokens.text_mask_BT)
@@ -253,7 +253,7 @@ def test_kv_stand_in_the_reasonings_places_alone_and_only_where_there_are_any() 
         assert (judged(one_BT, every_BT) != own) == bool(inside_BT[:, t].any())
 
 
-def test_the_judge_is_the_student_that_the_kv_were_aligned_with_however_it_learns() -> None:
+def test_the_judge_stays_the_student_at_calibration_during_training() -> None:
     model = model_of(fuse={"kind": "learnable"})
     batch = train_batch(model, BATCH)
     names = ("routing/router_loss", "answer_ce")
@@ -268,9 +268,7 @@ def test_the_judge_is_the_student_that_the_kv_were_aligned_with_however_it_learn
 
 
 @pytest.mark.parametrize("mode", ["latent", "token"])
-def test_the_judge_sees_each_teachers_kv_at_the_tokens_that_end_where_its_slots_do(
-    mode: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_judge_reads_each_teachers_kv_at_tokens_with_equal_ends(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = model_of(mode, fuse={"kind": "learnable"})
     batch = train_batch(model, BATCH, LATENTS if mode == "latent" else None)
     seen: list[tuple[Tensor, ...]] = []
@@ -295,7 +293,7 @@ def test_the_judge_sees_each_teachers_kv_at_the_tokens_that_end_where_its_slots_
 @pytest.mark.parametrize("choose", ["soft", "top1"])
 @pytest.mark.parametrize("per_layer", [False, True])
 @pytest.mark.parametrize("router", ["mlp", "gate", "attention"])
-def test_every_router_runs_in_every_shape(router: str, per_layer: bool, choose: str) -> None:
+def test_every_router_runs_with_every_shape_of_weights(router: str, per_layer: bool, choose: str) -> None:
     model = model_of(fuse={"kind": "learnable", "router": router, "per_layer": per_layer, "choose": choose})
     losses = model(train_batch(model, BATCH))
     named = gradients(model, losses["loss"])
@@ -321,7 +319,7 @@ def test_the_loss_is_the_sum_of_its_parts_with_the_configured_weights() -> None:
     assert found["codi_loss"] > 0
 
 
-def test_codi_compares_the_states_just_before_the_answer() -> None:
+def test_codi_compares_the_states_right_before_the_answer() -> None:
     model = model_of(loss=LossConfig(codi_weight=1.0))
     batch = train_batch(model, BATCH)
     tokens = batch.tokens
@@ -373,7 +371,7 @@ def test_slots_are_resampled_to_the_latents(method: str) -> None:
     )
 
 
-def test_validation_says_where_the_error_is_by_tensor_layer_and_head() -> None:
+def test_validation_reports_the_error_by_tensor_layer_and_head() -> None:
     model = model_of().eval()
     losses = model(train_batch(model, BATCH))
     assert losses["kv_error_KLH"].shape == (len(TENSORS), 2, 1)

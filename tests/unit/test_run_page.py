@@ -1,4 +1,4 @@
-"""The page of a run: what it says of steps, figures, time and teachers."""
+"""The page of a run: steps, metrics, time and teachers."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from fastapi import FastAPI
 from fastapi.testclient import TestClient
 
 from student_trainer.config import TrainConfig
-from student_trainer.loop.metric_accumulator import STAGES, TeacherSums
+from student_trainer.kv_sources.kv_batch import STAGES, TeacherSums
 from student_trainer.monitoring.run_page import add_live_page, render_page
 from student_trainer.monitoring.run_state import RunState
 from tests.support.begun_run import begun_run
@@ -42,52 +42,54 @@ def words(page: str) -> str:
     return " ".join(unescape("".join(f" {part.split('>', 1)[-1]}" for part in inside.split("<"))).split())
 
 
-def test_the_page_says_how_far_the_run_is_and_how_it_does(config: TrainConfig, run: RunState) -> None:
-    said = words(render_page(config, run.snapshot()))
-    assert "Training, running for 0:00:0" in said
+def test_the_page_shows_progress_and_metrics(config: TrainConfig, run: RunState) -> None:
+    shown = words(render_page(config, run.snapshot()))
+    assert "Training, running for 0:00:0" in shown
     for part in (
         "step 1 of 10",
         "loss 2.5 training",
         "KV loss 0.875",
         "samples/s 1,210",
         "stall 5.1%",
-        "K/V a sample 4.1 kB",
+        "K/V per sample 4.1 kB",
         "stall 25.0% decode 12.5% align 12.5% train 50.0%",
         "bottleneck train",
     ):
-        assert part in said, part
+        assert part in shown, part
 
 
-def test_the_page_says_how_each_teacher_does(config: TrainConfig, run: RunState) -> None:
-    said = words(render_page(config, run.snapshot()))
-    assert "<b>ada</b> 1 of 2 up alive:2 0:00:00 ago 1 1 64 3 2.0 kB" in said
-    assert "ben from the store - - - - 0 0 -" in said
-    assert "<b>ada</b>: dead:1 does not answer: UNAVAILABLE: connection refused" in said
-    assert "<b>ada</b> 1 10 1 1 1 1" in said
-    assert "Routing weights" in said
-    assert "<b>ada</b> 0.75 ben 0.25" in said
+def test_the_page_shows_each_teachers_health(config: TrainConfig, run: RunState) -> None:
+    shown = words(render_page(config, run.snapshot()))
+    assert "<b>ada</b> 1 of 2 up alive:2 0:00:00 ago 1 1 64 3 2.0 kB" in shown
+    assert "ben from the store - - - - 0 0 -" in shown
+    assert "<b>ada</b>: dead:1 does not answer: UNAVAILABLE: connection refused" in shown
+    assert "<b>ada</b> 1 10 1 1 1 1" in shown
+    assert "Routing weights" in shown
+    assert "<b>ada</b> 0.75 ben 0.25" in shown
 
 
-def test_nothing_that_others_named_becomes_markup(config: TrainConfig, run: RunState) -> None:
+def test_names_are_escaped(config: TrainConfig, run: RunState) -> None:
     page = render_page(config, run.snapshot())
     assert "<b>" not in page
     assert page.count("<script") == 1
 
 
-def test_a_run_that_has_not_begun_has_a_page_without_figures(config: TrainConfig) -> None:
-    said = words(render_page(config, RunState().snapshot()))
-    assert "Starting" in said
-    assert "No step yet." in said
-    assert "time left" not in said
-    assert "Teachers" not in said
+def test_a_run_before_its_first_step_has_a_page_without_metrics(config: TrainConfig) -> None:
+    shown = words(render_page(config, RunState().snapshot()))
+    assert "Starting" in shown
+    assert "No step yet." in shown
+    assert "time left" not in shown
+    assert "Teachers" not in shown
 
 
-def test_a_failed_run_is_shown_as_bad(config: TrainConfig, run: RunState) -> None:
+def test_a_failed_run_is_marked(config: TrainConfig, run: RunState) -> None:
     run.phase = "failed"
     assert 'class="state bad"' in render_page(config, run.snapshot())
 
 
-def test_state_json_has_all_of_it_and_null_for_what_is_not_finite(config: TrainConfig, run: RunState) -> None:
+def test_state_json_has_the_whole_state_and_null_for_values_that_are_not_finite(
+    config: TrainConfig, run: RunState
+) -> None:
     app = FastAPI()
     add_live_page(app, config, run)
     client = TestClient(app)

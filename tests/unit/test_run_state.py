@@ -1,4 +1,4 @@
-"""What rank 0 keeps of its run: progress, teachers, and where the time goes."""
+"""The state of a run on rank 0: progress, teachers, and where the time goes."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ import time
 
 import pytest
 
-from student_trainer.loop.metric_accumulator import STAGES, MetricAccumulator, TeacherSums, from_rows
-from student_trainer.monitoring.run_state import MOST_POINTS, RunState, bottleneck
+from student_trainer.kv_sources.kv_batch import STAGES, TeacherSums
+from student_trainer.loop.metric_accumulator import MetricAccumulator
+from student_trainer.monitoring.run_state import MAX_POINTS, RunState, bottleneck
 from tests.support.kv_fakes import MemorySource
 
 BUSY = {"stall": 1.0, "decode": 0.5, "align": 0.1, "train": 3.0}
@@ -29,13 +30,13 @@ def sums(samples: float, **seconds: float) -> TeacherSums:
         (BUSY | {"align": 7.0}, {"encode": 9.0}, "align"),
     ],
 )
-def test_the_bottleneck_is_the_stage_that_time_went_to_and_a_stall_is_the_teachers(
+def test_bottleneck_is_the_longest_stage_and_a_stall_counts_for_the_teachers_longest_stage(
     own: dict[str, float], stages: dict[str, float], longest: str
 ) -> None:
     assert bottleneck(own, stages) == longest
 
 
-def test_time_adds_up_by_stage_and_training_has_the_rest() -> None:
+def test_time_is_summed_by_stage_and_training_gets_the_rest() -> None:
     state = RunState()
     state.connected({"ada": MemorySource()})
     for _ in range(2):
@@ -47,7 +48,7 @@ def test_time_adds_up_by_stage_and_training_has_the_rest() -> None:
     assert run.bottleneck == "train"
 
 
-def test_the_time_left_follows_the_pace_since_the_run_went_on(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_eta_follows_the_pace_since_the_run_resumed(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = [100.0]
     monkeypatch.setattr(time, "monotonic", lambda: clock[0])
     state = RunState()
@@ -59,17 +60,17 @@ def test_the_time_left_follows_the_pace_since_the_run_went_on(monkeypatch: pytes
     assert (state.snapshot().step, state.snapshot().samples) == (42, 64)
 
 
-def test_curves_keep_their_ends_however_long_the_run_is() -> None:
+def test_thinned_curves_keep_their_first_and_last_points() -> None:
     state = RunState()
-    last = 3 * MOST_POINTS
+    last = 3 * MAX_POINTS
     for step in range(last + 1):
         state.log(step, {"train/loss": float(step)})
     points = state.snapshot().history["train/loss"]
-    assert MOST_POINTS // 2 <= len(points) <= MOST_POINTS
+    assert MAX_POINTS // 2 <= len(points) <= MAX_POINTS
     assert (points[0], points[-1]) == ((0, 0.0), (last, float(last)))
 
 
-def test_a_phase_ends_where_it_began_and_an_error_leaves_it_to_be_seen() -> None:
+def test_the_phase_before_is_restored_unless_an_error_leaves_the_block() -> None:
     state = RunState()
     with state.during("training"):
         with state.during("validating"):
@@ -80,15 +81,22 @@ def test_a_phase_ends_where_it_began_and_an_error_leaves_it_to_be_seen() -> None
     assert state.phase == "saving"
 
 
-def test_what_teachers_sent_survives_the_collective_and_absent_ones_are_zero() -> None:
-    window = MetricAccumulator(seconds=4.0, micro_batches=2)
-    window.teachers["ben"] = sums(6, stall=2.0, prefill=1.5)
-    window.stages = {"prefill": 1.5, "stall": 2.0}
-    by_teacher = from_rows(["ada", "ben"], [2 * number for number in window.teacher_rows(["ada", "ben"])])
+def test_teacher_sums_survive_the_collective_and_absent_teachers_are_zero() -> None:
+    metrics = MetricAccumulator(seconds=4.0, micro_batches=2)
+    metrics.add_teacher("ben", sums(6, stall=2.0, prefill=1.5))
+    ada, ben = ([2 * number for number in row] for row in metrics.teacher_rows(["ada", "ben"]))
+    by_teacher = {"ada": TeacherSums.from_row(ada), "ben": TeacherSums.from_row(ben)}
     assert by_teacher["ada"] == TeacherSums()
     assert by_teacher["ben"].seconds["stall"] == 4.0
-    figures = window.figures(by_teacher, world_size=2)
+    figures = metrics.figures(by_teacher, world_size=2)
     assert figures["kv/stall_fraction"] == 4.0 / 2 / 4.0
     assert figures["kv/bytes_per_sample"] == pytest.approx(200.0 / 12 * 2)
     assert figures["kv/missing_samples"] == 2.0
-    assert (figures["kv/prefill_s"], figures["kv/stall_s"]) == (0.75, 1.0)
+    assert (figures["kv/prefill_s"], figures["kv/stall_s"], figures["kv/align_s"]) == (0.75, 1.0, 0.0)
+
+
+def test_teacher_sums_are_restored_from_their_row() -> None:
+    seconds = {stage: float(number) for number, stage in enumerate(STAGES)}
+    whole = TeacherSums(1.0, 2.0, 3.0, seconds, raw_bytes=4.0, tokens=5.0)
+    assert TeacherSums.from_row(whole.row()) == whole
+    assert whole + whole == TeacherSums.from_row([2 * number for number in whole.row()])

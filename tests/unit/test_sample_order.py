@@ -1,4 +1,4 @@
-"""Which records each step, rank and micro-batch gets, in training and in validation."""
+"""The records of each step, rank and micro-batch, in training and in validation."""
 
 from __future__ import annotations
 
@@ -43,17 +43,17 @@ REFERENCE = step_of_all_ranks(8, 1)
 
 
 @pytest.mark.parametrize(("micro_batch", "world_size"), SHAPES)
-def test_a_steps_records_depend_on_neither_ranks_nor_micro_batches(micro_batch: int, world_size: int) -> None:
+def test_the_records_of_a_step_do_not_depend_on_ranks_or_micro_batches(micro_batch: int, world_size: int) -> None:
     assert step_of_all_ranks(micro_batch, world_size) == REFERENCE
 
 
 @pytest.mark.parametrize(("micro_batch", "world_size"), SHAPES)
-def test_any_step_can_be_the_first(micro_batch: int, world_size: int) -> None:
+def test_a_run_can_resume_at_any_step(micro_batch: int, world_size: int) -> None:
     for first in range(STEPS + 1):
         assert step_of_all_ranks(micro_batch, world_size, first) == REFERENCE[first:]
 
 
-def test_epochs_follow_without_a_gap_each_in_its_own_order() -> None:
+def test_each_epoch_has_its_own_order_and_follows_without_a_gap() -> None:
     stream = flat(REFERENCE)
     epochs = [stream[start : start + COUNT] for start in range(0, len(stream) - COUNT + 1, COUNT)]
     assert len(epochs) == 4
@@ -61,23 +61,23 @@ def test_epochs_follow_without_a_gap_each_in_its_own_order() -> None:
     assert len(set(map(tuple, epochs))) == 4
 
 
-def test_the_seed_decides_the_order() -> None:
+def test_the_order_depends_on_the_seed() -> None:
     other = SampleOrder(run_config(seed=4, micro_batch=8), COUNT, 0, 1)
     assert list(other.micro_batches(0)) != REFERENCE
 
 
-def test_epochs_are_turned_into_steps_that_cover_them() -> None:
+def test_epochs_are_converted_to_enough_steps() -> None:
     assert SampleOrder(run_config(steps=None, epochs=2), COUNT, 0, 1).steps == 3
     assert SampleOrder(run_config(steps=None, epochs=4), COUNT, 0, 1).steps == 5
     assert SampleOrder(run_config(), COUNT, 0, 1).steps == STEPS
 
 
-def test_progress_is_told_in_epochs() -> None:
+def test_steps_are_converted_to_epochs() -> None:
     assert SampleOrder(run_config(), COUNT, 0, 1).epoch(5) == 4.0
 
 
 @pytest.mark.parametrize(("micro_batch", "world_size"), [(3, 1), (2, 3), (16, 1), (8, 2)])
-def test_a_batch_that_does_not_divide_over_the_ranks_is_refused(micro_batch: int, world_size: int) -> None:
+def test_a_global_batch_that_ranks_cannot_divide_is_refused(micro_batch: int, world_size: int) -> None:
     with pytest.raises(FieldError, match=rf"run\.global_batch: 8 .* {micro_batch} x {world_size}"):
         SampleOrder(run_config(micro_batch=micro_batch), COUNT, 0, world_size)
 
@@ -90,7 +90,7 @@ def test_ranks_share_the_first_records_of_the_first_epoch(wanted: int, given: in
 
 
 @pytest.mark.parametrize(("count", "micro_batch", "world_size"), [*product([1, 2, 5, 8, 9, 17], [1, 2, 4], [1, 2, 3])])
-def test_validation_counts_every_record_once_and_keeps_ranks_in_step(
+def test_validation_counts_every_record_once_and_every_rank_runs_the_same_passes(
     count: int, micro_batch: int, world_size: int
 ) -> None:
     by_rank = [rank_batches(count, micro_batch, rank, world_size) for rank in range(world_size)]

@@ -1,4 +1,4 @@
-"""A run on a terminal."""
+"""The live display of a run on a terminal."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import sys
 import pytest
 from rich.console import Console
 
-from student_trainer.loop.metric_accumulator import STAGES, TeacherSums
+from student_trainer.kv_sources.kv_batch import STAGES, TeacherSums
 from student_trainer.monitoring.run_state import RunState
 from student_trainer.monitoring.terminal import on_terminal, render
 from tests.support.begun_run import begun_run
@@ -30,7 +30,7 @@ def text_of(state: RunState, width: int) -> list[str]:
     return console.file.getvalue().splitlines()  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def test_it_says_how_far_the_run_is_how_it_does_and_how_its_teachers_do(run: RunState) -> None:
+def test_the_terminal_shows_progress_metrics_and_teachers(run: RunState) -> None:
     progress, figures, ada, ben = text_of(run, 160)
     assert progress.split()[:2] == ["night", "training"]
     assert "step 1/10" in progress
@@ -42,7 +42,7 @@ def test_it_says_how_far_the_run_is_how_it_does_and_how_its_teachers_do(run: Run
     assert ben.split() == ["ben", "0.0", "kB", "weight", "0.25", "from", "the", "store"]
 
 
-def test_it_fits_a_narrow_terminal_and_a_run_without_a_step(run: RunState) -> None:
+def test_the_display_fits_a_narrow_terminal_and_a_run_without_a_step(run: RunState) -> None:
     assert max(map(len, text_of(run, 60))) <= 60
     starting = " ".join(text_of(RunState(), 80))
     assert "starting" in starting
@@ -58,18 +58,16 @@ def test_the_last_state_stays_on_the_terminal_with_the_log_above_it(
     monkeypatch.setattr(logging.getLogger(), "handlers", [logging.StreamHandler(screen)])
     console = Console(file=screen, force_terminal=True, width=120)
     with on_terminal(run, "night", enabled=True, console=console):
-        assert run.drawn
+        assert run.on_terminal
         logging.getLogger("any").warning("checkpoint saved")
         run.stepped(2, 64)
-    said = screen.getvalue()
-    assert said.index("checkpoint saved") < said.rindex("step 2/10")
+    shown = screen.getvalue()
+    assert shown.index("checkpoint saved") < shown.rindex("step 2/10")
 
 
 @pytest.mark.parametrize(("terminal", "enabled"), [(False, True), (True, False)])
-def test_nothing_is_drawn_where_there_is_no_terminal_or_on_other_ranks(
-    run: RunState, terminal: bool, enabled: bool
-) -> None:
+def test_nothing_is_drawn_without_a_terminal_or_on_other_ranks(run: RunState, terminal: bool, enabled: bool) -> None:
     screen = io.StringIO()
     with on_terminal(run, "night", enabled=enabled, console=Console(file=screen, force_terminal=terminal)):
-        assert not run.drawn
+        assert not run.on_terminal
     assert screen.getvalue() == ""

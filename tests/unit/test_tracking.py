@@ -1,4 +1,4 @@
-"""Figures on disk and on the progress line."""
+"""Metrics on disk and in the progress line."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ def logged(output: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in (output / LINES).read_text(encoding="utf-8").splitlines()]
 
 
-def test_metrics_become_json_lines_and_tensorboard_events(tmp_path: Path) -> None:
+def test_metrics_are_written_to_json_lines_and_tensorboard(tmp_path: Path) -> None:
     tracked(tmp_path, [1, 2])
     assert logged(tmp_path) == [{"step": 1, "train/loss": 0.5}, {"step": 2, "train/loss": 1.0}]
     assert list((tmp_path / "tensorboard").glob("events.*"))
 
 
-def test_a_resumed_run_replaces_what_was_logged_beyond_its_first_step(tmp_path: Path) -> None:
+def test_a_resumed_run_replaces_lines_after_its_first_step(tmp_path: Path) -> None:
     tracked(tmp_path, [1, 2, 3, 4])
     tracked(tmp_path, [3, 4, 5], first_step=2)
     assert [line["step"] for line in logged(tmp_path)] == [1, 2, 3, 4, 5]
@@ -46,7 +46,7 @@ def test_a_run_that_starts_over_drops_all_lines(tmp_path: Path) -> None:
     assert [line["step"] for line in logged(tmp_path)] == [1]
 
 
-def test_a_line_that_was_cut_off_does_not_stop_a_run_from_resuming(tmp_path: Path) -> None:
+def test_a_run_with_an_incomplete_line_can_resume(tmp_path: Path) -> None:
     tracked(tmp_path, [1, 2, 3])
     whole = (tmp_path / LINES).read_text(encoding="utf-8")
     (tmp_path / LINES).write_text(whole[:-9], encoding="utf-8")
@@ -70,7 +70,7 @@ def test_the_progress_line_shows_losses_stall_speed_and_time_left(
     assert caplog.messages == ["step 10/10  loss 1.5000  ce 1.0000  kv 0.5000  stall 25%  64 samples/s  ETA 0:00:00"]
 
 
-def test_the_progress_line_names_teachers_with_a_dead_replica_and_is_left_out_where_a_terminal_shows_more(
+def test_the_progress_line_names_teachers_with_a_failed_replica_unless_a_terminal_shows_the_run(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     dead, alive, other = (ScriptedReplica(name) for name in ("dead:1", "alive:2", "other:3"))
@@ -83,14 +83,14 @@ def test_the_progress_line_names_teachers_with_a_dead_replica_and_is_left_out_wh
     tracker = Tracker(tmp_path, 10, enabled=True, first_step=0, state=state)
     with caplog.at_level(logging.INFO, "student_trainer.monitoring.tracking"):
         tracker.progress(1, {"train/samples_per_second": 64.0})
-        state.drawn = True
+        state.on_terminal = True
         tracker.progress(2, {"train/samples_per_second": 64.0})
     tracker.close()
-    (said,) = [record.message for record in caplog.records if record.name == "student_trainer.monitoring.tracking"]
-    assert said.endswith("  ada 1/2 up")
+    (line,) = [record.message for record in caplog.records if record.name == "student_trainer.monitoring.tracking"]
+    assert line.endswith("  ada 1/2 up")
 
 
-def test_the_curves_of_a_resumed_run_go_on_and_its_figures_are_of_this_process(tmp_path: Path) -> None:
+def test_a_resumed_run_continues_its_curves_but_has_no_current_values(tmp_path: Path) -> None:
     tracked(tmp_path, [1, 2, 3])
     state = RunState()
     tracker = Tracker(tmp_path, 10, enabled=True, first_step=2, state=state)
@@ -101,7 +101,7 @@ def test_the_curves_of_a_resumed_run_go_on_and_its_figures_are_of_this_process(t
     assert state.snapshot().history["train/loss"][-2:] == [(2, 1.0), (3, 9.0)]
 
 
-def test_a_figure_that_is_not_finite_is_left_out_of_its_line(tmp_path: Path) -> None:
+def test_values_that_are_not_finite_are_left_out(tmp_path: Path) -> None:
     tracker = Tracker(tmp_path, 10, enabled=True, first_step=0)
     tracker.log(1, {"train/loss": math.nan, "train/kv_loss": math.inf, "train/lr": 0.5})
     tracker.close()

@@ -1,4 +1,4 @@
-"""The training loop on one rank, with sources in memory and an engine without DeepSpeed."""
+"""The training loop on one rank, with teachers in memory and an engine without DeepSpeed."""
 
 from __future__ import annotations
 
@@ -17,6 +17,8 @@ from safetensors.torch import load_file
 from data.records import Record
 from kvcore.errors import TeacherUnavailableError
 from student_trainer.config import OptimConfig, TrainConfig
+from student_trainer.kv_sources import PendingKV
+from student_trainer.kv_sources.kv_batch import STAGES, TeacherSums
 from student_trainer.loop import checkpoint, ds_engine
 from student_trainer.loop.calibrate import calibrate
 from student_trainer.loop.divergence import DivergedError
@@ -43,16 +45,18 @@ STEPS, GLOBAL_BATCH = 4, 4
 
 
 class MemoryContext(TrainingContext):
-    """TrainingContext whose teachers answer from memory.
+    """TrainingContext with teachers in memory.
 
-    Batches are counted from 0: a teacher does not answer for `fails_at`, and its keys are NaN in `nan_at`.
+    Batches are counted from 0. A teacher does not answer for batch `fails_at`; its keys are NaN in batch `nan_at`.
     """
 
     fails_at: int = -1
     nan_at: int = -1
     batches: int = 0
 
-    def batch(self, records: Sequence[Record], window: MetricAccumulator) -> TrainBatch:
+    def batch(
+        self, records: Sequence[Record], metrics: MetricAccumulator, pending: Sequence[PendingKV] | None = None
+    ) -> TrainBatch:
         type(self).batches += 1
         if type(self).batches - 1 == type(self).fails_at:
             raise TeacherUnavailableError("ada", "no endpoint answers")
@@ -105,9 +109,9 @@ def trainer_in(
     else:
         model.load_frozen(resumed.frozen())
     MemoryContext.batches, MemoryContext.fails_at, MemoryContext.nan_at = 0, fails_at, nan_at
-    sampling = SampleOrder(config.run, len(TRAIN), 0, 1)
-    parts = MemoryContext(config, TOKENIZER, collator(), TRAIN, val, (), model, sampling, resumed, {"run": "a"})
-    return Trainer(config, parts, 0, 1)
+    order = SampleOrder(config.run, len(TRAIN), 0, 1)
+    context = MemoryContext(config, TOKENIZER, collator(), TRAIN, val, {}, model, order, resumed, {"run": "a"})
+    return Trainer(config, context, 0, 1)
 
 
 def logged(output: Path, name: str) -> dict[int, float]:
@@ -116,7 +120,7 @@ def logged(output: Path, name: str) -> dict[int, float]:
 
 
 @pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])
-def test_the_learning_rate_warms_up_in_a_line_and_follows_its_schedule(schedule: str) -> None:
+def test_learning_rate_warms_up_linearly_then_follows_its_schedule(schedule: str) -> None:
     optim = OptimConfig.model_validate({"lr": 0.5, "warmup_ratio": 0.2, "schedule": schedule})
     rates = [learning_rate(optim, step, 20) for step in range(21)]
     assert rates[:5] == pytest.approx([0.125, 0.25, 0.375, 0.5, 0.5])
@@ -129,7 +133,7 @@ def test_the_learning_rate_warms_up_in_a_line_and_follows_its_schedule(schedule:
 
 
 @pytest.mark.parametrize(("warmup", "steps"), [(0.0, 1), (0.0, 7), (1.0, 1), (1.0, 7)])
-def test_a_run_may_be_all_or_no_warm_up(warmup: float, steps: int) -> None:
+def test_warm_up_may_take_no_step_or_all_steps(warmup: float, steps: int) -> None:
     optim = OptimConfig.model_validate({"lr": 0.5, "warmup_ratio": warmup, "schedule": "linear"})
     rates = [learning_rate(optim, step, steps) for step in range(steps)]
     assert all(0 < rate <= 0.5 for rate in rates)
@@ -137,7 +141,7 @@ def test_a_run_may_be_all_or_no_warm_up(warmup: float, steps: int) -> None:
 
 
 @pytest.mark.parametrize("micro_batch", [1, 4])
-def test_losses_depend_on_no_micro_batch_in_training_or_validation(tmp_path: Path, micro_batch: int) -> None:
+def test_losses_do_not_depend_on_the_micro_batch_size(tmp_path: Path, micro_batch: int) -> None:
     trainer_in(tmp_path / "two").train()
     trainer_in(tmp_path / "other", micro_batch=micro_batch).train()
     for name in ("train/loss", "train/kv_loss", "val/loss", "val/task_metrics/accuracy"):
@@ -151,14 +155,14 @@ def test_losses_depend_on_no_micro_batch_in_training_or_validation(tmp_path: Pat
 def test_validation_is_the_mean_over_its_records(tmp_path: Path) -> None:
     trainer = trainer_in(tmp_path)
     trainer.train()
-    model = trainer.parts.model.eval()
+    model = trainer.context.model.eval()
     with torch.no_grad():
         losses = [float(model(train_batch(model, [record]))["loss"]) for record in VAL]
     assert logged(tmp_path, "val/loss") == {STEPS: pytest.approx(sum(losses) / len(losses), rel=1e-4)}
 
 
 @pytest.mark.parametrize("fails_at", [3, 5])
-def test_a_lost_teacher_ends_the_run_with_a_checkpoint_from_which_it_goes_on(tmp_path: Path, fails_at: int) -> None:
+def test_a_run_that_lost_a_teacher_resumes_from_its_checkpoint(tmp_path: Path, fails_at: int) -> None:
     trainer_in(tmp_path / "whole").train()
     with pytest.raises(TeacherUnavailableError, match="'ada'"):
         trainer_in(tmp_path / "lost", fails_at=fails_at).train()
@@ -171,20 +175,20 @@ def test_a_lost_teacher_ends_the_run_with_a_checkpoint_from_which_it_goes_on(tmp
 
 
 @pytest.mark.parametrize("micro_batches_read", [0, 1])
-def test_a_teacher_lost_before_the_first_step_is_what_the_user_is_told(tmp_path: Path, micro_batches_read: int) -> None:
+def test_a_teacher_lost_before_the_first_step_is_reported_by_name(tmp_path: Path, micro_batches_read: int) -> None:
     with pytest.raises(TeacherUnavailableError, match="teacher 'ada': no endpoint answers"):
         trainer_in(tmp_path, fails_at=micro_batches_read).train()
     assert checkpoint.latest(tmp_path / "checkpoints") is None
 
 
-def test_a_run_told_to_stop_before_its_first_step_stops(tmp_path: Path) -> None:
+def test_a_run_can_be_stopped_before_its_first_step(tmp_path: Path) -> None:
     trainer = trainer_in(tmp_path)
     trainer._stop_requested = True
     with pytest.raises(InterruptedRunError, match="told to stop at step 0"):
         trainer.train()
 
 
-def test_a_run_that_lost_a_teacher_in_validation_validates_when_it_goes_on(tmp_path: Path) -> None:
+def test_a_run_that_lost_a_teacher_in_validation_repeats_it_when_resumed(tmp_path: Path) -> None:
     trainer_in(tmp_path / "whole").train()
     with pytest.raises(TeacherUnavailableError):
         trainer_in(tmp_path / "lost", fails_at=STEPS * 2 + 1).train()
@@ -192,14 +196,14 @@ def test_a_run_that_lost_a_teacher_in_validation_validates_when_it_goes_on(tmp_p
     assert logged(tmp_path / "lost", "val/loss") == logged(tmp_path / "whole", "val/loss")
 
 
-def test_without_validation_the_last_model_is_the_best(tmp_path: Path) -> None:
+def test_without_validation_the_last_model_is_saved_as_the_best(tmp_path: Path) -> None:
     summary = trainer_in(tmp_path, val=[]).train()
     assert (summary["best_step"], summary["val_task_metrics"]) == (STEPS, {})
     assert (tmp_path / "best_model" / "latent.safetensors").is_file()
     assert json.loads((tmp_path / "summary.json").read_text(encoding="utf-8"))["steps"] == STEPS
 
 
-def test_the_best_model_is_the_most_accurate_then_the_one_with_the_least_loss(tmp_path: Path) -> None:
+def test_the_best_model_has_the_highest_accuracy_then_the_lowest_loss(tmp_path: Path) -> None:
     trainer = trainer_in(tmp_path)
     trainer.step = 0
     for accuracy, loss, best in [(0.5, 2.0, 1), (0.5, 1.0, 2), (0.4, 0.1, 2), (0.5, 1.0, 2), (0.6, 9.0, 5)]:
@@ -210,11 +214,11 @@ def test_the_best_model_is_the_most_accurate_then_the_one_with_the_least_loss(tm
 
 
 @pytest.mark.parametrize(("best_by", "best"), [("accuracy", 1), ("loss", 2), ("kv_loss", 3)])
-def test_the_best_model_is_best_in_what_the_run_asks_for(tmp_path: Path, best_by: str, best: int) -> None:
+def test_the_best_model_is_chosen_by_best_by(tmp_path: Path, best_by: str, best: int) -> None:
     trainer = trainer_in(tmp_path)
-    run = trainer.parts.config.run.model_copy(update={"best_by": best_by})
-    config = trainer.parts.config.model_copy(update={"run": run})
-    trainer.parts = dataclasses.replace(trainer.parts, config=config)
+    run = trainer.context.config.run.model_copy(update={"best_by": best_by})
+    config = trainer.context.config.model_copy(update={"run": run})
+    trainer.context = dataclasses.replace(trainer.context, config=config)
     for step, (accuracy, loss, kv_loss) in enumerate([(0.9, 3.0, 2.0), (0.1, 1.0, 3.0), (0.2, 2.0, 1.0)], start=1):
         trainer.step = step
         metrics = {"val/task_metrics/accuracy": accuracy, "val/loss": loss, "val/kv_loss": kv_loss}
@@ -231,9 +235,7 @@ def assert_all_saved_is_finite(output: Path) -> None:
 
 
 @pytest.mark.parametrize("nan_at", [4, 5])
-def test_a_loss_that_is_nan_ends_the_run_with_the_last_good_checkpoint_from_which_it_goes_on(
-    tmp_path: Path, nan_at: int
-) -> None:
+def test_a_nan_loss_ends_the_run_which_resumes_from_the_last_finite_checkpoint(tmp_path: Path, nan_at: int) -> None:
     trainer_in(tmp_path / "whole", save_every=1).train()
     trainer = trainer_in(tmp_path / "bad", nan_at=nan_at, save_every=1)
     with pytest.raises(DivergedError) as raised:
@@ -252,21 +254,21 @@ def test_a_loss_that_is_nan_ends_the_run_with_the_last_good_checkpoint_from_whic
         assert logged(tmp_path / "bad", name) == logged(tmp_path / "whole", name)
 
 
-def test_a_loss_that_is_nan_in_the_last_micro_batch_of_a_run_ends_it_without_a_model(tmp_path: Path) -> None:
+def test_a_nan_loss_in_the_last_micro_batch_ends_the_run_without_a_model(tmp_path: Path) -> None:
     with pytest.raises(DivergedError, match=f"step {STEPS}: .* loss, gradient norm"):
         trainer_in(tmp_path, nan_at=2 * STEPS - 1, val=[]).train()
     assert not (tmp_path / "best_model").exists()
     assert checkpoint.latest(tmp_path / "checkpoints") is None
 
 
-def test_parameters_that_a_step_made_infinite_are_noticed_before_they_are_saved(tmp_path: Path) -> None:
+def test_infinite_parameters_are_detected_before_they_are_saved(tmp_path: Path) -> None:
     with pytest.raises(DivergedError, match=r"step 1: .* not finite: parameters or optimizer moments"):
         trainer_in(tmp_path, optim={"lr": 100.0, "weight_decay": 1e38}, val=[], steps=1).train()
     assert not (tmp_path / "best_model").exists()
     assert checkpoint.latest(tmp_path / "checkpoints") is None
 
 
-def test_a_validation_whose_loss_is_nan_never_becomes_the_best(tmp_path: Path) -> None:
+def test_a_validation_with_a_nan_loss_is_never_the_best(tmp_path: Path) -> None:
     # Three validation batches after two steps of two micro-batches, then again after the last step.
     trainer = trainer_in(tmp_path, nan_at=2 * STEPS + 4, eval_every=2, save_every=2)
     with pytest.raises(DivergedError, match=f"step {STEPS}: .* not finite: val/loss;"):
@@ -277,9 +279,21 @@ def test_a_validation_whose_loss_is_nan_never_becomes_the_best(tmp_path: Path) -
     assert_all_saved_is_finite(tmp_path)
 
 
-def test_windows_add_up() -> None:
+def test_metrics_of_logged_steps_add_up_to_those_of_the_run() -> None:
     total = MetricAccumulator()
-    for losses, samples in (({"loss": 1.0}, 4), ({"loss": 2.0, "kv": 1.0}, 8)):
-        total.add(MetricAccumulator(samples=samples, seconds=0.5, losses=losses, stages={"queue": 0.25}))
-    assert (total.samples, total.seconds, total.losses) == (12, 1.0, {"loss": 3.0, "kv": 1.0})
-    assert total.stages == {"queue": 0.5}
+    for samples in (4, 8):
+        logged_steps = MetricAccumulator()
+        logged_steps.add_step(samples, seconds=0.5, align_s=0.125)
+        for teacher in ("ada", "ben"):
+            seconds = dict.fromkeys(STAGES, 0.0) | {"queue": 0.25}
+            logged_steps.add_teacher(teacher, TeacherSums(samples, 1, 100, seconds, raw_bytes=1000, tokens=10))
+        total.add(logged_steps)
+    assert (total.samples, total.seconds) == (12, 1.0)
+    assert total.kv_sums().row()[:5] == [24, 4, 400, 4000, 40]
+    assert total.stages() == dict.fromkeys(STAGES, 0.0) | {"queue": 1.0, "align": 0.25}
+
+
+def test_without_teachers_no_stages_are_logged() -> None:
+    metrics = MetricAccumulator()
+    metrics.add_step(4, seconds=0.5, align_s=0.0)
+    assert metrics.stages() == {}

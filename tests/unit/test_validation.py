@@ -1,10 +1,10 @@
-"""Validation tells its figures apart by the dataset that a record comes from."""
+"""Validation reports its metrics for each dataset that records come from."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import Any, cast
+from typing import Any
 
 import pytest
 import torch
@@ -12,9 +12,10 @@ import torch
 from data.records import Record
 from student_trainer.loop.calibrate import calibrate
 from student_trainer.loop.sample_order import SampleOrder
-from student_trainer.loop.training_context import Teacher, TrainingContext
+from student_trainer.loop.training_context import TrainingContext
 from student_trainer.loop.validation import Validation, validate
 from student_trainer.model.distill_model import DistillModel
+from tests.support.kv_fakes import MemorySource
 from tests.support.training_parts import (
     RECORDS,
     TOKENIZER,
@@ -27,7 +28,7 @@ from tests.support.training_parts import (
 
 CPU = torch.device("cpu")
 SIMILARITY: dict[str, Any] = {"kind": "similarity", "temperature": 0.2, "temperature_floor": 0.1}
-# Mixed, and neither fills its last batch.
+# Two datasets, mixed; neither fills its last batch.
 MIXED = [replace(record, dataset=("even", "odd")[i % 2]) for i, record in enumerate(RECORDS[40:50])]
 EVEN, ODD = MIXED[::2], MIXED[1::2]
 
@@ -49,14 +50,14 @@ def model() -> DistillModel:
 
 def validated(model: DistillModel, records: Sequence[Record]) -> tuple[Validation, TrainingContext]:
     config = train_config(fuse=SIMILARITY, run={"micro_batch": 2, "global_batch": 2}, data={"answer_tokens": 2})
-    teachers = tuple(Teacher(name, cast("Any", None)) for name in model.weights)
-    sampling = SampleOrder(config.run, 40, 0, 1)
-    parts = TrainingContext(config, TOKENIZER, collator(), (), records, teachers, model, sampling, None, {})
-    return validate(model, parts, lambda chosen: train_batch(model, chosen), CPU), parts
+    sources = {name: MemorySource() for name in model.weights}
+    order = SampleOrder(config.run, 40, 0, 1)
+    context = TrainingContext(config, TOKENIZER, collator(), (), records, sources, model, order, None, {})
+    return validate(model, context, lambda chosen: train_batch(model, chosen), CPU), context
 
 
-def test_each_datasets_figures_are_those_of_its_records_alone(model: DistillModel) -> None:
-    found, parts = validated(model, MIXED)
+def test_metrics_of_a_dataset_are_those_of_its_records_alone(model: DistillModel) -> None:
+    found, context = validated(model, MIXED)
     for name, group in (("even", EVEN), ("odd", ODD)):
         alone, _ = validated(model, [replace(record, dataset="") for record in group])
         below = f"val/by_dataset/{name}"
@@ -65,7 +66,7 @@ def test_each_datasets_figures_are_those_of_its_records_alone(model: DistillMode
         for teacher in model.weights:
             weight = f"routing/weights_mean/{teacher}"
             assert found.metrics[f"{below}/{weight}"] == pytest.approx(alone.metrics[weight])
-    entry = found.results(parts, 7)["none"]
+    entry = found.results(context, 7)["none"]
     assert entry["by_dataset"].keys() == {"even", "odd"}
     for one in entry["by_dataset"].values():
         assert one["num_examples"] == 5
@@ -73,10 +74,10 @@ def test_each_datasets_figures_are_those_of_its_records_alone(model: DistillMode
         assert {"score", "loss", "kv_loss"} <= one.keys()
 
 
-def test_the_total_is_the_mean_over_all_records_whatever_their_dataset(model: DistillModel) -> None:
+def test_the_total_is_the_mean_over_all_records_of_all_datasets(model: DistillModel) -> None:
     mixed, _ = validated(model, MIXED)
-    plain, parts = validated(model, [replace(record, dataset="") for record in MIXED])
+    plain, context = validated(model, [replace(record, dataset="") for record in MIXED])
     for name in ("val/loss", "val/kv_loss", "val/task_metrics/accuracy", "routing/weights_mean/ada"):
         assert mixed.metrics[name] == pytest.approx(plain.metrics[name], rel=1e-4), name
     assert not [name for name in plain.metrics if name.startswith("val/by_dataset")]
-    assert "by_dataset" not in plain.results(parts, 7)["none"]
+    assert "by_dataset" not in plain.results(context, 7)["none"]
