@@ -125,7 +125,7 @@ def test_every_sample_of_both_styles_has_what_each_model_computes(
 
 
 @pytest.mark.parametrize("compression", ["r-kv", "full"])
-def test_other_compressions_keep_the_tokens_they_say(
+def test_other_compressions_keep_their_tokens(
     world: ExtractionWorld, extract: Any, tmp_path: Path, compression: str
 ) -> None:
     assert extract(kv_compression=compression, limit=6) == 0
@@ -147,7 +147,7 @@ def test_scopes_below_the_sample_give_positions_by_layer_and_head(extract: Any, 
     assert kvs["ben"]["positions"].shape == (4, 4, 3)
 
 
-def test_shards_in_any_order_make_the_file_that_one_worker_makes(extract: Any, tmp_path: Path) -> None:
+def test_shards_in_any_order_give_the_same_file_as_one_process(extract: Any, tmp_path: Path) -> None:
     assert extract(tmp_path / "one") == 0
     for number in (3, 1):
         assert extract(tmp_path / "three", shard=f"{number}/3") == 0
@@ -158,7 +158,7 @@ def test_shards_in_any_order_make_the_file_that_one_worker_makes(extract: Any, t
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
-def test_a_run_that_was_ended_goes_on_with_what_is_missing(
+def test_interrupted_run_resumes(
     world: ExtractionWorld,
     endpoints: list[str],
     extract: Any,
@@ -193,7 +193,7 @@ def test_a_run_that_was_ended_goes_on_with_what_is_missing(
     assert_same_kv(tmp_path / "out" / "train_kv.pt", tmp_path / "whole" / "train_kv.pt")
 
 
-def test_what_is_finished_is_not_done_again_and_nothing_else_is_put_in_its_place(
+def test_finished_extraction_is_neither_repeated_nor_replaced(
     extract: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert extract(limit=4) == 0
@@ -208,7 +208,7 @@ def test_what_is_finished_is_not_done_again_and_nothing_else_is_put_in_its_place
     assert (tmp_path / "out" / "train_kv.pt").stat().st_mtime_ns == written
 
 
-def test_a_crash_while_the_file_is_written_asks_no_teacher_again(
+def test_crash_while_writing_file_needs_no_teacher_to_resume(
     extract: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def crash(*_: object) -> None:
@@ -222,7 +222,7 @@ def test_a_crash_while_the_file_is_written_asks_no_teacher_again(
     assert len(load_pt(tmp_path / "out" / "train_kv.pt")) == 4
 
 
-def test_a_disk_that_is_too_small_is_refused_before_anything_is_written(
+def test_too_small_disk_is_refused_before_writing(
     extract: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     usage = shutil.disk_usage(tmp_path)._replace(free=100_000)
@@ -232,7 +232,7 @@ def test_a_disk_that_is_too_small_is_refused_before_anything_is_written(
     assert list((tmp_path / "out").rglob("*.safetensors")) == []
 
 
-def test_long_samples_and_such_as_a_teacher_cannot_serve_are_told_and_listed(
+def test_left_out_samples_are_logged_and_listed(
     world: ExtractionWorld, extract: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     lines = [dict(row) for row in world.rows[:4]]

@@ -102,7 +102,7 @@ def test_the_guides_command_scores_all_seven(validated: Path, copies: Path) -> N
     assert "\r" not in done.stderr
 
 
-def test_a_dataset_that_cannot_be_had_fails_the_command_and_writes_nothing(
+def test_missing_dataset_fails_and_writes_nothing(
     validated: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("TQDM_DISABLE", "1")
@@ -157,7 +157,7 @@ def test_only_a_validation_of_the_same_model_is_kept(validated: Path, copies: Pa
     assert "val" not in evaluate(EvalSettings(model_path=str(validated / "best_model"), **same))
 
 
-def test_a_damaged_file_is_not_written_over(stage: Path, copies: Path) -> None:
+def test_damaged_results_file_is_not_overwritten(stage: Path, copies: Path) -> None:
     (stage / "eval_results.json").write_text("{", encoding="utf-8")
     settings = {"eval_datasets": ("truthfulqa",), "data_dir": copies, "limit": 1}
     with pytest.raises(FieldError, match="is not JSON"):

@@ -44,14 +44,14 @@ def test_doctor_finds_the_real_packages_and_the_server(server: TeacherProcess, t
     assert f"teacher {server.endpoint}  ada: 3 layers, 2 KV heads of 16" in done.stdout
 
 
-def test_inspect_shows_what_a_server_says_of_itself(server: TeacherProcess) -> None:
+def test_inspect_shows_server_description(server: TeacherProcess) -> None:
     shown, said = inspect(server.endpoint), server.info()
     assert said["teacher"]["weights_digest"] in shown
     assert "3 layers, 2 KV heads of 16" in shown
     assert "384 bytes per token (bf16)" in shown
 
 
-def test_planned_bytes_are_those_that_the_server_sends(world: World, server: TeacherProcess) -> None:
+def test_planned_bytes_equal_sent_bytes(world: World, server: TeacherProcess) -> None:
     changes: dict[str, Any] = {"kv": {"selection": {"selector": "full"}}, "align": {"time": "linear"}}
     config = parse(world.config("run", {"ada": [server.endpoint]}, **changes), TrainConfig)
     settings = config.align.model_dump(exclude={"time", "calibration_samples"})

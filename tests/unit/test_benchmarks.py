@@ -93,7 +93,7 @@ def test_every_subject_of_bbh_knows_its_answers(benchmarks: dict[str, Benchmark]
         assert score(task, doc, "So the answer is nothing") == 0.0, name
 
 
-def test_gpqa_asks_the_same_in_every_run(benchmarks: dict[str, Benchmark], copies: Path) -> None:
+def test_gpqa_option_order_is_deterministic(benchmarks: dict[str, Benchmark], copies: Path) -> None:
     (again,) = load_benchmarks(["gpqa"], copies)
     task, doc, prompt = ask(benchmarks["gpqa"])
     assert ask(again)[2] == prompt
@@ -134,7 +134,7 @@ def test_truthfulqa_keeps_its_opening_questions(benchmarks: dict[str, Benchmark]
 
 
 @pytest.mark.parametrize("form", ["json", "parquet", "directory of a split", "parquet in a directory", "saved"])
-def test_a_local_copy_has_any_common_form(form: str, copies: Path, tmp_path: Path) -> None:
+def test_local_copy_may_have_any_supported_format(form: str, copies: Path, tmp_path: Path) -> None:
     rows = [json.loads(line) for line in (copies / "gsm8k_test.jsonl").read_text(encoding="utf-8").splitlines()]
     table = Dataset.from_list(rows)
     place = tmp_path / "gsm8k_test"
@@ -157,7 +157,7 @@ def test_a_local_copy_has_any_common_form(form: str, copies: Path, tmp_path: Pat
     assert [doc["question"] for doc in docs] == [row["question"] for row in rows]
 
 
-def test_all_datasets_that_cannot_be_had_are_named_at_once(copies: Path, tmp_path: Path) -> None:
+def test_all_missing_datasets_are_listed_together(copies: Path, tmp_path: Path) -> None:
     for name in ("gsm8k_test.jsonl", "truthfulqa.jsonl"):
         shutil.copy(copies / name, tmp_path)
     (tmp_path / "math500.jsonl").write_text('{"question": "1+1?", "answer": "2"}\n', encoding="utf-8")
@@ -175,7 +175,7 @@ def test_all_datasets_that_cannot_be_had_are_named_at_once(copies: Path, tmp_pat
     assert "gsm8k_test: " not in message
 
 
-def test_a_reference_that_is_no_number_shows_before_a_model_runs(tmp_path: Path) -> None:
+def test_non_numeric_reference_fails_at_load(tmp_path: Path) -> None:
     row = {"question": "How many?", "answer": "Two and two make four."}
     (tmp_path / "gsm8k_test.jsonl").write_text(json.dumps(row) + "\n", encoding="utf-8")
     with pytest.raises(ConfigError, match=r"gsm8k_test: the answer of 'How many\?' is not a number: 'Two and"):
@@ -195,14 +195,14 @@ def test_names_are_checked_before_anything_is_read(tmp_path: Path) -> None:
         load_benchmarks(["gpqa"], tmp_path / "missing")
 
 
-def test_names_that_nobody_knows_name_the_nearest(copies: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unknown_benchmark_error_suggests_nearest_name(copies: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # lm-eval's own tasks take half a minute to list.
     monkeypatch.setattr(suite, "TaskManager", lambda **given: TaskManager(**{**given, "include_defaults": False}))
     with pytest.raises(FieldError, match="unknown dataset 'gsm8k_tset'; did you mean 'gsm8k_test'"):
         load_benchmarks(["gpqa", "gsm8k_tset"], copies)
 
 
-def test_tasks_of_ones_own_run_beside_the_benchmarks(tmp_path: Path) -> None:
+def test_user_tasks_are_loaded_from_tasks_dir(tmp_path: Path) -> None:
     (tmp_path / "own.yaml").write_text(OWN_TASK.format(path=tmp_path / "own.jsonl"), encoding="utf-8")
     (tmp_path / "own.jsonl").write_text('{"q": "1+1=", "a": "2"}\n', encoding="utf-8")
     (benchmark,) = load_benchmarks(["own"], tasks_dir=tmp_path)
@@ -210,7 +210,7 @@ def test_tasks_of_ones_own_run_beside_the_benchmarks(tmp_path: Path) -> None:
     assert benchmark.count(None) == 1
 
 
-def test_a_metric_that_is_no_mean_has_no_score(tmp_path: Path) -> None:
+def test_metric_without_mean_is_refused(tmp_path: Path) -> None:
     text = OWN_TASK.replace("generate_until", "loglikelihood_rolling").replace("exact_match", "word_perplexity")
     text = text.replace("aggregation: mean", "aggregation: weighted_perplexity")
     (tmp_path / "own.yaml").write_text(text.format(path=tmp_path / "own.jsonl"), encoding="utf-8")
@@ -219,7 +219,7 @@ def test_a_metric_that_is_no_mean_has_no_score(tmp_path: Path) -> None:
         load_benchmarks(["own"], tasks_dir=tmp_path)
 
 
-def test_answers_are_as_long_as_the_model_has_room_for(copies: Path) -> None:
+def test_answer_length_is_limited_by_context(copies: Path) -> None:
     (benchmark,) = load_benchmarks(["gsm8k_test"], copies)
 
     class Short:

@@ -74,7 +74,7 @@ def test_byte_ends_count_the_bytes_of_the_whole_text_across_parts() -> None:
                 assert text[:end].endswith(token.encode()), (record.id, place)
 
 
-def test_a_prompt_is_tokenised_alike_for_training_and_for_inference() -> None:
+def test_prompt_tokens_are_equal_in_training_and_inference() -> None:
     maker = collator()
     batch = maker(RECORDS)
     ids_BP, mask_BP = maker.prompts([record.prompt for record in RECORDS])
@@ -112,7 +112,7 @@ def test_a_tokenizer_without_an_end_of_sequence_is_refused() -> None:
         Collator(tokenizer, 512)
 
 
-def test_a_batch_moves_to_a_device_whole() -> None:
+def test_batch_moves_to_device() -> None:
     moved = collator()(RECORDS).to(torch.device("meta"))
     assert moved.records == RECORDS
     tensors = [getattr(moved, field.name) for field in fields(moved) if field.name != "records"]

@@ -70,7 +70,7 @@ def test_a_port_is_published_on_loopback_alone(service):
 
 
 @each_service
-def test_a_container_has_no_rights_to_lose_and_nothing_to_write_but_its_volumes(service):
+def test_containers_are_unprivileged_and_write_only_to_volumes(service):
     assert service["read_only"] is True
     assert service["cap_drop"] == ["ALL"]
     assert service["security_opt"] == ["no-new-privileges:true"]
@@ -83,7 +83,7 @@ def test_a_container_has_its_limits(service):
     assert {"memory", "pids"} <= service["deploy"]["resources"]["limits"].keys()
 
 
-def test_everything_that_stays_says_whether_it_is_well():
+def test_long_running_services_have_health_checks():
     assert {name for name, service in SERVICES.items() if "healthcheck" not in service} == {"models"}
 
 
@@ -95,7 +95,7 @@ def test_start_up_waits_for_models_then_for_every_teacher():
 
 
 @each_teacher
-def test_a_teacher_is_asked_where_it_listens(name):
+def test_teacher_health_check_uses_its_port(name):
     config, service = served_by(name), SERVICES[name]
     assert (config.grpc_host, config.http_host) == ("0.0.0.0", "0.0.0.0")
     assert [int(port.rpartition(":")[2]) for port in service["ports"]] == [config.grpc_port, config.http_port]
@@ -104,7 +104,7 @@ def test_a_teacher_is_asked_where_it_listens(name):
 
 
 @each_teacher
-def test_a_teacher_is_not_ended_before_it_has_drained(name):
+def test_teacher_stop_grace_period_exceeds_drain(name):
     assert seconds(SERVICES[name]["stop_grace_period"]) > served_by(name).drain_seconds + 5
 
 
@@ -134,7 +134,7 @@ def test_a_student_is_watched_where_it_listens_and_writes_to_its_volume(name):
         assert any(path.is_relative_to(mount) for mount in mounts)
 
 
-def test_only_what_makes_the_models_may_write_them():
+def test_only_the_models_service_writes_models():
     writers = [name for name, service in SERVICES.items() if "models:/models" in service.get("volumes", [])]
     assert writers == ["models"]
 
@@ -146,7 +146,7 @@ def test_each_image_is_built_by_one_service_and_named_after_this_version():
     assert sorted(s["image"] for s in SERVICES.values() if "build" in s) == sorted(ours)
 
 
-def test_the_images_run_as_a_user_without_rights():
+def test_images_run_as_unprivileged_user():
     stages = re.split(r"^FROM ", DOCKERFILE, flags=re.MULTILINE)
     images = [stage for stage in stages if re.match(r"base AS (trainer|teacher)\n", stage)]
     assert len(images) == 2
@@ -167,7 +167,7 @@ def test_the_images_are_given_every_package_of_the_project():
     assert all((ROOT / path).exists() for path in let_in)
 
 
-def test_every_pin_of_the_cuda_images_is_exact_and_no_pin_is_said_twice():
+def test_cuda_pins_are_exact_and_unique():
     lines = {name: (ROOT / name).read_text("utf-8").splitlines() for name in ("constraints.txt", CUDA_CONSTRAINTS)}
     pins = {name: [line for line in some if not line.startswith("#")] for name, some in lines.items()}
     assert all(re.fullmatch(r"[\w.-]+==[\w.]+", pin) for some in pins.values() for pin in some)

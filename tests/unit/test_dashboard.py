@@ -95,19 +95,19 @@ def test_expressions_ask_for_label_values_that_exist() -> None:
             assert (label, value) in values, name
 
 
-def test_the_page_explains_every_metric_and_every_alert(known: set[str]) -> None:
+def test_docs_explain_every_metric_and_alert(known: set[str]) -> None:
     unexplained = {name for name in known if f"`{name.removesuffix('_bucket')}`" not in PAGE}
     assert {name for name in unexplained if not name.endswith(("_sum", "_count")) and "process_" not in name} == set()
     headings = re.findall(r"^### (\w+)$", PAGE, re.MULTILINE)
     assert {rule["alert"] for rule in rules()} <= set(headings)
 
 
-def test_the_page_explains_nothing_that_is_gone(known: set[str]) -> None:
+def test_docs_explain_no_removed_metric(known: set[str]) -> None:
     told = set(re.findall(r"`(kvdistill_\w+)`", PAGE))
     assert told <= known | {name.removesuffix("_bucket") for name in known}
 
 
-def test_every_alert_is_tested_to_fire_and_not_to() -> None:
+def test_every_alert_has_a_firing_and_a_quiet_test() -> None:
     files = sorted((PROMETHEUS / "tests").glob("*.yml"))
     checks = [check for file in files for test in load(file)["tests"] for check in test["alert_rule_test"]]
     fires = {check["alertname"] for check in checks if check["exp_alerts"]}
@@ -119,7 +119,7 @@ def test_every_alert_is_tested_to_fire_and_not_to() -> None:
         assert rule["labels"]["severity"] in ("warning", "critical")
 
 
-def test_panels_lie_beside_one_another() -> None:
+def test_panels_do_not_overlap() -> None:
     places = [panel["gridPos"] for panel in panels()]
     assert all(place["x"] >= 0 and place["x"] + place["w"] <= 24 for place in places)
     for a, b in combinations(places, 2):

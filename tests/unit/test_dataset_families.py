@@ -56,15 +56,15 @@ def questions(name: str) -> list[Question]:
         ),
     ],
 )
-def test_answers_are_read_from_the_true_schema(name: str, answers: list[str]) -> None:
+def test_rows_in_the_original_schema_are_parsed(name: str, answers: list[str]) -> None:
     assert [question.answer for question in questions(name)] == answers
 
 
-def test_gsm8k_reasons_without_the_calculators_notes_and_the_result() -> None:
+def test_gsm8k_reasoning_has_no_calculator_annotations_or_result() -> None:
     assert questions("gsm8k")[0].reasoning == "She bakes 3*12=36 rolls.\nShe keeps 36-30=6 rolls."
 
 
-def test_svamp_asks_body_and_question_and_reasons_by_the_equation() -> None:
+def test_svamp_question_joins_body_and_question_and_reasoning_is_the_equation() -> None:
     found = questions("svamp")
     assert found[0].stem.startswith("There are 87 oranges in a crate and 29 in a bowl. How many")
     assert [question.reasoning for question in found[:1] + found[4:6]] == [
@@ -74,24 +74,24 @@ def test_svamp_asks_body_and_question_and_reasons_by_the_equation() -> None:
     ]
 
 
-def test_strategyqa_takes_facts_as_one_text_or_as_a_list() -> None:
+def test_strategyqa_facts_may_be_a_string_or_a_list() -> None:
     row = rows("strategyqa")[0]
     parse = find_family("strategyqa").parse
     assert parse(row).reasoning == "Penguins cannot fly. A roof is higher than a penguin can jump."
     assert parse(row | {"facts": ["One. ", "Two."]}).reasoning == "One. Two."
 
 
-def test_math23k_reasons_by_its_equation_and_result() -> None:
+def test_math23k_reasoning_is_the_equation() -> None:
     assert questions("math23k")[3].reasoning == "x=150*(1-40%)=90"
 
 
-def test_arc_has_lettered_options_whatever_their_labels_and_no_reasoning() -> None:
+def test_arc_options_are_lettered_and_reasoning_is_empty() -> None:
     numbered = questions("arc_challenge")[4]
     assert numbered.options == "A. metre\nB. newton\nC. kelvin\nD. second"
     assert numbered.reasoning == ""
 
 
-def test_hotpotqa_reads_the_supporting_paragraphs_only_and_reasons_by_their_facts() -> None:
+def test_hotpotqa_keeps_supporting_paragraphs_and_reasoning_is_their_facts() -> None:
     first, last = questions("hotpotqa")[0], questions("hotpotqa")[-1]
     assert first.context == (
         "Blue Harbour: Blue Harbour is a novel by Ada Kern. It has twelve chapters.\n"
@@ -116,7 +116,7 @@ def test_hotpotqa_reads_the_supporting_paragraphs_only_and_reasons_by_their_fact
         ("hotpotqa", {"supporting_facts": {"title": ["None"], "sent_id": [0]}}, "no supporting fact"),
     ],
 )
-def test_a_row_that_makes_no_question_says_why(name: str, change: dict[str, Any], reason: str) -> None:
+def test_unusable_row_is_dropped_with_its_reason(name: str, change: dict[str, Any], reason: str) -> None:
     with pytest.raises(RowDroppedError, match=reason):
         find_family(name).parse(rows(name)[0] | change)
 
@@ -135,17 +135,17 @@ def test_a_row_that_makes_no_question_says_why(name: str, change: dict[str, Any]
         ("plain", None),
     ],
 )
-def test_the_last_box_is_read_with_its_braces(solution: str, result: str | None) -> None:
+def test_last_box_is_read_with_matched_braces(solution: str, result: str | None) -> None:
     assert last_boxed(solution) == result
 
 
-def test_an_unknown_dataset_is_refused_with_the_nearest() -> None:
+def test_unknown_dataset_error_suggests_nearest_name() -> None:
     with pytest.raises(FieldError, match="did you mean 'gsm8k'"):
         find_family("gsm8")
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_made_up_rows_have_the_columns_of_the_true_ones_and_parse(name: str) -> None:
+def test_generated_rows_have_the_original_columns_and_parse(name: str) -> None:
     family = find_family(name)
     made = [MAKERS[name](index) for index in range(50)]
     assert list(made[0]) == list(rows(name)[0])

@@ -85,7 +85,7 @@ def array(path: Path, rows: list[dict[str, Any]]) -> Path:
         ("repository", like_the_hub),
     ],
 )
-def test_every_form_of_copy_gives_the_training_rows(
+def test_every_copy_format_gives_the_training_rows(
     tmp_path: Path, name: str, write: Callable[[Path, list[dict[str, Any]]], Path]
 ) -> None:
     path = write(tmp_path / name, made("gsm8k"))
@@ -101,14 +101,14 @@ def test_nested_columns_survive(tmp_path: Path) -> None:
         assert sorted(map(str, read_rows(Source(find_family(name), path), 0, 99))) == sorted(map(str, made(name)))
 
 
-def test_math23k_is_read_as_its_authors_wrote_it(tmp_path: Path) -> None:
+def test_math23k_is_read_in_its_original_format(tmp_path: Path) -> None:
     """One object after the other on several lines each, in a directory of its own."""
     lines(tmp_path / "math23k" / "math23k.json", made("math23k"), indent=2)
     source = find_source(find_family("math23k"), {}, tmp_path)
     assert list(read_rows(source, 0, 99)) == made("math23k")
 
 
-def test_all_configurations_of_a_copy_of_the_hub_are_read(tmp_path: Path) -> None:
+def test_all_configurations_of_a_hub_clone_are_read(tmp_path: Path) -> None:
     family = find_family("math")
     names = [f"- config_name: {name}\n  data_files: {name}/train-*\n" for name in family.configs]
     for index, name in enumerate(family.configs):
@@ -117,7 +117,7 @@ def test_all_configurations_of_a_copy_of_the_hub_are_read(tmp_path: Path) -> Non
     assert list(read_rows(Source(family, tmp_path), 0, 99)) == made("math", len(family.configs))
 
 
-def test_a_large_dataset_gives_a_shuffled_part_that_the_seed_decides(tmp_path: Path) -> None:
+def test_large_dataset_is_sampled_by_seed(tmp_path: Path) -> None:
     source = Source(find_family("hotpotqa"), lines(tmp_path / "hotpotqa.jsonl", made("hotpotqa", 40)))
 
     def ids(seed: int) -> list[str]:
@@ -127,7 +127,7 @@ def test_a_large_dataset_gives_a_shuffled_part_that_the_seed_decides(tmp_path: P
     assert ids(1) == ids(1) != ids(2)
 
 
-def test_a_named_copy_goes_before_the_directory_and_that_before_the_hub(tmp_path: Path) -> None:
+def test_local_path_precedes_data_dir_which_precedes_hub(tmp_path: Path) -> None:
     family = find_family("gsm8k")
     assert find_source(family, {}, tmp_path) == Source(family, None)
     assert "openai/gsm8k (main)" in str(find_source(family, {}, None))
@@ -140,14 +140,14 @@ def test_a_named_copy_goes_before_the_directory_and_that_before_the_hub(tmp_path
         find_source(family, {}, tmp_path)
 
 
-def test_what_cannot_be_had_is_named_with_the_ways_to_provide_it(tmp_path: Path) -> None:
+def test_missing_dataset_error_says_how_to_provide_it(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"'math23k'.*local_paths=\{'math23k': PATH\}.*KVDISTILL_DATA_DIR"):
         find_source(find_family("math23k"), {}, tmp_path)
     with pytest.raises(FieldError, match=r"local_paths.gsm8k: there is no"):
         find_source(find_family("gsm8k"), {"gsm8k": tmp_path / "none"}, None)
 
 
-def test_a_hub_that_cannot_be_reached_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unreachable_hub_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
     with pytest.raises(ConfigError, match=r"'gsm8k' cannot be read from hub: openai/gsm8k.*reach.*local_paths"):
         list(read_rows(Source(find_family("gsm8k"), None), 0, 99))
@@ -214,7 +214,7 @@ def other_columns(path: Path) -> Path:
         (other_columns, "row 1 has no column answer; it has question, text"),
     ],
 )
-def test_a_copy_that_cannot_be_read_is_an_error(tmp_path: Path, write: Callable[[Path], Path], problem: str) -> None:
+def test_unreadable_copy_raises_config_error(tmp_path: Path, write: Callable[[Path], Path], problem: str) -> None:
     path = write(tmp_path / "copy")
     with pytest.raises(ConfigError, match=problem):
         _consume(read_rows(Source(find_family("gsm8k"), path), 0, 99))

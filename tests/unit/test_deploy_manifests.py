@@ -63,7 +63,7 @@ def teacher(**changes: Any) -> Document:
     return changed
 
 
-def test_parts_that_fit_have_no_problem() -> None:
+def test_consistent_manifests_have_no_problem() -> None:
     assert found(TEACHER, PREPARE, run(BOTH)) == []
 
 
@@ -79,12 +79,12 @@ def test_parts_that_fit_have_no_problem() -> None:
         (teacher(command=["kvdistill"]), "demo: teacher-a: expected python -m kvdistill serve"),
     ],
 )
-def test_a_server_that_would_not_run_as_its_pod_says_is_named(changed: Document, problem: str) -> None:
+def test_inconsistent_server_flags_are_named(changed: Document, problem: str) -> None:
     (said,) = found(changed, PREPARE, run(BOTH))
     assert problem in said
 
 
-def test_every_replica_is_asked_and_no_other() -> None:
+def test_run_lists_exactly_the_existing_replicas() -> None:
     assert found(TEACHER, run(BOTH[:1])) == ["demo: run.yaml: teacher-a-1.teacher-a:50051 is missing"]
     assert found(TEACHER, SCALER, run(BOTH)) == ["demo: run.yaml: teacher-a-2.teacher-a:50051 is missing"]
     assert found(TEACHER, run([*BOTH, "teacher-b-0.teacher-b:50051"])) == [
@@ -92,13 +92,13 @@ def test_every_replica_is_asked_and_no_other() -> None:
     ]
 
 
-def test_training_waits_longer_than_a_server_may_load() -> None:
+def test_patience_must_exceed_server_load_time() -> None:
     slow = teacher(startupProbe={"periodSeconds": 10, "failureThreshold": 31})
     (said,) = found(slow, run(BOTH))
     assert said == "demo: run.yaml: kv.patience_s must be longer than the time a server may take to load, 310 s"
 
 
-def test_flags_of_a_preparation_are_read() -> None:
+def test_wrong_flags_of_prepare_job_are_named() -> None:
     wrong = copy.deepcopy(PREPARE)
     module = "experiments.train_multi_teacher_kv"
     wrong["spec"]["template"]["spec"]["containers"][0]["args"] = ["python", "-m", module, "--prepare_onyl", "true"]

@@ -28,7 +28,7 @@ def found(name: str, disk: Path) -> Check:
     return check
 
 
-def test_a_sound_machine_has_no_problem(tmp_path: Path) -> None:
+def test_doctor_finds_no_problem_on_working_machine(tmp_path: Path) -> None:
     states = {check.name: check.state for check in checks([], tmp_path / "not" / "there" / "yet")}
     assert "problem" not in states.values()
     assert states["torch"] == states["ports"] == states["disk"] == "ok"
@@ -45,7 +45,7 @@ def test_a_package_that_cannot_be_imported_is_a_problem_with_its_reason(
     assert "make setup" in check.next_step
 
 
-def test_a_package_whose_import_ends_the_process_is_a_problem(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_crashing_import_is_a_problem(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "PACKAGES", {"torch": "import os; os.abort()"})
     assert found("torch", tmp_path).found == "cannot be imported: exit status -6"
 
@@ -71,7 +71,7 @@ def test_gpus_that_torch_cannot_use_are_a_problem(tmp_path: Path, monkeypatch: p
     assert "CUDA build of torch" in check.next_step
 
 
-def test_a_teacher_that_is_not_there_ends_the_command_with_status_1(
+def test_unreachable_teacher_exits_with_1(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with socket.socket() as held:
@@ -92,7 +92,7 @@ def test_a_teacher_without_a_port_is_refused_as_its_flag(tmp_path: Path) -> None
         checks(["node1"], tmp_path)
 
 
-def test_a_run_s_teachers_are_asked_too(
+def test_teachers_of_config_are_checked(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     asked: list[str] = []
@@ -115,6 +115,6 @@ def test_a_run_s_teachers_are_asked_too(
     assert "problem" not in capsys.readouterr().out
 
 
-def test_the_report_puts_what_to_do_below_what_was_found() -> None:
+def test_report_shows_next_step_below_problem() -> None:
     shown = report([Check("a", "ok", "fine"), Check("long name", "problem", "broken", "fix it")])
     assert shown.splitlines() == ["ok       a          fine", "problem  long name  broken", "         next: fix it"]

@@ -38,7 +38,7 @@ def weighed(*likelihoods: float) -> dict[str, Any]:
     }
 
 
-def test_the_interval_is_that_of_the_mean() -> None:
+def test_interval_contains_the_mean() -> None:
     values = [1.0] * 70 + [0.0] * 30
     low, high = bootstrap_interval(values)
     error = 1.96 * (0.7 * 0.3 / 100) ** 0.5
@@ -49,7 +49,7 @@ def test_the_interval_is_that_of_the_mean() -> None:
     assert narrow[1] - narrow[0] == pytest.approx((high - low) / 5, rel=0.1)
 
 
-def test_the_interval_covers_the_truth_about_as_often_as_it_says() -> None:
+def test_interval_has_nominal_coverage() -> None:
     generator = np.random.default_rng(3)
     covered = 0
     for _ in range(100):
@@ -70,7 +70,7 @@ def test_an_entry_has_what_the_guide_reads() -> None:
     assert "subjects" not in entry
 
 
-def test_subjects_are_told_apart_and_questions_weigh_the_same() -> None:
+def test_subjects_are_reported_and_questions_weighted_equally() -> None:
     samples = {"bbh::navigate": [generated(0, 1.0)], "bbh::snarks": [generated(0, 0.0), generated(1, 0.0)]}
     entry = dataset_entry("bbh", "exact_match", question_lines(samples, "exact_match", "answer"))
     assert entry["score"] == pytest.approx(100 / 3)
@@ -95,7 +95,7 @@ def test_each_question_has_a_line(tmp_path: Path) -> None:
     }
 
 
-def test_a_weighed_question_shows_its_choices() -> None:
+def test_multiple_choice_line_has_likelihoods_of_choices() -> None:
     (line,) = question_lines({"t": [weighed(-3.0, -1.5)]}, "acc", "none")
     assert line["answer"] == " B"
     assert line["choices"] == [{"text": " A", "loglikelihood": -3.0}, {"text": " B", "loglikelihood": -1.5}]
@@ -107,7 +107,7 @@ def test_only_the_chosen_filter_counts() -> None:
     assert line["score"] == 1.0
 
 
-def test_likelihoods_that_are_no_numbers_are_no_answers() -> None:
+def test_non_finite_likelihoods_raise() -> None:
     # The right choice of TruthfulQA is its first, and the first of several NaN is taken for the largest.
     for bad in (float("nan"), float("-inf")):
         with pytest.raises(KVDistillError, match="question 0 are not finite"):

@@ -20,7 +20,7 @@ def read(*more: str) -> ExtractConfig:
     return FLAGS.read([*NEEDED, *more], "x")
 
 
-def test_the_guides_command_is_understood() -> None:
+def test_guide_command_parses() -> None:
     config = read("--output_name", "train_kv", "--kv_compression", "right", "--max_length", "2048", "--device", "cuda")
     assert config.teacher_models == ("a/t1", "a/t2")
     assert (config.device, config.max_length, config.format) == ("cuda", 2048, "pt")
@@ -43,7 +43,7 @@ def test_only_models_dataset_and_directory_have_to_be_named() -> None:
         (["--kv_compression", "full", "--span", "reasoning"], Selection(selector="full", span="reasoning")),
     ],
 )
-def test_a_store_holds_what_training_reads_by_default(flags: list[str], selection: Selection) -> None:
+def test_default_store_settings_match_training_defaults(flags: list[str], selection: Selection) -> None:
     config = read("--format", "store", *flags)
     assert config.selection == selection
     assert (config.codec_spec.name, config.all_layers, config.store) == ("int8", False, Path("o/train_kv"))
@@ -100,7 +100,7 @@ def test_every_field_has_a_flag_and_help_says_how_to_use_them() -> None:
 
 
 @pytest.mark.parametrize("command", [["scripts/extract_dual_style_kv.py"], ["-m", "kvdistill", "extract"]])
-def test_both_commands_end_a_mistake_with_one_line_and_status_2(command: list[str]) -> None:
+def test_user_error_prints_one_line_and_exits_with_2(command: list[str]) -> None:
     done = subprocess.run(
         [sys.executable, *command, *NEEDED, "--nonsense", "1"],
         cwd=REPOSITORY,
@@ -113,6 +113,6 @@ def test_both_commands_end_a_mistake_with_one_line_and_status_2(command: list[st
     assert "--nonsense: unknown flag" in done.stderr
 
 
-def test_mistakes_show_before_torch_is_loaded() -> None:
+def test_flags_are_checked_before_torch_is_imported() -> None:
     code = "import sys, extraction.command; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, check=False).returncode == 0

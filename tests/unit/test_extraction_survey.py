@@ -84,17 +84,17 @@ def test_samples_without_text_in_the_span_are_left_out_by_name(tmp_path: Path) -
     assert list(found.kept()) == [0, 2]
 
 
-def test_a_dataset_of_which_nothing_is_left_is_an_error(tmp_path: Path) -> None:
+def test_dataset_without_usable_samples_raises(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="all 4 samples are left out"):
         survey(Items(as_lines(tmp_path, ROWS)), TOKENIZER, config(max_length=1))
 
 
-def test_an_id_that_comes_twice_is_an_error(tmp_path: Path) -> None:
+def test_duplicate_id_raises(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="'a-cot' is already the id of row 1"):
         survey(Items(as_lines(tmp_path, [*ROWS, ROWS[0]])), TOKENIZER, config())
 
 
-def test_another_text_is_another_dataset(tmp_path: Path) -> None:
+def test_digest_changes_with_text(tmp_path: Path) -> None:
     digests = set()
     for reasoning in ("It is 4. ", "It is 4."):
         items = Items(as_lines(tmp_path, [{**ROWS[0], "reasoning": reasoning}]))
@@ -103,7 +103,7 @@ def test_another_text_is_another_dataset(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("codec", ["raw", "bf16", "int8"])
-def test_the_size_that_is_told_is_the_size_that_is_written(tmp_path: Path, codec: Any) -> None:
+def test_estimated_size_equals_written_size(tmp_path: Path, codec: Any) -> None:
     plan = KVPlan(
         layers=(0, 1, 2), selection=Selection(selector="right", budget=6, span="all"), codec=CodecSpec(name=codec)
     )

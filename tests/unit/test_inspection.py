@@ -21,7 +21,7 @@ def field(shown: str, name: str) -> str:
     return found
 
 
-def test_a_store_is_told_by_teacher_plan_and_sizes(tmp_path: Path) -> None:
+def test_store_shows_teacher_plan_and_sizes(tmp_path: Path) -> None:
     shown = inspect(str(fill(tmp_path / "ada")))
     assert field(shown, "teacher") == "fake: 5 layers, 2 KV heads of 4"
     assert field(shown, "layers") == "3 of 5: 0, 2, 4"
@@ -33,7 +33,7 @@ def test_a_store_is_told_by_teacher_plan_and_sizes(tmp_path: Path) -> None:
     assert field(shown, "on disk") == f"{size / 1000:.1f} kB in {len(shards)} shards"
 
 
-def test_a_store_s_bytes_are_those_of_its_samples_against_the_whole_cache(tmp_path: Path) -> None:
+def test_store_shows_bytes_and_reduction(tmp_path: Path) -> None:
     shown = inspect(str(fill(tmp_path)))
     kv_bytes, slots = sum(kv.nbytes for kv in SENT), sum(kv.slots for kv in SENT)
     raw = 2 * 2 * INFO.layers * INFO.kv_heads * INFO.head_dim
@@ -43,7 +43,7 @@ def test_a_store_s_bytes_are_those_of_its_samples_against_the_whole_cache(tmp_pa
     assert field(shown, "reduction").startswith(f"{raw * TOKENS * len(SENT) / kv_bytes:.1f}x smaller")
 
 
-def test_a_store_s_errors_are_the_mean_and_the_largest_of_each_layer(tmp_path: Path) -> None:
+def test_store_shows_mean_and_max_error_by_layer(tmp_path: Path) -> None:
     shown = inspect(str(fill(tmp_path)))
     for place, layer in enumerate(PLAN.layers):
         expected = [str(layer)]
@@ -71,7 +71,7 @@ def test_a_truncated_shard_is_named(tmp_path: Path) -> None:
         inspect(str(tmp_path))
 
 
-def test_a_pt_file_is_told_by_its_report(tmp_path: Path) -> None:
+def test_pt_file_is_described_from_its_report(tmp_path: Path) -> None:
     (tmp_path / "kv.pt").write_bytes(bytes(2_500_000))
     teacher = {"model": "a", "weights_digest": "ff", "layers": 5, "kv_heads": 2, "head_dim": 4}
     teacher["plan"] = PLAN.model_dump(mode="json")
@@ -86,7 +86,7 @@ def test_a_pt_file_is_told_by_its_report(tmp_path: Path) -> None:
     assert field(shown, "layers") == "3 of 5: 0, 2, 4"
 
 
-def test_an_alignment_is_told_by_student_layer(tmp_path: Path) -> None:
+def test_alignment_shows_explained_variance_by_student_layer(tmp_path: Path) -> None:
     report = {
         "direction": "to_student",
         "head_adapter": "ridge",
@@ -106,7 +106,7 @@ def test_an_alignment_is_told_by_student_layer(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("target", ["nowhere", "."])
-def test_where_there_is_nothing_to_show_it_says_what_can_be_shown(
+def test_unknown_target_error_lists_what_can_be_shown(
     target: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)

@@ -55,7 +55,7 @@ def pairs() -> list[Instance]:
     return [request("loglikelihood", prompt, choice) for prompt in PROMPTS for choice in CHOICES]
 
 
-def test_it_writes_what_the_student_writes_after_its_latents(model: LatentLM) -> None:
+def test_generation_equals_the_students_own(model: LatentLM) -> None:
     written = model.generate_until([generation(prompt, 6) for prompt in PROMPTS], disable_tqdm=True)
     collator = Collator(model.tokenizer, 512)
     for prompt, text in zip(PROMPTS, written, strict=True):
@@ -67,14 +67,14 @@ def test_it_writes_what_the_student_writes_after_its_latents(model: LatentLM) ->
     assert written[0] != model.tokenizer.decode(without[0], skip_special_tokens=True)
 
 
-def test_it_stops_where_the_task_says(model: LatentLM) -> None:
+def test_generation_stops_at_the_tasks_stop_text(model: LatentLM) -> None:
     (whole,) = model.generate_until([generation(PROMPTS[0], 8)], disable_tqdm=True)
     stop = whole[2:4]
     (cut,) = model.generate_until([generation(PROMPTS[0], 8, (stop,))], disable_tqdm=True)
     assert cut == whole.split(stop)[0]
 
 
-def test_a_continuation_is_weighed_after_prompt_and_latents(model: LatentLM) -> None:
+def test_likelihood_is_conditioned_on_prompt_and_latents(model: LatentLM) -> None:
     found = model.loglikelihood(pairs(), disable_tqdm=True)
     collator = Collator(model.tokenizer, 512)
     for each, (likelihood, greedy) in zip(pairs(), found, strict=True):
@@ -90,7 +90,7 @@ def test_a_continuation_is_weighed_after_prompt_and_latents(model: LatentLM) -> 
         assert greedy == bool((logs_AV.argmax(-1) == ids_A).all())
 
 
-def test_what_it_writes_is_what_it_holds_likeliest(model: LatentLM) -> None:
+def test_greedy_generation_is_marked_greedy_by_likelihood(model: LatentLM) -> None:
     inputs_BTE, mask_BT = model.student.think(*Collator(model.tokenizer, 512).prompts(PROMPTS[:1]))
     with torch.no_grad():
         best = int(model.student.logits(inputs_BTE, mask_BT)[0, -1].argmax())
@@ -107,16 +107,16 @@ def test_batches_of_any_size_give_the_same(model: LatentLM) -> None:
     assert model.generate_until([generation(prompt, 5) for prompt in PROMPTS], disable_tqdm=True) == texts
 
 
-def test_latents_take_room_from_the_text(model: LatentLM) -> None:
+def test_latents_reduce_max_length(model: LatentLM) -> None:
     assert model.max_length == model.model.config.max_position_embeddings - LATENTS
 
 
-def test_text_as_it_stands_has_no_likelihood(model: LatentLM) -> None:
+def test_text_without_prompt_has_no_likelihood(model: LatentLM) -> None:
     with pytest.raises(NoLikelihoodError, match="task 'task' needs the likelihood of text"):
         model.loglikelihood_rolling([request("loglikelihood_rolling", "text")])
 
 
-def test_requests_in_shares_come_back_in_their_order(model: LatentLM) -> None:
+def test_chunked_requests_return_in_order(model: LatentLM) -> None:
     watched = MeteredLM(model, "made-up", Console(force_terminal=False))
     likelihoods = [value for value, _ in watched.loglikelihood(pairs())]
     assert likelihoods == pytest.approx(
@@ -127,7 +127,7 @@ def test_requests_in_shares_come_back_in_their_order(model: LatentLM) -> None:
     assert watched.truncated == 0
 
 
-def test_prompts_that_are_too_long_are_counted(model: LatentLM) -> None:
+def test_truncated_prompts_are_counted(model: LatentLM) -> None:
     watched = MeteredLM(model, "made-up", Console(force_terminal=False))
     long = "word " * model.max_length
     watched.generate_until([generation(long, 4), generation(PROMPTS[0], 4)])
@@ -136,14 +136,14 @@ def test_prompts_that_are_too_long_are_counted(model: LatentLM) -> None:
     assert watched.truncated == 2
 
 
-def test_a_plain_directory_is_a_plain_model(tmp_path: Path) -> None:
+def test_directory_without_latents_loads_plain_model(tmp_path: Path) -> None:
     made = load_model(str(save_tiny_model(tmp_path, tiny_spec("qwen2", layers=1))), "auto", "auto", 2)
     assert not isinstance(made, LatentLM)
     (text,) = made.generate_until([generation(PROMPTS[0], 3)], disable_tqdm=True)
     assert isinstance(text, str)
 
 
-def test_half_a_student_is_refused(directory: Path, tmp_path: Path) -> None:
+def test_incomplete_latent_student_is_refused(directory: Path, tmp_path: Path) -> None:
     save_tiny_model(tmp_path, tiny_spec("qwen2", layers=1))
     (tmp_path / LATENT_CONFIG).write_text(json.dumps({"latents": 3, "passes": 2}), encoding="utf-8")
     with pytest.raises(FieldError, match=f"{LATENT_WEIGHTS} is missing"):

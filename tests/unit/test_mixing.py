@@ -23,7 +23,7 @@ WEIGHTS = st.dictionaries(NAMES, st.floats(0.01, 100.0), min_size=1)
         (0, {}, {}, {}),
     ],
 )
-def test_small_datasets_give_all_and_the_others_fill_in(
+def test_small_datasets_give_all_records_and_others_fill_the_gap(
     total: int, weights: dict[str, float], capacities: dict[str, int], shares: dict[str, int]
 ) -> None:
     assert apportion(total, weights, capacities) == shares

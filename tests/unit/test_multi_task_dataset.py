@@ -41,7 +41,7 @@ def question_of(row: dict[str, Any]) -> str:
     return question_key(row["prompt"].replace("Give only the result.", "").replace("只写结果。", ""))
 
 
-def test_the_guides_call_works_with_copies_that_the_environment_names(
+def test_guide_example_reads_copies_from_environment_variable(
     copies: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("KVDISTILL_DATA_DIR", str(copies))
@@ -62,7 +62,7 @@ def test_the_guides_call_works_with_copies_that_the_environment_names(
 
 
 @pytest.mark.parametrize(("train", "val"), [(200, 50), (201, 51), (1, 1), (77, 30)])
-def test_counts_are_exact_and_no_question_or_id_is_in_both_splits(copies: Path, train: int, val: int) -> None:
+def test_splits_have_exact_sizes_and_share_no_question(copies: Path, train: int, val: int) -> None:
     _, train_ds, val_ds = prepare(copies, train_samples=train, val_samples=val)
     assert (len(train_ds), len(val_ds)) == (train, val)
     ids = [*train_ds["id"], *val_ds["id"]]
@@ -70,7 +70,7 @@ def test_counts_are_exact_and_no_question_or_id_is_in_both_splits(copies: Path, 
     assert not {question_of(row) for row in train_ds.to_list()} & {question_of(row) for row in val_ds.to_list()}
 
 
-def test_both_splits_have_the_chinese_share_and_the_others_divide_the_rest_evenly(copies: Path) -> None:
+def test_both_splits_have_the_chinese_share_and_equal_other_shares(copies: Path) -> None:
     loader, *splits = prepare(copies, math23k_ratio=0.2)
     for split, name in zip(splits, ("train", "val"), strict=True):
         counts = Counter(split["dataset"])
@@ -81,7 +81,7 @@ def test_both_splits_have_the_chinese_share_and_the_others_divide_the_rest_evenl
         assert max(others) - min(others) <= 2
 
 
-def test_each_question_has_both_styles_and_one_without_reasoning_only_the_direct_one(copies: Path) -> None:
+def test_question_without_reasoning_has_only_style_direct(copies: Path) -> None:
     _, train_ds, _ = prepare(copies)
     styles: dict[str, set[str]] = {}
     for row in train_ds.to_list():
@@ -90,23 +90,21 @@ def test_each_question_has_both_styles_and_one_without_reasoning_only_the_direct
     assert all(found == ({"direct"} if name.startswith("arc") else {"cot", "direct"}) for name, found in styles.items())
 
 
-def test_one_style_alone_can_be_asked_for(copies: Path) -> None:
+def test_single_style_can_be_requested(copies: Path) -> None:
     loader, train_ds, _ = prepare(copies, styles=["cot"])
     assert set(train_ds["style"]) == {"cot"}
     dropped = loader.report["datasets"]["arc_challenge"]["dropped"]
     assert dropped == {"no reasoning, and only style cot is requested": 60}
 
 
-def test_the_same_seed_gives_the_same_rows_and_another_others(copies: Path) -> None:
+def test_rows_depend_on_seed(copies: Path) -> None:
     first, again, other = (prepare(copies, seed=seed)[1].to_list() for seed in (1, 1, 2))
     assert first == again
     assert first != other
     assert {row["id"] for row in first} != {row["id"] for row in other}
 
 
-def test_weights_move_the_shares_and_a_small_dataset_is_reported(
-    copies: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_weights_change_shares_and_small_dataset_is_reported(copies: Path, caplog: pytest.LogCaptureFixture) -> None:
     loader, train_ds, val_ds = prepare(
         copies, use_extended=False, math23k_ratio=0, weights={"svamp": 3.0, "strategyqa": 0.0}, val_samples=20
     )
@@ -116,7 +114,7 @@ def test_weights_move_the_shares_and_a_small_dataset_is_reported(
     assert "svamp has only 120 usable records: its share is 54.5 % instead of 75.0 %" in caplog.text
 
 
-def test_too_few_records_are_an_error_with_the_numbers_unless_fewer_will_do(copies: Path) -> None:
+def test_too_few_records_raise_unless_allow_fewer(copies: Path) -> None:
     with pytest.raises(ConfigError, match=r"1000 training and 50 validation.*need 840 .*arc_challenge 60.*allow_fewer"):
         prepare(copies, train_samples=1000)
     with pytest.raises(ConfigError, match=r"Chinese share of 0.6 need 150 usable records, but there are: math23k 120"):
@@ -129,7 +127,7 @@ def test_too_few_records_are_an_error_with_the_numbers_unless_fewer_will_do(copi
     assert loader.report["splits"]["train"]["records"] == len(train_ds)
 
 
-def test_a_question_of_two_datasets_is_kept_once_and_reported(copies: Path, tmp_path: Path) -> None:
+def test_question_in_two_datasets_is_kept_once_and_reported(copies: Path, tmp_path: Path) -> None:
     directory = tmp_path / "copies"
     paths = write_guide_datasets(directory, 30)
     row = json.loads(paths["svamp"].read_text(encoding="utf-8").splitlines()[4])
@@ -146,7 +144,7 @@ def test_a_question_of_two_datasets_is_kept_once_and_reported(copies: Path, tmp_
     assert json.loads((tmp_path / "deep" / "report.json").read_text(encoding="utf-8")) == report
 
 
-def test_records_too_long_for_the_students_tokens_are_left_out(copies: Path, tmp_path: Path) -> None:
+def test_records_longer_than_max_tokens_are_dropped(copies: Path, tmp_path: Path) -> None:
     save_tiny_model(tmp_path / "student", tiny_spec("qwen2"))
     loader, train_ds, _ = prepare(
         copies, tokenizer=tmp_path / "student", max_tokens=200, train_samples=20, val_samples=4, math23k_ratio=0
@@ -158,7 +156,7 @@ def test_records_too_long_for_the_students_tokens_are_left_out(copies: Path, tmp
         prepare(copies, tokenizer=tmp_path / "student", max_tokens=9, math23k_ratio=0)
 
 
-def test_nothing_is_written_unless_asked_and_there_is_no_report_before(copies: Path, tmp_path: Path) -> None:
+def test_write_report_before_load_and_prepare_raises(copies: Path, tmp_path: Path) -> None:
     loader = MultiTaskReasoningDataset(data_dir=copies)
     with pytest.raises(ConfigError, match="before load_and_prepare"):
         loader.write_report(tmp_path / "report.json")
@@ -183,12 +181,12 @@ def test_nothing_is_written_unless_asked_and_there_is_no_report_before(copies: P
         ({"data_dir": "/nowhere/at/all"}, "is not a directory"),
     ],
 )
-def test_settings_that_cannot_be_used_are_refused_by_name(changes: dict[str, Any], problem: str) -> None:
+def test_invalid_settings_are_named(changes: dict[str, Any], problem: str) -> None:
     with pytest.raises(FieldError, match=problem):
         MultiTaskReasoningDataset(**changes)
 
 
-def test_the_chinese_dataset_is_never_left_out_in_silence(tmp_path: Path) -> None:
+def test_missing_chinese_dataset_raises(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"'math23k'.*math23k.jsonl"):
         prepare(tmp_path)
 

@@ -37,7 +37,7 @@ def rows(shown: str) -> dict[str, list[str]]:
     return {line.split()[0]: line.split() for line in shown.rpartition("\n\n")[2].splitlines()}
 
 
-def test_layers_tokens_and_bytes_follow_from_the_models_configurations(world: World) -> None:
+def test_plan_shows_layers_tokens_and_bytes_from_model_configurations(world: World) -> None:
     shown = plan_text(config(world), models(world))
     assert "layers of ada  2 of 3: 0, 2" in shown
     assert "layers of ben  2 of 4: 0, 3" in shown
@@ -61,7 +61,7 @@ def test_more_tokens_or_a_wider_codec_cost_more(world: World) -> None:
     assert sample(selection=selection, codec={"name": "raw"}) > 2 * sample(selection=selection)
 
 
-def test_stages_that_ask_the_same_are_shown_together(world: World) -> None:
+def test_stages_with_equal_requests_are_shown_together(world: World) -> None:
     stages = [{"name": "first"}, {"name": "second"}, {"name": "third", "kv": {"codec": {"name": "bf16"}}}]
     shown = plan_text(config(world, stages=stages), models(world))
     together, apart = shown.split("stages  ")[1:]
@@ -80,7 +80,7 @@ def test_an_offline_run_is_planned_from_its_store(world: World, tmp_path: Path) 
     assert f"layers of ada  2 of {INFO.layers}: 0, {INFO.layers - 1}" in plan_text(offline, [])
 
 
-def test_without_a_server_it_says_how_to_do_without(world: World) -> None:
+def test_unreachable_server_error_names_teacher_model_flag(world: World) -> None:
     with pytest.raises(TeacherUnavailableError, match=r"Without its server: --teacher-model ben=PATH_OR_HUB_ID"):
         plan_text(config(world), models(world)[:1])
 
@@ -102,6 +102,6 @@ def test_a_wrong_teacher_model_is_named(
     assert str(error.value).startswith(problem)
 
 
-def test_a_run_without_teachers_has_nothing_to_plan(world: World) -> None:
+def test_run_without_teachers_is_refused(world: World) -> None:
     with pytest.raises(FieldError, match="the run has no teachers"):
         plan_text(config(world, teachers=[]), [])

@@ -86,7 +86,7 @@ def test_an_empty_list_is_one(tmp_path: Path) -> None:
     assert torch.load(tmp_path / "x.pt", weights_only=True) == []  # noqa: TID251 - what users read it with
 
 
-def test_storages_lie_where_they_can_be_mapped(tmp_path: Path) -> None:
+def test_storages_are_aligned_for_memory_mapping(tmp_path: Path) -> None:
     write(tmp_path / "x.pt", 9, chunk_bytes=300)
     found = torch.load(tmp_path / "x.pt", weights_only=True, mmap=True)  # noqa: TID251 - what users read it with
     starts = {entry["keys"].untyped_storage().data_ptr() for one in found for entry in one["teacher_kvs"]}
@@ -101,7 +101,7 @@ def test_the_same_list_gives_the_same_bytes(tmp_path: Path) -> None:
     assert (tmp_path / "one" / "x.pt").read_bytes() == (tmp_path / "two" / "x.pt").read_bytes()
 
 
-def test_an_error_leaves_what_was_there_before(tmp_path: Path) -> None:
+def test_error_keeps_existing_file(tmp_path: Path) -> None:
     path = tmp_path / "x.pt"
     path.write_bytes(b"before")
     with pytest.raises(TypeError, match="generator"):
@@ -112,7 +112,7 @@ def test_an_error_leaves_what_was_there_before(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["x.pt"]
 
 
-def test_a_disk_that_does_not_take_it_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_write_error_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(StoreError, match="nowhere"), PTWriter(tmp_path / "nowhere" / "x.pt"):
         raise AssertionError("entered")
 

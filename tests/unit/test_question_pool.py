@@ -35,7 +35,7 @@ def made(count: int) -> list[dict[str, Any]]:
         ("果园里有４８棵，为什么？", "果园里有48棵,为什么?"),
     ],
 )
-def test_writings_of_one_question_share_a_key(one: str, other: str) -> None:
+def test_variants_of_a_question_share_a_key(one: str, other: str) -> None:
     assert question_key(one) == question_key(other)
 
 
@@ -49,7 +49,7 @@ def test_writings_of_one_question_share_a_key(one: str, other: str) -> None:
         ("1:2", "12"),
     ],
 )
-def test_other_questions_have_other_keys(one: str, other: str) -> None:
+def test_different_questions_have_different_keys(one: str, other: str) -> None:
     assert question_key(one) != question_key(other)
 
 
@@ -62,7 +62,7 @@ def test_a_question_makes_one_record_for_each_style() -> None:
     }
 
 
-def test_a_question_without_reasoning_makes_no_worked_record() -> None:
+def test_question_without_reasoning_makes_no_cot_record() -> None:
     pool = read({"question": "What is 2+3?", "answer": "#### 5"})
     assert [style for style, _ in pool.entries[0].records] == ["direct"]
     assert pool.unreasoned == 1
@@ -98,14 +98,14 @@ def test_rows_that_cannot_be_used_are_counted_by_reason() -> None:
     }
 
 
-def test_a_row_of_another_schema_is_an_error() -> None:
+def test_row_with_another_schema_raises() -> None:
     with pytest.raises(ConfigError, match=r"'arc_challenge': row 1 .*allenai/ai2_arc"):
         PoolReader(STYLES, 0).read(
             find_family("arc_challenge"), [{"question": "Why?", "choices": ["a", "b"], "answerKey": "A"}]
         )
 
 
-def test_the_order_depends_on_texts_and_seed_alone() -> None:
+def test_order_depends_only_on_texts_and_seed() -> None:
     keys = [[entry.key for entry in read(*rows, seed=seed).entries]
             for rows, seed in ((made(50), 1), (made(50)[::-1], 1), (made(50), 2))]  # fmt: skip
     assert keys[0] == keys[1]
@@ -114,7 +114,7 @@ def test_the_order_depends_on_texts_and_seed_alone() -> None:
 
 
 @given(reasoned=st.lists(st.booleans(), min_size=1, max_size=30), share=st.floats(0, 1), step=st.just(len(STYLES)))
-def test_whatever_the_capacity_promises_can_be_taken(reasoned: list[bool], share: float, step: int) -> None:
+def test_capacity_can_always_be_taken(reasoned: list[bool], share: float, step: int) -> None:
     pool = read(
         *({"question": f"Number {at}?", "answer": WORKED if worked else "#### 5"} for at, worked in enumerate(reasoned))
     )

@@ -22,7 +22,7 @@ def write_lines(path: Path, *lines: str) -> Path:
     return path
 
 
-def test_records_survive_the_file_whatever_the_script(tmp_path: Path) -> None:
+def test_records_of_any_script_round_trip(tmp_path: Path) -> None:
     records = [
         Record("a", "2 +3 =", " 5", " 5"),
         Record("b", "问题\n第二行", "", " 🙂\u2028é", dataset="math23k"),
@@ -64,7 +64,7 @@ def test_a_bad_record_is_named_by_file_line_and_field(tmp_path: Path, line: str,
     assert problem in caught.value.problem
 
 
-def test_bytes_that_are_no_utf8_are_named_by_line(tmp_path: Path) -> None:
+def test_invalid_utf8_is_named_by_line(tmp_path: Path) -> None:
     path = tmp_path / "latin.jsonl"
     path.write_bytes(json.dumps(GOOD).encode() + b'\n{"id": "\xe9"}\n')
     with pytest.raises(FieldError, match=r"latin\.jsonl:2: not valid UTF-8"):
@@ -85,7 +85,7 @@ def test_a_saved_dataset_is_read_like_a_file_and_its_further_columns_ignored(tmp
     assert [record.id for record in load_records(tmp_path / "saved", limit=1)] == ["a"]
 
 
-def test_a_digest_is_of_what_is_held_not_of_where_or_when_it_was_written(tmp_path: Path) -> None:
+def test_digest_depends_only_on_content(tmp_path: Path) -> None:
     for name, row in (("one", GOOD), ("same", GOOD), ("other", GOOD | {"answer": "9"})):
         write_lines(tmp_path / f"{name}.jsonl", json.dumps(row))
         Dataset.from_list([row]).save_to_disk(tmp_path / name)
@@ -112,7 +112,7 @@ def test_a_bad_row_of_a_saved_dataset_is_named(tmp_path: Path, row: dict[str, An
         load_records(tmp_path / "saved")
 
 
-def test_a_directory_of_something_else_or_of_several_splits_is_refused(tmp_path: Path) -> None:
+def test_directory_without_one_dataset_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="save_to_disk"):
         load_records(tmp_path)
     DatasetDict({"train": Dataset.from_list([GOOD])}).save_to_disk(tmp_path / "splits")
@@ -129,7 +129,7 @@ def test_a_damaged_saved_dataset_is_an_error(tmp_path: Path) -> None:
 
 
 @given(prompt=st.text(min_size=1), reasoning=st.text(), answer=st.text(min_size=1))
-def test_spans_cut_the_text_back_into_its_parts(prompt: str, reasoning: str, answer: str) -> None:
+def test_spans_cover_prompt_reasoning_and_answer(prompt: str, reasoning: str, answer: str) -> None:
     sample = Record("x", prompt, reasoning, answer).sample()
     assert sample.text is not None
     cut = {span.kind: sample.text[span.start : span.end] for span in sample.spans}
@@ -137,7 +137,7 @@ def test_spans_cut_the_text_back_into_its_parts(prompt: str, reasoning: str, ans
     assert cut == {kind: part for kind, part in expected.items() if part}
 
 
-def test_epoch_order_visits_everything_once_and_depends_on_seed_and_epoch() -> None:
+def test_epoch_order_is_a_permutation_by_seed_and_epoch() -> None:
     order = epoch_order(1000, seed=3, epoch=5)
     assert sorted(order) == list(range(1000))
     assert order == epoch_order(1000, seed=3, epoch=5)

@@ -53,7 +53,7 @@ def test_environment_is_built_once(checkout: Path, builds: list[Path]) -> None:
         ("pyproject.toml", 'kvdistill = "kvdistill.__main__:main"', 'kvd = "kvdistill.__main__:main"'),
     ],
 )
-def test_changed_pins_and_packaging_build_it_anew(
+def test_changed_pins_or_packaging_rebuild_environment(
     name: str, old: str, new: str, checkout: Path, builds: list[Path]
 ) -> None:
     ensure(checkout, checkout / ".venv")
@@ -62,14 +62,14 @@ def test_changed_pins_and_packaging_build_it_anew(
     assert len(builds) == 2
 
 
-def test_changed_linter_settings_do_not(checkout: Path, builds: list[Path]) -> None:
+def test_changed_linter_settings_do_not_rebuild(checkout: Path, builds: list[Path]) -> None:
     ensure(checkout, checkout / ".venv")
     edit(checkout / "pyproject.toml", "line-length = 120", "line-length = 100")
     assert not ensure(checkout, checkout / ".venv")
     assert len(builds) == 1
 
 
-def test_moved_checkout_builds_it_anew(checkout: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_moved_checkout_rebuilds_environment(checkout: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
     moved = tmp_path_factory.mktemp("moved")
     for name in ("pyproject.toml", "constraints.txt"):
         shutil.copy(checkout / name, moved)
@@ -92,7 +92,7 @@ def test_interrupted_build_starts_over(checkout: Path, monkeypatch: pytest.Monke
     assert built == [venv]
 
 
-def test_build_clears_what_an_earlier_one_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_build_deletes_previous_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     left = tmp_path / ".venv" / "half-written"
     left.mkdir(parents=True)
     (tmp_path / "constraints.txt").write_text("torch==2.13.0\n", encoding="utf-8")

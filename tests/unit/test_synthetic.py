@@ -36,7 +36,7 @@ def test_reasoning_is_the_running_values_and_answer_the_last(
     assert len(values) == operations
 
 
-def test_every_question_number_is_another_question_and_all_answers_are_equally_frequent() -> None:
+def test_questions_are_distinct_and_answers_equally_frequent() -> None:
     task = ChainTask(modulus=5, operations=2)
     records = [task.record(number) for number in range(task.questions)]
     assert len({record.prompt for record in records}) == len({record.id for record in records}) == task.questions
@@ -78,7 +78,7 @@ def test_splits_can_use_up_every_question() -> None:
         (7, 60, "operations"),
     ],
 )
-def test_a_task_that_makes_no_sense_is_refused(modulus: int, operations: int, field: str) -> None:
+def test_invalid_task_is_refused(modulus: int, operations: int, field: str) -> None:
     with pytest.raises(FieldError) as caught:
         ChainTask(modulus, operations)
     assert caught.value.field == field
@@ -92,7 +92,7 @@ def test_impossible_splits_are_refused(counts: tuple[int, int, int], field: str)
 
 
 @given(st.integers(1, 5), st.data())
-def test_fillers_stand_among_the_values_and_change_nothing_else(fillers: int, data: st.DataObject) -> None:
+def test_fillers_only_add_words_to_the_reasoning(fillers: int, data: st.DataObject) -> None:
     plain, filled = ChainTask(), ChainTask(fillers=fillers)
     number = data.draw(st.integers(0, plain.questions - 1))
     without, record = plain.record(number), filled.record(number)
@@ -102,7 +102,7 @@ def test_fillers_stand_among_the_values_and_change_nothing_else(fillers: int, da
     assert record == filled.record(number)
 
 
-def test_fillers_are_as_often_in_one_place_as_in_another() -> None:
+def test_filler_positions_are_uniform() -> None:
     task = ChainTask(fillers=3)
     words = [task.record(number).reasoning.split() for number in range(0, task.questions, 91)]
     shares = [sum(row[place] == FILLER.strip() for row in words) / len(words) for place in range(6)]
@@ -110,6 +110,6 @@ def test_fillers_are_as_often_in_one_place_as_in_another() -> None:
 
 
 @pytest.mark.parametrize("fillers", [-1, 65])
-def test_a_number_of_fillers_beyond_its_limits_is_refused(fillers: int) -> None:
+def test_number_of_fillers_is_limited(fillers: int) -> None:
     with pytest.raises(FieldError, match="fillers"):
         ChainTask(fillers=fillers)

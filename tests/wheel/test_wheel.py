@@ -133,7 +133,7 @@ def test_help_needs_no_extra(plain: Environment, command: tuple[str, ...]) -> No
     ids=lambda arguments: arguments[0],
 )
 @pytest.mark.usefixtures("run_file")
-def test_a_command_says_how_to_install_what_it_misses(plain: Environment, arguments: tuple[str, ...]) -> None:
+def test_command_names_missing_extra(plain: Environment, arguments: tuple[str, ...]) -> None:
     ended = plain.run("kvdistill", *arguments)
     assert ended.returncode == 2
     assert f"kvdistill {arguments[0]} needs datasets, deepspeed" in ended.stderr
@@ -175,7 +175,7 @@ def test_servers_that_a_command_starts_do_not_import_the_users_package(full: Env
     assert extracted.returncode == 0, extracted.stderr
 
 
-def test_a_users_package_that_hides_one_of_ours_is_named(plain: Environment) -> None:
+def test_user_package_that_hides_ours_is_named(plain: Environment) -> None:
     ended = plain.run("python", "-m", "kvdistill", "--version")
     assert ended.returncode == 2
     assert ended.stderr.startswith(f"kvdistill: {plain.work / 'data'} hides the package 'data'")
