@@ -24,15 +24,15 @@ def run(command: list[str], log: Path, **environment: object) -> str:
         done = subprocess.run(
             command, cwd=REPOSITORY, env={**os.environ, **variables}, stdout=out, stderr=out, timeout=300, check=False
         )
-    said = log.read_text(encoding="utf-8")
-    assert done.returncode == 0, said[-6000:]
-    return said
+    output = log.read_text(encoding="utf-8")
+    assert done.returncode == 0, output[-6000:]
+    return output
 
 
 def test_job_records_a_store_and_the_command_trains_from_it(world: World, tmp_path: Path) -> None:
     teachers = " ".join(map(str, world.teachers.values()))
     recorded, replayed = tmp_path / "recorded", tmp_path / "replayed"
-    said = run(
+    output = run(
         ["scripts/run_large_scale_multi_teacher.sh", "--local"],
         tmp_path / "job.log",
         PYTHON=sys.executable,
@@ -49,8 +49,8 @@ def test_job_records_a_store_and_the_command_trains_from_it(world: World, tmp_pa
         RANKS_PER_NODE=2,
         EXTRA_ARGS=TINY,
     )
-    assert "2 ranks on each of localhost" in said
-    assert f"done: {recorded}" in said
+    assert "2 ranks on each of localhost" in output
+    assert f"done: {recorded}" in output
     assert metrics(recorded, "routing/weights_mean/ben")[3] == 0.75
     assert [
         process for process in psutil.process_iter(["cmdline"]) if str(world.teachers["ada"]) in _words(process)

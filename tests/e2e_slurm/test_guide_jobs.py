@@ -54,21 +54,21 @@ def submitted(guide: Checkout, cluster: SlurmCluster, piece: str) -> tuple[int, 
     (job,) = re.findall(r"^Submitted batch job (\d+)$", guide.run(guide.block(piece)), re.MULTILINE)
     shown = cluster.wait(int(job), JOB_SECONDS)
     (log,) = guide.directory.glob(f"*-{job}.out")
-    said = log.read_text(encoding="utf-8", errors="replace")
-    assert shown["JobState"] == "COMPLETED", said[-8000:]
-    return int(job), said
+    output = log.read_text(encoding="utf-8", errors="replace")
+    assert shown["JobState"] == "COMPLETED", output[-8000:]
+    return int(job), output
 
 
 def test_three_stages_train_on_prepared_data(guide: Checkout, cluster: SlurmCluster) -> None:
     loader = MultiTaskReasoningDataset(train_samples=64, val_samples=16, data_dir=guide.directory / "copies")
     for name, split in zip(("train", "val"), loader.load_and_prepare(), strict=True):
         split.save_to_disk(str(guide.directory / "data" / "prepared" / name))
-    job, said = submitted(guide, cluster, THREE_STAGES)
-    assert "data: using ./data/prepared" in said
+    job, output = submitted(guide, cluster, THREE_STAGES)
+    assert "data: using ./data/prepared" in output
     # Servers on nodes of their own, the ranks on the third.
-    assert f"job qwen_dual-{job}: 1 ranks on each of n1\n" in said
-    assert "teacher Qwen2.5-7B on n2 (cpu)\n" in said
-    assert "teacher Qwen2.5-14B on n3 (cpu)\n" in said
+    assert f"job qwen_dual-{job}: 1 ranks on each of n1\n" in output
+    assert "teacher Qwen2.5-7B on n2 (cpu)\n" in output
+    assert "teacher Qwen2.5-14B on n3 (cpu)\n" in output
     for stage in STAGES:
         trained = guide.directory / "outputs" / "three_stage_routing" / stage
         assert metrics(trained, "routing/weights_mean/Qwen2.5-14B").keys() == {1, STEPS}
@@ -76,16 +76,16 @@ def test_three_stages_train_on_prepared_data(guide: Checkout, cluster: SlurmClus
 
 
 def test_three_large_teachers_have_the_scripts_weights(guide: Checkout, cluster: SlurmCluster) -> None:
-    _, said = submitted(guide, cluster, LARGE_SCALE)
+    _, output = submitted(guide, cluster, LARGE_SCALE)
     trained = guide.directory / "outputs" / "large_scale_multi_teacher"
     for teacher, node, weight in (("7B", "n2", 0.33), ("14B", "n3", 0.33), ("32B", "n4", 0.34)):
-        assert f"teacher Qwen2.5-{teacher} on {node} (cpu)\n" in said
+        assert f"teacher Qwen2.5-{teacher} on {node} (cpu)\n" in output
         assert metrics(trained, f"routing/weights_mean/Qwen2.5-{teacher}")[STEPS] == pytest.approx(weight)
 
 
 def test_scenario_trains_with_two_families_on_its_own_mix(guide: Checkout, cluster: SlurmCluster) -> None:
-    _, said = submitted(guide, cluster, SCENARIO)
-    assert "data: using ./data/prepared" not in said
+    _, output = submitted(guide, cluster, SCENARIO)
+    assert "data: using ./data/prepared" not in output
     last = guide.directory / "outputs" / "cross_family" / STAGES[-1]
     weights = [metrics(last, f"routing/weights_mean/{name}")[STEPS] for name in ("Qwen2.5-7B", "Llama-3.1-8B")]
     assert sum(weights) == pytest.approx(1.0, abs=1e-3)

@@ -63,7 +63,7 @@ def exported(world: World, tmp_path: Path, steps: int, **variables: object) -> s
     return "--export=" + ",".join(f"{name}={value}" for name, value in given.items())
 
 
-def said(tmp_path: Path) -> str:
+def printed(tmp_path: Path) -> str:
     (log,) = tmp_path.glob("*.out")
     return log.read_text(encoding="utf-8", errors="replace")
 
@@ -79,10 +79,10 @@ def test_ranks_train_with_three_teachers_on_three_other_nodes(
     weights = {"FIXED_WEIGHTS": "0.5 0.3 0.2", "TEACHER_MODELS": models, "NUM_TEACHERS": 3, "RANKS_PER_NODE": 2}
     job = submit(cluster, tmp_path, LARGE_SCALE, exported(world, tmp_path, 3, **weights))
     shown = cluster.wait(job, JOB_SECONDS)
-    assert shown["JobState"] == "COMPLETED", said(tmp_path)
-    assert f"job large_scale_multi_teacher-{job}: 2 ranks on each of n1\n" in said(tmp_path)
+    assert shown["JobState"] == "COMPLETED", printed(tmp_path)
+    assert f"job large_scale_multi_teacher-{job}: 2 ranks on each of n1\n" in printed(tmp_path)
     for node, name in zip(("n2", "n3", "n4"), world.teachers, strict=True):
-        assert f"teacher {name} on {node} (cpu)\n" in said(tmp_path)
+        assert f"teacher {name} on {node} (cpu)\n" in printed(tmp_path)
     logs = tmp_path / "logs" / f"large_scale_multi_teacher-{job}"
     assert [line.partition("=")[0] for line in (logs / "endpoints.txt").read_text().splitlines()] == [*world.teachers]
     for name, weight in zip(world.teachers, (0.5, 0.3, 0.2), strict=True):
@@ -96,8 +96,8 @@ def test_three_stages_run_in_order(cluster: SlurmCluster, world: World, tmp_path
     teachers = f"{world.teachers['ada']} {world.teachers['ben']}"
     options = ("--job-name=qwen_dual", exported(world, tmp_path, 2, TEACHERS=teachers, FUSION_STRATEGY=""))
     job = submit(cluster, tmp_path, THREE_STAGES, *options)
-    assert cluster.wait(job, JOB_SECONDS)["JobState"] == "COMPLETED", said(tmp_path)
-    assert f"job qwen_dual-{job}: 8 ranks" not in said(tmp_path)
+    assert cluster.wait(job, JOB_SECONDS)["JobState"] == "COMPLETED", printed(tmp_path)
+    assert f"job qwen_dual-{job}: 8 ranks" not in printed(tmp_path)
     for stage in ("stage1_fixed", "stage2_similarity", "stage3_learnable"):
         results = json.loads((tmp_path / "out" / stage / "eval_results.json").read_text(encoding="utf-8"))
         assert results.keys() == {"val", "average"}
@@ -120,9 +120,9 @@ def test_failed_job_has_a_failed_state_and_a_message(
     given = {"TEACHERS": world.teachers["ada"], **variables}
     job = submit(cluster, tmp_path, THREE_STAGES, "--nodes=2", exported(world, tmp_path, 2, **given))
     shown = cluster.wait(job, JOB_SECONDS)
-    assert (shown["JobState"], shown["ExitCode"]) == ("FAILED", status), said(tmp_path)
-    assert problem in said(tmp_path)
-    assert "done: " not in said(tmp_path)
+    assert (shown["JobState"], shown["ExitCode"]) == ("FAILED", status), printed(tmp_path)
+    assert problem in printed(tmp_path)
+    assert "done: " not in printed(tmp_path)
 
 
 def test_requeued_job_resumes_at_the_saved_step(cluster: SlurmCluster, world: World, tmp_path: Path) -> None:
@@ -147,15 +147,15 @@ def test_requeued_job_resumes_at_the_saved_step(cluster: SlurmCluster, world: Wo
     # What SLURM sends the script when the job's time is nearly over.
     cluster.call("scancel", "--batch", "--signal=USR1", str(job))
     first = run_again(1)
-    assert f"asking SLURM to requeue job {job}" in said(tmp_path)
+    assert f"asking SLURM to requeue job {job}" in printed(tmp_path)
     reaches(first + 3)
     # What happens to a job that makes room for another one: SIGTERM to every process.
     cluster.call("scontrol", "requeue", str(job))
     second = run_again(2)
     assert 3 <= first < second < steps
-    assert cluster.wait(job, JOB_SECONDS)["JobState"] == "COMPLETED", said(tmp_path)
+    assert cluster.wait(job, JOB_SECONDS)["JobState"] == "COMPLETED", printed(tmp_path)
     for step in (first, second):
-        assert f"resuming from {tmp_path}/out/checkpoints/step-{step:08d}" in said(tmp_path)
+        assert f"resuming from {tmp_path}/out/checkpoints/step-{step:08d}" in printed(tmp_path)
     lines = (tmp_path / "out" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     logged = [line["step"] for line in map(json.loads, lines) if "train/loss" in line]
     assert logged == list(range(1, steps + 1))

@@ -51,8 +51,8 @@ def test_array_runs_the_remaining_runs_and_then_writes_the_table(tmp_path: Path)
         assert sorted(states) == ["COMPLETED", "COMPLETED", "FAILED", "FAILED"]
         logs = tmp_path / "out" / "logs"
         assert "right/seed1: `train` ended with code 3" in (logs / f"{array}_1.log").read_text(encoding="utf-8")
-        said = (logs / f"table_{table}.log").read_text(encoding="utf-8")
-        assert "2 of 4 runs are not done and not in the table: right/seed0, right/seed1" in said
+        output = (logs / f"table_{table}.log").read_text(encoding="utf-8")
+        assert "2 of 4 runs are not done and not in the table: right/seed0, right/seed1" in output
         fail.unlink()
         array, table = submitted(tmp_path, cluster)
         assert cluster.wait(table, 90)["JobState"] == "COMPLETED"

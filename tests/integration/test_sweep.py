@@ -58,9 +58,9 @@ class Sweep:
     def run(self, *flags: str, code: int = 0) -> str:
         """Its output; what went wrong with it."""
         process = self.start(*flags)
-        said, errors = process.communicate(timeout=60)
-        assert process.returncode == code, said + errors
-        return said + errors
+        printed, errors = process.communicate(timeout=60)
+        assert process.returncode == code, printed + errors
+        return printed + errors
 
     def log(self, run: str, step: str = "train") -> Path:
         return self.out / "runs" / run / "logs" / f"{step}.log"
@@ -72,13 +72,13 @@ class Sweep:
 
 def test_sweep_writes_a_table_and_skips_finished_runs(tmp_path: Path) -> None:
     sweep = Sweep(tmp_path)
-    said = sweep.run()
+    printed = sweep.run()
     runs = [f"{option}/seed{seed}" for option in ("right", "r-kv") for seed in range(3)]
-    assert [line.split(",")[0] for line in said.splitlines()[:12]] == [
+    assert [line.split(",")[0] for line in printed.splitlines()[:12]] == [
         line for number, run in enumerate(runs, start=1) for line in (f"done  {run}", f"runs: {number}/6")
     ]
     table = (sweep.out / "table.md").read_text(encoding="utf-8")
-    assert table in said
+    assert table in printed
     rows = sweep.rows()
     assert [row["kv_compression"] for row in rows] == ["right", "r-kv"]
     for row in rows:
@@ -99,33 +99,33 @@ def test_failed_run_does_not_stop_others_and_is_retried(tmp_path: Path) -> None:
     fail = sweep.out / "runs" / "right" / "fail"
     fail.parent.mkdir(parents=True)
     fail.touch()
-    said = sweep.run(code=1)
-    assert "3 of 6 runs failed" in said
-    assert "FAILED  right/seed1: `train` ended with code 3" in said
-    assert "flags [" in said
-    assert "3 of 6 runs are not done and not in the table: right/seed0, right/seed1, right/seed2" in said
+    printed = sweep.run(code=1)
+    assert "3 of 6 runs failed" in printed
+    assert "FAILED  right/seed1: `train` ended with code 3" in printed
+    assert "flags [" in printed
+    assert "3 of 6 runs are not done and not in the table: right/seed0, right/seed1, right/seed2" in printed
     empty, full = sweep.rows()
     assert (empty["val"], empty["seeds"], full["seeds"]) == ("", "", "0 1 2")
     fail.unlink()
-    said = sweep.run()
-    assert "done  right/seed2\nruns: 3/3, 0:00:00 left\n" in said
-    assert "r-kv/seed" not in said
+    printed = sweep.run()
+    assert "done  right/seed2\nruns: 3/3, 0:00:00 left\n" in printed
+    assert "r-kv/seed" not in printed
     assert all(row["seeds"] == "0 1 2" for row in sweep.rows())
 
 
 def test_finished_runs_with_other_settings_raise(tmp_path: Path) -> None:
     sweep = Sweep(tmp_path)
     sweep.run("--set", "seeds=[0]")
-    said = sweep.run("--set", "flags.max_steps=4", code=2)
-    assert "right/seed0 holds a finished training of other settings" in said
+    printed = sweep.run("--set", "flags.max_steps=4", code=2)
+    assert "right/seed0 has a finished training with other settings" in printed
     assert not (sweep.out / "runs" / "right" / "seed1").exists()
-    # Where things are, and more of them, does not matter.
+    # Locations and further seeds do not matter.
     sweep.run("--set", "flags.teacher_device=cpu", "--set", "seeds=[0, 1]")
 
 
 def test_command_that_does_not_train_fails(tmp_path: Path) -> None:
-    said = Sweep(tmp_path, command="true").run(code=1)
-    assert "`train` succeeded but wrote no training run" in said
+    printed = Sweep(tmp_path, command="true").run(code=1)
+    assert "`train` succeeded but wrote no training run" in printed
 
 
 def test_training_saves_after_sigterm_and_the_sweep_continues(tmp_path: Path) -> None:
@@ -182,7 +182,7 @@ def test_array_has_the_remaining_runs_one_per_task(tmp_path: Path) -> None:
     (taken / "sbatch").write_text(f'#!/bin/sh\ncp "$2" {taken}/\necho "7;cluster"\n', encoding="utf-8")
     (taken / "sbatch").chmod(0o755)
     sweep.environment["PATH"] = f"{taken}:{sweep.environment['PATH']}"
-    assert "submitted 5 of 6 runs as job 7, and the table after them as job 7" in sweep.run("--slurm")
+    assert "submitted 5 of 6 runs as job 7, followed by the table as job 7" in sweep.run("--slurm")
     array, table = ((taken / f"{name}.sbatch").read_text(encoding="utf-8") for name in ("array", "table"))
     for line in ("#SBATCH --array=0,2,3,4,5%2\n", "#SBATCH --gres=gpu:8\n", "#SBATCH --partition=gpu\n", "pipefail"):
         assert line in array
@@ -192,11 +192,11 @@ def test_array_has_the_remaining_runs_one_per_task(tmp_path: Path) -> None:
     assert "#SBATCH --dependency=afterany:7\n" in table
     assert "gres" not in table
     assert table.rstrip().endswith(f"sweep {copy} --table")
-    # Its tasks are the same runs, whatever becomes of the file.
+    # The tasks read the copy, so a change of the file does not affect them.
     listed = sweep.run("--list")
     sweep.file.write_text(copy.read_text(encoding="utf-8"), encoding="utf-8")
     assert sweep.run("--list") == listed
-    assert "exclude one another" in sweep.run("--list", "--task", "1", code=2)
+    assert "exclude each other" in sweep.run("--list", "--task", "1", code=2)
     (taken / "sbatch").write_text("#!/bin/sh\necho 'invalid partition' >&2\nexit 1\n", encoding="utf-8")
     assert "invalid partition" in sweep.run("--slurm", code=1)
 
@@ -204,4 +204,4 @@ def test_array_has_the_remaining_runs_one_per_task(tmp_path: Path) -> None:
 def test_slurm_flag_without_sbatch_raises(tmp_path: Path) -> None:
     sweep = Sweep(tmp_path)
     sweep.environment["PATH"] = str(tmp_path)
-    assert "--slurm: no sbatch on PATH" in sweep.run("--slurm", code=2)
+    assert "--slurm: there is no sbatch on the PATH" in sweep.run("--slurm", code=2)

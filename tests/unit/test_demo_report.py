@@ -77,9 +77,9 @@ def test_report_json_has_the_documented_keys(results: Results, tmp_path: Path) -
 
 def test_verdict_of_expected_results_has_their_values(results: Results) -> None:
     assert results.misses() == []
-    said = " ".join(verdict(results))
+    sentences = " ".join(verdict(results))
     for figure in ("14.5%", "99.5%", "14.3%", "2345", "19456", "3.4%", "64 steps"):
-        assert figure in said
+        assert figure in sentences
 
 
 def test_misses_name_every_arm_outside_its_limit(results: Results) -> None:
@@ -92,9 +92,9 @@ def test_misses_name_every_arm_outside_its_limit(results: Results) -> None:
     assert len(misses) == 2
     assert misses[0].startswith("kv_one_teacher, seed 1: 94.9%")
     assert misses[1].startswith("shuffled_kv, seed 1: 31.0%")
-    said = verdict(bad)
-    assert said[0] == "NOT as expected:"
-    assert not any("raise the accuracy" in sentence for sentence in said)
+    sentences = verdict(bad)
+    assert sentences[0] == "NOT as expected:"
+    assert not any("raise the accuracy" in sentence for sentence in sentences)
 
 
 @pytest.mark.parametrize(

@@ -69,7 +69,7 @@ def test_folder_without_runs_raises_with_its_name(stages: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("file", "text", "said"),
+    ("file", "text", "message"),
     [
         ("eval_results.json", '{"val": {"score": "high"}}', "'score'"),
         ("eval_results.json", '{"val": {}}', "'score'"),
@@ -77,10 +77,10 @@ def test_folder_without_runs_raises_with_its_name(stages: Path) -> None:
         ("metrics.jsonl", "[1]\n", "expected a JSON object"),
     ],
 )
-def test_damaged_file_raises_with_its_name(tmp_path: Path, file: str, text: str, said: str) -> None:
+def test_damaged_file_raises_with_its_name(tmp_path: Path, file: str, text: str, message: str) -> None:
     run = write_run(tmp_path / "run")
     (run / file).write_text(text)
-    with pytest.raises(ConfigError, match=said) as caught:
+    with pytest.raises(ConfigError, match=message) as caught:
         find_runs([run])
     assert str(run / file) in str(caught.value)
 
@@ -149,9 +149,9 @@ def test_the_report_writes_page_tables_and_pictures(stages: Path, capsys: pytest
         image = imread(path)
         assert min(image.shape[:2]) > 300
         assert image[..., :3].std() > 0.03
-    said = capsys.readouterr().out
-    assert said.startswith(paths[1].read_text(encoding="utf-8"))
-    assert str(paths[0]) in said
+    message = capsys.readouterr().out
+    assert message.startswith(paths[1].read_text(encoding="utf-8"))
+    assert str(paths[0]) in message
 
 
 @pytest.mark.parametrize(
@@ -186,7 +186,7 @@ def test_missing_pictures_are_reported(tmp_path: Path, capsys: pytest.CaptureFix
     paths = write_report([folder], tmp_path / "report")
     assert [path.suffix for path in paths] == [".html", ".md", ".csv"]
     page = "".join(Page(paths[0].read_text(encoding="utf-8")).words)
-    said = capsys.readouterr().out
+    message = capsys.readouterr().out
     for sentence in (
         "No learning curves",
         "No routing weights:",
@@ -194,7 +194,7 @@ def test_missing_pictures_are_reported(tmp_path: Path, capsys: pytest.CaptureFix
         "No KV loss by layer",
     ):
         assert sentence in page
-        assert sentence in said
+        assert sentence in message
     assert "unfinished" not in page
 
 

@@ -69,7 +69,7 @@ def test_options_override_flags_and_flags_override_the_config_file(tmp_path: Pat
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "message"),
     [
         ({"matrix": {"kv_compression": ["right", "half"]}}, "run half/seed0: --kv_compression"),
         ({"flags": {"teacher_models": ["a"]}}, "--student-model-name-or-path: is required"),
@@ -89,10 +89,10 @@ def test_options_override_flags_and_flags_override_the_config_file(tmp_path: Pat
         ({"comand": "x"}, "did you mean 'command'?"),
     ],
 )
-def test_plan_raises_for_a_wrong_setting_of_any_run(changes: dict[str, Any], said: str) -> None:
+def test_plan_raises_for_a_wrong_setting_of_any_run(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError) as caught:
         planned(**changes)
-    assert said in str(caught.value)
+    assert message in str(caught.value)
 
 
 def test_missing_program_raises_with_its_name() -> None:
