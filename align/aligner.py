@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from align.head_dim_adapter import TENSORS, HeadDimAdapter, KVGeometry, TeacherSpaceRegressor, TensorKind
+from align.head_dim_adapter import HeadDimAdapter, KVGeometry, TeacherSpaceRegressor
 from align.layer_map import LayerMapper, LearnedLayerMap
 from align.tokenizer_align import METHODS
 from kvcore.errors import ConfigError, FieldError
 from kvcore.files import finite_or_null
 from kvcore.plan import CodecSpec, KVPlan, Scope, Selection
-from kvcore.types import BatchKV, TeacherInfo, Tensor
+from kvcore.types import TENSORS, BatchKV, TeacherInfo, Tensor, TensorKind
 
 DIRECTIONS = ("to_student", "to_teacher")
 # What `to_teacher` trains, from a ridge start; the other adapters are frozen in either direction.

@@ -12,12 +12,12 @@ from dataclasses import dataclass
 import torch
 
 from align.aligner import Aligner
-from align.head_dim_adapter import TENSORS, HeadDimAdapter, TensorKind
+from align.head_dim_adapter import HeadDimAdapter
 from align.layer_similarity import CKAStatistics
 from align.linear_maps import RidgeStatistics
 from align.token_layout import at_student_tokens, at_teacher_slots, beyond_first, slots_of_tokens
 from kvcore.errors import FieldError, KVDistillError
-from kvcore.types import BatchKV, Tensor
+from kvcore.types import TENSORS, BatchKV, Tensor, TensorKind
 
 HOLD_OUT_EVERY = 5
 _FEWEST_ROWS = 2

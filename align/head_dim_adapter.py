@@ -9,19 +9,16 @@ import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import nn
 
 from align.linear_maps import AffineFit, RidgeStatistics, area_average, fit_procrustes, fit_ridge, measured
 from kvcore.errors import FieldError
-from kvcore.types import Tensor
+from kvcore.types import TENSORS, Tensor, TensorKind
 
 logger = logging.getLogger(__name__)
 
-TensorKind = Literal["k", "v"]
-TENSORS: tuple[TensorKind, ...] = ("k", "v")
 KINDS = ("identity", "pool", "ridge", "procrustes", "linear")
 
 

@@ -166,7 +166,7 @@ def _write(config: ExtractConfig, items: Items, rows: list[int], readers: Mappin
 
 
 def _stored(reader: KVStoreReader, items: Items, row: int) -> EncodedSampleKV:
-    kv = reader.get(items[row].record.sample().content_key(reader.info.weights_digest, reader.plan))
+    kv = reader.get(items[row].record.sample().key(reader.info.weights_digest, reader.plan))
     assert kv is not None, "rows are written that every store has"
     return kv
 
@@ -196,7 +196,7 @@ def _stored_rows(survey: Survey, items: Items, readers: Mapping[str, KVStoreRead
     lacking: set[int] = set()
     for row in survey.kept():
         sample = items[row].record.sample()
-        if all(sample.content_key(reader.info.weights_digest, reader.plan) in reader for reader in readers.values()):
+        if all(sample.key(reader.info.weights_digest, reader.plan) in reader for reader in readers.values()):
             rows.append(row)
         else:
             lacking.add(row)

@@ -15,8 +15,8 @@ from extraction.config import ExtractConfig
 from extraction.dataset import Items
 from kvcore.errors import ConfigError
 from kvcore.plan import KVPlan, SpanKind
-from kvcore.tensors.codec import KINDS, layer_bytes, part_layout
-from kvcore.types import TeacherInfo
+from kvcore.tensors.codec import layer_bytes, part_layout
+from kvcore.types import TENSORS, TeacherInfo
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -121,7 +121,7 @@ def stored_bytes(slots: int, tokens: int, plan: KVPlan, info: TeacherInfo) -> in
         plan: how they are kept.
         info: the teacher.
     """
-    parts = sum(len(part_layout(plan.codec, kind, info.kv_heads, slots, info.head_dim)) for kind in KINDS)
+    parts = sum(len(part_layout(plan.codec, kind, info.kv_heads, slots, info.head_dim)) for kind in TENSORS)
     layer = layer_bytes(plan.codec, info.kv_heads, slots, info.head_dim)
     choosers = {"sample": 1, "layer": len(plan.layers), "head": len(plan.layers) * info.kv_heads}[plan.selection.scope]
     # Positions, token ids and byte ends stand beside the parts.

@@ -71,7 +71,7 @@ def stored_rows(directory: Path, info: TeacherInfo, plan: KVPlan, items: Items, 
         return found_R
     with KVStoreReader(directory) as reader:
         for row in survey.kept():
-            found_R[row] = items[row].record.sample().content_key(info.weights_digest, plan) in reader
+            found_R[row] = items[row].record.sample().key(info.weights_digest, plan) in reader
     return found_R
 
 

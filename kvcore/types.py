@@ -10,13 +10,15 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from kvcore.plan import CodecSpec, KVPlan, SamplingParams, SpanKind
 
 Tensor = torch.Tensor
+TensorKind = Literal["k", "v"]
+TENSORS: tuple[TensorKind, ...] = ("k", "v")
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,10 +39,10 @@ class Sample:
     token_ids: tuple[int, ...] | None = None
     spans: tuple[Span, ...] = ()
 
-    def content_key(self, weights_digest: str, plan: KVPlan, sampling: SamplingParams | None = None) -> str:
-        """Names this sample's K/V under one plan and one teacher: same content, same key, on wire and in store.
+    def key(self, weights_digest: str, plan: KVPlan, sampling: SamplingParams | None = None) -> str:
+        """Returns the sample key: the hash that names this sample's K/V of one teacher under one plan.
 
-        With `sampling` it names a prompt: what a request to `Generate` asks for.
+        Equal content has the same key on the wire and in a store. With `sampling` it names a prompt of `Generate`.
         """
         spans = [[span.kind, span.start, span.end] for span in self.spans]
         content: list[object] = [weights_digest, plan.digest(), self.text, self.token_ids, spans]

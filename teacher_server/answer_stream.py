@@ -78,7 +78,7 @@ class AnswerStream:
 
     def announce(self, index: int, prompt: Sample, written: Completion) -> None:
         """Says what was written behind a prompt, before its K/V."""
-        self._put(self._writer.written(index, prompt, written))
+        self._put(self._writer.completion(index, prompt, written))
 
     def on_layer(self, jobs: Sequence[Job], rows: Sequence[int], result: LayerResult) -> None:
         """Frames one layer of some samples."""

@@ -12,10 +12,10 @@ from numpy.typing import NDArray
 
 from kvcore.errors import FieldError, NonFiniteError
 from kvcore.plan import CodecSpec, KVPlan
-from kvcore.tensors.codec import Kind, encode, part_layout
+from kvcore.tensors.codec import encode, part_layout
 from kvcore.tensors.select import needs_importance, needs_keys, needs_seeds, select, select_sample
 from kvcore.tensors.selectors.random import sample_seed
-from kvcore.types import TeacherInfo, Tensor
+from kvcore.types import TeacherInfo, Tensor, TensorKind
 from teacher_server.engines.base import (
     SPAN_KINDS,
     Emit,
@@ -181,8 +181,8 @@ def _await_device(tensor: Tensor) -> None:
         torch.cuda.current_stream(tensor.device).synchronize()
 
 
-def _kinds(plan: KVPlan) -> list[Kind]:
-    kinds: list[Kind] = []
+def _kinds(plan: KVPlan) -> list[TensorKind]:
+    kinds: list[TensorKind] = []
     if plan.keys:
         kinds.append("k")
     if plan.values:

@@ -162,7 +162,7 @@ class TeacherKVService:
         """Returns the backend that answers a query, the call's log record, and the stream that takes its frames."""
         backend, call = self._state.loaded(), current_call()
         call.request_id, call.codec, call.samples = query.request_id, query.plan.codec.name, len(query.samples)
-        keys = await self._in_thread(content_keys, query, backend.engine.info, sampling)
+        keys = await self._in_thread(sample_keys, query, backend.engine.info, sampling)
         writer = FrameWriter(query.request_id, query.plan, keys, self._state.config.max_frame_bytes)
         return backend, call, AnswerStream(writer, len(query.samples), self._counter(call))
 
@@ -183,9 +183,9 @@ def _refuse_unreadable(read: Sequence[TokenizedSample | FieldError], stream: Ans
     stream.settle()
 
 
-def content_keys(query: KVQuery, info: TeacherInfo, sampling: SamplingParams | None) -> list[str]:
-    """Returns the content key of each sample as the server understood it. Its time grows with the request."""
-    return [sample.content_key(info.weights_digest, query.plan, sampling) for sample in query.samples]
+def sample_keys(query: KVQuery, info: TeacherInfo, sampling: SamplingParams | None) -> list[str]:
+    """Returns the key of each sample as the server understood it. Its time grows with the request."""
+    return [sample.key(info.weights_digest, query.plan, sampling) for sample in query.samples]
 
 
 async def _send(stream: AnswerStream, lane: ClientStream, backend: Backend, call: Call, write: Write) -> None:

@@ -197,7 +197,7 @@ class KVStoreReader:
         return self._manifest.plan
 
     def keys(self) -> KeysView[str]:
-        """The stored samples' content keys."""
+        """The stored samples' keys."""
         return self._places.keys()
 
     def __contains__(self, key: str) -> bool:

@@ -11,17 +11,15 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
 from torch.nn import functional
 
 from kvcore.errors import NonFiniteError
 from kvcore.plan import CodecSpec
-from kvcore.types import BatchKV, EncodedSampleKV, Tensor
+from kvcore.types import TENSORS, BatchKV, EncodedSampleKV, Tensor, TensorKind
 
-Kind = Literal["k", "v"]
-KINDS: tuple[Kind, ...] = ("k", "v")
 PartLayout = list[tuple[str, torch.dtype, tuple[int, ...]]]
 
 _LEVELS = 127
@@ -35,7 +33,7 @@ class Encoded:
     relative_error_B: Tensor
 
 
-def encode(x_BHMD: Tensor, kind: Kind, spec: CodecSpec) -> Encoded:
+def encode(x_BHMD: Tensor, kind: TensorKind, spec: CodecSpec) -> Encoded:
     """Packs keys or values on their device.
 
     Returns:
@@ -49,7 +47,7 @@ def encode(x_BHMD: Tensor, kind: Kind, spec: CodecSpec) -> Encoded:
     return Encoded(parts, _relative_error(x_BHMD, decode(parts, kind, spec)))
 
 
-def decode(parts: Mapping[str, Tensor], kind: Kind, spec: CodecSpec) -> Tensor:
+def decode(parts: Mapping[str, Tensor], kind: TensorKind, spec: CodecSpec) -> Tensor:
     """Unpacks parts to fp32, with the leading dimensions that the parts have."""
     if spec.name != "int8":
         return parts["data"].float()
@@ -58,7 +56,7 @@ def decode(parts: Mapping[str, Tensor], kind: Kind, spec: CodecSpec) -> Tensor:
     return codes.float().mul_(_per_element(scale, codes.shape[dim], spec.group_size, dim))
 
 
-def part_layout(spec: CodecSpec, kind: Kind, heads: int, slots: int, head_dim: int) -> PartLayout:
+def part_layout(spec: CodecSpec, kind: TensorKind, heads: int, slots: int, head_dim: int) -> PartLayout:
     """The parts of one sample's layer: name, dtype and shape, without the kind's prefix."""
     shape = (heads, slots, head_dim)
     if spec.name == "raw":
@@ -72,7 +70,7 @@ def part_layout(spec: CodecSpec, kind: Kind, heads: int, slots: int, head_dim: i
 
 def layer_bytes(spec: CodecSpec, heads: int, slots: int, head_dim: int) -> int:
     """What the keys and values of one layer of one sample take, packed."""
-    parts = [part for kind in KINDS for part in part_layout(spec, kind, heads, slots, head_dim)]
+    parts = [part for kind in TENSORS for part in part_layout(spec, kind, heads, slots, head_dim)]
     return sum(math.prod(shape) * dtype.itemsize for _, dtype, shape in parts)
 
 
@@ -96,7 +94,7 @@ def decode_batch(samples: Sequence[EncodedSampleKV]) -> BatchKV:
     )
 
 
-def _encode_parts(x_BHMD: Tensor, kind: Kind, spec: CodecSpec) -> dict[str, Tensor]:
+def _encode_parts(x_BHMD: Tensor, kind: TensorKind, spec: CodecSpec) -> dict[str, Tensor]:
     if spec.name == "raw":
         return {"data": x_BHMD.contiguous()}
     if spec.name == "bf16":
@@ -109,7 +107,7 @@ def _encode_parts(x_BHMD: Tensor, kind: Kind, spec: CodecSpec) -> dict[str, Tens
     return {"codes": codes.contiguous(), "scale": scale.contiguous()}
 
 
-def _group_dim(kind: Kind) -> int:
+def _group_dim(kind: TensorKind) -> int:
     """The dimension cut into groups: tokens for keys, channels for values."""
     return -2 if kind == "k" else -1
 
@@ -146,7 +144,9 @@ def _relative_error(x_BHMD: Tensor, decoded_BHMD: Tensor) -> Tensor:
     return relative_B
 
 
-def _decode_kind(samples: Sequence[EncodedSampleKV], rows_by_slots: dict[int, list[int]], kind: Kind) -> Tensor | None:
+def _decode_kind(
+    samples: Sequence[EncodedSampleKV], rows_by_slots: dict[int, list[int]], kind: TensorKind
+) -> Tensor | None:
     names = [name.removeprefix(f"{kind}.") for name in samples[0].parts if name.startswith(f"{kind}.")]
     if not names:
         return None

@@ -167,7 +167,7 @@ class FrameWriter:
     Args:
         request_id: comes back in every frame.
         plan: what the records answer.
-        keys: of each sample of the request as it was understood (`Sample.content_key`); its records echo it.
+        keys: of each sample of the request as it was understood (`Sample.key`); its records echo it.
         max_body: the most bytes in one frame's body; larger records are split.
     """
 
@@ -184,9 +184,9 @@ class FrameWriter:
         self._open: dict[int, _OpenSample] = {}
         self._ended = 0
 
-    def written(self, index: int, prompt: Sample, written: Completion) -> list[bytes]:
+    def completion(self, index: int, prompt: Sample, completion: Completion) -> list[bytes]:
         """Says what the teacher wrote behind the prompt of sample `index`: the text behind it, the spans of both."""
-        sample = written.sample
+        sample = completion.sample
         assert prompt.text is not None
         assert sample.text is not None
         record = {
@@ -194,10 +194,10 @@ class FrameWriter:
             "index": index,
             "id": sample.id,
             "key": self._keys[index],
-            "finish_reason": written.finish_reason,
-            "tokens": written.tokens,
+            "finish_reason": completion.finish_reason,
+            "tokens": completion.tokens,
             "spans": [[span.kind, span.start, span.end] for span in sample.spans],
-            "timings": {"queue": written.queue_s, "write": written.write_s},
+            "timings": {"queue": completion.queue_s, "write": completion.generate_s},
         }
         return self._add(record, index, memoryview(sample.text[len(prompt.text) :].encode()))
 

@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 
 from kvcore.errors import ProtocolError
 from kvcore.plan import KVPlan
-from kvcore.tensors.codec import KINDS, part_layout
-from kvcore.types import TeacherInfo, Tensor
+from kvcore.tensors.codec import part_layout
+from kvcore.types import TENSORS, TeacherInfo, Tensor
 from kvcore.wire.frames import dtype_name
 
 
@@ -25,7 +25,7 @@ class RowLayout:
         self.position_bytes = 4 * self.position_heads * slots
         layouts = [
             (f"{kind}.{name}", dtype, shape)
-            for kind, wanted in zip(KINDS, (plan.keys, plan.values), strict=True)
+            for kind, wanted in zip(TENSORS, (plan.keys, plan.values), strict=True)
             if wanted
             for name, dtype, shape in part_layout(plan.codec, kind, info.kv_heads, slots, info.head_dim)
         ]

@@ -49,7 +49,7 @@ class SampleState:
         if record.get("key") != self.key:
             raise ProtocolError(
                 f"sample '{self.sample.id}': the teacher understood another request than was sent "
-                f"(content key {record.get('key')!r}, expected '{self.key}')"
+                f"(sample key {record.get('key')!r}, expected '{self.key}')"
             )
 
     def close(self) -> None:

@@ -13,8 +13,7 @@ import xxhash
 
 from kvcore.errors import ProtocolError
 from kvcore.plan import KVPlan, SamplingParams
-from kvcore.tensors.codec import KINDS
-from kvcore.types import EncodedSampleKV, Sample, TeacherInfo
+from kvcore.types import TENSORS, EncodedSampleKV, Sample, TeacherInfo
 from kvcore.wire.completion import Completion, completed_sample
 from kvcore.wire.frames import FAILURE_STATUSES, PROTOCOL_VERSION, unpack_frame
 from kvcore.wire.sample_rows import Group, RowLayout, store_rows
@@ -71,10 +70,8 @@ class StreamReader:
         self._request_id = request_id
         self._plan = plan
         self._info = info
-        self._kinds = [kind for kind, wanted in zip(KINDS, (plan.keys, plan.values), strict=True) if wanted]
-        self._states = [
-            SampleState(sample, sample.content_key(info.weights_digest, plan, sampling)) for sample in samples
-        ]
+        self._kinds = [kind for kind, wanted in zip(TENSORS, (plan.keys, plan.values), strict=True) if wanted]
+        self._states = [SampleState(sample, sample.key(info.weights_digest, plan, sampling)) for sample in samples]
         self._layouts: dict[int, RowLayout] = {}
         self._seq = 0
         self._ended = False
@@ -287,7 +284,7 @@ class StreamReader:
         parts, positions = state.group.take(state.row)
         return EncodedSampleKV(
             sample_id=sample.id,
-            key=sample.content_key(self._info.weights_digest, plan),
+            key=sample.key(self._info.weights_digest, plan),
             layers=plan.layers,
             codec=plan.codec,
             parts=parts,
@@ -319,7 +316,7 @@ class StreamReader:
 class CompletionReader(StreamReader):
     """Reads the answer to a `Generate` request: each sample's text first, then its K/V.
 
-    `written` holds the texts that have come so far, by the sample's index in the request.
+    `completions` holds the texts that have come so far, by the sample's index in the request.
 
     Args:
         request_id, plan, info: as of `StreamReader`.
@@ -331,7 +328,7 @@ class CompletionReader(StreamReader):
         self, request_id: str, plan: KVPlan, samples: Sequence[Sample], info: TeacherInfo, sampling: SamplingParams
     ) -> None:
         super().__init__(request_id, plan, samples, info, sampling)
-        self.written: dict[int, Completion] = {}
+        self.completions: dict[int, Completion] = {}
         self._sampling = sampling
 
     def _take(self, record: dict[str, Any], chunk: memoryview, done: list[Result]) -> None:
@@ -343,7 +340,7 @@ class CompletionReader(StreamReader):
     def _open_written(self, record: dict[str, Any], first_bytes: int) -> Incoming:
         state = self._state(record.get("index"))
         index = cast("int", record["index"])
-        if index in self.written or state.tokens:
+        if index in self.completions or state.tokens:
             raise ProtocolError(f"sample '{state.sample.id}' was written twice, or after it was opened")
         state.check_identity(record)
         size = whole_number(record, "size", first_bytes, _MAX_WRITTEN_BYTES) if "size" in record else first_bytes
@@ -362,12 +359,12 @@ class CompletionReader(StreamReader):
         if reason not in ("stop", "length"):
             raise ProtocolError(f"sample '{sample.id}' ended its text for the reason {reason!r}")
         tokens = whole_number(record, "tokens", 0, self._sampling.max_new_tokens)
-        queue_s, write_s = seconds_of(record.get("timings"), ("queue", "write"))
-        self.written[index] = Completion(sample, reason, tokens, queue_s, write_s)
+        queue_s, generate_s = seconds_of(record.get("timings"), ("queue", "write"))
+        self.completions[index] = Completion(sample, reason, tokens, queue_s, generate_s)
         state.sample = sample
 
     def _open_sample(self, record: dict[str, Any]) -> Incoming:
         incoming = super()._open_sample(record)
-        if record["index"] not in self.written:
+        if record["index"] not in self.completions:
             raise ProtocolError(f"sample '{incoming.states[0].sample.id}' was opened before its text came")
         return incoming

@@ -10,7 +10,7 @@ from google.protobuf.message import Message
 
 from kvcore.plan import SamplingParams
 from kvcore.types import EncodedSampleKV, Sample
-from kvcore.wire import messages as wire
+from kvcore.wire import messages
 from kvcore.wire.completion import Completion
 from kvcore.wire.stream_reader import CompletionReader, StreamReader
 from protos import kv_cache_pb2 as pb
@@ -22,11 +22,11 @@ from student_trainer.kv_sources.remote import PlanFactory, RemoteSource
 class CompletedSample:
     """What came of one prompt.
 
-    `written`: the text with its spans; None where the teacher wrote nothing that arrived. `kv`: its K/V, or why there
-    are none; with a text, that is because the plan found nothing to select in it, or its K/V were unusable.
+    `completion`: the text with its spans; None if no text arrived. `kv`: its K/V, or why there are none; with a text,
+    the reason is that the plan found nothing to select in it, or that its K/V were unusable.
     """
 
-    written: Completion | None
+    completion: Completion | None
     kv: KVResult
 
 
@@ -72,7 +72,7 @@ class CompletionSource(RemoteSource):
         results = self.fetch(prompts)
         # Of a sample that was asked for again, the last answer counts.
         written = {
-            sample.id: reader.written.get(index)
+            sample.id: reader.completions.get(index)
             for samples, reader in self._answers
             for index, sample in enumerate(samples)
         }
@@ -82,9 +82,9 @@ class CompletionSource(RemoteSource):
     def _question(self, request_id: str, samples: Sequence[Sample]) -> tuple[Message, StreamReader]:
         request = pb.GenerateRequest(
             request_id=request_id,
-            plan=wire.plan_to_proto(self.plan),
-            samples=[wire.sample_to_proto(sample) for sample in samples],
-            sampling=wire.sampling_to_proto(self._sampling),
+            plan=messages.plan_to_proto(self.plan),
+            samples=[messages.sample_to_proto(sample) for sample in samples],
+            sampling=messages.sampling_to_proto(self._sampling),
         )
         reader = CompletionReader(request_id, self.plan, samples, self.info, self._sampling)
         self._answers.append((samples, reader))
@@ -94,6 +94,6 @@ class CompletionSource(RemoteSource):
 def _joined(written: Completion | None, kv: KVResult) -> CompletedSample:
     """Takes the time of writing out of what counts as network."""
     if written is not None and isinstance(kv, EncodedSampleKV):
-        network_s = max(0.0, kv.timings.network - written.queue_s - written.write_s)
+        network_s = max(0.0, kv.timings.network - written.queue_s - written.generate_s)
         kv = replace(kv, timings=replace(kv.timings, network=network_s))
     return CompletedSample(written, kv)

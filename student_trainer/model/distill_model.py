@@ -12,11 +12,10 @@ import torch
 from torch import nn
 
 from align.aligner import Aligner
-from align.head_dim_adapter import TENSORS
 from align.time_align import TimeAligner
 from align.token_layout import at_student_tokens, at_teacher_slots
 from data.collate import StudentBatch
-from kvcore.types import BatchKV, Tensor
+from kvcore.types import TENSORS, BatchKV, Tensor
 from student_trainer.config import TrainConfig
 from student_trainer.model.latent import AnswerReading, LatentStudent, TextReading
 from student_trainer.model.losses import codi_loss, cross_entropy, error_by_layer_and_head, kv_distance

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from align.aligner import Aligner, plan_for
 from align.calibration import Calibration, LayerCalibration, StudentRead
-from align.head_dim_adapter import TENSORS, KVGeometry
+from align.head_dim_adapter import KVGeometry
 from align.token_layout import at_student_tokens, at_teacher_slots
 from data.collate import Collator
 from data.records import Record, epoch_order
@@ -26,7 +26,7 @@ from experiments.demo.tokenizers import build_tokenizer
 from kvcore.plan import CodecSpec, KVPlan, Selection
 from kvcore.tensors.codec import decode_batch
 from kvcore.tensors.projections import kv_projections
-from kvcore.types import BatchKV, EncodedSampleKV
+from kvcore.types import TENSORS, BatchKV, EncodedSampleKV
 from student_trainer.model.capture import capture_kv
 from student_trainer.monitoring.alignment_report import AlignmentReport
 from teacher_server.config import ServeConfig

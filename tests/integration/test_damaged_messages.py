@@ -156,9 +156,9 @@ def test_a_flipped_bit_never_gives_another_writing(proxy: DamagingProxy, directi
             got: list[CompletedSample] = writer.write(PROMPTS)
             assert_right([one.kv for one in got], [one.kv for one in wanted])
             for one, other in zip(got, wanted, strict=True):
-                assert one.written is not None
-                assert other.written is not None
-                assert one.written.sample == other.written.sample
+                assert one.completion is not None
+                assert other.completion is not None
+                assert one.completion.sample == other.completion.sample
 
         problems: list[str] = []
         for bit in random_bits(3):
@@ -186,7 +186,7 @@ def test_recording_never_stores_kv_of_something_else(
     record.close()
     with closing(KVStoreReader(tmp_path)) as reader:
         for sample, right in zip(asked, wanted, strict=True):
-            stored = reader.get(sample.content_key(source.info.weights_digest, plan))
+            stored = reader.get(sample.key(source.info.weights_digest, plan))
             if stored is not None:
                 stored.sample_id = sample.id
                 assert_right([stored], [right])

@@ -25,7 +25,7 @@ from data.records import load_records
 from kvcore.errors import TeacherRefusedError
 from kvcore.plan import CodecSpec, KVPlan, SamplingParams, Selection
 from kvcore.types import EncodedSampleKV, MissingKV, Sample, Span
-from kvcore.wire import messages as wire
+from kvcore.wire import messages
 from protos import kv_cache_pb2 as pb
 from protos import kv_cache_pb2_grpc as pb_grpc
 from student_trainer.kv_sources.completions import CompletedSample, CompletionSource
@@ -97,10 +97,10 @@ def texts(written: Sequence[CompletedSample]) -> list[str]:
     """What was written, without the prompts."""
     found: list[str] = []
     for prompt, one in zip(PROMPTS, written, strict=True):
-        assert one.written is not None
-        assert one.written.sample.text is not None
+        assert one.completion is not None
+        assert one.completion.sample.text is not None
         assert prompt.text is not None
-        found.append(one.written.sample.text.removeprefix(prompt.text))
+        found.append(one.completion.sample.text.removeprefix(prompt.text))
     return found
 
 
@@ -113,7 +113,7 @@ def assert_kv_of_its_text(
     server: ServerInThread, written: Sequence[CompletedSample], plan: KVPlan, atol: float = 0.0
 ) -> None:
     """What StreamKV gives for the same text and spans, read alone: bit for bit, unless a tolerance is given."""
-    samples = [one.written.sample for one in written if one.written is not None]
+    samples = [one.completion.sample for one in written if one.completion is not None]
     with TeacherClient(server.endpoint) as client:
         read = [client.fetch(plan, [sample])[0] for sample in samples]
     for one, expected in zip(written, read, strict=True):
@@ -131,9 +131,9 @@ def assert_kv_of_its_text(
 def request_of(**changes: Any) -> pb.GenerateRequest:
     request = pb.GenerateRequest(
         request_id="r",
-        plan=wire.plan_to_proto(plan_of()),
-        samples=[wire.sample_to_proto(sample) for sample in PROMPTS[:2]],
-        sampling=wire.sampling_to_proto(GREEDY),
+        plan=messages.plan_to_proto(plan_of()),
+        samples=[messages.sample_to_proto(sample) for sample in PROMPTS[:2]],
+        sampling=messages.sampling_to_proto(GREEDY),
     )
     for path, value in changes.items():
         *parents, last = path.split("__")
@@ -164,11 +164,11 @@ def test_greedy_texts_are_the_models_own_and_their_kv_are_those_of_stream_kv(
     # In a batch, its padding may change the last bits.
     assert_kv_of_its_text(teacher, written, plan_of(), atol=1e-5)
     for prompt, one in zip(PROMPTS, written, strict=True):
-        assert one.written is not None
+        assert one.completion is not None
         assert prompt.text is not None
-        end, whole = len(prompt.text), len(one.written.sample.text or "")
-        assert one.written.sample.spans == (Span("prompt", 0, end), Span("reasoning", end, whole))
-        assert (one.written.finish_reason, one.written.tokens) == ("length", GREEDY.max_new_tokens)
+        end, whole = len(prompt.text), len(one.completion.sample.text or "")
+        assert one.completion.sample.spans == (Span("prompt", 0, end), Span("reasoning", end, whole))
+        assert (one.completion.finish_reason, one.completion.tokens) == ("length", GREEDY.max_new_tokens)
 
 
 def test_drawn_texts_come_again_with_their_seed_in_any_company(teacher: ServerInThread) -> None:
@@ -185,13 +185,13 @@ def test_an_answer_marker_and_a_stop_text_make_an_answer_that_a_plan_can_rank_by
     sampling = GREEDY.model_copy(update={"answer_marker": marker, "stop": (stop,)})
     selection = Selection(selector="r_kv", budget=4, span="reasoning", scope="layer")
     (one,) = write(teacher, sampling, PROMPTS[:1], selection)
-    assert one.written is not None
-    sample = one.written.sample
+    assert one.completion is not None
+    sample = one.completion.sample
     assert sample.text is not None
     found = {span.kind: sample.text[span.start : span.end] for span in sample.spans}
     before, _, after = plain[: plain.index(stop)].partition(marker)
     assert found == {"prompt": PROMPTS[0].text, "reasoning": before + marker, "answer": after}
-    assert one.written.finish_reason == "stop"
+    assert one.completion.finish_reason == "stop"
     assert_kv_of_its_text(teacher, [one], plan_of(selection))
 
 
@@ -203,7 +203,7 @@ def test_one_prompt_without_room_or_answer_harms_no_other(teacher: ServerInThrea
     first, long, second, third = write(teacher, sampling, prompts, Selection(selector="full", span="answer"))
     assert kv(first).slots > 0
     assert isinstance(long.kv, MissingKV)
-    assert long.written is None
+    assert long.completion is None
     assert long.kv.reason.startswith("INVALID_ARGUMENT: samples[long].text: has ")
     assert "30 may be written (sampling.max_new_tokens); together this teacher takes at most 120" in long.kv.reason
     for one, text in ((second, plain[1]), (third, plain[2])):
@@ -212,8 +212,8 @@ def test_one_prompt_without_room_or_answer_harms_no_other(teacher: ServerInThrea
         assert "no token lies in the span 'answer'" in one.kv.reason
         assert f"wrote 30 tokens (finish_reason: length), with no answer behind a marker {marker!r}" in one.kv.reason
         # The text was dear: it comes all the same.
-        assert one.written is not None
-        assert (one.written.sample.text or "").endswith(text)
+        assert one.completion is not None
+        assert (one.completion.sample.text or "").endswith(text)
 
 
 @pytest.mark.parametrize(
@@ -396,7 +396,7 @@ def test_an_engine_that_fails_while_writing_fails_its_batch_alone(start: Callabl
 def test_writing_and_reading_at_once_mix_up_nothing(start: Callable[..., ServerInThread]) -> None:
     server = start(lambda config: FakeEngine(config, FakeModel(layers=2)))
     alone, plan = write(server, GREEDY), plan_of()
-    samples = [one.written.sample for one in alone if one.written is not None]
+    samples = [one.completion.sample for one in alone if one.completion is not None]
 
     def read() -> list[Any]:
         with TeacherClient(server.endpoint) as client:

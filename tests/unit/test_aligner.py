@@ -13,10 +13,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from align.aligner import Aligner, plan_for
-from align.head_dim_adapter import TENSORS, KVGeometry
+from align.head_dim_adapter import KVGeometry
 from kvcore.errors import ConfigError, FieldError
 from kvcore.plan import CodecSpec, KVPlan, Scope, Selection
-from kvcore.types import TeacherInfo
+from kvcore.types import TENSORS, TeacherInfo
 from tests.support.alignment_parts import (
     CKA_PATH,
     MIXING,

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 
 from align.aligner import Aligner
 from align.calibration import HOLD_OUT_EVERY, Calibration, LayerCalibration, StudentRead, row_of_another_sample
-from align.head_dim_adapter import TENSORS, KVGeometry
+from align.head_dim_adapter import KVGeometry
 from kvcore.errors import FieldError, KVDistillError
-from kvcore.types import BatchKV
+from kvcore.types import TENSORS, BatchKV
 from tests.support.alignment_parts import (
     MIXING,
     PAIRS,

@@ -18,7 +18,7 @@ from tests.support.streams import INFO, PLAN, REQUEST, Forged, forge, sample_kv,
 
 SAMPLING = SamplingParams(max_new_tokens=40, answer_marker="####")
 PROMPTS = (Sample("s0", text="Größe 🙂?"), Sample("s1", text="Q: 1+1? A:", spans=(Span("prompt", 3, 10),)))
-KEYS = [prompt.content_key(INFO.weights_digest, PLAN, SAMPLING) for prompt in PROMPTS]
+KEYS = [prompt.key(INFO.weights_digest, PLAN, SAMPLING) for prompt in PROMPTS]
 TEXTS = (" 思考 naïve. #### 7", " two")
 
 
@@ -33,7 +33,7 @@ def frames_of(max_body: int = 1 << 20) -> list[bytes]:
     writer = FrameWriter(REQUEST, PLAN, KEYS, max_body)
     frames: list[bytes] = []
     for index, prompt in enumerate(PROMPTS):
-        frames += writer.written(index, prompt, written(index)) + writer.flush()
+        frames += writer.completion(index, prompt, written(index)) + writer.flush()
         frames += write_sample(writer, index, sent[index])
         for at in range(len(PLAN.layers)):
             frames += write_layer(writer, [index], at, sent)
@@ -76,23 +76,23 @@ def test_a_prompts_own_span_stays() -> None:
 @pytest.mark.parametrize("max_body", [1 << 20, 7, 1])
 def test_texts_and_their_kv_come_whole_through_frames_of_any_size(max_body: int) -> None:
     reader, results = read(frames_of(max_body))
-    assert reader.written == {0: written(0), 1: written(1)}
+    assert reader.completions == {0: written(0), 1: written(1)}
     for index, outcome in results.items():
         assert isinstance(outcome, EncodedSampleKV)
         # Its key is that of the text with its spans, as StreamKV would name it.
-        assert outcome.key == written(index).sample.content_key(INFO.weights_digest, PLAN)
+        assert outcome.key == written(index).sample.key(INFO.weights_digest, PLAN)
 
 
 def test_a_sample_may_fail_after_its_text() -> None:
     writer = FrameWriter(REQUEST, PLAN, KEYS, 1 << 20)
-    frames = writer.written(0, PROMPTS[0], written(0)) + writer.sample_failed(0, "FAILED_PRECONDITION", "no answer")
+    frames = writer.completion(0, PROMPTS[0], written(0)) + writer.sample_failed(0, "FAILED_PRECONDITION", "no answer")
     frames += writer.sample_failed(1, "INVALID_ARGUMENT", "too long") + writer.end()
     reader, results = read(frames)
     assert results == {
         0: RefusedSample("FAILED_PRECONDITION", "no answer"),
         1: RefusedSample("INVALID_ARGUMENT", "too long"),
     }
-    assert reader.written == {0: written(0)}
+    assert reader.completions == {0: written(0)}
 
 
 def change(**values: object) -> Callable[[list[Forged]], object]:

@@ -7,8 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from align.head_dim_adapter import TENSORS
-from kvcore.types import BatchKV, Tensor
+from kvcore.types import TENSORS, BatchKV, Tensor
 from student_trainer.config import LossConfig
 from student_trainer.loop.calibrate import calibrate
 from student_trainer.model.distill_model import DistillModel, TrainBatch

@@ -10,16 +10,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from align.head_dim_adapter import (
-    KINDS,
-    TENSORS,
-    HeadDimAdapter,
-    KVGeometry,
-    TeacherSpaceRegressor,
-    TensorKind,
-)
+from align.head_dim_adapter import KINDS, HeadDimAdapter, KVGeometry, TeacherSpaceRegressor
 from align.linear_maps import RidgeStatistics, fit_procrustes, fit_ridge
 from kvcore.errors import FieldError
+from kvcore.types import TENSORS, TensorKind
 from tests.support.feature_rows import Rows, correlated_rows, statistics_of
 
 TEACHER, STUDENT = KVGeometry(3, 2, 4), KVGeometry(2, 3, 2)

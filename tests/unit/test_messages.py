@@ -171,11 +171,11 @@ def samples(draw) -> Sample:
 
 
 @given(samples())
-def test_a_sample_and_its_content_key_survive_the_wire(sample):
+def test_a_sample_and_its_key_survive_the_wire(sample):
     got = sample_from_proto(through_bytes(sample_to_proto(sample)))
     assert got == sample
     plan = KVPlan(layers=(0,))
-    assert got.content_key("w", plan) == sample.content_key("w", plan)
+    assert got.key("w", plan) == sample.key("w", plan)
 
 
 def spans(*ranges: tuple[int, int, int]) -> pb.Sample:

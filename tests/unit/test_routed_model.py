@@ -8,10 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from align.head_dim_adapter import TENSORS
 from align.token_layout import at_student_tokens
 from fuse.similarity import Metric, teacher_similarity
-from kvcore.types import BatchKV, Tensor
+from kvcore.types import TENSORS, BatchKV, Tensor
 from student_trainer.config import LossConfig
 from student_trainer.loop.calibrate import calibrate
 from student_trainer.model import distill_model as model_module

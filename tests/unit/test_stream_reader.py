@@ -91,7 +91,7 @@ def test_a_sample_of_token_ids_must_be_read_as_those():
 
 def frames_for(asked: Sample, kv: EncodedSampleKV) -> list[bytes]:
     """The frames of a server that answers a request for `asked` with these K/V."""
-    return write_stream([dataclasses.replace(kv, key=asked.content_key(INFO.weights_digest, PLAN))])
+    return write_stream([dataclasses.replace(kv, key=asked.key(INFO.weights_digest, PLAN))])
 
 
 def feed_all(sample: Sample, frames: list[bytes]) -> list[object]:
@@ -139,7 +139,7 @@ def test_a_flipped_bit_in_any_byte_of_a_frame_is_noticed_or_changes_nothing():
 def test_a_teacher_that_understood_another_request_is_noticed_whether_the_sample_ends_well_or_not():
     asked = text_sample(0)
     kv = sample_kv(0)
-    misread = dataclasses.replace(kv, key=dataclasses.replace(asked, text="000000001").content_key("w", PLAN))
+    misread = dataclasses.replace(kv, key=dataclasses.replace(asked, text="000000001").key("w", PLAN))
     writer = FrameWriter(REQUEST, PLAN, [misread.key], 1 << 20)
     failed = writer.sample_failed(0, "INVALID_ARGUMENT", "nothing to select") + writer.end()
     for frames in (write_stream([misread]), failed):

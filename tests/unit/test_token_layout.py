@@ -10,9 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from align.head_dim_adapter import TENSORS, TensorKind
 from align.token_layout import at_student_tokens, at_teacher_slots, beyond_first, gather_slots, slots_of_tokens
-from kvcore.types import BatchKV
+from kvcore.types import TENSORS, BatchKV, TensorKind
 from tests.support.alignment_parts import TEACHER, TOKEN_ENDS, teacher_batch
 
 TEXT_BYTES = 12

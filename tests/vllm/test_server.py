@@ -114,9 +114,9 @@ def write(teacher: TeacherProcess) -> list[CompletedSample]:
 
 def test_it_writes_and_streams_the_kv_of_what_it_wrote(vllm: TeacherProcess, hf: TeacherProcess) -> None:
     for ours, theirs in zip(write(vllm), write(hf), strict=True):
-        assert ours.written is not None
-        assert theirs.written is not None
-        assert ours.written.sample == theirs.written.sample
+        assert ours.completion is not None
+        assert theirs.completion is not None
+        assert ours.completion.sample == theirs.completion.sample
         assert not isinstance(ours.kv, MissingKV)
         assert not isinstance(theirs.kv, MissingKV)
         one, other = (decode_batch([kv]) for kv in (ours.kv, theirs.kv))
