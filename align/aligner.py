@@ -13,8 +13,7 @@ from align.layer_map import LayerMapper, LearnedLayerMap
 from align.tokenizer_align import METHODS
 from kvcore.errors import ConfigError, FieldError
 from kvcore.files import finite_or_null
-from kvcore.plan import CodecSpec, KVPlan, Scope, Selection
-from kvcore.types import TENSORS, BatchKV, TeacherInfo, Tensor, TensorKind
+from kvcore.types import TENSORS, BatchKV, Tensor, TensorKind
 
 DIRECTIONS = ("to_student", "to_teacher")
 # What `to_teacher` trains, from a ridge start; the other adapters are frozen in either direction.
@@ -132,41 +131,6 @@ class Aligner(nn.Module):
         """Whether calibration has to see the student's K/V."""
         return self.fits_adapter or self.mapper.strategy == "cka"
 
-    def plan(self, selection: Selection, codec: CodecSpec) -> KVPlan:
-        """What the teacher is to be asked for.
-
-        Raises:
-            FieldError: the selection does not fit this alignment; names the field.
-        """
-        self.check_scope(selection.scope)
-        if self.tokens == "overlap" and (selection.selector, selection.span) != ("full", "all"):
-            raise FieldError(
-                "align.tokens",
-                "'overlap' needs every token's first byte: kv.selection.selector 'full' and span 'all'; got "
-                f"'{selection.selector}' and '{selection.span}'",
-            )
-        return KVPlan(layers=self.layers_needed, selection=selection, codec=codec)
-
-    def check_scope(self, scope: Scope) -> None:
-        """Refuses a selection whose slots hold different tokens in places that this alignment mixes.
-
-        Raises:
-            FieldError: naming the scope that fits.
-        """
-        if scope == "sample":
-            return
-        if self.mapper.mixes_layers:
-            problem = "the layer map mixes layers, which need the same tokens"
-        elif self.fits_adapter:
-            problem = "the head adapter mixes heads, and is fitted on the same tokens in all layers"
-        elif self.mapper.strategy == "cka":
-            problem = "the layer map 'cka' compares all layers on the same tokens"
-        elif len(self.layers_needed) != self.student.layers:
-            problem = "several student layers share a teacher layer, so that slots of two layers hold the same tokens"
-        else:
-            return
-        raise FieldError("kv.selection.scope", f"{problem}: use 'sample', not '{scope}'")
-
     def map_layers(self, x_BLHMD: Tensor) -> Tensor:
         """The teacher's `layers_needed` to one layer per student layer, in fp32."""
         assert x_BLHMD.shape[1] == len(self.layers_needed), "the batch holds other layers than the plan asks for"
@@ -182,17 +146,14 @@ class Aligner(nn.Module):
 
         With gradient into what trains on the teacher's side: `learned`, and `linear` under `to_student`.
         """
-        assert kv.k_BLHMD is not None, "the plan left keys out"
-        assert kv.v_BLHMD is not None, "the plan left values out"
-        k_BLHMD, v_BLHMD = kv.k_BLHMD, kv.v_BLHMD
         if any(parameter.requires_grad for parameter in self.parameters()):
-            # An empty slot may hold NaN, which times a gradient of 0 would still be NaN.
+            # An empty slot may hold NaN, and NaN times a gradient of 0 is NaN.
             empty = ~kv.mask_BM[:, None, None, :, None]
-            k_BLHMD, v_BLHMD = k_BLHMD.masked_fill(empty, 0.0), v_BLHMD.masked_fill(empty, 0.0)
-        k_BLHMD, v_BLHMD = self.map_layers(k_BLHMD), self.map_layers(v_BLHMD)
+            kv = kv.map(lambda x_BLHMD: x_BLHMD.masked_fill(empty, 0.0))
+        kv = kv.map(self.map_layers)
         if self.direction == "to_teacher":
-            return k_BLHMD, v_BLHMD
-        return self.adapter(k_BLHMD, "k"), self.adapter(v_BLHMD, "v")
+            return kv.k_BLHMD, kv.v_BLHMD
+        return self.adapter(kv.k_BLHMD, "k"), self.adapter(kv.v_BLHMD, "v")
 
     def student_view(self, x_BLHMD: Tensor, tensor: TensorKind) -> Tensor:
         """The student's keys or values in the space of the targets, in fp32, with gradient."""
@@ -244,25 +205,6 @@ class Aligner(nn.Module):
             raise ConfigError(f"the saved alignment belongs to other models or settings: {error}") from error
         if self.mapper.strategy == "cka":
             self.fit_layers(self.cka_KST.clone())
-
-
-def plan_for(
-    student: KVGeometry, teacher: TeacherInfo, *, selection: Selection, codec: CodecSpec, **settings: Any
-) -> KVPlan:
-    """What a teacher is to be asked for, so that it can be aligned: layers and tokens.
-
-    Args:
-        student: its geometry.
-        teacher: what it says of itself.
-        selection: which tokens.
-        codec: how they travel.
-        settings: of `Aligner`, by name.
-
-    Raises:
-        FieldError: settings that are unknown, or that do not fit each other or the selection.
-    """
-    geometry = KVGeometry(teacher.layers, teacher.kv_heads, teacher.head_dim)
-    return Aligner(geometry, student, **settings).plan(selection, codec)
 
 
 def _check_settings(direction: str, layer_map: str, head_adapter: str, tokens: str, sink_tokens: int) -> None:

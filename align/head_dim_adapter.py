@@ -36,6 +36,22 @@ class KVGeometry:
         return self.heads * self.head_dim
 
 
+def check_head_adapter(kind: str, source: KVGeometry, target: KVGeometry) -> None:
+    """Checks that a kind of `HeadDimAdapter` exists and fits two geometries.
+
+    Raises:
+        FieldError: an unknown kind, or `identity` between different geometries.
+    """
+    if kind not in KINDS:
+        raise FieldError("align.head_adapter", f"expected one of {', '.join(KINDS)}; got '{kind}'")
+    if kind == "identity" and (source.heads, source.head_dim) != (target.heads, target.head_dim):
+        raise FieldError(
+            "align.head_adapter",
+            f"'identity' needs equal heads and head dims; got {source.heads} x {source.head_dim} and "
+            f"{target.heads} x {target.head_dim} (use 'ridge')",
+        )
+
+
 class LayerwiseAffine(nn.Module):
     """One affine map F -> G per layer. NaN until fitted or loaded, so that nothing unfitted passes for a target."""
 
@@ -95,14 +111,7 @@ class HeadDimAdapter(nn.Module):
 
     def __init__(self, layers: int, source: KVGeometry, target: KVGeometry, kind: str = "ridge") -> None:
         super().__init__()
-        if kind not in KINDS:
-            raise FieldError("align.head_adapter", f"expected one of {', '.join(KINDS)}; got '{kind}'")
-        if kind == "identity" and (source.heads, source.head_dim) != (target.heads, target.head_dim):
-            raise FieldError(
-                "align.head_adapter",
-                f"'identity' needs equal heads and head dims; got {source.heads} x {source.head_dim} and "
-                f"{target.heads} x {target.head_dim} (use 'ridge')",
-            )
+        check_head_adapter(kind, source, target)
         self.kind = kind
         self.source = source
         self.target = target
@@ -177,14 +186,6 @@ class HeadDimAdapter(nn.Module):
                     "raise align.calibration_samples or choose another teacher",
                     name, threshold, {"k": "keys", "v": "values"}[tensor], ", ".join(poor),
                 )  # fmt: skip
-
-    def state_tensors(self) -> dict[str, Tensor]:
-        """Everything that was fitted or trained, on CPU, as safetensors takes it."""
-        return {name: tensor.detach().cpu().contiguous().clone() for name, tensor in self.state_dict().items()}
-
-    def load_state_tensors(self, tensors: dict[str, Tensor]) -> None:
-        """Takes over what `state_tensors` gave."""
-        self.load_state_dict(tensors, strict=True)
 
 
 class TeacherSpaceRegressor(HeadDimAdapter):

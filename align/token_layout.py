@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from align.tokenizer_align import overlap_weights_batch, pair_ends_batch
@@ -20,20 +22,18 @@ def at_student_tokens(kv: BatchKV, ends_BT: Tensor, method: str = "boundary", sk
         method: `boundary` or `overlap`.
         skip_first: so many of each sample's first tokens that stand for text are masked.
     """
-    assert kv.k_BLHMD is not None, "the plan left keys out"
-    assert kv.v_BLHMD is not None, "the plan left values out"
     ends_BT = ends_BT.to(kv.mask_BM.device)
     kept_BT = beyond_first(ends_BT, skip_first)
     if method == "overlap":
         weights_BTM, mask_BT = overlap_weights_batch(_slot_ends(kv), ends_BT)
         mask_BT = mask_BT & kept_BT
         weights_BTM = weights_BTM * mask_BT[:, :, None]
-        k_BLHTD, v_BLHTD = (_weighted(x, weights_BTM, kv.mask_BM) for x in (kv.k_BLHMD, kv.v_BLHMD))
+        laid_out = kv.map(lambda x_BLHMD: _weighted(x_BLHMD, weights_BTM, kv.mask_BM))
     else:
         index_BT = slots_of_tokens(kv, ends_BT.masked_fill(~kept_BT, -1))
         mask_BT = index_BT >= 0
-        k_BLHTD, v_BLHTD = (gather_slots(x, index_BT) for x in (kv.k_BLHMD, kv.v_BLHMD))
-    return BatchKV(k_BLHTD, v_BLHTD, mask_BT, ends_BT[:, None, None])
+        laid_out = kv.map(lambda x_BLHMD: gather_slots(x_BLHMD, index_BT))
+    return replace(laid_out, mask_BM=mask_BT, byte_ends_BLHM=ends_BT[:, None, None])
 
 
 def at_teacher_slots(

@@ -174,8 +174,6 @@ def _stored(reader: KVStoreReader, items: Items, row: int) -> EncodedSampleKV:
 def _decoded(teacher: str, encoded: EncodedSampleKV) -> dict[str, Any]:
     """One teacher's entry: keys and values [L,H,M,D]; positions [M], or [L,H|1,M] of scopes below the sample."""
     kv = decode_batch([encoded])
-    assert kv.k_BLHMD is not None
-    assert kv.v_BLHMD is not None
     k_LHMD, v_LHMD = kv.k_BLHMD[0], kv.v_BLHMD[0]
     if encoded.codec.name != "raw":
         # bf16 is exact for bf16, and finer than the codes of the others.

@@ -63,15 +63,11 @@ class KVPlan(StrictModel):
     layers: tuple[Annotated[int, Field(ge=0)], ...]
     selection: Selection = Selection()
     codec: CodecSpec = CodecSpec()
-    keys: bool = True
-    values: bool = True
 
     @model_validator(mode="after")
-    def _asks_for_something(self) -> Self:
+    def _layers_ascend(self) -> Self:
         if not self.layers or list(self.layers) != sorted(set(self.layers)):
             raise ValueError(f"layers: need at least one, ascending and without repeats; got {list(self.layers)}")
-        if not (self.keys or self.values):
-            raise ValueError("keys: a plan without keys and without values asks for nothing")
         return self
 
     def digest(self) -> str:
@@ -100,7 +96,7 @@ class SamplingParams(StrictModel):
         return _digest(self)  # pyright: ignore[reportArgumentType]  frozen models have a hash
 
 
-# Asked for with every sample's content key, of the one or two plans that a process uses.
+# Asked for with every sample's key, of the one or two plans that a process uses.
 @functools.lru_cache(maxsize=64)
 def _digest(model: KVPlan | SamplingParams) -> str:
     canonical = json.dumps(model.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))

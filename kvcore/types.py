@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -138,7 +138,27 @@ class BatchKV:
     `byte_ends_BLHM` follows the plan's scope like `positions`: [B,L|1,H|1,M], the byte at which each slot's token ends.
     """
 
-    k_BLHMD: Tensor | None
-    v_BLHMD: Tensor | None
+    k_BLHMD: Tensor
+    v_BLHMD: Tensor
     mask_BM: Tensor
     byte_ends_BLHM: Tensor
+
+    def __getitem__(self, samples: slice | Tensor) -> BatchKV:
+        """Some of the batch's samples."""
+        return replace(
+            self.map(lambda x_BLHMD: x_BLHMD[samples]),
+            mask_BM=self.mask_BM[samples],
+            byte_ends_BLHM=self.byte_ends_BLHM[samples],
+        )
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> BatchKV:
+        """Applies a function to the keys and to the values; mask and byte ends stay."""
+        return replace(self, k_BLHMD=function(self.k_BLHMD), v_BLHMD=function(self.v_BLHMD))
+
+    def to(self, device: torch.device) -> BatchKV:
+        """Moves everything to a device; K/V without waiting for the copy."""
+        return replace(
+            self.map(lambda x_BLHMD: x_BLHMD.to(device, non_blocking=True)),
+            mask_BM=self.mask_BM.to(device),
+            byte_ends_BLHM=self.byte_ends_BLHM.to(device),
+        )

@@ -77,7 +77,7 @@ def layer_bytes(spec: CodecSpec, heads: int, slots: int, head_dim: int) -> int:
 def decode_batch(samples: Sequence[EncodedSampleKV]) -> BatchKV:
     """Decodes samples of one teacher and plan into one batch, padded to the largest M.
 
-    Keys or values that the plan left out are None. `byte_ends_BLHM` is int64, -1 in slots without a token.
+    `byte_ends_BLHM` is int64, -1 in slots without a token.
     """
     assert samples, "a batch holds at least one sample"
     first = samples[0]
@@ -144,12 +144,8 @@ def _relative_error(x_BHMD: Tensor, decoded_BHMD: Tensor) -> Tensor:
     return relative_B
 
 
-def _decode_kind(
-    samples: Sequence[EncodedSampleKV], rows_by_slots: dict[int, list[int]], kind: TensorKind
-) -> Tensor | None:
+def _decode_kind(samples: Sequence[EncodedSampleKV], rows_by_slots: dict[int, list[int]], kind: TensorKind) -> Tensor:
     names = [name.removeprefix(f"{kind}.") for name in samples[0].parts if name.startswith(f"{kind}.")]
-    if not names:
-        return None
     decoded: list[Tensor] = []
     for rows in rows_by_slots.values():
         parts = {name: torch.stack([samples[row].parts[f"{kind}.{name}"] for row in rows]) for name in names}

@@ -60,8 +60,6 @@ def plan_to_proto(plan: KVPlan) -> pb.Plan:
             seed=selection.seed,
         ),
         codec=pb.Codec(name=codec.name, group_size=codec.group_size, max_relative_error=codec.max_relative_error),
-        keys=plan.keys,
-        values=plan.values,
     )
 
 
@@ -80,8 +78,6 @@ def plan_from_proto(proto: pb.Plan, field: str = "plan") -> KVPlan:
         "layers": list(proto.layers),
         "selection": _selection_tree(proto.selection, f"{field}.selection"),
         "codec": codec,
-        "keys": proto.keys,
-        "values": proto.values,
     }
     try:
         return parse(tree, KVPlan)

@@ -25,8 +25,7 @@ class RowLayout:
         self.position_bytes = 4 * self.position_heads * slots
         layouts = [
             (f"{kind}.{name}", dtype, shape)
-            for kind, wanted in zip(TENSORS, (plan.keys, plan.values), strict=True)
-            if wanted
+            for kind in TENSORS
             for name, dtype, shape in part_layout(plan.codec, kind, info.kv_heads, slots, info.head_dim)
         ]
         self.parts = sorted(layouts, key=lambda part: part[0])

@@ -70,7 +70,6 @@ class StreamReader:
         self._request_id = request_id
         self._plan = plan
         self._info = info
-        self._kinds = [kind for kind, wanted in zip(TENSORS, (plan.keys, plan.values), strict=True) if wanted]
         self._states = [SampleState(sample, sample.key(info.weights_digest, plan, sampling)) for sample in samples]
         self._layouts: dict[int, RowLayout] = {}
         self._seq = 0
@@ -223,8 +222,8 @@ class StreamReader:
 
     def _errors(self, record: dict[str, Any], count: int) -> dict[str, list[float]]:
         errors = record.get("errors")
-        if not isinstance(errors, dict) or set(cast("dict[Any, Any]", errors)) != set(self._kinds):
-            raise ProtocolError(f"layer record states the errors {errors!r}, expected those of {self._kinds}")
+        if not isinstance(errors, dict) or set(cast("dict[Any, Any]", errors)) != set(TENSORS):
+            raise ProtocolError(f"layer record states the errors {errors!r}, expected those of {TENSORS}")
         for values in cast("dict[str, Any]", errors).values():
             if not isinstance(values, list) or len(cast("list[Any]", values)) != count:
                 raise ProtocolError(f"layer record does not state one error for each of {count} samples")
@@ -247,7 +246,7 @@ class StreamReader:
             group = Group(layout, len(states), len(self._plan.layers), self._plan.selection.scope == "sample")
             for row, state in enumerate(states):
                 state.group, state.row = group, row
-                state.errors = {kind: [] for kind in self._kinds}
+                state.errors = {kind: [] for kind in TENSORS}
         store_rows([(state.group, state.row) for state in states], at, rows, positions_BHM)
         for row, state in enumerate(states):
             state.layers_done += 1

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -67,25 +67,21 @@ def _spread(kv: BatchKV, rows: list[int], batch: int) -> BatchKV:
     if len(rows) == batch:
         return kv
 
-    def place(tensor: Tensor | None, fill: int) -> Tensor | None:
-        if tensor is None:
-            return None
+    def place(tensor: Tensor, fill: int) -> Tensor:
         placed = tensor.new_full((batch, *tensor.shape[1:]), fill)
         placed[rows] = tensor
         return placed
 
-    mask_BM, byte_ends_BLHM = place(kv.mask_BM, 0), place(kv.byte_ends_BLHM, -1)
-    assert mask_BM is not None
-    assert byte_ends_BLHM is not None
-    return BatchKV(place(kv.k_BLHMD, 0), place(kv.v_BLHMD, 0), mask_BM, byte_ends_BLHM)
+    placed = kv.map(lambda x_BLHMD: place(x_BLHMD, 0))
+    return replace(placed, mask_BM=place(kv.mask_BM, 0), byte_ends_BLHM=place(kv.byte_ends_BLHM, -1))
 
 
 def _nothing(batch: int, info: TeacherInfo, plan: KVPlan) -> BatchKV:
     """A batch in which every sample is masked out: ranks go through the same steps whatever a teacher did."""
     shape = (batch, len(plan.layers), info.kv_heads, 1, info.head_dim)
     return BatchKV(
-        torch.zeros(shape) if plan.keys else None,
-        torch.zeros(shape) if plan.values else None,
+        torch.zeros(shape),
+        torch.zeros(shape),
         torch.zeros(batch, 1, dtype=torch.bool),
         torch.full((batch, 1, 1, 1), -1, dtype=torch.long),
     )
@@ -98,9 +94,8 @@ def _pad_slots(kv: BatchKV, slots: int | None) -> BatchKV:
     assert width < slots, "a plan's budget bounds the slots"
     extra = slots - width
     pad = torch.nn.functional.pad
-    return BatchKV(
-        None if kv.k_BLHMD is None else pad(kv.k_BLHMD, (0, 0, 0, extra)),
-        None if kv.v_BLHMD is None else pad(kv.v_BLHMD, (0, 0, 0, extra)),
-        pad(kv.mask_BM, (0, extra)),
-        pad(kv.byte_ends_BLHM, (0, extra), value=-1),
+    return replace(
+        kv.map(lambda x_BLHMD: pad(x_BLHMD, (0, 0, 0, extra))),
+        mask_BM=pad(kv.mask_BM, (0, extra)),
+        byte_ends_BLHM=pad(kv.byte_ends_BLHM, (0, extra), value=-1),
     )

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 
-from align.aligner import Aligner, plan_for
+from align.aligner import Aligner
 from align.head_dim_adapter import KVGeometry
+from align.teacher_plan import plan_for
 from data.collate import Collator
 from data.records import Record, content_digest, load_records
 from kvcore.errors import KVDistillError, TeacherRefusedError
@@ -82,7 +83,7 @@ class TrainingContext:
             received = decode_and_pad(
                 teacher.name, results, teacher.source.info, teacher.source.plan, slots, self.config.kv.on_missing
             )
-            caches.append(_to_device(received.kv, ds_engine.device()))
+            caches.append(received.kv.to(ds_engine.device()))
             window.receive(teacher.name, received, waited_s=fetched - began, decode_s=time.monotonic() - fetched)
         return TrainBatch(self.collator(records).to(ds_engine.device()), tuple(caches))
 
@@ -164,7 +165,14 @@ def _connect(
     settings = config.align.model_dump(exclude={"time", "calibration_samples"})
 
     def plan(info: TeacherInfo) -> KVPlan:
-        return plan_for(geometry, info, selection=config.kv.selection, codec=config.kv.codec, **settings)
+        return plan_for(
+            geometry,
+            KVGeometry(info.layers, info.kv_heads, info.head_dim),
+            selection=config.kv.selection,
+            codec=config.kv.codec,
+            layer_map=config.align.layer_map,
+            head_adapter=config.align.head_adapter,
+        )
 
     source = build_source(teacher, config.kv, plan, rank, world_size)
     connected.append(Teacher(teacher.name, source))
@@ -286,10 +294,3 @@ def fail_together(failure: KVDistillError | None) -> None:
         raise failure
     if int(failed):
         raise KVDistillError("another rank failed; its message says why")
-
-
-def _to_device(kv: BatchKV, device: torch.device) -> BatchKV:
-    if device.type == "cpu":
-        return kv
-    move = lambda tensor: None if tensor is None else tensor.to(device, non_blocking=True)  # noqa: E731
-    return BatchKV(move(kv.k_BLHMD), move(kv.v_BLHMD), kv.mask_BM.to(device), kv.byte_ends_BLHM.to(device))

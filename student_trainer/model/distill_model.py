@@ -32,16 +32,7 @@ class TrainBatch:
 
     def first(self, count: int) -> TrainBatch:
         """Only the first `count` samples."""
-        teachers = tuple(
-            BatchKV(
-                None if kv.k_BLHMD is None else kv.k_BLHMD[:count],
-                None if kv.v_BLHMD is None else kv.v_BLHMD[:count],
-                kv.mask_BM[:count],
-                kv.byte_ends_BLHM[:count],
-            )
-            for kv in self.teachers
-        )
-        return TrainBatch(self.tokens.first(count), teachers)
+        return TrainBatch(self.tokens.first(count), tuple(kv[:count] for kv in self.teachers))
 
 
 @dataclass(frozen=True, slots=True)
@@ -272,8 +263,6 @@ class DistillModel(nn.Module):
         for one, kv in zip(aligned, batch.teachers, strict=True):
             slots = BatchKV(one.k_BLHMD, one.v_BLHMD, one.mask_BM, kv.byte_ends_BLHM)
             text = at_student_tokens(slots, batch.tokens.text_byte_ends_BT)
-            assert text.k_BLHMD is not None
-            assert text.v_BLHMD is not None
             found.append(AlignedTeacher(text.k_BLHMD, text.v_BLHMD, text.mask_BM))
         return found
 

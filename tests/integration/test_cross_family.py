@@ -13,7 +13,7 @@ import torch
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from align.aligner import Aligner, plan_for
+from align.aligner import Aligner
 from align.calibration import Calibration, LayerCalibration, StudentRead
 from align.head_dim_adapter import KVGeometry
 from align.token_layout import at_student_tokens, at_teacher_slots
@@ -126,7 +126,7 @@ def trained(name: ModelName, directory: Path) -> tuple[Model, list[float]]:
 def calibrated(teacher: Model, student: Model, samples: int, **settings: Any) -> tuple[Aligner, KVPlan]:
     """Fitted on the first samples, in batches."""
     aligner = Aligner(teacher.geometry, student.geometry, **settings)
-    plan = plan_for(student.geometry, teacher.engine.info, selection=EVERYTHING, codec=EXACT, **settings)
+    plan = KVPlan(layers=aligner.layers_needed, selection=EVERYTHING, codec=EXACT)
     batches = [RECORDS[start : start + BATCH] for start in range(0, samples, BATCH)]
     passes = [LayerCalibration] if aligner.needs_layer_pass else []
     for kind in (*passes, Calibration):

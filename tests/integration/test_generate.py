@@ -263,7 +263,6 @@ def test_another_languages_client_gets_the_text_from_the_frames(teacher: ServerI
                 "layers": [0],
                 "selection": {"selector": "full", "span": "SPAN_KIND_ALL", "scope": "SCOPE_SAMPLE"},
                 "codec": {"name": "bf16"},
-                "keys": True,
             },
             "samples": [{"id": "p0", "text": PROMPTS[0].text}],
             "sampling": {"maxNewTokens": 30},

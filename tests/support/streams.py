@@ -51,9 +51,7 @@ def sample_kv(
     layers, heads = len(plan.layers), INFO.kv_heads
     parts: dict[str, Tensor] = {}
     errors: dict[str, list[float]] = {}
-    for kind, wanted in zip(TENSORS, (plan.keys, plan.values), strict=True):
-        if not wanted:
-            continue
+    for kind in TENSORS:
         encoded = encode(torch.randn(layers, heads, slots, INFO.head_dim, generator=generator), kind, plan.codec)
         parts |= {f"{kind}.{name}": part for name, part in encoded.parts.items()}
         errors[kind] = encoded.relative_error_B.tolist()

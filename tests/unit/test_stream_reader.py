@@ -32,19 +32,16 @@ from tests.support.streams import (
 )
 
 plans = st.builds(
-    lambda layers, selector, scope, codec, group_size, kinds: KVPlan(
+    lambda layers, selector, scope, codec, group_size: KVPlan(
         layers=tuple(sorted(layers)),
         selection=Selection(selector=selector, budget=5 if selector == "right" else 0, scope=scope),
         codec=CodecSpec(name=codec, group_size=group_size),
-        keys=kinds[0],
-        values=kinds[1],
     ),
     st.sets(st.integers(0, 4), min_size=1),
     st.sampled_from(["right", "full"]),
     st.sampled_from(["head", "layer", "sample"]),
     st.sampled_from(CODECS),
     st.integers(1, 5),
-    st.sampled_from([(True, True), (True, False), (False, True)]),
 )
 shapes = st.lists(st.tuples(st.integers(1, 5), st.integers(5, 12)), min_size=1, max_size=6)
 
