@@ -1,4 +1,4 @@
-"""One teacher's K/V and the student's, brought into one space: tokens, layers, heads, and the targets' scale."""
+"""Brings one teacher's K/V and the student's into the same space: layers, heads, and the targets' scale."""
 
 from __future__ import annotations
 
@@ -16,34 +16,34 @@ from kvcore.files import finite_or_null
 from kvcore.types import TENSORS, BatchKV, Tensor, TensorKind
 
 DIRECTIONS = ("to_student", "to_teacher")
-# What `to_teacher` trains, from a ridge start; the other adapters are frozen in either direction.
+# Adapters that `to_teacher` trains, starting from ridge; the others are frozen in both directions.
 _REGRESSORS = ("ridge", "linear")
 
 
 class Aligner(nn.Module):
     """Alignment with one teacher.
 
-    `to_student`: targets are the teacher's K/V, layer-mapped and adapted to the student's heads; the student's are
-    compared as they are. `to_teacher`: targets are the teacher's K/V, layer-mapped; the student's go through a map
-    into the teacher's heads. Either way: `targets(kv)` against `student_view(x, tensor)`, both [B,L_s,H,M,D], divided
-    by `scale(tensor)`.
+    `to_student`: targets are the teacher's K/V after the layer map and the adapter to the student's heads; the
+    student's K/V are compared unchanged. `to_teacher`: targets are the teacher's K/V after the layer map; the student's
+    K/V are mapped to the teacher's heads. In both, a loss compares `targets(kv)` with `student_view(x, tensor)`, both
+    [B,L_s,H,M,D], divided by `scale(tensor)`.
 
     A `Calibration` (or `load_state_tensors`) must come before the first use; with the layer map `cka` a
     `LayerCalibration` before that.
 
     Args:
-        teacher: the whole teacher's geometry.
-        student: the student's.
+        teacher: geometry of the whole teacher.
+        student: geometry of the student.
         direction: `to_student` or `to_teacher`.
         layer_map: a strategy of `LayerMapper`. `learned` trains, with gradients through `targets`.
         head_adapter: a kind of `HeadDimAdapter`. `linear` trains, with gradients through `targets` (`to_student`) or
             `student_view` (`to_teacher`, where `ridge` does the same).
-        tokens: how tokens of two tokenizers pair in calibration, `boundary` or `overlap`.
-        sink_tokens: the first tokens of a text, left out of calibration: models park attention on them.
-        min_explained_variance: `warn_if_poor` names the layers that the adapter explains less of.
+        tokens: how calibration pairs tokens of two tokenizers, `boundary` or `overlap`.
+        sink_tokens: how many first tokens of a text calibration leaves out, since they are attention sinks.
+        min_explained_variance: `warn_if_poor` names the layers below it.
 
     Raises:
-        FieldError: a setting that is unknown or can't be combined.
+        FieldError: an unknown setting, or two that cannot be combined.
     """
 
     scale_LK: Tensor
@@ -73,7 +73,7 @@ class Aligner(nn.Module):
         self.sink_tokens, self.min_explained_variance = sink_tokens, min_explained_variance
         self.teacher, self.student = teacher, student
         self.mapper = LayerMapper(teacher.layers, student.layers, layer_map)
-        # A fit narrows what the mapper needs, but not what a plan has asked for by then.
+        # Fitting `cka` reduces the mapper's layers, but the plan still asks for these.
         self._layers_needed = self.mapper.layers_needed
         self.learned_map = LearnedLayerMap(self.mapper) if layer_map == "learned" else None
         self.adapter = self._make_adapter()
@@ -88,7 +88,7 @@ class Aligner(nn.Module):
         return HeadDimAdapter(student.layers, student, teacher, self.head_adapter)
 
     def _register_measurements(self) -> None:
-        """What calibration fills in: NaN or 0 until then. Columns K: 0 keys, 1 values."""
+        """Buffers that calibration fills; NaN or 0 until then. Dimension K: 0 keys, 1 values."""
         layers = self.student.layers
         target = self.student if self.direction == "to_student" else self.teacher
         shapes = {
@@ -113,27 +113,27 @@ class Aligner(nn.Module):
 
     @property
     def layers_needed(self) -> tuple[int, ...]:
-        """The teacher layers that a plan must ask for; `BatchKV` holds them in this order."""
+        """The teacher layers that a plan must ask for, in the order of `BatchKV`."""
         return self._layers_needed
 
     @property
     def needs_layer_pass(self) -> bool:
-        """Whether a `LayerCalibration` has to come before the `Calibration`."""
+        """Whether a `LayerCalibration` is needed before the `Calibration`."""
         return not self.mapper.fitted
 
     @property
     def fits_adapter(self) -> bool:
-        """Whether calibration fits, or measures, a map between the heads, and not only the targets' scale."""
+        """Whether calibration fits or measures a map between heads, in addition to the targets' scale."""
         return self.adapter.kind != "identity"
 
     @property
     def needs_student(self) -> bool:
-        """Whether calibration has to see the student's K/V."""
+        """Whether calibration needs the student's K/V."""
         return self.fits_adapter or self.mapper.strategy == "cka"
 
     def map_layers(self, x_BLHMD: Tensor) -> Tensor:
-        """The teacher's `layers_needed` to one layer per student layer, in fp32."""
-        assert x_BLHMD.shape[1] == len(self.layers_needed), "the batch holds other layers than the plan asks for"
+        """Maps the teacher's `layers_needed` to one layer per student layer, in fp32."""
+        assert x_BLHMD.shape[1] == len(self.layers_needed), "the batch has other layers than the plan asks for"
         assert not self.needs_layer_pass, "a LayerCalibration must find the layer map first"
         if self.learned_map is not None:
             return self.learned_map(x_BLHMD)
@@ -142,9 +142,9 @@ class Aligner(nn.Module):
         return torch.einsum("sl,blhmd->bshmd", self._map_SL.float(), x_BLHMD.float())
 
     def targets(self, kv: BatchKV) -> tuple[Tensor, Tensor]:
-        """k_BLHMD and v_BLHMD to match, in fp32; what stands in masked slots means nothing.
+        """Target k_BLHMD and v_BLHMD in fp32; masked slots hold arbitrary values.
 
-        With gradient into what trains on the teacher's side: `learned`, and `linear` under `to_student`.
+        Gradients flow into modules that train on the teacher's side: `learned`, and `linear` with `to_student`.
         """
         if any(parameter.requires_grad for parameter in self.parameters()):
             # An empty slot may hold NaN, and NaN times a gradient of 0 is NaN.
@@ -160,44 +160,44 @@ class Aligner(nn.Module):
         return x_BLHMD.float() if self.direction == "to_student" else self.adapter(x_BLHMD, tensor)
 
     def scale(self, tensor: TensorKind) -> Tensor:
-        """[L_s]: standard deviation of all elements of a layer's targets: a loss divides both sides by it."""
+        """[L_s]: standard deviation of all elements of a layer's targets; a loss divides both sides by it."""
         return self.scale_LK[:, TENSORS.index(tensor)].float()
 
     def variance(self, tensor: TensorKind) -> Tensor:
-        """[L_s]: the targets' variance around each feature's mean: the squared error of predicting that mean."""
+        """[L_s]: variance of the targets around each feature's mean, the squared error of predicting the mean."""
         return self.variance_LK[:, TENSORS.index(tensor)].float()
 
     def mean(self, tensor: TensorKind) -> Tensor:
-        """[L_s,H,D]: each feature's mean over the targets, in the geometry of the targets."""
+        """[L_s,H,D]: mean of each feature of the targets, in their geometry."""
         return self.mean_KLHD[TENSORS.index(tensor)].float()
 
     def fit_layers(self, cka_KST: Tensor) -> None:
-        """Sets the layer map `cka` from how alike the layers are: keys and values [2,L_s,L_t], averaged.
+        """Fits the layer map `cka` to the similarities of keys and values [2,L_s,L_t], averaged.
 
         Raises:
-            FieldError: a similarity is not finite, or the layer map is another.
+            FieldError: a similarity is not finite, or the layer map is not `cka`.
         """
         self.mapper.fit_cka(cka_KST.mean(dim=0))
         self.cka_KST.copy_(cka_KST)
         self._take_layer_map()
 
     def warn_if_poor(self, threshold: float | None = None, name: str = "teacher") -> None:
-        """Logs a warning that names the layers that the adapter explains badly: less than `min_explained_variance`."""
+        """Logs a warning with the layers whose explained variance is below the threshold."""
         self.adapter.warn_if_poor(self.min_explained_variance if threshold is None else threshold, name)
 
     def report(self) -> dict[str, Any]:
-        """What a person wants to know of this alignment, ready for JSON: None where nothing was measured."""
+        """A description of this alignment for reports, as JSON values; None where nothing was measured."""
         return _describe(self)
 
     def state_tensors(self) -> dict[str, Tensor]:
-        """Everything measured, fitted or trained, on CPU, as safetensors takes it."""
+        """Copies of everything measured, fitted or trained, on the CPU, for safetensors."""
         return {name: tensor.detach().cpu().contiguous().clone() for name, tensor in self.state_dict().items()}
 
     def load_state_tensors(self, tensors: dict[str, Tensor]) -> None:
-        """Takes over what `state_tensors` gave.
+        """Loads the result of `state_tensors`.
 
         Raises:
-            ConfigError: they belong to an alignment of other models or settings.
+            ConfigError: it belongs to an alignment of other models or settings.
         """
         try:
             self.load_state_dict(tensors, strict=True)
@@ -213,7 +213,7 @@ def _check_settings(direction: str, layer_map: str, head_adapter: str, tokens: s
     if direction == "to_teacher" and head_adapter == "identity":
         raise FieldError(
             "align.head_adapter",
-            "'identity' leaves 'to_teacher' nothing to train; use align.direction 'to_student'",
+            "'identity' has nothing to train in 'to_teacher'; use align.direction 'to_student'",
         )
     if direction == "to_teacher" and layer_map == "learned":
         raise FieldError(
@@ -226,7 +226,7 @@ def _check_settings(direction: str, layer_map: str, head_adapter: str, tokens: s
 
 
 def _describe(aligner: Aligner) -> dict[str, Any]:
-    """One alignment, ready for JSON: None where nothing was measured."""
+    """See `Aligner.report`."""
     fit, held_out = aligner.rows_2.tolist()
     shuffled_LK = aligner.shuffled_LK if aligner.fits_adapter else aligner.shuffled_LK[:0]
     return {

@@ -101,7 +101,7 @@ def _sum_up(runs: Sequence[SweepRun]) -> None:
 def _all(left: Sequence[SweepRun]) -> list[str]:
     """Runs one after the other; gives the names of those that failed, and says why at once."""
     failed: list[str] = []
-    with ended_by_sigterm(), Meter({"runs": len(left)}, Console(), every=0, say=_say) as meter:
+    with ended_by_sigterm(), Meter({"runs": len(left)}, Console(), every=0, log=_say) as meter:
         for run in left:
             try:
                 execute(run)

@@ -24,7 +24,7 @@ def watched(what: str, batches: Sequence[BatchT]) -> Iterator[BatchT]:
         return
     lines = Console(stderr=True, force_terminal=False)
     say = logger.debug if run.drawn else logger.info
-    with Meter({what: len(batches)}, lines, brief=True, say=say) as meter:
+    with Meter({what: len(batches)}, lines, brief=True, log=say) as meter:
         try:
             for number, batch in enumerate(batches):
                 run.doing = f"{what} {number}/{len(batches)}"

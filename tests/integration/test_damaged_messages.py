@@ -119,7 +119,7 @@ def test_a_flipped_bit_that_passes_every_check_of_the_server_is_named_with_its_s
     proxy: DamagingProxy, source: RemoteSource
 ) -> None:
     proxy.request = lambda message: message.replace(b"3 apples", b"2 apples")
-    problem = f"teacher 'math' at {proxy.endpoint}: sample 'text': the teacher understood another request than was sent"
+    problem = f"teacher 'math' at {proxy.endpoint}: sample 'text': the teacher answered another request than"
     with pytest.raises(ProtocolError, match=problem):
         source.fetch(SAMPLES)
 
@@ -131,7 +131,7 @@ def test_a_sample_that_fails_because_it_was_misread_is_not_missing(proxy: Damagi
         return request.SerializeToString()
 
     proxy.request = drop_reasoning
-    with pytest.raises(ProtocolError, match="sample 'text': the teacher understood another request than was sent"):
+    with pytest.raises(ProtocolError, match="sample 'text': the teacher answered another request than the one sent"):
         source.fetch(SAMPLES)
 
 
