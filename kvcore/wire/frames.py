@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
+import grpc
 import msgpack
 import numpy as np
 import torch
@@ -23,26 +24,7 @@ from kvcore.wire.completion import Completion
 PROTOCOL_VERSION = 1
 
 # How a sample may end except with `ok`: the names of gRPC's status codes.
-FAILURE_STATUSES = frozenset(
-    {
-        "CANCELLED",
-        "UNKNOWN",
-        "INVALID_ARGUMENT",
-        "DEADLINE_EXCEEDED",
-        "NOT_FOUND",
-        "ALREADY_EXISTS",
-        "PERMISSION_DENIED",
-        "RESOURCE_EXHAUSTED",
-        "FAILED_PRECONDITION",
-        "ABORTED",
-        "OUT_OF_RANGE",
-        "UNIMPLEMENTED",
-        "INTERNAL",
-        "UNAVAILABLE",
-        "DATA_LOSS",
-        "UNAUTHENTICATED",
-    }
-)
+FAILURE_STATUSES = frozenset(code.name for code in grpc.StatusCode if code is not grpc.StatusCode.OK)
 
 # The most records in a frame, so that headers stay small even if records have no body.
 MAX_RECORDS = 1024

@@ -135,7 +135,7 @@ LIES: dict[str, tuple[Callable[[list[Forged]], object], str]] = {
     "a sample that was not asked for": (change(index=2), "the request has 2"),
     "more tokens than were allowed": (change(tokens=41), "'tokens' must be a whole number between 0 and 40"),
     "a reason that there is not": (change(finish_reason="bored"), "'bored'"),
-    "no seconds": (change(timings=None), "without timings"),
+    "no seconds": (change(timings=None), "has no timings"),
     "negative seconds": (change(timings={"queue": -1, "write": 1}), "'queue' must hold finite numbers"),
     "a text of a terabyte": (change(index=0, size=1 << 40), "between"),
     "a text that is not UTF-8": (break_utf8, "not UTF-8"),
