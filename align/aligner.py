@@ -1,4 +1,4 @@
-"""One teacher's K/V and the student's, brought into one space: tokens, layers, heads, and the targets' scale."""
+"""Brings one teacher's K/V and the student's into the same space: layers, heads, and the targets' scale."""
 
 from __future__ import annotations
 
@@ -8,43 +8,42 @@ from typing import Any
 import torch
 from torch import nn
 
-from align.head_dim_adapter import TENSORS, HeadDimAdapter, KVGeometry, TeacherSpaceRegressor, TensorKind
+from align.head_dim_adapter import HeadDimAdapter, KVGeometry, TeacherSpaceRegressor
 from align.layer_map import LayerMapper, LearnedLayerMap
 from align.tokenizer_align import METHODS
 from kvcore.errors import ConfigError, FieldError
 from kvcore.files import finite_or_null
-from kvcore.plan import CodecSpec, KVPlan, Scope, Selection
-from kvcore.types import BatchKV, TeacherInfo, Tensor
+from kvcore.types import TENSORS, BatchKV, Tensor, TensorKind
 
 DIRECTIONS = ("to_student", "to_teacher")
-# What `to_teacher` trains, from a ridge start; the other adapters are frozen in either direction.
+# Adapters that `to_teacher` trains, starting from ridge; the others are frozen in both directions.
 _REGRESSORS = ("ridge", "linear")
 
 
 class Aligner(nn.Module):
     """Alignment with one teacher.
 
-    `to_student`: targets are the teacher's K/V, layer-mapped and adapted to the student's heads; the student's are
-    compared as they are. `to_teacher`: targets are the teacher's K/V, layer-mapped; the student's go through a map
-    into the teacher's heads. Either way: `targets(kv)` against `student_view(x, tensor)`, both [B,L_s,H,M,D], divided
-    by `scale(tensor)`.
+    `to_student`: targets are the teacher's K/V after the layer map and the adapter to the student's heads; the
+    student's K/V are compared unchanged. `to_teacher`: targets are the teacher's K/V after the layer map; the student's
+    K/V are mapped to the teacher's heads. In both, a loss compares `targets(kv)` with `student_view(x, tensor)`, both
+    [B,L_s,H,M,D], divided by `scale(tensor)`.
 
     A `Calibration` (or `load_state_tensors`) must come before the first use; with the layer map `cka` a
     `LayerCalibration` before that.
 
     Args:
-        teacher: the whole teacher's geometry.
-        student: the student's.
+        teacher: geometry of the whole teacher.
+        student: geometry of the student.
         direction: `to_student` or `to_teacher`.
         layer_map: a strategy of `LayerMapper`. `learned` trains, with gradients through `targets`.
         head_adapter: a kind of `HeadDimAdapter`. `linear` trains, with gradients through `targets` (`to_student`) or
             `student_view` (`to_teacher`, where `ridge` does the same).
-        tokens: how tokens of two tokenizers pair in calibration, `boundary` or `overlap`.
-        sink_tokens: the first tokens of a text, left out of calibration: models park attention on them.
-        min_explained_variance: `warn_if_poor` names the layers that the adapter explains less of.
+        tokens: how calibration pairs tokens of two tokenizers, `boundary` or `overlap`.
+        sink_tokens: how many first tokens of a text calibration leaves out, since they are attention sinks.
+        min_explained_variance: `warn_if_poor` names the layers below it.
 
     Raises:
-        FieldError: a setting that is unknown or can't be combined.
+        FieldError: an unknown setting, or two that cannot be combined.
     """
 
     scale_LK: Tensor
@@ -74,7 +73,7 @@ class Aligner(nn.Module):
         self.sink_tokens, self.min_explained_variance = sink_tokens, min_explained_variance
         self.teacher, self.student = teacher, student
         self.mapper = LayerMapper(teacher.layers, student.layers, layer_map)
-        # A fit narrows what the mapper needs, but not what a plan has asked for by then.
+        # Fitting `cka` reduces the mapper's layers, but the plan still asks for these.
         self._layers_needed = self.mapper.layers_needed
         self.learned_map = LearnedLayerMap(self.mapper) if layer_map == "learned" else None
         self.adapter = self._make_adapter()
@@ -89,7 +88,7 @@ class Aligner(nn.Module):
         return HeadDimAdapter(student.layers, student, teacher, self.head_adapter)
 
     def _register_measurements(self) -> None:
-        """What calibration fills in: NaN or 0 until then. Columns K: 0 keys, 1 values."""
+        """Buffers that calibration fills; NaN or 0 until then. Dimension K: 0 keys, 1 values."""
         layers = self.student.layers
         target = self.student if self.direction == "to_student" else self.teacher
         shapes = {
@@ -114,62 +113,27 @@ class Aligner(nn.Module):
 
     @property
     def layers_needed(self) -> tuple[int, ...]:
-        """The teacher layers that a plan must ask for; `BatchKV` holds them in this order."""
+        """The teacher layers that a plan must ask for, in the order of `BatchKV`."""
         return self._layers_needed
 
     @property
     def needs_layer_pass(self) -> bool:
-        """Whether a `LayerCalibration` has to come before the `Calibration`."""
+        """Whether a `LayerCalibration` is needed before the `Calibration`."""
         return not self.mapper.fitted
 
     @property
     def fits_adapter(self) -> bool:
-        """Whether calibration fits, or measures, a map between the heads, and not only the targets' scale."""
+        """Whether calibration fits or measures a map between heads, in addition to the targets' scale."""
         return self.adapter.kind != "identity"
 
     @property
     def needs_student(self) -> bool:
-        """Whether calibration has to see the student's K/V."""
+        """Whether calibration needs the student's K/V."""
         return self.fits_adapter or self.mapper.strategy == "cka"
 
-    def plan(self, selection: Selection, codec: CodecSpec) -> KVPlan:
-        """What the teacher is to be asked for.
-
-        Raises:
-            FieldError: the selection does not fit this alignment; names the field.
-        """
-        self.check_scope(selection.scope)
-        if self.tokens == "overlap" and (selection.selector, selection.span) != ("full", "all"):
-            raise FieldError(
-                "align.tokens",
-                "'overlap' needs every token's first byte: kv.selection.selector 'full' and span 'all'; got "
-                f"'{selection.selector}' and '{selection.span}'",
-            )
-        return KVPlan(layers=self.layers_needed, selection=selection, codec=codec)
-
-    def check_scope(self, scope: Scope) -> None:
-        """Refuses a selection whose slots hold different tokens in places that this alignment mixes.
-
-        Raises:
-            FieldError: naming the scope that fits.
-        """
-        if scope == "sample":
-            return
-        if self.mapper.mixes_layers:
-            problem = "the layer map mixes layers, which need the same tokens"
-        elif self.fits_adapter:
-            problem = "the head adapter mixes heads, and is fitted on the same tokens in all layers"
-        elif self.mapper.strategy == "cka":
-            problem = "the layer map 'cka' compares all layers on the same tokens"
-        elif len(self.layers_needed) != self.student.layers:
-            problem = "several student layers share a teacher layer, so that slots of two layers hold the same tokens"
-        else:
-            return
-        raise FieldError("kv.selection.scope", f"{problem}: use 'sample', not '{scope}'")
-
     def map_layers(self, x_BLHMD: Tensor) -> Tensor:
-        """The teacher's `layers_needed` to one layer per student layer, in fp32."""
-        assert x_BLHMD.shape[1] == len(self.layers_needed), "the batch holds other layers than the plan asks for"
+        """Maps the teacher's `layers_needed` to one layer per student layer, in fp32."""
+        assert x_BLHMD.shape[1] == len(self.layers_needed), "the batch has other layers than the plan asks for"
         assert not self.needs_layer_pass, "a LayerCalibration must find the layer map first"
         if self.learned_map is not None:
             return self.learned_map(x_BLHMD)
@@ -178,65 +142,62 @@ class Aligner(nn.Module):
         return torch.einsum("sl,blhmd->bshmd", self._map_SL.float(), x_BLHMD.float())
 
     def targets(self, kv: BatchKV) -> tuple[Tensor, Tensor]:
-        """k_BLHMD and v_BLHMD to match, in fp32; what stands in masked slots means nothing.
+        """Target k_BLHMD and v_BLHMD in fp32; masked slots hold arbitrary values.
 
-        With gradient into what trains on the teacher's side: `learned`, and `linear` under `to_student`.
+        Gradients flow into modules that train on the teacher's side: `learned`, and `linear` with `to_student`.
         """
-        assert kv.k_BLHMD is not None, "the plan left keys out"
-        assert kv.v_BLHMD is not None, "the plan left values out"
-        k_BLHMD, v_BLHMD = kv.k_BLHMD, kv.v_BLHMD
         if any(parameter.requires_grad for parameter in self.parameters()):
-            # An empty slot may hold NaN, which times a gradient of 0 would still be NaN.
+            # An empty slot may hold NaN, and NaN times a gradient of 0 is NaN.
             empty = ~kv.mask_BM[:, None, None, :, None]
-            k_BLHMD, v_BLHMD = k_BLHMD.masked_fill(empty, 0.0), v_BLHMD.masked_fill(empty, 0.0)
-        k_BLHMD, v_BLHMD = self.map_layers(k_BLHMD), self.map_layers(v_BLHMD)
+            kv = kv.map(lambda x_BLHMD: x_BLHMD.masked_fill(empty, 0.0))
+        kv = kv.map(self.map_layers)
         if self.direction == "to_teacher":
-            return k_BLHMD, v_BLHMD
-        return self.adapter(k_BLHMD, "k"), self.adapter(v_BLHMD, "v")
+            return kv.k_BLHMD, kv.v_BLHMD
+        return self.adapter(kv.k_BLHMD, "k"), self.adapter(kv.v_BLHMD, "v")
 
     def student_view(self, x_BLHMD: Tensor, tensor: TensorKind) -> Tensor:
         """The student's keys or values in the space of the targets, in fp32, with gradient."""
         return x_BLHMD.float() if self.direction == "to_student" else self.adapter(x_BLHMD, tensor)
 
     def scale(self, tensor: TensorKind) -> Tensor:
-        """[L_s]: standard deviation of all elements of a layer's targets: a loss divides both sides by it."""
+        """[L_s]: standard deviation of all elements of a layer's targets; a loss divides both sides by it."""
         return self.scale_LK[:, TENSORS.index(tensor)].float()
 
     def variance(self, tensor: TensorKind) -> Tensor:
-        """[L_s]: the targets' variance around each feature's mean: the squared error of predicting that mean."""
+        """[L_s]: variance of the targets around each feature's mean, the squared error of predicting the mean."""
         return self.variance_LK[:, TENSORS.index(tensor)].float()
 
     def mean(self, tensor: TensorKind) -> Tensor:
-        """[L_s,H,D]: each feature's mean over the targets, in the geometry of the targets."""
+        """[L_s,H,D]: mean of each feature of the targets, in their geometry."""
         return self.mean_KLHD[TENSORS.index(tensor)].float()
 
     def fit_layers(self, cka_KST: Tensor) -> None:
-        """Sets the layer map `cka` from how alike the layers are: keys and values [2,L_s,L_t], averaged.
+        """Fits the layer map `cka` to the similarities of keys and values [2,L_s,L_t], averaged.
 
         Raises:
-            FieldError: a similarity is not finite, or the layer map is another.
+            FieldError: a similarity is not finite, or the layer map is not `cka`.
         """
         self.mapper.fit_cka(cka_KST.mean(dim=0))
         self.cka_KST.copy_(cka_KST)
         self._take_layer_map()
 
     def warn_if_poor(self, threshold: float | None = None, name: str = "teacher") -> None:
-        """Logs a warning that names the layers that the adapter explains badly: less than `min_explained_variance`."""
+        """Logs a warning with the layers whose explained variance is below the threshold."""
         self.adapter.warn_if_poor(self.min_explained_variance if threshold is None else threshold, name)
 
     def report(self) -> dict[str, Any]:
-        """What a person wants to know of this alignment, ready for JSON: None where nothing was measured."""
+        """A description of this alignment for reports, as JSON values; None where nothing was measured."""
         return _describe(self)
 
     def state_tensors(self) -> dict[str, Tensor]:
-        """Everything measured, fitted or trained, on CPU, as safetensors takes it."""
+        """Copies of everything measured, fitted or trained, on the CPU, for safetensors."""
         return {name: tensor.detach().cpu().contiguous().clone() for name, tensor in self.state_dict().items()}
 
     def load_state_tensors(self, tensors: dict[str, Tensor]) -> None:
-        """Takes over what `state_tensors` gave.
+        """Loads the result of `state_tensors`.
 
         Raises:
-            ConfigError: they belong to an alignment of other models or settings.
+            ConfigError: it belongs to an alignment of other models or settings.
         """
         try:
             self.load_state_dict(tensors, strict=True)
@@ -246,32 +207,13 @@ class Aligner(nn.Module):
             self.fit_layers(self.cka_KST.clone())
 
 
-def plan_for(
-    student: KVGeometry, teacher: TeacherInfo, *, selection: Selection, codec: CodecSpec, **settings: Any
-) -> KVPlan:
-    """What a teacher is to be asked for, so that it can be aligned: layers and tokens.
-
-    Args:
-        student: its geometry.
-        teacher: what it says of itself.
-        selection: which tokens.
-        codec: how they travel.
-        settings: of `Aligner`, by name.
-
-    Raises:
-        FieldError: settings that are unknown, or that do not fit each other or the selection.
-    """
-    geometry = KVGeometry(teacher.layers, teacher.kv_heads, teacher.head_dim)
-    return Aligner(geometry, student, **settings).plan(selection, codec)
-
-
 def _check_settings(direction: str, layer_map: str, head_adapter: str, tokens: str, sink_tokens: int) -> None:
     if direction not in DIRECTIONS:
         raise FieldError("align.direction", f"expected one of {', '.join(DIRECTIONS)}; got '{direction}'")
     if direction == "to_teacher" and head_adapter == "identity":
         raise FieldError(
             "align.head_adapter",
-            "'identity' leaves 'to_teacher' nothing to train; use align.direction 'to_student'",
+            "'identity' has nothing to train in 'to_teacher'; use align.direction 'to_student'",
         )
     if direction == "to_teacher" and layer_map == "learned":
         raise FieldError(
@@ -284,7 +226,7 @@ def _check_settings(direction: str, layer_map: str, head_adapter: str, tokens: s
 
 
 def _describe(aligner: Aligner) -> dict[str, Any]:
-    """One alignment, ready for JSON: None where nothing was measured."""
+    """See `Aligner.report`."""
     fit, held_out = aligner.rows_2.tolist()
     shuffled_LK = aligner.shuffled_LK if aligner.fits_adapter else aligner.shuffled_LK[:0]
     return {

@@ -1,6 +1,6 @@
-"""Before an alignment's first use: finds its layer map, fits its adapter, and measures its targets, from streamed rows.
+"""Calibration of an alignment: finds the layer map, fits the adapter and measures the targets, from streamed rows.
 
-Rows are pairs of what a teacher and the student hold for one token of one text.
+A row is a pair of the teacher's and the student's features of one token of one text.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ from dataclasses import dataclass
 import torch
 
 from align.aligner import Aligner
-from align.head_dim_adapter import TENSORS, HeadDimAdapter, TensorKind
+from align.head_dim_adapter import HeadDimAdapter
 from align.layer_similarity import CKAStatistics
 from align.linear_maps import RidgeStatistics
 from align.token_layout import at_student_tokens, at_teacher_slots, beyond_first, slots_of_tokens
 from kvcore.errors import FieldError, KVDistillError
-from kvcore.types import BatchKV, Tensor
+from kvcore.types import TENSORS, BatchKV, Tensor, TensorKind
 
 HOLD_OUT_EVERY = 5
 _FEWEST_ROWS = 2
@@ -27,7 +27,7 @@ Statistics = dict[TensorKind, list[RidgeStatistics]]
 
 @dataclass(frozen=True, slots=True)
 class StudentRead:
-    """The student's own content K/V over the text that the teacher read, and where its tokens end (-1 in padding)."""
+    """The student's own content K/V of the text that the teacher read, and its byte ends (-1 in padding)."""
 
     k_BLHTD: Tensor
     v_BLHTD: Tensor
@@ -36,9 +36,9 @@ class StudentRead:
 
 @dataclass(frozen=True, slots=True)
 class _Rows:
-    """Features of both models at the same tokens, sample after sample: [N,L,F] each. No `own` where nothing is fitted.
+    """Features [N,L,F] of both models at the same tokens, sample by sample; `own` is empty if nothing is fitted.
 
-    `sample_N`: which sample of the batch a row is of, ascending.
+    `sample_N`: each row's sample in the batch, ascending.
     """
 
     sample_N: Tensor
@@ -47,10 +47,10 @@ class _Rows:
 
 
 class LayerCalibration:
-    """Measures how alike every teacher layer is to every student layer, for the layer map `cka`.
+    """Measures the similarity of every teacher layer to every student layer, for the layer map `cka`.
 
     Args:
-        aligner: its layer map is set by `finish`. The sums live on its device.
+        aligner: `finish` sets its layer map. The sums are on its device.
     """
 
     def __init__(self, aligner: Aligner) -> None:
@@ -65,14 +65,14 @@ class LayerCalibration:
 
     @torch.no_grad()
     def update(self, kv: BatchKV, sample_B: Tensor, student: StudentRead) -> None:
-        """Adds a batch; arguments as in `Calibration.update`. Samples held out from the fit count too."""
+        """Adds a batch; arguments as in `Calibration.update`. Held-out samples are included."""
         del sample_B
         rows = _paired_rows(self._aligner, kv, student)
         for tensor, sums in self._sums.items():
             sums.update(rows.theirs[tensor], rows.own[tensor])
 
     def tensors(self) -> list[Tensor]:
-        """Every sum, to be added over ranks in place before `finish`."""
+        """All sums; with several ranks, add them in place (all-reduce) before `finish`."""
         return [tensor for sums in self._sums.values() for tensor in sums.tensors()]
 
     def finish(self) -> None:
@@ -80,7 +80,7 @@ class LayerCalibration:
 
         Raises:
             FieldError: too few rows, or a layer that never varies.
-            KVDistillError: keys or values that are not finite.
+            KVDistillError: keys or values are not finite.
         """
         _check_finite(self.tensors())
         count = int(self._sums["k"].count)
@@ -90,21 +90,21 @@ class LayerCalibration:
 
 
 class Calibration:
-    """Streams statistics over calibration samples, then fits an aligner and measures its targets.
+    """Accumulates statistics of calibration samples, then fits an aligner and measures its targets.
 
-    One sample in `HOLD_OUT_EVERY` is held out: penalties are chosen, and the explained variance measured, on those.
-    Beside it a control is fitted and measured in the same way with each teacher row facing the student's row of another
-    sample of the batch, the first facing the first and so on: what is explained without the pairing. It stays NaN where
-    no batch holds two samples.
+    One of `HOLD_OUT_EVERY` samples is held out; penalties are chosen and the explained variance is measured on these.
+    A control is fitted and measured in the same way, with each teacher row paired with the student's row at the same
+    place in another sample of the batch: it shows what is explained without the right pairing. The control is NaN if no
+    batch has two samples.
 
     Memory, for a fitted adapter of F to G features over L layers: 64 L (F^2 + F G) bytes.
 
     Args:
-        aligner: fitted in place by `finish`. The sums live on its device.
+        aligner: `finish` fits it in place. The sums are on its device.
     """
 
     def __init__(self, aligner: Aligner) -> None:
-        assert not aligner.needs_layer_pass, "a LayerCalibration comes first"
+        assert not aligner.needs_layer_pass, "run a LayerCalibration first"
         self._aligner = aligner
         self._true = (self._no_sums(), self._no_sums())
         self._control = (self._no_sums(), self._no_sums()) if aligner.fits_adapter else None
@@ -126,10 +126,10 @@ class Calibration:
         """Adds a batch.
 
         Args:
-            kv: the teacher's, with the aligner's `layers_needed`.
-            sample_B: each sample's number among all calibration samples, over all ranks: it decides what is held out.
-            student: needed unless the aligner only measures (`needs_student` is False); then it says which tokens are
-                sinks, and without it none are left out.
+            kv: the teacher's K/V in the aligner's `layers_needed`.
+            sample_B: each sample's number among the calibration samples of all ranks; it decides which are held out.
+            student: required if `needs_student`. Otherwise it only determines the sink tokens; without it none are left
+                out.
         """
         rows = self._rows(kv, student)
         held_out_N = sample_B.to(rows.sample_N.device)[rows.sample_N] % HOLD_OUT_EVERY == HOLD_OUT_EVERY - 1
@@ -165,18 +165,18 @@ class Calibration:
                 statistics.update(x_part[:, layer], y_part[:, layer])
 
     def _count_coverage(self, kv: BatchKV, student: StudentRead, paired: int) -> None:
-        """Of the tokens and slots that stand for text, but for sinks: how many there are, and how many are paired."""
+        """Counts the tokens and slots that stand for text, except sinks, and those of them that are paired."""
         skip, device = self._aligner.sink_tokens, kv.mask_BM.device
         ends_BT = student.byte_ends_BT.to(device)
         text_BT = beyond_first(ends_BT, skip) & kv.mask_BM.any(dim=1, keepdim=True)
         slots_BM = kv.mask_BM & (kv.byte_ends_BLHM[:, 0, 0] > _sink_ends(ends_BT, skip)[:, None])
-        # Any tensor of the student's shape tells which slots it meets.
+        # One feature is enough to learn which slots are paired.
         _, met_BLHM = at_teacher_slots(student.k_BLHTD[:, :1, :1, :, :1].to(device), ends_BT, kv, skip)
         text, slots, met = (int(part.sum()) for part in (text_BT, slots_BM, met_BLHM[:, 0, 0] & slots_BM))
         self._coverage_4 += torch.tensor([text, paired, slots, met], device=self._coverage_4.device)
 
     def tensors(self) -> list[Tensor]:
-        """Every sum, to be added over ranks in place before `finish`."""
+        """All sums; with several ranks, add them in place (all-reduce) before `finish`."""
         parts = (*self._true, *(self._control or ()))
         sums = [tensor for part in parts for name in TENSORS for layer in part[name] for tensor in layer.tensors()]
         return [self._coverage_4, *sums]
@@ -186,7 +186,7 @@ class Calibration:
 
         Raises:
             FieldError: too few rows, or targets that never vary.
-            KVDistillError: keys or values that are not finite.
+            KVDistillError: keys or values are not finite.
         """
         _check_finite(self.tensors())
         fit, held_out = self._true
@@ -214,13 +214,13 @@ class Calibration:
             self._aligner.shuffled_LK[:, column] = torch.tensor(adapter.explained_variance(tensor))
 
     def _measure_targets(self, column: int, layer: int, rows: RidgeStatistics) -> None:
-        """Mean of each feature, deviation of all elements, and mean variance around each feature's mean."""
+        """Measures each feature's mean, the deviation of all elements, and the mean variance around the means."""
         mean_G, variance_G = self._target_moments(TENSORS[column], layer, rows)
         square, variance = float((variance_G + mean_G.square()).mean()), float(variance_G.mean())
         if not variance > 1e-12 * square:
             raise FieldError(
                 "align.calibration_samples",
-                f"the targets of student layer {layer} ({TENSORS[column]}) never vary; raise it",
+                f"the targets of student layer {layer} ({TENSORS[column]}) never vary; use more samples",
             )
         aligner = self._aligner
         aligner.mean_KLHD[column, layer] = mean_G.view_as(aligner.mean_KLHD[column, layer])
@@ -228,7 +228,7 @@ class Calibration:
         aligner.variance_LK[layer, column] = variance
 
     def _target_moments(self, tensor: TensorKind, layer: int, rows: RidgeStatistics) -> tuple[Tensor, Tensor]:
-        """Mean and variance of each feature of one layer's targets, from the statistics alone."""
+        """Mean and variance of each feature of one layer's targets, from the statistics."""
         if self._aligner.direction == "to_teacher":
             return rows.mean_y, rows.scatter_yy() / rows.count
         covariance_FF = rows.scatter_xx() / rows.count
@@ -240,13 +240,13 @@ class Calibration:
 
 
 def row_of_another_sample(sample_N: Tensor) -> Tensor:
-    """For each row the row at the same place in the next sample that has rows, the last followed by the first.
+    """For each row, the row at the same place in the next sample; the first sample follows the last.
 
     Args:
         sample_N: each row's sample, ascending.
 
     Returns:
-        int64 [N]; -1 where that sample is too short, or where there is but one. No row is given twice.
+        int64 [N]; -1 if that sample has too few rows, or there is only one sample. No row occurs twice.
     """
     _, part_N, counts_P = torch.unique_consecutive(sample_N, return_inverse=True, return_counts=True)
     if len(counts_P) < 2:
@@ -258,7 +258,7 @@ def row_of_another_sample(sample_N: Tensor) -> Tensor:
 
 
 def _paired_rows(aligner: Aligner, kv: BatchKV, student: StudentRead) -> _Rows:
-    """What both hold at the student's tokens. The teacher's layers are mapped if the map is known, or all."""
+    """Features of both models at the student's tokens; the teacher's layers are mapped if the map is known."""
     kv, sample_N, slot_N, token_N = _pairs(aligner, kv, student.byte_ends_BT)
     mapped = (lambda x_BLHMD: x_BLHMD) if aligner.needs_layer_pass else aligner.map_layers
     own: dict[TensorKind, Tensor] = {"k": student.k_BLHTD, "v": student.v_BLHTD}
@@ -270,23 +270,23 @@ def _paired_rows(aligner: Aligner, kv: BatchKV, student: StudentRead) -> _Rows:
 
 
 def _pairs(aligner: Aligner, kv: BatchKV, ends_BT: Tensor) -> tuple[BatchKV, Tensor, Tensor, Tensor]:
-    """The teacher's K/V to compare with, and for each row the sample of the batch, the slot and the student's token."""
+    """The teacher's K/V, and each row's sample, slot and student token."""
     ends_BT = ends_BT.to(kv.mask_BM.device)
     if aligner.tokens == "overlap":
         kv = at_student_tokens(kv, ends_BT, aligner.tokens, aligner.sink_tokens)
         sample_N, token_N = kv.mask_BM.nonzero(as_tuple=True)
         return kv, sample_N, token_N, token_N
-    # Chosen one by one: a selection fills far fewer slots than the student has tokens to lay them out at.
+    # Selected one by one: a selection usually has far fewer slots than the student has tokens.
     index_BT = slots_of_tokens(kv, ends_BT.masked_fill(~beyond_first(ends_BT, aligner.sink_tokens), -1))
     sample_N, token_N = (index_BT >= 0).nonzero(as_tuple=True)
     return kv, sample_N, index_BT[sample_N, token_N], token_N
 
 
 def _all_rows(aligner: Aligner, kv: BatchKV, student: StudentRead | None) -> _Rows:
-    """The teacher's slots, whichever tokens they hold; without sinks if the student's tokens tell where those end."""
+    """All of the teacher's slots; without sink tokens if the student's tokens are given."""
     mask_BM = kv.mask_BM
     if student is not None and aligner.sink_tokens > 0:
-        # What has been read by a slot: also told for slots whose own end is not.
+        # Bytes read up to each slot, also for slots whose own end is unknown.
         read_BLHM = kv.byte_ends_BLHM.cummax(dim=3).values
         sink_B111 = _sink_ends(student.byte_ends_BT.to(mask_BM.device), aligner.sink_tokens)[:, None, None, None]
         beyond_BLHM = (read_BLHM > sink_B111) | ((read_BLHM == sink_B111) & (kv.byte_ends_BLHM < 0))
@@ -300,19 +300,17 @@ def _all_rows(aligner: Aligner, kv: BatchKV, student: StudentRead | None) -> _Ro
 
 
 def _sink_ends(ends_BT: Tensor, count: int) -> Tensor:
-    """[B]: the byte at which each sample's first `count` tokens of text end; -1 for none."""
+    """[B]: the byte at which each sample's first `count` text tokens end; -1 if there are none."""
     sinks_BT = (ends_BT >= 0) & ~beyond_first(ends_BT, count)
     return torch.where(sinks_BT, ends_BT, -1).amax(dim=1)
 
 
 def _both(kv: BatchKV) -> dict[TensorKind, Tensor]:
-    assert kv.k_BLHMD is not None, "the plan left keys out"
-    assert kv.v_BLHMD is not None, "the plan left values out"
     return {"k": kv.k_BLHMD, "v": kv.v_BLHMD}
 
 
 def _features(x_BLHMD: Tensor, sample_N: Tensor, place_N: Tensor) -> Tensor:
-    """The heads of chosen tokens in a row: [N,L,F]."""
+    """Features [N,L,F] of chosen tokens: all heads concatenated."""
     return x_BLHMD[sample_N, :, :, place_N].flatten(2)
 
 
@@ -323,12 +321,12 @@ def _counts(parts: tuple[Statistics, Statistics]) -> list[int]:
 def _check_finite(sums: list[Tensor]) -> None:
     if not all(bool(tensor.isfinite().all()) for tensor in sums):
         raise KVDistillError(
-            "keys or values of the calibration samples are NaN or infinite; a model in half precision may overflow"
+            "keys or values of the calibration samples are NaN or infinite; fp16 may overflow (use --dtype bf16)"
         )
 
 
 def _too_few(found: str) -> str:
     return (
-        f"gave {found}, and at least {_FEWEST_ROWS} of each are needed; raise it, or check that teacher and student "
-        "read the same texts"
+        f"gave {found}, but at least {_FEWEST_ROWS} of each are needed; use more samples, or check that teacher and "
+        "student read the same texts"
     )

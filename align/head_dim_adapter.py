@@ -1,6 +1,6 @@
-"""Maps between the K/V features of two models: averaged, closed form from streamed statistics, trained, or identity.
+"""Maps between the K/V features of two models: pooled, fitted in closed form, trained, or identity.
 
-Features are all heads of a token in a row: F = H * D, head after head. Rows (N) are tokens that both models have read.
+Features are the concatenated heads of one token: F = H * D. Rows (N) are tokens that both models have read.
 """
 
 from __future__ import annotations
@@ -9,19 +9,16 @@ import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import nn
 
 from align.linear_maps import AffineFit, RidgeStatistics, area_average, fit_procrustes, fit_ridge, measured
 from kvcore.errors import FieldError
-from kvcore.types import Tensor
+from kvcore.types import TENSORS, Tensor, TensorKind
 
 logger = logging.getLogger(__name__)
 
-TensorKind = Literal["k", "v"]
-TENSORS: tuple[TensorKind, ...] = ("k", "v")
 KINDS = ("identity", "pool", "ridge", "procrustes", "linear")
 
 
@@ -39,8 +36,24 @@ class KVGeometry:
         return self.heads * self.head_dim
 
 
+def check_head_adapter(kind: str, source: KVGeometry, target: KVGeometry) -> None:
+    """Checks that a kind of `HeadDimAdapter` exists and fits two geometries.
+
+    Raises:
+        FieldError: an unknown kind, or `identity` between different geometries.
+    """
+    if kind not in KINDS:
+        raise FieldError("align.head_adapter", f"expected one of {', '.join(KINDS)}; got '{kind}'")
+    if kind == "identity" and (source.heads, source.head_dim) != (target.heads, target.head_dim):
+        raise FieldError(
+            "align.head_adapter",
+            f"'identity' needs equal heads and head dims; got {source.heads} x {source.head_dim} and "
+            f"{target.heads} x {target.head_dim} (use 'ridge')",
+        )
+
+
 class LayerwiseAffine(nn.Module):
-    """One affine map F -> G per layer. NaN until fitted or loaded, so that nothing unfitted passes for a target."""
+    """One affine map F -> G per layer; NaN until fitted or loaded, so that an unfitted map cannot go unnoticed."""
 
     weight_LFG: Tensor
     bias_LG: Tensor
@@ -61,19 +74,19 @@ class LayerwiseAffine(nn.Module):
 
     @torch.no_grad()
     def set_layer(self, layer: int, fit: AffineFit) -> None:
-        """Takes over one layer's fit."""
+        """Sets one layer's map."""
         self.weight_LFG[layer].copy_(fit.weight_FG)
         self.bias_LG[layer].copy_(fit.bias_G)
         self.alpha_L[layer] = fit.alpha
         self.explained_variance_L[layer] = fit.explained_variance
 
     def forward(self, x_LNF: Tensor) -> Tensor:
-        """[L,N,F] to [L,N,G], in fp32."""
+        """Maps [L,N,F] to [L,N,G], in fp32."""
         return torch.baddbmm(self.bias_LG.float()[:, None], x_LNF.float(), self.weight_LFG.float())
 
 
 class HeadDimAdapter(nn.Module):
-    """Brings K/V of one geometry into another, per layer, keys and values apart, heads mixed freely.
+    """Maps K/V of one geometry to another, per layer, separately for keys and values; heads may mix.
 
     | kind | map | needs `fit` |
     |---|---|---|
@@ -83,13 +96,13 @@ class HeadDimAdapter(nn.Module):
     | `procrustes` | a rotation with one scale (`fit_procrustes`) | yes |
     | `linear` | starts as `ridge` and trains | yes |
 
-    All but `linear` are frozen: their output is a target, which must not move. `pool` takes the model's order of heads
-    and dims for granted, which two models rarely share: measure what it explains.
+    All kinds except `linear` are frozen, because their output is a target. `pool` assumes that both models order their
+    heads and dims in the same way, which is rare; check its explained variance.
 
     Args:
         layers: L, of the side that is compared.
-        source: heads and head dim of what comes in.
-        target: heads and head dim of what goes out.
+        source: geometry of the input.
+        target: geometry of the output.
         kind: one of `KINDS`.
 
     Raises:
@@ -98,14 +111,7 @@ class HeadDimAdapter(nn.Module):
 
     def __init__(self, layers: int, source: KVGeometry, target: KVGeometry, kind: str = "ridge") -> None:
         super().__init__()
-        if kind not in KINDS:
-            raise FieldError("align.head_adapter", f"expected one of {', '.join(KINDS)}; got '{kind}'")
-        if kind == "identity" and (source.heads, source.head_dim) != (target.heads, target.head_dim):
-            raise FieldError(
-                "align.head_adapter",
-                f"'identity' needs equal heads and head dims; got {source.heads} x {source.head_dim} and "
-                f"{target.heads} x {target.head_dim} (use 'ridge')",
-            )
+        check_head_adapter(kind, source, target)
         self.kind = kind
         self.source = source
         self.target = target
@@ -119,9 +125,9 @@ class HeadDimAdapter(nn.Module):
                     self._set_pool(self._affine(tensor))
 
     def fit(self, tensor: TensorKind, fit: Sequence[RidgeStatistics], held_out: Sequence[RidgeStatistics]) -> None:
-        """Fits every layer of keys or values; the same statistics give the same bits on one machine.
+        """Fits every layer of keys or values; equal statistics give bitwise equal maps on one machine.
 
-        `pool` is only measured on `held_out`.
+        `pool` is not fitted, only measured on `held_out`.
         """
         affine = self._affine(tensor)
         for layer, (seen, unseen) in enumerate(zip(fit, held_out, strict=True)):
@@ -141,7 +147,7 @@ class HeadDimAdapter(nn.Module):
         affine.bias_LG.zero_()
 
     def forward(self, x_BLHMD: Tensor, tensor: TensorKind) -> Tensor:
-        """[B,L,H,M,D] of the source geometry to the target's, in fp32."""
+        """Maps [B,L,H,M,D] of the source geometry to the target geometry, in fp32."""
         if self.kind == "identity":
             return x_BLHMD.float()
         batch, layers, _, slots, _ = x_BLHMD.shape
@@ -162,15 +168,15 @@ class HeadDimAdapter(nn.Module):
         return affine.weight_LFG.detach()[layer], affine.bias_LG.detach()[layer]
 
     def explained_variance(self, tensor: TensorKind) -> list[float]:
-        """Per layer, on the rows held out; NaN until `fit`, empty for the identity, which is not fitted."""
+        """Explained variance per layer on held-out rows; NaN until `fit`, empty for `identity`."""
         return [] if self.kind == "identity" else self._affine(tensor).explained_variance_L.tolist()
 
     def alpha(self, tensor: TensorKind) -> list[float]:
-        """Per layer, the ridge penalty chosen; NaN where the kind has none, empty for the identity."""
+        """Chosen ridge penalty per layer; NaN if the kind has none, empty for `identity`."""
         return [] if self.kind == "identity" else self._affine(tensor).alpha_L.tolist()
 
     def warn_if_poor(self, threshold: float = 0.2, name: str = "teacher") -> None:
-        """Logs a warning that names the layers whose map explains less than `threshold` of the variance."""
+        """Logs a warning with the layers whose map explains less than `threshold` of the variance."""
         for tensor in TENSORS:
             values = self.explained_variance(tensor)
             poor = [f"{layer} ({value:.2f})" for layer, value in enumerate(values) if not value >= threshold]
@@ -181,20 +187,12 @@ class HeadDimAdapter(nn.Module):
                     name, threshold, {"k": "keys", "v": "values"}[tensor], ", ".join(poor),
                 )  # fmt: skip
 
-    def state_tensors(self) -> dict[str, Tensor]:
-        """Everything that was fitted or trained, on CPU, as safetensors takes it."""
-        return {name: tensor.detach().cpu().contiguous().clone() for name, tensor in self.state_dict().items()}
-
-    def load_state_tensors(self, tensors: dict[str, Tensor]) -> None:
-        """Takes over what `state_tensors` gave."""
-        self.load_state_dict(tensors, strict=True)
-
 
 class TeacherSpaceRegressor(HeadDimAdapter):
-    """Maps the student's K/V into the teacher's heads and head dim, for the `to_teacher` direction; trains.
+    """Maps the student's K/V to the teacher's geometry for the direction `to_teacher`; trains.
 
-    Unlike a target's adapter it may start at random, since what it is compared with stays put. `fit` starts it in
-    closed form instead, from statistics with the student's rows as x and the teacher's as y.
+    It may start at random, because its targets are fixed. `fit` gives it a closed-form start, from statistics with the
+    student's rows as x and the teacher's as y.
     """
 
     def __init__(self, layers: int, student: KVGeometry, teacher: KVGeometry) -> None:

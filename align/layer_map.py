@@ -1,4 +1,4 @@
-"""Which teacher layers each student layer is compared with, and with what weights."""
+"""Maps teacher layers to student layers, with weights."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ Row = list[tuple[int, float]]
 class LayerMapper:
     """A row-stochastic map from teacher layers to student layers.
 
-    | strategy | student layer s takes | layers mixed | first to first | last to last |
+    | strategy | teacher layers of student layer s | layers mixed | first to first | last to last |
     |---|---|---|---|---|
-    | `ratio` | depth p = s (L_t - 1) / (L_s - 1), between two layers both, weighted linearly | yes | yes | yes |
-    | `uniform` | the teacher layer nearest to p, the earlier of two | no | yes | yes |
-    | `last` | layer L_t - L_s + s: the teacher's last L_s | no | only if L_t = L_s | yes |
+    | `ratio` | depth p = s (L_t - 1) / (L_s - 1), interpolated linearly between two layers | yes | yes | yes |
+    | `uniform` | the layer nearest to p; of two equally near the earlier | no | yes | yes |
+    | `last` | layer L_t - L_s + s (the last L_s layers) | no | only if L_t = L_s | yes |
     | `skip` | layer s k, k = floor((L_t - 1) / (L_s - 1)); the last student layer the last | no | yes | yes |
-    | `cka` | the path through the measured similarities, see `fit_cka` | no | yes | yes |
-    | `learned` | its start, which is `ratio`; `LearnedLayerMap` trains it | yes | at the start | at the start |
+    | `cka` | the best path through measured similarities, see `fit_cka` | no | yes | yes |
+    | `learned` | as `ratio` at the start; trained by `LearnedLayerMap` | yes | at the start | at the start |
 
-    A student of one layer takes the teacher's last. A teacher with fewer layers than the student is shared among
-    neighbouring student layers; `last` and `skip` then do as `ratio`.
+    A student with one layer takes the teacher's last layer. If the teacher has fewer layers than the student,
+    neighbouring student layers share a teacher layer, and `last` and `skip` work like `ratio`.
 
     Sources: `last` and `skip` from PKD (arXiv 1908.09355); linear CKA from arXiv 1905.00414.
 
@@ -37,13 +37,13 @@ class LayerMapper:
         strategy: one of `STRATEGIES`.
 
     Raises:
-        FieldError: a number of layers below 1, or an unknown strategy.
+        FieldError: fewer than 1 layer, or an unknown strategy.
     """
 
     def __init__(self, teacher_layers: int, student_layers: int, strategy: str = "ratio") -> None:
         for field, layers in (("teacher_layers", teacher_layers), ("student_layers", student_layers)):
             if layers < 1:
-                raise FieldError(field, f"a model has at least 1 layer; got {layers}")
+                raise FieldError(field, f"must be at least 1; got {layers}")
         if strategy not in STRATEGIES:
             raise FieldError("strategy", f"expected one of {', '.join(STRATEGIES)}; got '{strategy}'")
         self.teacher_layers = teacher_layers
@@ -52,18 +52,19 @@ class LayerMapper:
         self._rows = None if strategy == "cka" else _fixed_rows(strategy, teacher_layers, student_layers)
 
     def fit_cka(self, cka_ST: Tensor) -> None:
-        """Gives each student layer one teacher layer, so that their summed similarity is the largest possible.
+        """Assigns one teacher layer to each student layer, such that the sum of similarities is maximal.
 
-        Depth never goes back, first meets first and last meets last. `layers_needed` are from then on only those used.
+        Teacher layers never decrease; the first student layer takes the first, the last the last. Afterwards
+        `layers_needed` has only the assigned layers.
 
         Args:
             cka_ST: similarities [L_s,L_t], as `CKAStatistics` measures them.
 
         Raises:
-            FieldError: the strategy is another, or the similarities have another shape or are not finite.
+            FieldError: the strategy is not `cka`, or the similarities have a wrong shape or are not finite.
         """
         if self.strategy != "cka":
-            raise FieldError("align.layer_map", f"only 'cka' is fitted to similarities; got '{self.strategy}'")
+            raise FieldError("align.layer_map", f"only 'cka' can be fitted to similarities; got '{self.strategy}'")
         if cka_ST.shape != (self.student_layers, self.teacher_layers):
             raise FieldError(
                 "align.layer_map",
@@ -74,18 +75,18 @@ class LayerMapper:
             student, teacher = (~cka_ST.isfinite()).nonzero()[0].tolist()
             raise FieldError(
                 "align.layer_map",
-                f"'cka' cannot compare student layer {student} with teacher layer {teacher}: one of them never varies, "
-                "or is not finite, in the calibration samples; raise align.calibration_samples or choose 'ratio'",
+                f"'cka' cannot compare student layer {student} with teacher layer {teacher}: one of them never varies "
+                "or is not finite in the calibration samples; raise align.calibration_samples or choose 'ratio'",
             )
         self._rows = [[(t, 1.0)] for t in monotone_path(cka_ST.double().tolist())]
 
     @property
     def fitted(self) -> bool:
-        """Whether the map is known; only `cka` has to be fitted."""
+        """Whether the map is known; only `cka` must be fitted."""
         return self._rows is not None
 
     def get_mapping(self) -> dict[int, Row]:
-        """For each student layer the teacher layers it draws on, ascending, with weights above 0 that sum to 1.
+        """Teacher layers of each student layer, ascending, with positive weights that sum to 1.
 
         Raises:
             FieldError: `cka` before `fit_cka`.
@@ -93,7 +94,7 @@ class LayerMapper:
         return {s: list(row) for s, row in enumerate(self._known_rows())}
 
     def matrix(self) -> Tensor:
-        """The same as a row-stochastic fp32 tensor [L_s,L_t].
+        """The map as a row-stochastic fp32 tensor [L_s,L_t].
 
         Raises:
             FieldError: `cka` before `fit_cka`.
@@ -106,14 +107,14 @@ class LayerMapper:
 
     def _known_rows(self) -> list[Row]:
         if self._rows is None:
-            raise FieldError("align.layer_map", "'cka' has to be fitted to measured similarities before it maps layers")
+            raise FieldError("align.layer_map", "'cka' must be fitted to measured similarities first")
         return self._rows
 
     @property
     def layers_needed(self) -> tuple[int, ...]:
-        """The teacher layers that may get a weight above 0, ascending: what the plan asks for.
+        """The teacher layers that can have a weight above 0, ascending; the plan asks for these.
 
-        All of them for `learned`, and for `cka` until it is fitted.
+        All layers for `learned`, and for `cka` until it is fitted.
         """
         if self._rows is None or self.strategy == "learned":
             return tuple(range(self.teacher_layers))
@@ -121,19 +122,19 @@ class LayerMapper:
 
     @property
     def mixes_layers(self) -> bool:
-        """Whether a student layer may draw on several teacher layers, whose slots must then hold the same tokens."""
+        """Whether a student layer mixes teacher layers, whose slots must then hold the same tokens."""
         if self.strategy == "learned":
             return self.teacher_layers > 1
         return self._rows is not None and any(len(row) > 1 for row in self._rows)
 
 
 class LearnedLayerMap(nn.Module):
-    """A layer map that trains: each student layer mixes all teacher layers with weights that sum to 1.
+    """A trainable layer map: each student layer mixes all teacher layers with weights that sum to 1.
 
     Args:
-        mapper: where it starts (`ratio`, under the strategy `learned`).
-        floor: share of the start that is spread evenly over all teacher layers, in (0,1]: a softmax cannot start at a
-            weight of exactly 0, and learns the slower the nearer to it.
+        mapper: gives the initial weights (`ratio` for the strategy `learned`).
+        floor: share of the initial weight that is spread evenly over all teacher layers, in (0,1]. A softmax cannot
+            start at a weight of exactly 0, and learns slowly near it.
 
     Raises:
         FieldError: `floor` outside (0,1].
@@ -149,12 +150,12 @@ class LearnedLayerMap(nn.Module):
         self.logits_SL = nn.Parameter(start_SL.log())
 
     def forward(self, x_BLHMD: Tensor) -> Tensor:
-        """All teacher layers [B,L_t,H,M,D] to one per student layer [B,L_s,H,M,D], in fp32."""
+        """Maps all teacher layers [B,L_t,H,M,D] to student layers [B,L_s,H,M,D], in fp32."""
         assert x_BLHMD.shape[1] == self.logits_SL.shape[1], "a learned layer map needs every teacher layer"
         return torch.einsum("sl,blhmd->bshmd", self.logits_SL.float().softmax(dim=1), x_BLHMD.float())
 
     def weights(self) -> Tensor:
-        """[L_s,L_t] fp32, rows sum to 1, without gradient: for reports."""
+        """Current weights, fp32 [L_s,L_t], rows sum to 1, without gradient."""
         return self.logits_SL.detach().float().softmax(dim=1)
 
 
@@ -168,7 +169,7 @@ def _fixed_rows(strategy: str, teacher_layers: int, student_layers: int) -> list
 
 
 def _ratio_row(s: int, teacher_layers: int, student_layers: int) -> Row:
-    # Whole numbers, so that no rounding moves a layer that falls exactly on a teacher layer.
+    # Integers, so that rounding cannot move a depth that is exactly a teacher layer.
     below, remainder = divmod(s * (teacher_layers - 1), student_layers - 1)
     if remainder == 0:
         return [(below, 1.0)]

@@ -1,4 +1,4 @@
-"""How alike two models' layers are, and which layers belong together: linear CKA from streamed sums, and a path."""
+"""Similarity of two models' layers: linear CKA from streamed sums, and the best monotone path through it."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ import torch
 
 from kvcore.types import Tensor
 
-# Below this share of the raw second moments, what is left after centring is rounding.
+# Below this share of the raw second moments, the centred ones are rounding errors.
 NO_VARIATION = 1e-12
 
 
 class CKAStatistics:
-    """All that linear CKA between every teacher layer and every student layer needs to know of the rows seen, in fp64.
+    """Sufficient statistics for linear CKA between every teacher layer and every student layer, in fp64.
 
-    Rows (N) are tokens that both models have read. Memory: 8 (L_t F + F^2 L_t + G^2 L_s + L_t L_s F G) bytes and a
-    little; for a teacher of 48 layers of 1,024 features and a student of 24 of 128, 1.6 GB.
+    Rows (N) are tokens that both models have read. Memory: about 8 (L_t F + F^2 L_t + G^2 L_s + L_t L_s F G)
+    bytes; 1.6 GB for a teacher with 48 layers of 1,024 features and a student with 24 layers of 128.
 
     Source: Kornblith et al., arXiv 1905.00414.
 
@@ -26,7 +26,7 @@ class CKAStatistics:
         student_layers: L_s.
         teacher_features: F.
         student_features: G.
-        device: where the sums live.
+        device: of the sums.
     """
 
     def __init__(
@@ -51,27 +51,27 @@ class CKAStatistics:
     def update(self, x_NLF: Tensor, y_NSG: Tensor) -> None:
         """Adds rows: the teacher's [N,L_t,F] and the student's [N,L_s,G], of the same tokens."""
         assert len(x_NLF) == len(y_NSG), "x and y are rows of the same tokens"
-        assert x_NLF.shape[1:] == self.sum_x_TF.shape, "x has other layers or features than announced"
-        assert y_NSG.shape[1:] == self.sum_y_SG.shape, "y has other layers or features than announced"
+        assert x_NLF.shape[1:] == self.sum_x_TF.shape, "x has other layers or features than declared"
+        assert y_NSG.shape[1:] == self.sum_y_SG.shape, "y has other layers or features than declared"
         x_NLF, y_NSG = (rows.to(self.count.device, torch.float64) for rows in (x_NLF, y_NSG))
         self.count += len(x_NLF)
         self.sum_x_TF += x_NLF.sum(dim=0)
         self.sum_y_SG += y_NSG.sum(dim=0)
         self.xx_TFF.baddbmm_(x_NLF.permute(1, 2, 0), x_NLF.transpose(0, 1))
         self.yy_SGG.baddbmm_(y_NSG.permute(1, 2, 0), y_NSG.transpose(0, 1))
-        # In place: the sums over all pairs of layers are by far the largest.
+        # In place, because the sums over all pairs of layers are by far the largest.
         features = self.sum_x_TF.numel(), self.sum_y_SG.numel()
         self.xy_TFSG.view(features).addmm_(x_NLF.flatten(1).T, y_NSG.flatten(1))
 
     def tensors(self) -> list[Tensor]:
-        """The sums themselves: adding another rank's in place (an all-reduce) merges what both have seen."""
+        """The sums; adding another rank's in place (all-reduce) merges both."""
         return [self.count, self.sum_x_TF, self.sum_y_SG, self.xx_TFF, self.yy_SGG, self.xy_TFSG]
 
     def cka_ST(self) -> Tensor:  # noqa: N802
         """|X'Y|^2 / (|X'X| |Y'Y|) with centred rows and Frobenius norms: fp64 [L_s,L_t], in [0,1].
 
-        1: one layer's features are a rotation and a scale of the other's. NaN where a layer never varied, and before
-        two rows were seen.
+        1 means that one layer's features are a rotation and a scale of the other's. NaN if a layer never varies, or
+        fewer than two rows were added.
         """
         norm_x_T = self._scatter_norms(self.xx_TFF, self.sum_x_TF)
         norm_y_S = self._scatter_norms(self.yy_SGG, self.sum_y_SG)
@@ -80,12 +80,12 @@ class CKAStatistics:
 
     def _cross(self, teacher_layer: int) -> Tensor:
         """Squared norm of the centred cross products of one teacher layer with each student layer: [L_s]."""
-        # One teacher layer at a time: centring all pairs at once would double the memory.
+        # One teacher layer at a time, because centring all pairs at once would double the memory.
         expected_FSG = torch.einsum("f,sg->fsg", self.sum_x_TF[teacher_layer], self.sum_y_SG / self.count)
         return (self.xy_TFSG[teacher_layer] - expected_FSG).square().sum(dim=(0, 2))
 
     def _scatter_norms(self, products_LFF: Tensor, sums_LF: Tensor) -> Tensor:
-        """Frobenius norm of each layer's centred products: [L], NaN where nothing but rounding is left."""
+        """Frobenius norm [L] of each layer's centred products; NaN if only rounding errors are left."""
         expected_LFF = torch.einsum("lf,lg->lfg", sums_LF, sums_LF / self.count)
         norms_L = (products_LFF - expected_LFF).flatten(1).norm(dim=1)
         raw_L = products_LFF.flatten(1).norm(dim=1)
@@ -93,10 +93,10 @@ class CKAStatistics:
 
 
 def monotone_path(similarity_ST: Sequence[Sequence[float]]) -> list[int]:
-    """The teacher layer of each student layer that maximises the summed similarity, never going back in depth.
+    """The teacher layer of each student layer, never decreasing, that maximises the sum of similarities.
 
-    The first student layer takes the first teacher layer and the last takes the last; a student of one layer takes the
-    last. Among equally good paths the one that stays at earlier layers for longer. Dynamic programming, O(L_s L_t).
+    The first student layer takes the first teacher layer, the last takes the last; a student with one layer takes the
+    last. Of equally good paths, the one that stays at earlier layers longer. Dynamic programming, O(L_s L_t).
     """
     layers = len(similarity_ST[0])
     if len(similarity_ST) == 1:
@@ -114,7 +114,7 @@ def monotone_path(similarity_ST: Sequence[Sequence[float]]) -> list[int]:
 
 
 def _running_argmax(values: Sequence[float]) -> list[int]:
-    """For each index the first index of the largest value up to it."""
+    """For each index, the first index of the largest value so far."""
     best, at = [], 0
     for index, value in enumerate(values):
         at = index if value > values[at] else at

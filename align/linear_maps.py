@@ -1,6 +1,6 @@
-"""Linear maps with intercept between two sets of features, in closed form from sums over rows that nobody keeps.
+"""Linear maps with intercept between two sets of features, in closed form from streamed statistics.
 
-Rows (N) are tokens that both models have read; x (F) is mapped, y (G) is what it should become.
+Rows (N) are tokens that both models have read; the maps predict y (G) from x (F).
 """
 
 from __future__ import annotations
@@ -15,17 +15,17 @@ from kvcore.types import Tensor
 
 # Ridge penalties, relative to the mean eigenvalue of the inputs' covariance.
 ALPHAS = tuple(10.0**exponent for exponent in range(-6, 2))
-# Where a map that loses dimensions looks for its directions, from the least-squares map to the cross-covariance.
+# Candidates for a rotation that drops dimensions, from the least-squares map (0) to the cross-covariance (infinity).
 PROCRUSTES_ALPHAS = (0.0, 1e-4, 1e-2, 1.0, math.inf)
 
 
 class RidgeStatistics:
-    """All that a linear map with intercept from x to y needs to know of the rows seen, in fp64.
+    """Sufficient statistics for a linear map with intercept from x to y, in fp64.
 
     Args:
         inputs: F.
-        outputs: G; 0 where only the moments of x are wanted.
-        device: where the sums live.
+        outputs: G; 0 if only the moments of x are needed.
+        device: of the sums.
     """
 
     def __init__(self, inputs: int, outputs: int, device: torch.device | None = None) -> None:
@@ -52,11 +52,11 @@ class RidgeStatistics:
         self.yy_G += y_NG.square().sum(dim=0)
 
     def tensors(self) -> list[Tensor]:
-        """The sums themselves: adding another rank's in place (an all-reduce) merges what both have seen."""
+        """The sums; adding another rank's in place (all-reduce) merges both."""
         return [self.count, self.sum_x_F, self.sum_y_G, self.xx_FF, self.xy_FG, self.yy_G]
 
     def merged(self, other: RidgeStatistics) -> RidgeStatistics:
-        """What both have seen together."""
+        """The statistics of both sets of rows together."""
         both = RidgeStatistics(len(self.sum_x_F), len(self.sum_y_G), self.count.device)
         for total, mine, theirs in zip(both.tensors(), self.tensors(), other.tensors(), strict=True):
             torch.add(mine, theirs, out=total)
@@ -85,7 +85,7 @@ class RidgeStatistics:
         return self.yy_G - self.sum_y_G * self.mean_y
 
     def squared_error(self, weight_FG: Tensor, bias_G: Tensor) -> float:
-        """Sum over rows and features of (x W + b - y)^2, without the rows."""
+        """Sum over rows and features of (x W + b - y)^2, from the statistics."""
         around_mean_G = (
             self.scatter_yy()
             - 2 * (weight_FG * self.scatter_xy()).sum(dim=0)
@@ -95,9 +95,9 @@ class RidgeStatistics:
         return float((around_mean_G + self.count * miss_G.square()).sum())
 
     def explained_variance(self, weight_FG: Tensor, bias_G: Tensor) -> float:
-        """1 - squared error over the variation of y around its mean: 1 is exact, 0 no better than the mean.
+        """1 - squared error / variation of y around its mean: 1 is exact, 0 is no better than the mean.
 
-        NaN where y never varied.
+        NaN if y never varies.
         """
         variation = float(self.scatter_yy().sum())
         return 1.0 - self.squared_error(weight_FG, bias_G) / variation if variation > 0 else math.nan
@@ -105,7 +105,7 @@ class RidgeStatistics:
 
 @dataclass(frozen=True, slots=True)
 class AffineFit:
-    """An affine map in fp64, the penalty chosen (NaN where there is none), and the explained variance held out."""
+    """An affine map in fp64, its penalty (NaN if it has none), and the explained variance on held-out rows."""
 
     weight_FG: Tensor
     bias_G: Tensor
@@ -114,7 +114,7 @@ class AffineFit:
 
 
 def fit_ridge(fit: RidgeStatistics, held_out: RidgeStatistics, alphas: Sequence[float] = ALPHAS) -> AffineFit:
-    """W = (X'X + alpha trace(X'X)/F I)^-1 X'Y over centred rows, with the alpha that errs least on `held_out`."""
+    """W = (X'X + alpha trace(X'X)/F I)^-1 X'Y over centred rows, with the alpha of least error on `held_out`."""
     penalised = _penalised_solver(fit)
 
     def with_penalty(alpha: float) -> AffineFit:
@@ -126,10 +126,10 @@ def fit_ridge(fit: RidgeStatistics, held_out: RidgeStatistics, alphas: Sequence[
 def fit_procrustes(fit: RidgeStatistics, held_out: RidgeStatistics) -> AffineFit:
     """A rotation with one scale and an intercept, c x R + b: R'R = I where F >= G, RR' = I where F <= G.
 
-    For F <= G, R is the polar factor of the centred X'Y, which errs least of all semi-orthogonal maps (Schoenemann
-    1966). For F > G some of x is dropped, and least squares has no closed form; R is the polar factor of a ridge map,
-    with that penalty between none (exact where y is a rotation of some of x) and infinite (X'Y itself) that errs least
-    on `held_out`. The scale c is least squares given R. The fit's `alpha` is NaN.
+    For F <= G, R is the polar factor of the centred X'Y, the semi-orthogonal map of least error (Schoenemann 1966). For
+    F > G, R drops dimensions of x and least squares has no closed form; R is then the polar factor of a ridge map, with
+    the penalty of least error on `held_out`, from 0 (exact if y is a rotation of a part of x) to infinity (X'Y itself).
+    The scale c is least squares given R. The fit's `alpha` is NaN.
     """
     if len(fit.sum_x_F) <= len(fit.sum_y_G):
         return _rotation(fit.scatter_xy(), fit, held_out)
@@ -139,17 +139,17 @@ def fit_procrustes(fit: RidgeStatistics, held_out: RidgeStatistics) -> AffineFit
 
 
 def measured(weight_FG: Tensor, bias_G: Tensor, held_out: RidgeStatistics) -> AffineFit:
-    """A given map as it stands, with what it explains of `held_out`."""
+    """A given map with its explained variance on `held_out`."""
     weight_FG, bias_G = (part.to(held_out.count.device, torch.float64) for part in (weight_FG, bias_G))
     return AffineFit(weight_FG, bias_G, math.nan, held_out.explained_variance(weight_FG, bias_G))
 
 
 def area_average(source: int, target: int) -> Tensor:
-    """Each target place averages its share [j S/T, (j+1) S/T) of the source places: fp64 [source,target].
+    """Weights, fp64 [source,target], with which target index j averages the source range [j S/T, (j+1) S/T).
 
-    Columns sum to 1. To a multiple it repeats, from a multiple it takes plain means.
+    Columns sum to 1. If T is a multiple of S, indices are repeated; if S is a multiple of T, the weights are means.
     """
-    # In units of 1/(source target) every edge is a whole number, so that places that only touch share exactly nothing.
+    # In units of 1/(source target) all edges are integers, so ranges that only touch overlap by exactly 0.
     left_S = torch.arange(source, dtype=torch.float64)[:, None] * target
     left_T = torch.arange(target, dtype=torch.float64) * source
     overlap_ST = torch.minimum(left_S + target, left_T + source) - torch.maximum(left_S, left_T)
@@ -157,9 +157,9 @@ def area_average(source: int, target: int) -> Tensor:
 
 
 def _penalised_solver(fit: RidgeStatistics) -> Callable[[float], Tensor]:
-    """From a penalty to the least-squares map under it; for 0 the one of least norm, for infinity its direction."""
+    """Returns a function from a penalty to its least-squares map: 0 gives least norm, infinity only the direction."""
     eigenvalues_F, basis_FF = torch.linalg.eigh(fit.scatter_xx())
-    # Rounding can leave eigenvalues of a singular matrix slightly below 0.
+    # Rounding can make eigenvalues of a singular matrix slightly negative.
     eigenvalues_F = eigenvalues_F.clamp(min=0.0)
     precision = torch.finfo(torch.float64)
     mean_eigenvalue = eigenvalues_F.mean().clamp(min=precision.tiny)
@@ -177,7 +177,7 @@ def _penalised_solver(fit: RidgeStatistics) -> Callable[[float], Tensor]:
 
 
 def _rotation(direction_FG: Tensor, fit: RidgeStatistics, held_out: RidgeStatistics) -> AffineFit:
-    """The semi-orthogonal map nearest to a direction, with the scale and intercept that err least on `fit`."""
+    """The semi-orthogonal map nearest to a direction, with least-squares scale and intercept on `fit`."""
     left_FK, _, right_KG = torch.linalg.svd(direction_FG, full_matrices=False)
     rotation_FG = left_FK @ right_KG
     carried = (rotation_FG * (fit.scatter_xx() @ rotation_FG)).sum().clamp(min=torch.finfo(torch.float64).tiny)

@@ -1,7 +1,7 @@
-"""Undo and redo rotary position embeddings with a model's own parameters.
+"""Applies and removes rotary position embeddings with a model's own parameters.
 
-A rotated key is a (k cos + rotate_half(k) sin), a being yarn's attention factor; so the content key is
-(k cos - rotate_half(k) sin) / a^2 applied to the rotated one, since its cos and sin carry a too.
+With yarn's attention factor a in cos and sin, a rotated key is r = k cos + rotate_half(k) sin, and the content key is
+k = (r cos - rotate_half(r) sin) / a^2.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from kvcore.types import Tensor
 ROPE_TYPES = ("default", "linear", "dynamic", "llama3", "yarn")
 Frequencies = Callable[[int], tuple[Tensor, float]]
 
-# Models that rotate the keys of some layers only, which their rotary parameters do not tell.
+# Models that rotate the keys of some layers only, which their rotary parameters do not show.
 _PARTLY_ROTATED = frozenset(
     {
         "afmoe",
@@ -45,12 +45,12 @@ _PARTLY_ROTATED = frozenset(
 
 
 class RoPEScaler:
-    """Rotates content keys to positions, and back.
+    """Rotates content keys to their positions, and back.
 
     Args:
-        frequencies: from the length of the sequence to the inverse frequencies (fp32 [R/2] for R rotated dims) and the
-            attention factor. Only `dynamic` depends on the length.
-        interleaved: whether pairs are (0,1), (2,3), … rather than halves (0,R/2), (1,R/2+1), …
+        frequencies: function from the sequence length to the inverse frequencies (fp32 [R/2] for R rotated dims) and
+            the attention factor. Only `dynamic` depends on the length.
+        interleaved: whether rotated pairs are (0,1), (2,3), … instead of (0,R/2), (1,R/2+1), …
     """
 
     def __init__(self, frequencies: Frequencies, *, interleaved: bool = False) -> None:
@@ -59,12 +59,12 @@ class RoPEScaler:
 
     @classmethod
     def from_config(cls, config: PreTrainedConfig, layer_type: str | None = None) -> RoPEScaler:
-        """The rotary embedding that transformers' model of this configuration applies.
+        """The rotary embedding of the transformers model with this configuration.
 
         Args:
-            config: of a language model, or of a model that has one.
-            layer_type: one of the configuration's `layer_types`, for models that rotate each type in its own way, as
-                Gemma 3 its sliding and its full attention. Where all layers are rotated alike it may be left out.
+            config: of a language model, or of a model that contains one.
+            layer_type: one of the configuration's `layer_types`, for models that rotate each type differently, such as
+                the sliding and full attention of Gemma 3. Optional if all layers are rotated alike.
 
         Raises:
             UnsupportedModelError: no rotary embedding, an unknown type, or layers that are not rotated.
@@ -72,7 +72,7 @@ class RoPEScaler:
         """
         config = copy.deepcopy(config.get_text_config(decoder=True))
         if config.model_type in _PARTLY_ROTATED:
-            raise UnsupportedModelError(f"{type(config).__name__}: it leaves the keys of some layers un-rotated")
+            raise UnsupportedModelError(f"{type(config).__name__}: it does not rotate the keys of some layers")
         module, embedding = _rotary_embedding(config)
         chosen = _chosen_type(config, layer_type)
         rope_type = _parameters(config, chosen).get("rope_type")
@@ -89,38 +89,38 @@ class RoPEScaler:
         return cls(lambda length: scaled(seq_len=length), interleaved=interleaved)
 
     def rotate(self, k_BHTD: Tensor, positions_BT: Tensor, length: int | None = None) -> Tensor:
-        """Content keys to what the model would have cached, in fp32.
+        """Rotates content keys to the keys that the model would cache, in fp32.
 
         Args:
             k_BHTD: content keys.
-            positions_BT: each token's position; [B,H,T] or [B,1,T] where heads hold different tokens.
-            length: tokens in the whole sequence, which `dynamic` frequencies depend on; the last position + 1 if None.
-                A model keeps the frequencies of the longest one that it has read, until it reads one that is shorter
-                than it was trained for.
+            positions_BT: each token's position; [B,H,T] or [B,1,T] if heads hold different tokens.
+            length: tokens of the whole sequence, for `dynamic` frequencies; None means the last position + 1. A model
+                keeps the frequencies of the longest sequence that it has read, until it reads one that is shorter than
+                its training length.
         """
         cos, sin, _ = self._cos_sin(positions_BT, length, k_BHTD.device)
         return self._turn(k_BHTD.float(), cos, sin)
 
     def unrotate(self, k_BHTD: Tensor, positions_BT: Tensor, length: int | None = None) -> Tensor:
-        """Cached keys to content keys, in fp32; arguments as in `rotate`."""
+        """Converts cached keys to content keys, in fp32; arguments as in `rotate`."""
         cos, sin, attention_factor = self._cos_sin(positions_BT, length, k_BHTD.device)
         dims = 2 * cos.shape[-1]
         turned = self._turn(k_BHTD.float(), cos, -sin)
         return torch.cat([turned[..., :dims] / attention_factor**2, turned[..., dims:]], dim=-1)
 
     def _cos_sin(self, positions: Tensor, length: int | None, device: torch.device) -> tuple[Tensor, Tensor, float]:
-        """Cosine and sine [B,H|1,T,R/2] with the attention factor in them, and that factor."""
+        """Cosine and sine [B,H|1,T,R/2], multiplied by the attention factor, and the factor."""
         if positions.dim() == 2:
             positions = positions[:, None]
         if length is None:
             length = int(positions.max()) + 1 if positions.numel() else 1
         frequencies, attention_factor = self._frequencies(length)
-        # The same fp32 product as in the model: at long positions its rounding is part of what has to be undone.
+        # The same fp32 product as in the model, so that its rounding at long positions is reproduced.
         angles = positions.to(device)[..., None].float() * frequencies.to(device, torch.float32)
         return angles.cos() * attention_factor, angles.sin() * attention_factor, attention_factor
 
     def _turn(self, k_BHTD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """Turns each pair of dims by its angle; dims beyond the rotary part stay as they are."""
+        """Rotates each pair of dims by its angle; dims beyond the rotary part are unchanged."""
         half = cos.shape[-1]
         rotary, rest = k_BHTD[..., : 2 * half], k_BHTD[..., 2 * half :]
         first, second = (rotary[..., 0::2], rotary[..., 1::2]) if self._interleaved else rotary.split(half, dim=-1)
@@ -130,7 +130,7 @@ class RoPEScaler:
 
 
 def _rotary_embedding(config: PreTrainedConfig) -> tuple[ModuleType, Any]:
-    """The transformers module that defines the configuration's model, and the model's class of rotary embedding."""
+    """The transformers module that defines the model, and the model's rotary embedding class."""
     if type(config) not in MODEL_MAPPING:
         raise UnsupportedModelError(f"{type(config).__name__}: transformers has no base model for it")
     model_class: type = cast("type", MODEL_MAPPING[type(config)])
@@ -139,12 +139,12 @@ def _rotary_embedding(config: PreTrainedConfig) -> tuple[ModuleType, Any]:
     names = (f"{name}RotaryEmbedding" for name in (prefix, prefix.removesuffix("Text")))
     found = next((getattr(module, name) for name in names if hasattr(module, name)), None)
     if found is None or not hasattr(module, "rotate_half"):
-        raise UnsupportedModelError(f"{model_class.__name__}: it has no rotary embedding of the usual form")
+        raise UnsupportedModelError(f"{model_class.__name__}: it has no standard rotary embedding")
     return module, found
 
 
 def _chosen_type(config: PreTrainedConfig, layer_type: str | None) -> str | None:
-    """The layer type whose parameters count, or None where all layers share theirs."""
+    """The layer type whose parameters apply; None if all layers share them."""
     known = list(dict.fromkeys(getattr(config, "layer_types", None) or ()))
     name = type(config).__name__
     if layer_type is not None and layer_type not in known:
@@ -153,7 +153,7 @@ def _chosen_type(config: PreTrainedConfig, layer_type: str | None) -> str | None
     if not any(isinstance(parameters.get(kind), dict) for kind in known):
         return None
     if layer_type is None:
-        raise FieldError("layer_type", f"{name} rotates each layer type in its own way: give one of {', '.join(known)}")
+        raise FieldError("layer_type", f"{name} rotates each layer type differently; choose one of {', '.join(known)}")
     return layer_type
 
 
@@ -163,7 +163,7 @@ def _parameters(config: PreTrainedConfig, chosen: str | None) -> dict[str, Any]:
 
 
 def _is_interleaved(module: ModuleType) -> bool:
-    """Asks the model's own rotate_half which dims it pairs."""
+    """Whether the model's rotate_half pairs neighbouring dims."""
     rotated = module.rotate_half(torch.tensor([1.0, 2.0, 3.0, 4.0])).tolist()
     if rotated == [-3.0, -4.0, 1.0, 2.0]:
         return False

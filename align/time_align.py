@@ -1,7 +1,7 @@
-"""Resamples the slots that a teacher selected to as many as the student has, never across segments of a text.
+"""Resamples a teacher's selected slots to the student's number of slots, within each segment of a text.
 
-A segment id per slot says what the slot was taken from or stands for: 0 prompt, 1 reasoning, 2 answer; negative for an
-empty slot. Within a segment, slots count in their order.
+Every slot has a segment id: 0 prompt, 1 reasoning, 2 answer; negative if the slot is empty. Within a segment, slots are
+in order.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ import torch
 from kvcore.errors import FieldError
 from kvcore.types import Tensor
 
-# From a target slot's rank among its segment's S_g target slots and a source slot's rank among its M_g source slots to
-# integers that are proportional to weights over the source slots.
+# From the rank of a target slot among the S_g target slots of its segment, and the rank of a source slot among the M_g
+# source slots, to integers proportional to the weight of the source slot.
 Shares = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
@@ -36,7 +36,7 @@ def _segment(rank_S: Tensor, targets: Tensor, rank_M: Tensor, sources: Tensor) -
 
 
 def _place(rank_S: Tensor, targets: Tensor, sources: Tensor) -> Tensor:
-    """Where a target slot lies among the source slots, times targets - 1; the last source slot for a lone target."""
+    """Position of a target slot among the source slots, times targets - 1; a single target takes the last source."""
     return torch.where(targets == 1, sources - 1, rank_S * (sources - 1))
 
 
@@ -45,12 +45,12 @@ METHODS = tuple(_SHARES)
 
 
 class TimeAligner:
-    """Resamples along the slots of each segment; with as many slots on both sides exactly the identity.
+    """Resamples along the slots of each segment; the identity if both sides have the same number of slots.
 
-    `linear` and `nearest` spread the segment's source slots and its target slots evenly over [0, 1], end to end, and
-    interpolate between the two neighbours or take the nearer one (the earlier of two equally near). A lone target slot
-    takes the last source slot, whose causal state has read all; a lone source slot feeds every target slot. `segment`
-    averages: target slot j of S is the mean over its share [jM/S, (j+1)M/S) of the M source slots.
+    `linear` and `nearest` place the segment's source slots and its target slots evenly on [0, 1], including both ends,
+    and interpolate between the two neighbours or take the nearer one (of two equally near the earlier). A single target
+    slot takes the last source slot, whose causal state has read the whole segment; a single source slot goes to every
+    target slot. `segment` averages: target slot j of S is the mean over the source range [jM/S, (j+1)M/S).
 
     Args:
         method: `linear`, `nearest` or `segment`.
@@ -65,15 +65,15 @@ class TimeAligner:
         self._shares = _SHARES[method]
 
     def weights(self, source_BM: Tensor, target_BS: Tensor) -> tuple[Tensor, Tensor]:
-        """How much of each source slot a target slot takes.
+        """Weights of the source slots for each target slot.
 
         Args:
-            source_BM: the segment of each slot that there is, as integers; negative where it is empty.
-            target_BS: the segment of each slot that is wanted; negative where none is.
+            source_BM: integer segment of each source slot; negative if it is empty.
+            target_BS: integer segment of each target slot; negative if it is empty.
 
         Returns:
-            fp32 [B,S,M], and a mask [B,S] that is True where a row sums to 1. Rows of empty target slots, and of those
-            whose segment has no source slot, are zero.
+            fp32 [B,S,M], and a mask [B,S] that is True where a row sums to 1. Rows are zero for empty target slots and
+            for segments without source slots.
         """
         source_B1M, target_BS1 = source_BM[:, None, :], target_BS[:, :, None]
         same_BSM = (target_BS1 == source_B1M) & (target_BS1 >= 0)
@@ -81,16 +81,16 @@ class TimeAligner:
         rank_BS, targets_BS = _rank_and_count(target_BS)
         sources_BS1 = same_BSM.sum(dim=2, keepdim=True)
         shares_BSM = self._shares(rank_BS[:, :, None], targets_BS[:, :, None], rank_BM[:, None, :], sources_BS1)
-        # Integers up to here, so that a share of everything is exactly 1.
+        # Integers up to here, so that a full share is exactly 1.
         shares_BSM = shares_BSM * same_BSM
         weights_BSM = shares_BSM.float() / shares_BSM.sum(dim=2, keepdim=True).clamp(min=1).float()
         return weights_BSM, sources_BS1[:, :, 0] > 0
 
     def resample(self, x_BLHMD: Tensor, source_BM: Tensor, target_BS: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys or values at the target slots, in fp32, differentiable; arguments otherwise as of `weights`.
+        """Resamples keys or values to the target slots, in fp32, differentiable; other arguments as in `weights`.
 
         Args:
-            x_BLHMD: content keys or values; what stands in empty slots, NaN too, goes nowhere.
+            x_BLHMD: content keys or values; empty slots may hold anything, also NaN.
 
         Returns:
             [B,L,H,S,D], zero in masked slots, and the mask [B,S].
@@ -102,6 +102,6 @@ class TimeAligner:
 
 
 def _rank_and_count(segments_BM: Tensor) -> tuple[Tensor, Tensor]:
-    """For each slot how many of its segment come before it, and how many there are."""
+    """For each slot, how many slots of its segment precede it, and how many the segment has."""
     same_BMM = segments_BM[:, :, None] == segments_BM[:, None, :]
     return same_BMM.tril(-1).sum(dim=2), same_BMM.sum(dim=2)

@@ -1,6 +1,8 @@
-"""Lays K/V out at the other model's tokens: a teacher's at the student's tokens, the student's at a teacher's slots."""
+"""Rearranges K/V to the other model's tokens: a teacher's to student tokens, the student's to teacher slots."""
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 import torch
 
@@ -9,46 +11,44 @@ from kvcore.types import BatchKV, Tensor
 
 
 def at_student_tokens(kv: BatchKV, ends_BT: Tensor, method: str = "boundary", skip_first: int = 0) -> BatchKV:
-    """A teacher's cache laid out at the student's tokens: K/V [B,L,H,T,D], zeros where masked.
+    """Rearranges a teacher's K/V to the student's tokens: [B,L,H,T,D], zeros where masked.
 
-    `boundary` takes the slot whose token ends at the same byte, `overlap` the mean of those that share bytes with the
-    student's token, weighted by how many. Tokens that find none are masked.
+    `boundary` takes the slot whose token ends at the same byte; `overlap` the mean of the slots that share bytes with
+    the student's token, weighted by how many. Tokens without such a slot are masked.
 
     Args:
         kv: of a plan with scope `sample`; for `overlap` of whole texts.
         ends_BT: byte ends of the student's tokens in the same texts, -1 in padding.
         method: `boundary` or `overlap`.
-        skip_first: so many of each sample's first tokens that stand for text are masked.
+        skip_first: how many first text tokens of each sample to mask.
     """
-    assert kv.k_BLHMD is not None, "the plan left keys out"
-    assert kv.v_BLHMD is not None, "the plan left values out"
     ends_BT = ends_BT.to(kv.mask_BM.device)
     kept_BT = beyond_first(ends_BT, skip_first)
     if method == "overlap":
         weights_BTM, mask_BT = overlap_weights_batch(_slot_ends(kv), ends_BT)
         mask_BT = mask_BT & kept_BT
         weights_BTM = weights_BTM * mask_BT[:, :, None]
-        k_BLHTD, v_BLHTD = (_weighted(x, weights_BTM, kv.mask_BM) for x in (kv.k_BLHMD, kv.v_BLHMD))
+        laid_out = kv.map(lambda x_BLHMD: _weighted(x_BLHMD, weights_BTM, kv.mask_BM))
     else:
         index_BT = slots_of_tokens(kv, ends_BT.masked_fill(~kept_BT, -1))
         mask_BT = index_BT >= 0
-        k_BLHTD, v_BLHTD = (gather_slots(x, index_BT) for x in (kv.k_BLHMD, kv.v_BLHMD))
-    return BatchKV(k_BLHTD, v_BLHTD, mask_BT, ends_BT[:, None, None])
+        laid_out = kv.map(lambda x_BLHMD: gather_slots(x_BLHMD, index_BT))
+    return replace(laid_out, mask_BM=mask_BT, byte_ends_BLHM=ends_BT[:, None, None])
 
 
 def at_teacher_slots(
     x_BLHTD: Tensor, student_ends_BT: Tensor, kv: BatchKV, skip_first: int = 0
 ) -> tuple[Tensor, Tensor]:
-    """The student's own K/V laid out at a teacher's slots: the token that ends where the slot's token ends.
+    """Rearranges the student's own K/V to a teacher's slots: each slot takes the token that ends at the same byte.
 
     Args:
         x_BLHTD: the student's keys or values.
         student_ends_BT: byte ends of its tokens, -1 in padding.
-        kv: the teacher's, of any scope; with `layer` or `head`, its layers or heads must be as many as the student's.
-        skip_first: so many of each sample's first student tokens that stand for text are not used.
+        kv: the teacher's K/V. With scope `layer` or `head` it must have as many layers or heads as the student.
+        skip_first: how many first text tokens of each sample to leave out.
 
     Returns:
-        x_BLHMD, zeros where masked, and mask_BLHM: False for empty slots and those that no student token ends with.
+        x_BLHMD, zeros where masked, and mask_BLHM: False for empty slots and slots without a student token.
     """
     ends_BLHM = kv.byte_ends_BLHM.masked_fill(~kv.mask_BM[:, None, None], -1).to(x_BLHTD.device)
     student_BT = student_ends_BT.to(x_BLHTD.device)
@@ -61,16 +61,16 @@ def at_teacher_slots(
 
 
 def beyond_first(ends_BT: Tensor, count: int) -> Tensor:
-    """[B,T]: True at tokens that stand for text (an end that is not -1), but for each sample's first `count`."""
+    """[B,T]: True for tokens of text (an end that is not -1), except each sample's first `count`."""
     text_BT = ends_BT >= 0
     return text_BT & (text_BT.cumsum(dim=1) > count)
 
 
 def slots_of_tokens(kv: BatchKV, student_ends_BT: Tensor) -> Tensor:
-    """For each student token the teacher slot whose token ends at the same byte, or -1 (`boundary` pairing).
+    """For each student token, the teacher slot whose token ends at the same byte, or -1 (`boundary` pairing).
 
     Args:
-        kv: of a plan with scope `sample`, or with one layer and head: its slots hold the same token everywhere.
+        kv: of a plan with scope `sample`, or with one layer and head, so that a slot holds one token everywhere.
         student_ends_BT: byte ends of the student's tokens in the same texts, -1 in padding.
 
     Returns:
@@ -81,7 +81,7 @@ def slots_of_tokens(kv: BatchKV, student_ends_BT: Tensor) -> Tensor:
 
 
 def gather_slots(x_BLHMD: Tensor, index_BT: Tensor) -> Tensor:
-    """Slots at each student token: x_BLHTD, zeros where the index is -1 (to be masked by `index_BT >= 0`)."""
+    """The slot of each student token: x_BLHTD, zeros where the index is -1; its mask is `index_BT >= 0`."""
     batch, layers, heads, _, dim = x_BLHMD.shape
     index = index_BT.clamp(min=0)[:, None, None, :, None].expand(batch, layers, heads, index_BT.shape[1], dim)
     return x_BLHMD.gather(3, index).masked_fill(index_BT[:, None, None, :, None] < 0, 0.0)
@@ -94,6 +94,6 @@ def _slot_ends(kv: BatchKV) -> Tensor:
 
 
 def _weighted(x_BLHMD: Tensor, weights_BTM: Tensor, mask_BM: Tensor) -> Tensor:
-    # An empty slot may hold NaN, which a weight of 0 would let through.
+    # An empty slot may hold NaN, and NaN times a weight of 0 is NaN.
     kept_BLHMD = x_BLHMD.float().masked_fill(~mask_BM[:, None, None, :, None], 0.0)
     return torch.einsum("btm,blhmd->blhtd", weights_BTM, kept_BLHMD)

@@ -16,7 +16,7 @@ from data.synthetic import ChainTask, make_splits
 from experiments.demo.tokenizers import build_tokenizer
 from kvcore.plan import KVPlan
 from kvcore.types import Sample, TeacherInfo
-from kvcore.wire import messages as wire
+from kvcore.wire import messages
 from kvdistill.describe import describe
 from protos import kv_cache_pb2 as pb
 from student_trainer.launching.local_teachers import LocalTeachers
@@ -49,8 +49,8 @@ class ServedTeacher:
         ask: Any = self.channel.unary_stream(
             "/kvcache.v1.TeacherKV/StreamKV", request_serializer=pb.KVRequest.SerializeToString
         )
-        sent = [wire.sample_to_proto(sample) for sample in samples]
-        request = pb.KVRequest(request_id=request_id, plan=wire.plan_to_proto(plan), samples=sent)
+        sent = [messages.sample_to_proto(sample) for sample in samples]
+        request = pb.KVRequest(request_id=request_id, plan=messages.plan_to_proto(plan), samples=sent)
         return ask(request, timeout=TIMEOUT_S)
 
 

@@ -166,7 +166,7 @@ def _write(config: ExtractConfig, items: Items, rows: list[int], readers: Mappin
 
 
 def _stored(reader: KVStoreReader, items: Items, row: int) -> EncodedSampleKV:
-    kv = reader.get(items[row].record.sample().content_key(reader.info.weights_digest, reader.plan))
+    kv = reader.get(items[row].record.sample().key(reader.info.weights_digest, reader.plan))
     assert kv is not None, "only rows in every store are written"
     return kv
 
@@ -174,8 +174,6 @@ def _stored(reader: KVStoreReader, items: Items, row: int) -> EncodedSampleKV:
 def _decoded(teacher: str, encoded: EncodedSampleKV) -> dict[str, Any]:
     """One teacher's entry: keys and values [L,H,M,D]; positions [M], or [L,H|1,M] if the scope is layer or head."""
     kv = decode_batch([encoded])
-    assert kv.k_BLHMD is not None
-    assert kv.v_BLHMD is not None
     k_LHMD, v_LHMD = kv.k_BLHMD[0], kv.v_BLHMD[0]
     if encoded.codec.name != "raw":
         # bf16 is exact for the codec bf16 and finer than the other codecs.
@@ -196,7 +194,7 @@ def _stored_rows(survey: Survey, items: Items, readers: Mapping[str, KVStoreRead
     lacking: set[int] = set()
     for row in survey.kept():
         sample = items[row].record.sample()
-        if all(sample.content_key(reader.info.weights_digest, reader.plan) in reader for reader in readers.values()):
+        if all(sample.key(reader.info.weights_digest, reader.plan) in reader for reader in readers.values()):
             rows.append(row)
         else:
             lacking.add(row)

@@ -15,8 +15,9 @@ from extraction.config import ExtractConfig
 from extraction.dataset import Items
 from kvcore.errors import ConfigError
 from kvcore.plan import KVPlan, SpanKind
-from kvcore.tensors.codec import KINDS, layer_bytes, part_layout
-from kvcore.types import TeacherInfo
+from kvcore.tensors.codec import part_layout
+from kvcore.tensors.plan_size import sample_bytes
+from kvcore.types import TENSORS, TeacherInfo
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -121,20 +122,13 @@ def stored_bytes(slots: int, tokens: int, plan: KVPlan, info: TeacherInfo) -> in
         plan: how they are kept.
         info: the teacher.
     """
-    parts = sum(len(part_layout(plan.codec, kind, info.kv_heads, slots, info.head_dim)) for kind in KINDS)
-    layer = layer_bytes(plan.codec, info.kv_heads, slots, info.head_dim)
-    choosers = {"sample": 1, "layer": len(plan.layers), "head": len(plan.layers) * info.kv_heads}[plan.selection.scope]
-    # Positions, token ids and byte ends stand beside the parts.
-    fixed = 8 * tokens + 4 * slots * choosers + _SAMPLE_BYTES + _TENSOR_BYTES * (parts + 3)
-    return len(plan.layers) * (layer + _LAYER_BYTES) + fixed
+    parts = sum(len(part_layout(plan.codec, kind, info.kv_heads, slots, info.head_dim)) for kind in TENSORS)
+    # Positions, token ids and byte ends are stored with the parts.
+    overhead = 8 * tokens + _SAMPLE_BYTES + _TENSOR_BYTES * (parts + 3) + _LAYER_BYTES * len(plan.layers)
+    return sample_bytes(plan, info.kv_heads, info.head_dim, slots) + overhead
 
 
 def pt_bytes(slots: int, plan: KVPlan, info: TeacherInfo) -> int:
     """What one sample takes of one teacher in a .pt file, without its texts."""
     element = 4 if plan.codec.name == "raw" else 2
     return 2 * element * len(plan.layers) * info.kv_heads * slots * info.head_dim + 4 * slots + _PT_BYTES
-
-
-def slots_of(candidates: int, plan: KVPlan) -> int:
-    """Number of tokens that a plan keeps of `candidates`."""
-    return candidates if plan.selection.selector == "full" else min(candidates, plan.selection.budget)

@@ -10,17 +10,18 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from align.aligner import plan_for
 from align.head_dim_adapter import KVGeometry
+from align.teacher_plan import plan_for
 from extraction.config import ExtractConfig
 from extraction.dataset import Items
-from extraction.survey import Survey, slots_of, stored_bytes
+from extraction.survey import Survey, stored_bytes
 from kvcore.errors import FieldError, TeacherRefusedError
 from kvcore.plan import KVPlan
 from kvcore.store.kv_store import KVStoreReader, KVStoreWriter
 from kvcore.store.manifest import MANIFEST_NAME
+from kvcore.tensors.plan_size import kept_slots
 from kvcore.types import EncodedSampleKV, MissingKV, Sample, TeacherInfo
-from student_trainer.config import AlignConfig, KVConfig, TeacherConfig
+from student_trainer.config import KVConfig, TeacherConfig
 from student_trainer.kv_sources import KVSource, build_source
 
 PlanFactory = Callable[[TeacherInfo], KVPlan]
@@ -33,12 +34,13 @@ _REQUEST_BYTES = 64 << 20
 
 def plan_factory(config: ExtractConfig, student: KVGeometry) -> PlanFactory:
     """Returns a function that makes a teacher's plan, equal to the plan of training with the same settings."""
-    align = AlignConfig(layer_map=config.layer_map_strategy).model_dump(exclude={"time", "calibration_samples"})
 
     def plan(info: TeacherInfo) -> KVPlan:
         if config.all_layers:
             return KVPlan(layers=tuple(range(info.layers)), selection=config.selection, codec=config.codec_spec)
-        return plan_for(student, info, selection=config.selection, codec=config.codec_spec, **align)
+        teacher = KVGeometry(info.layers, info.kv_heads, info.head_dim)
+        layer_map = config.layer_map_strategy
+        return plan_for(student, teacher, selection=config.selection, codec=config.codec_spec, layer_map=layer_map)
 
     return plan
 
@@ -71,7 +73,7 @@ def stored_rows(directory: Path, info: TeacherInfo, plan: KVPlan, items: Items, 
         return found_R
     with KVStoreReader(directory) as reader:
         for row in survey.kept():
-            found_R[row] = items[row].record.sample().content_key(info.weights_digest, plan) in reader
+            found_R[row] = items[row].record.sample().key(info.weights_digest, plan) in reader
     return found_R
 
 
@@ -145,7 +147,7 @@ class Teacher:
     def slots(self, row: int) -> int:
         """Estimated number of tokens kept of a row."""
         candidates = math.ceil(self._survey.candidates(self.source.plan, row) * self.tokens_per_student_token)
-        return slots_of(candidates, self.source.plan)
+        return kept_slots(self.source.plan, candidates)
 
     def bytes_of(self, row: int) -> int:
         """Estimated bytes of a row in the store."""

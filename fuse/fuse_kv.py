@@ -1,4 +1,4 @@
-"""Several teachers' K/V, each already in the student's space, become one target."""
+"""Fuses the K/V of several teachers, each aligned to the student's space, into one target."""
 
 from __future__ import annotations
 
@@ -7,47 +7,48 @@ import torch
 from kvcore.errors import FieldError
 from kvcore.types import Tensor
 
-# A softmax's weight below this is as good as 0; dividing by one would overflow the gradients.
+# A softmax weight below this counts as 0; dividing by it would overflow the gradients.
 LEAST_WEIGHT = 1e-20
 
 
 def fuse(x_NBLHMD: Tensor, mask_NBM: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
     """The weighted mean of the teachers that are present at each slot, in at least fp32.
 
-    Only K/V that each teacher's own adapter has brought into one basis may be averaged. At each slot the weights are
-    normalised over the teachers present there. A slot is present if a teacher of weight above 0, in some layer, fills
-    it. Where weights differ by layer and none of a layer's own teachers fills a present slot, the teachers that the
-    other layers chose stand in by their summed weights: a target is K/V of teachers in every layer, or masked.
+    Only average K/V that each teacher's own adapter has mapped to the same basis. At each slot the weights are
+    normalised over the teachers present there. A slot is present if a teacher with a weight above 0 in some layer has a
+    token in it. If weights differ by layer and a present slot has no token of a teacher with weight in this layer, the
+    teachers that have weight in other layers are used, with their summed weights: every layer of a target has K/V of a
+    teacher, or the slot is masked.
 
-    Differentiable in `x_NBLHMD` and `weights`, a weight of 0 included.
+    Differentiable in `x_NBLHMD` and `weights`, also at a weight of 0.
 
     Args:
         x_NBLHMD: keys or values.
-        mask_NBM: True where a teacher has a token in the slot; what stands elsewhere (NaN too) is never read.
-        weights: [N], [B,N] or [B,L,N]; need not sum to 1. [N] are settings and above 0; the others may be 0, and
-            below 1e-20 count as 0. NaN among the others, which a diverged model computes, makes the sample's target
-            NaN: ranks must find out together, from the loss.
+        mask_NBM: True where a teacher has a token in the slot; other slots are never read and may hold NaN.
+        weights: [N], [B,N] or [B,L,N]; need not sum to 1. [N] are settings and must be above 0; the others may be 0,
+            and count as 0 below 1e-20. NaN among the others, from a diverged model, makes the sample's target NaN, so
+            that all ranks detect it in the loss.
 
     Returns:
-        fused_BLHMD and mask_BM, True where a teacher was present; zeros elsewhere.
+        fused_BLHMD and mask_BM, True where a teacher is present; zeros elsewhere.
 
     Raises:
-        FieldError: weights of another shape or negative; or one of [N] that is not finite or counts as 0.
+        FieldError: weights have another shape or are negative; or one of [N] is not finite or counts as 0.
     """
     _check(x_NBLHMD, weights)
     dtype = torch.promote_types(x_NBLHMD.dtype, torch.float32)
     share_NBLM, mask_BM = _shares(mask_NBM, weights.to(mask_NBM.device, dtype), x_NBLHMD.shape[2])
     fused_BLHMD = x_NBLHMD.new_zeros(x_NBLHMD.shape[1:], dtype=dtype)
     for x_BLHMD, slots_BM, share_BLM in zip(x_NBLHMD, mask_NBM, share_NBLM, strict=True):
-        # An empty slot may hold anything, NaN too, which a share of 0 would let through.
+        # An empty slot may hold NaN, and NaN times a share of 0 is NaN.
         kept_BLHMD = x_BLHMD.to(dtype).masked_fill(~slots_BM[:, None, None, :, None], 0.0)
         fused_BLHMD = fused_BLHMD + kept_BLHMD * share_BLM[:, :, None, :, None]
     return fused_BLHMD, mask_BM
 
 
 def _shares(mask_NBM: Tensor, weights: Tensor, layers: int) -> tuple[Tensor, Tensor]:
-    """Each teacher's share of each slot, [N,B,L,M], 0 where nobody is present; and who is, [B,M]."""
-    # Subtracted, not replaced: a straight-through weight of 0 keeps its gradient.
+    """Each teacher's share of each slot [N,B,L,M], 0 where no teacher is present; and the present slots [B,M]."""
+    # Subtracted instead of replaced, so that a straight-through weight of 0 keeps its gradient.
     weights = weights - weights.detach().where(weights <= LEAST_WEIGHT, 0.0)
     weights_NBL = _by_layer(weights, mask_NBM.shape[1], layers)
     own_NBLM = weights_NBL[..., None] * mask_NBM[:, :, None]
@@ -60,7 +61,7 @@ def _shares(mask_NBM: Tensor, weights: Tensor, layers: int) -> tuple[Tensor, Ten
 
 
 def _by_layer(weights: Tensor, batch: int, layers: int) -> Tensor:
-    """[N], [B,N] or [B,L,N] as [N,B,L]."""
+    """Expands [N], [B,N] or [B,L,N] to [N,B,L]."""
     weights_BN = weights.expand(batch, -1) if weights.dim() == 1 else weights
     weights_BLN = weights_BN[:, None].expand(-1, layers, -1) if weights_BN.dim() == 2 else weights_BN
     return weights_BLN.movedim(-1, 0)

@@ -1,4 +1,4 @@
-"""The router: which teacher to listen to, seen from the prompt alone."""
+"""The router: weights of the teachers, computed from the prompt."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ RouterKind = Literal["mlp", "gate", "attention"]
 
 
 class Router(nn.Module):
-    """Logits over teachers. It starts at equal weights: its last layer is zero.
+    """Computes logits over teachers. The last layer starts at zero, so all teachers start with equal weights.
 
     `mlp`: Linear, GELU, Linear on the prompt. `gate`: one Linear on the prompt. `attention`: a query from the prompt
-    against a key from each teacher's K/V summary, as a scaled dot product (arXiv 1706.03762); its parameters do not
-    depend on how many teachers there are, nor on their order.
+    and a key from each teacher's K/V summary, as a scaled dot product (arXiv 1706.03762); its parameters do not depend
+    on the number or the order of teachers.
 
     Args:
-        kind: see above.
+        kind: `mlp`, `gate` or `attention`.
         teachers: N.
         prompt_width: E, of the prompt's representation.
-        layers: L, for weights of each layer; None for the same weights in all.
+        layers: L, for separate weights per layer; None for the same weights in all layers.
         width: of the hidden layer (`mlp`) or of query and key (`attention`).
         summary_width: F, of a teacher's summary (`attention`).
 
@@ -57,8 +57,8 @@ class Router(nn.Module):
 
         Args:
             prompt_BE: the student's representation of the prompt.
-            summary_BNF: a summary of each teacher's K/V (`attention` alone reads it). An absent teacher's must be
-                finite, zeros say: its logit is masked later, but NaN would reach the key's gradient.
+            summary_BNF: a summary of each teacher's K/V; only `attention` reads it. That of an absent teacher must be
+                finite, such as zeros: its logit is masked later, but NaN would reach the key's gradient.
         """
         dtype = next(self.parameters()).dtype
         out_BLX = self.from_prompt(prompt_BE.to(dtype)).float().unflatten(-1, (self.layers or 1, -1))

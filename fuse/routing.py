@@ -1,4 +1,4 @@
-"""From logits to teachers' weights, and what is watched about them."""
+"""Teacher weights from logits, their temperature and entropy, and a warning if they collapse."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ Choose = Literal["soft", "top1"]
 
 
 def to_weights(logits: Tensor, present_BN: Tensor, temperature: float, choose: Choose = "soft") -> Tensor:
-    """The teachers' weights: a softmax over those present, in at least fp32.
+    """Returns the weights of the teachers: a softmax over those present, in at least fp32.
 
-    `top1` gives 1 to the best teacher present (of equals the first) and 0 to the others; its gradient is that of the
-    soft weights (straight-through, arXiv 1308.3432).
+    `top1` gives 1 to the best present teacher (of equal ones the first) and 0 to the others; its gradient is that of
+    the soft weights (straight-through, arXiv 1308.3432).
 
     Args:
-        logits: [B,N] or [B,L,N]; an absent teacher's may be anything, NaN too.
+        logits: [B,N] or [B,L,N]; that of an absent teacher may be anything, also NaN.
         present_BN: which teachers have K/V of a sample.
-        temperature: above 0; the lower, the nearer to a choice of one.
+        temperature: above 0; a lower one is closer to choosing one teacher.
         choose: `soft` or `top1`.
 
     Returns:
-        Weights of the logits' shape: 0 for absent teachers, summing to 1 over the others; all 0 if nobody is present.
+        Weights in the shape of the logits: 0 for absent teachers, sum 1 over the others; all 0 if none is present.
 
     Raises:
-        FieldError: a temperature that is not above 0, or an unknown choice.
+        FieldError: a temperature of 0 or below, or an unknown choice.
     """
     if choose not in get_args(Choose):
         raise FieldError("fuse.choose", f"must be one of {', '.join(get_args(Choose))}; got '{choose}'")
@@ -37,13 +37,13 @@ def to_weights(logits: Tensor, present_BN: Tensor, temperature: float, choose: C
         raise FieldError("fuse.temperature", f"must be above 0; got {temperature}")
     absent = ~_like(present_BN, logits)
     scaled = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
-    # The lowest number rather than -inf, whose softmax is NaN where nobody is present.
+    # The lowest number instead of -inf, whose softmax is NaN if no teacher is present.
     scaled = scaled.masked_fill(absent, torch.finfo(scaled.dtype).min)
     soft = scaled.softmax(dim=-1).masked_fill(absent, 0.0)
     if choose == "soft":
         return soft
     best = torch.zeros_like(soft).scatter(-1, scaled.argmax(dim=-1, keepdim=True), 1.0).masked_fill(absent, 0.0)
-    # In this order the difference is exactly 0, so what comes out is exactly 0 or 1.
+    # In this order the difference is exactly 0, so the result is exactly 0 or 1.
     return best + (soft - soft.detach())
 
 
@@ -53,13 +53,13 @@ def temperature(epoch: float, start: float, decay: float, floor: float) -> float
 
 
 def entropy(weights: Tensor, present_BN: Tensor) -> Tensor:
-    """How evenly soft weights are spread, in nats: log N for N equal ones, 0 for a choice of one.
+    """Mean entropy of soft weights, in nats: log N for N equal weights, 0 if one teacher has all.
 
-    The mean over layers and over the samples that a teacher is present for; 0 if there are none. Its gradient is finite
-    at a weight of 0. Straight-through weights (`top1`) have no entropy to reward: give the soft ones.
+    The mean is over layers and over samples with a present teacher; 0 if there are none. The gradient is finite at a
+    weight of 0. Pass soft weights: the entropy of straight-through weights (`top1`) is always 0.
 
     Args:
-        weights: [B,N] or [B,L,N] as `to_weights` gives them.
+        weights: [B,N] or [B,L,N] from `to_weights`.
         present_BN: which teachers have K/V of a sample.
     """
     weights = weights.masked_fill(~_like(present_BN, weights), 0.0)
@@ -71,11 +71,11 @@ def entropy(weights: Tensor, present_BN: Tensor) -> Tensor:
 
 
 class CollapseDetector:
-    """Says once when the weights collapse onto one teacher, and again only after they had recovered.
+    """Warns once when the weights collapse onto one teacher, and again only after they recovered.
 
     Args:
-        names: the teachers' names, in the weights' order. A teacher on its own can't collapse.
-        threshold: the mean weight above which a teacher has taken all.
+        names: the teachers' names, in the order of the weights. With one teacher there is no collapse.
+        threshold: a mean weight above it is a collapse.
     """
 
     def __init__(self, names: Sequence[str], threshold: float) -> None:
@@ -84,7 +84,7 @@ class CollapseDetector:
         self._collapsed: str | None = None
 
     def check(self, mean_weights: Sequence[float] | Tensor) -> str | None:
-        """A warning that names teacher, mean weight and cures; None if there is nothing new to say.
+        """Returns a warning with the teacher, its mean weight and remedies; None if there is nothing new.
 
         Args:
             mean_weights: [N], over the samples since the last check.
@@ -99,11 +99,11 @@ class CollapseDetector:
         return (
             f"routing has collapsed onto teacher '{name}': its mean weight is {weight:.3f}, above fuse.collapse_at "
             f"{self._threshold:g}. Raise fuse.entropy_weight towards 0.05, raise fuse.temperature or "
-            "fuse.temperature_floor, lower fuse.router_loss_weight or optim.lr, and check the other teachers: that "
-            "their alignment explains enough variance, and that they answer"
+            "fuse.temperature_floor, lower fuse.router_loss_weight or optim.lr, and check that the other teachers "
+            "answer and that their alignment explains enough variance"
         )
 
 
 def _like(present_BN: Tensor, weights: Tensor) -> Tensor:
-    """[B,N] broadcast to [B,N] or [B,L,N]."""
+    """Broadcasts [B,N] to [B,N] or [B,L,N]."""
     return (present_BN[:, None] if weights.dim() == 3 else present_BN).expand_as(weights)

@@ -1,4 +1,4 @@
-"""The errors that users meet. Everything else that is raised is a bug."""
+"""The errors that users can meet. Any other exception is a bug."""
 
 from __future__ import annotations
 
@@ -7,28 +7,28 @@ from typing import ClassVar
 
 
 class KVDistillError(Exception):
-    """Root of every error that kvdistill raises on purpose.
+    """Base class of all errors that kvdistill raises on purpose.
 
-    `next_step`: what to do next, where the message itself does not say.
+    `next_step`: what the user can do next, if the message itself does not say so.
     """
 
     next_step: ClassVar[str] = ""
 
     def line(self) -> str:
-        """The error in one line, with what to do next: what commands end with."""
+        """The message and the next step in one line, as commands print it before they exit."""
         return f"{self}; next: {self.next_step}" if self.next_step else str(self)
 
 
 class ConfigError(KVDistillError, ValueError):
-    """A configuration, a flag or a plan holds a value that cannot be used."""
+    """A configuration, a flag or a plan has an invalid value."""
 
 
 class FieldError(ConfigError):
-    """One named field is wrong.
+    """One field has an invalid value.
 
     Args:
-        field: dotted path of the field, as the user wrote it.
-        problem: what is wrong, with the value and the limit.
+        field: dotted path of the field, as the user writes it.
+        problem: the value, the limit, and what is wrong.
     """
 
     def __init__(self, field: str, problem: str) -> None:
@@ -38,23 +38,23 @@ class FieldError(ConfigError):
 
 
 class UnsupportedModelError(KVDistillError):
-    """The model's architecture is not one whose keys and values can be read exactly."""
+    """The keys and values of this model architecture cannot be read exactly."""
 
 
 class ProtocolError(KVDistillError):
-    """The other side sent bytes that break the protocol: truncated, reordered, or failing their hash."""
+    """The other side broke the protocol: bytes were truncated, reordered or damaged."""
 
     next_step = "compare the versions on both sides (kvdistill --version), and look for a proxy that alters messages"
 
 
 class StoreError(KVDistillError):
-    """A KV store is missing, damaged, or was written for another plan or teacher."""
+    """A KV store is missing, damaged, or belongs to another plan or teacher."""
 
     next_step = "kvdistill inspect DIRECTORY shows what a store holds"
 
 
 class TeacherError(KVDistillError):
-    """A teacher could not serve.
+    """A teacher could not serve a request.
 
     Args:
         teacher: the teacher's name in the configuration.
@@ -68,33 +68,33 @@ class TeacherError(KVDistillError):
 
 
 class TeacherUnavailableError(TeacherError):
-    """No endpoint of the teacher answers."""
+    """None of the teacher's endpoints answers."""
 
-    next_step = "kvdistill doctor --teacher HOST:PORT says what answers there"
+    next_step = "kvdistill doctor --teacher HOST:PORT checks an endpoint"
 
 
 class TeacherRefusedError(TeacherError):
-    """The teacher answered that it will not serve this request: retrying cannot help."""
+    """The teacher refused the request; a retry would be refused too."""
 
     next_step = "kvdistill inspect HOST:PORT shows what the teacher offers"
 
 
 class TeacherMismatchError(TeacherError):
-    """An endpoint serves other weights, tokenizer or geometry than its replicas did before."""
+    """An endpoint serves other weights, another tokenizer or another geometry than the teacher's other replicas."""
 
-    next_step = "kvdistill inspect HOST:PORT of each endpoint shows in what they differ"
+    next_step = "compare the endpoints with kvdistill inspect HOST:PORT"
 
 
 class NonFiniteError(KVDistillError):
-    """A teacher's keys, values or scores are NaN, infinite, or beyond what the codec can hold.
+    """A teacher's keys, values or scores are NaN, infinite, or too large for the codec.
 
     Args:
-        what: what was not finite.
-        finite: for each batch item whether it was, so that only the samples at fault fail (`rows`).
+        what: the quantity that is not finite.
+        finite: whether each batch item is finite; the others are listed in `rows`, and only their samples fail.
     """
 
     next_step = "serve the teacher with --dtype fp32 or bf16"
 
     def __init__(self, what: str, finite: Sequence[bool]) -> None:
         self.rows = [row for row, good in enumerate(finite) if not good]
-        super().__init__(f"{what} is not finite, in batch items {self.rows}; a model in half precision may overflow")
+        super().__init__(f"{what} is not finite in batch items {self.rows}; fp16 may overflow")

@@ -1,4 +1,4 @@
-"""The optional packages: which extra of pyproject.toml installs them, and the message where one is missing."""
+"""The optional packages, the extras of pyproject.toml that install them, and messages about missing ones."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import importlib.util
 
 from kvcore.errors import ConfigError
 
-# Import names by extra. A plain install serves teachers and reads from them; the extra `train` adds the rest.
+# Import names by extra. A plain install can serve teachers and read from them; `train` adds everything for training.
 EXTRAS: dict[str, tuple[str, ...]] = {
     "train": ("datasets", "deepspeed", "lm_eval", "matplotlib", "scipy", "tensorboard"),
     "gpu": ("accelerate", "bitsandbytes"),
@@ -21,7 +21,7 @@ def missing(extra: str) -> list[str]:
 
 
 def require(extra: str, command: str) -> None:
-    """Checks that a command can import what it needs, before it starts.
+    """Checks that the packages a command needs are installed.
 
     Raises:
         ConfigError: packages of the extra are not installed.
@@ -31,7 +31,7 @@ def require(extra: str, command: str) -> None:
 
 
 def needs(extra: str, *packages: str) -> str:
-    """The end of a message about missing packages: which ones, and how to install them."""
+    """Returns the end of an error message: which packages are missing and how to install them."""
     return f"needs {', '.join(packages)}, not installed here: {install_command(extra)}"
 
 

@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, and strict JSON: every report, result and marker is written through here."""
+"""Atomic file writes and strict JSON, used for all reports, results and markers."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any, cast
 
 
 def finite_or_null(value: Any) -> Any:
-    """The same value, at any depth of mappings, lists and tuples, with None for NaN and infinity."""
+    """Replaces NaN and infinity by None, at any depth of mappings, lists and tuples."""
     if isinstance(value, Mapping):
         return {name: finite_or_null(entry) for name, entry in cast("Mapping[Any, Any]", value).items()}
     if isinstance(value, list | tuple):
@@ -21,20 +21,20 @@ def finite_or_null(value: Any) -> Any:
 
 
 def json_text(value: Any, **options: Any) -> str:
-    """Strict JSON, which has no NaN and no infinity: a number that is not finite becomes null.
+    """Serialises to strict JSON: NaN and infinity become null.
 
-    `options`: more arguments of `json.dumps`.
+    `options`: further arguments of `json.dumps`.
     """
     return json.dumps(finite_or_null(value), allow_nan=False, **options)
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Replaces a file with indented JSON, as `json_text` and `replace_file` do."""
+    """Atomically writes a value as indented strict JSON."""
     replace_file(path, json_text(value, indent=2) + "\n")
 
 
 def replace_file(path: Path, content: bytes | str) -> None:
-    """Writes a file so that a reader sees, and a crash leaves, the old or the new one, never a mixture."""
+    """Atomically replaces a file: readers and crashes see the old or the new content, never a mixture."""
     temporary = write_beside(path, content)
     try:
         temporary.replace(path)
@@ -45,7 +45,7 @@ def replace_file(path: Path, content: bytes | str) -> None:
 
 
 def write_beside(path: Path, content: bytes | str) -> Path:
-    """Writes a temporary file next to `path`, under a name that no other process or machine uses, and syncs it."""
+    """Writes and syncs a temporary file next to `path`, under a name that no other process or machine uses."""
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
     try:
         with temporary.open("wb") as file:
@@ -59,7 +59,7 @@ def write_beside(path: Path, content: bytes | str) -> Path:
 
 
 def sync(path: Path) -> None:
-    """Returns when the disk has a file's content, or a directory's entries: a rename in it survives a power cut."""
+    """Flushes a file, or a directory's entries, to disk, so that it survives a power cut."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -71,17 +71,11 @@ class KVPlan(StrictModel):
     """The tokens to send."""
     codec: CodecSpec = CodecSpec()
     """How K/V are encoded."""
-    keys: bool = True
-    """Whether to send keys."""
-    values: bool = True
-    """Whether to send values."""
 
     @model_validator(mode="after")
-    def _asks_for_something(self) -> Self:
+    def _layers_ascend(self) -> Self:
         if not self.layers or list(self.layers) != sorted(set(self.layers)):
             raise ValueError(f"layers: expected at least one, ascending and without repeats; got {list(self.layers)}")
-        if not (self.keys or self.values):
-            raise ValueError("keys: a plan must request keys, values or both")
         return self
 
     def digest(self) -> str:
@@ -111,7 +105,7 @@ class SamplingParams(StrictModel):
         return _digest(self)  # pyright: ignore[reportArgumentType]  frozen models have a hash
 
 
-# Cached because every sample's content key needs it, and a process uses only one or two plans.
+# Cached because every sample key needs it, and a process uses only one or two plans.
 @functools.lru_cache(maxsize=64)
 def _digest(model: KVPlan | SamplingParams) -> str:
     canonical = json.dumps(model.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))

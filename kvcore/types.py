@@ -1,27 +1,29 @@
-"""What teachers and students exchange.
+"""The data that teachers and students exchange.
 
 Shape legend, for names and docstrings everywhere: B batch, N teachers, L layers, H key/value heads (never query
-heads), T tokens, M selected tokens (slots), D head dim, F features (H times D). Keys are content keys: un-rotated.
+heads), T tokens, M selected tokens (slots), D head dim, F features (H times D). Keys are content keys: before RoPE.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
 
 import torch
 
 from kvcore.plan import CodecSpec, KVPlan, SamplingParams, SpanKind
 
 Tensor = torch.Tensor
+TensorKind = Literal["k", "v"]
+TENSORS: tuple[TensorKind, ...] = ("k", "v")
 
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """Half-open range: characters (code points) of a text, or token indices where token ids were given."""
+    """Half-open range of characters (code points), or of token indices if the sample has token ids."""
 
     kind: SpanKind
     start: int
@@ -30,17 +32,17 @@ class Span:
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One sequence for a teacher to read: `text` or `token_ids`, never both."""
+    """One sequence for a teacher to read: either `text` or `token_ids`."""
 
     id: str
     text: str | None = None
     token_ids: tuple[int, ...] | None = None
     spans: tuple[Span, ...] = ()
 
-    def content_key(self, weights_digest: str, plan: KVPlan, sampling: SamplingParams | None = None) -> str:
-        """Names this sample's K/V under one plan and one teacher: same content, same key, on wire and in store.
+    def key(self, weights_digest: str, plan: KVPlan, sampling: SamplingParams | None = None) -> str:
+        """Returns the sample key: the hash that names this sample's K/V of one teacher under one plan.
 
-        With `sampling` it names a prompt: what a request to `Generate` asks for.
+        Equal content has the same key on the wire and in a store. With `sampling` it names a prompt of `Generate`.
         """
         spans = [[span.kind, span.start, span.end] for span in self.spans]
         content: list[object] = [weights_digest, plan.digest(), self.text, self.token_ids, spans]
@@ -52,7 +54,7 @@ class Sample:
 
 @dataclass(frozen=True, slots=True)
 class TeacherInfo:
-    """What `Describe` answers: a teacher's identity, geometry and limits."""
+    """A teacher's identity, geometry and limits, as `Describe` returns them."""
 
     model: str
     weights_digest: str
@@ -69,17 +71,19 @@ class TeacherInfo:
     selectors: tuple[str, ...]
     codecs: tuple[str, ...]
 
-    def same_teacher(self, other: TeacherInfo) -> bool:
-        """Whether two endpoints are replicas: same weights, tokenizer and geometry."""
-        return self._identity() == other._identity()
+    def identity(self) -> dict[str, str | int]:
+        """Weights, tokenizer and geometry by name: equal for replicas of one teacher."""
+        names = ("weights_digest", "tokenizer_fingerprint", "layers", "kv_heads", "head_dim")
+        return {name: getattr(self, name) for name in names}
 
-    def _identity(self) -> tuple[object, ...]:
-        return (self.weights_digest, self.tokenizer_fingerprint, self.layers, self.kv_heads, self.head_dim)
+    def same_teacher(self, other: TeacherInfo) -> bool:
+        """Whether two endpoints are replicas of one teacher."""
+        return self.identity() == other.identity()
 
 
 @dataclass(frozen=True, slots=True)
 class Timings:
-    """Seconds one sample spent at each stage of the server, and in transfer as the client saw it."""
+    """Seconds that one sample spent in each stage of the server, and on the network as the client measured it."""
 
     queue: float = 0.0
     prefill: float = 0.0
@@ -89,13 +93,13 @@ class Timings:
 
 @dataclass(slots=True)
 class EncodedSampleKV:
-    """One sample's selected K/V as it travels and as it is stored: still encoded, all layers stacked.
+    """One sample's selected K/V as sent and as stored: encoded, with all layers stacked.
 
-    `parts` holds the codec's tensors by name (`k.codes`, `k.scale`, `v.codes`, ...), each with a leading L in the
-    order of `layers`; after it H, M (only slots that hold a token) and what the codec needs. `positions` is
-    [L,H,M], [L,1,M] or [1,1,M] int32 by the plan's scope: indices into the teacher's tokens, ascending.
-    `byte_ends_T`: for each teacher token, how many bytes of the sample's UTF-8 text have been read when it has been
-    read; -1 where a token ends inside a character in a way that cannot be told, or where it stands for no text.
+    `key` is the sample key. `parts` holds the codec's tensors by name (`k.codes`, `k.scale`, `v.codes`, ...), each
+    [L,H,M,...] in the order of `layers`; every slot holds a token. `positions` is int32 [L,H,M], [L,1,M] or [1,1,M],
+    depending on the plan's scope: ascending indices into the teacher's tokens. `byte_ends_T`: how many bytes of the
+    sample's UTF-8 text have been read after each teacher token; -1 if that is unknown because the token ends inside a
+    character, or if the token stands for no text.
     """
 
     sample_id: str
@@ -111,18 +115,18 @@ class EncodedSampleKV:
 
     @property
     def slots(self) -> int:
-        """M: how many tokens were selected."""
+        """M: the number of selected tokens."""
         return int(self.positions.shape[-1])
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the encoded K/V: codes and scales, without headers."""
+        """Bytes of the encoded K/V (codes and scales), without headers."""
         return sum(part.numel() * part.element_size() for part in self.parts.values())
 
 
 @dataclass(frozen=True, slots=True)
 class MissingKV:
-    """A sample that a teacher has no K/V for, and why."""
+    """A sample for which a teacher gave no K/V, and why."""
 
     sample_id: str
     reason: str
@@ -133,10 +137,30 @@ class BatchKV:
     """Decoded content K/V of one teacher for a batch, padded to the batch's largest M.
 
     `mask_BM` is True where a slot holds a token; elsewhere K/V are zero and must reach no loss.
-    `byte_ends_BLHM` follows the plan's scope like `positions`: [B,L|1,H|1,M], the byte at which each slot's token ends.
+    `byte_ends_BLHM` [B,L|1,H|1,M], depending on the plan's scope: the byte at which each slot's token ends.
     """
 
-    k_BLHMD: Tensor | None
-    v_BLHMD: Tensor | None
+    k_BLHMD: Tensor
+    v_BLHMD: Tensor
     mask_BM: Tensor
     byte_ends_BLHM: Tensor
+
+    def __getitem__(self, samples: slice | Tensor) -> BatchKV:
+        """Some of the batch's samples."""
+        return replace(
+            self.map(lambda x_BLHMD: x_BLHMD[samples]),
+            mask_BM=self.mask_BM[samples],
+            byte_ends_BLHM=self.byte_ends_BLHM[samples],
+        )
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> BatchKV:
+        """Applies a function to the keys and to the values; mask and byte ends stay."""
+        return replace(self, k_BLHMD=function(self.k_BLHMD), v_BLHMD=function(self.v_BLHMD))
+
+    def to(self, device: torch.device) -> BatchKV:
+        """Moves everything to a device; K/V without waiting for the copy."""
+        return replace(
+            self.map(lambda x_BLHMD: x_BLHMD.to(device, non_blocking=True)),
+            mask_BM=self.mask_BM.to(device),
+            byte_ends_BLHM=self.byte_ends_BLHM.to(device),
+        )

@@ -7,16 +7,15 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
-from align.aligner import Aligner
 from align.head_dim_adapter import KVGeometry
+from align.teacher_plan import plan_for
 from data.records import Record, load_records
-from extraction.survey import slots_of
 from extraction.teachers import model_geometry
 from kvcore.errors import FieldError, TeacherUnavailableError
 from kvcore.monitoring.units import in_bytes
 from kvcore.plan import KVPlan
 from kvcore.store.manifest import read_manifest
-from kvcore.tensors.codec import layer_bytes
+from kvcore.tensors.plan_size import kept_slots, sample_bytes
 from kvdistill.columns import in_columns
 from kvdistill.describe import describe, raw_token_bytes
 from kvdistill.inspection import plan_codec, plan_layers, plan_tokens
@@ -25,7 +24,6 @@ from student_trainer.config import TeacherConfig, TrainConfig
 # Records whose tokens are counted, enough for a mean within a few per cent.
 MAX_COUNTED = 512
 _PARTS = ("prompt", "reasoning", "answer")
-_POSITION_BYTES = 4
 FLAG = "--teacher-model"
 
 
@@ -150,15 +148,17 @@ def _tokens(tokenizer: Any, record: Record) -> tuple[int, int, int]:
 
 
 def _demand(teacher: str, student: KVGeometry, config: TrainConfig, geometry: KVGeometry, lengths: Lengths) -> Demand:
-    settings = config.align.model_dump(exclude={"time", "calibration_samples"})
-    plan = Aligner(geometry, student, **settings).plan(config.kv.selection, config.kv.codec)
-    slots = [slots_of(candidates, plan) for candidates in lengths.candidates(plan)]
-    choosers = {"sample": 1, "layer": len(plan.layers), "head": len(plan.layers) * geometry.heads}[plan.selection.scope]
-    sizes = [
-        len(plan.layers) * layer_bytes(plan.codec, geometry.heads, count, geometry.head_dim)
-        + choosers * count * _POSITION_BYTES
-        for count in slots
-    ]
+    kv, align = config.kv, config.align
+    plan = plan_for(
+        student,
+        geometry,
+        selection=kv.selection,
+        codec=kv.codec,
+        layer_map=align.layer_map,
+        head_adapter=align.head_adapter,
+    )
+    slots = [kept_slots(plan, candidates) for candidates in lengths.candidates(plan)]
+    sizes = [sample_bytes(plan, geometry.heads, geometry.head_dim, count) for count in slots]
     cache = raw_token_bytes(geometry.layers, geometry.heads, geometry.head_dim) * lengths.text()
     return Demand(teacher, geometry, plan, fmean(slots), fmean(sizes), cache)
 

@@ -151,18 +151,14 @@ class Span(_message.Message):
     def __init__(self, kind: _Optional[_Union[SpanKind, str]] = ..., start: _Optional[int] = ..., end: _Optional[int] = ...) -> None: ...
 
 class Plan(_message.Message):
-    __slots__ = ("layers", "selection", "codec", "keys", "values")
+    __slots__ = ("layers", "selection", "codec")
     LAYERS_FIELD_NUMBER: _ClassVar[int]
     SELECTION_FIELD_NUMBER: _ClassVar[int]
     CODEC_FIELD_NUMBER: _ClassVar[int]
-    KEYS_FIELD_NUMBER: _ClassVar[int]
-    VALUES_FIELD_NUMBER: _ClassVar[int]
     layers: _containers.RepeatedScalarFieldContainer[int]
     selection: Selection
     codec: Codec
-    keys: bool
-    values: bool
-    def __init__(self, layers: _Optional[_Iterable[int]] = ..., selection: _Optional[_Union[Selection, _Mapping]] = ..., codec: _Optional[_Union[Codec, _Mapping]] = ..., keys: _Optional[bool] = ..., values: _Optional[bool] = ...) -> None: ...
+    def __init__(self, layers: _Optional[_Iterable[int]] = ..., selection: _Optional[_Union[Selection, _Mapping]] = ..., codec: _Optional[_Union[Codec, _Mapping]] = ...) -> None: ...
 
 class Selection(_message.Message):
     __slots__ = ("selector", "budget", "span", "scope", "importance_weight", "importance_pool", "seed")

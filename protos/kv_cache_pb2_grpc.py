@@ -57,14 +57,14 @@ class TeacherKVServicer:
     """
 
     def Describe(self, request, context):
-        """Describe says which model is served, in which geometry, and what a plan may ask for.
+        """Describe returns the model's identity and geometry, and what a plan may ask for.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def StreamKV(self, request, context):
-        """StreamKV runs the teacher over every sample and streams what the plan selects, layer by layer.
+        """StreamKV runs the teacher over every sample and streams the K/V that the plan selects, layer by layer.
         A request that cannot be served ends with INVALID_ARGUMENT and the name of the field.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -72,8 +72,8 @@ class TeacherKVServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Generate(self, request, context):
-        """Generate has the teacher write on from every prompt, and streams what it wrote and then the K/V of prompt and
-        writing, as StreamKV does.
+        """Generate completes every prompt, streams the generated text, and then streams the K/V of prompt and text as
+        StreamKV does.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

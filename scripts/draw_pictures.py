@@ -16,7 +16,7 @@ from matplotlib.patches import FancyBboxPatch, Rectangle
 from align.layer_map import LayerMapper
 from align.layer_similarity import CKAStatistics
 from align.time_align import TimeAligner
-from align.tokenizer_align import overlap_rows, pair_ends
+from align.tokenizer_align import overlap_weights_batch, pair_ends_batch
 from kvcore.plan import Selection
 from kvcore.tensors.select import select
 from kvcore.tensors.selectors import REGISTRY
@@ -43,8 +43,10 @@ def _tokens(figure: Figure) -> None:
     teacher_tokens = ["hello", " world", ",", " x", " =", " 31", "4"]
     student_tokens = ["hel", "lo", " wor", "ld", ",", " x =", " ", "3", "14"]
     teacher, student = (list(accumulate(map(len, tokens))) for tokens in (teacher_tokens, student_tokens))
-    paired = [[(t, 1.0)] if t >= 0 else [] for t in pair_ends(teacher, student)]
-    methods = {"boundary": paired, "overlap": overlap_rows(teacher, student)}
+    ends = torch.tensor([teacher]), torch.tensor([student])
+    paired = [[(t, 1.0)] if t >= 0 else [] for t in pair_ends_batch(*ends)[0].tolist()]
+    shared = [[(t, w) for t, w in enumerate(row) if w > 0] for row in overlap_weights_batch(*ends)[0][0].tolist()]
+    methods = {"boundary": paired, "overlap": shared}
     for axes, (title, rows) in zip(figure.subplots(2, 1), methods.items(), strict=True):
         axes.set_title(title, loc="left", fontweight="bold")
         axes.set(xlim=(-2.4, teacher[-1] + 0.1), ylim=(-0.05, 2.35))
@@ -53,9 +55,12 @@ def _tokens(figure: Figure) -> None:
         _token_row(axes, 0.0, "student", student_tokens, [GREEN if row else FAINT for row in rows])
         for s, row in enumerate(rows):
             for t, weight in row:
-                ends = title == "boundary"
+                end = title == "boundary"
                 axes.plot(
-                    [_place(teacher, t, ends), _place(student, s, ends)], [1.7, 0.6], color=INK, linewidth=2 * weight
+                    [_place(teacher, t, end), _place(student, s, end)],
+                    [1.7, 0.6],
+                    color=INK,
+                    linewidth=2 * weight,
                 )
 
 

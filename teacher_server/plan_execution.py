@@ -12,10 +12,11 @@ from numpy.typing import NDArray
 
 from kvcore.errors import FieldError, NonFiniteError
 from kvcore.plan import CodecSpec, KVPlan
-from kvcore.tensors.codec import KINDS, Kind, encode, part_layout
+from kvcore.tensors.codec import encode
+from kvcore.tensors.plan_size import kept_slots, sample_bytes
 from kvcore.tensors.select import needs_importance, needs_keys, needs_seeds, select, select_sample
 from kvcore.tensors.selectors.random import sample_seed
-from kvcore.types import TeacherInfo, Tensor
+from kvcore.types import TENSORS, TeacherInfo, Tensor
 from teacher_server.engines.base import (
     SPAN_KINDS,
     Emit,
@@ -29,8 +30,6 @@ from teacher_server.engines.base import (
     TokenizedSample,
     Wanted,
 )
-
-_POSITION_BYTES = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,15 +89,9 @@ def candidate_tokens(tokens: TokenizedSample, plan: KVPlan) -> NDArray[np.int64]
 
 
 def encoded_bytes(plan: KVPlan, tokens: TokenizedSample, info: TeacherInfo) -> int:
-    """The exact size in bytes of a sample's encoded K/V and positions, without headers."""
-    candidates = candidate_tokens(tokens, plan).size
-    slots = candidates if plan.selection.selector == "full" else min(plan.selection.budget, candidates)
-    selections = info.kv_heads if plan.selection.scope == "head" else 1
-    per_layer = selections * slots * _POSITION_BYTES
-    for kind in _kinds(plan):
-        for _, dtype, shape in part_layout(plan.codec, kind, info.kv_heads, slots, info.head_dim):
-            per_layer += int(np.prod(shape)) * dtype.itemsize
-    return per_layer * len(plan.layers)
+    """The exact size in bytes of a sample's encoded K/V, positions included, headers not."""
+    slots = kept_slots(plan, candidate_tokens(tokens, plan).size)
+    return sample_bytes(plan, info.kv_heads, info.head_dim, slots, streamed=True)
 
 
 def execute(
@@ -175,10 +168,6 @@ def _await_device(tensor: Tensor) -> None:
     """Wait for the layer, which encoding needs anyway, so that the model's time does not count as encoding."""
     if tensor.is_cuda:
         torch.cuda.current_stream(tensor.device).synchronize()
-
-
-def _kinds(plan: KVPlan) -> list[Kind]:
-    return [kind for kind, included in zip(KINDS, (plan.keys, plan.values), strict=True) if included]
 
 
 def _group(batch: Sequence[PlanRow], own_heads: slice, with_norms: bool) -> list[_Group]:
@@ -297,7 +286,7 @@ class _Group:
         tensors: dict[str, Tensor] = {}
         if positions_BGM.shape[1] > 1:
             positions_BGM = positions_BGM[:, self._own_heads]
-        for kind in _kinds(self.plan):
+        for kind in TENSORS:
             source_BHTD = (layer.k_BHTD if kind == "k" else layer.v_BHTD)[:, self._own_heads]
             chosen_BHMD = _gather_tokens(source_BHTD, positions_BGM)
             encoded = encode(chosen_BHMD, kind, self.plan.codec)
@@ -307,8 +296,8 @@ class _Group:
                 tensors[f"{kind} norm"] = chosen_BHMD.flatten(1).double().norm(dim=1)
         tensors["positions"] = self._token_indices(positions_BGM)
         tensors = to_host(tensors)
-        errors = {kind: tensors.pop(f"{kind} error").tolist() for kind in _kinds(self.plan)}
-        norms = {kind: tensors.pop(f"{kind} norm").tolist() for kind in _kinds(self.plan) if f"{kind} norm" in tensors}
+        errors = {kind: tensors.pop(f"{kind} error").tolist() for kind in TENSORS}
+        norms = {kind: tensors.pop(f"{kind} norm").tolist() for kind in TENSORS if f"{kind} norm" in tensors}
         positions = tensors.pop("positions")
         return LayerResult(list(self._rows), layer.layer, tensors, positions, errors, norms)
 

@@ -1,4 +1,4 @@
-"""HTML pages that stand on their own: they load nothing from outside, in light and dark, on any width."""
+"""Self-contained HTML pages: no external resources, light and dark mode, any width."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ footer { margin-top: 2rem; color: var(--soft); font-size: .9rem; }
 
 
 def page(title: str, parts: Iterable[str], head: str = "") -> str:
-    """The whole document, of parts that are HTML already; `head` ends its head."""
+    """Returns the whole document; `parts` are HTML, and `head` is appended to the `<head>`."""
     return f"""<!doctype html>
 <html lang="en">
 <head>
@@ -53,30 +53,30 @@ def page(title: str, parts: Iterable[str], head: str = "") -> str:
 
 
 def heading(text: str, level: int = 2) -> str:
-    """A heading; level 1 is the page's own."""
+    """A heading; level 1 is the page's title."""
     return f"<h{level}>{escape(text)}</h{level}>"
 
 
 def paragraphs(texts: Iterable[str], kind: str = "") -> str:
-    """One paragraph each; `kind`: its class, such as `missed`."""
+    """One paragraph per text; `kind`: their class, such as `missed`."""
     attribute = f' class="{kind}"' if kind else ""
     return "\n".join(f"<p{attribute}>{escape(text)}</p>" for text in texts)
 
 
 def table(headings: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    """A table that scrolls sideways where it is too wide."""
+    """A table that scrolls sideways if it is too wide."""
     head = "".join(f'<th scope="col">{escape(text)}</th>' for text in headings)
     body = "\n".join("<tr>" + "".join(f"<td>{escape(str(cell))}</td>" for cell in row) + "</tr>" for row in rows)
     return f'<div class="wide"><table><thead><tr>{head}</tr></thead>\n<tbody>{body}</tbody></table></div>'
 
 
 def figure(alternative: str, light: bytes, dark: bytes | None = None, caption: str = "") -> str:
-    """A picture within the page.
+    """An embedded picture.
 
     Args:
-        alternative: what those hear who cannot see it.
+        alternative: text for screen readers.
         light: PNG or SVG.
-        dark: the same for dark surroundings, if there is one.
+        dark: the picture for dark mode, if there is one.
         caption: shown below.
     """
     image = f'<img src="{_data_uri(light)}" alt="{escape(alternative, quote=True)}">'

@@ -1,4 +1,4 @@
-"""The HTTP side that servers and trainers share: a port taken before anything is served, and a server on it."""
+"""The HTTP server of teacher servers and trainers, on a port that is bound before it serves."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ STOP_SECONDS = 5.0
 
 
 class HttpServer(uvicorn.Server):
-    """uvicorn that keeps its hands off signals and logs."""
+    """uvicorn without its own signal handlers and log configuration."""
 
     def __init__(self, app: FastAPI) -> None:
         super().__init__(
@@ -27,15 +27,15 @@ class HttpServer(uvicorn.Server):
 
     @contextlib.contextmanager
     def capture_signals(self) -> Generator[None, None, None]:
-        """Signals belong to the application."""
+        """Leaves signals to the application."""
         yield
 
 
 def bind(host: str, port: int, field: str) -> socket.socket:
-    """A listening TCP socket; a port of 0 takes a free one.
+    """Opens a listening TCP socket; port 0 takes a free port.
 
     Raises:
-        FieldError: the address cannot be had; names `field`.
+        FieldError: cannot listen on the address; names `field`.
     """
     try:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
@@ -46,7 +46,7 @@ def bind(host: str, port: int, field: str) -> socket.socket:
 
 @contextlib.contextmanager
 def serving_in_thread(app: FastAPI, listener: socket.socket) -> Generator[None, None, None]:
-    """Serves from a thread of its own, for a process whose main thread does something else. Closes the socket."""
+    """Serves in a background thread, and closes the socket at the end."""
     server = HttpServer(app)
     thread = threading.Thread(target=lambda: server.run(sockets=[listener]), name="http", daemon=True)
     thread.start()

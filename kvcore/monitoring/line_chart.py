@@ -1,4 +1,4 @@
-"""Line charts as inline SVG, in the colours of the page around them."""
+"""Line charts as inline SVG, in the colours of the surrounding page."""
 
 from __future__ import annotations
 
@@ -32,20 +32,19 @@ polyline.dashed { stroke-dasharray: 5 4; }
 
 
 def line_chart(title: str, curves: Mapping[str, Points], top: float | None = None) -> str:
-    """A figure of curves over steps with a legend that says their last values.
+    """A figure of curves over steps, with a legend that shows their last values.
 
     Args:
-        title: above it.
-        curves: by name, points (step, value), steps ascending. Values that are not finite leave gaps in no curve: they
-            are not drawn.
-        top: the upper end of the axis; the highest value by default. The lower end is 0, or the lowest value below.
+        title: shown above the chart.
+        curves: by name, points (step, value) with ascending steps. Points with a value that is not finite are left out.
+        top: the upper end of the axis; the highest value by default. The lower end is 0 or the lowest negative value.
     """
     shown = {name: _thinned([one for one in points if math.isfinite(one[1])]) for name, points in curves.items()}
     shown = {name: points for name, points in shown.items() if points}
-    said = "; ".join(f"{name} {number(points[-1][1])} at step {points[-1][0]:g}" for name, points in shown.items())
+    summary = "; ".join(f"{name} {number(points[-1][1])} at step {points[-1][0]:g}" for name, points in shown.items())
     picture = _draw(list(shown.values()), top) if shown else ""
     legend = "".join(_key(place, name, points[-1][1]) for place, (name, points) in enumerate(shown.items()))
-    label = escape(f"{title}: {said or 'no value yet'}")
+    label = escape(f"{title}: {summary or 'no value yet'}")
     return (
         f'<figure class="chart"><h3>{escape(title)}</h3>'
         f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{label}">'
@@ -54,12 +53,12 @@ def line_chart(title: str, curves: Mapping[str, Points], top: float | None = Non
 
 
 def number(value: float) -> str:
-    """A figure in as many digits as people read."""
+    """Formats a number with about three significant digits."""
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
 
 
 def key(kind: str, text: str) -> str:
-    """An entry of a legend; `kind`: the class of what it stands for."""
+    """An entry of a legend; `kind`: the CSS class of its curve."""
     return f'<span class="key"><i class="{kind}"></i>{escape(text)}</span> '
 
 
@@ -72,7 +71,7 @@ def _key(place: int, name: str, last: float) -> str:
 
 
 def _thinned(points: Points) -> Points:
-    """Every so many points and the last one: more than a screen has columns help nobody."""
+    """Every n-th point and the last one, so that there are at most about 300."""
     stride = math.ceil(len(points) / _MOST_POINTS) or 1
     return [*points[:-1:stride], points[-1]] if points else points
 
@@ -103,7 +102,7 @@ def _draw(curves: Sequence[Points], top: float | None) -> str:
 
 
 def _ticks(low: float, high: float, least: float = 0.0) -> list[float]:
-    """A few round numbers from `low` to `high`, at least so far apart."""
+    """A few round numbers from `low` to `high`, at least `least` apart."""
     if high <= low:
         return [low]
     raw = max((high - low) / _TICKS, least)

@@ -1,4 +1,4 @@
-"""Pages of a running process, which keep themselves up to date and load nothing from elsewhere."""
+"""Pages of a running process that refresh themselves and load no external resources."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ progress { width: 100%; height: .8rem; accent-color: var(--c0); }
 }
 """
 
-# Swaps <main> for the one of a fresh copy of the page: scroll position stays, and there is one rendering, the server's.
+# Replaces <main> by that of a fresh copy of the page: the scroll position stays, and only the server renders.
 _SCRIPT = """
 const stale = document.getElementById("stale");
 let last = new Date(), busy = false;
@@ -57,7 +57,7 @@ async function refresh() {
     stale.hidden = true;
   } catch (error) {
     const when = last.toLocaleTimeString();
-    stale.textContent = `No answer since ${when}: it ended or cannot be reached. What is shown is from then.`;
+    stale.textContent = `No answer since ${when}: it ended or cannot be reached. The values are from then.`;
     stale.hidden = false;
   }
   busy = false;
@@ -66,7 +66,7 @@ setInterval(refresh, 2000);
 document.addEventListener("visibilitychange", refresh);
 """
 
-# For browsers that run no script. An empty icon, as browsers would ask the server for one.
+# A refresh for browsers without scripts. An empty icon, so that browsers do not request one.
 _HEAD = f"""<noscript><meta http-equiv="refresh" content="10"></noscript>
 <link rel="icon" href="data:,">
 <style>{_STYLE}{line_chart.STYLE}</style>"""
@@ -85,37 +85,37 @@ HEADERS: Mapping[str, str] = {
 
 
 def live_page(title: str, parts: Iterable[str], links: Sequence[str] = ()) -> str:
-    """The whole document, of parts that are HTML already. Send it with `HEADERS`.
+    """Returns the whole document; send it with `HEADERS`.
 
     Args:
         title: of the window.
-        parts: what is brought up to date every two seconds.
+        parts: HTML that is refreshed every two seconds.
         links: paths of the same server, shown at the end.
     """
-    shown = "".join(f'<a href="{escape(path)}">{escape(path.removeprefix("/"))}</a>' for path in links)
+    anchors = "".join(f'<a href="{escape(path)}">{escape(path.removeprefix("/"))}</a>' for path in links)
     body = (
         '<p id="stale" class="missed" role="alert" hidden></p>',
         "<main>",
         *parts,
         "</main>",
-        f"<footer>{shown}</footer>",
+        f"<footer>{anchors}</footer>",
         f"<script>{_SCRIPT}</script>",
     )
     return page(title, body, _HEAD)
 
 
 def state(text: str, *, good: bool) -> str:
-    """The one line that says how it is."""
+    """The line with the state of the process."""
     return f'<p class="state {"good" if good else "bad"}" role="status">{escape(text)}</p>'
 
 
 def tiles(figures: Iterable[tuple[str, str, str]]) -> str:
-    """Key figures: name, value, and a small remark below it."""
+    """Key figures: name, value, and a note below the value."""
     return _list("tiles", ((name, f"{escape(value)}<small>{escape(note)}</small>") for name, value, note in figures))
 
 
 def facts(rows: Mapping[str, object]) -> str:
-    """Names and values that do not compare with each other, in as many columns as there is room for."""
+    """Names and values, in as many columns as fit."""
     return _list("facts", ((name, escape(str(value))) for name, value in rows.items()))
 
 
@@ -125,7 +125,7 @@ def _list(kind: str, rows: Iterable[tuple[str, str]]) -> str:
 
 
 def stack(headings: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    """A table whose rows become lists of names and values where it is too narrow for columns."""
+    """A table whose rows become lists of names and values if the page is too narrow for columns."""
     head = "".join(f'<th scope="col">{escape(text)}</th>' for text in headings)
     body = "\n".join(
         "<tr>"
@@ -139,9 +139,9 @@ def stack(headings: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
 
 
 def shares(parts: Mapping[str, float]) -> str:
-    """One bar of parts that add up to 1, with a legend."""
+    """A bar of parts that add up to 1, with a legend."""
     coloured = [(f"c{place % 6}", name, share) for place, (name, share) in enumerate(parts.items())]
     bar = "".join(f'<div class="{kind}" style="flex: {share:.4f}"></div>' for kind, _, share in coloured)
     legend = "".join(line_chart.key(kind, f"{name} {share:.1%}") for kind, name, share in coloured)
-    said = ", ".join(f"{name} {share:.1%}" for name, share in parts.items())
-    return f'<div class="shares" role="img" aria-label="{escape(said)}">{bar}</div><p>{legend}</p>'
+    summary = ", ".join(f"{name} {share:.1%}" for name, share in parts.items())
+    return f'<div class="shares" role="img" aria-label="{escape(summary)}">{bar}</div><p>{legend}</p>'

@@ -1,4 +1,4 @@
-"""How far a long task is: bars on a terminal, lines elsewhere, both with the time left."""
+"""Progress of a long task: bars on a terminal, log lines elsewhere, both with the remaining time."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ PLAIN_SECONDS = 15.0
 class _Part:
     total: float
     done: float = 0.0
-    said: str = ""
+    text: str = ""
 
 
 class Meter:
-    """Counts what is done of each part of a task. Safe to use from several threads.
+    """Counts the progress of each part of a task. Thread-safe.
 
     Args:
-        totals: how much there is to do, by part; in any unit that takes about equally long each.
-        console: where bars are drawn; where it is no terminal, lines are said instead.
+        totals: amount of work by part, in a unit of about constant duration.
+        console: where bars are drawn; if it is not a terminal, lines are logged instead.
         every: seconds between two lines.
-        brief: whether what is done before its first line is due leaves no line at all; else a part's last one comes.
-        say: takes the lines; the log by default.
+        brief: whether a task that ends before its first line logs nothing; otherwise the end of a part is logged.
+        log: called with each line.
     """
 
     def __init__(
@@ -46,12 +46,12 @@ class Meter:
         every: float = PLAIN_SECONDS,
         *,
         brief: bool = False,
-        say: Callable[[str], None] = logger.info,
+        log: Callable[[str], None] = logger.info,
     ) -> None:
         self._parts = {name: _Part(total) for name, total in totals.items()}
-        self._every, self._say = every, say
+        self._every, self._log = every, log
         self._began = self._last = time.monotonic()
-        self._ends = not brief
+        self._log_ends = not brief
         self._lock = threading.Lock()
         console = console or Console(stderr=True)
         columns = (
@@ -75,29 +75,29 @@ class Meter:
     def __exit__(self, *_: object) -> None:
         self._shown.close()
 
-    def advance(self, part: str, amount: float = 1, said: str = "") -> None:
-        """Counts what was done of a part; `said`: how far it is in words, a count by default."""
+    def advance(self, part: str, amount: float = 1, text: str = "") -> None:
+        """Adds work done on a part; `text` replaces the count that is shown by default."""
         with self._lock:
             one = self._parts[part]
             one.done += amount
-            one.said = said
+            one.text = text
             now = time.monotonic()
             if self._bars is not None:
                 self._bars.update(self._tasks[part], completed=one.done, line=self._line(one))
-            elif now - self._last >= self._every or (self._ends and amount and one.done >= one.total):
-                self._last, self._ends = now, True
-                self._say(f"{part}: {self._line(one)}")
+            elif now - self._last >= self._every or (self._log_ends and amount and one.done >= one.total):
+                self._last, self._log_ends = now, True
+                self._log(f"{part}: {self._line(one)}")
 
     def _line(self, part: _Part) -> str:
         left = "?"
         if part.done:
             left = in_time((time.monotonic() - self._began) / part.done * max(part.total - part.done, 0))
-        return f"{part.said or f'{part.done:,.0f}/{part.total:,.0f}'}, {left} left"
+        return f"{part.text or f'{part.done:,.0f}/{part.total:,.0f}'}, {left} left"
 
 
 @contextlib.contextmanager
 def logs_above() -> Generator[None]:
-    """While rich draws, sends what handlers write to the terminal through rich, which puts it above."""
+    """While rich draws, routes log handlers that write to the terminal through rich, which prints above its bars."""
     shown = {sys.__stderr__: sys.stderr, sys.__stdout__: sys.stdout}
     handlers: list[Any] = [one for one in logging.getLogger().handlers if isinstance(one, logging.StreamHandler)]
     moved = [(handler, handler.stream) for handler in handlers if handler.stream in shown]

@@ -1,8 +1,8 @@
 """OpenTelemetry traces that follow a request from the trainer through a teacher server.
 
-Off unless the environment asks for them by OpenTelemetry's own variables (`OTEL_EXPORTER_OTLP_ENDPOINT` and its kin),
-which also say where they go, how many are kept, and what the service is called. While off, a span costs microseconds
-and nothing is sent.
+Off unless one of OpenTelemetry's environment variables (such as `OTEL_EXPORTER_OTLP_ENDPOINT`) turns them on; these
+variables also set the destination, the sampling and the service name. While off, a span costs microseconds and nothing
+is sent.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ Attributes = Mapping[str, str | int | float | bool | list[str]]
 ENDPOINTS = ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT")
 PROTOCOLS = ("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", "OTEL_EXPORTER_OTLP_PROTOCOL")
 EXPORTER = "OTEL_TRACES_EXPORTER"
-# Sample ids on one span; a request can hold many.
+# The most sample ids on one span.
 MOST_IDS = 64
 
 _propagator = TraceContextTextMapPropagator()
@@ -33,19 +33,19 @@ _tracer: Tracer = _off
 
 
 def start(service: str, instance: str = "") -> Callable[[], None]:
-    """Begins to export spans where the environment asks for it.
+    """Starts to export spans if the environment asks for it.
 
     Args:
-        service: `service.name` of this process, unless OTEL_SERVICE_NAME names it.
-        instance: tells processes of one service apart.
+        service: `service.name` of this process, unless OTEL_SERVICE_NAME sets it.
+        instance: distinguishes processes of one service.
 
     Returns:
-        what sends the last spans and ends the export; nothing happens if it is off.
+        A function that sends the last spans and stops the export; it does nothing if tracing is off.
 
     Raises:
-        ConfigError: traces are asked for, but the SDK is not installed or cannot do it that way.
+        ConfigError: the SDK is not installed, or does not support the requested export.
     """
-    global _tracer  # noqa: PLW0603  one process has one tracer, as OpenTelemetry has it
+    global _tracer  # noqa: PLW0603  one process has one tracer, as in OpenTelemetry
     if not _asked_for():
         return lambda: None
     try:
@@ -59,7 +59,7 @@ def start(service: str, instance: str = "") -> Callable[[], None]:
         ) from error
     named = os.environ.get("OTEL_SERVICE_NAME") or "service.name=" in os.environ.get("OTEL_RESOURCE_ATTRIBUTES", "")
     own = ({} if named else {"service.name": service}) | ({"service.instance.id": instance} if instance else {})
-    # A provider of our own: other libraries that look for the global one would add spans of every scrape.
+    # Not the global provider: other libraries would add spans of every scrape to it.
     provider = TracerProvider(resource=Resource.create(dict(own)), shutdown_on_exit=False)
     provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter()))
     _tracer = provider.get_tracer("kvdistill")
@@ -73,10 +73,10 @@ def start(service: str, instance: str = "") -> Callable[[], None]:
 
 
 def _asked_for() -> str | None:
-    """The variable that asks for traces.
+    """Returns the name of the variable that turns tracing on, or None.
 
     Raises:
-        ConfigError: it asks for what this program cannot do.
+        ConfigError: an exporter or protocol that is not supported.
     """
     if os.environ.get("OTEL_SDK_DISABLED", "").lower() == "true":
         return None
@@ -84,13 +84,11 @@ def _asked_for() -> str | None:
     if exporter == "none":
         return None
     if exporter not in ("", "otlp"):
-        raise ConfigError(f"{EXPORTER}: got '{exporter}'; traces leave by 'otlp' alone, or 'none' turns them off")
+        raise ConfigError(f"{EXPORTER}: got '{exporter}'; only 'otlp' is supported, and 'none' turns traces off")
     asking = EXPORTER if exporter else next((name for name in ENDPOINTS if os.environ.get(name)), None)
     protocol = next((name for name in PROTOCOLS if os.environ.get(name)), None)
     if asking and protocol and os.environ[protocol] != "http/protobuf":
-        raise ConfigError(
-            f"{protocol}: got '{os.environ[protocol]}'; traces leave by 'http/protobuf' alone (port 4318)"
-        )
+        raise ConfigError(f"{protocol}: got '{os.environ[protocol]}'; only 'http/protobuf' is supported (port 4318)")
     return asking
 
 
@@ -101,13 +99,13 @@ def span(
     attributes: Attributes | None = None,
     headers: Iterable[tuple[str, str | bytes]] | None = None,
 ) -> Generator[Span, None, None]:
-    """A span around a block of this thread or task, below the one that is open there; an error marks it failed.
+    """A span around a block, as a child of the current span of this thread or task; an error marks it as failed.
 
     Args:
-        name: what happens.
-        kind: on which side of a call.
-        attributes: what is known of it beforehand.
-        headers: of a call from elsewhere, whose `traceparent` is the parent.
+        name: of the span.
+        kind: which side of a call.
+        attributes: of the span.
+        headers: metadata of a received call; its `traceparent` is the parent.
     """
     if _tracer is _off:
         yield INVALID_SPAN
@@ -119,19 +117,19 @@ def span(
         try:
             yield opened
         except Exception as error:
-            # A server's call ends in what it answered, which the interceptor knows.
+            # The interceptor sets the status of a server's call from its answer.
             if kind is not SpanKind.SERVER:
                 fail(opened, f"{type(error).__name__}: {error}")
             raise
 
 
 def current() -> Span:
-    """The span that is open in this thread or task."""
+    """The current span of this thread or task."""
     return trace.get_current_span()
 
 
 def headers() -> tuple[tuple[str, str], ...]:
-    """What a call carries so that the other side's spans join the one that is open here."""
+    """Metadata for a call, so that the other side's spans become children of the current one."""
     carrier: dict[str, str] = {}
     if _tracer is not _off:
         _propagator.inject(carrier)
@@ -139,18 +137,18 @@ def headers() -> tuple[tuple[str, str], ...]:
 
 
 def add_span(name: str, parent: Span, began: float, ended: float, attributes: Attributes | None = None) -> None:
-    """Adds a span that was measured before anybody opened one.
+    """Adds a span whose times were measured earlier.
 
     Args:
-        name: what happened.
-        parent: the span that it belongs below.
+        name: of the span.
+        parent: its parent span.
         began: by `time.perf_counter`.
         ended: by `time.perf_counter`.
-        attributes: what is known of it.
+        attributes: of the span.
     """
     if _tracer is _off or not parent.is_recording():
         return
-    # Nanoseconds since 1970 are beyond what a float holds.
+    # Nanoseconds since 1970 do not fit exactly into a float.
     epoch = time.time_ns() - time.perf_counter_ns()
     child = _tracer.start_span(
         name,
@@ -167,7 +165,7 @@ def fail(opened: Span, problem: str) -> None:
 
 
 def id_list(ids: Iterable[str]) -> list[str]:
-    """Sample ids as an attribute: the first few of many."""
+    """The first sample ids, as an attribute."""
     return list(ids)[:MOST_IDS]
 
 

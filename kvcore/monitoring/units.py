@@ -1,10 +1,10 @@
-"""Amounts as people read them."""
+"""Formats bytes and durations for people."""
 
 from __future__ import annotations
 
 
 def in_bytes(count: float) -> str:
-    """A number of bytes, in powers of ten."""
+    """Formats a number of bytes, in powers of ten."""
     for unit, size in (("TB", 10**12), ("GB", 10**9), ("MB", 10**6)):
         if count >= size:
             return f"{count / size:.1f} {unit}"
@@ -12,6 +12,6 @@ def in_bytes(count: float) -> str:
 
 
 def in_time(seconds: float) -> str:
-    """Seconds as h:mm:ss."""
+    """Formats seconds as h:mm:ss."""
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}"

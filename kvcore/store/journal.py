@@ -1,7 +1,7 @@
-"""The store's bookkeeping: one JSON line per stored sample, and an index of where each line is.
+"""The journals of a store, with one JSON line per sample, and an index of the lines.
 
-A journal is only ever appended to. Every line ends with the xxh3 of what stands before it, so a line that a crash left
-half written is told from one that was damaged later: the first can only be last, and is as if never written.
+Journals are append-only. Every line ends with the xxh3 of its content. An incomplete last line is the result of a crash
+and is ignored; a bad line before a good one is damage and raises an error.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class TensorEntry:
 
 @dataclass(frozen=True, slots=True)
 class SampleEntry:
-    """One stored sample. `tensors` by part name, without the key that precedes it in the shard."""
+    """One stored sample. `tensors` by part name, without the sample key that prefixes it in the shard."""
 
     key: str
     sample_id: str
@@ -51,12 +51,12 @@ class SampleEntry:
 
     @property
     def end(self) -> int:
-        """How many bytes the shard must have for this sample."""
+        """The smallest size in bytes of a shard that holds this sample."""
         return max(tensor.offset + tensor.size for tensor in self.tensors.values())
 
 
 class JournalPosition(NamedTuple):
-    """Where a sample's line stands."""
+    """The position of a sample's line."""
 
     journal: str
     offset: int
@@ -65,7 +65,7 @@ class JournalPosition(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Index:
-    """Every stored sample's line. `journals`: bytes of each that were read; `shards`: bytes that each must have."""
+    """The lines of all samples. `journals`: bytes read of each journal; `shards`: smallest size of each shard."""
 
     journals: dict[str, int]
     shards: dict[str, int]
@@ -77,12 +77,12 @@ _INDEX: TypeAdapter[Index] = TypeAdapter(Index)
 
 
 def to_line(entry: SampleEntry) -> bytes:
-    """A journal line, with its newline."""
+    """Serialises an entry as a journal line, with its newline."""
     return seal(asdict(entry)) + b"\n"
 
 
 def parse_line(line: bytes) -> SampleEntry | None:
-    """The entry of a line, or None where the line is torn or damaged."""
+    """Parses a line; None if it is incomplete or damaged."""
     content = unseal(line)
     if content is None:
         return None
@@ -93,23 +93,23 @@ def parse_line(line: bytes) -> SampleEntry | None:
 
 
 def seal(content: dict[str, Any]) -> bytes:
-    """A JSON object in one line whose last member `check` is the xxh3 of the object without it."""
+    """Serialises a JSON object in one line and appends the member `check`, the xxh3 of the object without it."""
     text = json_text(content, separators=(",", ":")).encode()
     return text[:-1] + b',"check":"%s"}' % xxhash.xxh3_64_hexdigest(text).encode()
 
 
 def unseal(sealed: bytes) -> bytes | None:
-    """The object without its `check`, or None where it does not match."""
+    """Returns the object without its `check`, or None if the check fails."""
     head, found, check = sealed.rstrip(b"\n").rpartition(b',"check":"')
     text = head + b"}"
     return text if found and check == b'%s"}' % xxhash.xxh3_64_hexdigest(text).encode() else None
 
 
 def scan(path: Path) -> tuple[list[tuple[SampleEntry, JournalPosition]], int]:
-    """Reads a journal: its entries, and how many bytes of it are sound.
+    """Reads a journal and returns its entries and the number of valid bytes.
 
     Raises:
-        StoreError: a damaged line with a sound one after it, so it is not the tail of a crash.
+        StoreError: a damaged line before a valid one, so a crash is not the cause.
     """
     entries: list[tuple[SampleEntry, JournalPosition]] = []
     sound = offset = 0
@@ -118,7 +118,7 @@ def scan(path: Path) -> tuple[list[tuple[SampleEntry, JournalPosition]], int]:
             entry = parse_line(line) if line.endswith(b"\n") else None
             if entry is not None:
                 if sound != offset:
-                    raise StoreError(f"{path}: damaged at byte {sound}, with sound lines after it")
+                    raise StoreError(f"{path}: damaged at byte {sound}, with valid lines after it")
                 entries.append((entry, JournalPosition(path.name, offset, len(line))))
                 sound = offset + len(line)
             offset += len(line)
@@ -128,7 +128,7 @@ def scan(path: Path) -> tuple[list[tuple[SampleEntry, JournalPosition]], int]:
 
 
 def load_index(directory: Path) -> Index:
-    """The merged index where it is as new as the journals, and the journals themselves otherwise.
+    """Loads the merged index if it is up to date; otherwise builds one from the journals.
 
     Raises:
         StoreError: a journal is damaged.
@@ -140,20 +140,20 @@ def load_index(directory: Path) -> Index:
 
 
 def build_index(directory: Path) -> Index:
-    """Reads all journals; where two writers stored a sample, the first journal's is taken."""
+    """Builds an index from all journals; if several hold the same sample, the first journal's entry is used."""
     journals: dict[str, int] = {}
     shards: dict[str, int] = {}
     samples: dict[str, JournalPosition] = {}
     for path in _journals(directory):
         entries, journals[path.name] = scan(path)
-        for entry, place in entries:
-            samples.setdefault(entry.key, place)
+        for entry, position in entries:
+            samples.setdefault(entry.key, position)
             shards[entry.shard] = max(shards.get(entry.shard, 0), entry.end)
     return Index(journals, shards, samples)
 
 
 def write_index(directory: Path, index: Index) -> None:
-    """Puts the merged index in place, whole or not at all."""
+    """Writes the merged index atomically."""
     replace_file(directory / INDEX_NAME, seal({"format": FORMAT, **asdict(index)}))
 
 
@@ -175,10 +175,10 @@ def _read_index(path: Path) -> Index | None:
 
 
 class JournalWriter:
-    """Appends to one journal, which no other process may write meanwhile.
+    """Appends to one journal, and locks it against other processes.
 
     Raises:
-        StoreError: another process holds the journal, or it is damaged before its tail.
+        StoreError: another process has locked the journal, or a line before the last is damaged.
     """
 
     def __init__(self, path: Path) -> None:
@@ -187,17 +187,17 @@ class JournalWriter:
         try:
             _lock(self._file.fileno(), path)
             _, self._size = scan(path)
-            # A torn tail would run into the next line.
+            # Otherwise the next line would be appended to an incomplete one.
             self._file.truncate(self._size)
         except BaseException:
             self._file.close()
             raise
 
     def append(self, entries: Iterable[SampleEntry]) -> None:
-        """Adds entries and returns when the disk has them.
+        """Appends entries and syncs them to disk.
 
         Raises:
-            StoreError: the disk did not take them; the journal is as before.
+            StoreError: the entries could not be written; the journal is unchanged.
         """
         lines = b"".join(to_line(entry) for entry in entries)
         try:
@@ -211,7 +211,7 @@ class JournalWriter:
         self._size += len(lines)
 
     def close(self) -> None:
-        """Gives up the journal. Safe to call twice."""
+        """Closes and unlocks the journal. Safe to call twice."""
         self._file.close()
 
     def __enter__(self) -> Self:
@@ -225,6 +225,6 @@ def _lock(handle: int, path: Path) -> None:
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
-        raise StoreError(f"{path}: another process is writing to it; every writer needs a name of its own") from error
+        raise StoreError(f"{path}: another process is writing to it; give every writer a different name") from error
     except OSError as error:
-        logger.warning("%s: this file system has no locks (%s): make sure that nobody else writes here", path, error)
+        logger.warning("%s: no file locks here (%s); make sure that no other process writes to it", path, error)

@@ -1,8 +1,8 @@
-"""The offline KV store: what a teacher streamed, kept as safetensors shards.
+"""The offline KV store: K/V that a teacher streamed, in safetensors shards.
 
 A directory holds `manifest.json` (teacher and plan), shards `<writer>-00000.safetensors` with tensors named
-`<key>/<part>`, a journal `<writer>.jsonl` of each writer and, after `merge_index`, `index.json`. A shard appears whole
-under its name and only then is it entered into the journal: what a crash interrupts is as if never written.
+`<key>/<part>`, one journal `<writer>.jsonl` per writer and, after `merge_index`, `index.json`. Shards are written
+atomically and entered into the journal afterwards, so an interrupted write leaves no trace in the store.
 """
 
 from __future__ import annotations
@@ -33,15 +33,15 @@ from kvcore.types import EncodedSampleKV, TeacherInfo, Tensor
 SHARD_SUFFIX = ".safetensors"
 DEFAULT_SHARD_BYTES = 256 * 2**20
 
-# Tensors that stand beside the codec's parts.
+# Tensors of a sample in addition to the codec's parts.
 POSITIONS, TOKEN_IDS, BYTE_ENDS = "positions", "token_ids", "byte_ends"
 
 
 def merge_index(directory: Path) -> int:
-    """Merges the journals of all writers into `index.json`, so that readers open at once; returns how many samples.
+    """Merges the journals of all writers into `index.json`, so that readers open fast; returns the number of samples.
 
     Raises:
-        StoreError: there is no store, or a journal is damaged.
+        StoreError: the directory is not a store, or a journal is damaged.
     """
     read_manifest(directory)
     index = build_index(directory)
@@ -51,7 +51,7 @@ def merge_index(directory: Path) -> int:
 
 @dataclass(frozen=True, slots=True)
 class _Pending:
-    """A sample that waits for its shard, with tensors of its own."""
+    """A sample that waits for its shard, with its own copy of the tensors."""
 
     sample_id: str
     tensors: dict[str, Tensor]
@@ -61,18 +61,18 @@ class _Pending:
 class KVStoreWriter:
     """Writes samples of one teacher under one plan. Several writers may share a directory under different names.
 
-    Samples are kept in memory until a shard is full: only `flush` and `close` make them safe. For one thread at a time.
+    Samples stay in memory until a shard is full; `flush` and `close` write them to disk. Not thread-safe.
 
     Args:
-        directory: made where it does not exist.
-        info: the teacher that the samples come from.
-        plan: the plan that they follow.
+        directory: created if missing.
+        info: the teacher of the samples.
+        plan: the plan of the samples.
         writer: this writer's name, such as `rank0`: letters, digits and underscores.
-        shard_bytes: a shard is written when it holds this many bytes of tensors.
+        shard_bytes: a shard is written when its tensors have this many bytes.
 
     Raises:
-        FieldError: the writer's name cannot be a file's.
-        StoreError: the directory holds samples of another teacher or plan, or someone else writes under this name.
+        FieldError: the writer's name is not valid in a file name.
+        StoreError: the directory holds samples of another teacher or plan, or another process writes under this name.
     """
 
     def __init__(
@@ -101,21 +101,21 @@ class KVStoreWriter:
         )
 
     def __contains__(self, key: str) -> bool:
-        """Whether the store held this sample when it was opened, or was given it since."""
+        """Whether the store had this sample when it was opened, or it has been added since."""
         return key in self._stored or key in self._pending
 
     def add(self, sample: EncodedSampleKV) -> None:
-        """Takes a copy of a sample; one that is already stored is skipped.
+        """Adds a copy of a sample; a sample that is already stored is skipped.
 
         Raises:
-            StoreError: the sample follows another plan, or the disk did not take a full shard.
+            StoreError: the sample belongs to another plan, or a full shard could not be written.
         """
         if sample.key in self:
             return
         if sample.layers != self._plan.layers or sample.codec != self._plan.codec:
-            raise StoreError(f"{self._directory}: sample '{sample.sample_id}' does not follow the store's plan")
+            raise StoreError(f"{self._directory}: sample '{sample.sample_id}' belongs to another plan than the store")
         fixed = {POSITIONS: sample.positions, TOKEN_IDS: sample.token_ids_T, BYTE_ENDS: sample.byte_ends_T}
-        # Samples that arrived together share memory; copies let it go and keep each tensor contiguous.
+        # Samples that arrived together share memory. Copies release it and make each tensor contiguous.
         tensors = {
             name: tensor.detach().to("cpu").clone(memory_format=torch.contiguous_format)
             for name, tensor in {**sample.parts, **fixed}.items()
@@ -126,10 +126,10 @@ class KVStoreWriter:
             self.flush()
 
     def flush(self) -> None:
-        """Writes everything taken so far as a shard and returns when the disk has it.
+        """Writes all pending samples as a shard and syncs it to disk.
 
         Raises:
-            StoreError: the disk did not take it; nothing is lost, and `flush` may be tried again.
+            StoreError: the shard could not be written; the samples are kept, and `flush` can be called again.
         """
         if not self._pending:
             return
@@ -153,7 +153,7 @@ class KVStoreWriter:
         self._pending, self._pending_bytes = {}, 0
 
     def close(self) -> None:
-        """Flushes and ends. Safe to call twice."""
+        """Flushes and closes the journal. Safe to call twice."""
         try:
             self.flush()
         finally:
@@ -167,52 +167,52 @@ class KVStoreWriter:
 
 
 class KVStoreReader:
-    """Reads a store as it stood when it was opened. Safe to use from several threads.
+    """Reads the samples that a store had when it was opened. Thread-safe.
 
     Raises:
-        StoreError: there is no store, a journal is damaged, or a shard that a journal names is missing or truncated.
+        StoreError: the directory is not a store, a journal is damaged, or a shard is missing or truncated.
     """
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
         self._manifest = read_manifest(directory)
         index = load_index(directory)
-        self._places = index.samples
+        self._positions = index.samples
         for shard, size in index.shards.items():
             path = directory / shard
             if not path.is_file():
-                raise StoreError(f"{path}: missing, though a journal names it")
+                raise StoreError(f"{path}: missing, but a journal names it")
             if path.stat().st_size < size:
                 raise StoreError(f"{path}: truncated: {path.stat().st_size} bytes, the journal needs {size}")
         self._files = ShardFiles(directory)
 
     @property
     def info(self) -> TeacherInfo:
-        """The teacher whose K/V are stored."""
+        """The teacher of the stored K/V."""
         return self._manifest.teacher
 
     @property
     def plan(self) -> KVPlan:
-        """The plan that every stored sample follows."""
+        """The plan of all stored samples."""
         return self._manifest.plan
 
     def keys(self) -> KeysView[str]:
-        """The stored samples' content keys."""
-        return self._places.keys()
+        """The stored samples' keys."""
+        return self._positions.keys()
 
     def __contains__(self, key: str) -> bool:
-        return key in self._places
+        return key in self._positions
 
     def __len__(self) -> int:
-        return len(self._places)
+        return len(self._positions)
 
     def get(self, key: str) -> EncodedSampleKV | None:
-        """Reads and verifies one sample, or None where it is not stored.
+        """Reads and verifies one sample; None if it is not stored.
 
         Raises:
             StoreError: a file is missing, truncated or damaged.
         """
-        if key not in self._places:
+        if key not in self._positions:
             return None
         entry = self._entry(key)
         tensors = {
@@ -232,18 +232,18 @@ class KVStoreReader:
         )
 
     def entries(self) -> Iterator[SampleEntry]:
-        """What the journals say of each sample, its tensors unread: sizes, shapes, errors.
+        """Iterates over the journal entries of all samples (sizes, shapes, errors) without reading tensors.
 
         Raises:
             StoreError: a journal is damaged.
         """
-        return map(self._entry, self._places)
+        return map(self._entry, self._positions)
 
     def _entry(self, key: str) -> SampleEntry:
-        place = self._places[key]
-        entry = parse_line(bytes(self._files.read(place.journal, place.offset, place.length)))
+        position = self._positions[key]
+        entry = parse_line(bytes(self._files.read(position.journal, position.offset, position.length)))
         if entry is None or entry.key != key:
-            raise StoreError(f"{self._directory / place.journal}: no entry of '{key}' at byte {place.offset}")
+            raise StoreError(f"{self._directory / position.journal}: no entry of '{key}' at byte {position.offset}")
         return entry
 
     def close(self) -> None:

@@ -1,4 +1,4 @@
-"""The store's manifest: the one teacher and the one plan that all its samples share."""
+"""The store's manifest: the teacher and the plan that all samples of the store share."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _TEACHER: TypeAdapter[TeacherInfo] = TypeAdapter(TeacherInfo)
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """What every sample of a store has in common."""
+    """The teacher and the plan of a store."""
 
     teacher: TeacherInfo
     plan: KVPlan
@@ -33,13 +33,13 @@ def read_manifest(directory: Path) -> Manifest:
     """Reads a store's manifest.
 
     Raises:
-        StoreError: there is none, it is damaged, or another version wrote it.
+        StoreError: the manifest is missing, damaged, or of another format version.
     """
     path = directory / MANIFEST_NAME
     try:
         content = unseal(path.read_bytes())
     except FileNotFoundError as error:
-        raise StoreError(f"{directory}: no KV store: {MANIFEST_NAME} is missing") from error
+        raise StoreError(f"{directory}: not a KV store: {MANIFEST_NAME} is missing") from error
     if content is None:
         raise StoreError(f"{path}: damaged: the content does not match its digest")
     tree = cast("dict[str, Any]", json.loads(content))
@@ -54,23 +54,23 @@ def read_manifest(directory: Path) -> Manifest:
 
 
 def claim(directory: Path, manifest: Manifest) -> None:
-    """Writes the manifest of a directory that has none, or compares it with the one that is there.
+    """Writes the manifest of a directory without one; otherwise checks that the existing one is equal.
 
     Raises:
-        StoreError: the directory belongs to another teacher or plan; says in what they differ.
+        StoreError: the directory belongs to another teacher or plan; the message names the first difference.
     """
     path = directory / MANIFEST_NAME
     if not path.exists():
         _create(path, manifest)
     stored = read_manifest(directory)
     if not stored.teacher.same_teacher(manifest.teacher):
-        raise StoreError(_difference(path, "teacher", _identity(stored.teacher), _identity(manifest.teacher)))
+        raise StoreError(_difference(path, "teacher", stored.teacher.identity(), manifest.teacher.identity()))
     if stored.plan.digest() != manifest.plan.digest():
         raise StoreError(_difference(path, "plan", stored.plan.model_dump(), manifest.plan.model_dump()))
 
 
 def _create(path: Path, manifest: Manifest) -> None:
-    """Of several writers that start at once, one wins: a link, unlike a rename, never replaces."""
+    """Creates the manifest atomically: of several writers one wins, since a link, unlike a rename, never replaces."""
     teacher, plan = asdict(manifest.teacher), manifest.plan.model_dump(mode="json")
     temporary = write_beside(path, seal({"format": FORMAT, "teacher": teacher, "plan": plan}))
     try:
@@ -82,18 +82,12 @@ def _create(path: Path, manifest: Manifest) -> None:
     sync(path.parent)
 
 
-def _identity(info: TeacherInfo) -> dict[str, Any]:
-    """What makes two endpoints the same teacher, by name."""
-    names = ("weights_digest", "tokenizer_fingerprint", "layers", "kv_heads", "head_dim")
-    return {name: getattr(info, name) for name in names}
-
-
 def _difference(path: Path, what: str, stored: dict[str, Any], asked: dict[str, Any]) -> str:
-    """Names the first field that differs, with both values."""
+    """Returns a message that names the first field that differs, with both values."""
     for name, value in stored.items():
         if value == asked[name]:
             continue
         if isinstance(value, dict):
             return _difference(path, f"{what}.{name}", cast("dict[str, Any]", value), asked[name])
-        return f"{path}: the store was written for another {what}.{name}: {value!r}, not {asked[name]!r}"
+        return f"{path}: the store has another {what}.{name}: {value!r}, not {asked[name]!r}"
     raise AssertionError(f"{what} do not differ")

@@ -1,4 +1,4 @@
-"""Shards of the store: safetensors files that appear whole or not at all, and checked reads of single tensors."""
+"""Shards of the store: safetensors files, written atomically, and verified reads of single tensors."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ _OPEN_FILES = 64
 
 
 def write_shard(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, TensorEntry]:
-    """Writes contiguous CPU tensors and says where each one lies.
+    """Writes contiguous CPU tensors and returns the position of each.
 
     Raises:
-        StoreError: the disk did not take them; nothing stands under `path`.
+        StoreError: the shard could not be written; there is no file at `path`.
     """
     temporary = path.with_name(path.name + ".tmp")
     try:
@@ -56,13 +56,13 @@ def write_shard(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, TensorEn
 
 
 def _offsets(header: bytes) -> dict[str, int]:
-    """From the start of the file, by the tensor's name."""
+    """Offsets from the start of the file, by tensor name."""
     tree = cast("dict[str, dict[str, list[int]]]", json.loads(header))
     return {name: 8 + len(header) + entry["data_offsets"][0] for name, entry in tree.items() if name != "__metadata__"}
 
 
 class ShardFiles:
-    """Reads tensors out of shards; keeps the files used last open. Safe to use from several threads."""
+    """Reads tensors from shards and keeps the most recently used files open. Thread-safe."""
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
@@ -70,7 +70,7 @@ class ShardFiles:
         self._lock = threading.Lock()
 
     def tensor(self, shard: str, name: str, entry: TensorEntry) -> Tensor:
-        """One tensor, verified.
+        """Reads and verifies one tensor.
 
         Raises:
             StoreError: the file is missing or truncated, or the tensor does not match its hash.
@@ -79,17 +79,17 @@ class ShardFiles:
         dtype = _DTYPES.get(entry.dtype)
         sizes_make_sense = entry.offset >= 0 and min(entry.shape, default=1) > 0
         if dtype is None or not sizes_make_sense or math.prod(entry.shape) * dtype.itemsize != entry.size:
-            raise StoreError(f"{where} is entered as {entry.dtype} {list(entry.shape)} in {entry.size} bytes")
+            raise StoreError(f"{where} has the invalid entry {entry.dtype} {list(entry.shape)} in {entry.size} bytes")
         content = self.read(shard, entry.offset, entry.size)
         if xxhash.xxh3_64_hexdigest(content) != entry.xxh3:
             raise StoreError(f"{where} does not match its xxh3: the file is damaged")
         return torch.frombuffer(content, dtype=dtype).reshape(entry.shape)
 
     def read(self, name: str, offset: int, size: int) -> bytearray:
-        """Bytes of a file of the store.
+        """Reads bytes of one of the store's files.
 
         Raises:
-            StoreError: the file is missing, cannot be read, or ends before.
+            StoreError: the file is missing, unreadable or too short.
         """
         try:
             with self._lock:
@@ -111,7 +111,7 @@ class ShardFiles:
         handle = self._handles.get(name)
         if handle is None:
             if Path(name).name != name:
-                raise StoreError(f"{self._directory}: a journal or index names '{name}', which is no file of the store")
+                raise StoreError(f"{self._directory}: a journal or index names '{name}', not a file of the store")
             handle = self._handles[name] = os.open(self._directory / name, os.O_RDONLY)
             if len(self._handles) > _OPEN_FILES:
                 os.close(self._handles.popitem(last=False)[1])
@@ -119,7 +119,7 @@ class ShardFiles:
         return handle
 
     def close(self) -> None:
-        """Closes the files; later reads open them again."""
+        """Closes the files; a later read opens its file again."""
         with self._lock:
             while self._handles:
                 os.close(self._handles.popitem()[1])

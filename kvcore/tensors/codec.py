@@ -1,9 +1,9 @@
-"""How tensors are packed for wire and disk: `raw` (fp32), `bf16`, `int8` (symmetric, scales in bfloat16).
+"""Encodes K/V for the network and for stores: `raw` (fp32), `bf16`, `int8` (symmetric, bfloat16 scales).
 
-int8 gives keys one scale per channel and group of `group_size` tokens, since keys have outlier channels, and values one
-scale per token and group of `group_size` channels. A last group may be short. Codes are computed against the rounded
-scale, so |decoded - x| <= scale / 2 for every element whose group has a normal scale (largest magnitude at least
-127 * 2^-126); a group of zeros has scale 0 and decodes to exact zeros.
+In int8, keys have one scale per channel and group of `group_size` tokens, because keys have outlier channels; values
+have one scale per token and group of `group_size` channels. The last group may be shorter. Codes are computed with the
+rounded scale, so |decoded - x| <= scale / 2 for every element whose group has a normal scale (largest magnitude at
+least 127 * 2^-126); a group of zeros has scale 0 and decodes to exact zeros.
 """
 
 from __future__ import annotations
@@ -11,17 +11,15 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
 from torch.nn import functional
 
 from kvcore.errors import NonFiniteError
 from kvcore.plan import CodecSpec
-from kvcore.types import BatchKV, EncodedSampleKV, Tensor
+from kvcore.types import TENSORS, BatchKV, EncodedSampleKV, Tensor, TensorKind
 
-Kind = Literal["k", "v"]
-KINDS: tuple[Kind, ...] = ("k", "v")
 PartLayout = list[tuple[str, torch.dtype, tuple[int, ...]]]
 
 _LEVELS = 127
@@ -29,28 +27,28 @@ _LEVELS = 127
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """A packed tensor. `relative_error_B`: ||decoded - x|| / ||x|| of each batch item, fp64, 0 where x is 0."""
+    """An encoded tensor. `relative_error_B`: ||decoded - x|| / ||x|| of each batch item, fp64, 0 where x is 0."""
 
     parts: dict[str, Tensor]
     relative_error_B: Tensor
 
 
-def encode(x_BHMD: Tensor, kind: Kind, spec: CodecSpec) -> Encoded:
-    """Packs keys or values on their device.
+def encode(x_BHMD: Tensor, kind: TensorKind, spec: CodecSpec) -> Encoded:
+    """Encodes keys or values on their device.
 
     Returns:
-        Parts as `part_layout` lists them, with a leading B, and the error measured by decoding them.
+        Parts as `part_layout` lists them, with a leading B, and the error measured by decoding them again.
 
     Raises:
-        NonFiniteError: x holds NaN or infinity, or a value so large that the codec cannot hold it.
+        NonFiniteError: x holds NaN, infinity, or a value too large for the codec.
     """
     x_BHMD = x_BHMD.float()
     parts = _encode_parts(x_BHMD, kind, spec)
     return Encoded(parts, _relative_error(x_BHMD, decode(parts, kind, spec)))
 
 
-def decode(parts: Mapping[str, Tensor], kind: Kind, spec: CodecSpec) -> Tensor:
-    """Unpacks parts to fp32, with the leading dimensions that the parts have."""
+def decode(parts: Mapping[str, Tensor], kind: TensorKind, spec: CodecSpec) -> Tensor:
+    """Decodes parts to fp32; leading dimensions of the parts are kept."""
     if spec.name != "int8":
         return parts["data"].float()
     dim = _group_dim(kind)
@@ -58,8 +56,8 @@ def decode(parts: Mapping[str, Tensor], kind: Kind, spec: CodecSpec) -> Tensor:
     return codes.float().mul_(_per_element(scale, codes.shape[dim], spec.group_size, dim))
 
 
-def part_layout(spec: CodecSpec, kind: Kind, heads: int, slots: int, head_dim: int) -> PartLayout:
-    """The parts of one sample's layer: name, dtype and shape, without the kind's prefix."""
+def part_layout(spec: CodecSpec, kind: TensorKind, heads: int, slots: int, head_dim: int) -> PartLayout:
+    """Name, dtype and shape of each part of one layer of one sample; names are without the prefix `k.` or `v.`."""
     shape = (heads, slots, head_dim)
     if spec.name == "raw":
         return [("data", torch.float32, shape)]
@@ -71,15 +69,15 @@ def part_layout(spec: CodecSpec, kind: Kind, heads: int, slots: int, head_dim: i
 
 
 def layer_bytes(spec: CodecSpec, heads: int, slots: int, head_dim: int) -> int:
-    """What the keys and values of one layer of one sample take, packed."""
-    parts = [part for kind in KINDS for part in part_layout(spec, kind, heads, slots, head_dim)]
+    """Bytes of the encoded keys and values of one layer of one sample."""
+    parts = [part for kind in TENSORS for part in part_layout(spec, kind, heads, slots, head_dim)]
     return sum(math.prod(shape) * dtype.itemsize for _, dtype, shape in parts)
 
 
 def decode_batch(samples: Sequence[EncodedSampleKV]) -> BatchKV:
     """Decodes samples of one teacher and plan into one batch, padded to the largest M.
 
-    Keys or values that the plan left out are None. `byte_ends_BLHM` is int64, -1 in slots without a token.
+    `byte_ends_BLHM` is int64, -1 in slots without a token.
     """
     assert samples, "a batch holds at least one sample"
     first = samples[0]
@@ -96,7 +94,7 @@ def decode_batch(samples: Sequence[EncodedSampleKV]) -> BatchKV:
     )
 
 
-def _encode_parts(x_BHMD: Tensor, kind: Kind, spec: CodecSpec) -> dict[str, Tensor]:
+def _encode_parts(x_BHMD: Tensor, kind: TensorKind, spec: CodecSpec) -> dict[str, Tensor]:
     if spec.name == "raw":
         return {"data": x_BHMD.contiguous()}
     if spec.name == "bf16":
@@ -109,13 +107,13 @@ def _encode_parts(x_BHMD: Tensor, kind: Kind, spec: CodecSpec) -> dict[str, Tens
     return {"codes": codes.contiguous(), "scale": scale.contiguous()}
 
 
-def _group_dim(kind: Kind) -> int:
-    """The dimension cut into groups: tokens for keys, channels for values."""
+def _group_dim(kind: TensorKind) -> int:
+    """The dimension that is divided into groups: tokens for keys, channels for values."""
     return -2 if kind == "k" else -1
 
 
 def _group_max(x: Tensor, group_size: int, dim: int) -> Tensor:
-    """The largest magnitude of each group along `dim`; the last group may be short."""
+    """The largest magnitude of each group along `dim`; the last group may be shorter."""
     size = x.shape[dim]
     group = max(1, min(group_size, size))
     groups = -(-size // group)
@@ -129,14 +127,14 @@ def _group_max(x: Tensor, group_size: int, dim: int) -> Tensor:
 
 
 def _per_element(scale: Tensor, size: int, group_size: int, dim: int) -> Tensor:
-    """Repeats each group's scale for its elements along `dim`; a single group is left to broadcasting."""
+    """Repeats each group's scale for its elements along `dim`; a single group broadcasts."""
     if scale.shape[dim] == 1:
         return scale
     return scale.repeat_interleave(group_size, dim=dim).narrow(dim, 0, size)
 
 
 def _relative_error(x_BHMD: Tensor, decoded_BHMD: Tensor) -> Tensor:
-    # fp64, since squares of fp32 over- and underflow.
+    # fp64, because squares of fp32 overflow and underflow.
     norm_B = x_BHMD.flatten(1).double().square().sum(dim=1).sqrt()
     error_B = (decoded_BHMD - x_BHMD).flatten(1).double().square().sum(dim=1).sqrt()
     relative_B = torch.where(norm_B == 0, error_B, error_B / norm_B)
@@ -146,10 +144,8 @@ def _relative_error(x_BHMD: Tensor, decoded_BHMD: Tensor) -> Tensor:
     return relative_B
 
 
-def _decode_kind(samples: Sequence[EncodedSampleKV], rows_by_slots: dict[int, list[int]], kind: Kind) -> Tensor | None:
+def _decode_kind(samples: Sequence[EncodedSampleKV], rows_by_slots: dict[int, list[int]], kind: TensorKind) -> Tensor:
     names = [name.removeprefix(f"{kind}.") for name in samples[0].parts if name.startswith(f"{kind}.")]
-    if not names:
-        return None
     decoded: list[Tensor] = []
     for rows in rows_by_slots.values():
         parts = {name: torch.stack([samples[row].parts[f"{kind}.{name}"] for row in rows]) for name in names}
@@ -160,7 +156,7 @@ def _decode_kind(samples: Sequence[EncodedSampleKV], rows_by_slots: dict[int, li
 def _byte_ends(samples: Sequence[EncodedSampleKV], rows_by_slots: dict[int, list[int]]) -> Tensor:
     ends_by_slots: list[Tensor] = []
     for rows in rows_by_slots.values():
-        # One gather over the samples' tokens laid end to end.
+        # One gather over the concatenated tokens of the samples.
         ends = torch.cat([samples[row].byte_ends_T for row in rows]).long()
         starts_B = torch.tensor([0, *(samples[row].byte_ends_T.numel() for row in rows[:-1])]).cumsum(0)
         positions_BLHM = torch.stack([samples[row].positions for row in rows]).long()
@@ -169,7 +165,7 @@ def _byte_ends(samples: Sequence[EncodedSampleKV], rows_by_slots: dict[int, list
 
 
 def _pad_slots(groups: list[Tensor], rows_by_slots: dict[int, list[int]], dim: int, fill: int) -> Tensor:
-    """Puts groups of samples with equal M back in the batch's order, padded along `dim` to the largest M."""
+    """Restores the batch's order from groups of samples with equal M, padded along `dim` to the largest M."""
     if len(groups) == 1:
         return groups[0]
     shape = list(groups[0].shape)

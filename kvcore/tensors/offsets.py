@@ -1,8 +1,8 @@
-"""Where each token ends in the bytes of the text it was read from, exactly or not at all.
+"""Computes at which byte of the text each token ends; an end is exact, or unknown.
 
-A tokenizer's own offsets are in characters, repeat for tokens that share one, lose combining marks that a normaliser
-composed, and may be trimmed of spaces. So what a token's bytes are is read from its spelling, and believed only where
-the bytes, put together, are those of the text.
+A tokenizer's own offsets are in characters, are the same for tokens that share a character, lose combining marks that a
+normaliser composed, and may exclude spaces. Therefore a token's bytes are taken from its spelling, and used only if the
+concatenated bytes equal the text.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 UNKNOWN = -1
 
-_SPACE_MARK = "\N{LOWER ONE EIGHTH BLOCK}"  # SentencePiece writes a space so
+_SPACE_MARK = "\N{LOWER ONE EIGHTH BLOCK}"  # SentencePiece's space
 _READING_SETTINGS = ("add_bos_token", "add_eos_token", "split_special_tokens")
 
 
@@ -32,11 +32,11 @@ def read_text(tokenizer: PreTrainedTokenizerBase, text: str, add_special_tokens:
     """Tokenises a text, without truncation.
 
     Returns:
-        The token ids, and for each how many bytes of the UTF-8 text have been read with it, never decreasing; -1 where
-        a token ends inside a character in a way that cannot be told, or stands for no text.
+        The token ids, and for each how many bytes of the UTF-8 text have been read after it, never decreasing; -1 if
+        that is unknown because the token ends inside a character, or if the token stands for no text.
 
     Raises:
-        FieldError: the tokenizer gives no offsets, or the text has no UTF-8 form.
+        FieldError: the tokenizer has no offsets, or the text cannot be encoded as UTF-8.
     """
     byte_at = _byte_positions(text)
     _require_offsets(tokenizer)
@@ -45,14 +45,14 @@ def read_text(tokenizer: PreTrainedTokenizerBase, text: str, add_special_tokens:
 
 
 def fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
-    """BLAKE2b over all that decides how a text is read: the tokenizer's definition and its special-token settings.
+    """BLAKE2b of everything that affects tokenisation: the tokenizer's definition and special-token settings.
 
     Raises:
-        FieldError: the tokenizer has no definition that can be read (a slow one).
+        FieldError: the tokenizer is slow, so its definition cannot be read.
     """
     _require_offsets(tokenizer)
     definition: dict[str, Any] = json.loads(_backend(tokenizer).to_str())
-    # What an earlier call left there is no part of the definition.
+    # Earlier calls may have set these; they are not part of the definition.
     definition["truncation"] = definition["padding"] = None
     settings = {name: getattr(tokenizer, name, None) for name in _READING_SETTINGS}
     canonical = json.dumps([definition, settings], sort_keys=True, separators=(",", ":"))
@@ -60,7 +60,7 @@ def fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 class _Token(NamedTuple):
-    """A token's spelling, and the characters that the tokenizer says it covers."""
+    """A token's spelling, and the characters that it covers according to the tokenizer."""
 
     spelling: str
     start: int
@@ -69,7 +69,7 @@ class _Token(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class _Source:
-    """The text that was read, and what the tokenizer makes of it before it cuts it."""
+    """A text and the tokenizer's normaliser."""
 
     text: str
     byte_at: Sequence[int]
@@ -85,33 +85,33 @@ class _Source:
     def is_changed(self) -> bool:
         """Whether normalising changes more than spaces."""
         whole = len(self.text)
-        return _but_for_spaces(self.normalised(0, whole)) != _but_for_spaces(self.piece(0, whole))
+        return _without_space_style(self.normalised(0, whole)) != _without_space_style(self.piece(0, whole))
 
 
 def _byte_ends(tokenizer: PreTrainedTokenizerBase, encoding: Encoding, text: str, byte_at: Sequence[int]) -> list[int]:
     spellings = encoding.tokens
-    for_text = [place for place, special in enumerate(encoding.special_tokens_mask) if not special]
+    text_tokens = [index for index, special in enumerate(encoding.special_tokens_mask) if not special]
     ends = [UNKNOWN] * len(spellings)
-    if not for_text:
+    if not text_tokens:
         return ends
-    found = _exact_ends([spellings[place] for place in for_text], text.encode(), 0)
+    found = _exact_ends([spellings[index] for index in text_tokens], text.encode(), 0)
     if found is None:
         normaliser = _backend(tokenizer).normalizer
         source = _Source(text, byte_at, None if normaliser is None else normaliser.normalize_str)
         offsets = encoding.offsets
-        found = _ends_by_run([_Token(spellings[place], *offsets[place]) for place in for_text], source)
+        found = _ends_by_run([_Token(spellings[index], *offsets[index]) for index in text_tokens], source)
     reached = 0
-    for place, end in zip(for_text, found, strict=True):
+    for index, end in zip(text_tokens, found, strict=True):
         if end > 0 and end >= reached:
-            ends[place] = reached = end
+            ends[index] = reached = end
     return ends
 
 
 def _exact_ends(spellings: Sequence[str], original: bytes, start: int) -> list[int] | None:
-    """Each token's end where their bytes are `original`, which begins at byte `start`; None where they are not.
+    """Each token's end if the tokens' bytes equal `original`, which begins at byte `start`; otherwise None.
 
-    Spaces ahead of `original` are let pass: a tokenizer puts one of its own before a text, or trims them from offsets.
-    A token that lies wholly in them has no end.
+    Extra spaces before `original` are allowed: a tokenizer adds one before a text, or excludes them from offsets. A
+    token that consists of them has no end.
     """
     for pieces in _readings(spellings):
         joined = b"".join(pieces)
@@ -123,7 +123,7 @@ def _exact_ends(spellings: Sequence[str], original: bytes, start: int) -> list[i
 
 
 def _ends_by_run(tokens: Sequence[_Token], source: _Source) -> list[int]:
-    """As `_exact_ends`, run by run, for a text that normalising changed or that holds unknown characters."""
+    """Like `_exact_ends`, run by run, for a text that the normaliser changed or that has unknown characters."""
     changed = source.is_changed()
     runs = list(_runs(tokens, source.text if changed else ""))
     limits = [following[0].start for _, following in pairwise(runs)] + [len(source.text)]
@@ -131,13 +131,13 @@ def _ends_by_run(tokens: Sequence[_Token], source: _Source) -> list[int]:
 
 
 def _run_ends(run: Sequence[_Token], limit: int, source: _Source, changed: bool) -> list[int]:
-    """Ends of the tokens of one run, which may have read up to character `limit`, where the next run starts."""
+    """Ends of one run's tokens; the run may extend up to character `limit`, where the next run starts."""
     start, end = min(token.start for token in run), max(token.end for token in run)
     spellings = [token.spelling for token in run]
     unknown = [UNKNOWN] * (len(run) - 1)
     if start == end:
         return [*unknown, _end_of_trimmed(spellings, end, source)]
-    # Past the end as given lie marks that the normaliser composed into the run, or spaces trimmed from it.
+    # After the given end there may be marks that the normaliser composed into the run, or spaces trimmed from it.
     for reach in range(end, max(end, limit) + 1):
         if changed and _is_mark_at(source.text, reach):
             continue
@@ -146,24 +146,24 @@ def _run_ends(run: Sequence[_Token], limit: int, source: _Source, changed: bool)
             return exact
         if _reads_as(spellings, source.normalised(start, reach)):
             return [*unknown, source.byte_at[reach]]
-    # An unknown character: its place is right unless normalising moved things.
+    # An unknown character: its offset is right unless the normaliser changed the text.
     return [*unknown, UNKNOWN if changed else source.byte_at[end]]
 
 
 def _is_mark_at(text: str, index: int) -> bool:
-    """Whether a combining mark stands there, which a normaliser may compose with what is before it, or move."""
+    """Whether the character is a combining mark, which a normaliser may move or compose with the one before."""
     return unicodedata.combining(text[index : index + 1] or " ") != 0
 
 
 def _end_of_trimmed(spellings: Sequence[str], end: int, source: _Source) -> int:
-    """The end of a run whose characters were all trimmed from its offsets: known if it is spelt just before it."""
+    """The end of a run whose offsets are empty after trimming: known if the text before it ends with its spelling."""
     read = source.piece(0, end)
     spelt = (b"".join(pieces) for pieces in _readings(spellings))
     return source.byte_at[end] if any(read.endswith(piece.lstrip(b" ") or piece) for piece in spelt) else UNKNOWN
 
 
 def _runs(tokens: Sequence[_Token], changed_text: str) -> Iterator[list[_Token]]:
-    """Cuts tokens where one starts at or after the end of all before it, but not ahead of a mark in a changed text."""
+    """Splits tokens where one starts at or after the end of all earlier ones, but not before a mark in changed text."""
     run: list[_Token] = []
     reached = 0
     for token in tokens:
@@ -176,19 +176,19 @@ def _runs(tokens: Sequence[_Token], changed_text: str) -> Iterator[list[_Token]]
 
 
 def _reads_as(spellings: Sequence[str], normalised: bytes) -> bool:
-    wanted = _but_for_spaces(normalised)
-    return any(_but_for_spaces(b"".join(pieces)) == wanted for pieces in _readings(spellings))
+    wanted = _without_space_style(normalised)
+    return any(_without_space_style(b"".join(pieces)) == wanted for pieces in _readings(spellings))
 
 
-def _but_for_spaces(text: bytes) -> bytes:
-    """A text without the spaces ahead of it, and with one spelling of those inside."""
+def _without_space_style(text: bytes) -> bytes:
+    """Removes leading spaces and writes the other ones as plain spaces."""
     return text.replace(_SPACE_MARK.encode(), b" ").lstrip(b" ")
 
 
 def _readings(spellings: Sequence[str]) -> Iterator[list[bytes]]:
-    """The bytes that tokens may stand for: spelt in the byte-level alphabet, or as SentencePiece spells them.
+    """The bytes that tokens may stand for, in the byte-level alphabet and in SentencePiece's spelling.
 
-    Both are tried, since a definition does not say plainly which it is, and the text shows which was right.
+    Callers try both, because a tokenizer's definition does not say which one it uses.
     """
     yield list(map(_byte_level_bytes, spellings))
     yield list(map(_sentencepiece_bytes, spellings))
@@ -199,7 +199,7 @@ def _byte_level_bytes(spelling: str) -> bytes:
     try:
         return bytes(_BYTE_OF[character] for character in spelling)
     except KeyError:
-        # Added tokens, such as a chat's role marks, are spelt as they are written.
+        # Added tokens, such as chat role markers, are spelt literally.
         return spelling.encode()
 
 
@@ -211,7 +211,7 @@ def _sentencepiece_bytes(spelling: str) -> bytes:
 
 
 def _byte_level_alphabet() -> dict[str, int]:
-    """GPT-2's spelling of bytes: printable Latin-1 stands for itself, the others follow from U+0100 on."""
+    """GPT-2's byte alphabet: printable Latin-1 stands for itself, the other bytes are mapped from U+0100 upwards."""
     printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     others = (byte for byte in range(256) if byte not in printable)
     return {chr(byte): byte for byte in printable} | {chr(256 + place): byte for place, byte in enumerate(others)}
@@ -221,13 +221,13 @@ _BYTE_OF = _byte_level_alphabet()
 
 
 def _byte_positions(text: str) -> Sequence[int]:
-    """The byte at which each character starts, and the number of bytes at the end."""
+    """The byte at which each character starts, and the total number of bytes."""
     if text.isascii():
         return range(len(text) + 1)
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise FieldError("text", f"character {error.start} is a lone surrogate, which has no UTF-8 form") from error
+        raise FieldError("text", f"character {error.start} is a lone surrogate, which UTF-8 cannot encode") from error
     return [0, *accumulate(len(character.encode()) for character in text)]
 
 
@@ -235,15 +235,15 @@ def _require_offsets(tokenizer: PreTrainedTokenizerBase) -> None:
     if not tokenizer.is_fast:
         raise FieldError(
             "tokenizer",
-            f"{type(tokenizer).__name__} gives no offsets; byte-exact alignment needs a tokenizer that the tokenizers "
-            "library runs (one with a tokenizer.json)",
+            f"{type(tokenizer).__name__} has no offsets; use a fast tokenizer (one with a tokenizer.json), which "
+            "byte-exact alignment needs",
         )
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, text: str, add_special_tokens: bool) -> Encoding:
     batch = tokenizer(text, add_special_tokens=add_special_tokens, verbose=False)
     encodings = batch.encodings
-    assert encodings is not None, "a fast tokenizer hands over its encodings"
+    assert encodings is not None, "a fast tokenizer returns its encodings"
     return encodings[0]
 
 

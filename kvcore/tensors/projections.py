@@ -1,7 +1,7 @@
-"""Where a transformers model makes its keys and values: found once, hooked by teachers and students alike.
+"""Finds the modules of a transformers model that output its keys and values, for hooks of teachers and students.
 
-A content key is what enters the rotary embedding: the output of k_proj (its bias included), after the keys' norm where
-the attention has one. Hooking it is exact for every rotary variant, since nothing has to be un-rotated.
+A content key is the input of the rotary embedding: the output of k_proj (with its bias), after the key norm if the
+attention has one. Reading it there is exact for every RoPE variant, because nothing has to be un-rotated.
 """
 
 from __future__ import annotations
@@ -13,8 +13,9 @@ from torch import nn
 from kvcore.errors import UnsupportedModelError
 from kvcore.types import Tensor
 
-# Attentions that norm their keys before they rotate them, and whether the heads stand ahead of the tokens there, which
-# shapes do not tell with as many tokens as heads. Others may norm after the rotation: no module puts out content keys.
+# Attentions that norm keys before the rotation, and whether heads come before tokens in the norm's output, which the
+# shape does not tell if there are as many tokens as heads. Other attentions may norm after the rotation; then no module
+# outputs content keys.
 _HEADS_AHEAD_IN_NORM = {
     "ApertusAttention": True,
     "CohereAttention": False,
@@ -37,7 +38,7 @@ _KEY_NORMS = ("k_norm", "k_layernorm", "key_layernorm", "key_norm", "k_layer_nor
 class KVProjection:
     """One layer's modules whose outputs are the content keys and the values.
 
-    `heads_ahead`: whether a 4-dimensional output is [B,H,T,D] rather than [B,T,H,D].
+    `heads_ahead`: whether a 4-dimensional output is [B,H,T,D] instead of [B,T,H,D].
     """
 
     layer: int
@@ -48,14 +49,14 @@ class KVProjection:
     heads_ahead: bool = False
 
     def heads_first(self, output: Tensor) -> Tensor:
-        """What one of the modules put out, to [B,H,T,D]."""
+        """Reshapes the output of one of the modules to [B,H,T,D]."""
         if self._has_heads_ahead(output):
             return output
         batch, tokens = output.shape[:2]
         return output.reshape(batch, tokens, -1, self.head_dim).transpose(1, 2)
 
     def as_output(self, x_BHTD: Tensor, output: Tensor) -> Tensor:
-        """The inverse of `heads_first`: keys or values in the form in which the module put out `output`."""
+        """The inverse of `heads_first`: reshapes keys or values like the module's `output`."""
         return x_BHTD if self._has_heads_ahead(output) else x_BHTD.transpose(1, 2).reshape(output.shape)
 
     def _has_heads_ahead(self, output: Tensor) -> bool:
@@ -63,11 +64,11 @@ class KVProjection:
 
 
 def kv_projections(model: nn.Module) -> list[KVProjection]:
-    """Finds every layer's key and value projection, in layer order.
+    """Returns every layer's key and value projection, in layer order.
 
     Raises:
-        UnsupportedModelError: a layer has no separate k_proj and v_proj, or norms its keys in an unknown way, or the
-            geometry differs between layers.
+        UnsupportedModelError: a layer has no separate k_proj and v_proj, has an unknown key norm, or has another head
+            dimension than the other layers.
     """
     found = [_projection(module) for module in model.modules() if _is_attention(module)]
     found.sort(key=lambda projection: projection.layer)
@@ -75,10 +76,10 @@ def kv_projections(model: nn.Module) -> list[KVProjection]:
     if [projection.layer for projection in found] != list(range(expected)):
         raise UnsupportedModelError(
             f"{type(model).__name__}: found separate k_proj and v_proj in {len(found)} of {expected} layers; "
-            "kvdistill reads decoder-only models with standard attention (Llama, Qwen2, Qwen3, Mistral and their like)"
+            "kvdistill supports decoder-only models with standard attention, such as Llama, Qwen2, Qwen3 and Mistral"
         )
     if len({projection.head_dim for projection in found}) != 1:
-        raise UnsupportedModelError(f"{type(model).__name__}: its layers differ in head dimension")
+        raise UnsupportedModelError(f"{type(model).__name__}: the layers differ in head dimension")
     return found
 
 
@@ -103,7 +104,7 @@ def _key_norm(attention: nn.Module) -> nn.Module | None:
     name = type(attention).__name__
     if name not in _HEADS_AHEAD_IN_NORM:
         raise UnsupportedModelError(
-            f"{name} norms its keys, maybe after the rotary embedding; known to norm them before it: "
+            f"{name} may norm its keys after the rotary embedding; these are known to norm them before it: "
             f"{', '.join(_HEADS_AHEAD_IN_NORM)}"
         )
     return norms[0]

@@ -1,6 +1,7 @@
-"""Which tokens leave the teacher, batched over samples, heads and layers. `kvcore/selectors` has the ways to choose.
+"""Selects the tokens that a teacher sends, batched over samples, heads and layers.
 
-Equal scores go to the earlier token, so a selection is repeatable. Chosen tokens are in time order.
+The selectors are in `kvcore/tensors/selectors`. Of equal scores the earlier token wins, so a selection is repeatable.
+Selected tokens are in time order.
 """
 
 from __future__ import annotations
@@ -20,11 +21,11 @@ def select(
     layer: int = 0,
     seeds_B: Tensor | None = None,
 ) -> Tensor:
-    """Chooses tokens of one layer.
+    """Selects tokens of one layer.
 
     Args:
-        selection: what to choose by, and how many.
-        candidates_BN: the token indices that may be chosen, ascending, as many for each sample of the call.
+        selection: selector, budget and scope.
+        candidates_BN: ascending indices of the tokens to choose from; N is the same for all samples of a call.
         k_BHTD: the layer's content keys.
         importance_BHT: mean attention that the answer pays to each token; read only if `needs_importance`.
         layer: the teacher's layer; read only if `needs_seeds`.
@@ -34,9 +35,9 @@ def select(
         Positions, int32 [B,H,M] in scope `head`, [B,1,M] otherwise, ascending; M is min(budget, N), or N for `full`.
 
     Raises:
-        NonFiniteError: a score that decides is NaN or infinite.
+        NonFiniteError: a score is NaN or infinite.
     """
-    assert selection.scope != "sample" or not needs_keys(selection), "scope 'sample' weighs all layers together"
+    assert selection.scope != "sample" or not needs_keys(selection), "use select_sample, which reads all layers"
     choosers = k_BHTD.shape[1] if selection.scope == "head" else 1
     index_BN = candidates_BN.to(k_BHTD.device)
     seeds_B = None if seeds_B is None else seeds_B.to(k_BHTD.device)
@@ -46,32 +47,32 @@ def select(
 def select_sample(
     selection: Selection, candidates_BN: Tensor, k_BLHTD: Tensor, importance_BLHT: Tensor | None
 ) -> Tensor:
-    """Chooses the same tokens for all layers and heads, by the mean of their scores; see `select`.
+    """Selects the same tokens for all layers and heads, by the mean of their scores; see `select`.
 
     Returns:
         Positions, int32 [B,1,M], ascending.
 
     Raises:
-        NonFiniteError: a score that decides is NaN or infinite.
+        NonFiniteError: a score is NaN or infinite.
     """
-    assert needs_keys(selection), "what does not read keys is chosen without waiting for all layers"
+    assert needs_keys(selection), "a selector that reads no keys need not wait for all layers: use select"
     importance_BHT = None if importance_BLHT is None else importance_BLHT.flatten(1, 2)
     index_BN = candidates_BN.to(k_BLHTD.device)
     return _choose(selection, Candidates(index_BN, k_BLHTD.flatten(1, 2), 1, importance_BHT))
 
 
 def needs_keys(selection: Selection) -> bool:
-    """Whether the choice depends on keys, so that scope `sample` has to wait for all layers."""
+    """Whether the selector reads keys; if so, scope `sample` has to wait for all layers."""
     return REGISTRY[selection.selector].reads_keys
 
 
 def needs_importance(selection: Selection) -> bool:
-    """Whether the choice depends on the attention that the answer pays."""
+    """Whether the selector reads the attention from the answer."""
     return REGISTRY[selection.selector].reads_importance and selection.importance_weight > 0.0
 
 
 def needs_seeds(selection: Selection) -> bool:
-    """Whether the choice is drawn, by the sample's seed and the layer."""
+    """Whether the selector draws tokens at random, from the sample's seed and the layer."""
     return REGISTRY[selection.selector].draws
 
 

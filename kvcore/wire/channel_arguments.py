@@ -1,16 +1,15 @@
-"""The gRPC core's arguments for teacher servers and their clients. The core ignores a name that it does not know."""
+"""gRPC channel arguments of teacher servers and their clients. gRPC ignores unknown names."""
 
 from __future__ import annotations
 
-# Servers without arguments of their own cut a connection at the third ping that comes within 300 s of the one before
-# it, while they send nothing. At this interval no ping comes too early.
+# While a gRPC server with default settings sends nothing, it closes a connection at the third ping that comes within
+# 300 s of the previous one. At this interval no ping is too early.
 TOLERATED_PING_INTERVAL_S = 300.0
 SHORTEST_PING_INTERVAL_S = 5.0
 
 ChannelArguments = list[tuple[str, int]]
 
-
-# Limits of a server on what callers take before it knows who they are.
+# A server's limits for callers that it has not authenticated yet.
 MAX_CONNECTIONS = 512
 MAX_METADATA_BYTES = 8192
 UNREAD_BYTES = 1 << 18
@@ -19,7 +18,7 @@ IDLE_CONNECTION_MS = 300_000
 
 
 def server_arguments(max_request_bytes: int, max_streams: int) -> ChannelArguments:
-    """Returns what teacher servers set: limits for callers, and pings every 4 s allowed while a call is silent.
+    """Returns the arguments of teacher servers: limits for callers; pings every 4 s are allowed in silent calls.
 
     Args:
         max_request_bytes: the largest message to receive.
@@ -27,11 +26,11 @@ def server_arguments(max_request_bytes: int, max_streams: int) -> ChannelArgumen
     """
     return [
         ("grpc.max_receive_message_length", max_request_bytes),
-        # Two servers on one port would each get half of the calls.
+        # Otherwise two servers could share a port, and each would get half of the calls.
         ("grpc.so_reuseport", 0),
         ("grpc.http2.min_ping_interval_without_data_ms", 4000),
         ("grpc.keepalive_permit_without_calls", 1),
-        # The server notices clients that vanished, whose streams would keep their window.
+        # Detects clients that vanished, whose streams would otherwise keep their window.
         ("grpc.keepalive_time_ms", 20_000),
         ("grpc.keepalive_timeout_ms", 10_000),
         ("grpc.max_allowed_incoming_connections", MAX_CONNECTIONS),
@@ -39,7 +38,7 @@ def server_arguments(max_request_bytes: int, max_streams: int) -> ChannelArgumen
         # If the two differed, gRPC would refuse some calls at random.
         ("grpc.max_metadata_size", MAX_METADATA_BYTES),
         ("grpc.absolute_max_metadata_size", MAX_METADATA_BYTES),
-        # How much gRPC buffers of a request that is not read yet. By default it grows with the size of other requests.
+        # How much gRPC buffers of an unread request. By default this grows with the size of other requests.
         ("grpc.http2.lookahead_bytes", UNREAD_BYTES),
         ("grpc.http2.bdp_probe", 0),
         ("grpc.server_handshake_timeout_ms", HANDSHAKE_MS),
@@ -48,11 +47,11 @@ def server_arguments(max_request_bytes: int, max_streams: int) -> ChannelArgumen
 
 
 def client_arguments(max_frame_bytes: int, timeout_s: float) -> ChannelArguments:
-    """What clients set.
+    """Returns the arguments of clients.
 
-    A silent call is never cut for its pings, also by a server with gRPC's defaults: a ping after half of the request's
-    timeout leaves room for the two pings with which the core may measure bandwidth. A peer that vanished is noticed
-    after that time plus 3 s, or plus 10 s if such a ping was under way.
+    Servers, including those with gRPC's defaults, never close a silent call because of its pings: a ping after half of
+    the timeout leaves room for the two pings with which gRPC may measure bandwidth. A peer that vanished is detected
+    after that time plus 3 s, or plus 10 s if such a ping was in progress.
 
     Args:
         max_frame_bytes: the largest message to receive.
@@ -61,11 +60,11 @@ def client_arguments(max_frame_bytes: int, timeout_s: float) -> ChannelArguments
     ping_interval_s = min(max(timeout_s / 2, SHORTEST_PING_INTERVAL_S), TOLERATED_PING_INTERVAL_S)
     return [
         ("grpc.max_receive_message_length", max_frame_bytes),
-        # A connection of its own: one does about 1 GB/s, and equal channels of a process would share it.
+        # Otherwise equal channels of a process share one connection, which is limited to about 1 GB/s.
         ("grpc.use_local_subchannel_pool", 1),
         ("grpc.keepalive_time_ms", round(1000 * ping_interval_s)),
         ("grpc.keepalive_timeout_ms", 3000),
-        # A ping that measures bandwidth may be on its way already; then no keepalive ping is sent until it times out.
+        # While a ping that measures bandwidth is in progress, no keepalive ping is sent until it times out.
         ("grpc.http2.ping_timeout_ms", 10_000),
         ("grpc.http2.max_pings_without_data", 0),
         ("grpc.initial_reconnect_backoff_ms", 200),

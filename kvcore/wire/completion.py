@@ -1,4 +1,4 @@
-"""What becomes of a prompt that a teacher wrote on from: an ordinary sample, alike on both sides."""
+"""A prompt that a teacher completed, as an ordinary sample; both sides compute the same one."""
 
 from __future__ import annotations
 
@@ -9,25 +9,25 @@ from kvcore.types import Sample, Span
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """A prompt with what a teacher wrote behind it.
+    """A prompt followed by the text that a teacher generated.
 
-    `sample`: text and spans of both together. `finish_reason`: `stop` where the teacher ended by itself or met a stop
-    text, `length` where it was cut off. `tokens`: how many it wrote. `queue_s`, `write_s`: seconds it waited, and that
-    its batch was being written.
+    `sample`: prompt and generated text, with their spans. `finish_reason`: `stop` if the teacher ended by itself or
+    reached a stop text, `length` if the token limit cut it off. `tokens`: how many were generated. `queue_s`,
+    `generate_s`: seconds that the prompt waited, and that its batch took to generate.
     """
 
     sample: Sample
     finish_reason: str
     tokens: int
     queue_s: float
-    write_s: float
+    generate_s: float
 
 
 def completed_sample(prompt: Sample, text: str, answer_marker: str) -> Sample:
-    """The sample of a prompt and the text written behind it.
+    """Appends generated text to a prompt.
 
-    The span `prompt` is the caller's, or the whole prompt. What was written is the reasoning, to the end of the first
-    `answer_marker` in it; what follows is the answer. A span that would be empty is left out.
+    The span `prompt` is the caller's, or the whole prompt. The generated text is reasoning up to and including the
+    first `answer_marker`, and answer after it. Empty spans are left out.
     """
     assert prompt.text is not None
     begin, end = len(prompt.text), len(prompt.text) + len(text)

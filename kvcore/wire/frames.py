@@ -1,7 +1,7 @@
-"""Frames of the KV stream: a MessagePack header and a raw body inside the protobuf wire format of `KVFrame`.
+"""Frames of the KV stream: a MessagePack header and a raw body in the protobuf wire format of `KVFrame`.
 
-The bytes are packed and parsed by hand, so that gRPC handlers pass them through untouched, while any protobuf client
-reads the same bytes as an ordinary `KVFrame`. docs/protocol.md describes every record field by field.
+This module packs and parses the bytes itself, so that gRPC handlers pass them through without copies; any protobuf
+client reads them as an ordinary `KVFrame`. docs/protocol.md describes every field of every record.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
+import grpc
 import msgpack
 import numpy as np
 import torch
@@ -22,29 +23,10 @@ from kvcore.wire.completion import Completion
 
 PROTOCOL_VERSION = 1
 
-# How a sample may end other than with `ok`: the names of gRPC's status codes.
-FAILURE_STATUSES = frozenset(
-    {
-        "CANCELLED",
-        "UNKNOWN",
-        "INVALID_ARGUMENT",
-        "DEADLINE_EXCEEDED",
-        "NOT_FOUND",
-        "ALREADY_EXISTS",
-        "PERMISSION_DENIED",
-        "RESOURCE_EXHAUSTED",
-        "FAILED_PRECONDITION",
-        "ABORTED",
-        "OUT_OF_RANGE",
-        "UNIMPLEMENTED",
-        "INTERNAL",
-        "UNAVAILABLE",
-        "DATA_LOSS",
-        "UNAUTHENTICATED",
-    }
-)
+# How a sample may end except with `ok`: the names of gRPC's status codes.
+FAILURE_STATUSES = frozenset(code.name for code in grpc.StatusCode if code is not grpc.StatusCode.OK)
 
-# A frame holds at most this many records: headers stay small even where records have no body.
+# The most records in a frame, so that headers stay small even if records have no body.
 MAX_RECORDS = 1024
 
 _HEADER_FIELD = 1
@@ -57,7 +39,7 @@ _VARINT, _FIXED64, _LENGTH_DELIMITED, _FIXED32 = 0, 1, 2, 5
 
 
 def pack_frame(header: Mapping[str, Any], body: bytes) -> bytes:
-    """The protobuf bytes of a `KVFrame` with this header, its hash, and this body."""
+    """Returns the protobuf bytes of a `KVFrame` with this header, its hash, and this body."""
     return _join_frame(header, [body], len(body))
 
 
@@ -71,11 +53,11 @@ def _join_frame(header: Mapping[str, Any], body: Sequence[bytes | memoryview], s
 
 
 def unpack_frame(data: bytes) -> tuple[dict[str, Any], memoryview]:
-    """Parses a frame without copying its body. Unknown protobuf fields are skipped, as every protobuf parser does.
+    """Parses a frame without copying its body. Unknown protobuf fields are skipped, as protobuf requires.
 
     Raises:
-        ProtocolError: truncated or malformed protobuf, or a header that does not match its hash or is no MessagePack
-            map with string keys.
+        ProtocolError: truncated or malformed protobuf, or a header that does not match its hash or is not a
+            MessagePack map with string keys.
     """
     view = memoryview(data)
     found = {_HEADER_FIELD: view[:0], _BODY_FIELD: view[:0], _HEADER_XXH3_FIELD: view[:0]}
@@ -85,11 +67,11 @@ def unpack_frame(data: bytes) -> tuple[dict[str, Any], memoryview]:
         tag, at = _read_varint(view, at)
         number, wire_type = tag >> 3, tag & 7
         if number == 0:
-            raise ProtocolError(f"frame is no protobuf message: field number 0 at byte {at}")
+            raise ProtocolError(f"frame is not a protobuf message: field number 0 at byte {at}")
         start, at = _field_extent(view, at, wire_type)
         if wire_types.get(number) == wire_type:
             found[number] = view[start:at]
-    # As in every protobuf parser, a number that is absent is 0.
+    # An absent number is 0, as protobuf defines.
     if xxhash.xxh3_64_intdigest(found[_HEADER_FIELD]) != int.from_bytes(found[_HEADER_XXH3_FIELD], "little"):
         raise ProtocolError("the frame's header does not match its xxh3")
     return _unpack_header(found[_HEADER_FIELD]), found[_BODY_FIELD]
@@ -124,11 +106,11 @@ def _read_varint(view: memoryview, at: int) -> tuple[int, int]:
         value |= (byte & 0x7F) << shift
         if byte < 0x80:
             return value, at
-    raise ProtocolError(f"frame is no protobuf message: a number of more than 10 bytes before byte {at}")
+    raise ProtocolError(f"frame is not a protobuf message: a number of more than 10 bytes before byte {at}")
 
 
 def _field_extent(view: memoryview, at: int, wire_type: int) -> tuple[int, int]:
-    """Where a field's content starts and ends."""
+    """Returns where a field's content starts and ends."""
     if wire_type == _VARINT:
         return at, _read_varint(view, at)[1]
     if wire_type == _LENGTH_DELIMITED:
@@ -138,7 +120,7 @@ def _field_extent(view: memoryview, at: int, wire_type: int) -> tuple[int, int]:
     elif wire_type == _FIXED32:
         size = 4
     else:
-        raise ProtocolError(f"frame is no protobuf message of ours: wire type {wire_type} at byte {at}")
+        raise ProtocolError(f"frame is not a KVFrame: wire type {wire_type} at byte {at}")
     if size > len(view) - at:
         raise ProtocolError(f"frame is truncated: a field of {size} bytes, {len(view) - at} are left")
     return at, at + size
@@ -151,7 +133,7 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 @dataclass(slots=True)
 class _OpenSample:
-    """What a sample's end has to say about what was sent before it."""
+    """Counts and hash of what has been sent of a sample, for its end record."""
 
     tokens: int
     layers: int = 0
@@ -160,15 +142,15 @@ class _OpenSample:
 
 
 class FrameWriter:
-    """Turns one request's results into frames. Records are buffered until `max_body` is full or `flush` is called.
+    """Writes one request's results as frames. Records are buffered until `max_body` is full or `flush` is called.
 
-    Every method returns the frames that are ready, often none. For one thread at a time.
+    Every method returns the frames that are ready, often none. Not thread-safe.
 
     Args:
-        request_id: comes back in every frame.
-        plan: what the records answer.
-        keys: of each sample of the request as it was understood (`Sample.content_key`); its records echo it.
-        max_body: the most bytes in one frame's body; larger records are split.
+        request_id: repeated in every frame.
+        plan: the plan of the request.
+        keys: `Sample.key` of each sample of the request, as the server read it; its records repeat it.
+        max_body: the largest body of a frame in bytes; larger records are split.
     """
 
     def __init__(self, request_id: str, plan: KVPlan, keys: Sequence[str], max_body: int) -> None:
@@ -184,9 +166,9 @@ class FrameWriter:
         self._open: dict[int, _OpenSample] = {}
         self._ended = 0
 
-    def written(self, index: int, prompt: Sample, written: Completion) -> list[bytes]:
-        """Says what the teacher wrote behind the prompt of sample `index`: the text behind it, the spans of both."""
-        sample = written.sample
+    def completion(self, index: int, prompt: Sample, completion: Completion) -> list[bytes]:
+        """Writes the text that the teacher generated for prompt `index`, and the spans of prompt and text."""
+        sample = completion.sample
         assert prompt.text is not None
         assert sample.text is not None
         record = {
@@ -194,15 +176,15 @@ class FrameWriter:
             "index": index,
             "id": sample.id,
             "key": self._keys[index],
-            "finish_reason": written.finish_reason,
-            "tokens": written.tokens,
+            "finish_reason": completion.finish_reason,
+            "tokens": completion.tokens,
             "spans": [[span.kind, span.start, span.end] for span in sample.spans],
-            "timings": {"queue": written.queue_s, "write": written.write_s},
+            "timings": {"queue": completion.queue_s, "write": completion.generate_s},
         }
         return self._add(record, index, memoryview(sample.text[len(prompt.text) :].encode()))
 
     def sample(self, index: int, sample_id: str, token_ids: Sequence[int], byte_ends: Sequence[int]) -> list[bytes]:
-        """Opens sample `index` of the request: its tokens, and the bytes of text read after each of them."""
+        """Opens sample `index` of the request with its tokens and their byte ends."""
         assert len(token_ids) == len(byte_ends)
         body = np.array([token_ids, byte_ends], dtype="<i4").tobytes()
         self._open[index] = opened = _OpenSample(tokens=len(token_ids))
@@ -219,7 +201,7 @@ class FrameWriter:
         positions: Tensor,
         relative_error: Mapping[str, float],
     ) -> list[bytes]:
-        """One layer of one sample: `layer_batch` without its leading dimension."""
+        """Writes one layer of one sample: `layer_batch` without the leading dimension."""
         return self.layer_batch(
             [index],
             layer,
@@ -236,7 +218,7 @@ class FrameWriter:
         positions_BHM: Tensor,
         relative_error: Mapping[str, Sequence[float]],
     ) -> list[bytes]:
-        """One layer of several samples that have equally many slots; far cheaper than one call for each.
+        """Writes one layer of several samples with the same number of slots; far cheaper than one call per sample.
 
         Args:
             indices: the samples' indices in the request, all opened by `sample`.
@@ -268,7 +250,7 @@ class FrameWriter:
         return self._add_rows(record, flat, row_bytes)
 
     def sample_end(self, index: int, timings: Timings) -> list[bytes]:
-        """Closes a sample whose layers have all been written."""
+        """Ends a sample after its last layer."""
         opened = self._open.pop(index)
         assert opened.layers == len(self._plan.layers)
         record = {
@@ -285,14 +267,14 @@ class FrameWriter:
         return self._end_sample(record)
 
     def sample_failed(self, index: int, code: str, message: str) -> list[bytes]:
-        """Closes a sample that failed, at whatever point; the others go on."""
+        """Ends a sample that failed, at any point; the other samples are not affected."""
         assert code in FAILURE_STATUSES, code
         self._open.pop(index, None)
         key = self._keys[index]
         return self._end_sample({"kind": "sample_end", "index": index, "key": key, "status": code, "message": message})
 
     def flush(self) -> list[bytes]:
-        """The frame of everything buffered, if there is anything."""
+        """Returns a frame with all buffered records, if there are any."""
         return [self._emit()] if self._records else []
 
     def end(self) -> list[bytes]:
@@ -305,7 +287,7 @@ class FrameWriter:
         return self._add_record(record, memoryview(b""))
 
     def _add_rows(self, record: dict[str, Any], flat: memoryview, row_bytes: int) -> list[bytes]:
-        """Spreads the rows of a layer over frames; only a row that no frame can hold is itself split."""
+        """Distributes the rows of a layer over frames; a row is split only if it does not fit into one frame."""
         frames: list[bytes] = []
         indices, errors = record["indices"], record["errors"]
         done = 0
@@ -324,7 +306,7 @@ class FrameWriter:
         return frames
 
     def _add(self, record: dict[str, Any], index: int, body: memoryview) -> list[bytes]:
-        """Adds a record with its body, in as many frames as it needs."""
+        """Adds a record with its body, split over several frames if necessary."""
         if len(body) <= self._max_body:
             return self._add_record({**record, "bytes": len(body)}, body)
         frames = self.flush()
@@ -362,5 +344,5 @@ class FrameWriter:
 
 
 def _bytes_of(tensor: Tensor) -> np.ndarray[tuple[int, int], np.dtype[np.uint8]]:
-    """A CPU tensor [B, ...] as bytes [B, n], without a copy where it is contiguous."""
+    """A CPU tensor [B, ...] as bytes [B, n], without a copy if it is contiguous."""
     return tensor.contiguous().reshape(tensor.shape[0], -1).view(torch.uint8).numpy()

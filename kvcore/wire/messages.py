@@ -1,7 +1,6 @@
-"""Requests, plans and teacher descriptions between protobuf and kvcore's types.
+"""Converts requests, plans and teacher descriptions between protobuf and kvcore's types.
 
-Everything that arrives from the other side is checked here; a wrong value is a `FieldError` with the protobuf field's
-path, so that whoever wrote the request can find it.
+Everything received is checked here. A wrong value raises a `FieldError` with the path of the protobuf field.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from protos import kv_cache_pb2 as pb
 
 NameT = TypeVar("NameT", bound=str)
 
-# Initial metadata of every StreamKV answer: which teacher it comes from. An address may come to stand for another one.
+# Initial metadata of every StreamKV answer: the teacher that it comes from. The teacher at an address may change.
 TEACHER_METADATA = "kvdistill-teacher"
 
 _SPAN_NUMBERS: dict[SelectionSpan, pb.SpanKind] = {
@@ -46,7 +45,7 @@ _POOLS: dict[int, ImportancePool] = {number: name for name, number in _POOL_NUMB
 
 
 def plan_to_proto(plan: KVPlan) -> pb.Plan:
-    """Every field is written out, defaults too, so that both sides compute the same digest."""
+    """Writes a plan with every field, including defaults, so that both sides compute the same digest."""
     selection, codec = plan.selection, plan.codec
     return pb.Plan(
         layers=plan.layers,
@@ -60,8 +59,6 @@ def plan_to_proto(plan: KVPlan) -> pb.Plan:
             seed=selection.seed,
         ),
         codec=pb.Codec(name=codec.name, group_size=codec.group_size, max_relative_error=codec.max_relative_error),
-        keys=plan.keys,
-        values=plan.values,
     )
 
 
@@ -80,8 +77,6 @@ def plan_from_proto(proto: pb.Plan, field: str = "plan") -> KVPlan:
         "layers": list(proto.layers),
         "selection": _selection_tree(proto.selection, f"{field}.selection"),
         "codec": codec,
-        "keys": proto.keys,
-        "values": proto.values,
     }
     try:
         return parse(tree, KVPlan)
@@ -90,7 +85,7 @@ def plan_from_proto(proto: pb.Plan, field: str = "plan") -> KVPlan:
 
 
 def _selection_tree(proto: pb.Selection, field: str) -> dict[str, Any]:
-    """What the request says of the selection; what it leaves out takes the model's defaults."""
+    """The fields that a request sets; absent fields take the defaults of `Selection`."""
     selection: dict[str, Any] = {
         "selector": proto.selector,
         "budget": proto.budget,
@@ -107,12 +102,12 @@ def _selection_tree(proto: pb.Selection, field: str) -> dict[str, Any]:
 
 
 def sampling_to_proto(sampling: SamplingParams) -> pb.Sampling:
-    """Every field is written out."""
+    """Writes sampling parameters with every field."""
     return pb.Sampling(**sampling.model_dump())
 
 
 def sampling_from_proto(proto: pb.Sampling, field: str = "sampling") -> SamplingParams:
-    """Reads how a teacher is to write.
+    """Reads sampling parameters.
 
     Raises:
         FieldError: such as `sampling.top_p: Input should be less than or equal to 1 (got 2.0)`.
@@ -136,7 +131,7 @@ def sample_to_proto(sample: Sample) -> pb.Sample:
     """Writes a sample.
 
     Raises:
-        FieldError: the text holds lone surrogates, which UTF-8 cannot carry.
+        FieldError: the text holds lone surrogates, which UTF-8 cannot encode.
     """
     spans = [pb.Span(kind=_SPAN_NUMBERS[span.kind], start=span.start, end=span.end) for span in sample.spans]
     if sample.token_ids is not None:
@@ -153,13 +148,13 @@ def sample_from_proto(proto: pb.Sample, field: str = "sample") -> Sample:
     """Reads a sample; `field` is its path in the request, such as `samples.3`.
 
     Raises:
-        FieldError: no id, no content, a negative token id, or a span outside the content or across another.
+        FieldError: no id, no content, a negative token id, or a span that is outside the content or overlaps another.
     """
     if not proto.id:
-        raise FieldError(f"{field}.id", "is empty; every sample needs one")
+        raise FieldError(f"{field}.id", "is empty; every sample needs an id")
     content = proto.WhichOneof("content")
     if content is None:
-        raise FieldError(field, "holds neither text nor token_ids")
+        raise FieldError(field, "has neither text nor token_ids")
     if content == "text":
         if not proto.text:
             raise FieldError(f"{field}.text", "is empty")
@@ -174,7 +169,7 @@ def sample_from_proto(proto: pb.Sample, field: str = "sample") -> Sample:
 
 
 def info_to_proto(info: TeacherInfo) -> pb.DescribeResponse:
-    """What a server answers to `Describe`."""
+    """Writes a teacher's description, with its hash."""
     proto = pb.DescribeResponse(
         model=info.model,
         weights_digest=info.weights_digest,
@@ -201,14 +196,14 @@ def info_from_proto(proto: pb.DescribeResponse) -> TeacherInfo:
     """Reads a teacher's description.
 
     Raises:
-        ProtocolError: it does not match its hash.
-        FieldError: an identity is missing, a size is not positive, or `rope_json` is no JSON object.
+        ProtocolError: the description does not match its hash.
+        FieldError: an identity is missing, a size is not positive, or `rope_json` is not a JSON object.
     """
     if proto.xxh3 != _description_hash(proto):
         raise ProtocolError("the teacher's description does not match its xxh3")
     for name in ("weights_digest", "tokenizer_fingerprint"):
         if not getattr(proto, name):
-            raise FieldError(name, "is empty; a teacher must say which one it is")
+            raise FieldError(name, "is empty; a teacher must identify itself")
     limits = proto.limits
     return TeacherInfo(
         model=proto.model,
@@ -261,7 +256,7 @@ def _spans(proto: pb.Sample, length: int, field: str) -> tuple[Span, ...]:
 
 
 def _check_overlaps(spans: Sequence[Span], field: str) -> None:
-    """Of spans in order of their start, one overlaps an earlier one only if it overlaps its neighbour."""
+    """Checks spans in order of their start: a span that overlaps an earlier one also overlaps its neighbour."""
     filled = (place for place, span in enumerate(spans) if span.start < span.end)
     for first, second in pairwise(sorted(filled, key=lambda place: spans[place].start)):
         if spans[second].start < spans[first].end:
@@ -302,7 +297,7 @@ def _json_object(text: str, field: str) -> dict[str, Any]:
 
 
 def _under(prefix: str, error: FieldError) -> FieldError:
-    """A plan's error with the request's path; checks over several fields name theirs at the start of the problem."""
+    """Prefixes an error's field with its path; errors about several fields name theirs at the start of the problem."""
     path = [prefix] if error.field == KVPlan.__name__ else [prefix, error.field]
     name, _, problem = error.problem.partition(": ")
     if name.isidentifier():

@@ -1,4 +1,4 @@
-"""How the samples of a layer record lie in a frame's body, and where they are gathered into whole samples."""
+"""The layout of a layer record in a frame's body, and the arrays that collect layers into whole samples."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from numpy.typing import NDArray
 
 from kvcore.errors import ProtocolError
 from kvcore.plan import KVPlan
-from kvcore.tensors.codec import KINDS, part_layout
-from kvcore.types import TeacherInfo, Tensor
+from kvcore.tensors.codec import part_layout
+from kvcore.types import TENSORS, TeacherInfo, Tensor
 from kvcore.wire.frames import dtype_name
 
 
 class RowLayout:
-    """How one sample's layer lies in a body: int32 positions [H|1,M], then the parts by name."""
+    """The layout of one sample's layer in a body: int32 positions [H|1,M], then the parts in order of their names."""
 
     def __init__(self, plan: KVPlan, info: TeacherInfo, slots: int) -> None:
         self.slots = slots
@@ -25,8 +25,7 @@ class RowLayout:
         self.position_bytes = 4 * self.position_heads * slots
         layouts = [
             (f"{kind}.{name}", dtype, shape)
-            for kind, wanted in zip(KINDS, (plan.keys, plan.values), strict=True)
-            if wanted
+            for kind in TENSORS
             for name, dtype, shape in part_layout(plan.codec, kind, info.kv_heads, slots, info.head_dim)
         ]
         self.parts = sorted(layouts, key=lambda part: part[0])
@@ -36,13 +35,13 @@ class RowLayout:
         self.row_bytes = self.position_bytes + sum(self.sizes)
 
     def positions(self, rows: NDArray[np.uint8]) -> NDArray[np.int32]:
-        """The positions [B,H|1,M] at the head of each row."""
+        """The positions [B,H|1,M] at the start of each row."""
         head = np.ascontiguousarray(rows[:, : self.position_bytes])
         return head.view("<i4").reshape(len(rows), self.position_heads, self.slots)
 
 
 class Group:
-    """Samples that were sent together: one array per part for all of them, so that a record is copied in one go."""
+    """Samples that were sent together, with one array per part for all of them, so that a record is one copy."""
 
     def __init__(self, layout: RowLayout, count: int, layers: int, shared_positions: bool) -> None:
         self.layout = layout
@@ -53,11 +52,11 @@ class Group:
         self._views: list[tuple[Tensor, ...]] = []
 
     def put(self, where: slice | list[int], at: int, rows: NDArray[np.uint8], positions_BHM: NDArray[np.int32]) -> None:
-        """Copies the `at`-th layer of some of the samples to its place."""
+        """Copies the `at`-th layer of some of the samples into the arrays."""
         if not (self._shared_positions and at):
             self._positions_BLHM[where, at] = positions_BHM
         elif (self._positions_BLHM[where, 0] != positions_BHM).any():
-            raise ProtocolError("positions differ between the layers of a sample, against the plan's scope 'sample'")
+            raise ProtocolError("positions differ between the layers of a sample, but the plan's scope is 'sample'")
         start = self.layout.position_bytes
         for array, size in zip(self._arrays, self.layout.sizes, strict=True):
             array[where, at] = rows[:, start : start + size]
@@ -86,7 +85,7 @@ def store_rows(
 ) -> None:
     """Copies the rows of the `at`-th layer to each sample's group and row.
 
-    They all belong to one group unless the teacher sends layers in different groupings.
+    All samples belong to one group, unless the teacher groups them differently in different layers.
     """
     members: dict[int, list[int]] = {}
     for index, (group, _) in enumerate(places):
@@ -98,6 +97,6 @@ def store_rows(
 
 
 def _as_slice(indices: list[int]) -> slice | list[int]:
-    """Consecutive indices as a slice, which numpy copies through without gathering."""
+    """Consecutive indices as a slice, which numpy copies without gathering."""
     end = indices[0] + len(indices)
     return slice(indices[0], end) if indices == list(range(indices[0], end)) else indices

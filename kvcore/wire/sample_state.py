@@ -1,4 +1,4 @@
-"""What a stream's reader knows of each sample, and the checks of single fields; all raise `ProtocolError`."""
+"""The state of one sample in a stream reader, and checks of record fields; all raise `ProtocolError`."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ UINT64_MAX = 2**64 - 1
 
 @dataclass(slots=True)
 class SampleState:
-    """What has come of one sample. `key`: of what was asked for, which a text that comes later does not change."""
+    """What has arrived of one sample. `key` is the key of the requested sample, also after its completion arrived."""
 
     sample: Sample
     key: str
@@ -35,25 +35,25 @@ class SampleState:
 
     @property
     def text_bytes(self) -> int | None:
-        """How long the sample's text is, where it was sent as text."""
+        """Bytes of the sample's text; None if it was sent as token ids."""
         return None if self.sample.text is None else len(self.sample.text.encode())
 
     def check_identity(self, record: dict[str, Any]) -> None:
-        """Refuses a record that is of another sample, or of this one misunderstood."""
+        """Checks that a record is about this sample, as it was requested."""
         if record.get("id") != self.sample.id:
             raise ProtocolError(f"sample id {record.get('id')!r}, expected '{self.sample.id}'")
         self.check_key(record)
 
     def check_key(self, record: dict[str, Any]) -> None:
-        """Refuses the record of a sample that the teacher did not understand as it was asked for."""
+        """Checks that the teacher answers the sample and plan that were requested."""
         if record.get("key") != self.key:
             raise ProtocolError(
-                f"sample '{self.sample.id}': the teacher understood another request than was sent "
-                f"(content key {record.get('key')!r}, expected '{self.key}')"
+                f"sample '{self.sample.id}': the teacher answered another request than the one sent "
+                f"(sample key {record.get('key')!r}, expected '{self.key}')"
             )
 
     def close(self) -> None:
-        """Ends the sample and lets go of its memory."""
+        """Ends the sample and releases its memory."""
         self.done = True
         if self.tokens:
             del self.token_ids_T, self.byte_ends_T
@@ -63,7 +63,7 @@ class SampleState:
 
 @dataclass(slots=True)
 class Incoming:
-    """A record whose sizes are known to be right, and what to do with its body."""
+    """A record whose size has been checked, and the function that takes its body."""
 
     size: int
     states: list[SampleState]
@@ -73,7 +73,7 @@ class Incoming:
 
 
 def whole_number(record: dict[str, Any], name: str, low: int, high: int) -> int:
-    """A record's field that must be a whole number in this range, both ends included."""
+    """Returns a record's integer field after checking its range (both ends inclusive)."""
     value = record.get(name)
     if type(value) is not int or not low <= value <= high:
         raise ProtocolError(f"'{name}' must be a whole number between {low} and {high}, got {value!r}")
@@ -81,20 +81,20 @@ def whole_number(record: dict[str, Any], name: str, low: int, high: int) -> int:
 
 
 def finite_number(value: object, name: str) -> float:
-    """A value that must be a finite number of at least 0."""
+    """Returns a number after checking that it is finite and at least 0."""
     if not isinstance(value, float | int) or not 0 <= value < math.inf:
         raise ProtocolError(f"'{name}' must hold finite numbers of at least 0, got {value!r}")
     return float(value)
 
 
 def timings_of(record: object) -> Timings:
-    """What a sample's end says of the server's stages."""
+    """Reads the server's stage times from a sample's end."""
     return Timings(*seconds_of(record, ("queue", "prefill", "encode")))
 
 
 def seconds_of(record: object, names: Sequence[str]) -> list[float]:
-    """The seconds that a map states for these names."""
+    """Reads the seconds of these names from a map."""
     if not isinstance(record, dict):
-        raise ProtocolError("a sample came without timings")
+        raise ProtocolError("a sample has no timings")
     stages = cast("dict[str, Any]", record)
     return [finite_number(stages.get(name), name) for name in names]

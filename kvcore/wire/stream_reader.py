@@ -1,4 +1,4 @@
-"""The student's end of the KV stream: frames in, whole samples out, every byte checked on the way."""
+"""Reads the KV stream: checks every frame and assembles whole samples."""
 
 from __future__ import annotations
 
@@ -13,8 +13,7 @@ import xxhash
 
 from kvcore.errors import ProtocolError
 from kvcore.plan import KVPlan, SamplingParams
-from kvcore.tensors.codec import KINDS
-from kvcore.types import EncodedSampleKV, Sample, TeacherInfo
+from kvcore.types import TENSORS, EncodedSampleKV, Sample, TeacherInfo
 from kvcore.wire.completion import Completion, completed_sample
 from kvcore.wire.frames import FAILURE_STATUSES, PROTOCOL_VERSION, unpack_frame
 from kvcore.wire.sample_rows import Group, RowLayout, store_rows
@@ -28,13 +27,13 @@ from kvcore.wire.sample_state import (
     whole_number,
 )
 
-# What a teacher may have written: as much as a server takes in one request.
-_MAX_WRITTEN_BYTES = 16 << 20
+# The longest generated text: as much as a server accepts in one request.
+_MAX_COMPLETION_BYTES = 16 << 20
 
 
 @dataclass(frozen=True, slots=True)
 class RefusedSample:
-    """The teacher's own word that one sample has no K/V; the rest of the stream is unharmed."""
+    """The teacher refused one sample; the other samples of the stream are not affected."""
 
     code: str
     message: str
@@ -46,17 +45,17 @@ Result = tuple[int, EncodedSampleKV | RefusedSample]
 class StreamReader:
     """Reads one request's frames in the order in which they were sent.
 
-    Nothing is allocated by a number that the other side chose alone: token counts, slots, parts and shapes are checked
-    against the plan and the teacher's description first. Samples of one stream may share memory: each one's tensors
-    are views into those of the samples that were sent with it.
+    Token counts, slots, parts and shapes are checked against the plan and the teacher's description before memory is
+    allocated for them. Samples of one stream may share memory: a sample's tensors are views into arrays of all samples
+    that were sent together.
 
-    Every sample's records must echo the key of what was asked for, so that K/V of anything else are never taken.
+    Every record must repeat the key of the requested sample, so that K/V of another sample or plan are never accepted.
 
     Args:
         request_id: as sent in the request.
         plan: as sent in the request; its layers and codec must be the teacher's.
         samples: as sent in the request, in that order.
-        info: what the teacher answered to `Describe`.
+        info: the teacher's answer to `Describe`.
         sampling: as sent in a request to `Generate`.
     """
 
@@ -71,20 +70,17 @@ class StreamReader:
         self._request_id = request_id
         self._plan = plan
         self._info = info
-        self._kinds = [kind for kind, wanted in zip(KINDS, (plan.keys, plan.values), strict=True) if wanted]
-        self._states = [
-            SampleState(sample, sample.content_key(info.weights_digest, plan, sampling)) for sample in samples
-        ]
+        self._states = [SampleState(sample, sample.key(info.weights_digest, plan, sampling)) for sample in samples]
         self._layouts: dict[int, RowLayout] = {}
         self._seq = 0
         self._ended = False
 
     def feed(self, data: bytes) -> list[Result]:
-        """Takes the next frame and returns the samples that it completed, by their index in the request.
+        """Reads the next frame and returns the samples that it completes, by their index in the request.
 
         Raises:
-            ProtocolError: the frame is damaged, out of order, or says what the request did not ask for. Samples that
-                were returned before stay good; the reader is of no further use.
+            ProtocolError: the frame is damaged, out of order, or does not answer the request. Samples that were
+                returned before remain valid; the reader cannot be used any more.
         """
         header, body = unpack_frame(data)
         records = self._check_header(header, body)
@@ -92,7 +88,7 @@ class StreamReader:
         at = 0
         for record in records:
             size = whole_number(record, "bytes", 0, len(body) - at) if "bytes" in record else 0
-            self._take(record, body[at : at + size], done)
+            self._read_record(record, body[at : at + size], done)
             at += size
         if at != len(body):
             raise ProtocolError(f"frame {self._seq}: {len(body) - at} bytes of the body belong to no record")
@@ -100,14 +96,14 @@ class StreamReader:
         return done
 
     def finish(self) -> None:
-        """Says that no more frames will come.
+        """Checks at the end of the stream that it is complete.
 
         Raises:
-            ProtocolError: the stream has not ended, so samples are missing.
+            ProtocolError: the stream's end record has not been read, so samples are missing.
         """
         if not self._ended:
             done = sum(state.done for state in self._states)
-            raise ProtocolError(f"the stream broke off after {done} of {len(self._states)} samples")
+            raise ProtocolError(f"the stream ended early, after {done} of {len(self._states)} samples")
 
     def _check_header(self, header: dict[str, Any], body: memoryview) -> list[dict[str, Any]]:
         if header.get("v") != PROTOCOL_VERSION:
@@ -116,7 +112,7 @@ class StreamReader:
             raise ProtocolError(f"frame of request {header.get('request')!r}, expected {self._request_id!r}")
         seq = whole_number(header, "seq", 0, UINT64_MAX)
         if seq != self._seq:
-            raise ProtocolError(f"frame {seq} came where frame {self._seq} was due")
+            raise ProtocolError(f"got frame {seq}, expected frame {self._seq}")
         if self._ended:
             raise ProtocolError(f"frame {seq} came after the stream's end")
         if len(body) > self._info.max_frame_bytes:
@@ -125,10 +121,10 @@ class StreamReader:
             raise ProtocolError(f"frame {seq}: the body does not match its xxh3")
         records = header.get("records")
         if not isinstance(records, list) or not all(isinstance(record, dict) for record in cast("list[Any]", records)):
-            raise ProtocolError(f"frame {seq}: 'records' is no list of maps")
+            raise ProtocolError(f"frame {seq}: 'records' is not a list of maps")
         return cast("list[dict[str, Any]]", records)
 
-    def _take(self, record: dict[str, Any], chunk: memoryview, done: list[Result]) -> None:
+    def _read_record(self, record: dict[str, Any], chunk: memoryview, done: list[Result]) -> None:
         kind = record.get("kind")
         if self._ended:
             raise ProtocolError(f"record {kind!r} came after the stream's end")
@@ -148,7 +144,7 @@ class StreamReader:
     def _begin(self, record: dict[str, Any], incoming: Incoming, chunk: memoryview) -> None:
         size = whole_number(record, "size", len(chunk), UINT64_MAX) if "size" in record else len(chunk)
         if size != incoming.size:
-            raise ProtocolError(f"record {record['kind']!r} of {size} bytes, its shapes need {incoming.size}")
+            raise ProtocolError(f"record {record['kind']!r} has {size} bytes, its shapes need {incoming.size}")
         if len(chunk) == size:
             incoming.accept(chunk)
         elif len(incoming.states) == 1:
@@ -162,7 +158,7 @@ class StreamReader:
         state = self._states[whole_number(record, "index", 0, len(self._states) - 1)]
         incoming = state.incoming
         if incoming is None or not 0 < len(chunk) <= incoming.missing:
-            raise ProtocolError(f"sample '{state.sample.id}': {len(chunk)} more bytes that no record waits for")
+            raise ProtocolError(f"sample '{state.sample.id}': {len(chunk)} more bytes, which no record expects")
         incoming.chunks.append(chunk)
         incoming.missing -= len(chunk)
         if incoming.missing == 0:
@@ -181,7 +177,7 @@ class StreamReader:
         token_ids_T, byte_ends_T = np.frombuffer(body, "<i4").reshape(2, -1).copy()
         asked = state.sample.token_ids
         if asked is not None and token_ids_T.tolist() != list(asked):
-            raise ProtocolError(f"sample '{state.sample.id}' was read as other tokens than those sent")
+            raise ProtocolError(f"sample '{state.sample.id}' was read with other tokens than those sent")
         known_T = byte_ends_T[byte_ends_T >= 0]
         limit = UINT64_MAX if state.text_bytes is None else state.text_bytes
         if (
@@ -205,7 +201,7 @@ class StreamReader:
         at = states[0].layers_done
         layer = record.get("layer")
         if at >= len(self._plan.layers) or layer != self._plan.layers[at] or any(s.layers_done != at for s in states):
-            raise ProtocolError(f"layer {layer!r} of sample '{states[0].sample.id}' is not the plan's next")
+            raise ProtocolError(f"layer {layer!r} of sample '{states[0].sample.id}' is not the next layer of the plan")
         layout = self._layout(record, min(state.tokens for state in states))
         if at and any(state.group.layout is not layout for state in states):
             raise ProtocolError(f"sample '{states[0].sample.id}': layer {layer} has another number of slots")
@@ -214,23 +210,23 @@ class StreamReader:
 
     def _layout(self, record: dict[str, Any], tokens: int) -> RowLayout:
         if tokens == 0:
-            raise ProtocolError("layer record of a sample that was not opened")
+            raise ProtocolError("layer record of a sample that has not been opened")
         limit = min(tokens, self._plan.selection.budget or tokens)
         slots = whole_number(record, "slots", 1, limit)
         layout = self._layouts.get(slots)
         if layout is None:
             layout = self._layouts[slots] = RowLayout(self._plan, self._info, slots)
         if record.get("codec") != self._plan.codec.name or record.get("parts") != layout.described:
-            raise ProtocolError(f"layer record of parts {record.get('parts')!r}, the plan gives {layout.described}")
+            raise ProtocolError(f"layer record has parts {record.get('parts')!r}, the plan needs {layout.described}")
         return layout
 
     def _errors(self, record: dict[str, Any], count: int) -> dict[str, list[float]]:
         errors = record.get("errors")
-        if not isinstance(errors, dict) or set(cast("dict[Any, Any]", errors)) != set(self._kinds):
-            raise ProtocolError(f"layer record states the errors {errors!r}, expected those of {self._kinds}")
+        if not isinstance(errors, dict) or set(cast("dict[Any, Any]", errors)) != set(TENSORS):
+            raise ProtocolError(f"layer record has the errors {errors!r}, expected one list for each of {TENSORS}")
         for values in cast("dict[str, Any]", errors).values():
             if not isinstance(values, list) or len(cast("list[Any]", values)) != count:
-                raise ProtocolError(f"layer record does not state one error for each of {count} samples")
+                raise ProtocolError(f"layer record does not have one error for each of {count} samples")
             for value in cast("list[Any]", values):
                 finite_number(value, "errors")
         return cast("dict[str, list[float]]", errors)
@@ -250,7 +246,7 @@ class StreamReader:
             group = Group(layout, len(states), len(self._plan.layers), self._plan.selection.scope == "sample")
             for row, state in enumerate(states):
                 state.group, state.row = group, row
-                state.errors = {kind: [] for kind in self._kinds}
+                state.errors = {kind: [] for kind in TENSORS}
         store_rows([(state.group, state.row) for state in states], at, rows, positions_BHM)
         for row, state in enumerate(states):
             state.layers_done += 1
@@ -268,7 +264,7 @@ class StreamReader:
         elif isinstance(status, str) and status in FAILURE_STATUSES and isinstance(message, str):
             result = RefusedSample(status, message)
         else:
-            problem = f"ended with the status {status!r} and the message {message!r}, which is no known end"
+            problem = f"ended with the status {status!r} and the message {message!r}, which is not a known status"
             raise ProtocolError(f"sample '{state.sample.id}' {problem}")
         state.close()
         return cast("int", index), result
@@ -281,13 +277,13 @@ class StreamReader:
         sent = {"tokens": state.tokens, "slots": state.group.layout.slots, "layers": state.layers_done}
         for name, count in sent.items():
             if record.get(name) != count:
-                raise ProtocolError(f"sample '{sample.id}' ended with {name} {record.get(name)!r}, {count} came")
+                raise ProtocolError(f"sample '{sample.id}' ended with {name} {record.get(name)!r}, but {count} arrived")
         if record.get("digest") != state.hash.intdigest():
             raise ProtocolError(f"sample '{sample.id}' does not match its digest")
         parts, positions = state.group.take(state.row)
         return EncodedSampleKV(
             sample_id=sample.id,
-            key=sample.content_key(self._info.weights_digest, plan),
+            key=sample.key(self._info.weights_digest, plan),
             layers=plan.layers,
             codec=plan.codec,
             parts=parts,
@@ -307,22 +303,22 @@ class StreamReader:
         self._ended = True
 
     def _state(self, index: object) -> SampleState:
-        """The sample at an index that the other side named, if a record for it may begin."""
+        """Returns the sample at an index from a record, after checking that a record for it may begin."""
         if type(index) is not int or not 0 <= index < len(self._states):
             raise ProtocolError(f"record of sample {index!r}, the request has {len(self._states)}")
         state = self._states[index]
         if state.done or state.incoming is not None:
-            raise ProtocolError(f"sample '{state.sample.id}': a record came after its end or inside another")
+            raise ProtocolError(f"sample '{state.sample.id}': a record after its end, or inside another record")
         return state
 
 
 class CompletionReader(StreamReader):
-    """Reads the answer to a `Generate` request: each sample's text first, then its K/V.
+    """Reads the answer to a `Generate` request: each sample's generated text, then its K/V.
 
-    `written` holds the texts that have come so far, by the sample's index in the request.
+    `completions` holds the texts received so far, by the sample's index in the request.
 
     Args:
-        request_id, plan, info: as of `StreamReader`.
+        request_id, plan, info: as for `StreamReader`.
         samples: the prompts as sent in the request.
         sampling: as sent in the request.
     """
@@ -331,43 +327,43 @@ class CompletionReader(StreamReader):
         self, request_id: str, plan: KVPlan, samples: Sequence[Sample], info: TeacherInfo, sampling: SamplingParams
     ) -> None:
         super().__init__(request_id, plan, samples, info, sampling)
-        self.written: dict[int, Completion] = {}
+        self.completions: dict[int, Completion] = {}
         self._sampling = sampling
 
-    def _take(self, record: dict[str, Any], chunk: memoryview, done: list[Result]) -> None:
+    def _read_record(self, record: dict[str, Any], chunk: memoryview, done: list[Result]) -> None:
         if record.get("kind") == "written" and not self._ended:
-            self._begin(record, self._open_written(record, len(chunk)), chunk)
+            self._begin(record, self._open_completion(record, len(chunk)), chunk)
         else:
-            super()._take(record, chunk, done)
+            super()._read_record(record, chunk, done)
 
-    def _open_written(self, record: dict[str, Any], first_bytes: int) -> Incoming:
+    def _open_completion(self, record: dict[str, Any], first_bytes: int) -> Incoming:
         state = self._state(record.get("index"))
         index = cast("int", record["index"])
-        if index in self.written or state.tokens:
-            raise ProtocolError(f"sample '{state.sample.id}' was written twice, or after it was opened")
+        if index in self.completions or state.tokens:
+            raise ProtocolError(f"sample '{state.sample.id}' has two texts, or a text after it was opened")
         state.check_identity(record)
-        size = whole_number(record, "size", first_bytes, _MAX_WRITTEN_BYTES) if "size" in record else first_bytes
-        return Incoming(size, [state], partial(self._accept_written, state, index, record))
+        size = whole_number(record, "size", first_bytes, _MAX_COMPLETION_BYTES) if "size" in record else first_bytes
+        return Incoming(size, [state], partial(self._accept_completion, state, index, record))
 
-    def _accept_written(self, state: SampleState, index: int, record: dict[str, Any], body: memoryview) -> None:
+    def _accept_completion(self, state: SampleState, index: int, record: dict[str, Any], body: memoryview) -> None:
         try:
             text = str(body, "utf-8")
         except UnicodeDecodeError as error:
-            raise ProtocolError(f"sample '{state.sample.id}': what was written is not UTF-8: {error}") from error
+            raise ProtocolError(f"sample '{state.sample.id}': the generated text is not UTF-8: {error}") from error
         sample = completed_sample(state.sample, text, self._sampling.answer_marker)
         spans = [[span.kind, span.start, span.end] for span in sample.spans]
         if record.get("spans") != spans:
-            raise ProtocolError(f"sample '{sample.id}' was written with the spans {record.get('spans')!r}, not {spans}")
+            raise ProtocolError(f"sample '{sample.id}' has the spans {record.get('spans')!r}, expected {spans}")
         reason = record.get("finish_reason")
         if reason not in ("stop", "length"):
-            raise ProtocolError(f"sample '{sample.id}' ended its text for the reason {reason!r}")
+            raise ProtocolError(f"sample '{sample.id}' has the finish reason {reason!r}")
         tokens = whole_number(record, "tokens", 0, self._sampling.max_new_tokens)
-        queue_s, write_s = seconds_of(record.get("timings"), ("queue", "write"))
-        self.written[index] = Completion(sample, reason, tokens, queue_s, write_s)
+        queue_s, generate_s = seconds_of(record.get("timings"), ("queue", "write"))
+        self.completions[index] = Completion(sample, reason, tokens, queue_s, generate_s)
         state.sample = sample
 
     def _open_sample(self, record: dict[str, Any]) -> Incoming:
         incoming = super()._open_sample(record)
-        if record["index"] not in self.written:
-            raise ProtocolError(f"sample '{incoming.states[0].sample.id}' was opened before its text came")
+        if record["index"] not in self.completions:
+            raise ProtocolError(f"sample '{incoming.states[0].sample.id}' was opened before its text")
         return incoming

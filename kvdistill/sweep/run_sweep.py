@@ -103,7 +103,7 @@ def _write_table(runs: Sequence[SweepRun]) -> None:
 def _run_all(left: Sequence[SweepRun]) -> list[str]:
     """Runs all in order; reports failures as they happen and returns the names of the failed runs."""
     failed: list[str] = []
-    with ended_by_sigterm(), Meter({"runs": len(left)}, Console(), every=0, say=_print) as meter:
+    with ended_by_sigterm(), Meter({"runs": len(left)}, Console(), every=0, log=_print) as meter:
         for run in left:
             try:
                 execute(run)

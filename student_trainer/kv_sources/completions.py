@@ -10,7 +10,7 @@ from google.protobuf.message import Message
 
 from kvcore.plan import SamplingParams
 from kvcore.types import EncodedSampleKV, Sample
-from kvcore.wire import messages as wire
+from kvcore.wire import messages
 from kvcore.wire.completion import Completion
 from kvcore.wire.stream_reader import CompletionReader, StreamReader
 from protos import kv_cache_pb2 as pb
@@ -72,7 +72,7 @@ class CompletionSource(RemoteSource):
         results = self.fetch(prompts)
         # The last completion counts if a sample was requested again.
         completions = {
-            sample.id: reader.written.get(index)
+            sample.id: reader.completions.get(index)
             for samples, reader in self._readers
             for index, sample in enumerate(samples)
         }
@@ -82,9 +82,9 @@ class CompletionSource(RemoteSource):
     def _request(self, request_id: str, samples: Sequence[Sample]) -> tuple[Message, StreamReader]:
         request = pb.GenerateRequest(
             request_id=request_id,
-            plan=wire.plan_to_proto(self.plan),
-            samples=[wire.sample_to_proto(sample) for sample in samples],
-            sampling=wire.sampling_to_proto(self._sampling),
+            plan=messages.plan_to_proto(self.plan),
+            samples=[messages.sample_to_proto(sample) for sample in samples],
+            sampling=messages.sampling_to_proto(self._sampling),
         )
         reader = CompletionReader(request_id, self.plan, samples, self.info, self._sampling)
         self._readers.append((samples, reader))
@@ -94,6 +94,6 @@ class CompletionSource(RemoteSource):
 def _joined(completion: Completion | None, kv: KVResult) -> CompletedSample:
     """Takes the time of generation out of the time counted as network."""
     if completion is not None and isinstance(kv, EncodedSampleKV):
-        network_s = max(0.0, kv.timings.network - completion.queue_s - completion.write_s)
+        network_s = max(0.0, kv.timings.network - completion.queue_s - completion.generate_s)
         kv = replace(kv, timings=replace(kv.timings, network=network_s))
     return CompletedSample(completion, kv)

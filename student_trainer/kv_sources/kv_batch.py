@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -81,19 +81,11 @@ def decode_and_pad(
     return _padded(kv, rows, len(results), slots), sums
 
 
-def map_kv(kv: BatchKV, change: Callable[[Tensor], Tensor]) -> BatchKV:
-    """Applies a function to every tensor of a batch."""
-    k_BLHMD, v_BLHMD = (None if x is None else change(x) for x in (kv.k_BLHMD, kv.v_BLHMD))
-    return BatchKV(k_BLHMD, v_BLHMD, change(kv.mask_BM), change(kv.byte_ends_BLHM))
-
-
 def _no_samples(info: TeacherInfo, plan: KVPlan) -> BatchKV:
     """A batch of no samples and one slot: every rank goes through the same steps, even if a teacher sent nothing."""
     x_BLHMD = torch.zeros(0, len(plan.layers), info.kv_heads, 1, info.head_dim)
     ends_BLHM = torch.zeros(0, 1, 1, 1, dtype=torch.long)
-    return BatchKV(
-        x_BLHMD if plan.keys else None, x_BLHMD if plan.values else None, torch.zeros(0, 1, dtype=torch.bool), ends_BLHM
-    )
+    return BatchKV(x_BLHMD, x_BLHMD, torch.zeros(0, 1, dtype=torch.bool), ends_BLHM)
 
 
 def _padded(kv: BatchKV, rows: list[int], batch: int, slots: int | None) -> BatchKV:
@@ -111,9 +103,8 @@ def _padded(kv: BatchKV, rows: list[int], batch: int, slots: int | None) -> Batc
         whole.narrow(slot_dim, 0, width)[rows] = x
         return whole
 
-    return BatchKV(
-        None if kv.k_BLHMD is None else padded(kv.k_BLHMD, 3),
-        None if kv.v_BLHMD is None else padded(kv.v_BLHMD, 3),
-        padded(kv.mask_BM, 1),
-        padded(kv.byte_ends_BLHM, 3, fill=-1),
+    return replace(
+        kv.map(lambda x_BLHMD: padded(x_BLHMD, 3)),
+        mask_BM=padded(kv.mask_BM, 1),
+        byte_ends_BLHM=padded(kv.byte_ends_BLHM, 3, fill=-1),
     )

@@ -52,7 +52,7 @@ class OfflineSource(KVSource):
         self._reader.close()
 
     def _read(self, sample: Sample) -> KVResult:
-        stored = self._reader.get(sample.content_key(self.info.weights_digest, self._plan))
+        stored = self._reader.get(sample.key(self.info.weights_digest, self._plan))
         if stored is None:
             return MissingKV(sample.id, f"not in the store {self._directory}; record it with kv.mode=record first")
         stored.sample_id = sample.id

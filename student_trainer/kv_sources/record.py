@@ -81,4 +81,4 @@ class Record(WrappingSource):
         return stored
 
     def _key(self, sample: Sample) -> str:
-        return sample.content_key(self.info.weights_digest, self.plan)
+        return sample.key(self.info.weights_digest, self.plan)

@@ -20,7 +20,7 @@ from kvcore.errors import FieldError, KVDistillError, ProtocolError, TeacherRefu
 from kvcore.monitoring import tracing
 from kvcore.plan import KVPlan
 from kvcore.types import EncodedSampleKV, MissingKV, Sample, TeacherInfo, Timings
-from kvcore.wire import messages as wire
+from kvcore.wire import messages
 from kvcore.wire.channel_arguments import client_arguments
 from kvcore.wire.stream_reader import StreamReader
 from protos import kv_cache_pb2 as pb
@@ -125,13 +125,13 @@ class RemoteSource(KVSource):
         except ValueError as error:
             raise self._closed_error() from error
         try:
-            info = wire.info_from_proto(response)
+            info = messages.info_from_proto(response)
         except FieldError as error:
             raise TeacherRefusedError(self._teacher, f"{self.endpoint} describes itself wrongly: {error}") from error
         except ProtocolError as error:
             raise self._damage(error) from error
         self._info, self._plan = info, self._plan_for(info)
-        self._plan_message = wire.plan_to_proto(self._plan)
+        self._plan_message = messages.plan_to_proto(self._plan)
         needed = info.max_frame_bytes + HEADER_ALLOWANCE_BYTES
         if needed > self._receive_bytes:
             self._channel.close()
@@ -218,8 +218,8 @@ class RemoteSource(KVSource):
 
     def _request(self, request_id: str, samples: Sequence[Sample]) -> tuple[Message, StreamReader]:
         """A request, and the reader of its response stream."""
-        messages = [wire.sample_to_proto(sample) for sample in samples]
-        request = pb.KVRequest(request_id=request_id, plan=self._plan_message, samples=messages)
+        sent = [messages.sample_to_proto(sample) for sample in samples]
+        request = pb.KVRequest(request_id=request_id, plan=self._plan_message, samples=sent)
         return request, StreamReader(request_id, self.plan, samples, self.info)
 
     def _attributes(self, requested: Sequence[Sample]) -> tracing.Attributes:
@@ -236,10 +236,10 @@ class RemoteSource(KVSource):
 
     def _check_teacher(self, metadata: dict[str, Any]) -> None:
         """Checks who answers: a channel reconnects by itself to a restarted server, or to another one of a balancer."""
-        teacher = metadata.get(wire.TEACHER_METADATA)
+        teacher = metadata.get(messages.TEACHER_METADATA)
         if teacher is None:
             raise ProtocolError("the response does not name its teacher")
-        if teacher != wire.teacher_metadata(self.info):
+        if teacher != messages.teacher_metadata(self.info):
             raise self._unavailable("another teacher answers at this endpoint than before")
 
     def _wait_for_room(self, busy: _BusyError, give_up_at: float) -> None:

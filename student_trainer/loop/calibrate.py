@@ -9,10 +9,9 @@ import torch
 import torch.distributed as dist
 
 from align.calibration import Calibration, LayerCalibration, StudentRead
-from align.head_dim_adapter import TENSORS
 from data.records import Record
 from kvcore.errors import FieldError
-from kvcore.types import Tensor
+from kvcore.types import TENSORS, Tensor
 from student_trainer.loop.rank_failures import FailTogether, shared_failure
 from student_trainer.model.distill_model import DistillModel, TrainBatch
 from student_trainer.monitoring.phase_progress import show_progress

@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 
-from align.aligner import Aligner, plan_for
+from align.aligner import Aligner
 from align.head_dim_adapter import KVGeometry
+from align.teacher_plan import plan_for
 from data.collate import Collator
 from data.records import Record, content_digest, load_records
 from kvcore.errors import TeacherRefusedError
@@ -23,7 +24,7 @@ from kvcore.tensors.projections import kv_projections
 from kvcore.types import BatchKV, TeacherInfo
 from student_trainer.config import StudentConfig, TrainConfig
 from student_trainer.kv_sources import KVSource, PendingKV, build_source
-from student_trainer.kv_sources.kv_batch import decode_and_pad, map_kv
+from student_trainer.kv_sources.kv_batch import decode_and_pad
 from student_trainer.loop import checkpoint, ds_engine
 from student_trainer.loop.calibrate import calibrate
 from student_trainer.loop.checkpoint import Checkpoint
@@ -101,7 +102,7 @@ class TrainingContext:
             results = requested.result()
             received = time.monotonic()
             kv, sums = decode_and_pad(name, results, source.info, source.plan, slots, self.config.kv.on_missing)
-            caches.append(map_kv(kv, lambda x: x.to(device, non_blocking=True)))
+            caches.append(kv.to(device))
             sums.seconds.update(stall=received - began, decode=time.monotonic() - received)
             metrics.add_teacher(name, sums)
         return TrainBatch(self.collator(records).to(device), tuple(caches))
@@ -178,7 +179,14 @@ def _connect(
     settings = config.align.model_dump(exclude={"time", "calibration_samples"})
 
     def plan(info: TeacherInfo) -> KVPlan:
-        return plan_for(geometry, info, selection=config.kv.selection, codec=config.kv.codec, **settings)
+        return plan_for(
+            geometry,
+            KVGeometry(info.layers, info.kv_heads, info.head_dim),
+            selection=config.kv.selection,
+            codec=config.kv.codec,
+            layer_map=config.align.layer_map,
+            head_adapter=config.align.head_adapter,
+        )
 
     sources: dict[str, KVSource] = {}
     aligners: list[Aligner] = []

@@ -11,9 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from align.head_dim_adapter import TENSORS
 from data.records import Record
-from kvcore.types import Tensor
+from kvcore.types import TENSORS, Tensor
 from student_trainer.loop.greedy_answers import answer, is_correct, mean_over_ranks, rank_batches
 from student_trainer.loop.training_context import TrainingContext
 from student_trainer.model.distill_model import TrainBatch

@@ -12,13 +12,11 @@ import torch
 from torch import nn
 
 from align.aligner import Aligner
-from align.head_dim_adapter import TENSORS
 from align.time_align import TimeAligner
 from align.token_layout import at_student_tokens, at_teacher_slots
 from data.collate import StudentBatch
-from kvcore.types import BatchKV, Tensor
+from kvcore.types import TENSORS, BatchKV, Tensor
 from student_trainer.config import TrainConfig
-from student_trainer.kv_sources.kv_batch import map_kv
 from student_trainer.model.latent import AnswerReading, LatentStudent, TextReading
 from student_trainer.model.losses import codi_loss, cross_entropy, error_by_layer_and_head, kv_distance
 from student_trainer.model.router_loss import router_loss
@@ -34,8 +32,7 @@ class TrainBatch:
 
     def first(self, count: int) -> TrainBatch:
         """Only the first `count` samples."""
-        teachers = tuple(map_kv(kv, lambda x: x[:count]) for kv in self.teachers)
-        return TrainBatch(self.tokens.first(count), teachers)
+        return TrainBatch(self.tokens.first(count), tuple(kv[:count] for kv in self.teachers))
 
 
 @dataclass(frozen=True, slots=True)
@@ -251,7 +248,6 @@ class DistillModel(nn.Module):
         for one, kv in zip(aligned, batch.teachers, strict=True):
             slots = BatchKV(one.k_BLHMD, one.v_BLHMD, one.mask_BM, kv.byte_ends_BLHM)
             text = at_student_tokens(slots, batch.tokens.text_byte_ends_BT)
-            assert text.k_BLHMD is not None and text.v_BLHMD is not None  # noqa: PT018
             found.append(AlignedTeacher(text.k_BLHMD, text.v_BLHMD, text.mask_BM))
         return found
 

@@ -1,4 +1,4 @@
-"""The alignments' report as one HTML page."""
+"""The HTML page of the alignment report."""
 
 from __future__ import annotations
 
@@ -18,10 +18,9 @@ _PICTURES: tuple[tuple[str, str, Callable[[Report], bytes | None]], ...] = (
     (
         "explained variance by layer",
         (
-            "How much of the variance the map explains on samples that it was not fitted on: 1 is exact, 0 no better "
-            "than the mean. The control is fitted and measured in the same way with the student's tokens of another "
-            "sample of the batch, so it shows what position and format alone explain; a map is worth as much as it "
-            "lies above it. "
+            "The variance that the map explains on held-out samples: 1 is exact, 0 is no better than the mean. The "
+            "control is fitted and measured in the same way with the student's tokens of another sample of the batch, "
+            "so it shows what position and format alone explain. What counts is how far the map is above the control. "
             f"Bars end at {LOWEST_SHOWN:g}."
         ),
         draw_explained,
@@ -30,32 +29,32 @@ _PICTURES: tuple[tuple[str, str, Callable[[Report], bytes | None]], ...] = (
     (
         "similarity of layers",
         (
-            "Linear CKA on the calibration samples: 1 is equal but for a rotation and a scale. The map takes the path "
-            "through the mean of both that adds up to most without ever going back."
+            "Linear CKA on the calibration samples: 1 means equal except for a rotation and a scale. The map takes the "
+            "path with the largest sum through the mean of both, without going back to an earlier layer."
         ),
         draw_similarity,
     ),
     (
         "token coverage",
         (
-            "Tokens that stand for text, but for the first ones of a text. A selection sends some slots only, so "
-            "that most student tokens then have none."
+            "Tokens of the text, except the first ones (sinks). If a selection keeps only some tokens, most student "
+            "tokens have no counterpart."
         ),
         draw_coverage,
     ),
 )
 _INTRODUCTION = (
-    "Measured on the calibration samples, before the first step. The figures are in alignment.json beside this page."
+    "Measured on the calibration samples before the first step. The numbers are in alignment.json in this directory."
 )
 _OVERVIEW_HEADINGS = ("teacher", "keys explained", "control", "values explained", "control", "student tokens paired")
 
 
 def render_page(teachers: Mapping[str, Report]) -> str:
-    """The whole page."""
+    """Returns the whole page."""
     return page(
         "kvdistill alignment",
         (
-            heading("How the teachers' K/V meet the student's", 1),
+            heading("Alignment of the teachers' K/V with the student's", 1),
             paragraphs([_INTRODUCTION]),
             table(_OVERVIEW_HEADINGS, [_overview(name, report) for name, report in teachers.items()]),
             *(_teacher(name, report) for name, report in teachers.items()),
@@ -90,7 +89,7 @@ def _settings(report: Report) -> list[tuple[str, str]]:
         ("direction", report["direction"]),
         ("layer map", report["layer_strategy"]),
         ("head adapter", report["head_adapter"]),
-        ("token pairing", f"{report['tokens']}; tokens left out at the start of a text: {report['sink_tokens']}"),
+        ("token pairing", f"{report['tokens']}; first tokens of a text left out: {report['sink_tokens']}"),
         ("teacher", _geometry(report["teacher"])),
         ("student", _geometry(report["student"])),
         ("token pairs fitted on / held out", f"{rows['fit']:,} / {rows['held_out']:,}"),

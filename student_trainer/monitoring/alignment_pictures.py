@@ -1,4 +1,4 @@
-"""The pictures of an alignment's report, as PNG, drawn by matplotlib without a display."""
+"""The pictures of the alignment report, as PNG, drawn by matplotlib without a display."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from student_trainer.monitoring.chart_style import LIGHT, rendered, style
 Report = Mapping[str, Any]
 
 SIDES = {"k": "keys", "v": "values"}
-# Below it nothing is to be learnt from how far: such a map is worse than the mean.
+# Bars end here: a map below it is worse than the mean, however far.
 LOWEST_SHOWN = -0.5
 (_TRUE, _CONTROL, *_), _REST, _INK = LIGHT.series, LIGHT.faint, LIGHT.ink
 # More cells, or bars, than this carry no number.
@@ -26,7 +26,7 @@ _WIDEST = 9.3
 
 
 def draw_layer_map(report: Report) -> bytes | None:
-    """Weights of the teacher's layers in each student layer; None where the map is not known."""
+    """Weights of the teacher's layers in each student layer; None if the map is not known."""
     mapping: dict[str, list[list[float]]] | None = report["layer_map"]
     if mapping is None:
         return None
@@ -41,7 +41,7 @@ def draw_layer_map(report: Report) -> bytes | None:
 
 
 def draw_similarity(report: Report) -> bytes | None:
-    """CKA of every pair of layers, keys and values, with the layers chosen marked; None where it was not measured."""
+    """CKA of every pair of layers for keys and values, with the mapped layers framed; None if not measured."""
     cka: dict[str, list[list[float | None]]] | None = report["cka"]
     if cka is None or report["layer_map"] is None:
         return None
@@ -50,7 +50,7 @@ def draw_similarity(report: Report) -> bytes | None:
         figure, sides = _figure(2, width, height)
         for axes, (tensor, name) in zip(sides, SIDES.items(), strict=True):
             values = [[math.nan if value is None else value for value in row] for row in cka[tensor]]
-            _heat(axes, values, f"Linear CKA of {name}, chosen layers framed", "Greens")
+            _heat(axes, values, f"Linear CKA of {name}, mapped layers framed", "Greens")
             for s, row in report["layer_map"].items():
                 frame = Rectangle((row[0][0] - 0.5, int(s) - 0.5), 1, 1, fill=False, edgecolor=_CONTROL, linewidth=2)
                 axes.add_patch(frame)
@@ -58,7 +58,7 @@ def draw_similarity(report: Report) -> bytes | None:
 
 
 def draw_explained(report: Report) -> bytes | None:
-    """Explained variance by student layer beside its shuffled control; None where nothing is fitted."""
+    """Explained variance by student layer, with its shuffled control; None if nothing is fitted."""
     true, control = report["explained_variance"], report["explained_variance_shuffled"]
     if not true["k"]:
         return None
@@ -68,7 +68,7 @@ def draw_explained(report: Report) -> bytes | None:
             _bars(axes, true[tensor], -0.2, _TRUE, "paired tokens")
             _bars(axes, control[tensor], 0.2, _CONTROL, "another sample's (control)")
             threshold = report["min_explained_variance"]
-            axes.axhline(threshold, color=_INK, linestyle="--", linewidth=1, label=f"warned below {threshold:g}")
+            axes.axhline(threshold, color=_INK, linestyle="--", linewidth=1, label=f"warning below {threshold:g}")
             axes.axhline(0.0, color=_INK, linewidth=0.8)
             known = [value for value in (*true[tensor], *control[tensor]) if value is not None]
             lowest = max(LOWEST_SHOWN, min([0.0, *known]))
@@ -77,13 +77,13 @@ def draw_explained(report: Report) -> bytes | None:
             axes.set_xlim(-0.6, len(true[tensor]) - 0.4)
             axes.set_xlabel("student layer")
             axes.set_ylabel("explained variance")
-            axes.set_title(f"Explained variance of {name}, samples held out")
+            axes.set_title(f"Explained variance of {name}, held-out samples")
         figure.legend(*sides[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
         return rendered(figure, "png")
 
 
 def draw_coverage(report: Report) -> bytes | None:
-    """The share of tokens and slots that find a counterpart; None where it was not measured."""
+    """The share of tokens and slots with a counterpart; None if not measured."""
     coverage: dict[str, dict[str, int]] | None = report["coverage"]
     if coverage is None:
         return None
@@ -106,12 +106,12 @@ def draw_coverage(report: Report) -> bytes | None:
 
 
 def _within(inches: float) -> float:
-    """A width that a page shows at full size."""
+    """Limits a width in inches to what the page shows at full size."""
     return min(_WIDEST, max(_WIDEST / 2, inches))
 
 
 def _figure(count: int, width: float, height: float) -> tuple[Figure, list[Axes]]:
-    """Axes of that size side by side, or above each other where they are too wide for it."""
+    """Axes of this size side by side, or one above the other if they are too wide."""
     columns = count if count * width <= _WIDEST else 1
     rows = count // columns
     figure = Figure(figsize=(columns * width, rows * height), dpi=120, layout="constrained")
@@ -119,7 +119,7 @@ def _figure(count: int, width: float, height: float) -> tuple[Figure, list[Axes]
 
 
 def _heat_size(values: Sequence[Sequence[Any]]) -> tuple[float, float]:
-    """Inches that give every cell room, within reason."""
+    """Width and height in inches with room for every cell, within limits."""
     return _within(0.42 * len(values[0]) + 1.8), min(7.0, max(2.4, 0.42 * len(values) + 1.2))
 
 
@@ -158,6 +158,6 @@ def _bars(axes: Axes, values: Sequence[float | None], offset: float, colour: str
             va="top" if below else "bottom",
             color=colour,
             fontsize=8,
-            # Readable where the threshold passes behind it.
+            # Readable in front of the threshold line.
             bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.5},
         )

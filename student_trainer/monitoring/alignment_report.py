@@ -1,4 +1,4 @@
-"""What an alignment came to, for people: as JSON, and as one page with pictures that loads nothing from outside."""
+"""The report of a run's alignments: JSON, and a self-contained page with pictures."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from kvcore.files import replace_file, write_json
 
 @dataclass(frozen=True, slots=True)
 class AlignmentReport:
-    """The alignments of a run: `Aligner.report()` by the teachers' names."""
+    """The alignments of a run: `Aligner.report()` by teacher name."""
 
     teachers: Mapping[str, Mapping[str, Any]]
 
     def write(self, directory: Path) -> list[Path]:
-        """Writes alignment.json and alignment.html, replacing them, and returns the paths."""
+        """Writes alignment.json and alignment.html and returns their paths."""
         directory.mkdir(parents=True, exist_ok=True)
         paths = [directory / "alignment.json", directory / "alignment.html"]
         write_json(paths[0], {"teachers": self.teachers})
@@ -25,7 +25,7 @@ class AlignmentReport:
         return paths
 
     def _page(self) -> str:
-        # Slow to import, and needed once in a run.
+        # Imported late, because it is slow and needed once per run.
         from student_trainer.monitoring.alignment_page import render_page  # noqa: PLC0415
 
         return render_page(self.teachers)

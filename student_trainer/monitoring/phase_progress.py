@@ -24,7 +24,7 @@ def show_progress(what: str, batches: Sequence[BatchT]) -> Iterator[BatchT]:
         return
     lines = Console(stderr=True, force_terminal=False)
     log = logger.debug if run.on_terminal else logger.info
-    with Meter({what: len(batches)}, lines, brief=True, say=log) as meter:
+    with Meter({what: len(batches)}, lines, brief=True, log=log) as meter:
         try:
             for number, batch in enumerate(batches):
                 run.doing = f"{what} {number}/{len(batches)}"

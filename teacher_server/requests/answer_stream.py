@@ -76,7 +76,7 @@ class AnswerStream:
 
     def announce(self, index: int, prompt: Sample, completion: Completion) -> None:
         """Send the completion of a prompt; its K/V follow later."""
-        self._put(self._writer.written(index, prompt, completion))
+        self._put(self._writer.completion(index, prompt, completion))
 
     def on_layer(self, jobs: Sequence[Job], rows: Sequence[int], result: LayerResult) -> None:
         """See `Sink.on_layer`."""

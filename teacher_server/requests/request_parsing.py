@@ -37,9 +37,9 @@ class KVQuery:
     samples: list[Sample]
     sampling: SamplingParams | None = None
 
-    def content_keys(self, info: TeacherInfo) -> list[str]:
+    def sample_keys(self, info: TeacherInfo) -> list[str]:
         """The content key of each sample as the server understood it."""
-        return [sample.content_key(info.weights_digest, self.plan, self.sampling) for sample in self.samples]
+        return [sample.key(info.weights_digest, self.plan, self.sampling) for sample in self.samples]
 
 
 @dataclass(frozen=True, slots=True)

@@ -169,7 +169,7 @@ class TeacherKVService:
             metric.labels(status).inc()
             call.failed_samples += status != "ok"
 
-        keys = await self._in_thread(query.content_keys, backend.engine.info)
+        keys = await self._in_thread(query.sample_keys, backend.engine.info)
         writer = FrameWriter(query.request_id, query.plan, keys, self._state.config.max_frame_bytes)
         return backend, call, AnswerStream(writer, len(query.samples), count_sample)
 

@@ -13,9 +13,9 @@ import torch
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from align.aligner import Aligner, plan_for
+from align.aligner import Aligner
 from align.calibration import Calibration, LayerCalibration, StudentRead
-from align.head_dim_adapter import TENSORS, KVGeometry
+from align.head_dim_adapter import KVGeometry
 from align.token_layout import at_student_tokens, at_teacher_slots
 from data.collate import Collator
 from data.records import Record, epoch_order
@@ -26,7 +26,7 @@ from experiments.demo.tokenizers import build_tokenizer
 from kvcore.plan import CodecSpec, KVPlan, Selection
 from kvcore.tensors.codec import decode_batch
 from kvcore.tensors.projections import kv_projections
-from kvcore.types import BatchKV, EncodedSampleKV
+from kvcore.types import TENSORS, BatchKV, EncodedSampleKV
 from student_trainer.model.capture import capture_kv
 from student_trainer.monitoring.alignment_report import AlignmentReport
 from teacher_server.config import ServeConfig
@@ -128,7 +128,7 @@ def trained(name: ModelName, directory: Path) -> tuple[Model, list[float]]:
 def calibrated(teacher: Model, student: Model, samples: int, **settings: Any) -> tuple[Aligner, KVPlan]:
     """Fitted on the first samples, in batches."""
     aligner = Aligner(teacher.geometry, student.geometry, **settings)
-    plan = plan_for(student.geometry, teacher.engine.info, selection=EVERYTHING, codec=EXACT, **settings)
+    plan = KVPlan(layers=aligner.layers_needed, selection=EVERYTHING, codec=EXACT)
     batches = [RECORDS[start : start + BATCH] for start in range(0, samples, BATCH)]
     passes = [LayerCalibration] if aligner.needs_layer_pass else []
     for kind in (*passes, Calibration):

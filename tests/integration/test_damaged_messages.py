@@ -119,7 +119,7 @@ def test_a_flipped_bit_that_the_server_accepts_is_reported_with_its_sample(
     proxy: DamagingProxy, source: RemoteSource
 ) -> None:
     proxy.request = lambda message: message.replace(b"3 apples", b"2 apples")
-    problem = f"teacher 'math' at {proxy.endpoint}: sample 'text': the teacher understood another request than was sent"
+    problem = f"teacher 'math' at {proxy.endpoint}: sample 'text': the teacher answered another request than"
     with pytest.raises(ProtocolError, match=problem):
         source.fetch(SAMPLES)
 
@@ -131,7 +131,7 @@ def test_a_sample_that_fails_because_of_damage_is_not_missing(proxy: DamagingPro
         return request.SerializeToString()
 
     proxy.request = drop_reasoning
-    with pytest.raises(ProtocolError, match="sample 'text': the teacher understood another request than was sent"):
+    with pytest.raises(ProtocolError, match="sample 'text': the teacher answered another request than the one sent"):
         source.fetch(SAMPLES)
 
 
@@ -184,7 +184,7 @@ def test_recording_never_stores_wrong_kv(proxy: DamagingProxy, source: RemoteSou
     record.close()
     with closing(KVStoreReader(tmp_path)) as reader:
         for sample, right in zip(asked, wanted, strict=True):
-            stored = reader.get(sample.content_key(source.info.weights_digest, plan))
+            stored = reader.get(sample.key(source.info.weights_digest, plan))
             if stored is not None:
                 stored.sample_id = sample.id
                 assert_right([stored], [right])

@@ -25,7 +25,7 @@ from data.records import load_records
 from kvcore.errors import TeacherRefusedError
 from kvcore.plan import CodecSpec, KVPlan, SamplingParams, Selection
 from kvcore.types import EncodedSampleKV, MissingKV, Sample, Span
-from kvcore.wire import messages as wire
+from kvcore.wire import messages
 from protos import kv_cache_pb2 as pb
 from protos import kv_cache_pb2_grpc as pb_grpc
 from student_trainer.kv_sources.completions import CompletedSample, CompletionSource
@@ -131,9 +131,9 @@ def assert_kv_of_its_text(
 def request_of(**changes: Any) -> pb.GenerateRequest:
     request = pb.GenerateRequest(
         request_id="r",
-        plan=wire.plan_to_proto(plan_of()),
-        samples=[wire.sample_to_proto(sample) for sample in PROMPTS[:2]],
-        sampling=wire.sampling_to_proto(GREEDY),
+        plan=messages.plan_to_proto(plan_of()),
+        samples=[messages.sample_to_proto(sample) for sample in PROMPTS[:2]],
+        sampling=messages.sampling_to_proto(GREEDY),
     )
     for path, value in changes.items():
         *parents, last = path.split("__")
@@ -261,7 +261,6 @@ def test_a_plain_protobuf_client_gets_the_text_from_the_frames(teacher: ServerIn
                 "layers": [0],
                 "selection": {"selector": "full", "span": "SPAN_KIND_ALL", "scope": "SCOPE_SAMPLE"},
                 "codec": {"name": "bf16"},
-                "keys": True,
             },
             "samples": [{"id": "p0", "text": PROMPTS[0].text}],
             "sampling": {"maxNewTokens": 30},

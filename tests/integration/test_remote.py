@@ -103,7 +103,7 @@ def test_frames_that_stay_damaged_are_reported(teacher, source):
 
 def test_a_stream_that_ends_early_without_an_error_is_an_error(teacher, source):
     teacher.frames_at_most = 2
-    with pytest.raises(ProtocolError, match="broke off after 2 of 4 samples"):
+    with pytest.raises(ProtocolError, match="ended early, after 2 of 4 samples"):
         source.fetch(SAMPLES)
     assert teacher.requests == [IDS, IDS[2:]]
 

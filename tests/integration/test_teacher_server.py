@@ -196,9 +196,9 @@ def test_concurrent_requests_of_mixed_plans_get_their_own_answers(families: Runn
     endpoint = families.teachers["qwen2"].endpoint
     plans = [
         KVPlan(layers=(0, 1, 2), selection=FULL, codec=RAW),
-        KVPlan(layers=(2,), selection=FULL, codec=RAW, values=False),
+        KVPlan(layers=(2,), selection=FULL, codec=RAW),
         KVPlan(layers=(0, 2), selection=Selection(selector="r_kv", budget=3), codec=RAW),
-        KVPlan(layers=(1,), selection=Selection(selector="uniform", budget=2, scope="head"), codec=RAW, keys=False),
+        KVPlan(layers=(1,), selection=Selection(selector="uniform", budget=2, scope="head"), codec=RAW),
         KVPlan(layers=(0, 1), selection=Selection(selector="right", budget=4, scope="layer"), codec=RAW),
     ]
     samples = text_samples()

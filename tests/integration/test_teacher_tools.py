@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from align.aligner import plan_for
+from align.head_dim_adapter import KVGeometry
+from align.teacher_plan import plan_for
 from data.records import load_records
 from extraction.teachers import model_geometry
 from kvcore.config import parse
@@ -54,11 +55,11 @@ def test_inspect_shows_server_description(server: TeacherProcess) -> None:
 def test_planned_bytes_equal_sent_bytes(world: World, server: TeacherProcess) -> None:
     changes: dict[str, Any] = {"kv": {"selection": {"selector": "full"}}, "align": {"time": "linear"}}
     config = parse(world.config("run", {"ada": [server.endpoint]}, **changes), TrainConfig)
-    settings = config.align.model_dump(exclude={"time", "calibration_samples"})
     student = model_geometry(str(world.student), "student.path")
 
     def plan(info: Any) -> Any:
-        return plan_for(student, info, selection=config.kv.selection, codec=config.kv.codec, **settings)
+        teacher = KVGeometry(info.layers, info.kv_heads, info.head_dim)
+        return plan_for(student, teacher, selection=config.kv.selection, codec=config.kv.codec)
 
     samples = [record.sample() for record in load_records(world.train)]
     with closing(RemoteSource("ada", server.endpoint, plan)) as source:

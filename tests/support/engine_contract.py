@@ -136,8 +136,8 @@ def test_plans_of_all_kinds_share_a_batch(engine: TeacherEngine) -> None:
         KVPlan(layers=(2,), selection=Selection(selector="random", budget=4, scope="layer", seed=7)),
         KVPlan(layers=(0, 1, 2), selection=Selection(selector="keydiff", budget=4, scope="head"), codec=RAW),
         KVPlan(layers=(0, 1, 2), selection=Selection(selector="keydiff", budget=4, scope="sample")),
-        KVPlan(layers=(1, 2), selection=Selection(selector="r_kv", budget=4, scope="head"), codec=RAW, values=False),
-        KVPlan(layers=(0, 2), selection=Selection(selector="r_kv", budget=4, scope="layer"), codec=RAW, keys=False),
+        KVPlan(layers=(1, 2), selection=Selection(selector="r_kv", budget=4, scope="head"), codec=RAW),
+        KVPlan(layers=(0, 2), selection=Selection(selector="r_kv", budget=4, scope="layer"), codec=RAW),
         EVERYTHING,
     ]
     outcome = run_plans(engine, [(tokens, plan) for plan in plans])
@@ -147,8 +147,7 @@ def test_plans_of_all_kinds_share_a_batch(engine: TeacherEngine) -> None:
     for row, plan in enumerate(plans):
         found = outcome.of(row)
         assert [result.layer for result, _ in found] == list(plan.layers)
-        kinds = [kind for kind, asked in (("k", plan.keys), ("v", plan.values)) if asked]
-        for kind in kinds:
+        for kind in ("k", "v"):
             for (result, place), tensor in zip(found, outcome.tensors(row, kind, plan), strict=True):
                 chosen = result.positions[place].tolist()
                 for head in range(engine.info.kv_heads):

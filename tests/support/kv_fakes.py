@@ -11,7 +11,7 @@ import torch
 from kvcore.errors import TeacherUnavailableError
 from kvcore.plan import CodecSpec, KVPlan, Selection
 from kvcore.tensors import codec
-from kvcore.types import EncodedSampleKV, MissingKV, Sample, TeacherInfo, Tensor
+from kvcore.types import TENSORS, EncodedSampleKV, MissingKV, Sample, TeacherInfo, Tensor
 from student_trainer.kv_sources.base import KVResult, KVSource, PendingKV
 
 INFO = TeacherInfo(
@@ -49,14 +49,14 @@ def kv_of(sample: Sample, info: TeacherInfo = INFO, plan: KVPlan = PLAN) -> Enco
     slots = min(plan.selection.budget, tokens)
     parts: dict[str, Tensor] = {}
     errors: dict[str, list[float]] = {}
-    for kind in codec.KINDS:
+    for kind in TENSORS:
         x_LHMD = torch.randn(len(plan.layers), info.kv_heads, slots, info.head_dim, generator=generator)
         encoded = codec.encode(x_LHMD, kind, plan.codec)
         parts |= {f"{kind}.{name}": part for name, part in encoded.parts.items()}
         errors[kind] = encoded.relative_error_B.tolist()
     return EncodedSampleKV(
         sample_id=sample.id,
-        key=sample.content_key(info.weights_digest, plan),
+        key=sample.key(info.weights_digest, plan),
         layers=plan.layers,
         codec=plan.codec,
         parts=parts,

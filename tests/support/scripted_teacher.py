@@ -11,7 +11,7 @@ from typing import Any
 import grpc
 
 from kvcore.types import Sample, TeacherInfo, Timings
-from kvcore.wire import messages as wire
+from kvcore.wire import messages
 from kvcore.wire.frames import FrameWriter
 from protos import kv_cache_pb2 as pb
 from tests.support.kv_fakes import INFO, kv_of
@@ -61,15 +61,15 @@ class ScriptedTeacher:
 
     def _describe(self, _request: pb.DescribeRequest, _context: Any) -> pb.DescribeResponse:
         self.describes += 1
-        return wire.info_to_proto(self.info)
+        return messages.info_to_proto(self.info)
 
     def _stream(self, request: pb.KVRequest, context: Any) -> Iterator[bytes]:
-        asked = [wire.sample_from_proto(sample) for sample in request.samples]
-        plan = wire.plan_from_proto(request.plan)
+        asked = [messages.sample_from_proto(sample) for sample in request.samples]
+        plan = messages.plan_from_proto(request.plan)
         self.requests.append([sample.id for sample in asked])
-        keys = [sample.content_key(self.info.weights_digest, plan) for sample in asked]
+        keys = [sample.key(self.info.weights_digest, plan) for sample in asked]
         writer = FrameWriter(request.request_id, plan, keys, self.info.max_frame_bytes)
-        context.send_initial_metadata(((wire.TEACHER_METADATA, wire.teacher_metadata(self.info)),))
+        context.send_initial_metadata(((messages.TEACHER_METADATA, messages.teacher_metadata(self.info)),))
         sent = 0
         for index, sample in enumerate(asked):
             self.script(sent, context)

@@ -22,7 +22,7 @@ from grpc_health.v1 import health_pb2
 
 from kvcore.plan import KVPlan
 from kvcore.types import EncodedSampleKV, Sample, TeacherInfo
-from kvcore.wire import messages as wire
+from kvcore.wire import messages
 from kvcore.wire.stream_reader import RefusedSample, StreamReader
 from protos import kv_cache_pb2 as pb
 
@@ -170,7 +170,7 @@ class TeacherClient:
         )
 
     def __enter__(self) -> Self:
-        self.info = wire.info_from_proto(self._describe(pb.DescribeRequest(), timeout=30, wait_for_ready=True))
+        self.info = messages.info_from_proto(self._describe(pb.DescribeRequest(), timeout=30, wait_for_ready=True))
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -195,8 +195,8 @@ def kv_request(plan: KVPlan, samples: Sequence[Sample], request_id: str = "") ->
     """A request as it goes over the wire."""
     return pb.KVRequest(
         request_id=request_id or uuid.uuid4().hex,
-        plan=wire.plan_to_proto(plan),
-        samples=[wire.sample_to_proto(sample) for sample in samples],
+        plan=messages.plan_to_proto(plan),
+        samples=[messages.sample_to_proto(sample) for sample in samples],
     )
 
 

@@ -12,8 +12,8 @@ import torch
 import xxhash
 
 from kvcore.plan import CodecSpec, KVPlan, Selection
-from kvcore.tensors.codec import KINDS, encode
-from kvcore.types import EncodedSampleKV, Sample, TeacherInfo, Tensor, Timings
+from kvcore.tensors.codec import encode
+from kvcore.types import TENSORS, EncodedSampleKV, Sample, TeacherInfo, Tensor, Timings
 from kvcore.wire.frames import FrameWriter, pack_frame, unpack_frame
 from kvcore.wire.stream_reader import RefusedSample, StreamReader
 
@@ -51,9 +51,7 @@ def sample_kv(
     layers, heads = len(plan.layers), INFO.kv_heads
     parts: dict[str, Tensor] = {}
     errors: dict[str, list[float]] = {}
-    for kind, wanted in zip(KINDS, (plan.keys, plan.values), strict=True):
-        if not wanted:
-            continue
+    for kind in TENSORS:
         encoded = encode(torch.randn(layers, heads, slots, INFO.head_dim, generator=generator), kind, plan.codec)
         parts |= {f"{kind}.{name}": part for name, part in encoded.parts.items()}
         errors[kind] = encoded.relative_error_B.tolist()
@@ -62,7 +60,7 @@ def sample_kv(
     sample = text_sample(index, tokens)
     return EncodedSampleKV(
         sample_id=sample.id,
-        key=sample.content_key(INFO.weights_digest, plan),
+        key=sample.key(INFO.weights_digest, plan),
         layers=plan.layers,
         codec=plan.codec,
         parts=parts,

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from align.aligner import Aligner
 from align.calibration import StudentRead
-from align.head_dim_adapter import TENSORS, KVGeometry
-from kvcore.types import BatchKV
+from align.head_dim_adapter import KVGeometry
+from kvcore.types import TENSORS, BatchKV
 from tests.support.alignment_parts import calibrate_on
 
 

@@ -19,7 +19,8 @@ from matplotlib.image import imread
 
 import student_trainer.monitoring.alignment_report
 from align.aligner import Aligner
-from align.head_dim_adapter import TENSORS, KVGeometry
+from align.head_dim_adapter import KVGeometry
+from kvcore.types import TENSORS
 from student_trainer.monitoring.alignment_report import AlignmentReport
 from tests.support.alignment_parts import MIXING, STUDENT, TEACHER, calibrate_on, calibrated, teacher_batch
 

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 
 from align.aligner import Aligner
 from align.calibration import HOLD_OUT_EVERY, Calibration, LayerCalibration, StudentRead, row_of_another_sample
-from align.head_dim_adapter import TENSORS, KVGeometry
+from align.head_dim_adapter import KVGeometry
 from kvcore.errors import FieldError, KVDistillError
-from kvcore.types import BatchKV
+from kvcore.types import TENSORS, BatchKV
 from tests.support.alignment_parts import (
     MIXING,
     PAIRS,
@@ -35,10 +35,7 @@ CalibrationKind = type[Calibration] | type[LayerCalibration]
 def rows_of_batch(kv: BatchKV, read: StudentRead, chosen: Sequence[int]) -> tuple[BatchKV, StudentRead]:
     """Some of a batch's samples."""
     b = torch.tensor(chosen)
-    assert kv.k_BLHMD is not None
-    assert kv.v_BLHMD is not None
-    part = BatchKV(kv.k_BLHMD[b], kv.v_BLHMD[b], kv.mask_BM[b], kv.byte_ends_BLHM[b])
-    return part, StudentRead(read.k_BLHTD[b], read.v_BLHTD[b], read.byte_ends_BT[b])
+    return kv[b], StudentRead(read.k_BLHTD[b], read.v_BLHTD[b], read.byte_ends_BT[b])
 
 
 @pytest.mark.parametrize("direction", ["to_student", "to_teacher"])
@@ -90,7 +87,7 @@ def test_every_fifth_sample_is_held_out_from_the_fit() -> None:
     weight, _ = aligner.adapter.layer_map("k", 0) or (None, None)
     assert weight is not None
     kept = ~held_out
-    x = [kv.k_BLHMD[kept][:, 0, :, s][kv.mask_BM[kept][:, s]].flatten(1) for s, _ in PAIRS]  # type: ignore[index]
+    x = [kv.k_BLHMD[kept][:, 0, :, s][kv.mask_BM[kept][:, s]].flatten(1) for s, _ in PAIRS]
     y = [read.k_BLHTD[kept][:, 0, :, t][kv.mask_BM[kept][:, s]].flatten(1) for s, t in PAIRS]
     augmented = torch.cat([torch.cat(x), torch.ones(len(torch.cat(x)), 1)], dim=1).double()
     exact = torch.linalg.lstsq(augmented, torch.cat(y).double()).solution[:-1]
@@ -146,7 +143,6 @@ def test_targets_that_never_vary_are_refused() -> None:
     aligner = Aligner(TEACHER, STUDENT, direction="to_teacher")
     kv = teacher_batch(40, 3, seed=1)
     read = student_read(aligner, kv, seed=2)
-    assert kv.v_BLHMD is not None
     kv.v_BLHMD[:, 2] = 0.25
     calibration = Calibration(aligner)
     calibration.update(kv, torch.arange(40), read)
@@ -269,8 +265,6 @@ def test_coverage_is_counted_where_only_the_layer_map_needs_the_student() -> Non
     aligner = Aligner(geometry, STUDENT, head_adapter="identity", layer_map="cka")
     kv = teacher_batch(60, 3, seed=1, geometry=geometry)
     own = teacher_batch(60, 3, seed=2, geometry=geometry)
-    assert own.k_BLHMD is not None
-    assert own.v_BLHMD is not None
     ends_BT = torch.tensor([1, 3, 9]).expand(60, -1)
     read = StudentRead(own.k_BLHMD.nan_to_num(0.5), own.v_BLHMD.nan_to_num(0.5), ends_BT)
     report = calibrate_on(aligner, kv, read).report()
@@ -319,8 +313,6 @@ def test_the_control_explains_less_than_the_true_pairs(direction: str, adapter: 
         geometry = KVGeometry(3, 2, 4)
         aligner = Aligner(geometry, geometry, direction=direction, head_adapter=adapter)
         kv = teacher_batch(100, 3, seed=1, geometry=geometry)
-        assert kv.k_BLHMD is not None
-        assert kv.v_BLHMD is not None
         own = StudentRead(kv.k_BLHMD.clone(), kv.v_BLHMD.clone(), kv.byte_ends_BLHM[:, 0, 0])
         calibrate_on(aligner, kv, own)
     else:

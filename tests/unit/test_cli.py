@@ -165,7 +165,7 @@ def test_lost_teacher_ends_with_status_1_and_the_rank_that_lost_it(
     assert call(monkeypatch, "train", "--config", str(config)) == 1
     assert capsys.readouterr().err == (
         "kvdistill: rank 1: teacher 'qwen': no endpoint answers; "
-        "next: kvdistill doctor --teacher HOST:PORT says what answers there\n"
+        "next: kvdistill doctor --teacher HOST:PORT checks an endpoint\n"
     )
 
 

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from kvcore.errors import NonFiniteError
 from kvcore.plan import CODECS, CodecSpec
-from kvcore.tensors.codec import KINDS, decode, decode_batch, encode, part_layout
-from kvcore.types import EncodedSampleKV
+from kvcore.tensors.codec import decode, decode_batch, encode, part_layout
+from kvcore.types import TENSORS, EncodedSampleKV
 
 NORMAL_SCALE = 2.0**-126
 
@@ -67,7 +67,7 @@ def elements(x):
 
 
 @settings(deadline=None, max_examples=150)
-@given(tensors(), st.sampled_from(KINDS), st.sampled_from([1, 2, 3, 4, 7, 64]))
+@given(tensors(), st.sampled_from(TENSORS), st.sampled_from([1, 2, 3, 4, 7, 64]))
 def test_int8_is_the_quantiser_it_says_it_is(x_BHMD, kind, group_size):
     spec = CodecSpec(name="int8", group_size=group_size)
     encoded = encode(x_BHMD, kind, spec)
@@ -86,7 +86,7 @@ def test_int8_is_the_quantiser_it_says_it_is(x_BHMD, kind, group_size):
 
 
 @settings(deadline=None, max_examples=100)
-@given(tensors(), st.sampled_from(KINDS), specs)
+@given(tensors(), st.sampled_from(TENSORS), specs)
 def test_the_error_reported_is_the_error_made(x_BHMD, kind, spec):
     encoded = encode(x_BHMD, kind, spec)
     decoded_BHMD = decode(encoded.parts, kind, spec)
@@ -99,7 +99,7 @@ def test_the_error_reported_is_the_error_made(x_BHMD, kind, spec):
 
 
 @settings(deadline=None, max_examples=60)
-@given(tensors(), st.sampled_from(KINDS), specs)
+@given(tensors(), st.sampled_from(TENSORS), specs)
 def test_parts_are_laid_out_as_announced(x_BHMD, kind, spec):
     batch, heads, slots, head_dim = x_BHMD.shape
     parts = encode(x_BHMD, kind, spec).parts
@@ -111,7 +111,7 @@ def test_parts_are_laid_out_as_announced(x_BHMD, kind, spec):
 
 
 @settings(deadline=None, max_examples=60)
-@given(tensors(), st.sampled_from(KINDS), specs)
+@given(tensors(), st.sampled_from(TENSORS), specs)
 def test_a_sample_is_packed_the_same_alone_as_in_a_batch(x_BHMD, kind, spec):
     batched = encode(x_BHMD, kind, spec)
     for item in range(x_BHMD.shape[0]):
@@ -121,7 +121,7 @@ def test_a_sample_is_packed_the_same_alone_as_in_a_batch(x_BHMD, kind, spec):
 
 
 @settings(deadline=None, max_examples=60)
-@given(tensors(), st.sampled_from(KINDS), specs)
+@given(tensors(), st.sampled_from(TENSORS), specs)
 def test_decoding_takes_any_leading_dimensions(x_BHMD, kind, spec):
     parts = encode(x_BHMD, kind, spec).parts
     decoded_BHMD = decode(parts, kind, spec)
@@ -132,7 +132,7 @@ def test_decoding_takes_any_leading_dimensions(x_BHMD, kind, spec):
 
 
 @settings(deadline=None, max_examples=60)
-@given(tensors(), st.sampled_from(KINDS))
+@given(tensors(), st.sampled_from(TENSORS))
 def test_raw_keeps_every_bit_and_bf16_rounds_to_nearest_even(x_BHMD, kind):
     raw, half = CodecSpec(name="raw"), CodecSpec(name="bf16")
     exact = encode(x_BHMD, kind, raw)
@@ -158,7 +158,7 @@ def test_an_outlier_token_of_values_leaves_the_other_tokens_alone():
     assert torch.equal(decode(encode(v, "v", spec).parts, "v", spec)[..., :5, :], plain[..., :5, :])
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", TENSORS)
 @pytest.mark.parametrize(("name", "limit"), [("raw", 0.0), ("bf16", 0.002), ("int8", 0.01)])
 def test_gaussian_keys_and_values_lose_little(kind, name, limit):
     x = torch.randn(4, 2, 64, 64, generator=torch.Generator().manual_seed(0))
@@ -167,7 +167,7 @@ def test_gaussian_keys_and_values_lose_little(kind, name, limit):
     assert bool((error_B <= limit).all())
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", TENSORS)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("name", CODECS)
 def test_half_precision_is_packed_as_the_fp32_it_stands_for(kind, dtype, name):
@@ -179,7 +179,7 @@ def test_half_precision_is_packed_as_the_fp32_it_stands_for(kind, dtype, name):
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", TENSORS)
 @pytest.mark.parametrize("name", CODECS)
 def test_what_is_not_finite_is_refused_by_row(name, kind, bad):
     x = torch.randn(4, 2, 5, 8)
@@ -190,14 +190,14 @@ def test_what_is_not_finite_is_refused_by_row(name, kind, bad):
     assert caught.value.rows == [1, 3]
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", TENSORS)
 def test_what_overflows_in_the_codec_is_refused(kind):
     x = torch.full((1, 1, 2, 2), torch.finfo(torch.float32).max)
     with pytest.raises(NonFiniteError):
         encode(x, kind, CodecSpec(name="bf16"))
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", TENSORS)
 def test_magnitudes_below_any_scale_count_as_lost(kind):
     x = torch.full((1, 1, 2, 2), 1e-42)
     spec = CodecSpec(name="int8")
@@ -209,11 +209,11 @@ def test_magnitudes_below_any_scale_count_as_lost(kind):
 POSITION_SHAPES = {"head": (3, 2), "layer": (3, 1), "sample": (1, 1)}
 
 
-def encoded_sample(slots, spec, generator, scope="head", kinds=KINDS):
+def encoded_sample(slots, spec, generator, scope="head"):
     layers, heads, head_dim = 3, 2, 5
     tokens = int(torch.randint(slots, 16, (), generator=generator)) + 1
     parts = {}
-    for kind in kinds:
+    for kind in TENSORS:
         packed = encode(torch.randn(layers, heads, slots, head_dim, generator=generator), kind, spec)
         parts |= {f"{kind}.{name}": part for name, part in packed.parts.items()}
     chosen = torch.stack([torch.randperm(tokens, generator=generator)[:slots].sort().values for _ in range(6)])
@@ -242,8 +242,7 @@ def test_a_batch_holds_what_its_samples_decode_to(scope, spec, slots):
     assert batch.mask_BM.tolist() == [[slot < count for slot in range(widest)] for count in slots]
     assert batch.byte_ends_BLHM.dtype == torch.int64
     assert batch.byte_ends_BLHM.shape == (len(slots), *POSITION_SHAPES[scope], widest)
-    for kind, x_BLHMD in zip(KINDS, (batch.k_BLHMD, batch.v_BLHMD), strict=True):
-        assert x_BLHMD is not None
+    for kind, x_BLHMD in zip(TENSORS, (batch.k_BLHMD, batch.v_BLHMD), strict=True):
         assert x_BLHMD.shape == (len(slots), 3, 2, widest, 5)
         assert x_BLHMD.dtype == torch.float32
         for row, (sample, count) in enumerate(zip(samples, slots, strict=True)):
@@ -256,13 +255,3 @@ def test_a_batch_holds_what_its_samples_decode_to(scope, spec, slots):
             [[ends[t] for t in head] + [-1] * (widest - count) for head in layer] for layer in sample.positions.tolist()
         ]
         assert batch.byte_ends_BLHM[row].tolist() == expected
-
-
-def test_what_the_plan_left_out_is_absent():
-    generator = torch.Generator().manual_seed(1)
-    keys_only = decode_batch([encoded_sample(2, CodecSpec(), generator, kinds=("k",))] * 2)
-    values_only = decode_batch([encoded_sample(2, CodecSpec(), generator, kinds=("v",))] * 2)
-    assert keys_only.v_BLHMD is None
-    assert keys_only.k_BLHMD is not None
-    assert values_only.k_BLHMD is None
-    assert values_only.v_BLHMD is not None

@@ -18,11 +18,11 @@ from tests.support.streams import INFO, PLAN, REQUEST, Forged, forge, sample_kv,
 
 SAMPLING = SamplingParams(max_new_tokens=40, answer_marker="####")
 PROMPTS = (Sample("s0", text="Größe 🙂?"), Sample("s1", text="Q: 1+1? A:", spans=(Span("prompt", 3, 10),)))
-KEYS = [prompt.content_key(INFO.weights_digest, PLAN, SAMPLING) for prompt in PROMPTS]
+KEYS = [prompt.key(INFO.weights_digest, PLAN, SAMPLING) for prompt in PROMPTS]
 TEXTS = (" 思考 naïve. #### 7", " two")
 
 
-def written(index: int) -> Completion:
+def completion_of(index: int) -> Completion:
     sample = completed_sample(PROMPTS[index], TEXTS[index], SAMPLING.answer_marker)
     return Completion(sample, "stop" if index else "length", 5 + index, 0.5, 2.0)
 
@@ -33,7 +33,7 @@ def frames_of(max_body: int = 1 << 20) -> list[bytes]:
     writer = FrameWriter(REQUEST, PLAN, KEYS, max_body)
     frames: list[bytes] = []
     for index, prompt in enumerate(PROMPTS):
-        frames += writer.written(index, prompt, written(index)) + writer.flush()
+        frames += writer.completion(index, prompt, completion_of(index)) + writer.flush()
         frames += write_sample(writer, index, sent[index])
         for at in range(len(PLAN.layers)):
             frames += write_layer(writer, [index], at, sent)
@@ -76,23 +76,25 @@ def test_a_prompts_own_span_stays() -> None:
 @pytest.mark.parametrize("max_body", [1 << 20, 7, 1])
 def test_texts_and_their_kv_come_whole_through_frames_of_any_size(max_body: int) -> None:
     reader, results = read(frames_of(max_body))
-    assert reader.written == {0: written(0), 1: written(1)}
+    assert reader.completions == {0: completion_of(0), 1: completion_of(1)}
     for index, outcome in results.items():
         assert isinstance(outcome, EncodedSampleKV)
         # Its key is that of the text with its spans, as StreamKV would name it.
-        assert outcome.key == written(index).sample.content_key(INFO.weights_digest, PLAN)
+        assert outcome.key == completion_of(index).sample.key(INFO.weights_digest, PLAN)
 
 
 def test_a_sample_may_fail_after_its_text() -> None:
     writer = FrameWriter(REQUEST, PLAN, KEYS, 1 << 20)
-    frames = writer.written(0, PROMPTS[0], written(0)) + writer.sample_failed(0, "FAILED_PRECONDITION", "no answer")
+    frames = writer.completion(0, PROMPTS[0], completion_of(0)) + writer.sample_failed(
+        0, "FAILED_PRECONDITION", "no answer"
+    )
     frames += writer.sample_failed(1, "INVALID_ARGUMENT", "too long") + writer.end()
     reader, results = read(frames)
     assert results == {
         0: RefusedSample("FAILED_PRECONDITION", "no answer"),
         1: RefusedSample("INVALID_ARGUMENT", "too long"),
     }
-    assert reader.written == {0: written(0)}
+    assert reader.completions == {0: completion_of(0)}
 
 
 def change(**values: object) -> Callable[[list[Forged]], object]:
@@ -121,25 +123,25 @@ def break_utf8(frames: list[Forged]) -> None:
 LIES: dict[str, tuple[Callable[[list[Forged]], object], str]] = {
     "spans that the marker does not give": (
         change(spans=[["prompt", 0, 8], ["reasoning", 8, 26]]),
-        "was written with the spans",
+        "has the spans",
     ),
-    "spans beyond the text": (change(spans=[["reasoning", 8, 99]]), "was written with the spans"),
+    "spans beyond the text": (change(spans=[["reasoning", 8, 99]]), "has the spans"),
     "another sample's id": (change(id="s1"), "expected 's0'"),
-    "another request's key": (change(key=KEYS[1]), "sample 's0': the teacher understood another request"),
+    "another request's key": (change(key=KEYS[1]), "sample 's0': the teacher answered another request"),
     "K/V of another request": (
         lambda frames: frames[1].record("sample").update(key=KEYS[1]),
-        "sample 's0': the teacher understood another request",
+        "sample 's0': the teacher answered another request",
     ),
     "a sample that was not asked for": (change(index=2), "the request has 2"),
     "more tokens than were allowed": (change(tokens=41), "'tokens' must be a whole number between 0 and 40"),
     "a reason that there is not": (change(finish_reason="bored"), "'bored'"),
-    "no seconds": (change(timings=None), "without timings"),
+    "no seconds": (change(timings=None), "has no timings"),
     "negative seconds": (change(timings={"queue": -1, "write": 1}), "'queue' must hold finite numbers"),
     "a text of a terabyte": (change(index=0, size=1 << 40), "between"),
     "a text that is not UTF-8": (break_utf8, "not UTF-8"),
-    "K/V without a text": (drop_text, "was opened before its text came"),
-    "a text twice": (repeat_text, "was written twice"),
-    "K/V before the text": (write_late, "was opened before its text came"),
+    "K/V without a text": (drop_text, "was opened before its text"),
+    "a text twice": (repeat_text, "has two texts"),
+    "K/V before the text": (write_late, "was opened before its text"),
 }
 
 

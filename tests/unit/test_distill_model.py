@@ -7,8 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from align.head_dim_adapter import TENSORS
-from kvcore.types import BatchKV, Tensor
+from kvcore.types import TENSORS, BatchKV, Tensor
 from student_trainer.config import LossConfig
 from student_trainer.loop.calibrate import calibrate
 from student_trainer.model.distill_model import DistillModel, TrainBatch
@@ -35,12 +34,10 @@ def losses_of(model: DistillModel, batch: TrainBatch) -> dict[str, float]:
 
 
 def without(kv: BatchKV, row: int, fill: float = 0.0) -> BatchKV:
-    """A teacher without K/V for one sample."""
-    assert kv.k_BLHMD is not None
-    assert kv.v_BLHMD is not None
-    k_BLHMD, v_BLHMD, mask_BM = kv.k_BLHMD.clone(), kv.v_BLHMD.clone(), kv.mask_BM.clone()
-    k_BLHMD[row], v_BLHMD[row], mask_BM[row] = fill, fill, False
-    return BatchKV(k_BLHMD, v_BLHMD, mask_BM, kv.byte_ends_BLHM)
+    """A teacher that has nothing for one sample."""
+    left = replace(kv.map(torch.clone), mask_BM=kv.mask_BM.clone())
+    left.k_BLHMD[row], left.v_BLHMD[row], left.mask_BM[row] = fill, fill, False
+    return left
 
 
 def latent_kv(model: DistillModel, batch: TrainBatch) -> tuple[Tensor, Tensor, Tensor]:
@@ -167,10 +164,8 @@ def test_token_mode_compares_tokens_that_end_at_the_same_byte() -> None:
     # A teacher with other tokens: only every third of the student's ends is one of its own.
     (kv,) = batch.teachers
     kept = torch.arange(kv.mask_BM.shape[1]) % 3 == 1
-    assert kv.k_BLHMD is not None
-    assert kv.v_BLHMD is not None
-    sparse = BatchKV(
-        kv.k_BLHMD[:, :, :, kept], kv.v_BLHMD[:, :, :, kept], kv.mask_BM[:, kept], kv.byte_ends_BLHM[..., kept]
+    sparse = replace(
+        kv.map(lambda x: x[:, :, :, kept]), mask_BM=kv.mask_BM[:, kept], byte_ends_BLHM=kv.byte_ends_BLHM[..., kept]
     )
     (aligner,) = model.aligners
     tokens = batch.tokens

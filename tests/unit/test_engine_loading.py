@@ -61,7 +61,7 @@ def save(config: PreTrainedConfig, directory: Path) -> Path:
     [
         (GPT2Config(n_embd=32, n_layer=2, n_head=2, vocab_size=384), "k_proj"),
         (Gemma2Config(**SMALL, **HEADS, attn_logit_softcapping=50.0), "scaled_dot_product_attention"),
-        (HunYuanDenseV1Config(**SMALL, **HEADS), "norms its keys, maybe after the rotary embedding"),
+        (HunYuanDenseV1Config(**SMALL, **HEADS), "may norm its keys after the rotary embedding"),
         (GptOssConfig(**SMALL, **HEADS, num_local_experts=2, num_experts_per_tok=1), "scaled_dot_product_attention"),
     ],
     ids=["fused projections", "capped scores", "norm after the rotary embedding", "attention sinks"],

@@ -13,7 +13,7 @@ from datasets import Dataset
 from extraction.config import ExtractConfig
 from extraction.dataset import Items
 from extraction.pt_file import PTWriter
-from extraction.survey import pt_bytes, slots_of, stored_bytes, survey
+from extraction.survey import pt_bytes, stored_bytes, survey
 from kvcore.errors import ConfigError, FieldError
 from kvcore.plan import CodecSpec, KVPlan, Selection
 from kvcore.store.kv_store import KVStoreWriter
@@ -126,9 +126,3 @@ def test_estimated_size_equals_written_size(tmp_path: Path, codec: Any) -> None:
     written = (tmp_path / "x.pt").stat().st_size
     assert written == pytest.approx(told, rel=0.2)
     assert written < told
-
-
-def test_a_plan_keeps_its_budget_or_all() -> None:
-    right = KVPlan(layers=(0,), selection=Selection(selector="right", budget=4))
-    assert [slots_of(count, right) for count in (2, 4, 9)] == [2, 4, 4]
-    assert slots_of(9, KVPlan(layers=(0,))) == 9

@@ -248,7 +248,7 @@ def test_the_foreign_client_of_the_documentation_decodes_the_same_tensors():
     exec(compile(example, PROTOCOL, "exec"), scope)
     sent = [sample_kv(i) for i in range(5)]
     plan = PLAN.model_dump(mode="json")
-    keys = [scope["content_key"](INFO.weights_digest, plan, text_sample(i).text, None, []) for i in range(5)]
+    keys = [scope["sample_key"](INFO.weights_digest, plan, text_sample(i).text, None, []) for i in range(5)]
     frames = [pb.KVFrame.FromString(frame) for frame in write_stream(sent, max_body=300)]
     decoded = scope["decode"](frames, keys)
     with pytest.raises(ValueError, match="another request for sample 0"):

@@ -15,8 +15,8 @@ from transformers import LlamaConfig
 
 from align.rope_scale import RoPEScaler
 from kvcore.plan import CodecSpec, KVPlan, Selection
-from kvcore.tensors.codec import KINDS, decode
-from kvcore.types import Sample, Span, Tensor
+from kvcore.tensors.codec import decode
+from kvcore.types import TENSORS, Sample, Span, Tensor
 from teacher_server.config import ServeConfig
 from teacher_server.engines.base import LayerOutput, LayerResult, LayerSink, PlannedSample, TokenizedSample
 from teacher_server.engines.fake import FakeEngine, FakeModel
@@ -167,7 +167,7 @@ def assert_same(found: Outcome, expected: Outcome, model: Model, plans: Sequence
                 # If cosines differ in the last bit, codes and the rounding of scales may differ.
                 atol, rtol = TOLERANCES[name.partition(".")[2]]
                 torch.testing.assert_close(have.parts[name][at].float(), part[place].float(), atol=atol, rtol=rtol)
-            for kind in KINDS:
+            for kind in TENSORS:
                 assert have.relative_error[kind][at] == pytest.approx(error_of(have, at, kind, plan, model), abs=1e-6)
                 assert have.relative_error[kind][at] == pytest.approx(want.relative_error[kind][place], abs=1e-6)
 

@@ -54,13 +54,10 @@ codecs = st.builds(
     max_relative_error=st.none() | st.floats(0, 1e300, exclude_min=True),
 )
 plans = st.builds(
-    lambda layers, selection, codec, kinds: KVPlan(
-        layers=tuple(sorted(layers)), selection=selection, codec=codec, keys=kinds[0], values=kinds[1]
-    ),
+    lambda layers, selection, codec: KVPlan(layers=tuple(sorted(layers)), selection=selection, codec=codec),
     st.sets(st.integers(0, INT32_MAX), min_size=1, max_size=5),
     selections,
     codecs,
-    st.sampled_from([(True, True), (True, False), (False, True)]),
 )
 
 
@@ -81,14 +78,12 @@ def test_fields_that_a_foreign_client_leaves_out_take_the_documented_defaults():
             layers=[1],
             selection=pb.Selection(selector="r_kv", budget=4, span=pb.SPAN_KIND_REASONING, scope=pb.SCOPE_HEAD),
             codec=pb.Codec(name="int8"),
-            keys=True,
         )
     )
     assert plan.selection.importance_weight == 0.1
     assert plan.selection.importance_pool == "max"
     assert plan.selection.seed == 0
     assert plan.codec == CodecSpec(name="int8", group_size=64, max_relative_error=None)
-    assert not plan.values
 
 
 def test_a_weight_of_zero_is_not_taken_for_a_missing_one():
@@ -148,7 +143,6 @@ def bad_plan(**changes: Any) -> pb.Plan:
         ({"layers": [2, 0]}, "plan.layers", "ascending and without repeats; got [2, 0]"),
         ({"layers": [1, 1]}, "plan.layers", "ascending and without repeats; got [1, 1]"),
         ({"layers": [-3, 1]}, "plan.layers.0", "greater than or equal to 0 (got -3)"),
-        ({"keys": False, "values": False}, "plan.keys", "asks for nothing"),
     ],
     ids=str,
 )
@@ -171,11 +165,11 @@ def samples(draw) -> Sample:
 
 
 @given(samples())
-def test_a_sample_and_its_content_key_survive_the_wire(sample):
+def test_a_sample_and_its_key_survive_the_wire(sample):
     got = sample_from_proto(through_bytes(sample_to_proto(sample)))
     assert got == sample
     plan = KVPlan(layers=(0,))
-    assert got.content_key("w", plan) == sample.content_key("w", plan)
+    assert got.key("w", plan) == sample.key("w", plan)
 
 
 def spans(*ranges: tuple[int, int, int]) -> pb.Sample:

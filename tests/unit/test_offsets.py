@@ -220,7 +220,7 @@ class SlowTokenizer(PreTrainedTokenizer):
 def test_a_tokenizer_without_offsets_is_refused_by_name():
     slow = SlowTokenizer()
     for call in (lambda: read_text(slow, "a", add_special_tokens=False), lambda: fingerprint(slow)):
-        with pytest.raises(FieldError, match=r"^tokenizer: SlowTokenizer gives no offsets.*tokenizer\.json"):
+        with pytest.raises(FieldError, match=r"^tokenizer: SlowTokenizer has no offsets.*tokenizer\.json"):
             call()
 
 

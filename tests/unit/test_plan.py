@@ -11,8 +11,6 @@ from kvcore.errors import FieldError
 from kvcore.plan import CodecSpec, KVPlan, Selection
 
 WRITTEN_OUT = {
-    "values": True,
-    "keys": True,
     "codec": {"max_relative_error": None, "group_size": 64, "name": "int8"},
     "selection": {
         "importance_weight": 0.1,
@@ -41,8 +39,6 @@ def changed(path, value):
             "seed": 7,
         },
         "codec": {"name": "bf16", "group_size": 32, "max_relative_error": 0.5},
-        "keys": True,
-        "values": True,
     }
     node = tree
     *parents, last = path
@@ -65,10 +61,9 @@ def test_equal_plans_have_equal_digests_however_they_are_written():
 
 def test_a_digest_is_of_the_plan_as_compact_json_with_sorted_keys():
     canonical = (
-        '{"codec":{"group_size":64,"max_relative_error":null,"name":"int8"},"keys":true,"layers":[0,2],'
+        '{"codec":{"group_size":64,"max_relative_error":null,"name":"int8"},"layers":[0,2],'
         '"selection":{"budget":0,"importance_pool":"max","importance_weight":0.1,"scope":"sample","seed":0,'
-        '"selector":"full","span":"reasoning"},'
-        '"values":true}'
+        '"selector":"full","span":"reasoning"}}'
     )
     expected = hashlib.blake2b(canonical.encode(), digest_size=16).hexdigest()
     assert parse(WRITTEN_OUT, KVPlan).digest() == expected
@@ -88,14 +83,12 @@ CHANGES = [
     (("codec", "group_size"), 33),
     (("codec", "max_relative_error"), 0.4),
     (("codec", "max_relative_error"), None),
-    (("keys",), False),
-    (("values",), False),
 ]
 
 
 def test_any_field_that_changes_changes_the_digest():
     digests = [changed(path, value).digest() for path, value in CHANGES]
-    digests.append(changed(("keys",), True).digest())
+    digests.append(parse(WRITTEN_OUT, KVPlan).digest())
     assert len(set(digests)) == len(CHANGES) + 1
 
 
@@ -114,8 +107,6 @@ def test_every_field_of_a_plan_is_in_the_list_of_changes():
         ({"layers": [1, 1]}, "KVPlan", "got [1, 1]"),
         ({"layers": [-1]}, "layers.0", "greater than or equal to 0 (got -1)"),
         ({"layers": ["0"]}, "layers.0", "valid integer (got '0')"),
-        ({"layers": [0], "keys": False, "values": False}, "KVPlan", "keys: a plan without keys and without values"),
-        ({"layers": [0], "keys": "yes"}, "keys", "valid boolean (got 'yes')"),
         ({"layers": [0], "selection": {"budget": 3}}, "selection", "budget: the selector 'full' keeps all tokens"),
         ({"layers": [0], "selection": {"selector": "r_kv"}}, "selection", "'r_kv' needs a budget of at least 1"),
         (
@@ -155,4 +146,4 @@ def test_a_wrong_plan_names_the_field_the_value_and_the_limit(tree, field, said)
 def test_plans_cannot_be_changed():
     plan = KVPlan(layers=(0,))
     with pytest.raises(ValueError, match="frozen"):
-        plan.keys = False
+        plan.layers = (1,)

@@ -210,15 +210,6 @@ def test_samples_of_equal_plan_and_length_share_one_result() -> None:
     assert [result.indices for result in run(samples).results] == [[0, 2], [1, 3]] * 2
 
 
-def test_a_plan_may_ask_for_keys_or_values_only() -> None:
-    for keys in (True, False):
-        plan = KVPlan(layers=(0,), selection=R_KV, codec=RAW, keys=keys, values=not keys)
-        (result,) = run([(make_sample("a"), plan)]).results
-        kind = "k" if keys else "v"
-        assert list(result.parts) == [f"{kind}.data"]
-        assert list(result.relative_error) == [kind]
-
-
 def test_unwanted_samples_are_not_encoded() -> None:
     engine, results = make_engine(), list[LayerResult]()
     plan = KVPlan(layers=(0, 1), selection=Selection(selector="keydiff", budget=2, scope="layer"), codec=RAW)

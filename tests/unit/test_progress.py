@@ -35,19 +35,19 @@ def plain() -> Console:
 
 def test_without_a_terminal_lines_come_now_and_then_and_at_the_end(clock: Clock, plain: Console) -> None:
     said: list[str] = []
-    with Meter({"ada": 3, "ben": 1}, plain, every=10, say=said.append) as meter:
+    with Meter({"ada": 3, "ben": 1}, plain, every=10, log=said.append) as meter:
         meter.advance("ada")
         assert said == []
         clock.now += 11
         meter.advance("ada")
-        meter.advance("ben", said="one of one")
+        meter.advance("ben", text="one of one")
         meter.advance("ada")
     assert said == ["ada: 2/3, 0:00:06 left", "ben: one of one, 0:00:00 left", "ada: 3/3, 0:00:00 left"]
 
 
 def test_the_time_left_goes_by_the_pace_so_far(clock: Clock, plain: Console) -> None:
     said: list[str] = []
-    with Meter({"tokens": 9000}, plain, every=0, say=said.append) as meter:
+    with Meter({"tokens": 9000}, plain, every=0, log=said.append) as meter:
         meter.advance("tokens", 0, "reading")
         clock.now += 10
         meter.advance("tokens", 3000)
@@ -73,8 +73,8 @@ def test_what_is_brief_and_done_before_its_first_line_is_due_leaves_none(
 def test_a_terminal_gets_a_bar_for_each_part() -> None:
     screen = io.StringIO()
     said: list[str] = []
-    with Meter({"ada": 2, "ben": 0}, Console(file=screen, force_terminal=True, width=160), say=said.append) as meter:
-        meter.advance("ada", said="[bold]1 of 2")
+    with Meter({"ada": 2, "ben": 0}, Console(file=screen, force_terminal=True, width=160), log=said.append) as meter:
+        meter.advance("ada", text="[bold]1 of 2")
     assert "ada" in screen.getvalue()
     assert "ben" in screen.getvalue()
     assert "[bold]1 of 2" in screen.getvalue()

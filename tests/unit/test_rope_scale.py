@@ -169,7 +169,7 @@ def test_a_model_that_sees_pictures_too_is_read_as_its_language_model() -> None:
 
 @pytest.mark.parametrize("config", [Cohere2Config(), SmolLM3Config(), Exaone4Config()], ids=lambda c: c.model_type)
 def test_models_that_leave_layers_unrotated_are_refused(config: PreTrainedConfig) -> None:
-    with pytest.raises(UnsupportedModelError, match="un-rotated"):
+    with pytest.raises(UnsupportedModelError, match="does not rotate"):
         RoPEScaler.from_config(config)
 
 

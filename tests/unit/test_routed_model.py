@@ -8,10 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from align.head_dim_adapter import TENSORS
 from align.token_layout import at_student_tokens
 from fuse.similarity import Metric, teacher_similarity
-from kvcore.types import BatchKV, Tensor
+from kvcore.types import TENSORS, BatchKV, Tensor
 from student_trainer.config import LossConfig
 from student_trainer.loop.calibrate import calibrate
 from student_trainer.model import distill_model as model_module
@@ -38,8 +37,6 @@ def model_of(mode: str = "latent", loss: LossConfig = KV_ALONE, **sections: Any)
 
 def noisy(kv: BatchKV, spoilt: str = "kv") -> BatchKV:
     """The same cache with strong noise in keys, values or both."""
-    assert kv.k_BLHMD is not None
-    assert kv.v_BLHMD is not None
     generator = torch.Generator().manual_seed(1)
     k, v = (
         x + 20 * (tensor in spoilt) * torch.randn(x.shape, generator=generator)
@@ -142,7 +139,6 @@ def test_the_router_reads_the_prompts_end_and_each_teachers_filled_slots(mode: s
     model = model_of(mode, fuse={"kind": "learnable", "router": "attention"})
     batch = train_batch(model, BATCH, LATENTS if mode == "latent" else None)
     ada, ben = batch.teachers
-    assert ben.k_BLHMD is not None
     ben.k_BLHMD[0, :, :, 1], ben.mask_BM[0, 1] = torch.nan, False
     assert model.fusion is not None
     assert model.fusion.router is not None
@@ -352,7 +348,6 @@ def test_slots_are_resampled_to_the_latents(method: str) -> None:
         starts_B = torch.tensor([len(record.prompt.encode()) for record in BATCH])[:, None]
         stops_B = torch.tensor([len((record.prompt + record.reasoning).encode()) for record in BATCH])[:, None]
         outside_BM = (ends_BM <= starts_B) | (ends_BM > stops_B)
-        assert kv.k_BLHMD is not None
         altered.append(replace(kv, k_BLHMD=kv.k_BLHMD + 100 * outside_BM[:, None, None, :, None]))
     changed = model(TrainBatch(plain.tokens, tuple(altered)))
     assert float(changed["kv_loss"]) == pytest.approx(float(losses["kv_loss"]), rel=1e-5)
@@ -365,7 +360,7 @@ def test_slots_are_resampled_to_the_latents(method: str) -> None:
         hidden.append(replace(kv, byte_ends_BLHM=ends_BLHM))
     unknown = model(TrainBatch(plain.tokens, tuple(hidden)))
     assert float(unknown["kv_loss"]) == pytest.approx(float(losses["kv_loss"]), rel=1e-6)
-    inside = tuple(replace(kv, v_BLHMD=kv.v_BLHMD + 1) for kv in plain.teachers if kv.v_BLHMD is not None)
+    inside = tuple(replace(kv, v_BLHMD=kv.v_BLHMD + 1) for kv in plain.teachers)
     assert float(model(TrainBatch(plain.tokens, inside))["kv_loss"]) != pytest.approx(
         float(losses["kv_loss"]), rel=1e-3
     )

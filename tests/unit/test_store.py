@@ -185,9 +185,9 @@ def test_a_replica_of_the_teacher_may_write_on(store):
 
 def test_a_sample_of_another_plan_is_refused(tmp_path):
     with KVStoreWriter(tmp_path, INFO, PLAN, "rank0") as store:
-        with pytest.raises(StoreError, match="sample 's1' does not follow the store's plan"):
+        with pytest.raises(StoreError, match="sample 's1' belongs to another plan than the store"):
             store.add(sample_kv(1, PLAN.model_copy(update={"layers": (0, 2)})))
-        with pytest.raises(StoreError, match="does not follow"):
+        with pytest.raises(StoreError, match="belongs to another plan"):
             store.add(sample_kv(1, PLAN.model_copy(update={"codec": CodecSpec(name="raw")})))
 
 
@@ -207,7 +207,7 @@ def test_a_writer_name_that_is_no_plain_name_is_refused(tmp_path, name):
 
 def test_a_directory_that_is_no_store_is_refused(tmp_path):
     for open_it in (KVStoreReader, merge_index):
-        with pytest.raises(StoreError, match=r"no KV store: manifest\.json is missing"):
+        with pytest.raises(StoreError, match=r"not a KV store: manifest\.json is missing"):
             open_it(tmp_path)
 
 

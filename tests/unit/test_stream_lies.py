@@ -97,8 +97,8 @@ LIES = [
     (lambda frames: frames[0].header.update(v=2), "protocol version 2"),
     (lambda frames: frames[0].header.pop("v"), "protocol version None"),
     (lambda frames: frames[0].header.update(request="another"), "request 'another'"),
-    (lambda frames: frames[0].header.update(records={"kind": "end"}), "no list of maps"),
-    (lambda frames: frames[0].header.update(records=[1]), "no list of maps"),
+    (lambda frames: frames[0].header.update(records={"kind": "end"}), "not a list of maps"),
+    (lambda frames: frames[0].header.update(records=[1]), "not a list of maps"),
     (lambda frames: frames[0].body.extend(b"x"), "belong to no record"),
     (lambda frames: frames[0].body.pop(), "'bytes' must be"),
     (edit("sample", kind="prompt"), "unknown record kind 'prompt'"),
@@ -108,14 +108,14 @@ LIES = [
     (edit("sample", index="0"), "sample '0', the request has 3"),
     (edit("sample", index=None), "sample None"),
     (edit("sample", id="s1"), "sample id 's1', expected 's0'"),
-    (edit("sample", key=SENT[1].key), "sample 's0': the teacher understood another request than was sent"),
-    (edit("sample", key=None), "content key None"),
+    (edit("sample", key=SENT[1].key), "sample 's0': the teacher answered another request than the one sent"),
+    (edit("sample", key=None), "sample key None"),
     (edit("sample", tokens=0), "'tokens' must be"),
     (edit("sample", tokens=65), "'tokens' must be a whole number between 1 and 64, got 65"),
-    (edit("sample", tokens=8), "of 72 bytes, its shapes need 64"),
+    (edit("sample", tokens=8), "has 72 bytes, its shapes need 64"),
     (edit("sample", tokens=9.0), "'tokens' must be"),
     (repeat("sample"), "opened twice"),
-    (drop("sample"), "sample that was not opened"),
+    (drop("sample"), "sample that has not been opened"),
     (resize("sample", 71), "its shapes need 72"),
     (resize("sample", 10**12), "'bytes' must be a whole number"),
     (resize("sample", -1), "'bytes' must be a whole number"),
@@ -127,23 +127,23 @@ LIES = [
     (edit("layer", indices=[0, 7]), "sample 7"),
     (edit("layer", indices=[0], errors={"k": [0.0], "v": [0.0]}), "its shapes need"),
     (edit("layer", indices=[0, 1, 2]), "one error for each of 3"),
-    (edit("layer", layer=2), "layer 2 of sample 's0' is not the plan's next"),
-    (edit("layer", layer=1), "layer 1 of sample 's0' is not the plan's next"),
+    (edit("layer", layer=2), "layer 2 of sample 's0' is not the next layer of the plan"),
+    (edit("layer", layer=1), "layer 1 of sample 's0' is not the next layer of the plan"),
     (edit("layer", layer=None), "layer None"),
-    (swap_layers, "layer 4 of sample 's0' is not the plan's next"),
-    (repeat("layer"), "layer 0 of sample 's0' is not the plan's next"),
-    (drop("layer"), "layer 2 of sample 's0' is not the plan's next"),
+    (swap_layers, "layer 4 of sample 's0' is not the next layer of the plan"),
+    (repeat("layer"), "layer 0 of sample 's0' is not the next layer of the plan"),
+    (drop("layer"), "layer 2 of sample 's0' is not the next layer of the plan"),
     (edit("layer", slots=4), "'slots' must be a whole number between 1 and 3, got 4"),
     (edit("layer", slots=0), "'slots' must be"),
-    (edit("layer", slots=2), "the plan gives"),
-    (edit("layer", codec="raw"), "the plan gives"),
-    (edit("layer", parts=PARTS[:-1]), "the plan gives"),
-    (edit("layer", parts=[*PARTS[:-1], ["v.scale", "float32", [2, 3, 2]]]), "the plan gives"),
-    (edit("layer", parts=[*PARTS[:-1], ["v.scale", "bfloat16", [2, 2, 3]]]), "the plan gives"),
-    (edit("layer", parts=[PARTS[0], *PARTS[:0:-1]]), "the plan gives"),
-    (edit("layer", parts=None), "the plan gives"),
-    (edit("layer", errors={"k": [0.0, 0.0]}), "states the errors"),
-    (edit("layer", errors=None), "states the errors"),
+    (edit("layer", slots=2), "the plan needs"),
+    (edit("layer", codec="raw"), "the plan needs"),
+    (edit("layer", parts=PARTS[:-1]), "the plan needs"),
+    (edit("layer", parts=[*PARTS[:-1], ["v.scale", "float32", [2, 3, 2]]]), "the plan needs"),
+    (edit("layer", parts=[*PARTS[:-1], ["v.scale", "bfloat16", [2, 2, 3]]]), "the plan needs"),
+    (edit("layer", parts=[PARTS[0], *PARTS[:0:-1]]), "the plan needs"),
+    (edit("layer", parts=None), "the plan needs"),
+    (edit("layer", errors={"k": [0.0, 0.0]}), "has the errors"),
+    (edit("layer", errors=None), "has the errors"),
     (edit("layer", errors={"k": [0.0, 0.0], "v": [0.0]}), "one error for each of 2"),
     (edit("layer", errors={"k": [0.0, 0.0], "v": [0.0, float("nan")]}), "finite numbers"),
     (edit("layer", errors={"k": [0.0, 0.0], "v": [0.0, -1.0]}), "finite numbers"),
@@ -155,9 +155,9 @@ LIES = [
     (write_position(int(SENT[0].positions[0, 0, 0]), 1), "not ascending"),
     (edit("sample_end", digest=0), "does not match its digest"),
     (edit("sample_end", digest=None), "does not match its digest"),
-    (edit("sample_end", tokens=8), "tokens 8, 9 came"),
-    (edit("sample_end", slots=2), "slots 2, 3 came"),
-    (edit("sample_end", layers=2), "layers 2, 3 came"),
+    (edit("sample_end", tokens=8), "tokens 8, but 9 arrived"),
+    (edit("sample_end", slots=2), "slots 2, but 3 arrived"),
+    (edit("sample_end", layers=2), "layers 2, but 3 arrived"),
     (edit("sample_end", status=""), "ended with the status ''"),
     (edit("sample_end", status=None), "ended with the status None"),
     (edit("sample_end", status=5), "ended with the status 5"),
@@ -165,8 +165,8 @@ LIES = [
     (edit("sample_end", status="OK", message=""), "ended with the status 'OK'"),
     (edit("sample_end", status="not finite", message=""), "ended with the status 'not finite'"),
     (edit("sample_end", status="INTERNAL", message=5), "'INTERNAL' and the message 5"),
-    (edit("sample_end", status="INTERNAL", message="", key=SENT[1].key), "'s0': the teacher understood another"),
-    (edit("sample_end", timings=None), "without timings"),
+    (edit("sample_end", status="INTERNAL", message="", key=SENT[1].key), "'s0': the teacher answered another"),
+    (edit("sample_end", timings=None), "has no timings"),
     (edit("sample_end", timings={"queue": 0.0}), "'prefill' must hold finite"),
     (
         edit("sample_end", timings={"queue": 0.0, "prefill": float("inf"), "encode": 0.0}),
@@ -175,7 +175,7 @@ LIES = [
     (repeat("sample_end"), "after its end"),
     (drop("sample_end"), "ended after 2 of 3 samples"),
     (repeat("end"), "after the stream's end"),
-    (drop("end"), "broke off after 3 of 3"),
+    (drop("end"), "ended early, after 3 of 3"),
     (edit("end", samples=2), "naming 2"),
     (
         lambda frames: frames.append(Forged(dict(frames[0].header, records=[]), bytearray())),
@@ -214,7 +214,7 @@ def test_tokens_that_no_text_has_are_refused(row, token, value):
 
 def test_a_layer_past_the_plans_last_is_refused():
     frames = forge(stream(), lambda frames: frames.insert(3, frames[2]))
-    with pytest.raises(ProtocolError, match="layer 4 of sample 's0' is not the plan's next"):
+    with pytest.raises(ProtocolError, match="layer 4 of sample 's0' is not the next layer of the plan"):
         read_stream(frames, 3)
 
 
@@ -224,7 +224,7 @@ def test_samples_at_different_layers_cannot_share_a_record():
         write_sample(writer, index, SENT[index])
     write_layer(writer, [0], 0, SENT)
     write_layer(writer, [0, 1], 1, SENT)
-    with pytest.raises(ProtocolError, match="is not the plan's next"):
+    with pytest.raises(ProtocolError, match="is not the next layer of the plan"):
         read_stream(writer.flush(), 2)
 
 
@@ -264,15 +264,15 @@ def split_frames() -> list[bytes]:
 
 MISFITS = [
     (lambda frames: frames.pop(1), "inside another"),
-    (lambda frames: frames.insert(1, frames[1]), "bytes that no record waits for|inside another"),
+    (lambda frames: frames.insert(1, frames[1]), "bytes, which no record expects|inside another"),
     (lambda frames: frames.insert(2, frames[0]), "opened twice"),
     (lambda frames: frames.insert(1, frames[0]), "inside another"),
-    (lambda frames: frames.pop(0), "bytes that no record waits for"),
+    (lambda frames: frames.pop(0), "bytes, which no record expects"),
     (lambda frames: frames[0].header["records"][0].update(size=73), "its shapes need 72"),
     (lambda frames: frames[0].header["records"][0].update(size=2**62), "its shapes need 72"),
     (lambda frames: frames[0].header["records"][0].update(size=39), "'size' must be"),
     (lambda frames: frames[1].header["records"][0].update(index=9), "'index' must be"),
-    (lambda frames: frames[1].header["records"][0].update(bytes=0), "no record waits for"),
+    (lambda frames: frames[1].header["records"][0].update(bytes=0), "no record expects"),
 ]
 
 

@@ -10,9 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from align.head_dim_adapter import TENSORS, TensorKind
 from align.token_layout import at_student_tokens, at_teacher_slots, beyond_first, gather_slots, slots_of_tokens
-from kvcore.types import BatchKV
+from kvcore.types import TENSORS, BatchKV, TensorKind
 from tests.support.alignment_parts import TEACHER, TOKEN_ENDS, teacher_batch
 
 TEXT_BYTES = 12
@@ -124,7 +123,7 @@ def test_the_students_own_stand_where_each_slots_token_ends(
     mask_BM[0, -1] = False
     ends_BLHM[0, ..., -1] = TEXT_BYTES
     x_BLHTD = torch.randn(samples, layers, heads, ends_BT.shape[1], 3, generator=torch.Generator().manual_seed(seed))
-    out, mask_BLHM = at_teacher_slots(x_BLHTD, ends_BT, BatchKV(None, None, mask_BM, ends_BLHM), skip)
+    out, mask_BLHM = at_teacher_slots(x_BLHTD, ends_BT, BatchKV(x_BLHTD, x_BLHTD, mask_BM, ends_BLHM), skip)
     assert out.shape == (samples, layers, heads, drawn.shape[1], 3)
     assert mask_BLHM.shape == out.shape[:4]
     for b, l, h, m in torch.cartesian_prod(*(torch.arange(size) for size in mask_BLHM.shape)).tolist():

@@ -1,4 +1,4 @@
-"""What a selector is, and what it may look at."""
+"""The interface of token selectors."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from kvcore.types import Tensor
 
 @dataclass(frozen=True, slots=True)
 class Candidates:
-    """The tokens of one layer that may be chosen, N of them in each sample of the call.
+    """The tokens of one layer to choose from, N in each sample of the call.
 
-    `index_BN`: where they stand among the T tokens, ascending. `choosers`: how many choices a sample makes, H or 1.
-    In scope `sample`, H counts the heads of all layers. `importance_BHT`: mean attention that the answer pays to each
-    token, for selectors that read it; `seeds_B` (int64) and `layer`: for those that draw.
+    `index_BN`: their ascending indices among the T tokens. `choosers` (G): how many selections a sample has, H or 1.
+    In scope `sample`, H counts the heads of all layers. `importance_BHT`: mean attention from the answer to each token,
+    for selectors that read it. `seeds_B` (int64) and `layer`: for selectors that draw.
     """
 
     index_BN: Tensor
@@ -44,14 +44,14 @@ class Candidates:
         return None if self.importance_BHT is None else self.importance_BHT.gather(2, self._in_each_head())
 
     def same_places(self, places: Sequence[int]) -> Tensor:
-        """The same places for every sample and chooser: [B,G,M]."""
+        """The same candidates for every sample and chooser: [B,G,M]."""
         places_M = torch.tensor(places, dtype=torch.long, device=self.index_BN.device)
         return places_M.expand(self.index_BN.shape[0], self.choosers, -1)
 
     def best_places(self, score_BHN: Tensor, slots: int) -> Tensor:
-        """The places [B,G,M] of the `slots` highest scores, ascending; ties go to the earlier place.
+        """Indices [B,G,M] into the candidates of the `slots` highest scores, ascending; of ties the earlier one.
 
-        Heads that choose together go by the mean of their scores.
+        If heads choose together, their scores are averaged.
 
         Raises:
             NonFiniteError: a score is NaN or infinite.
@@ -64,11 +64,11 @@ class Candidates:
 
 
 def best_places(score_BGN: Tensor, slots: int) -> Tensor:
-    """See `Candidates.best_places`; each chooser by its own scores."""
+    """Like `Candidates.best_places`, with one row of scores per chooser."""
     finite: list[bool] = cast("Any", score_BGN.isfinite().flatten(1).all(dim=1)).tolist()
     if not all(finite):
         raise NonFiniteError("a selection score", finite)
-    # A stable sort, since topk leaves the order of ties to the device.
+    # A stable sort, because the order of ties in topk depends on the device.
     return score_BGN.sort(dim=-1, descending=True, stable=True).indices[..., :slots].sort(dim=-1).values
 
 
@@ -77,10 +77,10 @@ Choose = Callable[[Candidates, Selection, int], Tensor]
 
 @dataclass(frozen=True, slots=True)
 class TokenSelector:
-    """One way to choose tokens.
+    """A rule that selects tokens.
 
-    `choose(candidates, selection, slots)` gives the places among the candidates, int64 [B,G,M] with M = `slots`,
-    ascending. `reads_keys`, `reads_importance`, `draws`: what of the candidates it depends on.
+    `choose(candidates, selection, slots)` returns ascending indices into the candidates, int64 [B,G,M] with M =
+    `slots`. `reads_keys`, `reads_importance`, `draws`: which fields of the candidates it depends on.
     """
 
     choose: Choose

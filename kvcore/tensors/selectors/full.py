@@ -1,4 +1,4 @@
-"""`full`: every token."""
+"""`full`: all tokens."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""`r_kv`: tokens that the answer looks at and that do not repeat others, as KaVa chooses them (arXiv 2510.02312).
+"""`r_kv`: tokens that the answer attends to and that are not redundant, as in KaVa (arXiv 2510.02312).
 
-S = lambda*I + (1-lambda)*R for each token of each head; the M highest stay. KaVa simplifies R-KV (arXiv 2505.24133):
-no window of recent tokens, no smoothing of the importance, no threshold of similarity.
+S = lambda*I + (1-lambda)*R for each token of each head; the M tokens with the highest S are kept. KaVa simplifies R-KV
+(arXiv 2505.24133): no window of recent tokens, no smoothing of the importance, no similarity threshold.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from kvcore.types import Tensor
 
 
 def r_kv_scores(k_BHND: Tensor, importance_BHN: Tensor | None, importance_weight: float) -> Tensor:
-    """lambda*I + (1-lambda)*R in fp32, [B,H,N]; I is the importance as given, lambda the `importance_weight`."""
+    """lambda*I + (1-lambda)*R in fp32, [B,H,N]; I is the given importance, lambda the `importance_weight`."""
     score_BHN = (1.0 - importance_weight) * redundancy(k_BHND)
     if importance_weight > 0.0:
         assert importance_BHN is not None, "r_kv with a positive importance_weight needs the importance"
@@ -26,11 +26,11 @@ def r_kv_scores(k_BHND: Tensor, importance_BHN: Tensor | None, importance_weight
 def redundancy(k_BHND: Tensor) -> Tensor:
     """R = softmax_i(-mean_j cos(k_i, k_j)) over the N candidates, in fp32, [B,H,N].
 
-    A key's cosine with itself counts as 0 (the diagonal), so the sum of N-1 cosines is divided by N. A zero key has
-    cosine 0 with every other.
+    The diagonal (a key's cosine with itself) counts as 0, so the sum of N-1 cosines is divided by N. A zero key has
+    cosine 0 with every other key.
     """
     unit_BHND = functional.normalize(k_BHND.float(), dim=-1)
-    # The N x N cosines are never made: summed over j they are one dot product with the sum of the unit keys.
+    # The sum over j is one dot product with the sum of the unit keys, so the N x N cosines are never computed.
     with_all_BHN = (unit_BHND * unit_BHND.sum(dim=-2, keepdim=True)).sum(dim=-1)
     with_itself_BHN = unit_BHND.square().sum(dim=-1)
     mean_cosine_BHN = (with_all_BHN - with_itself_BHN) / max(k_BHND.shape[-2], 1)

@@ -1,8 +1,8 @@
-"""`random`: tokens drawn uniformly without replacement: the baseline that every other selector has to beat.
+"""`random`: tokens drawn uniformly without replacement, as a baseline for the other selectors.
 
-The draw is a function of the selection's seed and the sample's tokens, so that a sample gets the same tokens from every
-replica, on every device, in every batch and epoch. Integer arithmetic alone decides, not a library's generator, whose
-stream may change with its version.
+The draw depends only on the selection's seed and the sample's tokens, so a sample gets the same tokens from every
+replica, on every device, in every batch and epoch. It uses integer arithmetic instead of a library's generator, whose
+output may change between versions.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from kvcore.types import Tensor
 
 
 def sample_seed(seed: int, token_ids: Sequence[int]) -> int:
-    """A sample's own seed, signed 64 bits: BLAKE2b of `seed` and the token ids, each as a little-endian int64."""
+    """A sample's seed, signed 64 bits: BLAKE2b of `seed` and the token ids, each as a little-endian int64."""
     content = np.asarray([seed, *token_ids], dtype="<i8").tobytes()
     return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little", signed=True)
 
@@ -32,7 +32,7 @@ def draw_scores(seeds_B: Tensor, choosers_G: Tensor, count: int) -> Tensor:
 
 def _draw(candidates: Candidates, selection: Selection, slots: int) -> Tensor:
     assert candidates.seeds_B is not None, "random needs the samples' seeds"
-    # One choice for the whole sample must not depend on the layer that asks for it.
+    # In scope `sample` the draw must not depend on the layer.
     first = 0 if selection.scope == "sample" else candidates.layer * candidates.choosers
     choosers_G = torch.arange(first, first + candidates.choosers, device=candidates.seeds_B.device)
     return best_places(draw_scores(candidates.seeds_B, choosers_G, candidates.count), slots)
@@ -51,7 +51,7 @@ def _signed(word: int) -> int:
 
 
 def _shifted(z: Tensor, bits: int) -> Tensor:
-    """To the right, zeros coming in: torch's own shift keeps the sign."""
+    """Logical right shift: torch's own shift keeps the sign."""
     return (z >> bits) & ((1 << (64 - bits)) - 1)
 
 

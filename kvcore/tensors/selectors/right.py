@@ -1,4 +1,4 @@
-"""`right`: the last tokens, whose states have read the most. KaVa's baseline `crop`."""
+"""`right`: the last tokens, whose states have read the most text. KaVa's baseline `crop`."""
 
 from __future__ import annotations
 
