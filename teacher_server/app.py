@@ -131,7 +131,7 @@ class TeacherServer:
         queue = SampleQueue(config.max_queued_tokens, config.max_batch_tokens, config.stream_window_bytes)
         scheduler = Scheduler(engine, queue, self.state.metrics, self._on_engine_error)
         self.state.backend = Backend(engine, scheduler)
-        self.state.set_phase_problem("the self-test is running")
+        self.state.phase_problem = "the self-test is running"
         await self_test(self._service, engine.info)
         await self._accept_requests()
         log_event(
@@ -145,7 +145,7 @@ class TeacherServer:
         )
 
     async def _accept_requests(self) -> None:
-        self.state.set_phase_problem(None)
+        self.state.phase_problem = None
         await self._set_health(health_pb2.HealthCheckResponse.SERVING)
 
     async def _set_health(self, status: health_pb2.HealthCheckResponse.ServingStatus) -> None:
@@ -192,7 +192,7 @@ class TeacherServer:
         except BusyError:
             return True
         except SelfTestError as error:
-            self.state.set_phase_problem(str(error))
+            self.state.phase_problem = str(error)
             await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
             log_event(log, "engine_broken", level=logging.ERROR, problem=str(error))
             return False
@@ -241,7 +241,7 @@ class TeacherServer:
             self._stop.set()
 
     async def _drain(self) -> None:
-        self.state.set_phase_problem("the server is draining")
+        self.state.phase_problem = "the server is draining"
         await self._health.enter_graceful_shutdown()
         log_event(log, "draining", open_streams=self.state.open_streams, seconds=self._config.drain_seconds)
         with contextlib.suppress(TimeoutError):

@@ -123,7 +123,7 @@ class GrpcServer:
         now = time.monotonic()
         self._crashes = [then for then in self._crashes if now - then < CRASH_WINDOW_SECONDS] + [now]
         self._state.metrics.grpc_crashes.inc()
-        self._state.set_grpc_problem("the gRPC server crashed and is starting again")
+        self._state.grpc_problem = "the gRPC server crashed and is starting again"
         log_event(log, "grpc_crashed", level=logging.ERROR, error=error, crashes=len(self._crashes))
         self._drain(self._server)
         if len(self._crashes) >= MOST_CRASHES:
@@ -133,7 +133,7 @@ class GrpcServer:
         loopback = self._loopback
         await self._start_again(give_up_at=now + BIND_SECONDS)
         await loopback.close(PROBE_SECONDS)
-        self._state.set_grpc_problem(None)
+        self._state.grpc_problem = None
         log_event(log, "grpc_restarted", grpc_port=self._state.grpc_port)
 
     def _drain(self, server: grpc.aio.Server) -> None:

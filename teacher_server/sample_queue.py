@@ -36,8 +36,8 @@ class Sink(Protocol):
         """One layer of some samples is encoded: job i is row `rows[i]` of the result's tensors."""
         ...
 
-    def on_failed(self, job: Job, code: str, problem: str) -> None:
-        """A sample failed; `code` is the name of a gRPC status."""
+    def refuse(self, index: int, code: str, problem: str) -> None:
+        """The sample at this index of the request failed; `code` is the name of a gRPC status."""
         ...
 
     def on_batch_end(self, done: Sequence[Job], timings: Sequence[Timings], releases: int) -> None:

@@ -96,7 +96,7 @@ class Scheduler:
     def _fail_one(self, batch: list[Job], failure: SampleFailure) -> None:
         job = batch[failure.index]
         job.failed = True
-        _notify(job.stream, job.stream.sink.on_failed, job, "FAILED_PRECONDITION", failure.problem)
+        _notify(job.stream, job.stream.sink.refuse, job.index, "FAILED_PRECONDITION", failure.problem)
 
     def _finish(self, batch: list[Job], timings: ExecutionTimings) -> None:
         metrics, tokens = self._metrics, sum(job.tokens for job in batch)
@@ -134,7 +134,7 @@ class Scheduler:
         for stream, jobs in _by_stream(batch).items():
             for job in jobs:
                 if not job.failed:
-                    _notify(stream, stream.sink.on_failed, job, "INTERNAL", problem)
+                    _notify(stream, stream.sink.refuse, job.index, "INTERNAL", problem)
             _notify(stream, stream.sink.on_batch_end, [], [], sum(job.nbytes for job in jobs))
         self._on_engine_error(error)
 

@@ -63,16 +63,6 @@ class ServerState:
         """Why requests are refused; None while they are accepted."""
         return self.phase_problem or self.grpc_problem
 
-    def set_phase_problem(self, problem: str | None) -> None:
-        """Refuse requests with a reason that concerns the model or the server's phase; None accepts them again."""
-        self.phase_problem = problem
-        self.metrics.ready.set(self.not_ready is None)
-
-    def set_grpc_problem(self, problem: str | None) -> None:
-        """Refuse requests while the gRPC server restarts after a crash; None accepts them again."""
-        self.grpc_problem = problem
-        self.metrics.ready.set(self.not_ready is None)
-
     def loaded(self) -> Backend:
         """The teacher.
 
@@ -141,6 +131,7 @@ class ServerState:
         if self.backend is not None:
             info = self.backend.engine.info
             self.metrics.teacher.labels(self.config.teacher_name, info.model, info.engine, info.dtype).set(1)
+        self.metrics.ready.set(self.not_ready is None)
         self.metrics.streams_limit.set(self.config.max_streams)
         self.metrics.queued_tokens_limit.set(self.config.max_queued_tokens)
         self.metrics.streams.set(load["open_streams"])

@@ -73,7 +73,7 @@ def weights_digest(directory: Path, config: Mapping[str, Any], loaded_as: str) -
     """
     files = weight_files(directory)
     with ThreadPoolExecutor(max_workers=min(len(files), os.cpu_count() or 1)) as pool:
-        digests = list(pool.map(partial(_file_digest, cache=_cache_directory()), files))
+        digests = list(pool.map(_file_digest, files))
     geometry = {key: value for key, value in config.items() if not key.startswith("_") and key not in _NOT_IDENTITY}
     canonical = json.dumps([digests, geometry, loaded_as], sort_keys=True, separators=(",", ":"), default=str)
     return hashlib.blake2b(canonical.encode(), digest_size=16).hexdigest()
@@ -82,17 +82,13 @@ def weights_digest(directory: Path, config: Mapping[str, Any], loaded_as: str) -
 _NOT_IDENTITY = {"transformers_version", "dtype", "torch_dtype", "use_cache"}
 
 
-def _cache_directory() -> Path:
-    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(base).expanduser() / "kvdistill" / "weights"
-
-
-def _file_digest(file: Path, cache: Path) -> str:
+def _file_digest(file: Path) -> str:
     """The file's BLAKE2b. For a large file it is cached until the file's size, modification time or inode changes."""
     status = file.resolve().stat()
     if status.st_size < CACHE_FROM_BYTES:
         return _hash(file)
     identity = f"{file.resolve()}\0{status.st_size}\0{status.st_mtime_ns}\0{status.st_ino}"
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "kvdistill" / "weights"
     entry = cache / hashlib.blake2b(identity.encode(), digest_size=16).hexdigest()
     if entry.is_file():
         return entry.read_text(encoding="ascii")

@@ -62,7 +62,7 @@ class AnswerStream:
         return self._outgoing.popleft()
 
     def refuse(self, index: int, code: str, problem: str) -> None:
-        """End a sample without K/V."""
+        """See `Sink.refuse`."""
         self._remaining -= 1
         self._count_sample(code)
         self._put(self._writer.sample_failed(index, code, problem))
@@ -86,10 +86,6 @@ class AnswerStream:
         indices = [job.index for job in jobs]
         self._put(self._writer.layer_batch(indices, own.layer, own.parts, own.positions, own.relative_error))
         self._flush_soon()
-
-    def on_failed(self, job: Job, code: str, problem: str) -> None:
-        """See `Sink.on_failed`."""
-        self.refuse(job.index, code, problem)
 
     def on_batch_end(self, done: Sequence[Job], timings: Sequence[Timings], releases: int) -> None:
         """See `Sink.on_batch_end`."""

@@ -31,16 +31,11 @@ Method = Callable[[grpc.aio.ServicerContext], Awaitable[Any]]
 
 @dataclass(frozen=True, slots=True)
 class Status:
-    """The status of a failed call."""
+    """The status of a failed call. `trailers`: trailing metadata that tells the client when to retry."""
 
     code: grpc.StatusCode
     details: str
-    pushback_ms: int | None = None
-
-    @property
-    def trailers(self) -> tuple[tuple[str, str], ...]:
-        """Trailing metadata: when the client may retry."""
-        return () if self.pushback_ms is None else ((PUSHBACK, str(self.pushback_ms)),)
+    trailers: tuple[tuple[str, str], ...] = ()
 
 
 _CODES: tuple[tuple[type[Exception], grpc.StatusCode], ...] = (
@@ -54,7 +49,7 @@ _CODES: tuple[tuple[type[Exception], grpc.StatusCode], ...] = (
 def status_of(error: Exception) -> Status:
     """Map an error to a status. Callers see only an id of an unexpected error; the log has its traceback."""
     if isinstance(error, BusyError):
-        return Status(grpc.StatusCode.RESOURCE_EXHAUSTED, str(error), error.retry_ms)
+        return Status(grpc.StatusCode.RESOURCE_EXHAUSTED, str(error), ((PUSHBACK, str(error.retry_ms)),))
     if isinstance(error, TimeoutError):
         return Status(
             grpc.StatusCode.DEADLINE_EXCEEDED, "the request ran longer than this server's max_request_seconds"

@@ -212,24 +212,19 @@ class MessageReceiver:
     ) -> None:
         # Each worker proves the key in its own thread, so that a silent one does not block the others.
         self._listener = Listener(address, backlog=BACKLOG)
-        self._address = cast("Address", self._listener.address)
+        self.address = cast("Address", self._listener.address)
         self._key = key
         self._receive = receive
         self._lost = lost
         self._closed = False
         threading.Thread(target=self._accept, name="kv receiver", daemon=True).start()
 
-    @property
-    def address(self) -> Address:
-        """The address that it listens on."""
-        return self._address
-
     def close(self) -> None:
         """Stop accepting workers."""
         self._closed = True
         with contextlib.suppress(OSError):
             # Closing the socket does not wake a thread that waits in accept(); a connection does.
-            Client(self._address).close()
+            Client(self.address).close()
         self._listener.close()
 
     def _accept(self) -> None:
