@@ -182,7 +182,7 @@ def test_array_has_the_remaining_runs_one_per_task(tmp_path: Path) -> None:
     (taken / "sbatch").write_text(f'#!/bin/sh\ncp "$2" {taken}/\necho "7;cluster"\n', encoding="utf-8")
     (taken / "sbatch").chmod(0o755)
     sweep.environment["PATH"] = f"{taken}:{sweep.environment['PATH']}"
-    assert "submitted 5 of 6 runs as job 7, followed by the table as job 7" in sweep.run("--slurm")
+    assert "submitted 5 of 6 runs as job 7, and the table as job 7, which runs after it" in sweep.run("--slurm")
     array, table = ((taken / f"{name}.sbatch").read_text(encoding="utf-8") for name in ("array", "table"))
     for line in ("#SBATCH --array=0,2,3,4,5%2\n", "#SBATCH --gres=gpu:8\n", "#SBATCH --partition=gpu\n", "pipefail"):
         assert line in array
