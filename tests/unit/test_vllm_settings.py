@@ -58,13 +58,13 @@ def serve(**fields: Any) -> ServeConfig:
 @pytest.mark.parametrize("engine", ["hf", "fake"])
 def test_other_engines_refuse_vllms_flags(engine: str, field: str, value: object) -> None:
     assert getattr(serve(**{field: value}), field) == value
-    with pytest.raises(ValidationError, match=f"{field}: is for the engine 'vllm'; the engine is '{engine}'"):
+    with pytest.raises(ValidationError, match=f"{field}: needs the engine 'vllm'; the engine is '{engine}'"):
         serve(engine=engine, model="fake:", **{field: value})
 
 
 @pytest.mark.parametrize(("field", "value"), [("load_in_8bit", True), ("load_in_4bit", True), ("threads", 2)])
 def test_vllm_refuses_flags_of_other_engines(field: str, value: object) -> None:
-    with pytest.raises(ValidationError, match=f"{field}: the engine 'vllm' does not take it"):
+    with pytest.raises(ValidationError, match=f"{field}: is not supported by the engine 'vllm'"):
         serve(**{field: value})
 
 
@@ -160,7 +160,7 @@ def quantised(config: PreTrainedConfig) -> PreTrainedConfig:
             ),
             "rotate 'longrope' differently",
         ),
-        (GPT2Config(), "no rotary embedding"),
+        (GPT2Config(), "no standard rotary embedding"),
     ],
     ids=["window", "window of qwen2", "quantised", "dynamic", "longrope", "no rotation"],
 )
