@@ -10,12 +10,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import NoneType
-from typing import Any, Generic, Literal, NoReturn, cast, get_args, get_origin
+from typing import Annotated, Any, Generic, Literal, NoReturn, cast, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 
 from kvcore.config import ModelT, parse, read_yaml
 from kvcore.errors import ConfigError, FieldError
+from kvcore.plugins import NameTable
 
 _CONFIG = "config"
 
@@ -159,6 +160,9 @@ def _leaves(annotation: Any) -> list[Any]:
     parts = get_args(annotation)
     if get_origin(annotation) is Literal:
         return list(parts)
+    if get_origin(annotation) is Annotated:
+        tables = [part for part in parts if isinstance(part, NameTable)]
+        return list(tables[0]) if tables else _leaves(parts[0])
     return [leaf for part in parts for leaf in _leaves(part)] if parts else [annotation]
 
 

@@ -10,6 +10,7 @@ import typer
 
 from kvcore.config import parse
 from kvcore.errors import ConfigError, FieldError
+from kvcore.plugins import NameTable
 from teacher_server.config import ServeConfig
 
 # Headings of --help, in order; under each its fields and what to say about them.
@@ -71,8 +72,16 @@ def with_serve_flags(command: Callable[..., None]) -> Callable[..., None]:
 def _flag(name: str, kind: Any, text: str, panel: str) -> inspect.Parameter:
     field = ServeConfig.model_fields[name]
     option = typer.Option(f"--{name.replace('_', '-')}", help=text, rich_help_panel=panel)
+    for table in field.metadata:
+        if isinstance(table, NameTable):
+            option.metavar, option.autocompletion = "|".join(table), _beginning(table)
     default = inspect.Parameter.empty if field.is_required() else field.default
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, option])
+
+
+def _beginning(table: NameTable) -> Callable[[str], list[str]]:
+    """What completes the beginning of a name."""
+    return lambda incomplete: [name for name in table if name.startswith(incomplete)]
 
 
 def serve_config(flags: Mapping[str, Any]) -> ServeConfig:

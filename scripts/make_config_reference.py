@@ -18,6 +18,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from pydantic_core import PydanticUndefined
 
 from kvcore.config import StrictModel
+from kvcore.plugins import NameTable
 from student_trainer.config import TrainConfig
 from teacher_server.config import ServeConfig
 
@@ -65,8 +66,10 @@ def describe(annotation: Any) -> str:
     """A type in words: choices, limits and what may be left out."""
     origin, arguments = get_origin(annotation), get_args(annotation)
     if origin is Annotated:
+        tables = [part for part in arguments[1:] if isinstance(part, NameTable)]
+        kind = f"{describe(Literal[*tables[0].builtin])}, or of a plug-in" if tables else describe(arguments[0])
         limits = [limit for metadata in arguments[1:] for limit in _limits(metadata)]
-        return describe(arguments[0]) + (f", {', '.join(limits)}" if limits else "")
+        return kind + (f", {', '.join(limits)}" if limits else "")
     if origin is Literal:
         return "one of " + ", ".join(f"`{choice}`" for choice in arguments)
     if origin in (Union, types.UnionType):

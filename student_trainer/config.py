@@ -10,9 +10,21 @@ from pydantic import ConfigDict, Field, model_validator
 from kvcore.config import StrictModel, parse
 from kvcore.errors import FieldError
 from kvcore.plan import CodecSpec, Selection
+from kvcore.plugins import NameTable
 
 # Where a run keeps its best model, and the next stage finds it.
 BEST_MODEL = "best_model"
+
+KV_LOSSES = NameTable(
+    "KV loss",
+    "kvdistill.losses",
+    {
+        "mse": "student_trainer.model.losses:mse",
+        "smooth_l1": "student_trainer.model.losses:smooth_l1",
+        "cosine": "student_trainer.model.losses:cosine",
+        "cka": "student_trainer.model.losses:cka",
+    },
+)
 
 Positive = Annotated[int, Field(ge=1)]
 NonNegative = Annotated[float, Field(ge=0.0)]
@@ -149,7 +161,7 @@ class LossConfig(StrictModel):
 
     kv_weight: NonNegative | Literal["auto"] = 1.0
     kv_gradient_ratio: Annotated[float, Field(gt=0.0)] = 1.0
-    kv_loss: Literal["mse", "smooth_l1", "cosine", "cka"] = "smooth_l1"
+    kv_loss: Annotated[str, KV_LOSSES] = "smooth_l1"
     reasoning_ce_weight: NonNegative = 1.0
     codi_weight: NonNegative = 0.0
 

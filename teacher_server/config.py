@@ -8,12 +8,23 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, model_validator
 
 from kvcore.config import StrictModel
+from kvcore.plugins import NameTable
 
 MIB = 1 << 20
 
 Positive = Annotated[int, Field(ge=1)]
 Port = Annotated[int, Field(ge=0, le=65535)]
 Seconds = Annotated[float, Field(ge=0.0)]
+
+ENGINES = NameTable(
+    "engine",
+    "kvdistill.engines",
+    {
+        "hf": "teacher_server.engines.hf.hf_engine:load",
+        "vllm": "teacher_server.engines.vllm.vllm_engine:load",
+        "fake": "teacher_server.engines.fake:load",
+    },
+)
 
 VLLM_FIELDS = (
     "tensor_parallel_size",
@@ -50,7 +61,7 @@ class ServeConfig(StrictModel):
     model: Annotated[str, Field(min_length=1)]
     name: Annotated[str, Field(min_length=1, max_length=256)] | None = None
     revision: str | None = None
-    engine: Literal["hf", "vllm", "fake"] = "hf"
+    engine: Annotated[str, ENGINES] = "hf"
     dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d{1,3})?)$")] = "auto"
     load_in_8bit: bool = False

@@ -9,7 +9,7 @@ scale, so |decoded - x| <= scale / 2 for every element whose group has a normal 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
@@ -17,14 +17,32 @@ import torch
 from torch.nn import functional
 
 from kvcore.errors import NonFiniteError
-from kvcore.plan import CodecSpec
+from kvcore.plan import CODECS, CodecSpec
 from kvcore.types import BatchKV, EncodedSampleKV, Tensor
 
 Kind = Literal["k", "v"]
 KINDS: tuple[Kind, ...] = ("k", "v")
 PartLayout = list[tuple[str, torch.dtype, tuple[int, ...]]]
 
+# What parts may be made of.
+PART_DTYPES = (torch.uint8, torch.int8, torch.int32, torch.float16, torch.bfloat16, torch.float32)
+
 _LEVELS = 127
+
+
+@dataclass(frozen=True, slots=True)
+class Codec:
+    """One way to pack keys or values.
+
+    `encode(x_BHMD, kind, group_size)` packs fp32 on its device into the parts that `layout` lists, each with a leading
+    B. `decode(parts, kind, group_size)` gives fp32 with the leading dimensions that the parts have.
+    `layout(shape_HMD, kind, group_size)` lists the parts of one sample's layer: name, one of `PART_DTYPES`, and shape;
+    it alone decides how many bytes they take.
+    """
+
+    encode: Callable[[Tensor, Kind, int], dict[str, Tensor]]
+    decode: Callable[[Mapping[str, Tensor], Kind, int], Tensor]
+    layout: Callable[[tuple[int, int, int], Kind, int], PartLayout]
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,29 +63,18 @@ def encode(x_BHMD: Tensor, kind: Kind, spec: CodecSpec) -> Encoded:
         NonFiniteError: x holds NaN or infinity, or a value so large that the codec cannot hold it.
     """
     x_BHMD = x_BHMD.float()
-    parts = _encode_parts(x_BHMD, kind, spec)
+    parts = _codec(spec).encode(x_BHMD, kind, spec.group_size)
     return Encoded(parts, _relative_error(x_BHMD, decode(parts, kind, spec)))
 
 
 def decode(parts: Mapping[str, Tensor], kind: Kind, spec: CodecSpec) -> Tensor:
     """Unpacks parts to fp32, with the leading dimensions that the parts have."""
-    if spec.name != "int8":
-        return parts["data"].float()
-    dim = _group_dim(kind)
-    codes, scale = parts["codes"], parts["scale"].float()
-    return codes.float().mul_(_per_element(scale, codes.shape[dim], spec.group_size, dim))
+    return _codec(spec).decode(parts, kind, spec.group_size)
 
 
 def part_layout(spec: CodecSpec, kind: Kind, heads: int, slots: int, head_dim: int) -> PartLayout:
     """The parts of one sample's layer: name, dtype and shape, without the kind's prefix."""
-    shape = (heads, slots, head_dim)
-    if spec.name == "raw":
-        return [("data", torch.float32, shape)]
-    if spec.name == "bf16":
-        return [("data", torch.bfloat16, shape)]
-    groups = -(-shape[_group_dim(kind)] // spec.group_size)
-    scale_shape = (heads, groups, head_dim) if kind == "k" else (heads, slots, groups)
-    return [("codes", torch.int8, shape), ("scale", torch.bfloat16, scale_shape)]
+    return _codec(spec).layout((heads, slots, head_dim), kind, spec.group_size)
 
 
 def layer_bytes(spec: CodecSpec, heads: int, slots: int, head_dim: int) -> int:
@@ -96,17 +103,43 @@ def decode_batch(samples: Sequence[EncodedSampleKV]) -> BatchKV:
     )
 
 
-def _encode_parts(x_BHMD: Tensor, kind: Kind, spec: CodecSpec) -> dict[str, Tensor]:
-    if spec.name == "raw":
-        return {"data": x_BHMD.contiguous()}
-    if spec.name == "bf16":
-        return {"data": x_BHMD.to(torch.bfloat16).contiguous()}
+def _codec(spec: CodecSpec) -> Codec:
+    return CODECS.load(spec.name, Codec)
+
+
+def _cast(dtype: torch.dtype) -> Codec:
+    """The codec that only changes the type."""
+    return Codec(
+        encode=lambda x_BHMD, _kind, _group_size: {"data": x_BHMD.to(dtype).contiguous()},
+        decode=lambda parts, _kind, _group_size: parts["data"].float(),
+        layout=lambda shape_HMD, _kind, _group_size: [("data", dtype, shape_HMD)],
+    )
+
+
+def _encode_int8(x_BHMD: Tensor, kind: Kind, group_size: int) -> dict[str, Tensor]:
     dim = _group_dim(kind)
-    scale = (_group_max(x_BHMD, spec.group_size, dim) / _LEVELS).to(torch.bfloat16)
+    scale = (_group_max(x_BHMD, group_size, dim) / _LEVELS).to(torch.bfloat16)
     divisor = torch.where(scale == 0, 1.0, scale.float())
-    codes = x_BHMD / _per_element(divisor, x_BHMD.shape[dim], spec.group_size, dim)
+    codes = x_BHMD / _per_element(divisor, x_BHMD.shape[dim], group_size, dim)
     codes = codes.round_().clamp_(-_LEVELS, _LEVELS).to(torch.int8)
     return {"codes": codes.contiguous(), "scale": scale.contiguous()}
+
+
+def _decode_int8(parts: Mapping[str, Tensor], kind: Kind, group_size: int) -> Tensor:
+    dim = _group_dim(kind)
+    codes, scale = parts["codes"], parts["scale"].float()
+    return codes.float().mul_(_per_element(scale, codes.shape[dim], group_size, dim))
+
+
+def _int8_layout(shape_HMD: tuple[int, int, int], kind: Kind, group_size: int) -> PartLayout:
+    heads, slots, head_dim = shape_HMD
+    groups = -(-shape_HMD[_group_dim(kind)] // group_size)
+    scale_shape = (heads, groups, head_dim) if kind == "k" else (heads, slots, groups)
+    return [("codes", torch.int8, shape_HMD), ("scale", torch.bfloat16, scale_shape)]
+
+
+RAW, BF16 = _cast(torch.float32), _cast(torch.bfloat16)
+INT8 = Codec(_encode_int8, _decode_int8, _int8_layout)
 
 
 def _group_dim(kind: Kind) -> int:

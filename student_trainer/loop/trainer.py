@@ -51,15 +51,16 @@ class InterruptedRunError(KVDistillError):
 
 def main(config_path: Path, overrides: list[str]) -> None:
     """What `kvdistill train` runs on every rank."""
-    config = load_config(config_path, overrides, TrainConfig)
     level = logging.INFO if os.environ.get("RANK", "0") == "0" else logging.WARNING
     logging.basicConfig(level=level, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", force=True)
+    train(load_config(config_path, overrides, TrainConfig))
+
+
+def train(config: TrainConfig) -> dict[str, Any]:
+    """Runs a configuration on this rank, all stages of it, and returns the summary of the last."""
     stop_tracing = tracing.start("kvdistill-trainer", f"rank{os.environ.get('RANK', '0')}")
     try:
-        if config.stages:
-            run_stages(config, run)
-        else:
-            run(config)
+        return run_stages(config, run)[-1] if config.stages else run(config)
     finally:
         stop_tracing()
         ds_engine.stop()

@@ -6,12 +6,19 @@ K/V slots that a mask leaves out may hold anything, NaN included: they reach nei
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
+from types import FunctionType
 
 import torch
 from torch.nn import functional
 
 from kvcore.types import Tensor
+from student_trainer.config import KV_LOSSES
+
+# Of student and target [B,L,H,M,D], both in units of the target's deviation and 0 in empty slots, and the mask [B,M] of
+# the slots that hold a target: a scalar. The target carries no gradient.
+KVLoss = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def cross_entropy(logits_BTV: Tensor, targets_BT: Tensor, mask_BT: Tensor) -> Tensor:
@@ -58,7 +65,7 @@ def kv_distance(student_BLHMD: Tensor, target_BLHMD: Tensor, scale_L: Tensor, ma
         target_BLHMD: taken as a constant.
         scale_L: standard deviation of the targets, per layer; `cosine` and `cka` do not change with it.
         mask_BM: slots that hold a target; samples without any are left out of the mean.
-        kind: `mse`, `smooth_l1`, `cosine` or `cka`.
+        kind: a name of `KV_LOSSES`.
 
     Returns:
         scalar; 0 where no sample has a target, still attached to the graph.
@@ -66,9 +73,7 @@ def kv_distance(student_BLHMD: Tensor, target_BLHMD: Tensor, scale_L: Tensor, ma
     scale = scale_L[None, :, None, None, None]
     student = _only_masked_in(student_BLHMD, mask_BM) / scale
     target = _only_masked_in(target_BLHMD.detach(), mask_BM) / scale
-    if kind == "cka":
-        return _cka_distance(_slots_as_rows(student, mask_BM), _slots_as_rows(target, mask_BM))
-    return _mean_over_slots(_SLOT_LOSSES[kind](student, target), mask_BM).mean()
+    return KV_LOSSES.load(kind, FunctionType)(student, target, mask_BM)
 
 
 @torch.no_grad()
@@ -99,20 +104,45 @@ def _mean_over_slots(loss_BLHM: Tensor, mask_BM: Tensor) -> Tensor:
     return per_sample_BLH.sum(dim=0) / (counts_B > 0).sum().clamp(min=1)
 
 
-def _mse(x_BLHMD: Tensor, y_BLHMD: Tensor) -> Tensor:
+def per_slot(distance: Callable[[Tensor, Tensor], Tensor]) -> KVLoss:
+    """Makes a KV loss of a distance between slots.
+
+    Args:
+        distance: gives [B,L,H,M] for student and target [B,L,H,M,D].
+
+    Returns:
+        the mean over a sample's slots, then over samples, layers and heads.
+    """
+
+    @functools.wraps(distance)
+    def loss(student_BLHMD: Tensor, target_BLHMD: Tensor, mask_BM: Tensor) -> Tensor:
+        return _mean_over_slots(distance(student_BLHMD, target_BLHMD), mask_BM).mean()
+
+    return loss
+
+
+@per_slot
+def mse(x_BLHMD: Tensor, y_BLHMD: Tensor) -> Tensor:
+    """Squared difference."""
     return functional.mse_loss(x_BLHMD, y_BLHMD, reduction="none").mean(dim=-1)
 
 
-def _smooth_l1(x_BLHMD: Tensor, y_BLHMD: Tensor) -> Tensor:
+@per_slot
+def smooth_l1(x_BLHMD: Tensor, y_BLHMD: Tensor) -> Tensor:
+    """Squared difference below 1, absolute difference above."""
     return functional.smooth_l1_loss(x_BLHMD, y_BLHMD, reduction="none").mean(dim=-1)
 
 
-def _cosine(x_BLHMD: Tensor, y_BLHMD: Tensor) -> Tensor:
+@per_slot
+def cosine(x_BLHMD: Tensor, y_BLHMD: Tensor) -> Tensor:
+    """1 - cosine."""
     dot, xx, yy = ((a * b).sum(dim=-1) for a, b in ((x_BLHMD, y_BLHMD), (x_BLHMD, x_BLHMD), (y_BLHMD, y_BLHMD)))
     return 1 - _correlation(dot, xx, yy)
 
 
-_SLOT_LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"mse": _mse, "smooth_l1": _smooth_l1, "cosine": _cosine}
+def cka(student_BLHMD: Tensor, target_BLHMD: Tensor, mask_BM: Tensor) -> Tensor:
+    """1 - linear CKA of each layer's slots."""
+    return _cka_distance(_slots_as_rows(student_BLHMD, mask_BM), _slots_as_rows(target_BLHMD, mask_BM))
 
 
 def _correlation(xy: Tensor, xx: Tensor, yy: Tensor) -> Tensor:

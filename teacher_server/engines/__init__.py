@@ -1,43 +1,27 @@
-"""Teacher engines by name; an engine's libraries are imported when it is asked for."""
+"""Loading the teacher engine that a configuration names."""
 
 from __future__ import annotations
 
-import importlib
-from typing import Protocol, cast
+from types import FunctionType
+from typing import cast
 
 from kvcore.errors import FieldError
 from kvcore.extras import needs
-from teacher_server.config import ServeConfig
+from teacher_server.config import ENGINES, ServeConfig
 from teacher_server.engines.base import TeacherEngine
-
-ENGINES: dict[str, str] = {
-    "hf": "teacher_server.engines.hf.hf_engine",
-    "vllm": "teacher_server.engines.vllm.vllm_engine",
-    "fake": "teacher_server.engines.fake",
-}
-
-
-class EngineModule(Protocol):
-    """What the module of an engine offers."""
-
-    def load(self, config: ServeConfig) -> TeacherEngine:
-        """Builds the engine, ready to serve."""
-        ...
 
 
 def load_engine(config: ServeConfig) -> TeacherEngine:
-    """Loads the teacher that the configuration names.
+    """Loads the teacher that the configuration names. An engine's libraries are imported only here.
 
     Raises:
         FieldError: a field names a model, device or option that cannot be had here.
         UnsupportedModelError: the model's attention is not one whose keys and values can be read exactly.
     """
-    if config.engine not in ENGINES:
-        raise FieldError("engine", f"unknown engine '{config.engine}'; known: {', '.join(ENGINES)}")
     try:
-        module = cast("EngineModule", importlib.import_module(ENGINES[config.engine]))
+        load = ENGINES.load(config.engine, FunctionType)
     except ModuleNotFoundError as error:
         if error.name != "vllm":
             raise
         raise FieldError("engine", f"{needs('vllm', 'vllm')} (docs/vllm.md)") from error
-    return module.load(config)
+    return cast("TeacherEngine", load(config))

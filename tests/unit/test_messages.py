@@ -39,7 +39,7 @@ selections = st.builds(
         importance_pool=pool,
         seed=seed,
     ),
-    st.sampled_from(SELECTORS),
+    st.sampled_from(tuple(SELECTORS)),
     st.integers(1, INT32_MAX),
     st.sampled_from(["prompt", "reasoning", "answer", "all"]),
     st.sampled_from(["head", "layer", "sample"]),
@@ -49,7 +49,7 @@ selections = st.builds(
 )
 codecs = st.builds(
     CodecSpec,
-    name=st.sampled_from(CODECS),
+    name=st.sampled_from(tuple(CODECS)),
     group_size=st.integers(1, 4096),
     max_relative_error=st.none() | st.floats(0, 1e300, exclude_min=True),
 )
@@ -138,7 +138,7 @@ def bad_plan(**changes: Any) -> pb.Plan:
         ({"selection__importance_pool": 3}, "plan.selection.importance_pool", "(got 3)"),
         ({"selection__seed": 2**63}, "plan.selection.seed", f"less than {2**63} (got {2**63})"),
         ({"selection": None}, "plan.selection.span", "(got 0)"),
-        ({"codec__name": "zip"}, "plan.codec.name", "'raw', 'bf16' or 'int8' (got 'zip')"),
+        ({"codec__name": "zip"}, "plan.codec.name", "known: raw, bf16, int8 (got 'zip')"),
         ({"codec__group_size": 0}, "plan.codec.group_size", "greater than or equal to 1 (got 0)"),
         ({"codec__group_size": 4097}, "plan.codec.group_size", "less than or equal to 4096 (got 4097)"),
         ({"codec__max_relative_error": 0.0}, "plan.codec.max_relative_error", "greater than 0 (got 0.0)"),

@@ -121,7 +121,7 @@ def test_every_field_of_a_plan_is_in_the_list_of_changes():
         (
             {"layers": [0], "selection": {"selector": "best", "budget": 1}},
             "selection.selector",
-            "'full', 'right', 'r_kv', 'uniform', 'random' or 'keydiff' (got 'best')",
+            "known: full, right, r_kv, uniform, random, keydiff (got 'best')",
         ),
         ({"layers": [0], "selection": {"budget": -1}}, "selection.budget", "greater than or equal to 0 (got -1)"),
         ({"layers": [0], "selection": {"scope": "batch"}}, "selection.scope", "'head', 'layer' or 'sample'"),
@@ -134,7 +134,11 @@ def test_every_field_of_a_plan_is_in_the_list_of_changes():
         ({"layers": [0], "selection": {"importance_pool": "sum"}}, "selection.importance_pool", "'max' or 'mean'"),
         ({"layers": [0], "selection": {"seed": -1}}, "selection.seed", "greater than or equal to 0 (got -1)"),
         ({"layers": [0], "selection": {"seed": 2**63}}, "selection.seed", f"less than {2**63} (got {2**63})"),
-        ({"layers": [0], "codec": {"name": "int4"}}, "codec.name", "'raw', 'bf16' or 'int8' (got 'int4')"),
+        (
+            {"layers": [0], "codec": {"name": "int4"}},
+            "codec.name",
+            "did you mean 'int8'? known: raw, bf16, int8 (got 'int4')",
+        ),
         ({"layers": [0], "codec": {"group_size": 0}}, "codec.group_size", "greater than or equal to 1 (got 0)"),
         ({"layers": [0], "codec": {"group_size": 5000}}, "codec.group_size", "less than or equal to 4096 (got 5000)"),
         (

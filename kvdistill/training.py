@@ -1,0 +1,69 @@
+"""Training from Python."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from kvcore.config import load_config as load_file
+from kvcore.config import parse
+from kvcore.extras import require
+from student_trainer.config import BEST_MODEL, TrainConfig
+
+
+@dataclass(frozen=True, slots=True)
+class TrainResult:
+    """A finished run; with `stages`, its last stage.
+
+    `output_dir`: everything that the run wrote. `best_model`: the student, for `load_student`. `metrics`: the run's
+    `summary.json`: steps, best step, validation accuracy, KV loss, speed (docs/metrics.md).
+    """
+
+    output_dir: Path
+    best_model: Path
+    metrics: Mapping[str, Any]
+
+
+def load_config(path: str | Path, overrides: Iterable[str] = ()) -> TrainConfig:
+    """Reads a run's YAML file.
+
+    Args:
+        path: the file.
+        overrides: `key.path=value`, as after `--set` of `kvdistill train`.
+
+    Raises:
+        ConfigError: the file is missing or is no YAML mapping.
+        FieldError: a key is unknown, has the wrong type, or is out of range.
+    """
+    return load_file(Path(path), overrides, TrainConfig)
+
+
+def train(config: TrainConfig | Mapping[str, Any] | str | Path) -> TrainResult:
+    """Trains to the end, or on from the newest checkpoint, like `kvdistill train`.
+
+    Runs in this process, or as one rank of those that torchrun or deepspeed started. Call it from the main thread:
+    SIGTERM and SIGINT save a checkpoint and end the run.
+
+    Args:
+        config: a configuration, a mapping with the keys of docs/configuration.md, or the path of a YAML file.
+
+    Raises:
+        ConfigError: the configuration, or a path that it names, cannot be used; or the extra `train` is missing.
+        TeacherError: a teacher cannot be reached, or refuses what it is asked for.
+        KVDistillError: the run was interrupted or diverged; the message says from where it can go on.
+    """
+    settings = _settings(config)
+    require("train", "kvdistill.train")
+    from student_trainer.loop.trainer import train as run  # noqa: PLC0415 - DeepSpeed is slow to import
+
+    metrics = run(settings)
+    last = settings.stage(len(settings.stages) - 1) if settings.stages else settings
+    return TrainResult(last.run.output_dir, last.run.output_dir / BEST_MODEL, metrics)
+
+
+def _settings(config: TrainConfig | Mapping[str, Any] | str | Path) -> TrainConfig:
+    if isinstance(config, TrainConfig):
+        return config
+    return load_config(config) if isinstance(config, str | Path) else parse(config, TrainConfig)
