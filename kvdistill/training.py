@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,9 +57,12 @@ def train(config: TrainConfig | Mapping[str, Any] | str | Path) -> TrainResult:
     """
     settings = _settings(config)
     require("train", "kvdistill.train")
-    from student_trainer.loop.trainer import train as run  # noqa: PLC0415 - DeepSpeed is slow to import
+    from student_trainer.loop import ds_engine, trainer  # noqa: PLC0415 - torch is slow to import
 
-    metrics = run(settings)
+    # DeepSpeed cannot join a second process group, so that further runs of this process need the first.
+    atexit.unregister(ds_engine.stop)
+    atexit.register(ds_engine.stop)
+    metrics = trainer.train(settings)
     last = settings.stage(len(settings.stages) - 1) if settings.stages else settings
     return TrainResult(last.run.output_dir, last.run.output_dir / BEST_MODEL, metrics)
 

@@ -53,17 +53,22 @@ def main(config_path: Path, overrides: list[str]) -> None:
     """What `kvdistill train` runs on every rank."""
     level = logging.INFO if os.environ.get("RANK", "0") == "0" else logging.WARNING
     logging.basicConfig(level=level, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", force=True)
-    train(load_config(config_path, overrides, TrainConfig))
+    try:
+        train(load_config(config_path, overrides, TrainConfig))
+    finally:
+        ds_engine.stop()
 
 
 def train(config: TrainConfig) -> dict[str, Any]:
-    """Runs a configuration on this rank, all stages of it, and returns the summary of the last."""
+    """Runs a configuration on this rank, all stages of it, and returns the summary of the last.
+
+    The process group stays, for further runs of this process: `ds_engine.stop` leaves it.
+    """
     stop_tracing = tracing.start("kvdistill-trainer", f"rank{os.environ.get('RANK', '0')}")
     try:
         return run_stages(config, run)[-1] if config.stages else run(config)
     finally:
         stop_tracing()
-        ds_engine.stop()
 
 
 def run(config: TrainConfig) -> dict[str, Any]:
