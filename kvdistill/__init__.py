@@ -102,16 +102,18 @@ _MODULES = {
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
 
 
-def __getattr__(name: str) -> object:
-    if name not in _MODULE_OF:
-        raise AttributeError(f"module 'kvdistill' has no attribute '{name}'")
-    from kvdistill.own_packages import shadowed  # noqa: PLC0415 - needed once
+if not TYPE_CHECKING:  # Type checkers would take any name for one that is there.
 
-    if problem := shadowed():
-        raise ImportError(problem)
-    found = getattr(importlib.import_module(_MODULE_OF[name]), name)
-    globals()[name] = found
-    return found
+    def __getattr__(name: str) -> object:
+        if name not in _MODULE_OF:
+            raise AttributeError(f"module 'kvdistill' has no attribute '{name}'")
+        from kvdistill.own_packages import shadowed  # noqa: PLC0415 - needed once
+
+        if problem := shadowed():
+            raise ImportError(problem)
+        found = getattr(importlib.import_module(_MODULE_OF[name]), name)
+        globals()[name] = found
+        return found
 
 
 def __dir__() -> list[str]:

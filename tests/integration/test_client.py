@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -118,6 +119,7 @@ def test_replicas_of_different_models_are_refused(server: TeacherProcess, tmp_pa
 
 def test_a_teacher_continues_prompts_as_its_model_does(client: TeacherClient, model: Path) -> None:
     completions = client.generate(TEXTS, max_new_tokens=5)
+    lm: Any
     lm, tokenizer = AutoModelForCausalLM.from_pretrained(model), AutoTokenizer.from_pretrained(model)
     for prompt, completion in zip(TEXTS, completions, strict=True):
         inputs = tokenizer(prompt, return_tensors="pt")

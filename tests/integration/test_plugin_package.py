@@ -89,7 +89,7 @@ def server(environment: dict[str, str], tmp_path_factory: pytest.TempPathFactory
 def python(code: str, environment: dict[str, str], directory: Path) -> str:
     command = [sys.executable, "-c", code]
     done = subprocess.run(
-        command, cwd=directory, env=environment, capture_output=True, text=True, timeout=110, check=False
+        command, cwd=directory, env=environment, capture_output=True, text=True, timeout=300, check=False
     )
     assert done.returncode == 0, done.stderr[-4000:]
     return done.stdout
@@ -101,6 +101,7 @@ def test_a_selector_and_a_codec_are_announced_and_executed(
     python(f"ENDPOINT = {server.endpoint!r}\n{FETCH}", environment, tmp_path)
 
 
+@pytest.mark.timeout(400)
 def test_a_run_trains_with_selector_codec_and_loss(
     server: TeacherProcess, environment: dict[str, str], tmp_path: Path
 ) -> None:

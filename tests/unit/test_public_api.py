@@ -43,7 +43,7 @@ def test_every_name_is_there_and_is_shown_by_dir(name: str) -> None:
 
 def test_type_checkers_see_the_same_names_from_the_same_places() -> None:
     tree = ast.parse((REPOSITORY / "kvdistill" / "__init__.py").read_text(encoding="utf-8"))
-    (block,) = [node for node in tree.body if isinstance(node, ast.If)]
+    block = next(node for node in tree.body if isinstance(node, ast.If))
     declared = {
         alias.name: node.module for node in block.body if isinstance(node, ast.ImportFrom) for alias in node.names
     }

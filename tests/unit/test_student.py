@@ -71,7 +71,7 @@ def test_an_answer_ends_at_the_end_of_sequence(plain: Path) -> None:
     config = loaded.lm.generation_config
     assert config is not None
     config.eos_token_id = third
-    loaded.tokenizer.eos_token = loaded.tokenizer.convert_ids_to_tokens(third)  # pyright: ignore[reportAttributeAccessIssue]
+    loaded.tokenizer.eos_token = loaded.tokenizer.convert_ids_to_tokens(third)
     (cut,) = loaded.generate(PROMPTS[0], TOKENS)
     assert whole.startswith(cut)
     assert len(cut) < len(whole)
