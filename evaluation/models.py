@@ -2,22 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import torch
 from lm_eval.models.huggingface import HFLM
 
 from evaluation.latent_lm import LatentLM
-from kvcore.errors import FieldError
-from student_trainer.model.latent import LATENT_CONFIG, LATENT_WEIGHTS, load_reasoning
-from student_trainer.model.pretrained import DTypeName, load_pretrained
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
-    from student_trainer.model.latent import LatentReasoning
+from student_trainer.model.latent import saved_reasoning
+from student_trainer.model.pretrained import DTypeName, find_device, load_pretrained
 
 _FIELD = "--model_path"
 _HFLM: Any = HFLM
@@ -35,32 +27,10 @@ def load_model(path: str, dtype: DTypeName, device: str, batch_size: int) -> Any
     Raises:
         FieldError: the model cannot be loaded completely, or the device does not exist.
     """
-    target: Any = _device(device)
+    target: Any = find_device(device, "--device")
     lm, tokenizer = load_pretrained(path, dtype, _FIELD)
-    reasoning = _latents(lm, Path(path))
+    reasoning = saved_reasoning(lm, Path(path), _FIELD)
     lm = lm.to(target)
     if reasoning is None:
         return _HFLM(lm, tokenizer=tokenizer, batch_size=batch_size)
     return LatentLM(lm, reasoning.to(lm.device, lm.dtype), tokenizer, batch_size)
-
-
-def _latents(lm: PreTrainedModel, directory: Path) -> LatentReasoning | None:
-    files = [directory / name for name in (LATENT_CONFIG, LATENT_WEIGHTS)]
-    present = [file.is_file() for file in files]
-    if not any(present):
-        return None
-    if not all(present):
-        missing = files[present.index(False)]
-        raise FieldError(_FIELD, f"{directory} is a latent student, but {missing.name} is missing")
-    settings = json.loads(files[0].read_text(encoding="utf-8"))
-    return load_reasoning(lm, directory, settings["latents"], settings["passes"])
-
-
-def _device(name: str) -> torch.device:
-    found = torch.cuda.device_count()
-    if name == "auto":
-        return torch.device("cuda" if found else "cpu")
-    device = torch.device(name)
-    if device.type == "cuda" and (device.index or 0) >= found:
-        raise FieldError("--device", f"'{name}' does not exist; CUDA devices found: {found}")
-    return device

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -12,8 +11,10 @@ from typing import Annotated, Any, ClassVar, Literal, TypeVar, cast, get_args, g
 
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic.fields import FieldInfo
 
-from kvcore.errors import ConfigError, FieldError
+from kvcore.errors import ConfigError, FieldError, did_you_mean
+from kvcore.plugins import NameTable
 
 
 class StrictModel(BaseModel):
@@ -158,24 +159,24 @@ def parse(tree: Mapping[str, Any], model: type[ModelT]) -> ModelT:
 
 
 def choices(annotation: Any) -> list[str | int]:
-    """The choices of every `Literal` in an annotation."""
+    """The choices of every `Literal` and `NameTable` in an annotation."""
     return [leaf for leaf in leaves(annotation) if isinstance(leaf, str | int)]
 
 
 def leaves(annotation: Any) -> list[Any]:
-    """The types in an annotation, and the choices of its literals."""
+    """The types in an annotation, and the choices of its literals and name tables."""
     arguments = get_args(annotation)
     if get_origin(annotation) is Literal:
         return list(arguments)
     if get_origin(annotation) is Annotated:
-        return leaves(arguments[0])
+        tables = [argument for argument in arguments if isinstance(argument, NameTable)]
+        return list(tables[0]) if tables else leaves(arguments[0])
     return [leaf for argument in arguments for leaf in leaves(argument)] if arguments else [annotation]
 
 
-def did_you_mean(name: str, known: Sequence[str], cutoff: float = 0.6) -> str:
-    """The end of a message about an unknown name: the nearest known one, or nothing."""
-    near = difflib.get_close_matches(name, known, n=1, cutoff=cutoff)
-    return f"; did you mean '{near[0]}'?" if near else ""
+def annotation_of(about: FieldInfo) -> Any:
+    """A field's annotation with its metadata, which pydantic keeps apart from it."""
+    return Annotated[about.annotation, *about.metadata] if about.metadata else about.annotation
 
 
 def _with_known_spelling(value: object, annotation: Any) -> object:
@@ -188,9 +189,9 @@ def _with_known_spelling(value: object, annotation: Any) -> object:
     model = _model_in(annotation)
     if not isinstance(value, Mapping) or model is None:
         return cast("object", value)
-    fields = model.model_fields
+    kinds = {name: annotation_of(about) for name, about in model.model_fields.items()}
     items = cast("Mapping[str, Any]", value).items()
-    return {key: _with_known_spelling(item, fields[key].annotation) if key in fields else item for key, item in items}
+    return {key: _with_known_spelling(item, kinds[key]) if key in kinds else item for key, item in items}
 
 
 def _field_error(error: ValidationError, model: type[StrictModel]) -> FieldError:
@@ -216,7 +217,7 @@ def _locate(model: type[BaseModel], location: tuple[int | str, ...]) -> tuple[li
     for part in location:
         inner = _model_in(annotation)
         if inner is not None and isinstance(part, str):
-            model, annotation = inner, inner.model_fields[part].annotation if part in inner.model_fields else None
+            model, annotation = inner, annotation_of(inner.model_fields[part]) if part in inner.model_fields else None
         elif isinstance(part, str) and choices(annotation):
             break  # Pydantic's name of one type of a union.
         path.append(str(part))

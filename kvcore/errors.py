@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Sequence
 from typing import ClassVar
 
@@ -98,3 +99,9 @@ class NonFiniteError(KVDistillError):
     def __init__(self, what: str, finite: Sequence[bool]) -> None:
         self.rows = [row for row, good in enumerate(finite) if not good]
         super().__init__(f"{what} is not finite in batch items {self.rows}; fp16 may overflow")
+
+
+def did_you_mean(name: str, known: Sequence[str]) -> str:
+    """The end of a message about an unknown name: the nearest known one, or nothing."""
+    near = difflib.get_close_matches(name, known, n=1)
+    return f"; did you mean '{near[0]}'?" if near else ""

@@ -15,7 +15,7 @@ from typing import Any, Generic, cast, get_origin
 from pydantic.fields import FieldInfo
 
 from kvcore.command_line import help_page
-from kvcore.config import Alias, ModelT, choices, leaves, parse, read_yaml
+from kvcore.config import Alias, ModelT, annotation_of, choices, leaves, parse, read_yaml
 from kvcore.errors import ConfigError, FieldError
 
 _CONFIG = "config"
@@ -90,7 +90,7 @@ class FlagSet(Generic[ModelT]):
         yield "--help", "Show this message and exit.", []
         for name, about in self.model.model_fields.items():
             for flag in flags_of(name, about):
-                yield flag, about.description or "", [str(choice) for choice in choices(about.annotation)]
+                yield flag, about.description or "", [str(choice) for choice in choices(annotation_of(about))]
 
     def _given(self, arguments: Sequence[str]) -> dict[str, tuple[str, list[str]]]:
         """For each field that was given: its flag as the user typed it, and the words after it."""
@@ -170,7 +170,7 @@ def _number(text: str) -> int | float | str:
 
 
 def _kinds(about: FieldInfo) -> set[type]:
-    return {leaf if isinstance(leaf, type) else type(leaf) for leaf in leaves(about.annotation)}
+    return {leaf if isinstance(leaf, type) else type(leaf) for leaf in leaves(annotation_of(about))}
 
 
 def is_list(about: FieldInfo) -> bool:
@@ -179,7 +179,7 @@ def is_list(about: FieldInfo) -> bool:
 
 
 def _metavar(about: FieldInfo) -> str:
-    kinds, names = _kinds(about) - {NoneType}, [str(choice) for choice in choices(about.annotation)]
+    kinds, names = _kinds(about) - {NoneType}, [str(choice) for choice in choices(annotation_of(about))]
     if bool in kinds:
         return "[true|false]"
     if names:

@@ -10,16 +10,31 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, model_validator
 
 from kvcore.config import Fraction, NonNegativeInt, PositiveFloat, StrictModel
+from kvcore.plugins import NameTable
 
-Selector = Literal["full", "right", "r_kv", "uniform", "random", "keydiff"]
-CodecName = Literal["raw", "bf16", "int8"]
+SELECTORS = NameTable(
+    "selector",
+    "kvdistill.selectors",
+    {
+        "full": "kvcore.tensors.selectors.full:FULL",
+        "right": "kvcore.tensors.selectors.right:RIGHT",
+        "r_kv": "kvcore.tensors.selectors.r_kv:R_KV",
+        "uniform": "kvcore.tensors.selectors.uniform:UNIFORM",
+        "random": "kvcore.tensors.selectors.random:RANDOM",
+        "keydiff": "kvcore.tensors.selectors.keydiff:KEYDIFF",
+    },
+)
+CODECS = NameTable(
+    "codec",
+    "kvdistill.codecs",
+    {"raw": "kvcore.tensors.codec:RAW", "bf16": "kvcore.tensors.codec:BF16", "int8": "kvcore.tensors.codec:INT8"},
+)
+Selector = Annotated[str, SELECTORS]
+CodecName = Annotated[str, CODECS]
 SpanKind = Literal["prompt", "reasoning", "answer"]
 SelectionSpan = Literal["prompt", "reasoning", "answer", "all"]
 Scope = Literal["head", "layer", "sample"]
 ImportancePool = Literal["max", "mean"]
-
-SELECTORS: tuple[Selector, ...] = ("full", "right", "r_kv", "uniform", "random", "keydiff")
-CODECS: tuple[CodecName, ...] = ("raw", "bf16", "int8")
 
 
 class Selection(StrictModel):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -125,19 +124,10 @@ def _run() -> int:
 
 def _show_version(wanted: bool) -> None:
     if wanted:
-        typer.echo(f"kvdistill {_version()}")
+        from kvdistill.version import __version__
+
+        typer.echo(f"kvdistill {__version__}")
         raise typer.Exit
-
-
-def _version() -> str:
-    try:
-        return importlib.metadata.version("kvdistill")
-    except importlib.metadata.PackageNotFoundError:
-        # Run from a checkout, or from an image that has only the sources.
-        import tomllib
-
-        pyproject = Path(__file__).resolve().parent.parent / "pyproject.toml"
-        return tomllib.loads(pyproject.read_text(encoding="utf-8"))["project"]["version"]
 
 
 @app.callback()

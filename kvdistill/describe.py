@@ -20,11 +20,12 @@ def describe(endpoint: str) -> TeacherInfo:
         TeacherUnavailableError: the server does not answer.
         TeacherRefusedError: the server is not a teacher.
     """
-    with closing(RemoteSource(endpoint, endpoint, _every_layer)) as source:
+    with closing(RemoteSource(endpoint, endpoint, every_layer)) as source:
         return source.connect()
 
 
-def _every_layer(info: TeacherInfo) -> KVPlan:
+def every_layer(info: TeacherInfo) -> KVPlan:
+    """The plan for all tokens of all layers."""
     return KVPlan(layers=tuple(range(info.layers)))
 
 

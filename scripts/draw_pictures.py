@@ -17,9 +17,8 @@ from align.layer_map import LayerMapper
 from align.layer_similarity import CKAStatistics
 from align.time_align import TimeAligner
 from align.tokenizer_align import overlap_weights_batch, pair_ends_batch
-from kvcore.plan import Selection
+from kvcore.plan import SELECTORS, Selection
 from kvcore.tensors.select import select
-from kvcore.tensors.selectors import REGISTRY
 from kvcore.types import Tensor
 from student_trainer.monitoring.chart_style import LIGHT, draw
 
@@ -141,15 +140,15 @@ def _selection(figure: Figure) -> None:
     above.bar(range(24), importance_BHT[0, 0].tolist(), color=[FAINT if filler else BLUE for filler in fillers_T])
     title = "a budget of 8 of 24 tokens (grey: fillers with similar keys)"
     above.set(ylabel="importance", yticks=[], title=title)
-    for row, name in enumerate(REGISTRY):
+    for row, name in enumerate(SELECTORS.builtin):
         selection = Selection(selector=name, budget=0 if name == "full" else 8, scope="head")
         kept_BHM = select(selection, torch.arange(24)[None], k_BHTD, importance_BHT, seeds_B=torch.tensor([7]))
         kept = kept_BHM[0, 0].tolist()
         for place in range(24):
             colour = PALE if place not in kept else GREY if fillers_T[place] else BLUE
             below.add_patch(Rectangle((place - 0.42, row - 0.38), 0.84, 0.76, color=colour))
-    below.set(xlim=(-0.7, 23.7), ylim=(len(REGISTRY) - 0.4, -0.6), xlabel="token")
-    below.set_yticks(range(len(REGISTRY)), list(REGISTRY))
+    below.set(xlim=(-0.7, 23.7), ylim=(len(SELECTORS.builtin) - 0.4, -0.6), xlabel="token")
+    below.set_yticks(range(len(SELECTORS.builtin)), list(SELECTORS.builtin))
     below.tick_params(length=0)
     below.spines[:].set_visible(False)
 

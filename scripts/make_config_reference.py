@@ -21,7 +21,8 @@ from pydantic_core import PydanticUndefined
 from evaluation.config import EvalSettings
 from experiments.recipe.config import RecipeSettings
 from extraction.config import ExtractConfig
-from kvcore.config import Alias, StrictModel, Variable
+from kvcore.config import Alias, StrictModel, Variable, annotation_of
+from kvcore.plugins import NameTable
 from kvdistill.sweep.sweep_config import SweepConfig
 from student_trainer.config import TrainConfig
 from teacher_server.config import ServeConfig
@@ -69,10 +70,8 @@ def _sections(model: type[StrictModel], path: str) -> Iterator[str]:
         held = _model_within(field.annotation)
         if held is not None:
             nested.append((held, below + (".N" if get_origin(field.annotation) is tuple else "")))
-        # Constraints of the whole field stand beside its annotation, those inside a union within it.
-        kind = Annotated[field.annotation, *field.metadata] if field.metadata else field.annotation
         default = _default(field.get_default(call_default_factory=True))
-        rows.append(f"| `{name}` | {describe(kind)} | {default} | {_description(field)} |")
+        rows.append(f"| `{name}` | {describe(annotation_of(field))} | {default} | {_description(field)} |")
     yield "\n".join(rows) + "\n"
     for held, below in nested:
         yield from _sections(held, below)
@@ -91,8 +90,11 @@ def describe(annotation: Any) -> str:
     """A type in words, with its choices and limits."""
     origin, arguments = get_origin(annotation), get_args(annotation)
     if origin is Annotated:
+        tables = [part for part in arguments[1:] if isinstance(part, NameTable)]
+        # Without the names of packages that happen to be installed here.
+        kind = f"{describe(Literal[*tables[0].builtin])}, a plug-in's name" if tables else describe(arguments[0])
         limits = [limit for metadata in arguments[1:] for limit in _limits(metadata)]
-        return describe(arguments[0]) + (f", {', '.join(limits)}" if limits else "")
+        return kind + (f", {', '.join(limits)}" if limits else "")
     if origin is Literal:
         return "one of " + ", ".join(f"`{choice}`" for choice in arguments)
     if origin in (Union, types.UnionType):

@@ -21,10 +21,22 @@ from kvcore.config import (
 )
 from kvcore.errors import FieldError
 from kvcore.plan import CodecSpec, Selection
+from kvcore.plugins import NameTable
 from student_trainer.config_checks import check_selection, check_trained_maps
 
 # Folder of a run's best model, from which the next stage starts.
 BEST_MODEL = "best_model"
+
+KV_LOSSES = NameTable(
+    "KV loss",
+    "kvdistill.losses",
+    {
+        "mse": "student_trainer.model.losses:mse",
+        "smooth_l1": "student_trainer.model.losses:smooth_l1",
+        "cosine": "student_trainer.model.losses:cosine",
+        "cka": "student_trainer.model.losses:cka",
+    },
+)
 
 Section = dict[str, object]
 
@@ -165,7 +177,7 @@ class LossConfig(StrictModel):
     """Weight of the KV loss. `auto` sets it before the first step from `kv_gradient_ratio`."""
     kv_gradient_ratio: PositiveFloat = 1.0
     """Norm of the KV loss's gradient relative to the cross-entropy's, for `kv_weight: auto`."""
-    kv_loss: Literal["mse", "smooth_l1", "cosine", "cka"] = "smooth_l1"
+    kv_loss: Annotated[str, KV_LOSSES] = "smooth_l1"
     """Distance between K/V: `mse` or `smooth_l1` in units of the targets' standard deviation, `cosine` per head, or
     `cka` over a batch's slots."""
     reasoning_ce_weight: NonNegativeFloat = 1.0

@@ -9,8 +9,19 @@ from pydantic import Field, model_validator
 
 from kvcore.config import Device, NonNegativeFloat, Port, PositiveFloat, PositiveInt, StrictModel, Text
 from kvcore.flags import FlagSet
+from kvcore.plugins import NameTable
 
 MIB = 1 << 20
+
+ENGINES = NameTable(
+    "engine",
+    "kvdistill.engines",
+    {
+        "hf": "teacher_server.engines.hf.hf_engine:load",
+        "vllm": "teacher_server.engines.vllm.vllm_engine:load",
+        "fake": "teacher_server.engines.fake:load",
+    },
+)
 
 VLLM_FIELDS = (
     "tensor_parallel_size",
@@ -39,7 +50,7 @@ class ServeConfig(StrictModel):
     """The teacher's name in logs and answers. Defaults to the model."""
     revision: str | None = None
     """Branch, tag or commit of a hub model."""
-    engine: Literal["hf", "vllm", "fake"] = "hf"
+    engine: Annotated[str, ENGINES] = "hf"
     """Engine that runs the model: transformers, vLLM, or a fake model for tests."""
     dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Data type of the weights, and of the computation with quantised weights. `auto` is bf16 on a GPU and fp32 on a

@@ -68,8 +68,8 @@ def check_sample(tokens: TokenizedSample, plan: KVPlan) -> None:
     if needs_importance(selection) and SPAN_KINDS.index("answer") not in tokens.span_ids:
         raise FieldError(
             field,
-            "the selector 'r_kv' ranks tokens by the attention of the answer's tokens, and no token lies in the span "
-            "'answer'; mark the answer, or set plan.selection.importance_weight to 0",
+            f"the selector '{selection.selector}' ranks tokens by the attention of the answer's tokens, and no token "
+            "lies in the span 'answer'; mark the answer, or set plan.selection.importance_weight to 0",
         )
 
 

@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import difflib
-from importlib import import_module
-
 from data.families.base import Family
-from kvcore.errors import FieldError
+from kvcore.errors import ConfigError, FieldError
+from kvcore.plugins import NameTable
 
-_MODULES = {
-    "gsm8k": "data.families.gsm8k",
-    "svamp": "data.families.svamp",
-    "strategyqa": "data.families.strategyqa",
-    "math23k": "data.families.math23k",
-    "math": "data.families.math",
-    "arc_challenge": "data.families.arc_challenge",
-    "hotpotqa": "data.families.hotpotqa",
-}
-NAMES = tuple(_MODULES)
+FAMILIES = NameTable(
+    "dataset",
+    "kvdistill.dataset_families",
+    {
+        name: f"data.families.{name}:FAMILY"
+        for name in ("gsm8k", "svamp", "strategyqa", "math23k", "math", "arc_challenge", "hotpotqa")
+    },
+)
 # The default mixture.
 BASE = ("gsm8k", "svamp", "strategyqa")
 EXTENDED = ("math", "arc_challenge", "hotpotqa")
@@ -28,11 +24,12 @@ def find_family(name: str, field: str = "dataset") -> Family:
     """Returns a family by name. `field`: the field that errors name.
 
     Raises:
-        FieldError: the name is unknown; suggests the nearest one.
+        FieldError: the name is unknown (suggests the nearest one), or a package's entry point is wrong.
     """
-    if name not in _MODULES:
-        close = difflib.get_close_matches(name, NAMES, n=1)
-        hint = f"did you mean '{close[0]}'? " if close else ""
-        raise FieldError(field, f"unknown dataset '{name}'; {hint}known: {', '.join(NAMES)}")
-    family: Family = import_module(_MODULES[name]).FAMILY
+    try:
+        family = FAMILIES.load(name, Family)
+    except ConfigError as error:
+        raise FieldError(field, str(error)) from error
+    if family.name != name:
+        raise FieldError(field, f"the dataset of the entry point '{name}' has another name, '{family.name}'")
     return family

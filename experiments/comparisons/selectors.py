@@ -38,7 +38,7 @@ FULL = Arm("full", (TEACHER,), {"kv": {"selection": {"selector": "full"}}, "alig
 SHUFFLED = Arm(
     "shuffled KV", (TEACHER,), _arm("r_kv").changes | {"kv": {**_arm("r_kv").changes["kv"], "control": "shuffled"}}
 )
-ARMS = (*(_arm(name) for name in SELECTORS if name != "full"), FULL, NO_KV, SHUFFLED)
+ARMS = (*(_arm(name) for name in SELECTORS.builtin if name != "full"), FULL, NO_KV, SHUFFLED)
 
 
 class Selectors(Comparison):

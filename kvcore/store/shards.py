@@ -19,10 +19,11 @@ from safetensors import SafetensorError
 from kvcore.errors import StoreError
 from kvcore.files import sync
 from kvcore.store.journal import TensorEntry
+from kvcore.tensors.codec import PART_DTYPES
 from kvcore.types import Tensor
 from kvcore.wire.frames import dtype_name
 
-_DTYPES = {dtype_name(dtype): dtype for dtype in (torch.int8, torch.int32, torch.float32, torch.bfloat16)}
+_DTYPES = {dtype_name(dtype): dtype for dtype in PART_DTYPES}
 _OPEN_FILES = 64
 
 

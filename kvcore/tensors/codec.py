@@ -9,7 +9,7 @@ least 127 * 2^-126); a group of zeros has scale 0 and decodes to exact zeros.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -17,12 +17,30 @@ import torch
 from torch.nn import functional
 
 from kvcore.errors import NonFiniteError
-from kvcore.plan import CodecSpec
+from kvcore.plan import CODECS, CodecSpec
 from kvcore.types import TENSORS, BatchKV, EncodedSampleKV, Tensor, TensorKind
 
 PartLayout = list[tuple[str, torch.dtype, tuple[int, ...]]]
 
+# The dtypes that parts may have.
+PART_DTYPES = (torch.uint8, torch.int8, torch.int32, torch.float16, torch.bfloat16, torch.float32)
+
 _LEVELS = 127
+
+
+@dataclass(frozen=True, slots=True)
+class Codec:
+    """A way to encode keys or values.
+
+    `encode(x_BHMD, kind, group_size)` encodes fp32 on its device. It returns the parts that `layout` lists, each with a
+    leading B. `decode(parts, kind, group_size)` returns fp32 and keeps the leading dimensions of the parts.
+    `layout(shape_HMD, kind, group_size)` lists name, dtype (one of `PART_DTYPES`) and shape of each part of one layer
+    of one sample. The number of bytes follows from it.
+    """
+
+    encode: Callable[[Tensor, TensorKind, int], dict[str, Tensor]]
+    decode: Callable[[Mapping[str, Tensor], TensorKind, int], Tensor]
+    layout: Callable[[tuple[int, int, int], TensorKind, int], PartLayout]
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,29 +61,18 @@ def encode(x_BHMD: Tensor, kind: TensorKind, spec: CodecSpec) -> Encoded:
         NonFiniteError: x holds NaN, infinity, or a value too large for the codec.
     """
     x_BHMD = x_BHMD.float()
-    parts = _encode_parts(x_BHMD, kind, spec)
+    parts = _codec(spec).encode(x_BHMD, kind, spec.group_size)
     return Encoded(parts, _relative_error(x_BHMD, decode(parts, kind, spec)))
 
 
 def decode(parts: Mapping[str, Tensor], kind: TensorKind, spec: CodecSpec) -> Tensor:
     """Decodes parts to fp32; leading dimensions of the parts are kept."""
-    if spec.name != "int8":
-        return parts["data"].float()
-    dim = _group_dim(kind)
-    codes, scale = parts["codes"], parts["scale"].float()
-    return codes.float().mul_(_per_element(scale, codes.shape[dim], spec.group_size, dim))
+    return _codec(spec).decode(parts, kind, spec.group_size)
 
 
 def part_layout(spec: CodecSpec, kind: TensorKind, heads: int, slots: int, head_dim: int) -> PartLayout:
     """Name, dtype and shape of each part of one layer of one sample; names are without the prefix `k.` or `v.`."""
-    shape = (heads, slots, head_dim)
-    if spec.name == "raw":
-        return [("data", torch.float32, shape)]
-    if spec.name == "bf16":
-        return [("data", torch.bfloat16, shape)]
-    groups = -(-shape[_group_dim(kind)] // spec.group_size)
-    scale_shape = (heads, groups, head_dim) if kind == "k" else (heads, slots, groups)
-    return [("codes", torch.int8, shape), ("scale", torch.bfloat16, scale_shape)]
+    return _codec(spec).layout((heads, slots, head_dim), kind, spec.group_size)
 
 
 def layer_bytes(spec: CodecSpec, heads: int, slots: int, head_dim: int) -> int:
@@ -94,17 +101,43 @@ def decode_batch(samples: Sequence[EncodedSampleKV]) -> BatchKV:
     )
 
 
-def _encode_parts(x_BHMD: Tensor, kind: TensorKind, spec: CodecSpec) -> dict[str, Tensor]:
-    if spec.name == "raw":
-        return {"data": x_BHMD.contiguous()}
-    if spec.name == "bf16":
-        return {"data": x_BHMD.to(torch.bfloat16).contiguous()}
+def _codec(spec: CodecSpec) -> Codec:
+    return CODECS.load(spec.name, Codec)
+
+
+def _cast(dtype: torch.dtype) -> Codec:
+    """The codec that only changes the dtype."""
+    return Codec(
+        encode=lambda x_BHMD, _kind, _group_size: {"data": x_BHMD.to(dtype).contiguous()},
+        decode=lambda parts, _kind, _group_size: parts["data"].float(),
+        layout=lambda shape_HMD, _kind, _group_size: [("data", dtype, shape_HMD)],
+    )
+
+
+def _encode_int8(x_BHMD: Tensor, kind: TensorKind, group_size: int) -> dict[str, Tensor]:
     dim = _group_dim(kind)
-    scale = (_group_max(x_BHMD, spec.group_size, dim) / _LEVELS).to(torch.bfloat16)
+    scale = (_group_max(x_BHMD, group_size, dim) / _LEVELS).to(torch.bfloat16)
     divisor = torch.where(scale == 0, 1.0, scale.float())
-    codes = x_BHMD / _per_element(divisor, x_BHMD.shape[dim], spec.group_size, dim)
+    codes = x_BHMD / _per_element(divisor, x_BHMD.shape[dim], group_size, dim)
     codes = codes.round_().clamp_(-_LEVELS, _LEVELS).to(torch.int8)
     return {"codes": codes.contiguous(), "scale": scale.contiguous()}
+
+
+def _decode_int8(parts: Mapping[str, Tensor], kind: TensorKind, group_size: int) -> Tensor:
+    dim = _group_dim(kind)
+    codes, scale = parts["codes"], parts["scale"].float()
+    return codes.float().mul_(_per_element(scale, codes.shape[dim], group_size, dim))
+
+
+def _int8_layout(shape_HMD: tuple[int, int, int], kind: TensorKind, group_size: int) -> PartLayout:
+    heads, slots, head_dim = shape_HMD
+    groups = -(-shape_HMD[_group_dim(kind)] // group_size)
+    scale_shape = (heads, groups, head_dim) if kind == "k" else (heads, slots, groups)
+    return [("codes", torch.int8, shape_HMD), ("scale", torch.bfloat16, scale_shape)]
+
+
+RAW, BF16 = _cast(torch.float32), _cast(torch.bfloat16)
+INT8 = Codec(_encode_int8, _decode_int8, _int8_layout)
 
 
 def _group_dim(kind: TensorKind) -> int:

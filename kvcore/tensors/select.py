@@ -6,9 +6,8 @@ Selected tokens are in time order.
 
 from __future__ import annotations
 
-from kvcore.plan import Selection
-from kvcore.tensors.selectors import REGISTRY
-from kvcore.tensors.selectors.base import Candidates
+from kvcore.plan import SELECTORS, Selection
+from kvcore.tensors.selectors.base import Candidates, TokenSelector
 from kvcore.types import Tensor
 
 
@@ -63,21 +62,25 @@ def select_sample(
 
 def needs_keys(selection: Selection) -> bool:
     """Whether the selector reads keys; if so, scope `sample` has to wait for all layers."""
-    return REGISTRY[selection.selector].reads_keys
+    return _selector(selection).reads_keys
 
 
 def needs_importance(selection: Selection) -> bool:
     """Whether the selector reads the attention from the answer."""
-    return REGISTRY[selection.selector].reads_importance and selection.importance_weight > 0.0
+    return _selector(selection).reads_importance and selection.importance_weight > 0.0
 
 
 def needs_seeds(selection: Selection) -> bool:
     """Whether the selector draws tokens at random, from the sample's seed and the layer."""
-    return REGISTRY[selection.selector].draws
+    return _selector(selection).draws
+
+
+def _selector(selection: Selection) -> TokenSelector:
+    return SELECTORS.load(selection.selector, TokenSelector)
 
 
 def _choose(selection: Selection, candidates: Candidates) -> Tensor:
     slots = candidates.count if selection.selector == "full" else min(selection.budget, candidates.count)
-    places_BGM = REGISTRY[selection.selector].choose(candidates, selection, slots)
+    places_BGM = _selector(selection).choose(candidates, selection, slots)
     index_BGN = candidates.index_BN[:, None].expand(-1, candidates.choosers, -1)
     return index_BGN.gather(2, places_BGM).int()

@@ -1,9 +1,10 @@
-"""gRPC channels to teachers: plain, or over TLS with a token, as set by two environment variables."""
+"""gRPC channels to teachers: plain, or over TLS with a token."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import grpc
@@ -12,40 +13,56 @@ from kvcore.errors import FieldError
 from student_trainer.launching.transport_variables import TLS_CA, TOKEN_FILE
 
 
-def open_channel(endpoint: str, options: Sequence[tuple[str, int]]) -> grpc.Channel:
-    """A channel to `host:port`.
+@dataclass(frozen=True, slots=True)
+class Transport:
+    """The files for TLS and authentication.
 
-    Raises:
-        FieldError: the file named by a variable cannot be read, or a token is set without TLS.
+    Args:
+        tls_ca: PEM file with the certificate that verifies the servers; without it, channels are plain.
+        token_file: file with the token that the servers expect; needs TLS.
+        names: the names of these two settings in errors.
     """
-    token = _token()
-    authorities = _content(TLS_CA)
-    if authorities is None:
+
+    tls_ca: str | Path | None
+    token_file: str | Path | None
+    names: tuple[str, str] = ("tls_ca", "token_file")
+
+    def open_channel(self, endpoint: str, options: Sequence[tuple[str, int]]) -> grpc.Channel:
+        """A channel to `host:port`.
+
+        Raises:
+            FieldError: a file cannot be read, or a token is set without TLS.
+        """
+        ca_name, token_name = self.names
+        token = self._token()
+        if not self.tls_ca:
+            if token is not None:
+                problem = f"a token is only sent over TLS; set {ca_name} to the servers' certificate"
+                raise FieldError(token_name, problem)
+            return grpc.insecure_channel(endpoint, options=options)
+        credentials = grpc.ssl_channel_credentials(_content(self.tls_ca, ca_name))
         if token is not None:
-            raise FieldError(TOKEN_FILE, f"a token goes over TLS alone; set {TLS_CA} to the servers' certificate")
-        return grpc.insecure_channel(endpoint, options=options)
-    credentials = grpc.ssl_channel_credentials(authorities)
-    if token is not None:
-        caller = grpc.access_token_call_credentials(token)
-        credentials = grpc.composite_channel_credentials(credentials, caller)
-    return grpc.secure_channel(endpoint, credentials, options=options)
+            caller = grpc.access_token_call_credentials(token)
+            credentials = grpc.composite_channel_credentials(credentials, caller)
+        return grpc.secure_channel(endpoint, credentials, options=options)
+
+    def _token(self) -> str | None:
+        if not self.token_file:
+            return None
+        name = self.names[1]
+        token = _content(self.token_file, name).decode(errors="replace").strip()
+        if not token or not token.isascii():
+            raise FieldError(name, f"{self.token_file} holds no token of ASCII characters")
+        return token
 
 
-def _token() -> str | None:
-    content = _content(TOKEN_FILE)
-    if content is None:
-        return None
-    token = content.decode(errors="replace").strip()
-    if not token or not token.isascii():
-        raise FieldError(TOKEN_FILE, f"{os.environ[TOKEN_FILE]} holds no token of ASCII characters")
-    return token
+def transport_from_environment() -> Transport:
+    """The transport that the two environment variables set."""
+    return Transport(os.environ.get(TLS_CA), os.environ.get(TOKEN_FILE), (TLS_CA, TOKEN_FILE))
 
 
-def _content(variable: str) -> bytes | None:
-    path = os.environ.get(variable)
-    if not path:
-        return None
+def _content(path: str | Path, name: str) -> bytes:
     try:
         return Path(path).read_bytes()
     except OSError as error:
-        raise FieldError(variable, f"cannot read {path}: {error.strerror}") from error
+        raise FieldError(name, f"cannot read {path}: {error.strerror}") from error

@@ -15,6 +15,7 @@ from kvcore.wire.completion import Completion
 from kvcore.wire.stream_reader import CompletionReader, StreamReader
 from protos import kv_cache_pb2 as pb
 from student_trainer.kv_sources.base import KVResult
+from student_trainer.kv_sources.channel import Transport
 from student_trainer.kv_sources.remote import PlanFactory, RemoteSource
 
 
@@ -40,6 +41,7 @@ class CompletionSource(RemoteSource):
         sampling: how to generate.
         timeout_s: deadline of one request. Generation takes longer than a prefill.
         patience_s: as in `RemoteSource`.
+        transport: as in `RemoteSource`.
     """
 
     _METHOD: ClassVar[str] = "Generate"
@@ -52,8 +54,9 @@ class CompletionSource(RemoteSource):
         sampling: SamplingParams,
         timeout_s: float = 600.0,
         patience_s: float = 30.0,
+        transport: Transport | None = None,
     ) -> None:
-        super().__init__(teacher, endpoint, plan_for, timeout_s, patience_s)
+        super().__init__(teacher, endpoint, plan_for, timeout_s, patience_s, transport)
         self._sampling = sampling
         self._readers: list[tuple[Sequence[Sample], CompletionReader]] = []
 

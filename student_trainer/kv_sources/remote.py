@@ -25,7 +25,7 @@ from kvcore.wire.channel_arguments import client_arguments
 from kvcore.wire.stream_reader import StreamReader
 from protos import kv_cache_pb2 as pb
 from student_trainer.kv_sources.base import KVResult, KVSource
-from student_trainer.kv_sources.channel import open_channel
+from student_trainer.kv_sources.channel import Transport, transport_from_environment
 
 logger = logging.getLogger(__name__)
 
@@ -73,12 +73,19 @@ class RemoteSource(KVSource):
         plan_for: makes the plan for a teacher of this geometry.
         timeout_s: deadline of one request.
         patience_s: how long to retry while the teacher's queue is full.
+        transport: TLS and token; the environment variables by default.
     """
 
     _METHOD: ClassVar[str] = "StreamKV"
 
     def __init__(
-        self, teacher: str, endpoint: str, plan_for: PlanFactory, timeout_s: float = 120.0, patience_s: float = 30.0
+        self,
+        teacher: str,
+        endpoint: str,
+        plan_for: PlanFactory,
+        timeout_s: float = 120.0,
+        patience_s: float = 30.0,
+        transport: Transport | None = None,
     ) -> None:
         self.endpoint = endpoint
         self.retries = 0
@@ -86,6 +93,7 @@ class RemoteSource(KVSource):
         self._plan_for = plan_for
         self._timeout_s = timeout_s
         self._patience_s = patience_s
+        self._transport = transport_from_environment() if transport is None else transport
         self._info: TeacherInfo | None = None
         self._plan: KVPlan | None = None
         self._plan_message: pb.Plan | None = None
@@ -250,7 +258,7 @@ class RemoteSource(KVSource):
     def _open_channel(self, receive_bytes: int) -> None:
         self._receive_bytes = receive_bytes
         options = [*client_arguments(receive_bytes, self._timeout_s), (ChannelOptions.SingleThreadedUnaryStream, 1)]
-        self._channel = open_channel(self.endpoint, options)
+        self._channel = self._transport.open_channel(self.endpoint, options)
         self._describe = self._channel.unary_unary(
             "/kvcache.v1.TeacherKV/Describe",
             request_serializer=pb.DescribeRequest.SerializeToString,

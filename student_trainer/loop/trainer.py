@@ -69,18 +69,24 @@ class InterruptedRunError(KVDistillError):
 
 def main(config_path: Path, overrides: list[str]) -> None:
     """Runs `kvdistill train` on this rank."""
-    config = load_config(config_path, overrides, TrainConfig)
     level = logging.INFO if os.environ.get("RANK", "0") == "0" else logging.WARNING
     logging.basicConfig(level=level, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", force=True)
+    try:
+        train(load_config(config_path, overrides, TrainConfig))
+    finally:
+        ds_engine.stop()
+
+
+def train(config: TrainConfig) -> dict[str, Any]:
+    """Runs a configuration, with all its stages, on this rank. Returns the summary of the last stage.
+
+    The process group stays open for further runs of this process; `ds_engine.stop` ends it.
+    """
     stop_tracing = tracing.start("kvdistill-trainer", f"rank{os.environ.get('RANK', '0')}")
     try:
-        if config.stages:
-            run_stages(config, run)
-        else:
-            run(config)
+        return run_stages(config, run)[-1] if config.stages else run(config)
     finally:
         stop_tracing()
-        ds_engine.stop()
 
 
 def run(config: TrainConfig) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional
 
-from kvcore.errors import ConfigError
+from kvcore.errors import ConfigError, FieldError
 from kvcore.files import write_json
 from kvcore.types import Tensor
 from student_trainer.model.capture import capture_kv
@@ -240,3 +240,25 @@ def load_reasoning(lm: PreTrainedModel, directory: Path, latents: int, passes: i
     reasoning = new_reasoning(lm, latents, passes, seed=0)
     reasoning.load_state_dict(load_file(weights))
     return reasoning
+
+
+def saved_reasoning(lm: PreTrainedModel, directory: Path, field: str) -> LatentReasoning | None:
+    """The latent parameters saved next to a student, with the settings saved with them; None if there are none.
+
+    Args:
+        lm: the student's language model.
+        directory: the directory from which it was loaded.
+        field: the field of `directory` that errors name.
+
+    Raises:
+        FieldError: one of the two files is missing.
+    """
+    files = [directory / name for name in (LATENT_CONFIG, LATENT_WEIGHTS)]
+    present = [file.is_file() for file in files]
+    if not any(present):
+        return None
+    if not all(present):
+        missing = files[present.index(False)]
+        raise FieldError(field, f"{directory} is a latent student, but {missing.name} is missing")
+    settings = json.loads(files[0].read_text(encoding="utf-8"))
+    return load_reasoning(lm, directory, settings["latents"], settings["passes"])

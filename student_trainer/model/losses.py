@@ -6,12 +6,19 @@ Masked-out K/V slots may hold anything, NaN included: they affect neither a valu
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
+from types import FunctionType
 
 import torch
 from torch.nn import functional
 
 from kvcore.types import Tensor
+from student_trainer.config import KV_LOSSES
+
+# Takes student and target [B,L,H,M,D], both in units of the target's deviation and 0 in empty slots, and the mask [B,M]
+# of slots with a target. Returns a scalar. The target has no gradient.
+KVLoss = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def cross_entropy(logits_BTV: Tensor, targets_BT: Tensor, mask_BT: Tensor) -> Tensor:
@@ -57,7 +64,7 @@ def kv_distance(student_BLHMD: Tensor, target_BLHMD: Tensor, scale_L: Tensor, ma
         target_BLHMD: a constant; no gradient reaches it.
         scale_L: standard deviation of the targets, per layer; it does not affect `cosine` and `cka`.
         mask_BM: slots with a target; samples without any are left out of the mean.
-        kind: `mse`, `smooth_l1`, `cosine` or `cka`.
+        kind: a name in `KV_LOSSES`.
 
     Returns:
         scalar; 0 if no sample has a target, still attached to the graph.
@@ -65,9 +72,7 @@ def kv_distance(student_BLHMD: Tensor, target_BLHMD: Tensor, scale_L: Tensor, ma
     scale = scale_L[None, :, None, None, None]
     student = _only_masked_in(student_BLHMD, mask_BM) / scale
     target = _only_masked_in(target_BLHMD.detach(), mask_BM) / scale
-    if kind == "cka":
-        return _cka_distance(_slots_as_rows(student, mask_BM), _slots_as_rows(target, mask_BM))
-    return _mean_over_slots(_SLOT_LOSSES[kind](student, target), mask_BM).mean()
+    return KV_LOSSES.load(kind, FunctionType)(student, target, mask_BM)
 
 
 @torch.no_grad()
@@ -98,20 +103,45 @@ def _mean_over_slots(loss_BLHM: Tensor, mask_BM: Tensor) -> Tensor:
     return per_sample_BLH.sum(dim=0) / (counts_B > 0).sum().clamp(min=1)
 
 
-def _mse(x_BLHMD: Tensor, y_BLHMD: Tensor) -> Tensor:
+def per_slot(distance: Callable[[Tensor, Tensor], Tensor]) -> KVLoss:
+    """Makes a KV loss from a distance between slots.
+
+    Args:
+        distance: maps student and target [B,L,H,M,D] to [B,L,H,M].
+
+    Returns:
+        a loss: the mean over a sample's slots, then over samples, layers and heads.
+    """
+
+    @functools.wraps(distance)
+    def loss(student_BLHMD: Tensor, target_BLHMD: Tensor, mask_BM: Tensor) -> Tensor:
+        return _mean_over_slots(distance(student_BLHMD, target_BLHMD), mask_BM).mean()
+
+    return loss
+
+
+@per_slot
+def mse(x_BLHMD: Tensor, y_BLHMD: Tensor) -> Tensor:
+    """Squared difference."""
     return functional.mse_loss(x_BLHMD, y_BLHMD, reduction="none").mean(dim=-1)
 
 
-def _smooth_l1(x_BLHMD: Tensor, y_BLHMD: Tensor) -> Tensor:
+@per_slot
+def smooth_l1(x_BLHMD: Tensor, y_BLHMD: Tensor) -> Tensor:
+    """Squared difference below 1, absolute difference above."""
     return functional.smooth_l1_loss(x_BLHMD, y_BLHMD, reduction="none").mean(dim=-1)
 
 
-def _cosine(x_BLHMD: Tensor, y_BLHMD: Tensor) -> Tensor:
+@per_slot
+def cosine(x_BLHMD: Tensor, y_BLHMD: Tensor) -> Tensor:
+    """1 - cosine."""
     dot, xx, yy = ((a * b).sum(dim=-1) for a, b in ((x_BLHMD, y_BLHMD), (x_BLHMD, x_BLHMD), (y_BLHMD, y_BLHMD)))
     return 1 - _correlation(dot, xx, yy)
 
 
-_SLOT_LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"mse": _mse, "smooth_l1": _smooth_l1, "cosine": _cosine}
+def cka(student_BLHMD: Tensor, target_BLHMD: Tensor, mask_BM: Tensor) -> Tensor:
+    """1 - linear CKA of each layer's slots."""
+    return _cka_distance(_slots_as_rows(student_BLHMD, mask_BM), _slots_as_rows(target_BLHMD, mask_BM))
 
 
 def _correlation(xy: Tensor, xx: Tensor, yy: Tensor) -> Tensor:

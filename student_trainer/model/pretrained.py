@@ -44,3 +44,18 @@ def load_pretrained(path: str, dtype: DTypeName, field: str) -> tuple[PreTrained
         missing = sorted(report["missing_keys"])
         raise FieldError(field, f"'{path}' lacks {len(missing)} weights of its model: {missing[0]}, ...")
     return lm, tokenizer
+
+
+def find_device(name: str, field: str) -> torch.device:
+    """Returns the device of a name: auto, cpu, cuda or cuda:N. `field`: the field that errors name.
+
+    Raises:
+        FieldError: the device does not exist.
+    """
+    found = torch.cuda.device_count()
+    if name == "auto":
+        return torch.device("cuda" if found else "cpu")
+    device = torch.device(name)
+    if device.type == "cuda" and (device.index or 0) >= found:
+        raise FieldError(field, f"'{name}' does not exist; CUDA devices found: {found}")
+    return device

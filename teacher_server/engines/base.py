@@ -1,9 +1,10 @@
 """The TeacherEngine protocol, the extension point for running teacher models, and the types that it uses.
 
 To add an engine, write a module with a class that implements `TeacherEngine` and a function
-`load(config: ServeConfig) -> TeacherEngine`, and enter the module in `teacher_server.engines.ENGINES`. An engine that
-computes one layer after another in this process implements `LayerwiseModel` and calls `plan_execution.execute` in its
-`run`; `engines/fake.py` is a complete example. Every engine must pass `tests/contract`.
+`load(config: ServeConfig) -> TeacherEngine`, and add the function to `teacher_server.config.ENGINES`, or to the
+entry-point group `kvdistill.engines` of your own package. An engine that computes one layer after another in this
+process implements `LayerwiseModel` and calls `plan_execution.execute` in its `run`; `engines/fake.py` is a complete
+example. Every engine must pass `tests/contract`.
 """
 
 from __future__ import annotations

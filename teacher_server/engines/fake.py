@@ -127,8 +127,8 @@ class FakeEngine:
             max_sample_tokens=config.max_sample_tokens or DEFAULT_CONTEXT,
             max_samples_per_request=config.max_samples_per_request,
             max_frame_bytes=config.max_frame_bytes,
-            selectors=SELECTORS,
-            codecs=CODECS,
+            selectors=tuple(SELECTORS),
+            codecs=tuple(CODECS),
         )
 
     @property

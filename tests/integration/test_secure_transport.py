@@ -94,7 +94,7 @@ def test_probes_need_no_token(teacher: TeacherProcess, files: dict[str, Path]) -
 
 def test_a_token_requires_tls(files: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(TOKEN_FILE, str(files["token"]))
-    with pytest.raises(FieldError, match=f"{TOKEN_FILE}: a token goes over TLS alone"):
+    with pytest.raises(FieldError, match=f"{TOKEN_FILE}: a token is only sent over TLS"):
         RemoteSource("a", "127.0.0.1:1", lambda _info: PLAN)
     with pytest.raises(ValueError, match="token_file: a token goes over TLS alone"):
         ServeConfig(model="fake:", engine="fake", token_file=files["token"])

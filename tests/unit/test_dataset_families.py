@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from data.families import NAMES, find_family
+from data.families import FAMILIES, find_family
 from data.families.base import Question, RowDroppedError
 from data.latex import last_boxed
 from kvcore.errors import FieldError
@@ -144,7 +144,7 @@ def test_unknown_dataset_error_suggests_nearest_name() -> None:
         find_family("gsm8")
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", FAMILIES.builtin)
 def test_generated_rows_have_the_original_columns_and_parse(name: str) -> None:
     family = find_family(name)
     made = [MAKERS[name](index) for index in range(50)]

@@ -102,7 +102,7 @@ def test_every_field_of_a_plan_is_in_the_list_of_changes():
     ("tree", "field", "said"),
     [
         ({}, "layers", "required"),
-        ({"layers": []}, "KVPlan", "layers: need at least one"),
+        ({"layers": []}, "KVPlan", "layers: expected at least one"),
         ({"layers": [2, 1]}, "KVPlan", "ascending and without repeats; got [2, 1]"),
         ({"layers": [1, 1]}, "KVPlan", "got [1, 1]"),
         ({"layers": [-1]}, "layers.0", "greater than or equal to 0 (got -1)"),
@@ -112,20 +112,36 @@ def test_every_field_of_a_plan_is_in_the_list_of_changes():
         (
             {"layers": [0], "selection": {"selector": "best", "budget": 1}},
             "selection.selector",
-            "'full', 'right', 'r_kv', 'uniform', 'random' or 'keydiff' (got 'best')",
+            "expected one of full, right, r_kv, uniform, random, keydiff; got 'best'",
         ),
         ({"layers": [0], "selection": {"budget": -1}}, "selection.budget", "greater than or equal to 0 (got -1)"),
-        ({"layers": [0], "selection": {"scope": "batch"}}, "selection.scope", "'head', 'layer' or 'sample'"),
-        ({"layers": [0], "selection": {"span": "x"}}, "selection.span", "'prompt', 'reasoning', 'answer' or 'all'"),
+        (
+            {"layers": [0], "selection": {"scope": "batch"}},
+            "selection.scope",
+            "expected one of head, layer, sample; got 'batch'",
+        ),
+        (
+            {"layers": [0], "selection": {"span": "x"}},
+            "selection.span",
+            "one of prompt, reasoning, answer, all; got 'x'",
+        ),
         (
             {"layers": [0], "selection": {"importance_weight": 1.5}},
             "selection.importance_weight",
             "less than or equal to 1 (got 1.5)",
         ),
-        ({"layers": [0], "selection": {"importance_pool": "sum"}}, "selection.importance_pool", "'max' or 'mean'"),
+        (
+            {"layers": [0], "selection": {"importance_pool": "sum"}},
+            "selection.importance_pool",
+            "expected one of max, mean; got 'sum'",
+        ),
         ({"layers": [0], "selection": {"seed": -1}}, "selection.seed", "greater than or equal to 0 (got -1)"),
         ({"layers": [0], "selection": {"seed": 2**63}}, "selection.seed", f"less than {2**63} (got {2**63})"),
-        ({"layers": [0], "codec": {"name": "int4"}}, "codec.name", "'raw', 'bf16' or 'int8' (got 'int4')"),
+        (
+            {"layers": [0], "codec": {"name": "int4"}},
+            "codec.name",
+            "expected one of raw, bf16, int8; got 'int4'; did you mean 'int8'?",
+        ),
         ({"layers": [0], "codec": {"group_size": 0}}, "codec.group_size", "greater than or equal to 1 (got 0)"),
         ({"layers": [0], "codec": {"group_size": 5000}}, "codec.group_size", "less than or equal to 4096 (got 5000)"),
         (

@@ -11,7 +11,6 @@ import torch
 from kvcore.errors import NonFiniteError
 from kvcore.plan import SELECTORS, Selection, Selector
 from kvcore.tensors.select import needs_importance, needs_keys, needs_seeds, select, select_sample
-from kvcore.tensors.selectors import REGISTRY
 from tests.support.selection_batches import HEAD_DIM, HEADS, TOKENS, random_batch
 
 
@@ -97,7 +96,6 @@ def test_keys_that_are_not_finite_name_their_rows(selector, scope, bad):
 
 
 def test_what_a_selection_needs():
-    assert tuple(REGISTRY) == SELECTORS
     assert [name for name in SELECTORS if needs_keys(selection(name))] == ["r_kv", "keydiff"]
     assert [name for name in SELECTORS if needs_importance(selection(name))] == ["r_kv"]
     assert [name for name in SELECTORS if needs_seeds(selection(name))] == ["random"]

@@ -40,7 +40,7 @@ plans = st.builds(
     st.sets(st.integers(0, 4), min_size=1),
     st.sampled_from(["right", "full"]),
     st.sampled_from(["head", "layer", "sample"]),
-    st.sampled_from(CODECS),
+    st.sampled_from(tuple(CODECS)),
     st.integers(1, 5),
 )
 shapes = st.lists(st.tuples(st.integers(1, 5), st.integers(5, 12)), min_size=1, max_size=6)

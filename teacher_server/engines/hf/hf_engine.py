@@ -128,8 +128,8 @@ class HFEngine:
             max_sample_tokens=_max_sample_tokens(config.max_sample_tokens, text_config),
             max_samples_per_request=config.max_samples_per_request,
             max_frame_bytes=config.max_frame_bytes,
-            selectors=SELECTORS,
-            codecs=CODECS,
+            selectors=tuple(SELECTORS),
+            codecs=tuple(CODECS),
         )
 
     @property
