@@ -1,4 +1,4 @@
-"""The blocks of docs/python.md run in order, against replicas of a tiny teacher."""
+"""The blocks of docs/python.md run in order with replicas of a tiny teacher."""
 
 from __future__ import annotations
 

@@ -96,9 +96,9 @@ def test_a_token_requires_tls(files: dict[str, Path], monkeypatch: pytest.Monkey
     monkeypatch.setenv(TOKEN_FILE, str(files["token"]))
     with pytest.raises(FieldError, match=f"{TOKEN_FILE}: a token is only sent over TLS"):
         RemoteSource("a", "127.0.0.1:1", lambda _info: PLAN)
-    with pytest.raises(ValueError, match="token_file: a token goes over TLS alone"):
+    with pytest.raises(ValueError, match="token_file: a token needs TLS"):
         ServeConfig(model="fake:", engine="fake", token_file=files["token"])
-    with pytest.raises(ValueError, match="tls_key: a certificate and its key go together"):
+    with pytest.raises(ValueError, match="tls_key: set both tls_cert and tls_key, or neither"):
         ServeConfig(model="fake:", engine="fake", tls_cert=files["cert"])
 
 
