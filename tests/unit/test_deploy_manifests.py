@@ -1,4 +1,4 @@
-"""What scripts/deploy_manifests.py finds wrong with the objects of an overlay, and with nothing else."""
+"""Tests of scripts/deploy_manifests.py: it reports each inconsistency of an overlay and no false problems."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def found(*documents: Document) -> list[str]:
 
 
 def teacher(**changes: Any) -> Document:
-    """The teacher with keys of its container changed."""
+    """The teacher manifest with changed keys of its container."""
     changed: Document = copy.deepcopy(TEACHER)
     changed["spec"]["template"]["spec"]["containers"][0].update(changes)
     return changed
@@ -106,7 +106,7 @@ def test_wrong_flags_of_prepare_job_are_named() -> None:
     assert "prepare_only" in said
 
 
-def test_an_operators_kind_is_checked_by_the_pods_in_it() -> None:
+def test_pods_inside_custom_resources_are_checked() -> None:
     pod = {"spec": {"containers": []}}
     specs = {"Master": {"template": pod}, "Worker": {"template": pod}}
     job = {"kind": "PyTorchJob", "metadata": {"name": "trainer"}, "spec": {"pytorchReplicaSpecs": specs}}
