@@ -137,22 +137,22 @@ def _parts(request: Request, cuts: set[int]) -> list[Part]:
 
 
 def test_requests_without_an_answer_get_zeros_in_a_mixed_batch(queries: AnswerQueries) -> None:
-    asked, plain = Request("a", 7, answer_of(5, 6), 1), Request("b", 12, answer_of(), 20)
-    compute(queries, [(plain, 0, 12), (asked, 0, 7)])
-    found = importance_of(queries, [plain, asked])
+    with_answer, without_answer = Request("a", 7, answer_of(5, 6), 1), Request("b", 12, answer_of(), 20)
+    compute(queries, [(without_answer, 0, 12), (with_answer, 0, 7)])
+    found = importance_of(queries, [without_answer, with_answer])
     assert found is not None
     assert [x_BHT[0].abs().sum() for x_BHT in found] == [0.0, 0.0]
-    torch.testing.assert_close(found[0][1, :, :7].double(), torch.tensor(naive(asked, "first")[0]).double())
+    torch.testing.assert_close(found[0][1, :, :7].double(), torch.tensor(naive(with_answer, "first")[0]).double())
 
 
 def test_take_returns_none_if_no_plan_needs_queries(queries: AnswerQueries) -> None:
-    plain = Request("b", 12, answer_of(), 20)
-    compute(queries, [(plain, 0, 12)])
+    without_answer = Request("b", 12, answer_of(), 20)
+    compute(queries, [(without_answer, 0, 12)])
     assert not queries.needed
-    assert importance_of(queries, [plain]) is None
+    assert importance_of(queries, [without_answer]) is None
 
 
-def test_a_pass_without_answer_tokens_needs_no_queries(queries: AnswerQueries) -> None:
+def test_pass_without_answer_tokens_needs_no_queries(queries: AnswerQueries) -> None:
     request = Request("a", 12, answer_of(9), 1)
     compute(queries, [(request, 0, 8)])
     assert not queries.needed

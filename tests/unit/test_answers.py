@@ -223,9 +223,9 @@ def test_only_letters_of_the_choices_are_extracted() -> None:
     assert extract_choice("The answer is F", "ABCDEF") == "F"
 
 
-@pytest.mark.parametrize(("asked", "answer"), LABELS.items())
-def test_label_is_extracted(asked: tuple[str, str], answer: str | None) -> None:
-    assert extract_label(asked[0], asked[1].split()) == answer
+@pytest.mark.parametrize(("text_and_labels", "answer"), LABELS.items())
+def test_label_is_extracted(text_and_labels: tuple[str, str], answer: str | None) -> None:
+    assert extract_label(text_and_labels[0], text_and_labels[1].split()) == answer
 
 
 @pytest.mark.parametrize(("text", "answer"), EXPRESSIONS.items())

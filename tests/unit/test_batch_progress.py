@@ -74,7 +74,7 @@ def test_sample_refused_by_vllm_fails_once_without_affecting_others() -> None:
     assert [result.indices for result in batch.results] == [[1]]
 
 
-def test_an_unwanted_sample_is_aborted_without_a_failure() -> None:
+def test_unwanted_sample_is_aborted_without_failure() -> None:
     batch = Batch()
     batch.progress.give_up(lambda row: row == 1)
     batch.progress.on_message(layer(0, "a"))
@@ -104,7 +104,7 @@ def test_encoding_time_is_the_time_of_the_slowest_rank() -> None:
     assert batch.progress.timings().encode_s == 0.75
 
 
-def test_a_batch_ends_when_all_its_samples_are_unwanted() -> None:
+def test_batch_ends_if_all_samples_are_unwanted() -> None:
     batch = Batch()
     batch.progress.give_up(lambda _row: False)
     assert not batch.progress.runs

@@ -131,9 +131,9 @@ def test_too_few_pairs_raise_field_error() -> None:
     aligner = Aligner(TEACHER, STUDENT)
     kv = teacher_batch(40, 3, seed=1)
     read = student_read(aligner, kv, seed=2)
-    elsewhere = StudentRead(read.k_BLHTD, read.v_BLHTD, read.byte_ends_BT + 20)
+    unaligned = StudentRead(read.k_BLHTD, read.v_BLHTD, read.byte_ends_BT + 20)
     calibration = Calibration(aligner)
-    calibration.update(kv, torch.arange(40), elsewhere)
+    calibration.update(kv, torch.arange(40), unaligned)
     with pytest.raises(FieldError, match="0 token pairs") as caught:
         calibration.finish()
     assert caught.value.field == "align.calibration_samples"

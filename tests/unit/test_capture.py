@@ -58,7 +58,7 @@ def test_columns_returns_a_range_of_positions_in_fp32() -> None:
     assert v_BLHMD.equal(whole_v[:, :, :, 2:5])
 
 
-def test_gradients_reach_all_parameters_behind_the_keys_and_values() -> None:
+def test_gradients_reach_all_parameters_that_the_keys_and_values_depend_on() -> None:
     reached = gradients(model_of("qwen3", layers=2))
     expected = {f"model.layers.{layer}.self_attn.{name}_proj.weight" for layer in (0, 1) for name in "kv"}
     assert expected | {"model.embed_tokens.weight", "model.layers.1.self_attn.k_norm.weight"} <= reached.keys()

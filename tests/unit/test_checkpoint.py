@@ -142,7 +142,7 @@ def test_resume_with_other_settings_raises_with_both_values_and_next_step(
     assert "'seed'" not in str(caught.value), "settings that agree are left out"
 
 
-def test_fresh_start_removes_old_checkpoints(tmp_path: Path) -> None:
+def test_forget_removes_all_checkpoints(tmp_path: Path) -> None:
     saved(tmp_path / "checkpoints", 1)
     checkpoint.forget(tmp_path / "checkpoints")
     checkpoint.forget(tmp_path / "checkpoints")

@@ -77,9 +77,9 @@ def expressions() -> dict[str, str]:
 def test_panels_and_alerts_query_existing_metrics(known: set[str]) -> None:
     assert len(expressions()) > 50
     for name, expression in expressions().items():
-        asked = re.findall(r"\b(?:kvdistill|process)_\w+|\bup\b", expression)
-        assert asked, name
-        assert set(asked) <= known | {"up", "process_resident_memory_bytes", "process_cpu_seconds_total"}, name
+        queried = re.findall(r"\b(?:kvdistill|process)_\w+|\bup\b", expression)
+        assert queried, name
+        assert set(queried) <= known | {"up", "process_resident_memory_bytes", "process_cpu_seconds_total"}, name
 
 
 def test_expressions_use_existing_label_values() -> None:

@@ -148,7 +148,7 @@ def test_page_escapes_text(results: Results) -> None:
     assert "1 &lt; 2" in page
 
 
-def test_picture_is_drawn_without_kv_losses(results: Results) -> None:
+def test_plot_is_drawn_without_kv_losses(results: Results) -> None:
     bare = {name: arm(0.5, kv_loss=None) for name in ARMS}
     for drawn in (draw_picture(results), draw_picture(replace(results, arms=bare, stages_ms={}))):
         assert drawn.startswith(b"\x89PNG\r\n\x1a\n")

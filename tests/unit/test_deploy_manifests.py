@@ -80,8 +80,8 @@ def test_consistent_manifests_have_no_problem() -> None:
     ],
 )
 def test_inconsistent_server_flags_are_named(changed: Document, problem: str) -> None:
-    (said,) = found(changed, PREPARE, run(BOTH))
-    assert problem in said
+    (reported,) = found(changed, PREPARE, run(BOTH))
+    assert problem in reported
 
 
 def test_run_lists_exactly_the_existing_replicas() -> None:
@@ -94,16 +94,16 @@ def test_run_lists_exactly_the_existing_replicas() -> None:
 
 def test_patience_must_exceed_server_load_time() -> None:
     slow = teacher(startupProbe={"periodSeconds": 10, "failureThreshold": 31})
-    (said,) = found(slow, run(BOTH))
-    assert said == "demo: run.yaml: kv.patience_s must be longer than the time a server may take to load, 310 s"
+    (reported,) = found(slow, run(BOTH))
+    assert reported == "demo: run.yaml: kv.patience_s must be longer than the time a server may take to load, 310 s"
 
 
 def test_wrong_flags_of_prepare_job_are_named() -> None:
     wrong = copy.deepcopy(PREPARE)
     module = "experiments.train_multi_teacher_kv"
     wrong["spec"]["template"]["spec"]["containers"][0]["args"] = ["python", "-m", module, "--prepare_onyl", "true"]
-    (said,) = found(TEACHER, wrong, run(BOTH))
-    assert "prepare_only" in said
+    (reported,) = found(TEACHER, wrong, run(BOTH))
+    assert "prepare_only" in reported
 
 
 def test_pods_inside_custom_resources_are_checked() -> None:

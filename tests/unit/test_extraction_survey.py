@@ -111,10 +111,10 @@ def test_estimated_size_equals_written_size(tmp_path: Path, codec: Any) -> None:
     with KVStoreWriter(tmp_path / "store", INFO, plan, "w") as store:
         for kv in sent:
             store.add(kv)
-    told = sum(stored_bytes(kv.slots, kv.token_ids_T.numel(), plan, INFO) for kv in sent)
+    estimate = sum(stored_bytes(kv.slots, kv.token_ids_T.numel(), plan, INFO) for kv in sent)
     written = sum(file.stat().st_size for file in (tmp_path / "store").iterdir())
-    assert written == pytest.approx(told, rel=0.15)
-    assert written < told
+    assert written == pytest.approx(estimate, rel=0.15)
+    assert written < estimate
 
     dtype = torch.float32 if codec == "raw" else torch.bfloat16
     with PTWriter(tmp_path / "x.pt") as file:
@@ -122,7 +122,7 @@ def test_estimated_size_equals_written_size(tmp_path: Path, codec: Any) -> None:
             x_LHMD = torch.zeros(3, INFO.kv_heads, kv.slots, INFO.head_dim, dtype=dtype)
             entry = {"teacher": "t", "keys": x_LHMD, "values": x_LHMD + 1, "positions": kv.positions.flatten()}
             file.append({"example_id": kv.sample_id, "teacher_kvs": [{**entry, "seq_len": 9}]})
-    told = sum(pt_bytes(kv.slots, plan, INFO) for kv in sent)
+    estimate = sum(pt_bytes(kv.slots, plan, INFO) for kv in sent)
     written = (tmp_path / "x.pt").stat().st_size
-    assert written == pytest.approx(told, rel=0.2)
-    assert written < told
+    assert written == pytest.approx(estimate, rel=0.2)
+    assert written < estimate
