@@ -1,4 +1,4 @@
-"""The record of a server's open calls, callers, problems and throughput."""
+"""Tests of the server's record of open calls, callers, problems and throughput."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from teacher_server.monitoring.activity import (
 )
 
 
-def ended(activity: Activity, code: str, problem: str = "", **rest: object) -> None:
+def end_call(activity: Activity, code: str, problem: str = "", **rest: object) -> None:
     call = Call("StreamKV", "ipv4:10.0.0.1:5000", code=code, problem=problem)
     for name, value in rest.items():
         setattr(call, name, value)
@@ -25,7 +25,7 @@ def ended(activity: Activity, code: str, problem: str = "", **rest: object) -> N
         pass
 
 
-def test_a_call_is_listed_only_while_it_runs() -> None:
+def test_call_is_listed_only_while_it_runs() -> None:
     activity = Activity()
     with activity.during(Call("StreamKV", "ipv4:10.0.0.1:5000")):
         current_call().request_id, current_call().sent_bytes = "step7", 2048
@@ -70,21 +70,21 @@ def test_the_list_of_callers_is_bounded() -> None:
 
 def test_problems_are_listed_latest_first_without_successes_and_cancellations() -> None:
     activity = Activity()
-    ended(activity, "INVALID_ARGUMENT", "plan.layers: got 99")
-    ended(activity, "OK", samples=3)
-    ended(activity, "CANCELLED")
-    ended(activity, "OK", samples=3, failed_samples=2)
+    end_call(activity, "INVALID_ARGUMENT", "plan.layers: got 99")
+    end_call(activity, "OK", samples=3)
+    end_call(activity, "CANCELLED")
+    end_call(activity, "OK", samples=3, failed_samples=2)
     assert [(one["code"], one["problem"]) for one in activity.problems()] == [
         ("SAMPLES_FAILED", "2 of 3 samples failed"),
         ("INVALID_ARGUMENT", "plan.layers: got 99"),
     ]
 
 
-def test_problems_that_differ_only_in_numbers_are_counted_as_one() -> None:
+def test_problems_that_differ_only_in_numbers_are_counted_together() -> None:
     activity = Activity()
-    ended(activity, "INTERNAL", "internal error")
+    end_call(activity, "INTERNAL", "internal error")
     for tokens in range(10 * MAX_PROBLEMS):
-        ended(activity, "RESOURCE_EXHAUSTED", f"{tokens} tokens are queued")
+        end_call(activity, "RESOURCE_EXHAUSTED", f"{tokens} tokens are queued")
     busy, broken = activity.problems()
     assert (busy["count"], busy["problem"]) == (10 * MAX_PROBLEMS, f"{10 * MAX_PROBLEMS - 1} tokens are queued")
     assert (broken["code"], broken["count"]) == ("INTERNAL", 1)
@@ -93,7 +93,7 @@ def test_problems_that_differ_only_in_numbers_are_counted_as_one() -> None:
 def test_the_list_of_problems_and_their_length_are_bounded() -> None:
     activity = Activity()
     for letter in range(2 * MAX_PROBLEMS):
-        ended(activity, "INVALID_ARGUMENT", chr(97 + letter) * 10_000)
+        end_call(activity, "INVALID_ARGUMENT", chr(97 + letter) * 10_000)
     assert len(activity.problems()) == MAX_PROBLEMS
     assert {len(one["problem"]) for one in activity.problems()} == {MAX_PROBLEM_LENGTH}
 
@@ -104,7 +104,7 @@ def test_throughput_covers_the_last_minute(monkeypatch: pytest.MonkeyPatch) -> N
     activity = Activity()
     assert activity.throughput()["tokens_per_second"] == 0
     activity.sample(0)
-    now += 10 * WINDOW_SECONDS  # Ten minutes in which nothing was asked of it.
+    now += 10 * WINDOW_SECONDS  # Ten minutes without requests.
     activity.sample(0)
     for tokens in (50, 100):
         now += 5

@@ -1,4 +1,4 @@
-"""One teacher and the student in one space: targets, views, state, and plans."""
+"""Tests of the aligner of one teacher and the student: targets, views, saved state and plans."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from tests.support.alignment_parts import (
 
 
 @pytest.mark.parametrize("teacher", [TEACHER, MIXING])
-def test_to_student_finds_the_map_between_the_models(teacher: KVGeometry) -> None:
+def test_to_student_recovers_the_true_map(teacher: KVGeometry) -> None:
     aligner = Aligner(teacher, STUDENT)
     assert aligner.mapper.mixes_layers == (teacher is MIXING)
     aligner, kv, read = calibrated(aligner)
@@ -45,7 +45,7 @@ def test_to_student_finds_the_map_between_the_models(teacher: KVGeometry) -> Non
         assert not target.requires_grad
 
 
-def test_identity_between_equal_models_changes_nothing() -> None:
+def test_identity_between_equal_models_returns_the_kv_unchanged() -> None:
     geometry = KVGeometry(4, 2, 4)
     aligner = Aligner(geometry, geometry, head_adapter="identity")
     assert aligner.layers_needed == (0, 1, 2, 3)
@@ -57,7 +57,7 @@ def test_identity_between_equal_models_changes_nothing() -> None:
         assert torch.equal(given.nan_to_num(9.0), target.nan_to_num(9.0))
 
 
-def test_to_teacher_keeps_the_target_and_maps_the_student_with_gradient() -> None:
+def test_to_teacher_maps_the_student_with_gradient_and_keeps_the_target() -> None:
     aligner, kv, read = calibrated(Aligner(MIXING, STUDENT, direction="to_teacher"))
     target = aligner.targets(kv)[0]
     np.testing.assert_allclose(
@@ -74,7 +74,7 @@ def test_to_teacher_keeps_the_target_and_maps_the_student_with_gradient() -> Non
     assert len(trained) == 2
 
 
-def test_to_teacher_starts_from_the_closed_form() -> None:
+def test_to_teacher_starts_at_the_least_squares_solution() -> None:
     aligner, kv, read = calibrated(Aligner(TEACHER, STUDENT, direction="to_teacher"))
     x, y = paired_rows(kv, read.k_BLHTD, 1), paired_rows(kv, aligner.targets(kv)[0], 0)
     view = paired_rows(kv, aligner.student_view(read.k_BLHTD, "k"), 1)
@@ -85,7 +85,7 @@ def test_to_teacher_starts_from_the_closed_form() -> None:
         assert np.square(view[:, layer] - y[:, layer]).sum() < 1.1 * least
 
 
-def test_nothing_comes_out_as_a_number_before_calibration() -> None:
+def test_outputs_are_nan_before_calibration() -> None:
     aligner = Aligner(TEACHER, STUDENT)
     assert all(x.isnan().all() for x in aligner.targets(teacher_batch(2, 3, seed=0)))
     assert aligner.scale("k").isnan().all()
@@ -93,7 +93,7 @@ def test_nothing_comes_out_as_a_number_before_calibration() -> None:
 
 
 @pytest.mark.parametrize("direction", ["to_student", "to_teacher"])
-def test_state_survives_a_safetensors_file(direction: str, tmp_path: Path) -> None:
+def test_state_round_trips_through_safetensors(direction: str, tmp_path: Path) -> None:
     aligner, kv, read = calibrated(Aligner(TEACHER, STUDENT, direction=direction), noise=1.0)
     save_file(aligner.state_tensors(), tmp_path / "a.safetensors")
     loaded = Aligner(TEACHER, STUDENT, direction=direction)
@@ -106,7 +106,7 @@ def test_state_survives_a_safetensors_file(direction: str, tmp_path: Path) -> No
         Aligner(TEACHER, KVGeometry(3, 2, 2), direction=direction).load_state_tensors(aligner.state_tensors())
 
 
-def test_the_report_is_json_and_says_what_was_done() -> None:
+def test_report_is_valid_json_with_settings_and_measurements() -> None:
     aligner, _, _ = calibrated(Aligner(MIXING, STUDENT), noise=1.0)
     report = json.loads(json.dumps(aligner.report(), allow_nan=False))
     assert report["direction"] == "to_student"
@@ -131,7 +131,7 @@ def test_the_report_is_json_and_says_what_was_done() -> None:
         (KVGeometry(2, 3, 2), "identity", "uniform", ("head", "layer")),
     ],
 )
-def test_a_scope_whose_slots_hold_different_tokens_where_they_are_mixed_is_refused(
+def test_scope_is_refused_if_mixed_slots_would_hold_different_tokens(
     teacher: KVGeometry, adapter: str, layer_map: str, refused: tuple[str, ...]
 ) -> None:
     scopes: tuple[Scope, ...] = ("head", "layer", "sample")
@@ -157,7 +157,7 @@ def test_a_scope_whose_slots_hold_different_tokens_where_they_are_mixed_is_refus
         ({"sink_tokens": -1}, "align.sink_tokens"),
     ],
 )
-def test_settings_that_make_no_sense_are_refused(settings: dict[str, Any], field: str) -> None:
+def test_invalid_settings_are_refused(settings: dict[str, Any], field: str) -> None:
     with pytest.raises(FieldError) as caught:
         Aligner(TEACHER, STUDENT, **settings)
     assert caught.value.field == field
@@ -176,13 +176,13 @@ RIGHT = Selection(selector="right", budget=4)
         ("learned", (0, 1, 2, 3, 4)),
     ],
 )
-def test_the_plan_asks_for_the_layers_that_the_map_draws_on(layer_map: str, layers: tuple[int, ...]) -> None:
+def test_plan_requests_only_the_layers_that_the_map_uses(layer_map: str, layers: tuple[int, ...]) -> None:
     codec = CodecSpec(name="raw")
     plan = plan_for(STUDENT, TEACHER, selection=RIGHT, codec=codec, layer_map=layer_map)
     assert plan == KVPlan(layers=layers, selection=RIGHT, codec=codec)
 
 
-def test_saved_state_does_not_follow_later_training() -> None:
+def test_saved_state_is_a_copy() -> None:
     aligner, _, _ = calibrated(Aligner(TEACHER, STUDENT, head_adapter="linear"))
     saved = aligner.state_tensors()
     before = {name: tensor.clone() for name, tensor in saved.items()}
@@ -199,7 +199,7 @@ def test_plan_refuses_identity_between_different_geometries() -> None:
     assert caught.value.field == "align.head_adapter"
 
 
-def test_the_cka_map_finds_the_layers_that_the_students_come_from() -> None:
+def test_cka_map_finds_the_source_layers_of_the_student() -> None:
     aligner = Aligner(TEACHER, STUDENT, layer_map="cka")
     assert aligner.needs_layer_pass
     assert aligner.needs_student
@@ -207,7 +207,7 @@ def test_the_cka_map_finds_the_layers_that_the_students_come_from() -> None:
     aligner, kv, read = calibrated(aligner)
     assert not aligner.needs_layer_pass
     assert aligner.report()["layer_map"] == {str(s): [[t, 1.0]] for s, t in enumerate(CKA_PATH)}
-    # What a plan asked for before the map was known stays what batches hold.
+    # Batches still hold all layers, because the plan was made before the map was known.
     assert aligner.layers_needed == tuple(range(TEACHER.layers))
     for target, own in zip(aligner.targets(kv), (read.k_BLHTD, read.v_BLHTD), strict=True):
         np.testing.assert_allclose(paired_rows(kv, target, 0), paired_rows(kv, own, 1), atol=2e-3)
@@ -217,7 +217,7 @@ def test_the_cka_map_finds_the_layers_that_the_students_come_from() -> None:
         assert tuple(cka.argmax(axis=1)) == CKA_PATH
 
 
-def test_the_cka_map_comes_back_with_the_saved_state() -> None:
+def test_cka_map_is_restored_from_saved_state() -> None:
     aligner, kv, _ = calibrated(Aligner(TEACHER, STUDENT, layer_map="cka"))
     loaded = Aligner(TEACHER, STUDENT, layer_map="cka")
     loaded.load_state_tensors(aligner.state_tensors())
@@ -227,7 +227,7 @@ def test_the_cka_map_comes_back_with_the_saved_state() -> None:
         assert torch.equal(one.nan_to_num(9.0), other.nan_to_num(9.0))
 
 
-def test_keys_and_values_weigh_alike_in_the_cka_map() -> None:
+def test_keys_and_values_have_equal_weight_in_the_cka_map() -> None:
     aligner = Aligner(TEACHER, STUDENT, layer_map="cka")
     cka_KST = torch.zeros(2, 3, 5, dtype=torch.float64)
     cka_KST[0, 1, 1], cka_KST[1, 1, 3] = 0.5, 0.6
@@ -238,7 +238,7 @@ def test_keys_and_values_weigh_alike_in_the_cka_map() -> None:
     assert aligner.mapper.get_mapping()[1] == [(3, 1.0)]
 
 
-def test_what_trains_on_the_teachers_side_gets_gradient_through_the_targets() -> None:
+def test_targets_pass_gradient_to_trainable_teacher_side_parameters() -> None:
     aligner, kv, _ = calibrated(Aligner(TEACHER, STUDENT, layer_map="learned", head_adapter="linear"))
     target = aligner.targets(kv)[1]
     target[kv.mask_BM.nonzero()[:, 0], :, :, kv.mask_BM.nonzero()[:, 1]].square().sum().backward()
@@ -255,7 +255,7 @@ def test_what_trains_on_the_teachers_side_gets_gradient_through_the_targets() ->
 
 @pytest.mark.parametrize("adapter", ["procrustes", "pool"])
 @pytest.mark.parametrize("direction", ["to_student", "to_teacher"])
-def test_a_frozen_adapter_trains_nothing_and_lets_the_students_gradient_through(adapter: str, direction: str) -> None:
+def test_frozen_adapter_has_no_parameters_and_passes_the_students_gradient(adapter: str, direction: str) -> None:
     aligner, kv, read = calibrated(Aligner(TEACHER, STUDENT, direction=direction, head_adapter=adapter), noise=0.1)
     assert not list(aligner.parameters())
     own = read.k_BLHTD.clone().requires_grad_()
@@ -268,7 +268,7 @@ def test_a_frozen_adapter_trains_nothing_and_lets_the_students_gradient_through(
     assert all(np.isfinite(aligner.adapter.explained_variance(tensor)).all() for tensor in TENSORS)
 
 
-def test_the_mean_is_that_of_the_targets_feature_by_feature() -> None:
+def test_mean_is_the_per_feature_mean_of_the_targets() -> None:
     for direction in ("to_student", "to_teacher"):
         aligner, kv, _ = calibrated(Aligner(MIXING, STUDENT, direction=direction), noise=1.0)
         for tensor, target in zip(TENSORS, aligner.targets(kv), strict=True):
@@ -277,7 +277,7 @@ def test_the_mean_is_that_of_the_targets_feature_by_feature() -> None:
             np.testing.assert_allclose(mean_LHD.flatten(1), paired_rows(kv, target, 0).mean(axis=0), atol=1e-4)
 
 
-def test_the_warning_names_layers_below_the_configured_share(caplog: pytest.LogCaptureFixture) -> None:
+def test_warning_names_layers_below_min_explained_variance(caplog: pytest.LogCaptureFixture) -> None:
     aligner, _, _ = calibrated(Aligner(TEACHER, STUDENT, min_explained_variance=0.999999), noise=0.1)
     with caplog.at_level(logging.WARNING):
         aligner.warn_if_poor(name="ada")

@@ -1,4 +1,4 @@
-"""A whole alignment, from byte ends to targets and their scale, against plain loops and normal equations in fp64."""
+"""Compares the alignment, from byte ends to scaled targets, with plain loops and normal equations in fp64."""
 
 from __future__ import annotations
 
@@ -18,7 +18,10 @@ from tests.support.alignment_parts import calibrate_on
 
 
 def naive_ridge(x_fit: np.ndarray, y_fit: np.ndarray, x_out: np.ndarray, y_out: np.ndarray) -> tuple[Any, Any, float]:
-    """Normal equations over centred rows, the penalty that errs least on other rows, and what is explained there."""
+    """Solves ridge by normal equations on centred rows and selects the penalty on held-out rows.
+
+    Returns the weight, the bias and the explained variance on the held-out rows.
+    """
     best: tuple[float, Any, Any] | None = None
     centre_x, centre_y = x_fit.mean(axis=0), y_fit.mean(axis=0)
     x, y = x_fit - centre_x, y_fit - centre_y
@@ -34,7 +37,7 @@ def naive_ridge(x_fit: np.ndarray, y_fit: np.ndarray, x_out: np.ndarray, y_out: 
 
 
 def naive_pairs(kv: BatchKV, read: StudentRead, sinks: int) -> list[tuple[int, int, int]]:
-    """(sample, slot, token) of every pair, by comparing ends one by one."""
+    """Finds the (sample, slot, token) of every pair by comparing the ends one by one."""
     pairs: list[tuple[int, int, int]] = []
     for b in range(len(kv.mask_BM)):
         text = 0
@@ -49,7 +52,7 @@ def naive_pairs(kv: BatchKV, read: StudentRead, sinks: int) -> list[tuple[int, i
 
 
 def naive_depth_mix(x_THMD: torch.Tensor, student_layers: int) -> list[torch.Tensor]:
-    """Each student layer at its share of the teacher's depth, between two layers in proportion."""
+    """Interpolates the teacher's layers at the relative depth of each student layer."""
     layers, mixed = x_THMD.double(), []
     for s in range(student_layers):
         depth = s * (len(layers) - 1) / (student_layers - 1) if student_layers > 1 else len(layers) - 1.0
@@ -60,7 +63,7 @@ def naive_depth_mix(x_THMD: torch.Tensor, student_layers: int) -> list[torch.Ten
 
 
 def random_case(teacher: KVGeometry, student: KVGeometry, seed: int) -> tuple[BatchKV, StudentRead]:
-    """K/V without any relation, in slots and tokens that end here and there; one token's end is not known."""
+    """Unrelated random K/V with random byte ends. One token of each sample has no known end."""
     generator = torch.Generator().manual_seed(seed)
     samples, slots, tokens = 40, 5, 6
 
@@ -87,7 +90,7 @@ SIZES = st.integers(1, 3)
     sinks=st.integers(0, 2),
     seed=st.integers(0, 999),
 )
-def test_the_whole_alignment_agrees_with_a_naive_one(
+def test_alignment_matches_naive_fp64_reference(
     teacher: KVGeometry, student: KVGeometry, sinks: int, seed: int
 ) -> None:
     kv, read = random_case(teacher, student, seed)
@@ -99,7 +102,7 @@ def test_the_whole_alignment_agrees_with_a_naive_one(
         TENSORS, (kv.k_BLHMD, kv.v_BLHMD), (read.k_BLHTD, read.v_BLHTD), aligner.targets(kv), strict=True
     ):
         assert x is not None
-        # What the plan left out must have no weight.
+        # Layers outside the plan must have no weight.
         whole = torch.full((len(x), teacher.layers, *x.shape[2:]), 1e6)
         whole[:, list(aligner.layers_needed)] = x
         mixed = [naive_depth_mix(sample, student.layers) for sample in whole]

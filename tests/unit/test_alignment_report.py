@@ -1,4 +1,4 @@
-"""The alignment's report: JSON without surprises, and a page that stands on its own."""
+"""Tests of the alignment report: valid JSON and a self-contained HTML page."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ EXPLAINED, LAYER_MAP, SIMILARITY, COVERAGE = (
 
 
 class Page(HTMLParser):
-    """What a browser would show and load."""
+    """The images, table cells, text and external links of an HTML page."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -66,7 +66,7 @@ class Page(HTMLParser):
         self.text.append(data)
 
 
-def written(teachers: dict[str, Any], directory: Path) -> Page:
+def write_page(teachers: dict[str, Any], directory: Path) -> Page:
     paths = AlignmentReport(teachers).write(directory)
     assert paths == [directory / "alignment.json", directory / "alignment.html"]
     return Page(paths[1].read_text(encoding="utf-8"))
@@ -89,7 +89,7 @@ def twin() -> dict[str, Any]:
     return calibrate_on(aligner, teacher_batch(30, 2, seed=3, geometry=geometry)).report()
 
 
-def test_a_report_says_what_was_done_and_what_came_out() -> None:
+def test_report_has_settings_and_measurements() -> None:
     aligner, _, _ = calibrated(Aligner(MIXING, STUDENT), noise=1.0)
     report = json.loads(json.dumps(aligner.report(), allow_nan=False))
     assert (report["direction"], report["head_adapter"], report["layer_strategy"]) == ("to_student", "ridge", "ratio")
@@ -110,11 +110,11 @@ def test_a_report_says_what_was_done_and_what_came_out() -> None:
 @pytest.mark.parametrize(
     ("layer_map", "adapter"), [("ratio", "ridge"), ("cka", "procrustes"), ("learned", "pool"), ("last", "linear")]
 )
-def test_what_is_not_measured_is_null_in_json_and_missing_on_the_page(
+def test_unmeasured_values_are_null_in_json_and_missing_on_the_page(
     layer_map: str, adapter: str, tmp_path: Path
 ) -> None:
     aligner = Aligner(TEACHER, STUDENT, layer_map=layer_map, head_adapter=adapter)
-    page = written({"ada": aligner.report()}, tmp_path)
+    page = write_page({"ada": aligner.report()}, tmp_path)
     report = json.loads((tmp_path / "alignment.json").read_text(encoding="utf-8"))["teachers"]["ada"]
     assert report["coverage"] is None
     assert report["explained_variance"]["k"] == report["explained_variance_shuffled"]["v"] == [None] * 3
@@ -125,7 +125,7 @@ def test_what_is_not_measured_is_null_in_json_and_missing_on_the_page(
     assert "not measured" in page.cells
 
 
-def test_a_learned_map_is_reported_as_it_stands() -> None:
+def test_report_has_current_weights_of_learned_map() -> None:
     aligner = Aligner(TEACHER, STUDENT, layer_map="learned")
     mapping = aligner.report()["layer_map"]
     assert aligner.learned_map is not None
@@ -134,17 +134,17 @@ def test_a_learned_map_is_reported_as_it_stands() -> None:
         assert dict(mapping[str(s)]) == pytest.approx(dict(enumerate(weights[s].tolist())), abs=1e-6)
 
 
-def test_the_json_holds_every_teachers_report(tmp_path: Path, ridge: dict[str, Any], twin: dict[str, Any]) -> None:
-    written({"ada": ridge, "ben": twin}, tmp_path)
+def test_json_has_the_report_of_every_teacher(tmp_path: Path, ridge: dict[str, Any], twin: dict[str, Any]) -> None:
+    write_page({"ada": ridge, "ben": twin}, tmp_path)
     text = (tmp_path / "alignment.json").read_text(encoding="utf-8")
     assert json.loads(text) == {"teachers": {"ada": ridge, "ben": twin}}
     assert sorted(path.name for path in tmp_path.iterdir()) == ["alignment.html", "alignment.json"]
 
 
-def test_the_page_loads_nothing_and_has_every_picture_that_was_measured(
+def test_page_is_self_contained_and_has_a_plot_of_each_measurement(
     tmp_path: Path, ridge: dict[str, Any], cka: dict[str, Any], twin: dict[str, Any]
 ) -> None:
-    page = written({"ada": ridge, "ben": cka, "cat": twin}, tmp_path)
+    page = write_page({"ada": ridge, "ben": cka, "cat": twin}, tmp_path)
     assert page.loads == []
     assert not re.search(r"https?://|@import|url\(", (tmp_path / "alignment.html").read_text(encoding="utf-8"))
     assert set(page.images) == {
@@ -157,8 +157,8 @@ def test_the_page_loads_nothing_and_has_every_picture_that_was_measured(
         assert image[..., :3].std() > 0.05
 
 
-def test_the_page_shows_explained_variance_beside_its_control(tmp_path: Path, ridge: dict[str, Any]) -> None:
-    page = written({"ada": ridge}, tmp_path)
+def test_page_shows_explained_variance_and_its_control(tmp_path: Path, ridge: dict[str, Any]) -> None:
+    page = write_page({"ada": ridge}, tmp_path)
     for name in ("explained_variance", "explained_variance_shuffled"):
         for tensor in TENSORS:
             assert f"{np.mean(ridge[name][tensor]):.3f}" in page.cells
@@ -170,17 +170,17 @@ def test_the_page_shows_explained_variance_beside_its_control(tmp_path: Path, ri
 
 
 def coloured(image: np.ndarray, more: int, less: int) -> int:
-    """How many pixels have clearly more of one channel than of another."""
+    """The number of pixels in which channel `more` clearly exceeds channel `less`."""
     return int((image[..., more] - image[..., less] > 0.4).sum())
 
 
-def test_bars_and_cells_follow_the_figures(tmp_path: Path, ridge: dict[str, Any]) -> None:
-    """The taller the bars, the more of their colour, blue for true pairs and red for the control."""
+def test_plots_depend_on_the_reported_values(tmp_path: Path, ridge: dict[str, Any]) -> None:
+    """Taller bars have more pixels of their colour: blue for true pairs, red for the control."""
     low, high, moved = copy.deepcopy(ridge), copy.deepcopy(ridge), copy.deepcopy(ridge)
     low["explained_variance"]["k"] = [0.1, 0.1, 0.1]
     high["explained_variance_shuffled"]["v"] = [0.9, 0.9, 0.9]
     moved["layer_map"]["1"] = [[3, 1.0]]
-    pages = [written({"ada": report}, tmp_path) for report in (ridge, low, high, moved)]
+    pages = [write_page({"ada": report}, tmp_path) for report in (ridge, low, high, moved)]
     bars = [page.images[f"ada: {EXPLAINED}"] for page in pages]
     blue, red = ([coloured(image, *channels) for image in bars] for channels in ((2, 0), (0, 2)))
     assert blue[1] < 0.8 * blue[0]
@@ -191,40 +191,40 @@ def test_bars_and_cells_follow_the_figures(tmp_path: Path, ridge: dict[str, Any]
     assert not np.array_equal(maps[0], maps[3])
 
 
-def test_a_map_far_worse_than_the_mean_is_drawn_too(tmp_path: Path, ridge: dict[str, Any]) -> None:
+def test_large_negative_explained_variance_is_plotted(tmp_path: Path, ridge: dict[str, Any]) -> None:
     bad = copy.deepcopy(ridge)
     bad["explained_variance"]["k"] = [-900.0, 0.5, None]
     bad["explained_variance_shuffled"]["k"] = [None, None, None]
-    page = written({"ada": bad}, tmp_path)
+    page = write_page({"ada": bad}, tmp_path)
     assert f"ada: {EXPLAINED}" in page.images
     assert "-900.000" in page.cells
 
 
-def test_many_layers_fit_the_page(tmp_path: Path) -> None:
+def test_plots_of_many_layers_fit_the_page(tmp_path: Path) -> None:
     deep = KVGeometry(80, 1, 1)
     report = Aligner(deep, KVGeometry(28, 1, 1)).report()
     report["explained_variance"] = {tensor: [0.5] * 28 for tensor in TENSORS}
     report["explained_variance_shuffled"] = {tensor: [0.1] * 28 for tensor in TENSORS}
-    page = written({"ada": report}, tmp_path)
+    page = write_page({"ada": report}, tmp_path)
     assert all(image.shape[1] <= 1120 for image in page.images.values())
 
 
-def test_a_teachers_name_is_text_on_the_page(tmp_path: Path, twin: dict[str, Any]) -> None:
-    page = written({'<b>"x"': twin}, tmp_path)
+def test_teacher_name_is_escaped_on_the_page(tmp_path: Path, twin: dict[str, Any]) -> None:
+    page = write_page({'<b>"x"': twin}, tmp_path)
     assert '<b>"x"' in page.cells
     assert f'<b>"x": {LAYER_MAP}' in page.images
 
 
-def test_a_report_is_replaced_as_a_whole(tmp_path: Path, ridge: dict[str, Any], twin: dict[str, Any]) -> None:
-    written({"ada": ridge}, tmp_path)
-    written({"ben": twin}, tmp_path)
+def test_second_write_replaces_the_report(tmp_path: Path, ridge: dict[str, Any], twin: dict[str, Any]) -> None:
+    write_page({"ada": ridge}, tmp_path)
+    write_page({"ben": twin}, tmp_path)
     assert list(json.loads((tmp_path / "alignment.json").read_text(encoding="utf-8"))["teachers"]) == ["ben"]
 
 
-def test_figures_that_are_no_numbers_are_null(tmp_path: Path, twin: dict[str, Any]) -> None:
+def test_nan_is_written_as_null(tmp_path: Path, twin: dict[str, Any]) -> None:
     AlignmentReport({"ada": {**twin, "min_explained_variance": math.nan}}).write(tmp_path)
-    written = json.loads((tmp_path / "alignment.json").read_text(encoding="utf-8"))
-    assert written["teachers"]["ada"]["min_explained_variance"] is None
+    saved = json.loads((tmp_path / "alignment.json").read_text(encoding="utf-8"))
+    assert saved["teachers"]["ada"]["min_explained_variance"] is None
 
 
 def test_matplotlib_is_not_imported_before_a_report_is_written() -> None:

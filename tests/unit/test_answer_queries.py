@@ -1,4 +1,4 @@
-"""The attention of an answer, from queries that were collected while its prompt was computed in several passes."""
+"""Tests of answer attention from queries that were collected over several prefill passes."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def answer_of(*tokens: int) -> NDArray[np.int64]:
 
 
 class Request:
-    """A prompt, its answer's tokens, its blocks, and what a model would compute of it."""
+    """A prompt with its answer tokens, its blocks, and random queries and keys."""
 
     def __init__(self, name: str, length: int, answer: NDArray[np.int64], first_block: int) -> None:
         self.name, self.length, self.answer = name, length, answer
@@ -38,7 +38,7 @@ class Request:
         self.key = {layer: torch.randn(length, HEADS, DIM, generator=generator) for layer in LAYERS}
 
     def segment(self, start: int, end: int) -> Segment:
-        """The segment of the scheduler: blocks of the tokens that are computed so far."""
+        """The scheduler's segment, with the blocks of the tokens that are computed so far."""
         return Segment(self.answer, start, end, self.blocks[: -(-end // BLOCK_SIZE)], self.layers)
 
     def slots(self, start: int, end: int) -> list[int]:
@@ -49,7 +49,7 @@ Part = tuple[Request, int, int]
 
 
 def compute(queries: AnswerQueries, parts: Sequence[Part], ended: Sequence[str] = ()) -> None:
-    """One pass over tokens `start` to `end` of some requests."""
+    """Runs one pass over tokens `start` to `end` of each part."""
     queries.begin(ended)
     for request, start, end in parts:
         if request.answer.size:
@@ -78,7 +78,7 @@ def importance_of(
 
 
 def naive(request: Request, layer: str) -> tuple[list[list[float]], list[list[float]]]:
-    """By definition, in fp64: per KV head and token, the maximum and the mean over query heads."""
+    """Computes attention by definition in fp64: maximum and mean over query heads, per KV head and token."""
     group = QUERY_HEADS // HEADS
     largest = [[0.0] * request.length for _ in range(HEADS)]
     mean = [[0.0] * request.length for _ in range(HEADS)]
@@ -114,7 +114,7 @@ def queries() -> AnswerQueries:
     return AnswerQueries(BLOCK_SIZE)
 
 
-def test_one_pass_gives_exact_attention(queries: AnswerQueries) -> None:
+def test_attention_is_exact_after_one_pass(queries: AnswerQueries) -> None:
     request = Request("a", 11, answer_of(6, 7, 10), 1)
     compute(queries, [(request, 0, 11)])
     assert_exact(queries, [request])
@@ -137,22 +137,22 @@ def _parts(request: Request, cuts: set[int]) -> list[Part]:
 
 
 def test_requests_without_an_answer_get_zeros_in_a_mixed_batch(queries: AnswerQueries) -> None:
-    asked, plain = Request("a", 7, answer_of(5, 6), 1), Request("b", 12, answer_of(), 20)
-    compute(queries, [(plain, 0, 12), (asked, 0, 7)])
-    found = importance_of(queries, [plain, asked])
+    with_answer, without_answer = Request("a", 7, answer_of(5, 6), 1), Request("b", 12, answer_of(), 20)
+    compute(queries, [(without_answer, 0, 12), (with_answer, 0, 7)])
+    found = importance_of(queries, [without_answer, with_answer])
     assert found is not None
     assert [x_BHT[0].abs().sum() for x_BHT in found] == [0.0, 0.0]
-    torch.testing.assert_close(found[0][1, :, :7].double(), torch.tensor(naive(asked, "first")[0]).double())
+    torch.testing.assert_close(found[0][1, :, :7].double(), torch.tensor(naive(with_answer, "first")[0]).double())
 
 
 def test_take_returns_none_if_no_plan_needs_queries(queries: AnswerQueries) -> None:
-    plain = Request("b", 12, answer_of(), 20)
-    compute(queries, [(plain, 0, 12)])
+    without_answer = Request("b", 12, answer_of(), 20)
+    compute(queries, [(without_answer, 0, 12)])
     assert not queries.needed
-    assert importance_of(queries, [plain]) is None
+    assert importance_of(queries, [without_answer]) is None
 
 
-def test_a_pass_without_answer_tokens_needs_no_queries(queries: AnswerQueries) -> None:
+def test_pass_without_answer_tokens_needs_no_queries(queries: AnswerQueries) -> None:
     request = Request("a", 12, answer_of(9), 1)
     compute(queries, [(request, 0, 8)])
     assert not queries.needed
@@ -161,7 +161,7 @@ def test_a_pass_without_answer_tokens_needs_no_queries(queries: AnswerQueries) -
     assert_exact(queries, [request])
 
 
-def test_a_preempted_request_starts_over(queries: AnswerQueries) -> None:
+def test_preempted_request_starts_over(queries: AnswerQueries) -> None:
     request = Request("a", 12, answer_of(2, 5, 9), 1)
     compute(queries, [(request, 0, 7)])
     request.blocks = [60, 50, 55]

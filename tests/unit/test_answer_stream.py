@@ -1,4 +1,4 @@
-"""An answer stream ends once, after its last sample."""
+"""Tests that an answer stream ends once, after its last sample."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from teacher_server.requests.answer_stream import AnswerStream
 from tests.support.streams import PLAN, REQUEST
 
 
-def test_a_stream_ends_once_if_its_batch_ends_after_its_last_sample() -> None:
-    """Samples may fail in the middle of their batch, and the batch ends later."""
+def test_stream_ends_once_if_batch_ends_after_last_sample() -> None:
+    """Samples can fail before their batch ends."""
 
     async def kinds() -> list[str]:
         stream = AnswerStream(FrameWriter(REQUEST, PLAN, ["a", "b"], 1 << 20), 2, lambda _status: None)

@@ -1,4 +1,4 @@
-"""What models write, and the answer that it holds."""
+"""Tests of answer extraction from generated text, and of answer comparison."""
 
 from __future__ import annotations
 
@@ -185,17 +185,17 @@ DIFFERENT = [
 ]
 
 
-def test_there_are_at_least_sixty_tricky_texts() -> None:
+def test_there_are_at_least_100_cases() -> None:
     assert len(NUMBERS) + len(CHOICES) + len(LABELS) + len(EXPRESSIONS) >= 100
 
 
 @pytest.mark.parametrize(("text", "answer"), NUMBERS.items())
-def test_a_number_is_read(text: str, answer: str | None) -> None:
+def test_number_is_extracted(text: str, answer: str | None) -> None:
     assert extract_number(text) == answer
 
 
 @pytest.mark.parametrize(("text", "answer"), CHOICES.items())
-def test_a_choice_is_read(text: str, answer: str | None) -> None:
+def test_choice_is_extracted(text: str, answer: str | None) -> None:
     assert extract_choice(text) == answer
 
 
@@ -214,26 +214,26 @@ def test_a_choice_is_read(text: str, answer: str | None) -> None:
         ("x^2+1", ["x^2-1", "2x^2", "x^3", "y"], None),
     ],
 )
-def test_a_choice_may_be_named_by_its_words(text: str, choices: list[str], answer: str | None) -> None:
+def test_choice_is_extracted_from_its_text(text: str, choices: list[str], answer: str | None) -> None:
     assert extract_choice(text, choices=choices) == answer
 
 
-def test_only_offered_letters_are_choices() -> None:
+def test_only_letters_of_the_choices_are_extracted() -> None:
     assert extract_choice("The answer is F", "ABCD") is None
     assert extract_choice("The answer is F", "ABCDEF") == "F"
 
 
-@pytest.mark.parametrize(("asked", "answer"), LABELS.items())
-def test_a_label_is_read(asked: tuple[str, str], answer: str | None) -> None:
-    assert extract_label(asked[0], asked[1].split()) == answer
+@pytest.mark.parametrize(("text_and_labels", "answer"), LABELS.items())
+def test_label_is_extracted(text_and_labels: tuple[str, str], answer: str | None) -> None:
+    assert extract_label(text_and_labels[0], text_and_labels[1].split()) == answer
 
 
 @pytest.mark.parametrize(("text", "answer"), EXPRESSIONS.items())
-def test_an_expression_is_read(text: str, answer: str | None) -> None:
+def test_expression_is_extracted(text: str, answer: str | None) -> None:
     assert extract_math(text) == answer
 
 
-def test_lists_and_brackets_are_read() -> None:
+def test_words_and_brackets_are_extracted() -> None:
     assert extract_words("Sorted.\nSo the answer is apple banana cherry.") == "apple banana cherry"
     assert extract_words("apple, banana") == "apple banana"
     assert extract_words("") is None
@@ -243,12 +243,12 @@ def test_lists_and_brackets_are_read() -> None:
 
 
 @pytest.mark.parametrize(("one", "other"), EQUAL)
-def test_equal_expressions_are_the_same(one: str, other: str) -> None:
+def test_equivalent_expressions_are_equal(one: str, other: str) -> None:
     assert same_math(one, other)
 
 
 @pytest.mark.parametrize(("one", "other"), DIFFERENT)
-def test_other_expressions_are_not(one: str, other: str) -> None:
+def test_different_expressions_are_not_equal(one: str, other: str) -> None:
     assert not same_math(one, other)
 
 
@@ -262,14 +262,14 @@ def test_numbers_are_compared_by_value() -> None:
 
 
 @given(st.fractions(max_denominator=10**6))
-def test_a_written_number_reads_back(value) -> None:
+def test_number_text_round_trips(value) -> None:
     text = number_text(value)
     assert parse_number(text) == value
     assert extract_number(f"The answer is {text}.") == text
 
 
 @given(st.text())
-def test_no_text_breaks_the_reading(text: str) -> None:
+def test_extraction_accepts_any_text(text: str) -> None:
     for read in (extract_number, extract_choice, extract_math, extract_words, extract_brackets):
         read(text)
     extract_label(text, ["Yes", "No"])

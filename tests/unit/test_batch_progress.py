@@ -1,4 +1,4 @@
-"""A batch on vLLM emits each layer and each failure once, and nothing of other batches."""
+"""Tests that a vLLM batch emits each layer and each failure once, and ignores other batches."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ PLAN = KVPlan(layers=(0, 1), selection=Selection(span="all"), codec=CodecSpec(na
 
 @dataclass
 class Batch:
-    """A batch of two samples, and the calls that its caller and vLLM get."""
+    """A batch of two samples that records its calls to the caller and to vLLM."""
 
     results: list[LayerResult] = field(default_factory=list)
     failures: list[SampleFailure] = field(default_factory=list)
@@ -40,7 +40,7 @@ def layer(number: int, *tags: str) -> LayerMessage:
     )
 
 
-def test_a_batch_ends_when_all_layers_arrived_and_sums_encoding_times() -> None:
+def test_batch_ends_after_all_layers_and_sums_encoding_times() -> None:
     batch = Batch()
     for number in (0, 1):
         batch.progress.on_message(layer(number, "a", "b"))
@@ -65,7 +65,7 @@ def test_events_of_another_batch_are_ignored() -> None:
     assert batch.progress.timings().cached_tokens == 0
 
 
-def test_a_sample_that_vllm_refuses_fails_once_and_alone() -> None:
+def test_sample_refused_by_vllm_fails_once_without_affecting_others() -> None:
     batch = Batch()
     batch.progress.on_ended(Ended("a", "too long"))
     batch.progress.on_message(FailureMessage(["a"], "again"))
@@ -74,7 +74,7 @@ def test_a_sample_that_vllm_refuses_fails_once_and_alone() -> None:
     assert [result.indices for result in batch.results] == [[1]]
 
 
-def test_an_unwanted_sample_is_aborted_without_a_failure() -> None:
+def test_unwanted_sample_is_aborted_without_failure() -> None:
     batch = Batch()
     batch.progress.give_up(lambda row: row == 1)
     batch.progress.on_message(layer(0, "a"))
@@ -97,14 +97,14 @@ def test_overdue_layers_fail_their_sample(monkeypatch: pytest.MonkeyPatch) -> No
     assert batch.assembly.open_rows() == [1]
 
 
-def test_encoding_time_is_that_of_the_slowest_rank() -> None:
+def test_encoding_time_is_the_time_of_the_slowest_rank() -> None:
     batch = Batch()
     batch.progress.on_message(layer(0, "a"))
     batch.progress.on_message(dataclasses.replace(layer(0, "b"), heads_from=1, encode_s=0.75))
     assert batch.progress.timings().encode_s == 0.75
 
 
-def test_a_batch_ends_when_all_its_samples_are_unwanted() -> None:
+def test_batch_ends_if_all_samples_are_unwanted() -> None:
     batch = Batch()
     batch.progress.give_up(lambda _row: False)
     assert not batch.progress.runs

@@ -1,4 +1,4 @@
-"""The benchmarks as they are asked and scored: prompts, references, local copies, and what stops an evaluation."""
+"""Tests of the benchmarks: prompts, scores, references, local copies and errors."""
 
 from __future__ import annotations
 
@@ -37,14 +37,14 @@ def benchmarks(copies: Path) -> dict[str, Benchmark]:
 
 
 def ask(benchmark: Benchmark, task: str | None = None) -> tuple[Any, dict[str, Any], str]:
-    """A task, its second question and the prompt."""
+    """Returns a task, its second question and the prompt."""
     chosen = benchmark.tasks[task] if task else next(iter(benchmark.tasks.values()))
     doc = chosen.eval_docs[1]
     return chosen, doc, str(chosen.fewshot_context(doc, 0))
 
 
 def score(task: Any, doc: dict[str, Any], text: str) -> float:
-    """What a text scores, by the way that lm-eval goes from texts to scores."""
+    """Scores a text with the filters and metric of lm-eval."""
     (pipeline,) = task._filters
     texts = [[text]]
     for step in pipeline.filters:
@@ -52,7 +52,7 @@ def score(task: Any, doc: dict[str, Any], text: str) -> float:
     return task.process_results(doc, list(texts))["exact_match"]
 
 
-def test_every_benchmark_and_subject_is_there(benchmarks: dict[str, Benchmark]) -> None:
+def test_all_benchmarks_and_subjects_are_loaded(benchmarks: dict[str, Benchmark]) -> None:
     assert tuple(benchmarks) == BENCHMARKS
     counts = {name: len(benchmark.tasks) for name, benchmark in benchmarks.items()}
     several = {"bbh": 27, "cmmlu_subset": 12, "ceval_subset": 12}
@@ -75,7 +75,7 @@ def test_every_benchmark_and_subject_is_there(benchmarks: dict[str, Benchmark]) 
         ("math500", " \\dfrac{3}{2}", "3"),
     ],
 )
-def test_texts_are_scored_by_the_answer_in_them(
+def test_score_depends_on_the_extracted_answer(
     benchmarks: dict[str, Benchmark], name: str, right: str, wrong: str
 ) -> None:
     task, doc, _ = ask(benchmarks[name])
@@ -84,7 +84,7 @@ def test_texts_are_scored_by_the_answer_in_them(
     assert score(task, doc, "I cannot say.") == 0.0
 
 
-def test_every_subject_of_bbh_knows_its_answers(benchmarks: dict[str, Benchmark]) -> None:
+def test_answers_of_every_bbh_subject_are_extracted(benchmarks: dict[str, Benchmark]) -> None:
     for name in benchmarks["bbh"].tasks:
         task, doc, _ = ask(benchmarks["bbh"], name)
         target = BBH_TARGETS.get(name.removeprefix("bbh::"), "(B)")
@@ -103,30 +103,30 @@ def test_gpqa_option_order_is_deterministic(benchmarks: dict[str, Benchmark], co
     assert score(task, doc, "The answer is A or B.") == 0.0
 
 
-def test_prompts_are_those_that_students_are_trained_on(benchmarks: dict[str, Benchmark]) -> None:
-    def trained(stem: str, language: str, options: str = "", *, direct: bool = False) -> str:
+def test_prompts_equal_training_prompts(benchmarks: dict[str, Benchmark]) -> None:
+    def training_prompt(stem: str, language: str, options: str = "", *, direct: bool = False) -> str:
         question = Question(stem, "", "x", options=options)
         return prompt_of(question, "direct" if direct else "cot", language)
 
     _, doc, prompt = ask(benchmarks["gsm8k_test"])
-    assert prompt == trained(doc["question"], "en")
+    assert prompt == training_prompt(doc["question"], "en")
     _, doc, prompt = ask(benchmarks["math500"])
-    assert prompt == trained(doc["problem"], "en")
+    assert prompt == training_prompt(doc["problem"], "en")
     _, doc, prompt = ask(benchmarks["bbh"], "bbh::navigate")
-    assert prompt == trained(doc["input"], "en")
+    assert prompt == training_prompt(doc["input"], "en")
     _, doc, prompt = ask(benchmarks["gpqa"])
     options = "\n".join(f"{letter}. {choice}" for letter, choice in zip("ABCD", doc["choices"], strict=True))
-    assert prompt == trained(doc["question"], "en", options)
+    assert prompt == training_prompt(doc["question"], "en", options)
     for name, column in (("cmmlu_subset", "Question"), ("ceval_subset", "question")):
         task, doc, prompt = ask(benchmarks[name])
         options = "\n".join(f"{letter}. {doc[letter]}" for letter in "ABCD")
-        # The letter is weighed at once, so the question asks for the result alone.
-        assert prompt == trained(doc[column], "zh", options, direct=True)
+        # Choices are scored by the likelihood of their letter, so the prompt asks for the result only.
+        assert prompt == training_prompt(doc[column], "zh", options, direct=True)
         assert task.doc_to_choice(doc) == list("ABCD")
         assert task.doc_to_target(doc) == 1
 
 
-def test_truthfulqa_keeps_its_opening_questions(benchmarks: dict[str, Benchmark]) -> None:
+def test_truthfulqa_keeps_its_few_shot_questions(benchmarks: dict[str, Benchmark]) -> None:
     task, doc, prompt = ask(benchmarks["truthfulqa"])
     assert prompt.count("Q: ") == 7
     assert prompt.endswith(f"Q: {doc['question']}\nA:")
@@ -182,13 +182,13 @@ def test_non_numeric_reference_fails_at_load(tmp_path: Path) -> None:
         load_benchmarks(["gsm8k_test"], tmp_path)
 
 
-def test_an_empty_copy_is_refused(tmp_path: Path) -> None:
+def test_empty_copy_is_refused(tmp_path: Path) -> None:
     (tmp_path / "gsm8k_test.json").write_text("[]", encoding="utf-8")
     with pytest.raises(ConfigError, match="gsm8k_test"):
         load_benchmarks(["gsm8k_test"], tmp_path)
 
 
-def test_names_are_checked_before_anything_is_read(tmp_path: Path) -> None:
+def test_names_are_checked_before_datasets_are_read(tmp_path: Path) -> None:
     with pytest.raises(FieldError, match="is given twice"):
         load_benchmarks(["gpqa", "gpqa"])
     with pytest.raises(FieldError, match="there is no directory"):
@@ -196,7 +196,7 @@ def test_names_are_checked_before_anything_is_read(tmp_path: Path) -> None:
 
 
 def test_unknown_benchmark_error_suggests_nearest_name(copies: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    # lm-eval's own tasks take half a minute to list.
+    # Listing lm-eval's own tasks takes half a minute.
     monkeypatch.setattr(suite, "TaskManager", lambda **given: TaskManager(**{**given, "include_defaults": False}))
     with pytest.raises(FieldError, match="unknown dataset 'gsm8k_tset'; did you mean 'gsm8k_test'"):
         load_benchmarks(["gpqa", "gsm8k_tset"], copies)
@@ -233,7 +233,7 @@ def test_answer_length_is_limited_by_context(copies: Path) -> None:
     assert task.config.generation_kwargs["until"] == ["Question:"]
 
 
-def test_the_mark_for_no_answer_is_never_right() -> None:
+def test_missing_answer_never_scores() -> None:
     assert scoring.score({"gold": NO_ANSWER}, [NO_ANSWER]) == {"exact_match": 0.0}
     assert benchmark_data.MAKERS.keys() | benchmark_data.SUBJECT_MAKERS.keys() == set(BENCHMARKS)
 

@@ -1,4 +1,4 @@
-"""Alignments and the scale of the targets are fitted before the first step."""
+"""Tests of calibration before the first step: alignments and target scales."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ def calibrated(model: DistillModel, micro_batch: int = 8, count: int = 40) -> Di
 
 
 def targets(model: DistillModel, batch: TrainBatch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """What the loss compares with, and its mask."""
+    """The targets of the loss (K and V) and their mask."""
     if model.fusion is not None:
         return model.fused(batch)
     return *model.aligners[0].targets(batch.teachers[0]), batch.teachers[0].mask_BM
 
 
 @pytest.mark.parametrize("weights", [{"ada": 1.0}, {"ada": 3.0, "ben": 1.0}])
-def test_the_scale_is_measured_on_the_targets_of_the_loss(weights: dict[str, float]) -> None:
+def test_scale_is_measured_on_the_targets_of_the_loss(weights: dict[str, float]) -> None:
     model = calibrated(distill_model(weights))
     batch = train_batch(model, RECORDS[:40], None)
     k_BLHMD, v_BLHMD, mask_BM = targets(model, batch)
@@ -47,7 +47,7 @@ def test_the_scale_is_measured_on_the_targets_of_the_loss(weights: dict[str, flo
         for layer in range(x_BLHMD.shape[1]):
             rows = [x_BLHMD[b, layer, :, m].flatten() for b, m in mask_BM.nonzero().tolist()]
             x_NF = torch.stack(rows).double()
-            # One teacher's moments are those of the tokens that its map was fitted on: all but a few.
+            # The moments of a single teacher cover only the tokens that its map was fitted on, which are nearly all.
             tolerance = 1e-5 if len(weights) > 1 else 0.05
             deviation = float((x_NF - x_NF.mean()).square().mean().sqrt())
             variance = float((x_NF - x_NF.mean(dim=0)).square().mean())
@@ -61,17 +61,17 @@ def test_without_fusion_the_first_teachers_scale_is_kept() -> None:
     assert model.fused_variance_LK.equal(model.aligners[0].variance_LK)
 
 
-def test_the_fit_does_not_depend_on_how_samples_are_batched() -> None:
+def test_fit_does_not_depend_on_batch_size() -> None:
     one, other = (calibrated(distill_model({"ada": 1.0, "ben": 1.0}), micro_batch) for micro_batch in (40, 7))
     assert one.frozen_state().keys() == other.frozen_state().keys()
     for name, tensor in one.frozen_state().items():
-        # Which samples face each other in the control is the batches' affair.
+        # The pairs of the control depend on the batches.
         if name.endswith("/shuffled_LK"):
             continue
         torch.testing.assert_close(other.frozen_state()[name], tensor, rtol=1e-3, atol=1e-4, equal_nan=True, msg=name)
 
 
-def test_samples_are_held_out_by_their_number_among_all_ranks() -> None:
+def test_held_out_samples_are_chosen_by_global_index() -> None:
     model = distill_model({"ada": 1.0})
     calibrate(model, RECORDS[:5], [4, 9, 1, 2, 14], lambda chosen: train_batch(model, chosen, None), 2, no_failure)
     by_number = {"fit": 0, "held_out": 0}
@@ -92,7 +92,7 @@ def test_calibration_computes_no_gradient_and_does_not_change_the_student() -> N
     assert all(tensor.equal(before[name]) for name, tensor in model.student.state_dict().items())
 
 
-def test_a_teachers_failure_is_shared_before_the_next_collective() -> None:
+def test_teacher_failure_is_shared_before_the_next_collective() -> None:
     model = distill_model({"ada": 1.0})
     lost = TeacherRefusedError("ada", "no")
     shared: list[KVDistillError | None] = []
@@ -112,9 +112,7 @@ def test_a_teachers_failure_is_shared_before_the_next_collective() -> None:
 
 @pytest.mark.parametrize("teachers", [{"ada": 1.0}, {"ada": 1.0, "ben": 1.0}])
 @pytest.mark.parametrize("layer_map", ["ratio", "learned", "cka"])
-def test_a_layer_map_and_fusion_each_take_one_more_pass_over_the_samples(
-    layer_map: str, teachers: dict[str, float]
-) -> None:
+def test_layer_map_and_fusion_each_add_one_pass_over_the_samples(layer_map: str, teachers: dict[str, float]) -> None:
     fuse = {"kind": "learnable"} if layer_map == "learned" else {}
     model = distill_model(teachers, align={"layer_map": layer_map}, fuse=fuse)
     passes = 1 + (layer_map == "cka") + (model.fusion is not None)
@@ -136,7 +134,7 @@ def test_a_layer_map_and_fusion_each_take_one_more_pass_over_the_samples(
 
 
 def test_every_teacher_is_calibrated_on_its_own_kv() -> None:
-    """Only the second one's layer map has to be found first."""
+    """Only the layer map of the second teacher needs a pass of its own."""
     both = distill_model({"ada": 1.0, "ben": 1.0})
     both.aligners = (aligner_of("ada"), aligner_of("ben", layer_map="cka"))
     alone = distill_model({"ben": 1.0}, align={"layer_map": "cka"})
@@ -146,7 +144,7 @@ def test_every_teacher_is_calibrated_on_its_own_kv() -> None:
     assert both.report()["ada"]["layer_strategy"] == "ratio"
 
 
-def test_a_failure_in_the_second_pass_is_shared_too() -> None:
+def test_failure_in_second_pass_is_shared() -> None:
     model = distill_model({"ada": 1.0}, align={"layer_map": "cka"})
     lost = TeacherRefusedError("ada", "no")
     shared: list[KVDistillError | None] = []
@@ -169,13 +167,13 @@ def test_a_failure_in_the_second_pass_is_shared_too() -> None:
     assert not model.frozen_state()
 
 
-def test_a_warning_about_a_poor_map_names_the_teacher(caplog: pytest.LogCaptureFixture) -> None:
+def test_poor_map_warning_names_the_teacher(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
         calibrated(distill_model({"ada": 1.0}), count=10)
     assert "ada: the adapter explains less than 0.20" in caplog.text
 
 
-def test_every_fit_is_reported_with_its_shuffled_control() -> None:
+def test_report_has_a_shuffled_control_for_every_fit() -> None:
     model = calibrated(distill_model({"ada": 1.0, "ben": 1.0}))
     for report in model.report().values():
         for tensor in ("k", "v"):
@@ -184,6 +182,6 @@ def test_every_fit_is_reported_with_its_shuffled_control() -> None:
             assert None not in control
 
 
-def test_too_few_samples_are_refused_with_the_name_of_the_setting() -> None:
+def test_too_few_samples_raise_field_error() -> None:
     with pytest.raises(FieldError, match=r"align\.calibration_samples"):
         calibrated(distill_model({"ada": 1.0}), count=3)

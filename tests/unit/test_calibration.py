@@ -1,4 +1,4 @@
-"""Fitting and measuring an alignment from streamed rows, against the rows themselves."""
+"""Compares an alignment that is calibrated from streamed rows with statistics of all rows."""
 
 from __future__ import annotations
 
@@ -33,27 +33,27 @@ CalibrationKind = type[Calibration] | type[LayerCalibration]
 
 
 def rows_of_batch(kv: BatchKV, read: StudentRead, chosen: Sequence[int]) -> tuple[BatchKV, StudentRead]:
-    """Some of a batch's samples."""
+    """Selects samples of a batch."""
     b = torch.tensor(chosen)
     return kv[b], StudentRead(read.k_BLHTD[b], read.v_BLHTD[b], read.byte_ends_BT[b])
 
 
 @pytest.mark.parametrize("direction", ["to_student", "to_teacher"])
 @pytest.mark.parametrize("teacher", [TEACHER, MIXING])
-def test_scale_and_variance_are_those_of_the_targets(direction: str, teacher: KVGeometry) -> None:
+def test_scale_and_variance_match_the_targets(direction: str, teacher: KVGeometry) -> None:
     aligner, kv, _ = calibrated(Aligner(teacher, STUDENT, direction=direction), noise=1.0)
     for tensor, target in zip(TENSORS, aligner.targets(kv), strict=True):
         rows = paired_rows(kv, target, 0)
         np.testing.assert_allclose(aligner.scale(tensor), rows.std(axis=(0, 2)), rtol=1e-4)
         np.testing.assert_allclose(aligner.variance(tensor), rows.var(axis=0).mean(axis=1), rtol=1e-4)
-        # What a student that predicts each feature's mean scores, normalised.
+        # A student that predicts the mean of each feature has a normalised error of 1.
         error = np.square(rows - rows.mean(axis=0)).mean(axis=(0, 2)) / aligner.variance(tensor).numpy()
         np.testing.assert_allclose(error, 1.0, rtol=1e-4)
     assert not torch.allclose(aligner.scale("k"), aligner.scale("v"))
 
 
 @pytest.mark.parametrize("scope", ["sample", "head"])
-def test_identity_measures_scale_over_all_slots_whatever_token_a_head_keeps(scope: str) -> None:
+def test_identity_measures_scale_over_all_slots(scope: str) -> None:
     geometry = KVGeometry(2, 2, 4)
     aligner = Aligner(geometry, geometry, head_adapter="identity")
     kv = teacher_batch(30, 2, seed=3, geometry=geometry)
@@ -81,7 +81,7 @@ def test_every_fifth_sample_is_held_out_from_the_fit() -> None:
     rows = aligner.report()["rows"]
     assert rows["fit"] == sum(int(kv.mask_BM[b, slot]) for b in range(200) if not held_out[b] for slot, _ in PAIRS)
     assert rows["held_out"] == sum(int(kv.mask_BM[b, slot]) for b in range(200) if held_out[b] for slot, _ in PAIRS)
-    # The fit never saw the spoiled rows, the judgement did.
+    # Only the held-out rows are spoiled, so the fit is exact and the explained variance is negative.
     assert max(aligner.adapter.explained_variance("k")) < 0
     assert min(aligner.adapter.explained_variance("v")) > 0.9999
     weight, _ = aligner.adapter.layer_map("k", 0) or (None, None)
@@ -96,50 +96,50 @@ def test_every_fifth_sample_is_held_out_from_the_fit() -> None:
 
 
 @pytest.mark.parametrize("layer_map", ["ratio", "cka"])
-def test_ranks_and_batches_add_up_to_one_calibration(layer_map: str) -> None:
+def test_calibration_does_not_depend_on_ranks_or_batches(layer_map: str) -> None:
     whole, kv, read = calibrated(Aligner(TEACHER, STUDENT, layer_map=layer_map), noise=0.5)
     reduced = Aligner(TEACHER, STUDENT, layer_map=layer_map)
 
-    def on_two_ranks(kind: CalibrationKind) -> None:
+    def calibrate_on_two_ranks(kind: CalibrationKind) -> None:
         ranks = [kind(reduced), kind(reduced)]
         for rank, calibration in enumerate(ranks):
             numbers = range(rank, 200, 2)
             for start in range(0, len(numbers), 30):
                 chosen = numbers[start : start + 30]
-                calibration.update(*_with_numbers(kv, read, chosen))
+                calibration.update(*_numbered_rows(kv, read, chosen))
         for mine, theirs in zip(ranks[0].tensors(), ranks[1].tensors(), strict=True):
             mine.add_(theirs)
         ranks[0].finish()
 
     kinds: list[CalibrationKind] = [LayerCalibration, Calibration] if layer_map == "cka" else [Calibration]
     for kind in kinds:
-        on_two_ranks(kind)
+        calibrate_on_two_ranks(kind)
     assert reduced.report()["rows"] == whole.report()["rows"]
     assert reduced.report()["coverage"] == whole.report()["coverage"]
     for name, tensor in whole.state_tensors().items():
-        # Which rows face which in the control is the batches' affair.
+        # The pairs of the control depend on the batches.
         if name != "shuffled_LK":
             torch.testing.assert_close(reduced.state_tensors()[name], tensor, rtol=1e-4, atol=1e-5, equal_nan=True)
 
 
-def _with_numbers(kv: BatchKV, read: StudentRead, chosen: Sequence[int]) -> tuple[BatchKV, torch.Tensor, StudentRead]:
+def _numbered_rows(kv: BatchKV, read: StudentRead, chosen: Sequence[int]) -> tuple[BatchKV, torch.Tensor, StudentRead]:
     part, own = rows_of_batch(kv, read, chosen)
     return part, torch.tensor(chosen), own
 
 
-def test_too_few_pairs_are_refused_by_the_fields_name() -> None:
+def test_too_few_pairs_raise_field_error() -> None:
     aligner = Aligner(TEACHER, STUDENT)
     kv = teacher_batch(40, 3, seed=1)
     read = student_read(aligner, kv, seed=2)
-    elsewhere = StudentRead(read.k_BLHTD, read.v_BLHTD, read.byte_ends_BT + 20)
+    unaligned = StudentRead(read.k_BLHTD, read.v_BLHTD, read.byte_ends_BT + 20)
     calibration = Calibration(aligner)
-    calibration.update(kv, torch.arange(40), elsewhere)
+    calibration.update(kv, torch.arange(40), unaligned)
     with pytest.raises(FieldError, match="0 token pairs") as caught:
         calibration.finish()
     assert caught.value.field == "align.calibration_samples"
 
 
-def test_targets_that_never_vary_are_refused() -> None:
+def test_constant_targets_are_refused() -> None:
     aligner = Aligner(TEACHER, STUDENT, direction="to_teacher")
     kv = teacher_batch(40, 3, seed=1)
     read = student_read(aligner, kv, seed=2)
@@ -150,7 +150,7 @@ def test_targets_that_never_vary_are_refused() -> None:
         calibration.finish()
 
 
-def test_too_few_pairs_for_the_layer_map_are_refused_too() -> None:
+def test_too_few_pairs_for_layer_map_raise_field_error() -> None:
     aligner = Aligner(TEACHER, STUDENT, layer_map="cka")
     calibration = LayerCalibration(aligner)
     with pytest.raises(FieldError, match="0 token pairs") as caught:
@@ -160,7 +160,7 @@ def test_too_few_pairs_for_the_layer_map_are_refused_too() -> None:
 
 
 @pytest.mark.parametrize("layer_map", ["ratio", "cka"])
-def test_kv_that_is_not_finite_is_refused(layer_map: str) -> None:
+def test_non_finite_kv_is_refused(layer_map: str) -> None:
     aligner = Aligner(TEACHER, STUDENT, layer_map=layer_map)
     kv = teacher_batch(40, len(aligner.layers_needed), seed=1)
     read = student_read(aligner, kv, seed=2)
@@ -170,14 +170,14 @@ def test_kv_that_is_not_finite_is_refused(layer_map: str) -> None:
 
 
 @pytest.mark.parametrize("sink_tokens", [0, 1, 2])
-def test_sinks_are_left_out_of_fit_and_layer_map(sink_tokens: int) -> None:
-    """The second text token stands at the first pair: whatever is written there is seen only while it is no sink."""
+def test_sinks_are_excluded_from_fit_and_layer_map(sink_tokens: int) -> None:
+    """The first pair is at the second text token, so changing that token has an effect only if it is not a sink."""
     found: list[dict[str, Any]] = []
-    for spoilt in (False, True):
+    for spoiled in (False, True):
         aligner = Aligner(TEACHER, STUDENT, layer_map="cka", sink_tokens=sink_tokens)
         kv = teacher_batch(100, 5, seed=1)
         read = student_read(aligner, kv, seed=2)
-        if spoilt:
+        if spoiled:
             read.k_BLHTD[:, :, :, 1] = 50.0
         found.append(calibrate_on(aligner, kv, read).report())
     same = sink_tokens == 2
@@ -189,15 +189,15 @@ def test_sinks_are_left_out_of_fit_and_layer_map(sink_tokens: int) -> None:
 
 
 @pytest.mark.parametrize("sink_tokens", [0, 2])
-def test_overlap_fits_on_the_mean_of_what_shares_bytes(sink_tokens: int) -> None:
-    """As if the teacher had the student's tokens, each with the mean of its own that share bytes with it."""
+def test_overlap_fits_on_the_mean_of_slots_that_share_bytes(sink_tokens: int) -> None:
+    """Equals a fit on teacher K/V averaged by hand over the slots that share bytes with each student token."""
     kv = teacher_batch(100, 3, seed=1)
     read = student_read(Aligner(TEACHER, STUDENT), kv, seed=2)
     mixed = [torch.zeros(100, 3, TEACHER.heads, 4, TEACHER.head_dim) for _ in range(2)]
     for x, out in zip((kv.k_BLHMD, kv.v_BLHMD), mixed, strict=True):
         assert x is not None
         first, second, third = (x[:, :, :, slot] for slot in range(3))
-        # Tokens of the student that end at 2, 4, 6 and 9 against slots that end at 3, 5 and, where it is filled, 9.
+        # Student tokens end at 2, 4, 6 and 9. Teacher slots end at 3, 5 and, if the third slot is filled, 9.
         out[:, :, :, 0] = first
         out[:, :, :, 1] = (first + second) / 2
         out[:, :, :, 2] = torch.where(kv.mask_BM[:, None, None, 2:], (second + third) / 2, second)
@@ -220,12 +220,12 @@ def test_overlap_fits_on_the_mean_of_what_shares_bytes(sink_tokens: int) -> None
 
 
 @pytest.mark.parametrize("sink_tokens", [0, 1, 2])
-def test_an_identity_leaves_out_slots_that_end_with_the_sinks(sink_tokens: int) -> None:
+def test_identity_excludes_slots_up_to_the_end_of_the_sinks(sink_tokens: int) -> None:
     geometry = KVGeometry(2, 2, 4)
     aligner = Aligner(geometry, geometry, head_adapter="identity", sink_tokens=sink_tokens)
     kv = teacher_batch(30, 2, seed=3, geometry=geometry)
-    # A start token that stands for no text, two tokens that the student reads in one, and a token in mid-text that
-    # cannot be placed.
+    # An end of -1 is a start token without text, or a token in mid-text whose end is not known. In sample 1, the
+    # teacher's tokens end at other bytes than the student's.
     kv.byte_ends_BLHM[:, 0, 0] = torch.tensor([-1, 3, -1])
     kv.byte_ends_BLHM[1, 0, 0] = torch.tensor([1, 2, 5])
     ends_BT = torch.tensor([[1, 3, 9]]).expand(30, -1)
@@ -240,7 +240,7 @@ def test_an_identity_leaves_out_slots_that_end_with_the_sinks(sink_tokens: int) 
     assert aligner.report()["coverage"] is None
 
 
-def test_coverage_counts_text_beyond_the_sinks() -> None:
+def test_coverage_counts_text_tokens_after_the_sinks() -> None:
     aligner, kv, _ = calibrated(Aligner(TEACHER, STUDENT), samples=60)
     filled = [[m for m in range(3) if kv.mask_BM[b, m]] for b in range(60)]
     text = [end for end in TOKEN_ENDS if end >= 0][1:]
@@ -250,7 +250,7 @@ def test_coverage_counts_text_beyond_the_sinks() -> None:
     }
 
 
-def test_coverage_leaves_out_samples_that_the_teacher_lacks() -> None:
+def test_coverage_excludes_samples_without_teacher_kv() -> None:
     aligner = Aligner(TEACHER, STUDENT)
     kv = teacher_batch(60, 3, seed=1)
     read = student_read(aligner, kv, seed=2)
@@ -260,7 +260,7 @@ def test_coverage_leaves_out_samples_that_the_teacher_lacks() -> None:
     assert coverage["teacher_slots"]["seen"] == int(kv.mask_BM.sum())
 
 
-def test_coverage_is_counted_where_only_the_layer_map_needs_the_student() -> None:
+def test_coverage_is_counted_if_only_the_layer_map_needs_the_student() -> None:
     geometry = KVGeometry(3, 3, 2)
     aligner = Aligner(geometry, STUDENT, head_adapter="identity", layer_map="cka")
     kv = teacher_batch(60, 3, seed=1, geometry=geometry)
@@ -278,7 +278,7 @@ def test_coverage_is_counted_where_only_the_layer_map_needs_the_student() -> Non
 
 
 @given(st.lists(st.integers(0, 4), max_size=6))
-def test_a_control_row_is_at_the_same_place_in_the_next_sample(lengths: list[int]) -> None:
+def test_control_pairs_rows_at_the_same_place_of_the_next_sample(lengths: list[int]) -> None:
     rows = [(sample, place) for sample, length in enumerate(lengths) for place in range(length)]
     found = row_of_another_sample(torch.tensor([sample for sample, _ in rows], dtype=torch.int64)).tolist()
     filled = [sample for sample, length in enumerate(lengths) if length]
@@ -290,8 +290,8 @@ def test_a_control_row_is_at_the_same_place_in_the_next_sample(lengths: list[int
     assert len(taken) == len(set(taken))
 
 
-def test_the_control_fits_the_students_rows_of_the_next_sample() -> None:
-    """It explains everything where the student's K/V are those of the sample before, and the true pairs nothing."""
+def test_control_is_fitted_on_student_rows_of_the_next_sample() -> None:
+    """If the student's K/V are shifted by one sample, the control explains everything and the true pairs nothing."""
     aligner = Aligner(TEACHER, STUDENT)
     kv = teacher_batch(200, 3, seed=1)
     kv.mask_BM[:] = True
@@ -308,7 +308,7 @@ def test_the_control_fits_the_students_rows_of_the_next_sample() -> None:
 
 @pytest.mark.parametrize("direction", ["to_student", "to_teacher"])
 @pytest.mark.parametrize("adapter", ["ridge", "procrustes", "pool"])
-def test_the_control_explains_less_than_the_true_pairs(direction: str, adapter: str) -> None:
+def test_control_explains_less_variance_than_true_pairs(direction: str, adapter: str) -> None:
     if adapter == "pool":
         geometry = KVGeometry(3, 2, 4)
         aligner = Aligner(geometry, geometry, direction=direction, head_adapter=adapter)
@@ -324,28 +324,28 @@ def test_the_control_explains_less_than_the_true_pairs(direction: str, adapter: 
         assert max(report["explained_variance_shuffled"][tensor]) < 0.1
 
 
-def test_one_sample_in_a_batch_has_no_control() -> None:
+def test_batches_of_one_sample_have_no_control() -> None:
     aligner = Aligner(TEACHER, STUDENT)
     kv = teacher_batch(20, 3, seed=1)
     read = student_read(aligner, kv, seed=2)
     calibration = Calibration(aligner)
     for number in range(20):
-        calibration.update(*_with_numbers(kv, read, [number]))
+        calibration.update(*_numbered_rows(kv, read, [number]))
     calibration.finish()
     report = aligner.report()
     assert report["explained_variance_shuffled"] == {tensor: [None] * 3 for tensor in TENSORS}
     assert None not in report["explained_variance"]["k"]
 
 
-def test_a_control_without_held_out_rows_stays_unmeasured() -> None:
-    """Every held-out sample comes alone, the others in pairs."""
+def test_control_without_held_out_rows_is_nan() -> None:
+    """Each held-out sample is the only one in its batch. The other samples are batched in pairs."""
     aligner = Aligner(TEACHER, STUDENT)
     kv = teacher_batch(20, 3, seed=1)
     read = student_read(aligner, kv, seed=2)
     calibration = Calibration(aligner)
     for first in range(0, 20, 5):
         for chosen in ([first, first + 1], [first + 2, first + 3], [first + 4]):
-            calibration.update(*_with_numbers(kv, read, chosen))
+            calibration.update(*_numbered_rows(kv, read, chosen))
     calibration.finish()
     assert aligner.shuffled_LK.isnan().all()
     assert not aligner.variance_LK.isnan().any()

@@ -1,4 +1,4 @@
-"""Captured K/V are the outputs of the student's projections, with their gradients."""
+"""Tests of the capture of the student's K/V from its projections, with gradients."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def gradients(model: PreTrainedModel) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_content_keys_and_values_are_the_projections_outputs(family: Family) -> None:
+def test_captured_keys_and_values_are_the_projection_outputs(family: Family) -> None:
     model: Any = model_of(family)
     k_BLHTD, v_BLHTD = captured(model)
     hidden_states = model(IDS_BT, output_hidden_states=True).hidden_states
@@ -58,7 +58,7 @@ def test_columns_returns_a_range_of_positions_in_fp32() -> None:
     assert v_BLHMD.equal(whole_v[:, :, :, 2:5])
 
 
-def test_gradients_reach_every_parameter_that_made_the_keys_and_values() -> None:
+def test_gradients_reach_all_parameters_that_the_keys_and_values_depend_on() -> None:
     reached = gradients(model_of("qwen3", layers=2))
     expected = {f"model.layers.{layer}.self_attn.{name}_proj.weight" for layer in (0, 1) for name in "kv"}
     assert expected | {"model.embed_tokens.weight", "model.layers.1.self_attn.k_norm.weight"} <= reached.keys()
@@ -66,7 +66,7 @@ def test_gradients_reach_every_parameter_that_made_the_keys_and_values() -> None
     assert all(gradient.abs().sum() > 0 for gradient in reached.values())
 
 
-# The name that every supported transformers has.
+# This warning is ignored because only the deprecated name exists in all supported versions of transformers.
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable`:FutureWarning")
 def test_gradient_checkpointing_does_not_change_the_gradient() -> None:
     plain = model_of("qwen3").train()
@@ -94,7 +94,7 @@ def hooks(model: PreTrainedModel) -> int:
     return sum(len(module._forward_hooks) for module in model.modules())
 
 
-def test_the_model_is_restored_after_the_block_and_after_an_error() -> None:
+def test_hooks_are_removed_after_the_block_and_after_an_error() -> None:
     model = model_of("qwen2")
     with capture_kv(model) as capture:
         assert hooks(model) == 6
@@ -108,7 +108,7 @@ def test_the_model_is_restored_after_the_block_and_after_an_error() -> None:
 
 
 @pytest.mark.parametrize("passes", [0, 2])
-def test_a_block_must_run_exactly_one_forward_pass(passes: int) -> None:
+def test_block_must_run_exactly_one_forward_pass(passes: int) -> None:
     model = model_of("qwen2")
 
     def run_passes() -> None:

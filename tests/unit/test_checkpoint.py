@@ -1,4 +1,4 @@
-"""Checkpoints are complete, and only resume the run that they belong to."""
+"""Tests of checkpoints: completeness, retention, and resuming only with equal settings."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def test_weights_moments_and_frozen_tensors_are_restored(tmp_path: Path) -> None
         assert all(tensor.equal(theirs[name]) for name, tensor in ours.items())
 
 
-def test_the_weights_of_another_model_are_refused(tmp_path: Path) -> None:
+def test_weights_of_another_model_are_refused(tmp_path: Path) -> None:
     saved(tmp_path, 1)
     found = checkpoint.latest(tmp_path)
     assert found is not None
@@ -84,7 +84,7 @@ def test_the_weights_of_another_model_are_refused(tmp_path: Path) -> None:
         found.load_weights(nn.Linear(3, 2))
 
 
-def test_the_newest_complete_checkpoint_is_the_latest(tmp_path: Path) -> None:
+def test_latest_is_the_newest_complete_checkpoint(tmp_path: Path) -> None:
     assert checkpoint.latest(tmp_path / "nothing") is None
     for step in (2, 10):
         saved(tmp_path, step)
@@ -129,7 +129,7 @@ def test_a_run_resumes_with_the_same_settings(tmp_path: Path) -> None:
         ({"weights": {"ada": 1.0}}, ("weights", "None", "1.0")),
     ],
 )
-def test_other_settings_are_refused_with_both_values_and_the_next_step(
+def test_resume_with_other_settings_raises_with_both_values_and_next_step(
     tmp_path: Path, change: dict[str, Any], named: tuple[str, ...]
 ) -> None:
     path = saved(tmp_path, 1)
@@ -142,7 +142,7 @@ def test_other_settings_are_refused_with_both_values_and_the_next_step(
     assert "'seed'" not in str(caught.value), "settings that agree are left out"
 
 
-def test_a_run_that_starts_over_removes_its_checkpoints(tmp_path: Path) -> None:
+def test_forget_removes_all_checkpoints(tmp_path: Path) -> None:
     saved(tmp_path / "checkpoints", 1)
     checkpoint.forget(tmp_path / "checkpoints")
     checkpoint.forget(tmp_path / "checkpoints")

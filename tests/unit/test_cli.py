@@ -1,4 +1,4 @@
-"""The command line: instant help, flags that mirror the configuration, errors in one line."""
+"""Tests of the command line: fast help, flags of the configuration, one-line errors and exit statuses."""
 
 from __future__ import annotations
 
@@ -23,21 +23,21 @@ run: {output_dir: out, steps: 10}
 
 
 def call(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
-    """Runs the command line in this process and gives its exit status."""
+    """Runs the command line in this process and returns its exit status."""
     monkeypatch.setattr(sys, "argv", ["kvdistill", *arguments])
     with pytest.raises(SystemExit) as ended:
         main()
     return int(ended.value.code or 0)
 
 
-def put_in_place(monkeypatch: pytest.MonkeyPatch, module: str, function: str, stand_in: Any) -> None:
-    """Puts a function where a command imports it from, so that nothing heavy starts."""
+def replace_import(monkeypatch: pytest.MonkeyPatch, module: str, function: str, stand_in: Any) -> None:
+    """Replaces a function in the module that a command imports, so that no heavy package is loaded."""
     made = ModuleType(module)
     setattr(made, function, stand_in)
     monkeypatch.setitem(sys.modules, module, made)
 
 
-def test_command_line_and_configurations_load_nothing_heavy() -> None:
+def test_cli_does_not_import_heavy_packages() -> None:
     code = "import sys, kvdistill.cli; print(' '.join(sorted({name.split('.')[0] for name in sys.modules})))"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     assert "student_trainer" in loaded
@@ -54,20 +54,20 @@ def test_help_of_each_command_shows_examples(
     assert f"kvdistill {command}" in shown.split("Examples")[1]
 
 
-def test_every_field_of_the_server_is_a_flag_that_explains_itself() -> None:
+def test_every_serve_flag_has_a_description() -> None:
     assert [name for name, field in ServeConfig.model_fields.items() if not field.description] == []
 
 
-def test_serve_without_flags_takes_the_defaults_of_the_configuration(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_serve_without_flags_uses_config_defaults(monkeypatch: pytest.MonkeyPatch) -> None:
     served: list[ServeConfig] = []
-    put_in_place(monkeypatch, "teacher_server.app", "run", served.append)
+    replace_import(monkeypatch, "teacher_server.app", "run", served.append)
     assert call(monkeypatch, "serve", "--model", "some/model") == 0
     assert served == [ServeConfig(model="some/model")]
 
 
 def test_serve_flags_reach_the_configuration(monkeypatch: pytest.MonkeyPatch) -> None:
     served: list[ServeConfig] = []
-    put_in_place(monkeypatch, "teacher_server.app", "run", served.append)
+    replace_import(monkeypatch, "teacher_server.app", "run", served.append)
     flags = "--model m --engine hf --dtype bf16 --device cuda:1 --load-in-8bit --grpc-port 50051 --http-port 8001"
     assert call(monkeypatch, "serve", *flags.split(), "--drain-seconds", "2.5", "--max-sample-tokens", "100") == 0
     assert served == [
@@ -110,9 +110,9 @@ def test_unknown_engine_is_refused_with_the_choices(
     assert "fake" in error
 
 
-def test_train_hands_over_the_file_and_the_overrides(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_train_passes_file_and_overrides_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     started: list[tuple[Path, list[str]]] = []
-    put_in_place(monkeypatch, "student_trainer.loop.trainer", "main", lambda *arguments: started.append(arguments))
+    replace_import(monkeypatch, "student_trainer.loop.trainer", "main", lambda *arguments: started.append(arguments))
     config = tmp_path / "run.yaml"
     config.write_text(MINIMAL_RUN, encoding="utf-8")
     assert call(monkeypatch, "train", "--config", str(config), "--set", "run.steps=5", "--set", "run.seed=1") == 0
@@ -127,7 +127,7 @@ def test_train_hands_over_the_file_and_the_overrides(tmp_path: Path, monkeypatch
         ("run.steps", "--set run.steps: expected key=value"),
     ],
 )
-def test_mistake_in_a_run_is_named_before_torch_is_loaded(tmp_path: Path, override: str, named: str) -> None:
+def test_config_error_is_reported_before_torch_is_imported(tmp_path: Path, override: str, named: str) -> None:
     config = tmp_path / "run.yaml"
     config.write_text(MINIMAL_RUN, encoding="utf-8")
     code = (
@@ -151,13 +151,13 @@ def test_missing_configuration_file_is_named(
     assert error == f"kvdistill: nowhere.yaml: no such configuration file; {hint}\n"
 
 
-def test_lost_teacher_ends_with_status_1_and_the_rank_that_lost_it(
+def test_lost_teacher_exits_with_1_and_names_the_rank(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def lose_teacher(_path: Path, _overrides: list[str]) -> None:
         raise TeacherUnavailableError("qwen", "no endpoint answers")
 
-    put_in_place(monkeypatch, "student_trainer.loop.trainer", "main", lose_teacher)
+    replace_import(monkeypatch, "student_trainer.loop.trainer", "main", lose_teacher)
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "1")
     config = tmp_path / "run.yaml"
@@ -169,11 +169,11 @@ def test_lost_teacher_ends_with_status_1_and_the_rank_that_lost_it(
     )
 
 
-def test_bug_keeps_its_traceback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def stumble(_path: Path, _overrides: list[str]) -> None:
+def test_unexpected_exception_keeps_its_traceback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def raise_bug(_path: Path, _overrides: list[str]) -> None:
         raise ZeroDivisionError
 
-    put_in_place(monkeypatch, "student_trainer.loop.trainer", "main", stumble)
+    replace_import(monkeypatch, "student_trainer.loop.trainer", "main", raise_bug)
     config = tmp_path / "run.yaml"
     config.write_text(MINIMAL_RUN, encoding="utf-8")
     monkeypatch.setattr(sys, "argv", ["kvdistill", "train", "--config", str(config)])
@@ -181,18 +181,18 @@ def test_bug_keeps_its_traceback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         main()
 
 
-def test_interrupt_ends_with_status_130(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_interrupt_exits_with_130(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     def interrupt(**_options: object) -> None:
         raise KeyboardInterrupt
 
-    put_in_place(monkeypatch, "experiments.demo.run_demo", "main", interrupt)
+    replace_import(monkeypatch, "experiments.demo.run_demo", "main", interrupt)
     assert call(monkeypatch, "demo") == 130
     assert "Traceback" not in capsys.readouterr().err
 
 
-def test_demo_options_reach_the_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_demo_options_are_passed_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     started: list[dict[str, object]] = []
-    put_in_place(monkeypatch, "experiments.demo.run_demo", "main", lambda **options: started.append(options))
+    replace_import(monkeypatch, "experiments.demo.run_demo", "main", lambda **options: started.append(options))
     assert call(monkeypatch, "demo", "--quick", "--seeds", "3", "--output", str(tmp_path)) == 0
     assert call(monkeypatch, "demo") == 0
     assert started == [
@@ -201,10 +201,12 @@ def test_demo_options_reach_the_demo(tmp_path: Path, monkeypatch: pytest.MonkeyP
     ]
 
 
-def test_report_and_sweep_options_reach_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_report_and_sweep_options_are_passed_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     started: list[tuple[object, ...]] = []
-    put_in_place(monkeypatch, "kvdistill.report.write_report", "write_report", lambda *given: started.append(given))
-    put_in_place(monkeypatch, "kvdistill.sweep.run_sweep", "main", lambda *given, **how: started.append((*given, how)))
+    replace_import(monkeypatch, "kvdistill.report.write_report", "write_report", lambda *given: started.append(given))
+    replace_import(
+        monkeypatch, "kvdistill.sweep.run_sweep", "main", lambda *given, **how: started.append((*given, how))
+    )
     assert call(monkeypatch, "report", "a", "b", "--output", str(tmp_path)) == 0
     assert call(monkeypatch, "report", "a") == 0
     assert call(monkeypatch, "sweep", "s.yaml", "--set", "seeds=[0]", "--task", "3") == 0

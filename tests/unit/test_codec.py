@@ -1,4 +1,4 @@
-"""Codecs against an independent quantiser in plain Python, and batches against samples decoded one by one."""
+"""Compares codecs with a quantiser in plain Python, and decoded batches with samples decoded one by one."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ shapes = st.tuples(st.integers(1, 3), st.integers(1, 2), st.integers(0, 9), st.i
 
 @st.composite
 def tensors(draw):
-    """Keys or values of every kind of scale, with outliers, zeros and whole groups of zeros."""
+    """Draws keys or values of many scales, with outliers, zeros and groups of zeros."""
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
     shape = draw(shapes)
     x = torch.randn(shape, generator=generator) * 10.0 ** draw(st.integers(-30, 30))
     spread = draw(st.sampled_from([0.0, 1.0, 6.0]))
-    # What fp32 cannot hold is refused, and has tests of its own.
+    # Values outside the range of fp32 are refused, which other tests cover.
     x = (x * torch.exp(spread * torch.randn(shape, generator=generator))).clamp(-1e38, 1e38)
     keep = draw(st.sampled_from([1.0, 0.8, 0.3, 0.0]))
     return x * (torch.rand(shape, generator=generator) < keep)
@@ -46,7 +46,7 @@ def fp32(value):
 
 
 def naive_scale(x, kind, group_size, b, h, m, d):
-    """The scale of one element: keys share it along tokens in one channel, values along channels in one token."""
+    """The scale of one element. Keys share it over tokens of a channel, values over channels of a token."""
     if kind == "k":
         first = m // group_size * group_size
         group = [x[b][h][token][d] for token in range(first, min(first + group_size, len(x[b][h])))]
@@ -68,7 +68,7 @@ def elements(x):
 
 @settings(deadline=None, max_examples=150)
 @given(tensors(), st.sampled_from(TENSORS), st.sampled_from([1, 2, 3, 4, 7, 64]))
-def test_int8_is_the_quantiser_it_says_it_is(x_BHMD, kind, group_size):
+def test_int8_matches_naive_quantiser(x_BHMD, kind, group_size):
     spec = CodecSpec(name="int8", group_size=group_size)
     encoded = encode(x_BHMD, kind, spec)
     codes, decoded = encoded.parts["codes"].tolist(), decode(encoded.parts, kind, spec).double().tolist()
@@ -87,20 +87,20 @@ def test_int8_is_the_quantiser_it_says_it_is(x_BHMD, kind, group_size):
 
 @settings(deadline=None, max_examples=100)
 @given(tensors(), st.sampled_from(TENSORS), specs)
-def test_the_error_reported_is_the_error_made(x_BHMD, kind, spec):
+def test_reported_error_is_the_round_trip_error(x_BHMD, kind, spec):
     encoded = encode(x_BHMD, kind, spec)
     decoded_BHMD = decode(encoded.parts, kind, spec)
     for item, reported in enumerate(encoded.relative_error_B.tolist()):
         x, decoded = x_BHMD[item].flatten().tolist(), decoded_BHMD[item].flatten().tolist()
         norm = math.hypot(*x)
         error = math.hypot(*(a - b for a, b in zip(decoded, x, strict=True)))
-        # The difference is taken in fp32, which rounds once more.
+        # The codec computes the difference in fp32, which adds a rounding error.
         assert reported == pytest.approx(error / norm if norm else 0.0, rel=1e-4, abs=1e-7)
 
 
 @settings(deadline=None, max_examples=60)
 @given(tensors(), st.sampled_from(TENSORS), specs)
-def test_parts_are_laid_out_as_announced(x_BHMD, kind, spec):
+def test_parts_match_part_layout(x_BHMD, kind, spec):
     batch, heads, slots, head_dim = x_BHMD.shape
     parts = encode(x_BHMD, kind, spec).parts
     layout = part_layout(spec, kind, heads, slots, head_dim)
@@ -112,7 +112,7 @@ def test_parts_are_laid_out_as_announced(x_BHMD, kind, spec):
 
 @settings(deadline=None, max_examples=60)
 @given(tensors(), st.sampled_from(TENSORS), specs)
-def test_a_sample_is_packed_the_same_alone_as_in_a_batch(x_BHMD, kind, spec):
+def test_encoding_does_not_depend_on_the_batch(x_BHMD, kind, spec):
     batched = encode(x_BHMD, kind, spec)
     for item in range(x_BHMD.shape[0]):
         alone = encode(x_BHMD[item : item + 1], kind, spec)
@@ -122,7 +122,7 @@ def test_a_sample_is_packed_the_same_alone_as_in_a_batch(x_BHMD, kind, spec):
 
 @settings(deadline=None, max_examples=60)
 @given(tensors(), st.sampled_from(TENSORS), specs)
-def test_decoding_takes_any_leading_dimensions(x_BHMD, kind, spec):
+def test_decode_accepts_any_leading_dimensions(x_BHMD, kind, spec):
     parts = encode(x_BHMD, kind, spec).parts
     decoded_BHMD = decode(parts, kind, spec)
     for item in range(x_BHMD.shape[0]):
@@ -133,7 +133,7 @@ def test_decoding_takes_any_leading_dimensions(x_BHMD, kind, spec):
 
 @settings(deadline=None, max_examples=60)
 @given(tensors(), st.sampled_from(TENSORS))
-def test_raw_keeps_every_bit_and_bf16_rounds_to_nearest_even(x_BHMD, kind):
+def test_raw_is_lossless_and_bf16_rounds_to_nearest_even(x_BHMD, kind):
     raw, half = CodecSpec(name="raw"), CodecSpec(name="bf16")
     exact = encode(x_BHMD, kind, raw)
     assert torch.equal(decode(exact.parts, kind, raw), x_BHMD)
@@ -142,7 +142,7 @@ def test_raw_keeps_every_bit_and_bf16_rounds_to_nearest_even(x_BHMD, kind):
     assert decoded.flatten().tolist() == [bf16(value) for value in x_BHMD.flatten().tolist()]
 
 
-def test_an_outlier_channel_of_keys_leaves_the_other_channels_alone():
+def test_outlier_key_channel_does_not_affect_other_channels():
     k = torch.randn(1, 1, 32, 16, generator=torch.Generator().manual_seed(0))
     spec = CodecSpec(name="int8")
     plain = decode(encode(k, "k", spec).parts, "k", spec)
@@ -150,7 +150,7 @@ def test_an_outlier_channel_of_keys_leaves_the_other_channels_alone():
     assert torch.equal(decode(encode(k, "k", spec).parts, "k", spec)[..., :5], plain[..., :5])
 
 
-def test_an_outlier_token_of_values_leaves_the_other_tokens_alone():
+def test_outlier_value_token_does_not_affect_other_tokens():
     v = torch.randn(1, 1, 32, 16, generator=torch.Generator().manual_seed(0))
     spec = CodecSpec(name="int8")
     plain = decode(encode(v, "v", spec).parts, "v", spec)
@@ -160,7 +160,7 @@ def test_an_outlier_token_of_values_leaves_the_other_tokens_alone():
 
 @pytest.mark.parametrize("kind", TENSORS)
 @pytest.mark.parametrize(("name", "limit"), [("raw", 0.0), ("bf16", 0.002), ("int8", 0.01)])
-def test_gaussian_keys_and_values_lose_little(kind, name, limit):
+def test_error_of_gaussian_keys_and_values_is_small(kind, name, limit):
     x = torch.randn(4, 2, 64, 64, generator=torch.Generator().manual_seed(0))
     error_B = encode(x, kind, CodecSpec(name=name)).relative_error_B
     assert error_B.shape == (4,)
@@ -170,7 +170,7 @@ def test_gaussian_keys_and_values_lose_little(kind, name, limit):
 @pytest.mark.parametrize("kind", TENSORS)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("name", CODECS)
-def test_half_precision_is_packed_as_the_fp32_it_stands_for(kind, dtype, name):
+def test_half_precision_input_is_encoded_like_its_fp32_value(kind, dtype, name):
     x = torch.randn(2, 2, 5, 8, generator=torch.Generator().manual_seed(0)).to(dtype)
     spec = CodecSpec(name=name)
     half, full = encode(x, kind, spec), encode(x.float(), kind, spec)
@@ -181,7 +181,7 @@ def test_half_precision_is_packed_as_the_fp32_it_stands_for(kind, dtype, name):
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("kind", TENSORS)
 @pytest.mark.parametrize("name", CODECS)
-def test_what_is_not_finite_is_refused_by_row(name, kind, bad):
+def test_non_finite_values_raise_with_their_rows(name, kind, bad):
     x = torch.randn(4, 2, 5, 8)
     x[1, 1, 4, 7] = bad
     x[3, 0, 0, 0] = bad
@@ -191,14 +191,14 @@ def test_what_is_not_finite_is_refused_by_row(name, kind, bad):
 
 
 @pytest.mark.parametrize("kind", TENSORS)
-def test_what_overflows_in_the_codec_is_refused(kind):
+def test_overflow_in_the_codec_raises(kind):
     x = torch.full((1, 1, 2, 2), torch.finfo(torch.float32).max)
     with pytest.raises(NonFiniteError):
         encode(x, kind, CodecSpec(name="bf16"))
 
 
 @pytest.mark.parametrize("kind", TENSORS)
-def test_magnitudes_below_any_scale_count_as_lost(kind):
+def test_values_below_the_smallest_scale_have_relative_error_one(kind):
     x = torch.full((1, 1, 2, 2), 1e-42)
     spec = CodecSpec(name="int8")
     encoded = encode(x, kind, spec)
@@ -234,7 +234,7 @@ def encoded_sample(slots, spec, generator, scope="head"):
 @pytest.mark.parametrize("scope", POSITION_SHAPES)
 @pytest.mark.parametrize("spec", [CodecSpec(name="raw"), CodecSpec(name="bf16"), CodecSpec(group_size=2)])
 @pytest.mark.parametrize("slots", [(3, 3, 3), (2, 4, 2, 1), (0, 3), (1,), (0, 0)])
-def test_a_batch_holds_what_its_samples_decode_to(scope, spec, slots):
+def test_decode_batch_equals_decoding_each_sample(scope, spec, slots):
     generator = torch.Generator().manual_seed(1)
     samples = [encoded_sample(count, spec, generator, scope) for count in slots]
     batch = decode_batch(samples)

@@ -1,4 +1,4 @@
-"""Records become padded token batches."""
+"""Tests of the collator, which turns records into padded token batches."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def plain_ids(record: Record) -> tuple[list[int], list[int], list[int]]:
     return [BOS, *prompt], reasoning, answer
 
 
-def test_prompts_are_padded_on_the_left_and_answers_and_texts_on_the_right() -> None:
+def test_prompts_are_left_padded_and_answers_and_texts_right_padded() -> None:
     batch = collator()(RECORDS)
     for row, record in enumerate(RECORDS):
         prompt, reasoning, answer = plain_ids(record)
@@ -50,24 +50,24 @@ def test_prompts_are_padded_on_the_left_and_answers_and_texts_on_the_right() -> 
     assert batch.records == RECORDS
 
 
-def test_no_padding_is_wider_than_the_longest_row() -> None:
+def test_batches_are_padded_to_the_longest_row() -> None:
     batch = collator()([SHORT])
     assert batch.prompt_mask_BP.all()
     assert batch.answer_mask_BA.all()
     assert batch.text_mask_BT.all()
 
 
-def test_byte_ends_count_the_bytes_of_the_whole_text_across_parts() -> None:
+def test_byte_ends_are_offsets_in_the_whole_text() -> None:
     batch = collator()(RECORDS)
     for row, record in enumerate(RECORDS):
         ends = batch.text_byte_ends_BT[row].tolist()
         count = int(batch.text_mask_BT[row].sum())
         assert ends[count - 1 :] == [-1] * (len(ends) - count + 1), "neither the end of sequence nor padding is text"
-        told = [end for end in ends if end >= 0]
-        assert told == sorted(told)
+        text_ends = [end for end in ends if end >= 0]
+        assert text_ends == sorted(text_ends)
         text = record.text.encode()
         parts = [len(record.prompt.encode()), len((record.prompt + record.reasoning).encode()), len(text)]
-        assert set(parts) <= set(told), "every part ends with a token"
+        assert set(parts) <= set(text_ends), "every part ends with a token"
         for place, end in enumerate(ends[: count - 1]):
             token = str(LLAMA.decode([int(batch.text_ids_BT[row, place])]))
             if end > 0 and token.isascii():
@@ -82,14 +82,14 @@ def test_prompt_tokens_are_equal_in_training_and_inference() -> None:
     assert mask_BP.equal(batch.prompt_mask_BP)
 
 
-def test_a_record_beyond_the_limit_is_refused_by_name_and_length() -> None:
+def test_record_over_max_tokens_raises_with_id_and_length() -> None:
     length = sum(map(len, plain_ids(LONG))) + 1
     assert collator(length)([LONG]).text_ids_BT.shape == (1, length)
     with pytest.raises(FieldError, match=rf"data\.max_tokens: record 'b' has {length} .* limit is {length - 1}"):
         collator(length - 1)([SHORT, LONG])
 
 
-def test_records_that_share_an_id_keep_their_own_text() -> None:
+def test_records_with_equal_ids_keep_their_own_text() -> None:
     maker = collator()
     training = maker([SHORT])
     validation = maker([Record(SHORT.id, "Start 5.", " Add 1: 6.", " 6")])
@@ -97,7 +97,7 @@ def test_records_that_share_an_id_keep_their_own_text() -> None:
     assert maker([SHORT]).text_ids_BT.equal(training.text_ids_BT)
 
 
-def test_padding_is_the_end_of_sequence_where_a_tokenizer_has_no_padding() -> None:
+def test_tokenizer_without_padding_token_pads_with_eos() -> None:
     tokenizer = build_tokenizer("qwen2")
     tokenizer.pad_token = None
     batch = Collator(tokenizer, 512)([SHORT, LONG])
@@ -105,7 +105,7 @@ def test_padding_is_the_end_of_sequence_where_a_tokenizer_has_no_padding() -> No
     assert not batch.prompt_mask_BP[0, 0]
 
 
-def test_a_tokenizer_without_an_end_of_sequence_is_refused() -> None:
+def test_tokenizer_without_eos_is_refused() -> None:
     tokenizer = build_tokenizer("qwen2")
     tokenizer.eos_token = None
     with pytest.raises(FieldError, match=r"student\.path: .*end-of-sequence"):

@@ -1,4 +1,4 @@
-"""The configurations that comparisons pass to the trainer."""
+"""Tests of the configurations that comparisons pass to the trainer."""
 
 from __future__ import annotations
 

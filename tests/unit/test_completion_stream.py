@@ -1,4 +1,4 @@
-"""What a teacher wrote, on its way to the student: spans, the record that announces it, and what a reader refuses."""
+"""Tests of the stream of generated completions: spans, text records and invalid streams."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def completion_of(index: int) -> Completion:
 
 
 def frames_of(max_body: int = 1 << 20) -> list[bytes]:
-    """Both samples, the second one's text after the first one's K/V."""
+    """The frames of both samples. The text of the second follows the K/V of the first."""
     sent = [replace(sample_kv(index), sample_id=prompt.id) for index, prompt in enumerate(PROMPTS)]
     writer = FrameWriter(REQUEST, PLAN, KEYS, max_body)
     frames: list[bytes] = []
@@ -59,31 +59,29 @@ def read(frames: list[bytes]) -> tuple[CompletionReader, dict[int, EncodedSample
         ("", "####", [("prompt", "Q?")]),
     ],
 )
-def test_the_marker_ends_the_reasoning_and_the_answer_follows(
-    text: str, marker: str, expected: list[tuple[str, str]]
-) -> None:
+def test_answer_marker_separates_reasoning_and_answer(text: str, marker: str, expected: list[tuple[str, str]]) -> None:
     sample = completed_sample(Sample("x", text="Q?"), text, marker)
     assert sample.text is not None
     assert sample.text == "Q?" + text
     assert [(span.kind, sample.text[span.start : span.end]) for span in sample.spans] == expected
 
 
-def test_a_prompts_own_span_stays() -> None:
+def test_spans_of_the_prompt_are_kept() -> None:
     sample = completed_sample(PROMPTS[1], " two", "")
     assert sample.spans == (Span("prompt", 3, 10), Span("reasoning", 10, 14))
 
 
 @pytest.mark.parametrize("max_body", [1 << 20, 7, 1])
-def test_texts_and_their_kv_come_whole_through_frames_of_any_size(max_body: int) -> None:
+def test_texts_and_kv_round_trip_through_frames_of_any_size(max_body: int) -> None:
     reader, results = read(frames_of(max_body))
     assert reader.completions == {0: completion_of(0), 1: completion_of(1)}
     for index, outcome in results.items():
         assert isinstance(outcome, EncodedSampleKV)
-        # Its key is that of the text with its spans, as StreamKV would name it.
+        # The content key equals the key that StreamKV computes for the same text and spans.
         assert outcome.key == completion_of(index).sample.key(INFO.weights_digest, PLAN)
 
 
-def test_a_sample_may_fail_after_its_text() -> None:
+def test_sample_can_fail_after_its_text() -> None:
     writer = FrameWriter(REQUEST, PLAN, KEYS, 1 << 20)
     frames = writer.completion(0, PROMPTS[0], completion_of(0)) + writer.sample_failed(
         0, "FAILED_PRECONDITION", "no answer"
@@ -110,7 +108,7 @@ def repeat_text(frames: list[Forged]) -> None:
     frames[1].body[:0] = frames[0].body
 
 
-def write_late(frames: list[Forged]) -> None:
+def move_text_after_kv(frames: list[Forged]) -> None:
     records: list[dict[str, Any]] = frames[1].header["records"]
     sample = records.pop(0)
     records[:0] = [sample | {"index": 1, "id": "s1", "key": KEYS[1]}, sample]
@@ -120,7 +118,7 @@ def break_utf8(frames: list[Forged]) -> None:
     frames[0].body[1] = 0xFF
 
 
-LIES: dict[str, tuple[Callable[[list[Forged]], object], str]] = {
+INVALID_STREAMS: dict[str, tuple[Callable[[list[Forged]], object], str]] = {
     "spans that the marker does not give": (
         change(spans=[["prompt", 0, 8], ["reasoning", 8, 26]]),
         "has the spans",
@@ -141,18 +139,18 @@ LIES: dict[str, tuple[Callable[[list[Forged]], object], str]] = {
     "a text that is not UTF-8": (break_utf8, "not UTF-8"),
     "K/V without a text": (drop_text, "was opened before its text"),
     "a text twice": (repeat_text, "has two texts"),
-    "K/V before the text": (write_late, "was opened before its text"),
+    "K/V before the text": (move_text_after_kv, "was opened before its text"),
 }
 
 
-@pytest.mark.parametrize("lie", LIES)
-def test_a_reader_refuses_what_cannot_be(lie: str) -> None:
-    change_frames, problem = LIES[lie]
+@pytest.mark.parametrize("case", INVALID_STREAMS)
+def test_reader_refuses_invalid_streams(case: str) -> None:
+    change_frames, problem = INVALID_STREAMS[case]
     with pytest.raises(ProtocolError, match=problem):
         read(forge(frames_of(), change_frames))
 
 
-def test_texts_are_no_part_of_other_streams() -> None:
+def test_other_streams_refuse_texts() -> None:
     reader = StreamReader(REQUEST, PLAN, PROMPTS, INFO)
     with pytest.raises(ProtocolError, match="unknown record kind 'written'"):
         reader.feed(frames_of()[0])

@@ -1,4 +1,4 @@
-"""docker-compose.yml and the images' recipe, held to what the servers and the trainer really take."""
+"""Compares docker-compose.yml and the Dockerfile with the flags and settings of servers and trainer."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ STUDENTS = ("student", "student-gpu")
 
 
 def without_variables(text: str) -> str:
-    """What compose reads where the user sets nothing: `${NAME:-default}` is its default."""
+    """Replaces each `${NAME:-default}` by its default, as compose does for unset variables."""
     return re.sub(r"\$\{\w+:?-([^}]*)\}", r"\1", text)
 
 
@@ -45,14 +45,14 @@ def seconds(duration: str) -> float:
 
 
 def served_by(name: str) -> ServeConfig:
-    """What a teacher's container serves: the image's entry point and the service's command through the real flags."""
+    """The server configuration of a teacher's container, parsed from the image's entry point and its command."""
     entry = next(line for line in DOCKERFILE.splitlines() if line.startswith('ENTRYPOINT ["kvdistill", "serve"'))
     arguments = [*json.loads(entry.removeprefix("ENTRYPOINT "))[2:], *SERVICES[name]["command"]]
     return SERVE_FLAGS.read(arguments, "kvdistill serve")
 
 
 def trained_by(name: str) -> TrainConfig:
-    """What a student's container trains: its command's file and --set, read as `kvdistill train` does."""
+    """The training configuration of a student's container, loaded from its file and --set as in `kvdistill train`."""
     words = SERVICES[name]["command"]
     (config,) = [word.removeprefix("--config=/app/") for word in words if word.startswith("--config=")]
     changes = [word.removeprefix("--set=") for word in words if word.startswith("--set=")]
@@ -65,7 +65,7 @@ def names_in_network() -> set[str]:
 
 
 @each_service
-def test_a_port_is_published_on_loopback_alone(service):
+def test_ports_are_published_on_loopback_only(service):
     assert all(re.fullmatch(r"127\.0\.0\.1:\d+:\d+", port) for port in service.get("ports", []))
 
 
@@ -79,7 +79,7 @@ def test_containers_are_unprivileged_and_write_only_to_volumes(service):
 
 
 @each_service
-def test_a_container_has_its_limits(service):
+def test_containers_have_memory_and_pid_limits(service):
     assert {"memory", "pids"} <= service["deploy"]["resources"]["limits"].keys()
 
 
@@ -87,7 +87,7 @@ def test_long_running_services_have_health_checks():
     assert {name for name, service in SERVICES.items() if "healthcheck" not in service} == {"models"}
 
 
-def test_start_up_waits_for_models_then_for_every_teacher():
+def test_teachers_wait_for_models_and_students_for_teachers():
     for name in TEACHERS:
         assert SERVICES[name]["depends_on"] == {"models": {"condition": "service_completed_successfully"}}
     assert SERVICES["student"]["depends_on"] == {name: {"condition": "service_healthy"} for name in TEACHERS}
@@ -109,7 +109,7 @@ def test_teacher_stop_grace_period_exceeds_drain(name):
 
 
 @each_student
-def test_a_student_asks_each_teacher_at_the_services_that_serve_it(name):
+def test_student_endpoints_match_the_teacher_services(name):
     served = {served_by(teacher).name for teacher in SERVICES[name]["depends_on"]}
     config = trained_by(name)
     assert {teacher.name for teacher in config.teachers} == served
@@ -121,7 +121,7 @@ def test_a_student_asks_each_teacher_at_the_services_that_serve_it(name):
 
 
 @each_student
-def test_a_student_is_watched_where_it_listens_and_writes_to_its_volume(name):
+def test_student_uses_its_monitor_port_and_volumes(name):
     config, service = trained_by(name), SERVICES[name]
     mounts = [mount.split(":")[1] for mount in service["volumes"]]
     assert config.monitor.host == "0.0.0.0"
@@ -139,7 +139,7 @@ def test_only_the_models_service_writes_models():
     assert writers == ["models"]
 
 
-def test_each_image_is_built_by_one_service_and_named_after_this_version():
+def test_each_image_is_built_once_and_tagged_with_the_version():
     version = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]["version"]
     ours = {s["image"] for s in SERVICES.values() if s["image"].startswith("kvdistill/")}
     assert ours == {f"kvdistill/{i}:{version}{v}" for i in ("teacher", "trainer") for v in ("", "-cuda")}
@@ -153,18 +153,18 @@ def test_images_run_as_unprivileged_user():
     assert all("\nUSER 10001:10001\n" in stage for stage in images)
 
 
-def test_every_image_that_is_pulled_has_a_version():
+def test_pulled_images_have_a_pinned_version():
     pulled = {s["image"] for s in SERVICES.values() if not s["image"].startswith("kvdistill/")}
     pulled |= {build["args"]["PYTHON_IMAGE"] for s in SERVICES.values() if (build := s.get("build"))}
     assert all(re.fullmatch(r"[\w/-]+:v?\d+\.\d+\.\d+(-[\w-]+)?", image) for image in pulled), pulled
 
 
-def test_the_images_are_given_every_package_of_the_project():
-    let_in = {line[1:] for line in (ROOT / ".dockerignore").read_text("utf-8").splitlines() if line.startswith("!")}
-    assert {*PACKAGES, "kvdistill"} <= let_in
+def test_build_context_has_every_package():
+    included = {line[1:] for line in (ROOT / ".dockerignore").read_text("utf-8").splitlines() if line.startswith("!")}
+    assert {*PACKAGES, "kvdistill"} <= included
     copied = re.findall(r"^COPY (?!--from)(?:--chmod=755 )?(.+) \S+$", DOCKERFILE, flags=re.MULTILINE)
-    assert {path for line in copied for path in line.split()} - {"."} <= let_in
-    assert all((ROOT / path).exists() for path in let_in)
+    assert {path for line in copied for path in line.split()} - {"."} <= included
+    assert all((ROOT / path).exists() for path in included)
 
 
 def test_cuda_pins_are_exact_and_unique():
@@ -175,7 +175,7 @@ def test_cuda_pins_are_exact_and_unique():
     assert len(named) == len(set(named))
 
 
-def test_a_teachers_image_has_all_that_a_teacher_imports():
+def test_teacher_does_not_import_packages_of_the_train_extra():
     imported: set[str] = set()
     for package in ("teacher_server", "kvcore", "protos", "kvdistill"):
         for path in (ROOT / package).rglob("*.py"):
@@ -191,7 +191,7 @@ def test_a_teachers_image_has_all_that_a_teacher_imports():
 
 
 @pytest.mark.parametrize("variant", ["cpu", "cuda"])
-def test_only_the_trainers_image_installs_the_extra_train(variant):
+def test_only_trainer_image_installs_the_train_extra(variant):
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]["optional-dependencies"]
     trainer, teacher = (requirements(ROOT, image, variant) for image in ("trainer", "teacher"))
     assert set(trainer) - set(teacher) == set(extras["train"])
@@ -200,7 +200,7 @@ def test_only_the_trainers_image_installs_the_extra_train(variant):
     assert requirements(ROOT, "torch", variant)[0].startswith("torch==")
 
 
-def test_prometheus_asks_services():
+def test_prometheus_scrapes_the_compose_services():
     config = yaml.safe_load((ROOT / "deploy/prometheus/prometheus.yml").read_text("utf-8"))
     targets = [t for job in config["scrape_configs"] for some in job["static_configs"] for t in some["targets"]]
     ports = dict.fromkeys(TEACHERS, 8001) | {"student": 8010}

@@ -1,4 +1,4 @@
-"""Configuration files and --set: what is wrong is named, nothing is converted in silence."""
+"""Tests of configuration files and --set: errors name the field, and values are never converted silently."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def load(tmp_path, text, *overrides):
     return load_config(path, overrides, Root)
 
 
-def test_a_file_is_read_as_it_is_written(tmp_path):
+def test_file_values_and_defaults_are_loaded(tmp_path):
     config = load(
         tmp_path,
         "train: {steps: 5}\nteachers:\n  - {name: 老师, endpoints: ['a:1', 'b:2'], weight: 2}\noutput: runs/one\n",
@@ -71,18 +71,18 @@ def test_overrides_are_yaml_and_the_last_one_wins(tmp_path):
 
 
 @pytest.mark.parametrize("number", ["1e-3", "1E-03", "+1.e-3", "0.1e-2", "0.001", "10e-4", "01e-3"])
-def test_numbers_may_have_an_exponent(tmp_path, number):
+def test_numbers_can_have_an_exponent(tmp_path, number):
     assert load(tmp_path, f"train: {{learning_rate: {number}}}").train.learning_rate == 1e-3
     assert load(tmp_path, "{}", f"train.learning_rate={number}").train.learning_rate == 1e-3
 
 
 @pytest.mark.parametrize("spelling", ["r_kv", "r-kv"])
-def test_choices_may_be_spelled_with_dashes_or_underscores(tmp_path, spelling):
+def test_choices_accept_dashes_and_underscores(tmp_path, spelling):
     assert load(tmp_path, f"selector: {spelling}").selector == "r_kv"
     assert load(tmp_path, "{}", f"selector={spelling}").selector == "r_kv"
 
 
-def test_an_override_makes_the_sections_on_its_way():
+def test_override_creates_missing_sections():
     tree = {}
     apply_override(tree, "a.b.c=[1, {d: 2}]")
     apply_override(tree, "a.b.c.1.d=3")
@@ -91,7 +91,7 @@ def test_an_override_makes_the_sections_on_its_way():
 
 
 @pytest.mark.parametrize(
-    ("text", "overrides", "field", "said"),
+    ("text", "overrides", "field", "message"),
     [
         ("train: {step: 5}", [], "train.step", "unknown key; did you mean 'steps'?"),
         ("trian: {}", [], "trian", "unknown key; did you mean 'train'?"),
@@ -120,15 +120,15 @@ def test_an_override_makes_the_sections_on_its_way():
         ("note: x", ["note.deep.er=1"], "note", "is a plain value"),
     ],
 )
-def test_what_is_wrong_is_named(tmp_path, text, overrides, field, said):
+def test_invalid_values_raise_with_field_and_problem(tmp_path, text, overrides, field, message):
     with pytest.raises(FieldError) as caught:
         load(tmp_path, text, *overrides)
     assert caught.value.field == field
-    assert said in caught.value.problem
+    assert message in caught.value.problem
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "message"),
     [
         ("train: [1,", "not valid YAML"),
         ("a: 1\n\tb: 2", "not valid YAML"),
@@ -137,24 +137,24 @@ def test_what_is_wrong_is_named(tmp_path, text, overrides, field, said):
         ("!!python/object/apply:os.getcwd []", "not valid YAML"),
     ],
 )
-def test_a_file_that_is_no_mapping_is_refused_by_its_path(tmp_path, text, said):
+def test_file_without_a_mapping_raises_with_its_path(tmp_path, text, message):
     with pytest.raises(ConfigError, match=r"run\.yaml: ") as caught:
         load(tmp_path, text)
-    assert said in str(caught.value)
+    assert message in str(caught.value)
 
 
-def test_a_missing_file_is_named(tmp_path):
+def test_missing_file_raises_with_its_path(tmp_path):
     with pytest.raises(ConfigError, match=r"absent\.yaml: no such configuration file"):
         load_config(tmp_path / "absent.yaml", [], Root)
 
 
 @pytest.mark.parametrize("override", ["train.steps", "=5", ""])
-def test_an_override_needs_a_key_and_a_value(override):
+def test_override_without_key_or_value_is_refused(override):
     with pytest.raises(ConfigError, match="expected key=value"):
         apply_override({}, override)
 
 
 @pytest.mark.parametrize("override", ["note=[1,", "train..steps=1", ".a=1", "a.=1"])
-def test_an_override_that_cannot_be_read_is_named(tmp_path, override):
+def test_malformed_override_is_refused(tmp_path, override):
     with pytest.raises(ConfigError, match=r"--set|unknown key"):
         load(tmp_path, "{}", override)

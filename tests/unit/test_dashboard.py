@@ -1,4 +1,4 @@
-"""The dashboard, the alerts and the settings beside them hold together with what the programs really say."""
+"""Compares the Grafana dashboard, the alerts and their settings with the metrics that the programs export."""
 
 from __future__ import annotations
 
@@ -74,15 +74,15 @@ def expressions() -> dict[str, str]:
     return shown | {rule["alert"]: rule["expr"] for rule in rules()}
 
 
-def test_panels_and_alerts_ask_for_metrics_that_exist(known: set[str]) -> None:
+def test_panels_and_alerts_query_existing_metrics(known: set[str]) -> None:
     assert len(expressions()) > 50
     for name, expression in expressions().items():
-        asked = re.findall(r"\b(?:kvdistill|process)_\w+|\bup\b", expression)
-        assert asked, name
-        assert set(asked) <= known | {"up", "process_resident_memory_bytes", "process_cpu_seconds_total"}, name
+        queried = re.findall(r"\b(?:kvdistill|process)_\w+|\bup\b", expression)
+        assert queried, name
+        assert set(queried) <= known | {"up", "process_resident_memory_bytes", "process_cpu_seconds_total"}, name
 
 
-def test_expressions_ask_for_label_values_that_exist() -> None:
+def test_expressions_use_existing_label_values() -> None:
     state = RunMetrics(train_config(), RunState())
     values = {
         (label, value)
@@ -102,12 +102,12 @@ def test_docs_explain_every_metric_and_alert(known: set[str]) -> None:
     assert {rule["alert"] for rule in rules()} <= set(headings)
 
 
-def test_docs_explain_no_removed_metric(known: set[str]) -> None:
-    told = set(re.findall(r"`(kvdistill_\w+)`", PAGE))
-    assert told <= known | {name.removesuffix("_bucket") for name in known}
+def test_docs_do_not_mention_removed_metrics(known: set[str]) -> None:
+    documented = set(re.findall(r"`(kvdistill_\w+)`", PAGE))
+    assert documented <= known | {name.removesuffix("_bucket") for name in known}
 
 
-def test_every_alert_has_a_firing_and_a_quiet_test() -> None:
+def test_every_alert_has_a_firing_and_a_non_firing_test() -> None:
     files = sorted((PROMETHEUS / "tests").glob("*.yml"))
     checks = [check for file in files for test in load(file)["tests"] for check in test["alert_rule_test"]]
     fires = {check["alertname"] for check in checks if check["exp_alerts"]}
@@ -130,7 +130,7 @@ def test_panels_do_not_overlap() -> None:
     assert len(set(numbers)) == len(numbers)
 
 
-def test_compose_has_what_prometheus_and_grafana_look_for() -> None:
+def test_prometheus_and_grafana_settings_match_compose() -> None:
     compose = (ROOT / "docker-compose.yml").read_text(encoding="utf-8")
     services = yaml.safe_load(re.sub(r"\$\{\w+:?-([^}]*)\}", r"\1", compose))["services"]
     jobs = {job["job_name"]: job["static_configs"] for job in load(PROMETHEUS / "prometheus.yml")["scrape_configs"]}

@@ -1,4 +1,4 @@
-"""Rows of each dataset, in its true schema, become questions."""
+"""Tests of parsing rows of each dataset, in its original schema, into questions."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def test_hotpotqa_keeps_supporting_paragraphs_and_reasoning_is_their_facts() -> 
         "Ada Kern: Ada Kern is a writer. The writer was born in Port Lin."
     )
     assert first.reasoning == "Blue Harbour is a novel by Ada Kern. The writer was born in Port Lin."
-    # The second fact of the last row lies beyond its paragraph's end.
+    # The second fact of the last row is past the end of its paragraph.
     assert last.reasoning == "Hill Song was written by Mo Fenn, born in 1901."
 
 

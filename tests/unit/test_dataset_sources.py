@@ -1,4 +1,4 @@
-"""A dataset's rows are the same whatever form its copy has, and an error says how to provide one."""
+"""Tests of dataset copies: every format gives the same rows, and errors say how to provide a copy."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def test_every_copy_format_gives_the_training_rows(
     assert [dict(row) for row in read_rows(Source(find_family("gsm8k"), path), 0, 99)] == made("gsm8k")
 
 
-def test_nested_columns_survive(tmp_path: Path) -> None:
+def test_nested_columns_are_kept(tmp_path: Path) -> None:
     paths = {
         "arc_challenge": parquet(tmp_path / "arc.parquet", made("arc_challenge")),
         "hotpotqa": lines(tmp_path / "hotpotqa.jsonl", made("hotpotqa")),
@@ -102,7 +102,7 @@ def test_nested_columns_survive(tmp_path: Path) -> None:
 
 
 def test_math23k_is_read_in_its_original_format(tmp_path: Path) -> None:
-    """One object after the other on several lines each, in a directory of its own."""
+    """The file holds consecutive JSON objects of several lines each, in its own directory."""
     lines(tmp_path / "math23k" / "math23k.json", made("math23k"), indent=2)
     source = find_source(find_family("math23k"), {}, tmp_path)
     assert list(read_rows(source, 0, 99)) == made("math23k")

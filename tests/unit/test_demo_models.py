@@ -1,4 +1,4 @@
-"""The demo's tokenizers and models: their differences, and one token per reasoning value."""
+"""Tests of the demo's tokenizers and models: their differences, and one token per reasoning value."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def records() -> list[Record]:
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[ModelName, Path]:
-    """Each model's directory, as teacher server and trainer get it."""
+    """The directory of each model, as the teacher server and the trainer load it."""
     root = tmp_path_factory.mktemp("models")
     for name in NAMES:
         make_model(name, build_tokenizer(name, records()), root / name)
@@ -57,7 +57,7 @@ def test_tokenizers_give_prompts_different_lengths_and_ids(tokenizers: dict[Mode
     assert len(values) == 3
 
 
-def test_only_the_llama_shaped_teacher_begins_with_bos(tokenizers: dict[ModelName, Any]) -> None:
+def test_only_the_llama_teacher_adds_bos(tokenizers: dict[ModelName, Any]) -> None:
     for name, tokenizer in tokenizers.items():
         first = tokenizer("1 +1 =")["input_ids"][0]
         assert (first == tokenizer.bos_token_id) is (name == "teacher_b")

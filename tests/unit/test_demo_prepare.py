@@ -1,4 +1,4 @@
-"""The demo's models and data in a folder that other machines and containers mount."""
+"""Tests of the folder of demo models and data that other machines and containers mount."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from experiments.demo.run_demo import Demo
 
 @pytest.fixture
 def trained(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Stands in for the trainings: each call makes models in folders of the last name in the list."""
+    """Replaces training: each call creates models in folders with the last name in the list."""
     names = ["first"]
 
     def models(demo: Demo) -> dict[str, Pretrained]:

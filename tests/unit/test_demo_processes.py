@@ -1,4 +1,4 @@
-"""The demo's child processes and their logs."""
+"""Tests of the demo's child processes and their logs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The demo's results, verdict, table, picture and page from made-up runs."""
+"""Tests of the demo's results, verdict, table, plot and page with artificial runs."""
 
 from __future__ import annotations
 
@@ -113,8 +113,8 @@ def test_replay_matches_only_with_equal_losses_and_steps(results: Results, repla
     assert any("from the store" in miss for miss in compared.misses()) is not matches
 
 
-class Outside(HTMLParser):
-    """Collects what a page would load from elsewhere."""
+class ExternalLoads(HTMLParser):
+    """Collects the external resources that a page would load."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -128,7 +128,7 @@ class Outside(HTMLParser):
 
 def test_page_is_self_contained_and_fits_phones_and_dark_screens(results: Results) -> None:
     page = render_page(results, HEADINGS, table_rows(results), verdict(results))
-    parser = Outside()
+    parser = ExternalLoads()
     parser.feed(page)
     assert len(parser.addresses) == 10
     assert all(address.startswith("data:image/svg+xml;base64,") for address in parser.addresses)
@@ -148,7 +148,7 @@ def test_page_escapes_text(results: Results) -> None:
     assert "1 &lt; 2" in page
 
 
-def test_picture_is_drawn_without_kv_losses(results: Results) -> None:
+def test_plot_is_drawn_without_kv_losses(results: Results) -> None:
     bare = {name: arm(0.5, kv_loss=None) for name in ARMS}
     for drawn in (draw_picture(results), draw_picture(replace(results, arms=bare, stages_ms={}))):
         assert drawn.startswith(b"\x89PNG\r\n\x1a\n")

@@ -1,4 +1,4 @@
-"""What scripts/deploy_manifests.py finds wrong with the objects of an overlay, and with nothing else."""
+"""Tests of scripts/deploy_manifests.py: it reports each inconsistency of an overlay and no false problems."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def found(*documents: Document) -> list[str]:
 
 
 def teacher(**changes: Any) -> Document:
-    """The teacher with keys of its container changed."""
+    """The teacher manifest with changed keys of its container."""
     changed: Document = copy.deepcopy(TEACHER)
     changed["spec"]["template"]["spec"]["containers"][0].update(changes)
     return changed
@@ -80,8 +80,8 @@ def test_consistent_manifests_have_no_problem() -> None:
     ],
 )
 def test_inconsistent_server_flags_are_named(changed: Document, problem: str) -> None:
-    (said,) = found(changed, PREPARE, run(BOTH))
-    assert problem in said
+    (reported,) = found(changed, PREPARE, run(BOTH))
+    assert problem in reported
 
 
 def test_run_lists_exactly_the_existing_replicas() -> None:
@@ -94,19 +94,19 @@ def test_run_lists_exactly_the_existing_replicas() -> None:
 
 def test_patience_must_exceed_server_load_time() -> None:
     slow = teacher(startupProbe={"periodSeconds": 10, "failureThreshold": 31})
-    (said,) = found(slow, run(BOTH))
-    assert said == "demo: run.yaml: kv.patience_s must be longer than the time a server may take to load, 310 s"
+    (reported,) = found(slow, run(BOTH))
+    assert reported == "demo: run.yaml: kv.patience_s must be longer than the time a server may take to load, 310 s"
 
 
 def test_wrong_flags_of_prepare_job_are_named() -> None:
     wrong = copy.deepcopy(PREPARE)
     module = "experiments.train_multi_teacher_kv"
     wrong["spec"]["template"]["spec"]["containers"][0]["args"] = ["python", "-m", module, "--prepare_onyl", "true"]
-    (said,) = found(TEACHER, wrong, run(BOTH))
-    assert "prepare_only" in said
+    (reported,) = found(TEACHER, wrong, run(BOTH))
+    assert "prepare_only" in reported
 
 
-def test_an_operators_kind_is_checked_by_the_pods_in_it() -> None:
+def test_pods_inside_custom_resources_are_checked() -> None:
     pod = {"spec": {"containers": []}}
     specs = {"Master": {"template": pod}, "Worker": {"template": pod}}
     job = {"kind": "PyTorchJob", "metadata": {"name": "trainer"}, "spec": {"pytorchReplicaSpecs": specs}}

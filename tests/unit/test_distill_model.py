@@ -1,4 +1,4 @@
-"""The losses of a student against its teachers, combined from functions with tests of their own."""
+"""Tests of how the distillation model combines its losses. The loss functions have their own tests."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ LOSS = LossConfig(kv_weight=5.0, reasoning_ce_weight=0.5, kv_loss="mse")
 def model_of(
     weights: dict[str, float], *, mode: str = "latent", direction: str = "to_student", loss: LossConfig = LOSS
 ) -> DistillModel:
-    """A model in training mode, calibrated on records that no test reads."""
+    """A model in training mode, calibrated on records that the tests do not use."""
     model = distill_model(weights, mode=mode, direction=direction, loss=loss)
     with one_rank():
         calibrate(model, RECORDS[:40], range(40), lambda chosen: train_batch(model, chosen, None), 40, lambda _: None)
@@ -34,7 +34,7 @@ def losses_of(model: DistillModel, batch: TrainBatch) -> dict[str, float]:
 
 
 def without(kv: BatchKV, row: int, fill: float = 0.0) -> BatchKV:
-    """A teacher that has nothing for one sample."""
+    """The K/V of a teacher without the K/V of sample `row`."""
     left = replace(kv.map(torch.clone), mask_BM=kv.mask_BM.clone())
     left.k_BLHMD[row], left.v_BLHMD[row], left.mask_BM[row] = fill, fill, False
     return left
@@ -48,7 +48,7 @@ def latent_kv(model: DistillModel, batch: TrainBatch) -> tuple[Tensor, Tensor, T
     return reading.logits_BAV, reading.k_BLHMD, reading.v_BLHMD
 
 
-def test_latent_losses_are_the_weighted_sum_of_their_parts() -> None:
+def test_latent_loss_is_the_weighted_sum_of_its_terms() -> None:
     model = model_of({"ada": 1.0})
     batch = train_batch(model, BATCH)
     tokens, (kv,), (aligner,) = batch.tokens, batch.teachers, model.aligners
@@ -77,7 +77,7 @@ def test_reasoning_has_no_loss_in_validation_or_with_weight_zero() -> None:
     assert "reasoning_ce" not in losses_of(unscored, train_batch(unscored, BATCH))
 
 
-def test_without_teachers_the_loss_is_the_cross_entropy() -> None:
+def test_loss_without_teachers_is_the_cross_entropy() -> None:
     for mode, names in (("latent", {"answer_ce", "reasoning_ce", "ce_loss", "loss"}), ("token", {"ce_loss", "loss"})):
         model = distill_model({}, mode=mode).train()
         losses = losses_of(model, train_batch(model, BATCH))
@@ -104,7 +104,7 @@ def test_to_student_fuses_teachers_with_normalised_weights() -> None:
     assert model.weights == {"ada": 0.75, "ben": 0.25}
 
 
-def test_if_one_teacher_has_no_kv_the_other_is_the_target() -> None:
+def test_missing_kv_of_one_teacher_leaves_the_other_as_target() -> None:
     model = model_of(WEIGHTS)
     batch = train_batch(model, BATCH)
     ada, ben = batch.teachers
@@ -114,7 +114,7 @@ def test_if_one_teacher_has_no_kv_the_other_is_the_target() -> None:
     torch.testing.assert_close(k_BLHMD[0], model.fused(batch)[0][0])
 
 
-def test_to_teacher_averages_the_losses_with_the_teachers_weights() -> None:
+def test_to_teacher_averages_losses_with_teacher_weights() -> None:
     both = model_of(WEIGHTS, direction="to_teacher")
     batch = train_batch(both, BATCH)
     losses = losses_of(both, batch)
@@ -140,7 +140,7 @@ def test_only_to_teacher_trains_regressors(direction: str) -> None:
 
 @pytest.mark.parametrize("mode", ["latent", "token"])
 @pytest.mark.parametrize("weights", [{"ada": 1.0}, WEIGHTS])
-def test_a_sample_without_kv_keeps_its_cross_entropy_and_has_no_kv_loss(mode: str, weights: dict[str, float]) -> None:
+def test_sample_without_kv_has_cross_entropy_but_no_kv_loss(mode: str, weights: dict[str, float]) -> None:
     model = model_of(weights, mode=mode)
     batch = train_batch(model, BATCH, LATENTS if mode == "latent" else None)
     missing = replace(batch, teachers=tuple(without(kv, 2) for kv in batch.teachers))
@@ -161,7 +161,7 @@ def test_a_sample_without_kv_keeps_its_cross_entropy_and_has_no_kv_loss(mode: st
 def test_token_mode_compares_tokens_that_end_at_the_same_byte() -> None:
     model = model_of({"ada": 1.0}, mode="token")
     batch = train_batch(model, BATCH, None)
-    # A teacher with other tokens: only every third of the student's ends is one of its own.
+    # The teacher has other tokens: only every third byte end of the student is also an end of the teacher.
     (kv,) = batch.teachers
     kept = torch.arange(kv.mask_BM.shape[1]) % 3 == 1
     sparse = replace(
@@ -192,7 +192,7 @@ def test_token_mode_compares_tokens_that_end_at_the_same_byte() -> None:
 
 
 @pytest.mark.parametrize("direction", ["to_student", "to_teacher"])
-def test_a_calibration_is_restored_from_its_tensors(direction: str) -> None:
+def test_calibration_is_restored_from_its_tensors(direction: str) -> None:
     model = model_of(WEIGHTS, direction=direction)
     other = distill_model(WEIGHTS, direction=direction, loss=LOSS).train()
     other.load_frozen(model.frozen_state())

@@ -1,4 +1,4 @@
-"""`kvdistill doctor` finds what is wrong with a machine and says what to do next."""
+"""Tests of `kvdistill doctor`: it reports the problems of a machine and the next steps."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from kvdistill import doctor
 from kvdistill.cli import main
 from kvdistill.doctor import Check, checks, report
 
-# Imports that take no time; what the real ones find is seen where a server is, in tests/integration.
+# Fast imports. The real imports are tested in tests/integration.
 QUICK = {"torch": "print('1.2.3')"}
 
 
@@ -35,9 +35,7 @@ def test_doctor_finds_no_problem_on_working_machine(tmp_path: Path) -> None:
     assert found("torch", tmp_path).found == "1.2.3"
 
 
-def test_a_package_that_cannot_be_imported_is_a_problem_with_its_reason(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_failed_import_is_a_problem_with_its_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "PACKAGES", {"torch": "import no_such_module_anywhere"})
     check = found("torch", tmp_path)
     assert check.state == "problem"
@@ -87,7 +85,7 @@ def test_unreachable_teacher_exits_with_1(
     assert "next: check that kvdistill serve runs there" in shown
 
 
-def test_a_teacher_without_a_port_is_refused_as_its_flag(tmp_path: Path) -> None:
+def test_teacher_without_port_raises_with_its_flag(tmp_path: Path) -> None:
     with pytest.raises(FieldError, match="--teacher: expected HOST:PORT, got 'node1'"):
         checks(["node1"], tmp_path)
 

@@ -1,4 +1,4 @@
-"""The models and options that the Hugging Face engine accepts or refuses."""
+"""Tests of the models and options that the Hugging Face engine accepts or refuses."""
 
 from __future__ import annotations
 
@@ -66,9 +66,7 @@ def save(config: PreTrainedConfig, directory: Path) -> Path:
     ],
     ids=["fused projections", "capped scores", "norm after the rotary embedding", "attention sinks"],
 )
-def test_models_whose_kv_or_attention_would_be_inexact_are_refused(
-    config: PreTrainedConfig, reason: str, tmp_path: Path
-) -> None:
+def test_models_with_inexact_kv_or_attention_are_refused(config: PreTrainedConfig, reason: str, tmp_path: Path) -> None:
     with pytest.raises(UnsupportedModelError, match=reason):
         load_engine(serve(save(config, tmp_path)))
 
@@ -155,7 +153,7 @@ def test_max_sample_tokens_defaults_to_the_models_context(tiny: Path) -> None:
     assert load_engine(serve(tiny, max_sample_tokens=100)).info.max_sample_tokens == 100
 
 
-def test_dtype_is_part_of_the_teachers_identity(tiny: Path) -> None:
+def test_dtype_is_part_of_the_teacher_identity(tiny: Path) -> None:
     full, half = load_engine(serve(tiny)).info, load_engine(serve(tiny, dtype="bf16")).info
     assert (full.dtype, half.dtype) == ("fp32", "bf16")
     assert not full.same_teacher(half)

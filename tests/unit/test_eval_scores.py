@@ -1,4 +1,4 @@
-"""From samples to entries: scores in percent, intervals, and nothing that is not a number."""
+"""Tests of evaluation results: scores in percent, confidence intervals and non-finite values."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def generated(doc_id: int, score: float, answer: str = "4") -> dict[str, Any]:
     }
 
 
-def weighed(*likelihoods: float) -> dict[str, Any]:
+def multiple_choice(*likelihoods: float) -> dict[str, Any]:
     return {
         "doc_id": 0,
         "arguments": [("Q:", f" {letter}") for letter in "ABCD"[: len(likelihoods)]],
@@ -58,7 +58,7 @@ def test_interval_has_nominal_coverage() -> None:
     assert 88 <= covered <= 100
 
 
-def test_an_entry_has_what_the_guide_reads() -> None:
+def test_entry_has_the_documented_keys() -> None:
     samples = {"gsm8k_test": [generated(0, 1.0), generated(1, 0.0, NO_ANSWER), generated(2, 1.0), generated(3, 1.0)]}
     entry = dataset_entry("gsm8k_test", "exact_match", question_lines(samples, "exact_match", "answer"))
     assert entry["dataset"] == "gsm8k_test"
@@ -96,24 +96,24 @@ def test_each_question_has_a_line(tmp_path: Path) -> None:
 
 
 def test_multiple_choice_line_has_likelihoods_of_choices() -> None:
-    (line,) = question_lines({"t": [weighed(-3.0, -1.5)]}, "acc", "none")
+    (line,) = question_lines({"t": [multiple_choice(-3.0, -1.5)]}, "acc", "none")
     assert line["answer"] == " B"
     assert line["choices"] == [{"text": " A", "loglikelihood": -3.0}, {"text": " B", "loglikelihood": -1.5}]
 
 
-def test_only_the_chosen_filter_counts() -> None:
+def test_other_filters_are_ignored() -> None:
     strict = generated(0, 0.0) | {"filter": "strict-match"}
     (line,) = question_lines({"t": [generated(0, 1.0), strict]}, "exact_match", "answer")
     assert line["score"] == 1.0
 
 
 def test_non_finite_likelihoods_raise() -> None:
-    # The right choice of TruthfulQA is its first, and the first of several NaN is taken for the largest.
+    # argmax over NaN returns the first choice, which is the correct one in TruthfulQA.
     for bad in (float("nan"), float("-inf")):
         with pytest.raises(KVDistillError, match="question 0 are not finite"):
-            question_lines({"truthfulqa": [weighed(bad, bad)]}, "acc", "none")
+            question_lines({"truthfulqa": [multiple_choice(bad, bad)]}, "acc", "none")
 
 
-def test_scores_beyond_percent_are_refused() -> None:
+def test_scores_above_one_are_refused() -> None:
     with pytest.raises(ConfigError, match="needs 0 to 1"):
         question_lines({"t": [generated(0, 17.0)]}, "exact_match", "answer")

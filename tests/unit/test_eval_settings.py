@@ -1,4 +1,4 @@
-"""The flags of the evaluation."""
+"""Tests of the evaluation's flags."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def read(*arguments: str):
     return FLAGS.read(arguments, "multi_task_eval.py")
 
 
-def test_the_guides_flags_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_documented_flags_are_parsed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("KVDISTILL_DATA_DIR", raising=False)
     settings = read("--model_path", "m/best_model", "--eval_datasets", "gpqa", "bbh", "--output_file", "m/results.json")
     assert settings.model_path == "m/best_model"
@@ -26,20 +26,20 @@ def test_the_guides_flags_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
     assert settings.limit is None
 
 
-def test_every_benchmark_is_the_default() -> None:
+def test_all_benchmarks_are_the_default() -> None:
     settings = read("--model_path", "m", "--limit", "5")
     assert settings.eval_datasets == BENCHMARKS
     assert settings.limit == 5
 
 
-def test_results_stand_beside_the_model(tmp_path: Path) -> None:
+def test_default_output_is_next_to_the_model(tmp_path: Path) -> None:
     (tmp_path / "best_model").mkdir()
     assert read("--model_path", str(tmp_path / "best_model")).output == tmp_path / "eval_results.json"
     with pytest.raises(FieldError, match="--output-file: is required"):
         _ = read("--model_path", "Qwen/Qwen2.5-1.5B").output
 
 
-def test_mistakes_name_their_flag() -> None:
+def test_errors_name_the_flag() -> None:
     with pytest.raises(ConfigError, match="--eval_dataset: unknown flag; did you mean --eval_datasets"):
         read("--model_path", "m", "--eval_dataset", "gpqa")
     with pytest.raises(FieldError, match="--model-path: is required"):
@@ -54,7 +54,7 @@ def test_mistakes_name_their_flag() -> None:
         read("--model_path", "m", "--device", "gpu")
 
 
-def test_help_has_examples_and_loads_nothing_heavy(capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_has_examples_and_imports_no_heavy_packages(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         read("--help")
     assert ended.value.code == 0

@@ -1,4 +1,4 @@
-"""The extraction's flags: the guide's names and defaults, and mistakes told before anything is loaded."""
+"""Tests of the extraction's flags: documented names and defaults, and errors before packages are loaded."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def test_guide_command_parses() -> None:
     assert config.pt_path == Path("o/train_kv.pt")
 
 
-def test_only_models_dataset_and_directory_have_to_be_named() -> None:
+def test_only_models_dataset_and_directory_are_required() -> None:
     config = read()
     assert (config.output_name, config.kv_compression, config.max_length) == ("train_kv", "right", 2048)
     assert config.selection == Selection(selector="right", budget=24, span="all")
@@ -49,7 +49,7 @@ def test_default_store_settings_match_training_defaults(flags: list[str], select
     assert (config.codec_spec.name, config.all_layers, config.store) == ("int8", False, Path("o/train_kv"))
 
 
-def test_shards_count_from_one() -> None:
+def test_shards_are_numbered_from_one() -> None:
     assert [(read("--shard", f"{i}/3").worker, read("--shard", f"{i}/3").workers) for i in (1, 2, 3)] == [
         (0, 3),
         (1, 3),
@@ -79,13 +79,13 @@ def test_booleans_are_true_or_false(given: list[str], value: bool) -> None:
         (["--load_in_8bit", "true", "--teacher_endpoints", "t1=h:1"], "load_in_8bit: running servers have loaded"),
     ],
 )
-def test_mistakes_are_named(flags: list[str], problem: str) -> None:
+def test_invalid_flags_raise_with_the_problem(flags: list[str], problem: str) -> None:
     with pytest.raises(ConfigError) as caught:
         read(*flags)
     assert problem in str(caught.value)
 
 
-def test_a_flag_that_is_needed_is_named() -> None:
+def test_missing_required_flag_is_named() -> None:
     with pytest.raises(ConfigError, match="--student-model"):
         FLAGS.read(["--teacher_models", "a", "--dataset_path", "d", "--output_dir", "o"], "x")
 

@@ -1,4 +1,4 @@
-"""How far an extraction is: how much, how fast, and how long."""
+"""Tests of the extraction's progress display: amounts, rates and remaining time."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from extraction.extraction_progress import ExtractionProgress
 from kvcore.monitoring import progress
 
 
-def test_a_line_has_samples_bytes_rates_and_the_time_left_by_tokens(
+def test_log_line_has_samples_bytes_rates_and_remaining_time(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     now = 100.0
@@ -28,7 +28,7 @@ def test_a_line_has_samples_bytes_rates_and_the_time_left_by_tokens(
     ]
 
 
-def test_a_terminal_gets_a_bar_for_each_teacher() -> None:
+def test_terminal_shows_a_progress_bar_per_teacher() -> None:
     screen = io.StringIO()
     with ExtractionProgress(
         {"ada": (2, 20), "ben": (0, 0)}, Console(file=screen, force_terminal=True, width=160)

@@ -1,4 +1,4 @@
-"""What an extraction reads of a dataset, leaves out of it, and says that it will write."""
+"""Tests of the survey before an extraction: items, excluded samples and estimated size."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def config(**changes: Any) -> ExtractConfig:
     return ExtractConfig(**{**settings, **changes})
 
 
-def test_lines_and_saved_datasets_are_the_same_items(tmp_path: Path) -> None:
+def test_jsonl_and_saved_datasets_give_the_same_items(tmp_path: Path) -> None:
     keys = ("id", "prompt", "reasoning", "answer", "style", "dataset", "task_type")
     Dataset.from_list([{key: row.get(key, "") for key in keys} for row in ROWS]).save_to_disk(str(tmp_path / "saved"))
     lines, saved = Items(as_lines(tmp_path, ROWS)), Items(tmp_path / "saved")
@@ -51,7 +51,7 @@ def test_lines_and_saved_datasets_are_the_same_items(tmp_path: Path) -> None:
     assert len(Items(tmp_path / "saved", limit=3)) == 3
 
 
-def test_a_dataset_that_is_not_there_or_no_dataset_is_named(tmp_path: Path) -> None:
+def test_missing_or_invalid_dataset_raises(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no such data file"):
         Items(tmp_path / "nowhere")
     with pytest.raises(ConfigError, match="save_to_disk"):
@@ -62,7 +62,7 @@ def test_a_dataset_that_is_not_there_or_no_dataset_is_named(tmp_path: Path) -> N
         Items(as_lines(tmp_path, [ROWS[0], {"id": "x", "prompt": "p", "reasoning": ""}]))[1]
 
 
-def test_tokens_are_counted_part_by_part_as_training_counts_them(tmp_path: Path) -> None:
+def test_token_counts_per_part_equal_those_of_training(tmp_path: Path) -> None:
     found = survey(Items(as_lines(tmp_path, ROWS)), TOKENIZER, config())
     for row, tree in enumerate(ROWS):
         for column, part in enumerate(("prompt", "reasoning", "answer")):
@@ -70,7 +70,7 @@ def test_tokens_are_counted_part_by_part_as_training_counts_them(tmp_path: Path)
     assert found.left_out == {}
 
 
-def test_the_longest_sample_that_training_takes_is_kept_and_one_more_token_is_left_out(tmp_path: Path) -> None:
+def test_samples_over_max_length_are_left_out(tmp_path: Path) -> None:
     items = Items(as_lines(tmp_path, ROWS))
     longest = int(survey(items, TOKENIZER, config()).lengths().max()) + 1
     assert survey(items, TOKENIZER, config(max_length=longest)).left_out == {}
@@ -78,7 +78,7 @@ def test_the_longest_sample_that_training_takes_is_kept_and_one_more_token_is_le
     assert left_out == {2: f"longer than --max_length {longest - 1}"}
 
 
-def test_samples_without_text_in_the_span_are_left_out_by_name(tmp_path: Path) -> None:
+def test_samples_without_text_in_the_span_are_left_out(tmp_path: Path) -> None:
     found = survey(Items(as_lines(tmp_path, ROWS)), TOKENIZER, config(span="reasoning"))
     assert found.left_out == dict.fromkeys((1, 3), "no text in the span 'reasoning'")
     assert list(found.kept()) == [0, 2]
@@ -111,10 +111,10 @@ def test_estimated_size_equals_written_size(tmp_path: Path, codec: Any) -> None:
     with KVStoreWriter(tmp_path / "store", INFO, plan, "w") as store:
         for kv in sent:
             store.add(kv)
-    told = sum(stored_bytes(kv.slots, kv.token_ids_T.numel(), plan, INFO) for kv in sent)
+    estimate = sum(stored_bytes(kv.slots, kv.token_ids_T.numel(), plan, INFO) for kv in sent)
     written = sum(file.stat().st_size for file in (tmp_path / "store").iterdir())
-    assert written == pytest.approx(told, rel=0.15)
-    assert written < told
+    assert written == pytest.approx(estimate, rel=0.15)
+    assert written < estimate
 
     dtype = torch.float32 if codec == "raw" else torch.bfloat16
     with PTWriter(tmp_path / "x.pt") as file:
@@ -122,7 +122,7 @@ def test_estimated_size_equals_written_size(tmp_path: Path, codec: Any) -> None:
             x_LHMD = torch.zeros(3, INFO.kv_heads, kv.slots, INFO.head_dim, dtype=dtype)
             entry = {"teacher": "t", "keys": x_LHMD, "values": x_LHMD + 1, "positions": kv.positions.flatten()}
             file.append({"example_id": kv.sample_id, "teacher_kvs": [{**entry, "seq_len": 9}]})
-    told = sum(pt_bytes(kv.slots, plan, INFO) for kv in sent)
+    estimate = sum(pt_bytes(kv.slots, plan, INFO) for kv in sent)
     written = (tmp_path / "x.pt").stat().st_size
-    assert written == pytest.approx(told, rel=0.2)
-    assert written < told
+    assert written == pytest.approx(estimate, rel=0.2)
+    assert written < estimate
