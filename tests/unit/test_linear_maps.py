@@ -221,7 +221,7 @@ def test_procrustes_reports_explained_variance_on_held_out_rows(inputs: int, out
 
 
 def naive_rotation(rows_seen: Rows, penalty: float) -> tuple[np.ndarray, np.ndarray]:
-    """M (M'M)^-1/2 with the best scale and intercept; M is the penalised least-squares map, or X'Y for an infinite penalty."""
+    """M (M'M)^-1/2 with the best scale and intercept; M is the ridge map, or X'Y for an infinite penalty."""
     x64, y64 = (part.double().numpy() for part in rows_seen)
     x, y = x64 - x64.mean(axis=0), y64 - y64.mean(axis=0)
     direction = x.T @ y
