@@ -1,4 +1,4 @@
-"""Failover between replicas, endpoints that recover, and teachers that are lost."""
+"""Tests of failover between replicas, recovery of endpoints and loss of teachers."""
 
 import dataclasses
 import logging
@@ -90,8 +90,8 @@ def test_a_replica_that_was_down_is_used_when_the_other_fails(a, b):
 def test_the_only_replica_is_retried_until_it_answers(a):
     source = source_of(a)
     a.up = False
-    healing = threading.Timer(0.1, setattr, (a, "up", True))
-    healing.start()
+    recovery = threading.Timer(0.1, setattr, (a, "up", True))
+    recovery.start()
     assert ids(source.fetch(samples(2))) == ["s0", "s1"]
     assert source.switches == 0
     assert source.retries >= 2

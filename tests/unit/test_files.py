@@ -1,4 +1,4 @@
-"""Files are replaced whole, and JSON is strict."""
+"""Tests of the file helpers: atomic replacement and strict JSON."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ def refuse(constant: str) -> NoReturn:
     raise AssertionError(f"{constant} is not JSON")
 
 
-def test_numbers_that_are_not_finite_are_null_at_any_depth() -> None:
+def test_non_finite_numbers_are_written_as_null_at_any_depth() -> None:
     text = json_text({"a": [1.5, math.nan, (math.inf,)], "b": {"c": -math.inf}, "d": "NaN"})
     assert json.loads(text, parse_constant=refuse) == {"a": [1.5, None, [None]], "b": {"c": None}, "d": "NaN"}
 
 
-def test_json_replaces_a_file_whole(tmp_path: Path) -> None:
+def test_failed_json_write_keeps_the_old_file(tmp_path: Path) -> None:
     path = tmp_path / "summary.json"
     write_json(path, {"steps": 1})
     with pytest.raises(TypeError):
@@ -30,7 +30,7 @@ def test_json_replaces_a_file_whole(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_a_file_that_cannot_be_replaced_leaves_nothing_behind(tmp_path: Path) -> None:
+def test_failed_replacement_leaves_no_temporary_file(tmp_path: Path) -> None:
     taken = tmp_path / "taken"
     taken.mkdir()
     with pytest.raises(IsADirectoryError):
@@ -38,7 +38,7 @@ def test_a_file_that_cannot_be_replaced_leaves_nothing_behind(tmp_path: Path) ->
     assert list(tmp_path.iterdir()) == [taken]
 
 
-def test_text_and_bytes_replace_what_is_there(tmp_path: Path) -> None:
+def test_replace_file_overwrites_with_text_or_bytes(tmp_path: Path) -> None:
     path = tmp_path / "text"
     replace_file(path, b"long old content")
     replace_file(path, "né")

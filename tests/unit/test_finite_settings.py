@@ -1,4 +1,4 @@
-"""No configuration takes NaN or infinity, whichever field it stands in."""
+"""Tests that every configuration field and flag refuses NaN and infinity."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def models(base: type[StrictModel]) -> Iterator[type[StrictModel]]:
 
 
 def number_fields() -> list[Any]:
-    """Every field of every configuration model that takes a float, with how many of them it is made of."""
+    """Parameters (model, field name) for every float field of every configuration model."""
     for package in PACKAGES:
         for found in pkgutil.walk_packages(importlib.import_module(package).__path__, f"{package}."):
             if found.name.rpartition(".")[2] in SETTINGS:
@@ -43,7 +43,7 @@ def number_fields() -> list[Any]:
 
 @pytest.mark.parametrize("number", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize(("model", "name"), number_fields())
-def test_no_field_takes_a_number_that_is_not_finite(model: type[StrictModel], name: str, number: float) -> None:
+def test_fields_refuse_non_finite_numbers(model: type[StrictModel], name: str, number: float) -> None:
     annotation = model.model_fields[name].annotation
     value: Any = number
     if get_origin(annotation) is tuple:
@@ -60,7 +60,7 @@ class Flags(StrictModel):
 
 @pytest.mark.parametrize("text", ["nan", "inf", "-inf", "1e999"])
 @pytest.mark.parametrize("flag", ["rate", "rates"])
-def test_no_flag_takes_a_number_that_is_not_finite(flag: str, text: str) -> None:
+def test_flags_refuse_non_finite_numbers(flag: str, text: str) -> None:
     flags = FlagSet(Flags, "Does nothing.", "")
     with pytest.raises(FieldError, match=f"--{flag}"):
         flags.read([f"--{flag}={text}"], "kvdistill rates")

@@ -1,4 +1,4 @@
-"""Frames: the bytes are those of protobuf, both ways, and the writer fills, splits and coalesces them."""
+"""Tests of frames: compatibility with protobuf, detection of damage, and how the writer fills and splits them."""
 
 from __future__ import annotations
 
@@ -35,28 +35,28 @@ plain = st.integers(-(2**63), 2**64 - 1) | st.text() | st.booleans() | st.floats
 headers = st.dictionaries(st.text(), plain | st.lists(plain), max_size=5)
 
 
-def foreign_frame(header: object, body: bytes) -> bytes:
-    """A frame as a protobuf library writes it."""
+def protobuf_frame(header: object, body: bytes) -> bytes:
+    """A frame as the protobuf library serialises it."""
     packed = msgpack.packb(header)
     return pb.KVFrame(header=packed, body=body, header_xxh3=xxhash.xxh3_64_intdigest(packed)).SerializeToString()
 
 
 @given(headers, st.binary(max_size=300))
-def test_packed_frames_are_the_bytes_that_protobuf_writes(header, body):
+def test_packed_frames_equal_the_bytes_of_protobuf(header, body):
     frame = pack_frame(header, body)
     assert type(frame) is bytes
-    assert frame == foreign_frame(header, body)
+    assert frame == protobuf_frame(header, body)
 
 
 @given(headers, st.binary(max_size=300))
-def test_frames_of_a_foreign_writer_are_read(header, body):
-    read, read_body = unpack_frame(foreign_frame(header, body))
+def test_frames_written_by_protobuf_are_read(header, body):
+    read, read_body = unpack_frame(protobuf_frame(header, body))
     assert read == header
     assert read_body == body
 
 
 @pytest.mark.parametrize("size", [127, 128, 16383, 16384, 2**21 - 1, 2**21])
-def test_lengths_at_the_edges_of_varints_are_read_by_protobuf(size):
+def test_protobuf_reads_lengths_at_varint_boundaries(size):
     body = bytes(range(256)) * (size // 256) + bytes(size % 256)
     assert pb.KVFrame.FromString(pack_frame({}, body)).body == body
 
@@ -77,7 +77,7 @@ unknown_fields = st.one_of(
     st.builds(field, st.integers(4, 2**29 - 1), st.just(1), st.binary(min_size=8, max_size=8)),
     st.builds(field, st.integers(4, 2**29 - 1), st.just(2), st.binary(max_size=20)),
     st.builds(field, st.integers(4, 2**29 - 1), st.just(5), st.binary(min_size=4, max_size=4)),
-    # Our numbers under other wire types are unknown fields too.
+    # Known field numbers with other wire types are unknown fields too.
     st.builds(field, st.integers(1, 3), st.just(0), st.integers(0, 2**64 - 1)),
     st.builds(field, st.just(3), st.just(2), st.binary(max_size=20)),
 )
@@ -86,14 +86,14 @@ known_fields = st.builds(field, st.just(1), st.just(2), headers.map(msgpack.pack
 )
 
 
-def signed(data: bytes) -> bytes:
-    """The fields of a frame, and the hash of the header that a protobuf library reads from them."""
+def with_header_hash(data: bytes) -> bytes:
+    """The fields of a frame plus the xxh3 of the header that protobuf reads from them."""
     return data + field(3, 1, xxhash.xxh3_64_digest(pb.KVFrame.FromString(data).header)[::-1])
 
 
 @given(st.lists(unknown_fields | known_fields, max_size=6), headers)
-def test_any_order_repeats_and_unknown_fields_are_read_as_protobuf_reads_them(fields, header):
-    data = signed(b"".join([field(1, 2, msgpack.packb(header)), *fields]))
+def test_reordered_repeated_and_unknown_fields_are_read_as_by_protobuf(fields, header):
+    data = with_header_hash(b"".join([field(1, 2, msgpack.packb(header)), *fields]))
     by_protobuf = pb.KVFrame.FromString(data)
     read, body = unpack_frame(data)
     assert read == msgpack.unpackb(by_protobuf.header)
@@ -101,8 +101,8 @@ def test_any_order_repeats_and_unknown_fields_are_read_as_protobuf_reads_them(fi
 
 
 @given(st.binary(max_size=80), st.binary(max_size=80))
-def test_arbitrary_bytes_are_refused_or_read_as_protobuf_reads_them(before, after):
-    data = before + foreign_frame({"seq": 1}, b"body") + after
+def test_arbitrary_bytes_are_refused_or_read_as_by_protobuf(before, after):
+    data = before + protobuf_frame({"seq": 1}, b"body") + after
     try:
         header, body = unpack_frame(data)
     except ProtocolError:
@@ -120,7 +120,7 @@ def test_a_frame_cut_anywhere_inside_a_field_is_refused():
 
 
 @given(headers, st.binary(min_size=1, max_size=40))
-def test_every_flipped_bit_outside_the_body_is_noticed_or_changes_no_header(header, body):
+def test_a_flipped_bit_is_refused_or_leaves_the_header_unchanged(header, body):
     frame = pack_frame(header, body)
     for bit in range(8 * len(frame)):
         damaged = bytearray(frame)
@@ -137,20 +137,20 @@ def test_every_flipped_bit_outside_the_body_is_noticed_or_changes_no_header(head
     [
         (b"", "does not match its xxh3"),
         (field(1, 2, msgpack.packb({})), "does not match its xxh3"),
-        (foreign_frame({}, b"")[:-1] + b"\0", "does not match its xxh3"),
+        (protobuf_frame({}, b"")[:-1] + b"\0", "does not match its xxh3"),
         (field(0, 2, b""), "field number 0"),
         (b"\x0a" + b"\xff" * 10 + b"\x01", "more than 10 bytes"),
-        (signed(field(1, 2, b"\xc1")), "not valid MessagePack"),
-        (signed(field(1, 2, b"\x80\x80")), "not valid MessagePack"),
-        (signed(field(1, 2, b"\xa1\xff")), "not valid MessagePack"),
-        (signed(field(1, 2, b"\x81\x01\x01")), "not valid MessagePack"),
-        (signed(field(1, 2, b"\x91" * 5000 + b"\xc0")), "not valid MessagePack"),
-        (signed(field(1, 2, b"\xdf\xff\xff\xff\xff")), "not valid MessagePack"),
-        (signed(field(1, 2, msgpack.packb([1]))), "expected a map"),
+        (with_header_hash(field(1, 2, b"\xc1")), "not valid MessagePack"),
+        (with_header_hash(field(1, 2, b"\x80\x80")), "not valid MessagePack"),
+        (with_header_hash(field(1, 2, b"\xa1\xff")), "not valid MessagePack"),
+        (with_header_hash(field(1, 2, b"\x81\x01\x01")), "not valid MessagePack"),
+        (with_header_hash(field(1, 2, b"\x91" * 5000 + b"\xc0")), "not valid MessagePack"),
+        (with_header_hash(field(1, 2, b"\xdf\xff\xff\xff\xff")), "not valid MessagePack"),
+        (with_header_hash(field(1, 2, msgpack.packb([1]))), "expected a map"),
         (b"\x0b" + field(1, 2, msgpack.packb({})), "wire type 3"),
     ],
 )
-def test_malformed_frames_say_what_is_wrong(data, problem):
+def test_errors_of_malformed_frames_name_the_problem(data, problem):
     with pytest.raises(ProtocolError, match=problem):
         unpack_frame(data)
 
@@ -171,7 +171,7 @@ def test_small_samples_of_one_layer_share_a_frame():
     ]
 
 
-def test_one_sample_at_a_time_or_a_batch_at_a_time_carry_the_same_bytes():
+def test_single_samples_and_a_batch_write_the_same_bytes():
     sent = [sample_kv(i) for i in range(3)]
     batched, single = (FrameWriter(REQUEST, PLAN, keys_of(sent), 1 << 20) for _ in range(2))
     for index, kv in enumerate(sent):
@@ -188,7 +188,7 @@ def test_one_sample_at_a_time_or_a_batch_at_a_time_carry_the_same_bytes():
 
 
 @pytest.mark.parametrize("max_body", [1, 7, 60, 61, 500, 4096])
-def test_no_body_passes_the_limit_and_every_byte_is_accounted_for(max_body):
+def test_no_body_exceeds_the_limit_and_no_byte_is_lost(max_body):
     sent = [sample_kv(i) for i in range(6)]
     frames = write_stream(sent, max_body=max_body)
     sizes = [sum(record.get("bytes", 0) for record in records_of(frame)) for frame in frames]
@@ -199,12 +199,12 @@ def test_no_body_passes_the_limit_and_every_byte_is_accounted_for(max_body):
     assert b"".join(bodies) == whole
 
 
-def test_a_body_is_filled_before_the_next_begins():
+def test_a_body_is_filled_before_the_next_one_starts():
     sent = [sample_kv(i) for i in range(40)]
     row_bytes = records_of(write_stream(sent[:1])[1])[0]["bytes"]
     layer_frames = [f for f in write_stream(sent, max_body=10 * row_bytes) if records_of(f)[0]["kind"] == "layer"]
     counts = [sum(len(r["indices"]) for r in records_of(f) if r["kind"] == "layer") for f in layer_frames]
-    # The first layer shares its frames with the samples' openings.
+    # The first layer shares its frames with the sample records.
     assert counts[-8:] == [10] * 8
 
 
@@ -228,13 +228,13 @@ def test_frames_are_numbered_and_carry_the_hash_of_their_body():
         assert header["xxh3"] == xxhash.xxh3_64_intdigest(body)
 
 
-def test_records_without_a_body_do_not_grow_a_header_without_bound():
+def test_number_of_records_per_frame_is_limited():
     writer = FrameWriter(REQUEST, PLAN, ["key"] * 3 * MAX_RECORDS, 1 << 20)
     frames = [frame for i in range(3 * MAX_RECORDS) for frame in writer.sample_failed(i, "FAILED_PRECONDITION", "x")]
     assert [len(records_of(frame)) for frame in frames] == [MAX_RECORDS, MAX_RECORDS]
 
 
-def test_nothing_buffered_flushes_to_nothing():
+def test_flush_of_an_empty_buffer_returns_no_frame():
     writer = FrameWriter(REQUEST, PLAN, ["key"], 1 << 20)
     assert writer.flush() == []
     assert writer.sample_failed(0, "FAILED_PRECONDITION", "x") == []
@@ -242,7 +242,7 @@ def test_nothing_buffered_flushes_to_nothing():
     assert writer.flush() == []
 
 
-def test_the_foreign_client_of_the_documentation_decodes_the_same_tensors():
+def test_example_client_in_the_documentation_decodes_the_same_tensors():
     (example,) = re.findall(r"```python\n(.*?)```", PROTOCOL.read_text(encoding="utf-8"), re.DOTALL)
     scope: dict[str, Any] = {}
     exec(compile(example, PROTOCOL, "exec"), scope)
@@ -270,7 +270,7 @@ def test_the_foreign_client_of_the_documentation_decodes_the_same_tensors():
             assert array.tolist() == tensor.tolist()
 
 
-def test_timings_reach_the_wire():
+def test_timings_are_written_to_the_frame():
     writer = FrameWriter(REQUEST, PLAN.model_copy(update={"layers": (0,)}), ["key"], 1 << 20)
     write_sample(writer, 0, sample_kv(0))
     write_layer(writer, [0], 0, [sample_kv(0)])

@@ -1,4 +1,4 @@
-"""The tensors that calibration fitted are restored to the teacher that they belong to."""
+"""Tests that the tensors fitted by calibration are restored to the right teacher."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def model_with(names: list[str]) -> DistillModel:
 
 
 @pytest.mark.parametrize("names", [["qwen2", "qwen2.5"], ["fused", "fused.scale_LK"], ["teacher", "other"]])
-def test_each_teacher_gets_its_own_tensors_back_whatever_its_name(names: list[str]) -> None:
+def test_each_teacher_gets_its_own_tensors_for_any_names(names: list[str]) -> None:
     saved = model_with(names)
     saved.freeze(torch.full((2, 2), 8.0), torch.full((2, 2), 9.0))
     loaded = model_with(names)

@@ -1,4 +1,4 @@
-"""Several teachers' K/V become one target."""
+"""Tests of the fusion of several teachers' K/V into one target."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from hypothesis import strategies as st
 from fuse.fuse_kv import fuse
 from kvcore.errors import FieldError
 
-N, B, L, H, M, D = 3, 4, 2, 2, 5, 3  # no two axes that matter are equal
+N, B, L, H, M, D = 3, 4, 2, 2, 5, 3  # axes that could be confused have different sizes
 SHAPE = (N, B, L, H, M, D)
 FORMS = {"one per teacher": (N,), "per sample": (B, N), "per layer": (B, L, N)}
 
 
 def naive(x: np.ndarray, mask: np.ndarray, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """`weights` [B,L,N]. Slot by slot, layer by layer."""
+    """Loops over slots and layers; `weights` is [B,L,N]."""
     teachers, batch, layers, heads, slots, dims = x.shape
     fused, present = np.zeros((batch, layers, heads, slots, dims)), np.zeros((batch, slots), dtype=bool)
     for b in range(batch):
         for m in range(slots):
             for layer in range(layers):
                 weight = {n: weights[b, layer, n] for n in range(teachers) if mask[n, b, m]}
-                if not any(weight.values()):  # this layer's own choice is absent: the other layers' stands in
+                if not any(weight.values()):  # no teacher with weight in this layer: use the weights of all layers
                     weight = {n: sum(weights[b, other, n] for other in range(layers)) for n in weight}
                 total = sum(weight.values())
                 if total == 0:
@@ -37,8 +37,8 @@ def naive(x: np.ndarray, mask: np.ndarray, weights: np.ndarray) -> tuple[np.ndar
     return fused, present
 
 
-def case(seed: int, density: float = 0.6) -> tuple[torch.Tensor, torch.Tensor]:
-    """Keys, and a mask whose empty slots hold NaN in the keys."""
+def keys_and_mask(seed: int, density: float = 0.6) -> tuple[torch.Tensor, torch.Tensor]:
+    """Random keys [N,B,L,H,M,D] with NaN in the slots that the mask [N,B,M] leaves empty."""
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(SHAPE, generator=generator)
     mask = torch.rand(N, B, M, generator=generator) < density
@@ -65,22 +65,22 @@ def check_against_naive(x: torch.Tensor, mask: torch.Tensor, weights: torch.Tens
 
 @settings(max_examples=60)
 @given(st.integers(0, 9999), st.sampled_from([0.0, 0.3, 0.7, 1.0]), st.sampled_from(sorted(FORMS)))
-def test_fusing_is_the_weighted_mean_over_the_teachers_present(seed: int, density: float, form: str) -> None:
-    x, mask = case(seed, density)
+def test_target_is_the_weighted_mean_over_the_teachers_present(seed: int, density: float, form: str) -> None:
+    x, mask = keys_and_mask(seed, density)
     check_against_naive(x, mask, random_weights(seed, form))
 
 
 @settings(max_examples=60)
 @given(st.integers(0, 9999), st.sampled_from(["per sample", "per layer"]), st.sampled_from([0.3, 0.6, 1.0]))
 def test_a_teacher_of_weight_0_counts_as_absent(seed: int, form: str, zeros: float) -> None:
-    x, mask = case(seed)
+    x, mask = keys_and_mask(seed)
     check_against_naive(x, mask, random_weights(seed, form, zeros))
 
 
 @settings(max_examples=30)
 @given(st.integers(0, 9999), st.sampled_from(sorted(FORMS)), st.permutations(range(N)))
 def test_the_order_of_the_teachers_does_not_matter(seed: int, form: str, order: list[int]) -> None:
-    x, mask = case(seed)
+    x, mask = keys_and_mask(seed)
     weights = random_weights(seed, form, 0.0 if form == "one per teacher" else 0.3)
     fused, present = fuse(x, mask, weights)
     other, other_present = fuse(x[order], mask[order], weights[..., order])
@@ -88,16 +88,16 @@ def test_the_order_of_the_teachers_does_not_matter(seed: int, form: str, order: 
     torch.testing.assert_close(other, fused)
 
 
-def test_a_layer_whose_choice_is_absent_takes_the_other_layers_choice() -> None:
+def test_a_layer_whose_teacher_is_absent_uses_the_other_layers_weights() -> None:
     x = torch.tensor([3.0, 7.0]).view(2, 1, 1, 1, 1, 1).expand(2, 1, 2, 1, 2, 1)
     mask = torch.tensor([[[True, True]], [[True, False]]])
-    weights = torch.tensor([[[1.0, 0.0], [0.0, 1.0]]])  # layer 0 asks the first teacher, layer 1 the second
+    weights = torch.tensor([[[1.0, 0.0], [0.0, 1.0]]])  # layer 0 uses the first teacher, layer 1 the second
     fused, present = fuse(x, mask, weights)
     assert present.all()
     assert fused[0, :, 0, :, 0].tolist() == [[3.0, 3.0], [7.0, 3.0]]
 
 
-def test_a_slot_that_only_unchosen_teachers_fill_is_masked() -> None:
+def test_a_slot_filled_only_by_teachers_of_weight_0_is_masked() -> None:
     mask = torch.tensor([[[True, False]], [[True, True]]])
     fused, present = fuse(torch.ones(2, 1, 1, 1, 2, 1), mask, torch.tensor([[1.0, 0.0]]))
     assert present.tolist() == [[True, False]]
@@ -105,21 +105,21 @@ def test_a_slot_that_only_unchosen_teachers_fill_is_masked() -> None:
 
 
 def test_only_the_ratio_of_weights_matters() -> None:
-    x, mask = case(0)
+    x, mask = keys_and_mask(0)
     one, _ = fuse(x, mask, torch.tensor([1.0, 2.0, 4.0]))
     other, _ = fuse(x, mask, torch.tensor([0.25, 0.5, 1.0]))
     assert torch.equal(one, other)
 
 
 @pytest.mark.parametrize("weights", [torch.tensor([0.3]), torch.full((B, 1), 0.3), torch.full((B, L, 1), 1e-6)])
-def test_a_lone_teacher_passes_through_exactly_whatever_its_weight(weights: torch.Tensor) -> None:
-    x, _ = case(1, 1.0)
+def test_a_single_teacher_is_returned_exactly_for_any_weight(weights: torch.Tensor) -> None:
+    x, _ = keys_and_mask(1, 1.0)
     fused, present = fuse(x[:1], torch.ones(1, B, M, dtype=torch.bool), weights)
     assert torch.equal(fused, x[0])
     assert present.all()
 
 
-def test_without_any_slot_the_target_is_empty() -> None:
+def test_a_batch_without_slots_has_an_empty_target() -> None:
     fused, present = fuse(torch.zeros(N, B, L, H, 0, D), torch.zeros(N, B, 0, dtype=torch.bool), torch.ones(N))
     assert fused.shape == (B, L, H, 0, D)
     assert present.shape == (B, 0)
@@ -133,9 +133,9 @@ def test_low_precision_is_fused_in_fp32() -> None:
 
 
 @pytest.mark.parametrize("form", sorted(FORMS))
-def test_gradients_are_those_of_the_formula(form: str) -> None:
-    x, mask = case(3)
-    # As in training, what fills the empty slots was made from parameters: keep it finite for the finite differences.
+def test_gradients_match_finite_differences(form: str) -> None:
+    x, mask = keys_and_mask(3)
+    # In training, adapters also fill the empty slots. Finite differences need finite values there.
     x = torch.nan_to_num(x.double(), nan=5.0)[:, :2].requires_grad_()
     weights = random_weights(3, form).double()
     weights = (weights if form == "one per teacher" else weights[:2]).requires_grad_()
@@ -144,8 +144,8 @@ def test_gradients_are_those_of_the_formula(form: str) -> None:
 
 @settings(max_examples=30)
 @given(st.integers(0, 9999), st.sampled_from([0.0, 0.3, 0.7]), st.sampled_from(sorted(FORMS)))
-def test_nan_in_empty_slots_reaches_no_gradient(seed: int, density: float, form: str) -> None:
-    x, mask = case(seed, density)
+def test_nan_in_empty_slots_does_not_reach_the_gradients(seed: int, density: float, form: str) -> None:
+    x, mask = keys_and_mask(seed, density)
     weights = random_weights(seed, form, 0.0 if form == "one per teacher" else 0.4)
     x.requires_grad_()
     weights.requires_grad_()
@@ -157,7 +157,7 @@ def test_nan_in_empty_slots_reaches_no_gradient(seed: int, density: float, form:
     assert (x.grad[~mask[:, :, None, None, :, None].expand(SHAPE)] == 0).all()
 
 
-def test_an_unchosen_teacher_learns_what_choosing_it_would_have_changed() -> None:
+def test_a_weight_of_0_gets_the_gradient_of_raising_it() -> None:
     x = torch.tensor([2.0, 5.0]).view(2, 1, 1, 1, 1, 1)
     weights = torch.tensor([[1.0, 0.0]], requires_grad=True)
     fuse(x, torch.ones(2, 1, 1, dtype=torch.bool), weights)[0].sum().backward()
@@ -165,7 +165,7 @@ def test_an_unchosen_teacher_learns_what_choosing_it_would_have_changed() -> Non
     assert weights.grad.tolist() == [[0.0, 3.0]]
 
 
-def test_no_gradient_comes_from_a_slot_that_is_masked() -> None:
+def test_masked_slots_contribute_no_gradient() -> None:
     mask = torch.tensor([[[False]], [[True]]])
     weights = torch.tensor([[1.0, 0.0]], requires_grad=True)
     fuse(torch.ones(2, 1, 1, 1, 1, 1), mask, weights)[0].sum().backward()
@@ -173,7 +173,7 @@ def test_no_gradient_comes_from_a_slot_that_is_masked() -> None:
     assert weights.grad.tolist() == [[0.0, 0.0]]
 
 
-def test_a_vanishing_weight_counts_as_0_and_keeps_gradients_finite() -> None:
+def test_a_weight_near_0_counts_as_0_and_keeps_gradients_finite() -> None:
     logits = torch.tensor([[0.0, -95.0]], requires_grad=True)
     x, mask = torch.ones(2, 1, 1, 1, 2, 1), torch.tensor([[[True, False]], [[True, True]]])
     fused, present = fuse(x, mask, logits.softmax(-1))
@@ -196,14 +196,14 @@ def test_a_vanishing_weight_counts_as_0_and_keeps_gradients_finite() -> None:
         [[[1.0, 1.0, 1.0]] * B] * L,
     ],
 )
-def test_bad_weights_are_refused(weights: list[float]) -> None:
-    x, mask = case(4)
+def test_invalid_weights_are_refused(weights: list[float]) -> None:
+    x, mask = keys_and_mask(4)
     with pytest.raises(FieldError, match="weights"):
         fuse(x, mask, torch.tensor(weights))
 
 
-def test_a_computed_weight_that_is_nan_makes_its_own_samples_target_nan() -> None:
-    x, mask = case(4)
+def test_a_nan_weight_makes_only_the_target_of_its_sample_nan() -> None:
+    x, mask = keys_and_mask(4)
     weights_BN = torch.ones(B, 3)
     good, _ = fuse(x, mask, weights_BN)
     weights_BN[0, 1] = math.nan

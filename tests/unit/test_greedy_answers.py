@@ -1,4 +1,4 @@
-"""Greedy answers, compared by their words."""
+"""Tests of greedy answers: generation and comparison word by word."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ CPU = torch.device("cpu")
 
 
 @pytest.mark.parametrize(
-    ("written", "expected"),
+    ("generated", "expected"),
     [(" 12", True), ("12 ", True), ("12", True), ("1 2", False), ("112", False), ("so 12", False), ("", False)],
 )
-def test_after_latents_the_whole_text_must_be_the_answer(written: str, expected: bool) -> None:
-    assert is_correct(written, Record("a", "p", "r", " 12"), latent=True) is expected
+def test_in_latent_mode_the_whole_text_must_equal_the_answer(generated: str, expected: bool) -> None:
+    assert is_correct(generated, Record("a", "p", "r", " 12"), latent=True) is expected
 
 
 @pytest.mark.parametrize(
-    ("written", "expected"),
+    ("generated", "expected"),
     [("3 + 9 = 12; is 12", True), ("12\n", True), ("12 it is", False), ("112", False), ("", False)],
 )
-def test_after_generated_reasoning_the_last_words_are_the_answer(written: str, expected: bool) -> None:
-    assert is_correct(written, Record("a", "p", "r", " 12"), latent=False) is expected
+def test_in_token_mode_the_last_words_must_equal_the_answer(generated: str, expected: bool) -> None:
+    assert is_correct(generated, Record("a", "p", "r", " 12"), latent=False) is expected
 
 
 def test_all_words_of_an_answer_are_compared() -> None:
@@ -37,7 +37,7 @@ def test_all_words_of_an_answer_are_compared() -> None:
 
 
 class Scripted(LatentStudent):
-    """A student with fixed continuations."""
+    """A student that always generates the given token ids."""
 
     def __init__(self, rows: list[list[int]]) -> None:
         student = tiny_student()
@@ -50,7 +50,7 @@ class Scripted(LatentStudent):
         return torch.tensor(self.rows)
 
 
-def test_answers_end_at_the_end_of_sequence() -> None:
+def test_answers_stop_at_the_end_of_sequence_token() -> None:
     ids = TOKENIZER(" 12")["input_ids"]
     eos = TOKENIZER.eos_token_id
     rows = [[*ids, eos, 77, 78], [eos, *ids, 77, 78], [*ids, 77, 78, 79]]
@@ -68,7 +68,7 @@ def test_answers_continue_the_training_prompts(latent: bool) -> None:
     assert texts == [TOKENIZER.decode(row, skip_special_tokens=True) for row in cut]
 
 
-def test_totals_are_divided_by_the_count() -> None:
+def test_mean_over_ranks_divides_totals_by_the_count() -> None:
     with one_rank():
         assert mean_over_ranks({"count": 4.0, "loss": 10.0, "accuracy": 1.0}, CPU) == {"loss": 2.5, "accuracy": 0.25}
         assert mean_over_ranks({"count": 0.0, "loss": 0.0}, CPU) == {"loss": 0.0}

@@ -1,4 +1,4 @@
-"""The guide has the promised commands and the real defaults, and both languages have the same content."""
+"""Tests of the guide: promised commands, real defaults, and equal content in both languages."""
 
 from __future__ import annotations
 
@@ -35,10 +35,14 @@ train_ds.save_to_disk('./data/prepared/train'); val_ds.save_to_disk('./data/prep
     "python experiments/train_multi_teacher_kv.py --load_in_8bit true --bnb_4bit_compute_dtype bfloat16 ",
     "tensorboard --logdir outputs/three_stage_routing/stage2_similarity\n",
 )
-# Words that stand for a default of None or an empty default.
-IN_WORDS = {"required", "all", "none", "equal", "its own"}
-# Defaults that depend on another flag: their value when that flag is not given.
-DEPENDING = {"--fusion_strategy": "fixed", "--train_samples": str(TRAIN_SAMPLES), "--val_samples": str(VAL_SAMPLES)}
+# Words for a default of None or an empty default.
+WORDS_FOR_EMPTY = {"required", "all", "none", "equal", "its own"}
+# Defaults that depend on another flag: the value without that flag.
+DEPENDENT_DEFAULTS = {
+    "--fusion_strategy": "fixed",
+    "--train_samples": str(TRAIN_SAMPLES),
+    "--val_samples": str(VAL_SAMPLES),
+}
 
 
 @pytest.mark.parametrize("command", PROMISED)
@@ -46,7 +50,7 @@ def test_promised_commands_are_in_the_guide_unchanged(command: str) -> None:
     assert [block.text for block in blocks(PAGE) if block.text.startswith(command)]
 
 
-def test_both_languages_have_the_same_blocks() -> None:
+def test_both_languages_have_the_same_code_blocks() -> None:
     english, chinese = map(blocks, PAGES)
     assert len(english) > 10
     assert english == chinese
@@ -58,7 +62,7 @@ def test_both_languages_have_the_same_sections_tables_and_names() -> None:
 
 
 def outline(page: Path) -> dict[str, list[str]]:
-    """Numbers of headings, shapes of tables, inline code (in any order in prose), and links to pages."""
+    """Heading numbers, table shapes, sorted inline code and links to pages: equal in all languages."""
     text = re.sub(r"^```.*?^```$", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
     rows = [line for line in text.splitlines() if line.startswith("|")]
     return {
@@ -70,7 +74,7 @@ def outline(page: Path) -> dict[str, list[str]]:
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_links_within_a_page_lead_to_a_heading(page: Path) -> None:
+def test_links_within_a_page_point_to_a_heading(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
     anchors = {
         re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
@@ -79,7 +83,7 @@ def test_links_within_a_page_lead_to_a_heading(page: Path) -> None:
     assert set(re.findall(r"\]\(#([^)]+)\)", text)) - anchors == set()
 
 
-def test_flags_are_those_of_the_command_with_their_defaults() -> None:
+def test_flag_tables_match_the_flags_and_defaults_of_the_command() -> None:
     known = {
         flag.replace("-", "_"): field
         for name, field in RecipeSettings.model_fields.items()
@@ -94,14 +98,14 @@ def test_flags_are_those_of_the_command_with_their_defaults() -> None:
 
 
 def stated(cell: str) -> str:
-    return "" if cell in IN_WORDS - {"required"} else cell.strip("`")
+    return "" if cell in WORDS_FOR_EMPTY - {"required"} else cell.strip("`")
 
 
 def actual(default: object, *, required: bool, flag: str) -> str:
     if required:
         return "required"
     if default is None:
-        return DEPENDING.get(flag, "")
+        return DEPENDENT_DEFAULTS.get(flag, "")
     if isinstance(default, bool):
         return str(default).lower()
     if isinstance(default, tuple):
@@ -112,9 +116,9 @@ def actual(default: object, *, required: bool, flag: str) -> str:
 @pytest.mark.parametrize(
     ("script", "column"), [("run_three_stage_routing.sh", 1), ("run_large_scale_multi_teacher.sh", 2)]
 )
-def test_variables_have_the_defaults_of_the_scripts(script: str, column: int) -> None:
+def test_variable_tables_match_the_defaults_of_the_scripts(script: str, column: int) -> None:
     text = (REPOSITORY / "scripts" / script).read_text(encoding="utf-8")
-    # Of two defaults, the first applies when no teachers are named.
+    # A variable may have two defaults. The first applies if no teachers are named.
     set_here: dict[str, str] = {}
     for name, value in re.findall(r'^ *default (\w+) "(.*?)"', text, re.MULTILINE):
         set_here.setdefault(name, re.sub(r"^\$\{\w+:-(.*)\}$", r"\1", value))
@@ -122,7 +126,7 @@ def test_variables_have_the_defaults_of_the_scripts(script: str, column: int) ->
         names = re.findall(r"`(\w+)`", row[0])
         if names[0] == "HF_HOME":
             continue
-        shown = "" if row[column] in IN_WORDS | {"all three"} else row[column].strip("`")
+        shown = "" if row[column] in WORDS_FOR_EMPTY | {"all three"} else row[column].strip("`")
         assert shown == next(set_here[name] for name in names if name in set_here), names
 
 

@@ -1,4 +1,4 @@
-"""Results assembled from tensor-parallel ranks and pipeline stages equal those of one process."""
+"""Tests that results assembled from tensor-parallel ranks and pipeline stages equal those of one process."""
 
 from __future__ import annotations
 
@@ -107,14 +107,14 @@ class Model:
             sink(LayerOutput(layer, self.content[layer], self.values[layer], *importance))
 
 
-def in_one_piece(model: Model, plans: Sequence[KVPlan]) -> Outcome:
+def one_process_outcome(model: Model, plans: Sequence[KVPlan]) -> Outcome:
     outcome = Outcome()
     batch = [PlannedSample(tokens, plan) for tokens, plan in zip(samples(), plans, strict=True)]
     execute(model, batch, outcome.results.append, outcome.failures.append)
     return outcome
 
 
-def sent_by(model: Model, share: HeadShare, plans: Sequence[KVPlan], layers: Sequence[int]) -> list[bytes]:
+def messages_of_rank(model: Model, share: HeadShare, plans: Sequence[KVPlan], layers: Sequence[int]) -> list[bytes]:
     """The messages of one rank for the layers of its pipeline stage."""
     batch = [PlannedSample(tokens, plan) for tokens, plan in zip(samples(), plans, strict=True)]
     rows = [WorkerRow.unpack(worker_row(f"tag {row}", sample).pack()) for row, sample in enumerate(batch)]
@@ -143,7 +143,7 @@ def ranks_of(count: int) -> list[HeadShare]:
     return [HeadShare.of(rank, count, HEADS) for rank in range(count)]
 
 
-def put_together(plans: Sequence[KVPlan], payloads: Sequence[bytes]) -> Outcome:
+def assemble(plans: Sequence[KVPlan], payloads: Sequence[bytes]) -> Outcome:
     assembly, outcome = Assembly([f"tag {row}" for row in range(len(plans))], plans, HEADS), Outcome()
     for payload in payloads:
         results, failures = assembly.take(unpack(payload))
@@ -173,7 +173,7 @@ def assert_same(found: Outcome, expected: Outcome, model: Model, plans: Sequence
 
 
 def error_of(result: LayerResult, place: int, kind: str, plan: KVPlan, model: Model) -> float:
-    """By definition, in fp64."""
+    """Relative error by its definition, in fp64."""
     row = result.indices[place]
     x_HTD = (model.content if kind == "k" else model.values)[result.layer][row]
     index_HMD = result.positions[place].long()[..., None].expand(HEADS, -1, DIM)
@@ -191,32 +191,32 @@ def error_of(result: LayerResult, place: int, kind: str, plan: KVPlan, model: Mo
 @pytest.mark.parametrize("selector", SELECTORS)
 def test_assembled_ranks_equal_one_process(selector: str, scope: str, codec: CodecSpec) -> None:
     model, plans = Model.random(), [plan_of(selector, scope, codec)] * len(TEXTS)
-    expected = in_one_piece(model, plans)
+    expected = one_process_outcome(model, plans)
     for ranks in (1, 4, 8, 16) if selector == "r_kv" and codec == INT8 else (2,) if codec == RAW else (16,):
-        sent = [sent_by(model, share, plans, range(LAYERS)) for share in ranks_of(ranks)]
+        sent = [messages_of_rank(model, share, plans, range(LAYERS)) for share in ranks_of(ranks)]
         assert sum(map(bool, sent)) == min(ranks, HEADS), "copies of a head are sent once"
-        assert_same(put_together(plans, list(itertools.chain(*sent))), expected, model, plans)
+        assert_same(assemble(plans, list(itertools.chain(*sent))), expected, model, plans)
 
 
 @cache
 def mixed() -> tuple[Model, list[KVPlan], Outcome, list[list[bytes]]]:
-    """Four ranks in each of two stages, all kinds of plans in one pass, and an error budget that one sample exceeds."""
+    """Four ranks in each of two stages, mixed plans in one pass, and one sample that exceeds its error budget."""
     wide = KVPlan(layers=(0, 1, 2), selection=Selection(selector="full"), codec=INT8)
     strict = wide.model_copy(update={"codec": INT8.model_copy(update={"max_relative_error": 1e-9})})
     plans = [wide, strict, plan_of("r_kv", "layer", layers=(0, 1, 2)), plan_of("right", "head", layers=(1, 2))]
     model = Model.random()
-    sent = [sent_by(model, share, plans, stage) for share in ranks_of(4) for stage in ([0], [1, 2])]
-    return model, plans, in_one_piece(model, plans), sent
+    sent = [messages_of_rank(model, share, plans, stage) for share in ranks_of(4) for stage in ([0], [1, 2])]
+    return model, plans, one_process_outcome(model, plans), sent
 
 
 @settings(max_examples=40)
 @given(data=st.data())
-def test_messages_of_workers_may_arrive_in_any_interleaving(data: st.DataObject) -> None:
+def test_messages_of_workers_may_arrive_in_any_order(data: st.DataObject) -> None:
     model, plans, expected, sent = mixed()
     queues = [iter(payloads) for payloads in sent]
     owners = [worker for worker, payloads in enumerate(sent) for _ in payloads]
     order = data.draw(st.permutations(owners))
-    found = put_together(plans, [next(queues[worker]) for worker in order])
+    found = assemble(plans, [next(queues[worker]) for worker in order])
     assert [failure.index for failure in found.failures] == [1]
     assert not any(len(result.indices) == 0 for result in found.results)
     assert_same(found, expected, model, plans)
@@ -227,18 +227,18 @@ def test_duplicates_and_messages_of_other_batches_are_ignored() -> None:
     payloads = list(itertools.chain(*sent))
     other = message(["kv-of-before"], layer=0)
     doubled = [pack(other), *(one for payload in payloads for one in (payload, payload)), pack(other), *payloads]
-    assert_same(put_together(plans, doubled), expected, model, plans)
+    assert_same(assemble(plans, doubled), expected, model, plans)
 
 
-def test_a_sample_that_one_rank_cannot_encode_fails_alone() -> None:
+def test_only_the_sample_that_a_rank_cannot_encode_fails() -> None:
     model = Model.random()
     model.values[2][1, 5] = torch.nan
     plans = [plan_of("right", "layer")] * len(TEXTS)
-    sent = [sent_by(model, share, plans, range(LAYERS)) for share in ranks_of(4)]
-    found = put_together(plans, list(itertools.chain(*sent)))
+    sent = [messages_of_rank(model, share, plans, range(LAYERS)) for share in ranks_of(4)]
+    found = assemble(plans, list(itertools.chain(*sent)))
     assert [failure.index for failure in found.failures] == [1]
     assert "not finite" in found.failures[0].problem
-    assert_same(found, in_one_piece(model, plans), model, plans)
+    assert_same(found, one_process_outcome(model, plans), model, plans)
 
 
 def test_a_rank_without_the_heads_that_its_plans_need_raises() -> None:
@@ -373,7 +373,7 @@ def test_a_sample_over_budget_emits_no_other_layer_of_the_same_message() -> None
     assert assembly.take(message(["tag 0"], 2)) == ([], [])
 
 
-def test_failure_messages_fail_their_samples_once_and_alone() -> None:
+def test_failure_messages_fail_only_their_samples_and_only_once() -> None:
     assembly = assembly_of(FULL, rows=3)
     failure = FailureMessage(["tag 1", "of another batch"], "no memory")
     assert [(f.index, f.problem) for f in assembly.take(failure)[1]] == [(1, "no memory")]

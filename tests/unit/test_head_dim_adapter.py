@@ -1,4 +1,4 @@
-"""Adapters between K/V geometries: which map each layer and tensor goes through, and how it is kept and reported."""
+"""Tests of the adapters between K/V geometries: maps per layer and tensor, saved state and reports."""
 
 from __future__ import annotations
 
@@ -24,28 +24,28 @@ def rows(count: int, seed: int, noise: float = 0.3) -> Rows:
     return correlated_rows(count, F, G, seed, noise)
 
 
-def layered(count: int, seed: int, layers: int) -> list[RidgeStatistics]:
-    """A different map in every layer."""
+def statistics_by_layer(count: int, seed: int, layers: int) -> list[RidgeStatistics]:
+    """Statistics of each layer; every layer has a different map."""
     return [statistics_of((x, (layer + 1) * y)) for layer in range(layers) for x, y in [rows(count, seed + layer)]]
 
 
 def fitted(kind: str) -> HeadDimAdapter:
     adapter = HeadDimAdapter(2, TEACHER, STUDENT, kind)
-    adapter.fit("k", layered(100, 10, 2), layered(40, 20, 2))
-    adapter.fit("v", layered(100, 30, 2), layered(40, 40, 2))
+    adapter.fit("k", statistics_by_layer(100, 10, 2), statistics_by_layer(40, 20, 2))
+    adapter.fit("v", statistics_by_layer(100, 30, 2), statistics_by_layer(40, 40, 2))
     return adapter
 
 
 @pytest.mark.parametrize("tensor", TENSORS)
 @pytest.mark.parametrize(("kind", "fitter"), [("ridge", fit_ridge), ("procrustes", fit_procrustes)])
-def test_each_layer_and_tensor_goes_through_its_own_map(kind: str, fitter, tensor: TensorKind) -> None:
+def test_each_layer_and_tensor_uses_its_own_map(kind: str, fitter, tensor: TensorKind) -> None:
     adapter = fitted(kind)
     x = torch.randn(4, 2, TEACHER.heads, 5, TEACHER.head_dim, generator=torch.Generator().manual_seed(0))
     out = adapter(x, tensor)
     assert out.shape == (4, 2, STUDENT.heads, 5, STUDENT.head_dim)
     seed = {"k": 10, "v": 30}[tensor]
     for layer in range(2):
-        fit = fitter(layered(100, seed, 2)[layer], layered(40, seed + 10, 2)[layer])
+        fit = fitter(statistics_by_layer(100, seed, 2)[layer], statistics_by_layer(40, seed + 10, 2)[layer])
         for b in range(4):
             for m in range(5):
                 features = torch.cat([x[b, layer, h, m] for h in range(TEACHER.heads)]).double()
@@ -57,7 +57,7 @@ def test_each_layer_and_tensor_goes_through_its_own_map(kind: str, fitter, tenso
 
 
 @pytest.mark.parametrize("kind", KINDS[1:])
-def test_the_same_statistics_give_the_same_bits(kind: str) -> None:
+def test_fits_of_the_same_statistics_are_bitwise_equal(kind: str) -> None:
     one, other = fitted(kind).state_dict(), fitted(kind).state_dict()
     assert one.keys() == other.keys()
     assert all(one[name].numpy().tobytes() == other[name].numpy().tobytes() for name in one)
@@ -94,11 +94,11 @@ def test_every_kind_maps_any_geometry_to_any_other(kind: str, source: tuple[int,
 
 
 def naive_pool(x: list[list[float]], heads: int, dims: int) -> list[list[float]]:
-    """The mean over a rectangle of the [H,D] plane, taken on a grid so fine that every edge falls on a line."""
+    """Mean over each rectangle of the [H,D] plane, on a grid so fine that every edge is a grid line."""
     out = [[0.0] * dims for _ in range(heads)]
     for h in range(heads):
         for d in range(dims):
-            # Each source place is cut into as many pieces as there are target places.
+            # Each source row is split into `heads` parts and each column into `dims` parts.
             rows_of_h = [fine // heads for fine in range(h * len(x), (h + 1) * len(x))]
             columns_of_d = [fine // dims for fine in range(d * len(x[0]), (d + 1) * len(x[0]))]
             pieces = [x[i][j] for i in rows_of_h for j in columns_of_d]
@@ -118,14 +118,14 @@ def test_pool_averages_rectangles_of_heads_and_dims(source: tuple[int, int], tar
             torch.testing.assert_close(out[b, layer, :, m], expected, rtol=0, atol=1e-6)
 
 
-def test_pool_needs_no_fit_but_says_what_it_explains() -> None:
+def test_pool_needs_no_fit_and_fit_only_measures_explained_variance() -> None:
     adapter = HeadDimAdapter(2, TEACHER, STUDENT, "pool")
     assert list(adapter.parameters()) == []
     assert all(math.isnan(value) for value in adapter.explained_variance("k"))
     before = adapter(torch.ones(1, 2, 2, 1, 4), "k")
     torch.testing.assert_close(before, torch.ones(1, 2, 3, 1, 2))
     held = [rows(40, seed) for seed in (1, 2)]
-    adapter.fit("k", layered(50, 5, 2), [statistics_of(part) for part in held])
+    adapter.fit("k", statistics_by_layer(50, 5, 2), [statistics_of(part) for part in held])
     assert torch.equal(adapter(torch.ones(1, 2, 2, 1, 4), "k"), before)
     for layer, (x, y) in enumerate(held):
         pooled = torch.tensor([naive_pool(row.view(2, 4).tolist(), 3, 2) for row in x]).flatten(1).double()
@@ -136,21 +136,21 @@ def test_pool_needs_no_fit_but_says_what_it_explains() -> None:
 
 
 @pytest.mark.parametrize("kind", ["pool", "ridge", "procrustes", "linear"])
-def test_a_slot_reaches_no_other_slot(kind: str) -> None:
-    """Slots without a token may hold anything."""
+def test_slots_are_mapped_independently(kind: str) -> None:
+    """Slots without a token may hold any values, NaN included."""
     adapter = fitted(kind)
     x = torch.randn(2, 2, TEACHER.heads, 4, TEACHER.head_dim, generator=torch.Generator().manual_seed(0))
     clean = adapter(x, "v")
     x[1, :, :, 2] = math.nan
-    spoilt = adapter(x, "v")
-    assert spoilt[1, :, :, 2].isnan().all()
+    with_nan = adapter(x, "v")
+    assert with_nan[1, :, :, 2].isnan().all()
     kept = torch.ones(2, 4, dtype=torch.bool)
     kept[1, 2] = False
-    assert torch.equal(spoilt.permute(0, 3, 1, 2, 4)[kept], clean.permute(0, 3, 1, 2, 4)[kept])
+    assert torch.equal(with_nan.permute(0, 3, 1, 2, 4)[kept], clean.permute(0, 3, 1, 2, 4)[kept])
 
 
-def test_every_kind_brings_a_rotated_twin_home_except_pool() -> None:
-    """A teacher whose features are the student's, rotated and scaled: what fits and what cannot."""
+def test_ridge_and_procrustes_fit_a_rotated_student_and_pool_does_not() -> None:
+    """The teacher's features are the student's, rotated, scaled and shifted."""
     generator = torch.Generator().manual_seed(0)
     rotation = torch.linalg.qr(torch.randn(6, 6, generator=generator)).Q
     y = torch.randn(80, 6, generator=generator) * torch.linspace(0.5, 2.0, 6) + 1.0
@@ -166,13 +166,13 @@ def test_every_kind_brings_a_rotated_twin_home_except_pool() -> None:
 
 
 @pytest.mark.parametrize("kind", ["pool", "procrustes"])
-def test_closed_forms_are_frozen(kind: str) -> None:
+def test_pool_and_procrustes_have_no_trainable_parameters(kind: str) -> None:
     adapter = fitted(kind)
     assert list(adapter.parameters()) == []
     assert not adapter(torch.randn(2, 2, TEACHER.heads, 3, TEACHER.head_dim), "k").requires_grad
 
 
-def test_ridge_is_frozen_and_linear_starts_from_it_and_trains() -> None:
+def test_ridge_is_frozen_and_linear_trains_from_the_ridge_fit() -> None:
     ridge, linear = fitted("ridge"), fitted("linear")
     x = torch.randn(2, 2, TEACHER.heads, 3, TEACHER.head_dim)
     assert list(ridge.parameters()) == []
@@ -185,7 +185,7 @@ def test_ridge_is_frozen_and_linear_starts_from_it_and_trains() -> None:
         assert (gradient is not None and bool(gradient.any())) == ("k" in name.split("."))
 
 
-def test_identity_hands_over_what_came_in() -> None:
+def test_identity_returns_its_input_in_fp32() -> None:
     adapter = HeadDimAdapter(2, TEACHER, KVGeometry(2, 2, 4), "identity")
     x = torch.randn(2, 2, 2, 3, 4)
     assert torch.equal(adapter(x, "v"), x)
@@ -204,7 +204,7 @@ def test_identity_between_different_geometries_is_refused() -> None:
 
 
 @pytest.mark.parametrize("kind", ["ridge", "procrustes", "linear"])
-def test_an_adapter_that_was_never_fitted_gives_no_number_that_could_pass_for_a_target(kind: str) -> None:
+def test_an_unfitted_adapter_returns_nan(kind: str) -> None:
     adapter = HeadDimAdapter(2, TEACHER, STUDENT, kind)
     assert adapter(torch.zeros(1, 2, 2, 1, 4), "k").isnan().all()
 
@@ -222,7 +222,7 @@ def test_state_survives_a_safetensors_file(kind: str, tmp_path: Path) -> None:
     assert loaded.explained_variance("v") == adapter.explained_variance("v")
 
 
-def test_badly_explained_layers_are_named_in_a_warning(caplog: pytest.LogCaptureFixture) -> None:
+def test_layers_with_low_explained_variance_are_named_in_a_warning(caplog: pytest.LogCaptureFixture) -> None:
     adapter = fitted("ridge")
     noise = [(torch.randn(300, F), torch.randn(300, G)) for _ in range(4)]
     adapter.fit(
@@ -241,7 +241,7 @@ def test_badly_explained_layers_are_named_in_a_warning(caplog: pytest.LogCapture
     assert not caplog.records
 
 
-def test_the_regressor_can_start_at_random_and_learns() -> None:
+def test_the_regressor_trains_from_random_initialisation() -> None:
     torch.manual_seed(0)
     regressor = TeacherSpaceRegressor(2, STUDENT, TEACHER)
     x = torch.randn(8, 2, STUDENT.heads, 4, STUDENT.head_dim)
@@ -258,7 +258,7 @@ def test_the_regressor_can_start_at_random_and_learns() -> None:
     assert losses[-1] < 0.8 * losses[0]
 
 
-def test_the_regressor_can_start_in_closed_form_with_roles_swapped() -> None:
+def test_the_regressor_can_start_from_a_ridge_fit_of_student_to_teacher() -> None:
     x, y = rows(200, seed=1, noise=0.0)
     swapped = RidgeStatistics(G, F)
     swapped.update(y, x)

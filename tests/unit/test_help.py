@@ -1,4 +1,4 @@
-"""What `--help` shows can be typed: every command has examples, and each is one that the command accepts."""
+"""Tests of `--help`: every command has examples, and it accepts each of them."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ OWN_HELP = [name for name in COMMANDS if f"kvdistill {name}" not in FLAG_SETS]
 
 
 def examples(text: str) -> list[str]:
-    """The command lines of a block of examples, without its comments."""
+    """The command lines of a block of examples, without comments."""
     lines = text.replace("\\\n", " ").splitlines()
     return [line.strip() for line in lines if line.strip() and not line.strip().startswith("#")]
 
 
 def arguments_after(command: str, line: str) -> list[str]:
-    """The words after a command that may have a launcher before it."""
+    """The arguments after `command`; a launcher may come before it."""
     assert command in line, line
     return shlex.split(line.partition(command)[2])
 
@@ -71,18 +71,18 @@ def test_every_example_of_the_data_command_is_accepted_by_it() -> None:
 
 
 @pytest.mark.parametrize("name", OWN_HELP)
-def test_every_flag_of_a_command_says_what_it_is_for(name: str) -> None:
+def test_every_flag_of_a_command_has_a_help_text(name: str) -> None:
     assert COMMANDS[name].help
     silent = [flag.name for flag in COMMANDS[name].params if not (getattr(flag, "help", None) or flag.hidden)]
     assert silent == []
 
 
-def errors_below(kind: type[KVDistillError]) -> list[type[KVDistillError]]:
-    return [kind, *(found for below in kind.__subclasses__() for found in errors_below(below))]
+def error_classes(kind: type[KVDistillError]) -> list[type[KVDistillError]]:
+    return [kind, *(found for below in kind.__subclasses__() for found in error_classes(below))]
 
 
-def test_what_an_error_says_to_do_next_is_a_command_that_there_is() -> None:
-    steps = [error.next_step for error in errors_below(KVDistillError) if "kvdistill " in error.next_step]
+def test_commands_and_flags_in_the_next_steps_of_errors_exist() -> None:
+    steps = [error.next_step for error in error_classes(KVDistillError) if "kvdistill " in error.next_step]
     assert len(steps) > 3
     for step in steps:
         name, *arguments = shlex.split(re.search(r"kvdistill ([^,)]*)", step)[1])  # pyright: ignore[reportOptionalSubscript]

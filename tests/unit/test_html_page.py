@@ -1,4 +1,4 @@
-"""Pages that stand on their own."""
+"""Tests of the self-contained HTML pages: escaping, inlined images and layout."""
 
 from __future__ import annotations
 
@@ -10,21 +10,26 @@ PNG = b"\x89PNG\r\n\x1a\nlight"
 SVG = b"<svg>dark</svg>"
 
 
-def test_text_is_escaped_wherever_it_stands() -> None:
-    wicked = '<b>&"'
-    parts = (heading(wicked), paragraphs([wicked]), table((wicked,), [(wicked,)]), figure(wicked, PNG, caption=wicked))
-    assert "<b>" not in page(wicked, parts)
-    assert page(wicked, parts).count("&lt;b&gt;&amp;") == 7
+def test_text_is_escaped_in_every_part() -> None:
+    special = '<b>&"'
+    parts = (
+        heading(special),
+        paragraphs([special]),
+        table((special,), [(special,)]),
+        figure(special, PNG, caption=special),
+    )
+    assert "<b>" not in page(special, parts)
+    assert page(special, parts).count("&lt;b&gt;&amp;") == 7
 
 
-def test_pictures_are_part_of_the_page_in_their_own_format() -> None:
+def test_images_are_inlined_as_data_urls() -> None:
     shown = figure("curve", PNG, SVG)
     assert f'<img src="data:image/png;base64,{base64.b64encode(PNG).decode()}" alt="curve">' in shown
     assert f'dark)" srcset="data:image/svg+xml;base64,{base64.b64encode(SVG).decode()}">' in shown
     assert "<picture>" not in figure("curve", PNG)
 
 
-def test_a_page_has_its_title_its_parts_in_order_and_fits_phones_and_dark_screens() -> None:
+def test_page_has_title_ordered_parts_viewport_and_dark_mode() -> None:
     text = page(
         "Title", [heading("One", 1), charts([figure("a", SVG), figure("b", SVG)]), paragraphs(["bad"], "missed")]
     )

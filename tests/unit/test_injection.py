@@ -1,4 +1,4 @@
-"""Injected K/V are what later tokens see, and change nothing else."""
+"""Tests of K/V injection: later tokens attend to the injected K/V, and nothing else changes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.support.tiny_models import FAMILIES, Family, build_model, tiny_spec
 
 IDS_BT = torch.tensor([[5, 9, 31, 7, 12, 80, 44], [200, 3, 4, 90, 11, 6, 17]])
 COLUMNS = slice(2, 5)
-# Which of all columns these are.
+# True for the tokens in COLUMNS.
 INSIDE_BT = torch.tensor([[False, False, True, True, True, False, False]] * 2)
 
 
@@ -25,14 +25,14 @@ def model_of(family: Family) -> PreTrainedModel:
 
 
 def other_kv(model: PreTrainedModel) -> tuple[Tensor, Tensor]:
-    """What the model makes of another text: K/V of the right scale that are not its own here."""
+    """The model's K/V for another text: realistic values that differ from its K/V for IDS_BT."""
     with torch.no_grad(), capture_kv(model) as capture:
         model(IDS_BT.flip(1) + 3)
     return capture.columns(1, 4)
 
 
 def at_columns(k_BLHMD: Tensor, v_BLHMD: Tensor, mask_BT: Tensor = INSIDE_BT) -> tuple[Tensor, Tensor, Tensor]:
-    """K/V for the columns, NaN at all others."""
+    """K/V padded to all tokens with NaN outside COLUMNS, and the mask."""
     around = (0, 0, COLUMNS.start, IDS_BT.shape[1] - COLUMNS.stop)
     k_BLHTD, v_BLHTD = (torch.nn.functional.pad(x, around, value=torch.nan) for x in (k_BLHMD, v_BLHMD))
     return k_BLHTD, v_BLHTD, mask_BT
@@ -43,8 +43,8 @@ def injected_logits(model: PreTrainedModel, injection: tuple[Tensor, Tensor, Ten
         return model(IDS_BT).logits
 
 
-def logits_through_a_cache(model: Any, row: int, k_LHMD: Tensor, v_LHMD: Tensor) -> Tensor:
-    """The tokens after the columns, read with a cache whose columns were overwritten by hand, keys rotated."""
+def logits_with_overwritten_cache(model: Any, row: int, k_LHMD: Tensor, v_LHMD: Tensor) -> Tensor:
+    """Logits of the tokens after COLUMNS, from a cache with overwritten columns (keys rotated by hand)."""
     cache = DynamicCache()
     model(IDS_BT[row : row + 1, : COLUMNS.stop], past_key_values=cache)
     positions = torch.arange(COLUMNS.start, COLUMNS.stop)[None]
@@ -52,9 +52,9 @@ def logits_through_a_cache(model: Any, row: int, k_LHMD: Tensor, v_LHMD: Tensor)
     for layer, cached in enumerate(cache.layers):
         k_HMD = k_LHMD[layer]
         half = k_HMD.shape[-1] // 2
-        turned = torch.cat([-k_HMD[..., half:], k_HMD[..., :half]], dim=-1)
+        half_turned = torch.cat([-k_HMD[..., half:], k_HMD[..., :half]], dim=-1)
         kept: Any = cached
-        kept.keys[0, :, COLUMNS] = k_HMD * cos + turned * sin
+        kept.keys[0, :, COLUMNS] = k_HMD * cos + half_turned * sin
         kept.values[0, :, COLUMNS] = v_LHMD[layer]
     return model(IDS_BT[row : row + 1, COLUMNS.stop :], past_key_values=cache).logits[0]
 
@@ -69,12 +69,12 @@ def test_injecting_a_models_own_kv_changes_nothing(family: Family) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_later_tokens_see_the_same_as_with_an_overwritten_cache(family: Family) -> None:
+def test_injection_equals_an_overwritten_cache_for_later_tokens(family: Family) -> None:
     model = model_of(family)
     k_BLHMD, v_BLHMD = other_kv(model)
     logits = injected_logits(model, at_columns(k_BLHMD, v_BLHMD))
     for row in range(2):
-        expected = logits_through_a_cache(model, row, k_BLHMD[row], v_BLHMD[row])
+        expected = logits_with_overwritten_cache(model, row, k_BLHMD[row], v_BLHMD[row])
         torch.testing.assert_close(logits[row, COLUMNS.stop :], expected, atol=1e-5, rtol=1e-5)
     assert (logits - model(IDS_BT).logits)[:, COLUMNS.stop :].abs().max() > 1e-3
     torch.testing.assert_close(logits[:, : COLUMNS.start], model(IDS_BT).logits[:, : COLUMNS.start])

@@ -1,4 +1,4 @@
-"""`kvdistill inspect` says what a store, an extraction or an alignment holds."""
+"""Tests of `kvdistill inspect` on stores, extractions and alignments."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Decoding a teacher's results for a micro-batch into padded tensors."""
+"""Tests of decoding a teacher's results for a micro-batch into padded tensors."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from tests.support.kv_fakes import INFO, PLAN, kv_of, samples
 BUDGET = PLAN.selection.budget
 
 
-def answered(count: int, missing: tuple[int, ...] = ()) -> list[KVResult]:
-    """Samples of 5 to 9 tokens with 3 slots each; every token ends 2 bytes after the one before."""
+def results_for(count: int, missing: tuple[int, ...] = ()) -> list[KVResult]:
+    """Results for samples of 5 to 9 tokens with 3 slots each; every token has 2 bytes."""
     results: list[KVResult] = []
     for index, sample in enumerate(samples(count)):
         kv = kv_of(sample)
@@ -48,7 +48,7 @@ def assert_holds(row: int, result: KVResult, kv_x: torch.Tensor | None, kind: st
 
 
 def test_slots_are_padded_to_the_given_number() -> None:
-    results = [shortened(result, slots) for result, slots in zip(answered(3), (3, 1, 2), strict=True)]
+    results = [shortened(result, slots) for result, slots in zip(results_for(3), (3, 1, 2), strict=True)]
     kv, _ = decode_and_pad("ada", results, INFO, PLAN, 5, "fail")
     assert kv.mask_BM.tolist() == [[1, 1, 1, 0, 0], [1, 0, 0, 0, 0], [1, 1, 0, 0, 0]]
     for row, result in enumerate(results):
@@ -59,14 +59,14 @@ def test_slots_are_padded_to_the_given_number() -> None:
 
 
 def test_slots_are_padded_to_the_longest_sample_by_default() -> None:
-    results = [shortened(result, slots) for result, slots in zip(answered(2), (1, 2), strict=True)]
+    results = [shortened(result, slots) for result, slots in zip(results_for(2), (1, 2), strict=True)]
     kv, _ = decode_and_pad("ada", results, INFO, PLAN, None, "fail")
     assert kv.mask_BM.shape == (2, 2)
 
 
 @pytest.mark.parametrize("missing", [(0,), (1, 3), (4,), (0, 1, 2, 3)])
 def test_missing_samples_are_masked_and_others_keep_their_rows(missing: tuple[int, ...]) -> None:
-    results = answered(5, missing)
+    results = results_for(5, missing)
     kv, sums = decode_and_pad("ada", results, INFO, PLAN, 4, "mask")
     assert (sums.samples, sums.missing) == (5 - len(missing), len(missing))
     for row, result in enumerate(results):
@@ -80,8 +80,8 @@ def test_missing_samples_are_masked_and_others_keep_their_rows(missing: tuple[in
 
 
 @pytest.mark.parametrize("slots", [4, None])
-def test_a_batch_without_any_kv_has_the_usual_shape_and_is_masked_out(slots: int | None) -> None:
-    kv, sums = decode_and_pad("ada", answered(2, (0, 1)), INFO, PLAN, slots, "mask")
+def test_a_batch_without_any_kv_has_the_usual_shape_and_is_fully_masked(slots: int | None) -> None:
+    kv, sums = decode_and_pad("ada", results_for(2, (0, 1)), INFO, PLAN, slots, "mask")
     width = slots or 1
     for x in (kv.k_BLHMD, kv.v_BLHMD):
         assert x.shape == (2, len(PLAN.layers), INFO.kv_heads, width, INFO.head_dim)
@@ -92,14 +92,14 @@ def test_a_batch_without_any_kv_has_the_usual_shape_and_is_masked_out(slots: int
 
 def test_on_missing_fail_raises_with_teacher_sample_and_reason() -> None:
     with pytest.raises(TeacherRefusedError) as caught:
-        decode_and_pad("ada", answered(4, (1, 2)), INFO, PLAN, 4, "fail")
+        decode_and_pad("ada", results_for(4, (1, 2)), INFO, PLAN, 4, "fail")
     assert caught.value.teacher == "ada"
     for part in ("teacher 'ada'", "2 of 4 samples", "'s1'", "not finite: a key of layer 1", "kv.on_missing=mask"):
         assert part in str(caught.value)
 
 
 def test_bytes_tokens_and_seconds_are_summed_over_received_samples() -> None:
-    results = answered(3, (1,))
+    results = results_for(3, (1,))
     for seconds, result in enumerate(results, start=1):
         if isinstance(result, EncodedSampleKV):
             result.timings = Timings(queue=seconds, prefill=10.0 * seconds, encode=0.5, network=0.25)

@@ -1,4 +1,4 @@
-"""The KV objective and the reported errors, compared with loops over elements in double precision."""
+"""Tests of the KV objective and the reported errors, compared with loops over elements in fp64."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from student_trainer.model.losses import error_by_layer_and_head, kv_distance
 BATCH, LAYERS, HEADS, SLOTS, DIM = 4, 3, 2, 5, 4
 KINDS = ("mse", "smooth_l1", "cosine", "cka")
 PER_SLOT = KINDS[:3]
-# Full, ragged, with a gap, and without any target.
+# One sample each: full, padded, with a gap, and without a target.
 MASK_BM = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 0, 0, 0], [0, 1, 0, 1, 1], [0, 0, 0, 0, 0]], dtype=torch.bool)
 HIDDEN = ~MASK_BM[:, None, None, :, None].expand(-1, LAYERS, HEADS, -1, DIM)
 SCALE_L = torch.tensor([0.5, 2.0, 7.0])
@@ -35,7 +35,7 @@ Vector = list[float]
 
 
 def vector_loss(a: Vector, b: Vector, scale: float, kind: str) -> float:
-    """One head's vector in one slot."""
+    """Loss of one head's vector in one slot."""
     if kind == "cosine":
         lengths = math.sqrt(sum(x * x for x in a)) * math.sqrt(sum(y * y for y in b))
         return 1 - (sum(x * y for x, y in zip(a, b, strict=True)) / lengths if lengths else 0.0)
@@ -62,7 +62,7 @@ def naive_head(a: Tensor, b: Tensor, mask_BM: Tensor, scale: float, kind: str) -
 
 
 def centred(x: Tensor, mask_BM: Tensor, layer: int) -> list[Vector]:
-    """Features of a layer as columns over all masked-in slots, each around its mean."""
+    """Centred feature columns of a layer over all unmasked slots."""
     columns: list[Vector] = []
     for h in range(x.shape[2]):
         for d in range(x.shape[4]):
@@ -97,14 +97,14 @@ def naive_distance(a: Tensor, b: Tensor, scale: Vector, mask_BM: Tensor, kind: s
 
 # ---------------------------------------------------------------------------------------------------- the objective
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_kv_objective_is_scaled_by_layer_and_averaged_by_sample(kind: str) -> None:
+def test_the_kv_objective_is_scaled_per_layer_and_averaged_over_samples(kind: str) -> None:
     expected = naive_distance(kv(1), kv(2), SCALE_L.tolist(), MASK_BM, kind)
     assert float(kv_distance(kv(1), kv(2), SCALE_L, MASK_BM, kind)) == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize("rows", [2, 3, 7, 8, 10])
-def test_cka_is_the_same_by_either_of_its_matrices(rows: int) -> None:
-    """Fewer slots than the 8 features, as many, and more."""
+def test_cka_matches_with_fewer_and_more_slots_than_features(rows: int) -> None:
+    """With fewer slots than the 8 features, CKA is computed from Gram matrices over slots."""
     mask_BM = MASK_BM & (MASK_BM.flatten().cumsum(0).view_as(MASK_BM) <= rows)
     assert int(mask_BM.sum()) == rows
     a, b = kv(1, torch.float64), kv(1, torch.float64) + kv(2, torch.float64)
@@ -128,7 +128,7 @@ def test_cka_allocates_nothing_larger_than_the_kv(samples: int, slots: int, dim:
 
 @st.composite
 def small_kv(draw: st.DrawFn) -> tuple[Tensor, Tensor, Tensor]:
-    """Few and small integers: equal slots, zero vectors and sides that never vary are common."""
+    """K/V of few small integers, so that equal slots, zero vectors and constant features are common."""
     batch, layers, heads, slots, dim = (draw(st.integers(1, most)) for most in (3, 2, 2, 3, 3))
     shape = (batch, layers, heads, slots, dim)
     elements = st.lists(st.integers(-2, 2), min_size=math.prod(shape), max_size=math.prod(shape))
@@ -138,7 +138,7 @@ def small_kv(draw: st.DrawFn) -> tuple[Tensor, Tensor, Tensor]:
 
 
 @given(small_kv(), st.sampled_from(KINDS))
-def test_any_values_and_masks_match_the_loops(values: tuple[Tensor, Tensor, Tensor], kind: str) -> None:
+def test_any_values_and_masks_match_the_naive_loops(values: tuple[Tensor, Tensor, Tensor], kind: str) -> None:
     a, b, mask_BM = values
     student = a.clone().requires_grad_()
     scale_L = torch.tensor([0.5, 2.0], dtype=torch.float64)[: a.shape[1]]
@@ -159,7 +159,7 @@ def test_gradients_match_finite_differences(kind: str, samples: int) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_masked_slots_reach_neither_the_loss_nor_the_gradient_even_as_nan(kind: str) -> None:
+def test_nan_in_masked_slots_does_not_change_loss_or_gradient(kind: str) -> None:
     clean, empty = kv(1).requires_grad_(), with_nan(kv(1)).requires_grad_()
     loss, from_empty = (
         kv_distance(clean, kv(2), SCALE_L, MASK_BM, kind),
@@ -182,9 +182,9 @@ def test_the_target_gets_no_gradient(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", PER_SLOT)
 def test_samples_without_a_target_are_left_out_of_the_mean(kind: str) -> None:
-    everyone = kv_distance(kv(1), kv(2), SCALE_L, MASK_BM, kind)
+    all_samples = kv_distance(kv(1), kv(2), SCALE_L, MASK_BM, kind)
     with_target = kv_distance(kv(1)[:3], kv(2)[:3], SCALE_L, MASK_BM[:3], kind)
-    assert everyone == pytest.approx(float(with_target), rel=1e-6)
+    assert all_samples == pytest.approx(float(with_target), rel=1e-6)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -198,7 +198,7 @@ def test_a_batch_without_any_target_has_a_differentiable_loss_of_zero(kind: str)
 
 
 @pytest.mark.parametrize("kind", PER_SLOT)
-def test_two_halves_of_a_batch_have_the_mean_and_gradient_of_the_whole(kind: str) -> None:
+def test_mean_loss_of_two_half_batches_equals_that_of_the_batch(kind: str) -> None:
     mask_BM = MASK_BM.clone()
     mask_BM[3, 0] = True
     student = kv(1).requires_grad_()
@@ -230,18 +230,18 @@ def test_cosine_depends_only_on_direction_and_is_zero_for_a_zero_vector() -> Non
     assert (torch.autograd.grad(loss, nothing)[0] == 0).all()
 
 
-def test_cka_does_not_depend_on_rotation_length_or_offset() -> None:
+def test_cka_is_invariant_to_rotation_scale_and_offset() -> None:
     features = HEADS * DIM
     turn, _ = torch.linalg.qr(torch.randn(features, features, generator=torch.Generator().manual_seed(6)))
     flat = kv(2).transpose(2, 3).flatten(3) @ turn
-    turned = (3 * flat + 5).view(BATCH, LAYERS, SLOTS, HEADS, DIM).transpose(2, 3)
-    assert float(kv_distance(turned, kv(2), SCALE_L, MASK_BM, "cka")) == pytest.approx(0, abs=1e-5)
-    assert float(kv_distance(turned, kv(1), SCALE_L, MASK_BM, "cka")) > 0.1
+    rotated = (3 * flat + 5).view(BATCH, LAYERS, SLOTS, HEADS, DIM).transpose(2, 3)
+    assert float(kv_distance(rotated, kv(2), SCALE_L, MASK_BM, "cka")) == pytest.approx(0, abs=1e-5)
+    assert float(kv_distance(rotated, kv(1), SCALE_L, MASK_BM, "cka")) > 0.1
 
 
 @pytest.mark.parametrize("side", ["student", "target"])
-def test_a_constant_layer_adds_nothing_to_cka(side: str) -> None:
-    """Though the mean of ten equal numbers is, rounded, often another number."""
+def test_a_constant_layer_has_zero_cka_loss_and_gradient(side: str) -> None:
+    """The rounded mean of equal numbers can differ from them, so the variance is not exactly 0."""
     sides = {"student": kv(1), "target": kv(2)}
     sides[side][:, 1] = kv(7)[0, 0, :, :1]
     student = sides["student"].requires_grad_()
@@ -254,7 +254,7 @@ def test_a_constant_layer_adds_nothing_to_cka(side: str) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------- reported errors
-def test_the_reported_error_is_squared_over_the_targets_variance_by_layer_and_head() -> None:
+def test_reported_error_is_squared_error_over_variance_per_layer_and_head() -> None:
     errors_LH = error_by_layer_and_head(with_nan(kv(1)).requires_grad_(), with_nan(kv(2)), SCALE_L, MASK_BM)
     assert errors_LH.shape == (LAYERS, HEADS)
     assert not errors_LH.requires_grad
@@ -264,7 +264,7 @@ def test_the_reported_error_is_squared_over_the_targets_variance_by_layer_and_he
             assert float(errors_LH[layer, head]) == pytest.approx(expected, rel=1e-5)
 
 
-def test_its_mean_is_the_squared_error_over_the_variance() -> None:
+def test_mean_of_the_reported_errors_matches_the_naive_loops() -> None:
     expected = naive_distance(kv(1), kv(2), SCALE_L.sqrt().tolist(), MASK_BM, "mse")
     assert float(error_by_layer_and_head(with_nan(kv(1)), with_nan(kv(2)), SCALE_L, MASK_BM).mean()) == pytest.approx(
         expected, rel=1e-5

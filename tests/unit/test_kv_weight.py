@@ -1,4 +1,4 @@
-"""The automatic KV weight, on a module with known gradients and on the trained model."""
+"""Tests of the automatic KV weight, on a module with known gradients and on the trained model."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Batch = tuple[float, float]
 class Linear(nn.Module):
     """Losses linear in its parameters: batch (c, k) gives `shared` the gradients c (3, 4) and k (0, 2).
 
-    `head` is reached by the cross-entropy alone, `regressor` by the KV loss alone, `frozen` by both, `unused` by none.
+    Only the cross-entropy depends on `head`, only the KV loss on `regressor`, both on `frozen`, and none on `unused`.
     """
 
     def __init__(self) -> None:
@@ -45,8 +45,8 @@ class Linear(nn.Module):
         }
 
 
-def alone(_: Tensor) -> None:
-    """What reducing over a single rank does."""
+def reduce_over_one_rank(_: Tensor) -> None:
+    """All-reduce over a single rank: no change."""
 
 
 @pytest.mark.parametrize(
@@ -55,19 +55,19 @@ def alone(_: Tensor) -> None:
         ([(1.0, 1.0)], 1.0, 5 / 2),
         ([(1.0, 1.0)], 0.1, 0.1 * 5 / 2),
         ([(1.0, 0.01)], 1.0, 5 / 0.02),
-        # Mean lengths, whatever the directions: 5 and 15 against 2 and 6.
+        # Mean norms, independent of direction: 5 and 15 against 2 and 6.
         ([(1.0, 1.0), (-3.0, 3.0)], 1.0, 20 / 8),
-        # A micro-batch without any K/V counts as one of length 0.
+        # A micro-batch without K/V counts with norm 0.
         ([(1.0, 1.0), (2.0, 0.0)], 1.0, 15 / 2),
     ],
 )
-def test_the_weighted_kv_gradient_is_ratio_times_the_cross_entropys(
+def test_weighted_kv_gradient_norm_is_ratio_times_the_cross_entropy_norm(
     batches: list[Batch], ratio: float, expected: float
 ) -> None:
-    assert auto_kv_weight(Linear(), batches, ratio, alone) == pytest.approx(expected, rel=1e-6)
+    assert auto_kv_weight(Linear(), batches, ratio, reduce_over_one_rank) == pytest.approx(expected, rel=1e-6)
 
 
-def test_every_rank_gets_the_weight_of_all_ranks_batches() -> None:
+def test_every_rank_gets_the_weight_over_the_batches_of_all_ranks() -> None:
     shares: list[list[Batch]] = [[(1.0, 1.0), (2.0, 0.5)], [(4.0, 0.25)], []]
     sums: list[Tensor] = []
     for share in shares[:2]:
@@ -76,7 +76,7 @@ def test_every_rank_gets_the_weight_of_all_ranks_batches() -> None:
     def over_ranks(mine: Tensor) -> None:
         mine.copy_(torch.stack(sums).sum(dim=0))
 
-    together = auto_kv_weight(Linear(), [batch for share in shares for batch in share], 1.0, alone)
+    together = auto_kv_weight(Linear(), [batch for share in shares for batch in share], 1.0, reduce_over_one_rank)
     assert [auto_kv_weight(Linear(), share, 1.0, over_ranks) for share in shares] == pytest.approx([together] * 3)
 
 
@@ -85,7 +85,7 @@ def test_the_model_is_not_changed(batches: list[Batch]) -> None:
     model = Linear()
     weights, state = [p.clone() for p in model.parameters()], torch.get_rng_state()
     try:
-        auto_kv_weight(model, batches, 1.0, alone)
+        auto_kv_weight(model, batches, 1.0, reduce_over_one_rank)
     except FieldError:
         assert batches == [(1.0, 0.0)]
     assert model.modes == [True]
@@ -108,19 +108,19 @@ def test_the_model_is_not_changed(batches: list[Batch]) -> None:
 )
 def test_zero_or_infinite_gradients_are_refused_by_name(batches: Sequence[Batch], who: str) -> None:
     with pytest.raises(FieldError, match=f"^loss.kv_weight: 'auto' .*{who}"):
-        auto_kv_weight(Linear(), batches, 1.0, alone)
+        auto_kv_weight(Linear(), batches, 1.0, reduce_over_one_rank)
 
 
-def test_a_kv_loss_that_trains_no_parameter_of_the_student_is_refused() -> None:
+def test_a_kv_loss_without_gradient_for_the_student_is_refused() -> None:
     model = Linear()
     model.shared.requires_grad_(False)
     with pytest.raises(FieldError, match=r"KV loss's length is 0\.0"):
-        auto_kv_weight(model, [(1.0, 1.0)], 1.0, alone)
+        auto_kv_weight(model, [(1.0, 1.0)], 1.0, reduce_over_one_rank)
 
 
-def test_gradients_of_half_precision_are_measured_without_overflow() -> None:
+def test_norms_of_half_precision_gradients_do_not_overflow() -> None:
     model = Linear().to(torch.bfloat16)
-    assert auto_kv_weight(model, [(1e25, 1e22)], 1.0, alone) == pytest.approx(2.5e3, rel=0.02)
+    assert auto_kv_weight(model, [(1e25, 1e22)], 1.0, reduce_over_one_rank) == pytest.approx(2.5e3, rel=0.02)
 
 
 def calibrated(mode: str, direction: str) -> DistillModel:
@@ -130,8 +130,8 @@ def calibrated(mode: str, direction: str) -> DistillModel:
     return model
 
 
-def length(model: DistillModel, loss: Tensor, other: Tensor) -> float:
-    """Of the gradient of `loss`, where `other` has one too."""
+def gradient_norm(model: DistillModel, loss: Tensor, other: Tensor) -> float:
+    """Gradient norm of `loss` over the parameters that `other` has a gradient for too."""
     other.backward(retain_graph=True)
     reached = [p for p in model.parameters() if p.grad is not None]
     model.zero_grad()
@@ -145,17 +145,20 @@ def length(model: DistillModel, loss: Tensor, other: Tensor) -> float:
 @pytest.mark.parametrize(("mode", "direction"), [("latent", "to_student"), ("token", "to_teacher")])
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable`:FutureWarning")
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_the_trained_model_gets_the_weight_of_its_own_gradients(
+def test_weight_of_the_trained_model_matches_its_gradient_norms(
     mode: str, direction: str, *, checkpointing: bool
 ) -> None:
     model = calibrated(mode, direction).eval()
     batch = train_batch(model, RECORDS[40:44], 3 if mode == "latent" else None)
     losses = model.train()(batch)
     ce, kv = (
-        length(model, losses[a], losses[b]) for a, b in (("ce_loss", "kv_objective"), ("kv_objective", "ce_loss"))
+        gradient_norm(model, losses[a], losses[b])
+        for a, b in (("ce_loss", "kv_objective"), ("kv_objective", "ce_loss"))
     )
     if checkpointing:
         model.student.lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    assert auto_kv_weight(model.eval(), [batch, batch], 0.5, alone) == pytest.approx(0.5 * ce / kv, rel=1e-4)
+    assert auto_kv_weight(model.eval(), [batch, batch], 0.5, reduce_over_one_rank) == pytest.approx(
+        0.5 * ce / kv, rel=1e-4
+    )
     assert not model.training
     assert all(p.grad is None for p in model.parameters())

@@ -1,4 +1,4 @@
-"""Latent reasoning compared with loops that run one unpadded prompt at a time."""
+"""Tests of latent reasoning, compared with loops over single unpadded prompts."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def embed(student: LatentStudent, ids: list[int]) -> list[Tensor]:
 
 
 def naive_latents(student: LatentStudent, prompt: list[int]) -> list[Tensor]:
-    """Jacobi by hand: latent i's next input is the projected last hidden state of the position before it."""
+    """Jacobi iteration: the next input of latent i is the projected last hidden state of the position before it."""
     latents = list(student.reasoning.first_inputs.weight.detach())
     for _ in range(student.reasoning.passes):
         inputs = torch.stack(embed(student, prompt) + latents)[None]
@@ -60,7 +60,7 @@ def naive_latents(student: LatentStudent, prompt: list[int]) -> list[Tensor]:
 
 @pytest.mark.parametrize("family", FAMILIES)
 @torch.no_grad()
-def test_a_padded_batch_gives_the_results_of_its_prompts_one_by_one(family: Family) -> None:
+def test_a_padded_batch_equals_its_prompts_run_one_by_one(family: Family) -> None:
     student = student_of(family)
     answer_ids_BA, answer_mask_BA = right_padded(ANSWERS)
     reading = student.read_answer(*left_padded(PROMPTS), answer_ids_BA, answer_mask_BA)
@@ -79,7 +79,7 @@ def test_a_padded_batch_gives_the_results_of_its_prompts_one_by_one(family: Fami
             cached: Any = layer
             expected = cached.values[0, :, len(prompt) : len(before)]
             torch.testing.assert_close(v_BLHMD[row, number], expected, atol=1e-5, rtol=1e-5)
-        # Layer 0 sees the inputs as they are.
+        # The keys of layer 0 come directly from the input embeddings.
         first: Any = student.lm.get_submodule("model.layers.0")
         x_ME = first.input_layernorm(torch.stack(before[-LATENTS:]))
         k_MHD = first.self_attn.k_proj(x_ME).unflatten(-1, (-1, 16))
@@ -89,7 +89,7 @@ def test_a_padded_batch_gives_the_results_of_its_prompts_one_by_one(family: Fami
 
 
 @torch.no_grad()
-def test_padding_tokens_change_nothing() -> None:
+def test_padding_tokens_do_not_change_the_results() -> None:
     student = student_of()
     ids_BP, mask_BP = left_padded(PROMPTS)
     answers = right_padded(ANSWERS)
@@ -101,8 +101,8 @@ def test_padding_tokens_change_nothing() -> None:
 
 @pytest.mark.parametrize("passes", [1, 2, 3])
 @torch.no_grad()
-def test_each_pass_makes_one_more_latent_final(passes: int) -> None:
-    """After T passes the first T latents are what reading them one at a time gives, whatever the first inputs were."""
+def test_each_pass_fixes_one_more_latent(passes: int) -> None:
+    """After T passes the first T latents equal sequential decoding and do not depend on the first inputs."""
     student = student_of(passes=passes)
     ids_BP, mask_BP = left_padded(PROMPTS)
     inputs, _ = student.think(ids_BP, mask_BP)
@@ -123,14 +123,14 @@ def test_gradients_pass_through_every_pass_to_all_latent_parameters() -> None:
         assert parameter.grad.abs().sum() > 0, name
 
 
-def slow_greedy(student: LatentStudent, prompt: list[int], count: int, *, latent: bool) -> list[int]:
-    """Reads everything anew for every token, without a cache."""
+def naive_greedy(student: LatentStudent, prompt: list[int], count: int, *, latent: bool) -> list[int]:
+    """Greedy decoding without a cache: a full forward pass per token."""
     inputs = embed(student, prompt) + (naive_latents(student, prompt) if latent else [])
-    written: list[int] = []
+    generated: list[int] = []
     for _ in range(count):
-        output: Any = student.lm(inputs_embeds=torch.stack(inputs + embed(student, written))[None])
-        written.append(int(output.logits[0, -1].argmax()))
-    return written
+        output: Any = student.lm(inputs_embeds=torch.stack(inputs + embed(student, generated))[None])
+        generated.append(int(output.logits[0, -1].argmax()))
+    return generated
 
 
 @pytest.mark.parametrize("latent", [True, False])
@@ -138,14 +138,14 @@ def slow_greedy(student: LatentStudent, prompt: list[int], count: int, *, latent
 @torch.no_grad()
 def test_generation_is_greedy_decoding_of_each_prompt_alone(family: Family, latent: bool) -> None:
     student = student_of(family)
-    expected = [slow_greedy(student, prompt, 6, latent=latent) for prompt in PROMPTS]
+    expected = [naive_greedy(student, prompt, 6, latent=latent) for prompt in PROMPTS]
     assert len(set(map(tuple, expected))) == 3
     assert student.generate(*left_padded(PROMPTS), 6, latent=latent).tolist() == expected
     assert student.generate(*left_padded(PROMPTS, extra=9), 6, latent=latent).tolist() == expected
 
 
 @torch.no_grad()
-def test_text_is_read_like_by_the_plain_model() -> None:
+def test_read_text_matches_the_plain_model() -> None:
     student = student_of()
     ids_BT, mask_BT = right_padded(PROMPTS)
     reading = student.read_text(ids_BT, mask_BT)

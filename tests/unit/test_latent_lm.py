@@ -1,4 +1,4 @@
-"""A latent student behind lm-eval's interface: every request is thought about, and batches change nothing."""
+"""Tests of the lm-eval interface of a latent student: latents in every request, and results independent of batching."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ CHOICES = [" yes", " no way, never", " 9"]
 
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A student on disk; Llama's tokenizer puts a BOS in front."""
+    """A saved student; Llama's tokenizer prepends a BOS."""
     made = save_tiny_model(tmp_path_factory.mktemp("student"), tiny_spec("llama", layers=2, seed=3))
     lm, _ = load_pretrained(str(made), "auto", "path")
     reasoning = new_reasoning(lm, LATENTS, 2, seed=5)
@@ -55,16 +55,16 @@ def pairs() -> list[Instance]:
     return [request("loglikelihood", prompt, choice) for prompt in PROMPTS for choice in CHOICES]
 
 
-def test_generation_equals_the_students_own(model: LatentLM) -> None:
-    written = model.generate_until([generation(prompt, 6) for prompt in PROMPTS], disable_tqdm=True)
+def test_generation_equals_generate_of_the_student(model: LatentLM) -> None:
+    generated = model.generate_until([generation(prompt, 6) for prompt in PROMPTS], disable_tqdm=True)
     collator = Collator(model.tokenizer, 512)
-    for prompt, text in zip(PROMPTS, written, strict=True):
+    for prompt, text in zip(PROMPTS, generated, strict=True):
         tokens_BA = model.student.generate(*collator.prompts([prompt]), 6, latent=True)
         ids = tokens_BA[0].tolist()
         end = ids.index(model.eot_token_id) if model.eot_token_id in ids else 6
         assert text == model.tokenizer.decode(ids[:end], skip_special_tokens=True)
     without = model.student.generate(*collator.prompts(PROMPTS[:1]), 6, latent=False)
-    assert written[0] != model.tokenizer.decode(without[0], skip_special_tokens=True)
+    assert generated[0] != model.tokenizer.decode(without[0], skip_special_tokens=True)
 
 
 def test_generation_stops_at_the_tasks_stop_text(model: LatentLM) -> None:
@@ -99,7 +99,7 @@ def test_greedy_generation_is_marked_greedy_by_likelihood(model: LatentLM) -> No
     assert -math.log(model.vocab_size) < found[0][0] < 0
 
 
-def test_batches_of_any_size_give_the_same(model: LatentLM) -> None:
+def test_results_do_not_depend_on_the_batch_size(model: LatentLM) -> None:
     alone = [model.loglikelihood([each], disable_tqdm=True)[0][0] for each in pairs()]
     together = [value for value, _ in model.loglikelihood(pairs(), disable_tqdm=True)]
     assert together == pytest.approx(alone, abs=1e-4)
@@ -117,23 +117,23 @@ def test_text_without_prompt_has_no_likelihood(model: LatentLM) -> None:
 
 
 def test_chunked_requests_return_in_order(model: LatentLM) -> None:
-    watched = MeteredLM(model, "made-up", Console(force_terminal=False))
-    likelihoods = [value for value, _ in watched.loglikelihood(pairs())]
+    metered = MeteredLM(model, "made-up", Console(force_terminal=False))
+    likelihoods = [value for value, _ in metered.loglikelihood(pairs())]
     assert likelihoods == pytest.approx(
         [value for value, _ in model.loglikelihood(pairs(), disable_tqdm=True)], abs=1e-4
     )
     many = [generation(f"Question: {index}?\nAnswer:", 4) for index in range(11)]
-    assert watched.generate_until(many) == model.generate_until(many, disable_tqdm=True)
-    assert watched.truncated == 0
+    assert metered.generate_until(many) == model.generate_until(many, disable_tqdm=True)
+    assert metered.truncated == 0
 
 
 def test_truncated_prompts_are_counted(model: LatentLM) -> None:
-    watched = MeteredLM(model, "made-up", Console(force_terminal=False))
+    metered = MeteredLM(model, "made-up", Console(force_terminal=False))
     long = "word " * model.max_length
-    watched.generate_until([generation(long, 4), generation(PROMPTS[0], 4)])
-    assert watched.truncated == 1
-    watched.loglikelihood([request("loglikelihood", f"other {long}", choice) for choice in CHOICES])
-    assert watched.truncated == 2
+    metered.generate_until([generation(long, 4), generation(PROMPTS[0], 4)])
+    assert metered.truncated == 1
+    metered.loglikelihood([request("loglikelihood", f"other {long}", choice) for choice in CHOICES])
+    assert metered.truncated == 2
 
 
 def test_directory_without_latents_loads_plain_model(tmp_path: Path) -> None:

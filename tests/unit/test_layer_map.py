@@ -1,4 +1,4 @@
-"""Which teacher layers a student layer draws on."""
+"""Tests of the layer maps: fixed strategies, CKA and the learned map."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ LAYERS = st.integers(1, 90)
 CHOOSING = ("uniform", "last", "skip", "cka")  # one teacher layer for each student layer
 
 
-def known(teacher_layers: int, student_layers: int, strategy: str) -> LayerMapper:
-    """A mapper that needs nothing more; `cka` with similarities at random."""
+def ready_mapper(teacher_layers: int, student_layers: int, strategy: str) -> LayerMapper:
+    """A mapper that is ready to use; `cka` is fitted to random similarities."""
     mapper = LayerMapper(teacher_layers, student_layers, strategy)
     if strategy == "cka":
         seed = torch.Generator().manual_seed(teacher_layers * 100 + student_layers)
@@ -28,7 +28,7 @@ def known(teacher_layers: int, student_layers: int, strategy: str) -> LayerMappe
 
 
 def chosen(mapper: LayerMapper) -> list[int]:
-    """The one teacher layer of each student layer."""
+    """The teacher layer of each student layer; fails if a student layer has more than one."""
     rows = mapper.get_mapping()
     assert list(rows) == list(range(mapper.student_layers))
     assert all(weight == 1.0 for row in rows.values() for _, weight in row)
@@ -36,7 +36,7 @@ def chosen(mapper: LayerMapper) -> list[int]:
 
 
 def naive_matrix(teacher_layers: int, student_layers: int) -> torch.Tensor:
-    """Hat functions around the exact position, over every pair of layers."""
+    """[S,T]: linear interpolation at each student layer's exact position, in exact fractions."""
     rows = []
     for s in range(student_layers):
         at = (
@@ -59,8 +59,10 @@ def test_ratio_interpolates_between_the_two_neighbouring_layers(teacher_layers: 
 @pytest.mark.parametrize("strategy", STRATEGIES)
 @settings(max_examples=30)
 @given(teacher_layers=LAYERS, student_layers=LAYERS)
-def test_rows_sum_to_one_and_hold_no_empty_weight(teacher_layers: int, student_layers: int, strategy: str) -> None:
-    for row in known(teacher_layers, student_layers, strategy).get_mapping().values():
+def test_rows_sum_to_one_with_positive_weights_in_layer_order(
+    teacher_layers: int, student_layers: int, strategy: str
+) -> None:
+    for row in ready_mapper(teacher_layers, student_layers, strategy).get_mapping().values():
         assert sum(weight for _, weight in row) == pytest.approx(1.0, abs=1e-12)
         assert all(weight > 0 for _, weight in row)
         assert [t for t, _ in row] == sorted({t for t, _ in row})
@@ -69,16 +71,18 @@ def test_rows_sum_to_one_and_hold_no_empty_weight(teacher_layers: int, student_l
 @pytest.mark.parametrize("strategy", STRATEGIES)
 @settings(max_examples=30)
 @given(teacher_layers=LAYERS, student_layers=st.integers(2, 90))
-def test_first_meets_first_and_last_meets_last_exactly(teacher_layers: int, student_layers: int, strategy: str) -> None:
-    mapping = known(teacher_layers, student_layers, strategy).get_mapping()
+def test_first_layers_and_last_layers_are_matched_exactly(
+    teacher_layers: int, student_layers: int, strategy: str
+) -> None:
+    mapping = ready_mapper(teacher_layers, student_layers, strategy).get_mapping()
     if strategy != "last" or teacher_layers <= student_layers:
         assert mapping[0] == [(0, 1.0)]
     assert mapping[student_layers - 1] == [(teacher_layers - 1, 1.0)]
 
 
 @pytest.mark.parametrize("strategy", ["ratio", "uniform", "skip", "cka", "learned"])
-def test_half_as_many_layers_still_reach_the_last(strategy: str) -> None:
-    mapping = known(24, 12, strategy).get_mapping()
+def test_student_with_half_the_layers_is_matched_to_the_last_layer(strategy: str) -> None:
+    mapping = ready_mapper(24, 12, strategy).get_mapping()
     assert mapping[0] == [(0, 1.0)]
     assert mapping[11] == [(23, 1.0)]
 
@@ -86,12 +90,12 @@ def test_half_as_many_layers_still_reach_the_last(strategy: str) -> None:
 @pytest.mark.parametrize("strategy", STRATEGIES)
 @settings(max_examples=30)
 @given(teacher_layers=LAYERS, student_layers=LAYERS)
-def test_deeper_student_layers_never_meet_shallower_teacher_layers(
+def test_mean_teacher_depth_never_decreases_with_student_depth(
     teacher_layers: int, student_layers: int, strategy: str
 ) -> None:
     depths = [
         sum(t * weight for t, weight in row)
-        for row in known(teacher_layers, student_layers, strategy).get_mapping().values()
+        for row in ready_mapper(teacher_layers, student_layers, strategy).get_mapping().values()
     ]
     assert all(deeper >= shallower - 1e-9 for shallower, deeper in itertools.pairwise(depths))
 
@@ -99,10 +103,10 @@ def test_deeper_student_layers_never_meet_shallower_teacher_layers(
 @pytest.mark.parametrize("strategy", STRATEGIES)
 @settings(max_examples=30)
 @given(teacher_layers=LAYERS, student_layers=LAYERS)
-def test_layers_needed_are_those_with_weight_and_no_others(
+def test_layers_needed_are_exactly_the_layers_with_weight(
     teacher_layers: int, student_layers: int, strategy: str
 ) -> None:
-    mapper = known(teacher_layers, student_layers, strategy)
+    mapper = ready_mapper(teacher_layers, student_layers, strategy)
     used = mapper.matrix().sum(dim=0).nonzero().flatten().tolist()
     assert list(mapper.layers_needed) == (list(range(teacher_layers)) if strategy == "learned" else used)
 
@@ -118,34 +122,34 @@ def test_equal_depths_give_the_identity(layers: int, strategy: str) -> None:
 @pytest.mark.parametrize("strategy", STRATEGIES)
 @settings(max_examples=30)
 @given(teacher_layers=LAYERS)
-def test_a_student_of_one_layer_takes_the_last(teacher_layers: int, strategy: str) -> None:
-    assert known(teacher_layers, 1, strategy).get_mapping() == {0: [(teacher_layers - 1, 1.0)]}
+def test_a_student_of_one_layer_uses_the_last_teacher_layer(teacher_layers: int, strategy: str) -> None:
+    assert ready_mapper(teacher_layers, 1, strategy).get_mapping() == {0: [(teacher_layers - 1, 1.0)]}
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.parametrize("student_layers", [1, 2, 5])
 def test_a_teacher_of_one_layer_serves_every_student_layer(student_layers: int, strategy: str) -> None:
-    mapper = known(1, student_layers, strategy)
+    mapper = ready_mapper(1, student_layers, strategy)
     assert mapper.get_mapping() == {s: [(0, 1.0)] for s in range(student_layers)}
     assert not mapper.mixes_layers
 
 
 @settings(max_examples=30)
 @given(LAYERS, st.integers(2, 90))
-def test_uniform_takes_the_nearest_layer_and_the_earlier_of_two(teacher_layers: int, student_layers: int) -> None:
+def test_uniform_uses_the_nearest_layer_and_the_earlier_in_a_tie(teacher_layers: int, student_layers: int) -> None:
     for s, got in enumerate(chosen(LayerMapper(teacher_layers, student_layers, "uniform"))):
         depth = Fraction(s * (teacher_layers - 1), student_layers - 1)
         assert got == min(range(teacher_layers), key=lambda t: (abs(t - depth), t))
 
 
 @given(st.integers(1, 40), st.integers(0, 40))
-def test_last_takes_the_last_layers_in_order(student_layers: int, more: int) -> None:
+def test_last_uses_the_last_layers_in_order(student_layers: int, more: int) -> None:
     got = chosen(LayerMapper(student_layers + more, student_layers, "last"))
     assert got == list(range(student_layers + more))[-student_layers:]
 
 
 @given(st.integers(2, 40), st.integers(0, 60))
-def test_skip_strides_evenly_from_the_first_and_ends_at_the_last(student_layers: int, more: int) -> None:
+def test_skip_uses_an_even_stride_and_ends_at_the_last_layer(student_layers: int, more: int) -> None:
     teacher_layers = student_layers + more
     *strided, last = chosen(LayerMapper(teacher_layers, student_layers, "skip"))
     widest = max(k for k in range(1, teacher_layers) if k * (student_layers - 1) <= teacher_layers - 1)
@@ -153,20 +157,20 @@ def test_skip_strides_evenly_from_the_first_and_ends_at_the_last(student_layers:
     assert last == teacher_layers - 1
 
 
-def test_choosing_strategies_differ_where_they_should() -> None:
+def test_uniform_last_and_skip_choose_different_layers() -> None:
     assert chosen(LayerMapper(12, 5, "uniform")) == [0, 3, 5, 8, 11]
     assert chosen(LayerMapper(12, 5, "last")) == [7, 8, 9, 10, 11]
     assert chosen(LayerMapper(12, 5, "skip")) == [0, 2, 4, 6, 11]
 
 
 @given(LAYERS, st.integers(1, 30))
-def test_last_and_skip_do_as_ratio_when_the_teacher_is_shallower(teacher_layers: int, more: int) -> None:
+def test_last_and_skip_equal_ratio_when_the_teacher_is_shallower(teacher_layers: int, more: int) -> None:
     ratio = LayerMapper(teacher_layers, teacher_layers + more).get_mapping()
     for strategy in ("last", "skip"):
         assert LayerMapper(teacher_layers, teacher_layers + more, strategy).get_mapping() == ratio
 
 
-def test_cka_knows_no_map_before_it_is_fitted() -> None:
+def test_cka_raises_before_it_is_fitted() -> None:
     mapper = LayerMapper(6, 3, "cka")
     assert not mapper.fitted
     assert mapper.layers_needed == (0, 1, 2, 3, 4, 5)
@@ -181,7 +185,7 @@ def test_cka_knows_no_map_before_it_is_fitted() -> None:
     assert all(LayerMapper(6, 3, strategy).fitted for strategy in STRATEGIES if strategy != "cka")
 
 
-def test_cka_follows_a_planted_correspondence() -> None:
+def test_cka_finds_a_planted_layer_match() -> None:
     planted = [0, 1, 1, 4, 7, 7, 9]
     cka = 0.5 * torch.rand(7, 10, generator=torch.Generator().manual_seed(0))
     for s, t in enumerate(planted):
@@ -191,7 +195,7 @@ def test_cka_follows_a_planted_correspondence() -> None:
     assert chosen(mapper) == planted
 
 
-def test_similarities_that_cannot_be_used_are_refused() -> None:
+def test_invalid_similarities_are_refused() -> None:
     mapper = LayerMapper(3, 2, "cka")
     with pytest.raises(FieldError, match=r"\[3, 2\]"):
         mapper.fit_cka(torch.zeros(3, 2))
@@ -204,7 +208,7 @@ def test_similarities_that_cannot_be_used_are_refused() -> None:
         LayerMapper(3, 2).fit_cka(torch.zeros(2, 3))
 
 
-def test_a_shallower_teacher_is_shared_among_neighbouring_student_layers() -> None:
+def test_a_shallower_teacher_is_interpolated_between_its_layers() -> None:
     assert LayerMapper(2, 4).get_mapping() == {
         0: [(0, 1.0)],
         1: [(0, pytest.approx(2 / 3)), (1, pytest.approx(1 / 3))],
@@ -214,7 +218,7 @@ def test_a_shallower_teacher_is_shared_among_neighbouring_student_layers() -> No
     assert LayerMapper(1, 3).get_mapping() == {s: [(0, 1.0)] for s in range(3)}
 
 
-def test_layers_that_fall_on_a_teacher_layer_are_not_mixed() -> None:
+def test_a_student_layer_exactly_at_a_teacher_layer_is_not_mixed() -> None:
     mapper = LayerMapper(teacher_layers=7, student_layers=4, strategy="ratio")
     assert mapper.get_mapping() == {0: [(0, 1.0)], 1: [(2, 1.0)], 2: [(4, 1.0)], 3: [(6, 1.0)]}
     assert mapper.layers_needed == (0, 2, 4, 6)
@@ -222,7 +226,7 @@ def test_layers_that_fall_on_a_teacher_layer_are_not_mixed() -> None:
     assert LayerMapper(6, 4).mixes_layers
 
 
-def test_the_mapping_handed_out_can_be_changed_without_harm() -> None:
+def test_changing_the_returned_mapping_does_not_change_the_mapper() -> None:
     mapper = LayerMapper(4, 2)
     mapper.get_mapping()[0].append((3, 9.0))
     assert mapper.get_mapping()[0] == [(0, 1.0)]
@@ -232,7 +236,7 @@ def test_the_mapping_handed_out_can_be_changed_without_harm() -> None:
     ("arguments", "field"),
     [((0, 2, "ratio"), "teacher_layers"), ((2, -1, "ratio"), "student_layers"), ((2, 2, "nearby"), "strategy")],
 )
-def test_bad_arguments_are_refused_by_name(arguments: tuple[int, int, str], field: str) -> None:
+def test_invalid_arguments_are_refused_by_name(arguments: tuple[int, int, str], field: str) -> None:
     with pytest.raises(FieldError) as caught:
         LayerMapper(*arguments)
     assert caught.value.field == field
@@ -269,7 +273,7 @@ def test_a_learned_map_starts_at_ratio_with_a_floor(teacher_layers: int, student
 
 @settings(max_examples=20)
 @given(teacher_layers=st.integers(1, 5), student_layers=st.integers(1, 4), seed=st.integers(0, 10**6))
-def test_a_learned_map_mixes_all_layers_by_the_softmax_of_its_rows(
+def test_a_learned_map_mixes_all_layers_with_softmax_weights(
     teacher_layers: int, student_layers: int, seed: int
 ) -> None:
     learned = LearnedLayerMap(LayerMapper(teacher_layers, student_layers, "learned"))
@@ -282,7 +286,7 @@ def test_a_learned_map_mixes_all_layers_by_the_softmax_of_its_rows(
     assert learned(x.bfloat16()).dtype == torch.float32
 
 
-def test_the_gradients_of_a_learned_map_are_those_of_finite_differences() -> None:
+def test_gradients_of_a_learned_map_match_finite_differences() -> None:
     learned = LearnedLayerMap(LayerMapper(4, 3, "learned"), floor=0.3)
     x, direction = values(4, seed=1), values(3, seed=2)
     x32 = x.float().requires_grad_()
@@ -308,7 +312,7 @@ def test_the_gradients_of_a_learned_map_are_those_of_finite_differences() -> Non
         assert x32.grad[place].item() == pytest.approx(slope, abs=1e-5)
 
 
-def test_a_learned_map_finds_the_layer_that_the_target_was_taken_from() -> None:
+def test_a_learned_map_learns_the_layer_that_the_target_came_from() -> None:
     learned = LearnedLayerMap(LayerMapper(5, 2, "learned"), floor=0.1)
     x = torch.randn(4, 5, 1, 4, 2, generator=torch.Generator().manual_seed(0))
     for _ in range(50):

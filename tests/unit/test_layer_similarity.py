@@ -1,4 +1,4 @@
-"""Linear CKA from streamed sums against plain loops over all rows; the path through a table against trying them all."""
+"""Tests of streamed linear CKA against loops over all rows, and of the monotone path against all possible paths."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Rows = tuple[torch.Tensor, torch.Tensor]
 
 
 def layered_rows(count: int, teacher: tuple[int, int], student: tuple[int, int], seed: int) -> Rows:
-    """[N,L,F] and [N,S,G] with something in common, around means away from 0."""
+    """Correlated rows [N,L,F] and [N,S,G] with nonzero means."""
     generator = torch.Generator().manual_seed(seed)
     common = torch.randn(count, 3, generator=generator, dtype=torch.float64)
 
@@ -42,7 +42,7 @@ def centred(rows: list[list[float]]) -> list[list[float]]:
 
 
 def gram(rows: list[list[float]]) -> list[list[float]]:
-    """Row by row inner products: the other way to write CKA, over N x N instead of F x G."""
+    """Inner products of all pairs of rows: CKA by its N x N form instead of F x G."""
     return [[sum(a * b for a, b in zip(one, other, strict=True)) for other in rows] for one in rows]
 
 
@@ -76,7 +76,7 @@ def test_cka_equals_plain_loops_over_all_rows(
             assert got[s, t].item() == pytest.approx(expected, abs=1e-10)
 
 
-def test_sums_of_ranks_add_up_to_those_of_all_rows() -> None:
+def test_sums_over_ranks_equal_those_of_all_rows() -> None:
     x, y = layered_rows(40, (3, 4), (2, 5), seed=1)
     whole, mine, theirs = collected((x, y)), collected((x[:13], y[:13])), collected((x[13:], y[13:]))
     for total, other in zip(mine.tensors(), theirs.tensors(), strict=True):
@@ -85,12 +85,12 @@ def test_sums_of_ranks_add_up_to_those_of_all_rows() -> None:
     assert mine.count.item() == 40
 
 
-def test_a_rotation_a_scale_and_an_offset_change_nothing() -> None:
+def test_cka_is_invariant_to_rotation_scale_and_offset() -> None:
     x, y = layered_rows(50, (2, 4), (2, 4), seed=2)
     rotation = torch.linalg.qr(torch.randn(4, 4, generator=torch.Generator().manual_seed(3)).double()).Q
-    turned = 0.01 * x @ rotation + 3.0
-    torch.testing.assert_close(collected((turned, y)).cka_ST(), collected((x, y)).cka_ST(), rtol=0, atol=1e-9)
-    with_itself = collected((x, turned)).cka_ST()
+    rotated = 0.01 * x @ rotation + 3.0
+    torch.testing.assert_close(collected((rotated, y)).cka_ST(), collected((x, y)).cka_ST(), rtol=0, atol=1e-9)
+    with_itself = collected((x, rotated)).cka_ST()
     torch.testing.assert_close(with_itself.diagonal(), torch.ones(2).double(), rtol=0, atol=1e-9)
     assert with_itself[0, 1] < 0.99
 
@@ -111,7 +111,7 @@ def test_unrelated_layers_score_low_and_related_ones_high() -> None:
 
 
 def test_half_precision_rows_are_summed_in_fp64() -> None:
-    """The squares of 1.0078125 need more bits than bf16 has, and their sum more than fp32 would keep."""
+    """The square of 1.0078125 does not fit in bf16, and the sum of the squares does not fit in fp32."""
     statistics = CKAStatistics(1, 1, 1, 1)
     x = torch.full((4096, 1, 1), 1.0078125).bfloat16()
     statistics.update(x, x)
@@ -119,12 +119,12 @@ def test_half_precision_rows_are_summed_in_fp64() -> None:
         assert sums.item() == 4096 * 1.0078125**2
 
 
-def test_a_mean_far_larger_than_the_spread_does_no_harm() -> None:
+def test_cka_is_accurate_when_the_mean_is_far_larger_than_the_spread() -> None:
     x, y = layered_rows(200, (2, 4), (2, 3), seed=5)
     torch.testing.assert_close(collected((x + 1e4, y - 1e4)).cka_ST(), collected((x, y)).cka_ST(), rtol=0, atol=1e-6)
 
 
-def test_a_layer_that_never_varies_has_no_similarity() -> None:
+def test_similarity_of_a_constant_layer_is_nan() -> None:
     x, y = layered_rows(30, (3, 4), (2, 3), seed=6)
     x[:, 1] = 0.1
     unknown = collected((x, y)).cka_ST().isnan()
@@ -133,13 +133,13 @@ def test_a_layer_that_never_varies_has_no_similarity() -> None:
     assert collected((x, y)).cka_ST().isnan().tolist() == [[True, True, True], [False, True, False]]
 
 
-def test_before_two_rows_there_is_no_similarity() -> None:
+def test_similarity_of_fewer_than_two_rows_is_nan() -> None:
     x, y = layered_rows(1, (2, 3), (2, 3), seed=7)
     assert collected((x, y)).cka_ST().isnan().all()
     assert CKAStatistics(2, 2, 3, 3).cka_ST().isnan().all()
 
 
-def test_measuring_leaves_the_sums_alone() -> None:
+def test_computing_cka_does_not_change_the_sums() -> None:
     statistics = collected(layered_rows(20, (2, 3), (2, 3), seed=8))
     before = [part.clone() for part in statistics.tensors()]
     assert torch.equal(statistics.cka_ST(), statistics.cka_ST())
@@ -147,7 +147,7 @@ def test_measuring_leaves_the_sums_alone() -> None:
 
 
 def every_path(student_layers: int, teacher_layers: int) -> list[tuple[int, ...]]:
-    """All that start at the first and end at the last layer and never go back."""
+    """All nondecreasing paths from the first to the last teacher layer."""
     return [
         path
         for path in itertools.combinations_with_replacement(range(teacher_layers), student_layers)
@@ -163,8 +163,8 @@ TABLES = st.tuples(st.integers(2, 5), st.integers(1, 6)).flatmap(
 
 
 @given(TABLES)
-def test_the_path_is_the_best_of_all_paths(table: list[list[int]]) -> None:
-    """Whole numbers, so that sums are exact and ties happen."""
+def test_the_path_has_the_highest_sum_of_all_paths(table: list[list[int]]) -> None:
+    """Integers make sums exact and ties common."""
     path = monotone_path(table)
     paths = every_path(len(table), len(table[0]))
     best = max(sum(table[s][t] for s, t in enumerate(tried)) for tried in paths)
@@ -172,16 +172,16 @@ def test_the_path_is_the_best_of_all_paths(table: list[list[int]]) -> None:
     assert sum(table[s][t] for s, t in enumerate(path)) == best
 
 
-def test_the_best_single_matches_give_way_to_depth() -> None:
-    """Row by row the largest would go 0, 3, 1, 3; a path may not go back."""
+def test_the_path_never_goes_back_for_a_better_match() -> None:
+    """The largest entries of the rows are at 1, 3, 1, 0."""
     table = [[0.1, 0.9, 0.0, 0.0], [0.0, 0.5, 0.0, 0.6], [0.0, 0.7, 0.2, 0.0], [0.9, 0.0, 0.0, 0.1]]
     assert monotone_path(table) == [0, 1, 1, 3]
 
 
-def test_among_equals_the_earlier_layer_is_kept_for_longer() -> None:
+def test_ties_prefer_earlier_teacher_layers() -> None:
     assert monotone_path([[1.0] * 4] * 3) == [0, 0, 3]
 
 
-def test_a_student_of_one_layer_takes_the_last() -> None:
+def test_a_student_of_one_layer_uses_the_last_teacher_layer() -> None:
     assert monotone_path([[0.9, 0.1, 0.2]]) == [2]
     assert monotone_path([[0.9]] * 3) == [0, 0, 0]

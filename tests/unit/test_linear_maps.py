@@ -1,4 +1,4 @@
-"""Closed-form maps from streamed sums, against least squares and rotations computed from the rows themselves."""
+"""Tests of the closed-form linear maps, compared with least squares and rotations computed from all rows."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def rows(count: int, seed: int, noise: float = 0.3) -> Rows:
 
 
 def naive_ridge(x: torch.Tensor, y: torch.Tensor, alpha: float) -> tuple[np.ndarray, np.ndarray]:
-    """lstsq over rows augmented by the penalty's; the intercept is a column of ones without penalty."""
+    """Least squares with one extra row per feature for the penalty; the intercept is an unpenalised column of ones."""
     x64, y64 = x.double().numpy(), y.double().numpy()
     penalty = alpha * np.square(x64 - x64.mean(axis=0)).sum() / F
     top = np.hstack([x64, np.ones((len(x64), 1))])
@@ -58,7 +58,7 @@ def test_ridge_equals_least_squares_on_augmented_rows(alpha: float, count: int) 
 
 
 @pytest.mark.parametrize(("count", "noise"), [(9, 8.0), (30, 5.0), (400, 0.1)])
-def test_the_penalty_is_the_one_that_errs_least_on_the_rows_held_out(count: int, noise: float) -> None:
+def test_the_penalty_with_the_lowest_held_out_error_is_chosen(count: int, noise: float) -> None:
     x, y = rows(count, seed=3, noise=noise)
     held = rows(40, seed=4, noise=noise)
     grid = (1e-6, 1e-3, 1e-1, 1.0, 10.0)
@@ -76,7 +76,7 @@ def test_the_penalty_depends_on_the_data() -> None:
     assert len(chosen) == 2
 
 
-def test_statistics_of_parts_add_up_to_those_of_the_whole() -> None:
+def test_statistics_of_parts_sum_to_those_of_the_whole() -> None:
     x, y = rows(60, seed=5)
     whole = statistics_of((x, y))
     merged = statistics_of((x[:11], y[:11])).merged(statistics_of((x[11:40], y[11:40]), (x[40:], y[40:])))
@@ -98,8 +98,8 @@ def test_half_precision_rows_are_summed_in_fp64() -> None:
     assert collected.yy_G.item() == 4096 * 1.0078125**2
 
 
-def test_a_mean_far_larger_than_the_spread_does_no_harm() -> None:
-    """Keys have outlier channels that hardly vary."""
+def test_ridge_is_accurate_when_the_mean_is_far_larger_than_the_spread() -> None:
+    """Keys have outlier channels with a large mean and a small variance."""
     x, y = rows(200, seed=6)
     fit = fit_ridge(statistics_of((x + 1e4, y)), statistics_of((x + 1e4, y)), alphas=(1e-6,))
     weight, _ = naive_ridge(x.double(), y, 1e-6)
@@ -108,7 +108,7 @@ def test_a_mean_far_larger_than_the_spread_does_no_harm() -> None:
 
 
 @pytest.mark.parametrize("fitter", [fit_ridge, fit_procrustes])
-def test_features_that_never_vary_do_not_break_the_fit(fitter) -> None:
+def test_constant_features_do_not_break_the_fit(fitter) -> None:
     x, y = rows(100, seed=7)
     x[:, 0], y[:, 1] = 2.0, -1.0
     held = rows(30, seed=8)
@@ -122,7 +122,7 @@ def test_features_that_never_vary_do_not_break_the_fit(fitter) -> None:
 
 @pytest.mark.parametrize(("inputs", "outputs"), [(3, 3), (5, 2), (2, 5)])
 @pytest.mark.parametrize("fitter", [fit_ridge, fit_procrustes])
-def test_inputs_that_never_vary_are_mapped_to_the_mean(inputs: int, outputs: int, fitter) -> None:
+def test_constant_inputs_are_mapped_to_the_mean(inputs: int, outputs: int, fitter) -> None:
     x, y = torch.full((20, inputs), 3.0), torch.randn(20, outputs, generator=torch.Generator().manual_seed(0))
     fit = fitter(statistics_of((x, y)), statistics_of((x, y)))
     torch.testing.assert_close(x.double() @ fit.weight_FG + fit.bias_G, y.double().mean(dim=0).expand(20, -1))
@@ -130,7 +130,7 @@ def test_inputs_that_never_vary_are_mapped_to_the_mean(inputs: int, outputs: int
 
 
 def semi_orthogonal(inputs: int, outputs: int, generator: torch.Generator) -> torch.Tensor:
-    """Without an SVD: Gram-Schmidt on the longer side's random columns."""
+    """A random semi-orthogonal matrix [inputs,outputs] from Gram-Schmidt, so independent of the SVD under test."""
     long, short = max(inputs, outputs), min(inputs, outputs)
     columns: list[torch.Tensor] = []
     for _ in range(short):
@@ -144,7 +144,7 @@ def semi_orthogonal(inputs: int, outputs: int, generator: torch.Generator) -> to
 
 
 def error_of_rotation(x: torch.Tensor, y: torch.Tensor, rotation: torch.Tensor) -> float:
-    """The squared error over rows with the best scale and intercept that this rotation can have, by least squares."""
+    """The squared error over rows of this rotation with its least-squares scale and intercept."""
     turned, wanted = x.double() @ rotation, y.double()
     turned, wanted = turned - turned.mean(dim=0), wanted - wanted.mean(dim=0)
     scale = (turned * wanted).sum() / (turned * turned).sum()
@@ -162,7 +162,7 @@ def test_procrustes_finds_a_planted_rotation_scale_and_offset(
     inputs: int, outputs: int, seed: int, scale: float, offset: float
 ) -> None:
     generator = torch.Generator().manual_seed(seed)
-    spread = torch.linspace(0.2, 3.0, inputs, dtype=torch.float64)  # unequal, or the shapes that lose x are too easy
+    spread = torch.linspace(0.2, 3.0, inputs, dtype=torch.float64)  # unequal, so that losing dimensions matters
     x = torch.randn(60, inputs, generator=generator, dtype=torch.float64) * spread - 7.0
     rotation = semi_orthogonal(inputs, outputs, generator)
     y = scale * x @ rotation + offset
@@ -177,7 +177,7 @@ def test_procrustes_finds_a_planted_rotation_scale_and_offset(
 @pytest.mark.parametrize(("inputs", "outputs"), SHAPES)
 @settings(max_examples=15)
 @given(seed=st.integers(0, 10**6))
-def test_no_random_rotation_errs_less_than_procrustes(inputs: int, outputs: int, seed: int) -> None:
+def test_no_random_rotation_has_a_lower_error_than_procrustes(inputs: int, outputs: int, seed: int) -> None:
     x, y = correlated_rows(50, inputs, outputs, seed, noise=2.0)
     generator = torch.Generator().manual_seed(seed)
     collected = statistics_of((x, y))
@@ -189,7 +189,7 @@ def test_no_random_rotation_errs_less_than_procrustes(inputs: int, outputs: int,
 
 
 @pytest.mark.parametrize(("inputs", "outputs"), [(6, 6), (4, 7), (1, 5)])
-def test_no_rotation_nearby_errs_less_where_nothing_of_x_is_lost(inputs: int, outputs: int) -> None:
+def test_no_nearby_rotation_has_a_lower_error_without_fewer_outputs(inputs: int, outputs: int) -> None:
     x, y = correlated_rows(50, inputs, outputs, seed=3, noise=2.0)
     collected = statistics_of((x, y))
     fit = fit_procrustes(collected, collected)
@@ -212,7 +212,7 @@ def test_procrustes_is_one_scale_times_a_semi_orthogonal_map(inputs: int, output
 
 
 @pytest.mark.parametrize(("inputs", "outputs"), SHAPES)
-def test_procrustes_reports_what_it_explains_of_the_rows_held_out(inputs: int, outputs: int) -> None:
+def test_procrustes_reports_explained_variance_on_held_out_rows(inputs: int, outputs: int) -> None:
     seen = correlated_rows(50, inputs, outputs, seed=6, noise=1.0)
     held = correlated_rows(30, inputs, outputs, seed=7, noise=1.0)
     fit = fit_procrustes(statistics_of(seen), statistics_of(held))
@@ -221,7 +221,7 @@ def test_procrustes_reports_what_it_explains_of_the_rows_held_out(inputs: int, o
 
 
 def naive_rotation(rows_seen: Rows, penalty: float) -> tuple[np.ndarray, np.ndarray]:
-    """M (M'M)^-1/2 of a penalised least-squares map M (or of X'Y), with the best scale and intercept."""
+    """M (M'M)^-1/2 with the best scale and intercept; M is the ridge map, or X'Y for an infinite penalty."""
     x64, y64 = (part.double().numpy() for part in rows_seen)
     x, y = x64 - x64.mean(axis=0), y64 - y64.mean(axis=0)
     direction = x.T @ y
@@ -237,7 +237,7 @@ def naive_rotation(rows_seen: Rows, penalty: float) -> tuple[np.ndarray, np.ndar
     ("count", "noise", "seed", "best"),
     [(60, 0.0, 0, 0), (20, 1.0, 0, 1), (20, 5.0, 1, 2), (9, 5.0, 0, 3), (9, 30.0, 0, 4)],
 )
-def test_where_dimensions_are_lost_the_direction_is_the_one_that_errs_least_on_the_rows_held_out(
+def test_procrustes_with_fewer_outputs_uses_the_penalty_with_the_lowest_held_out_error(
     count: int, noise: float, seed: int, best: int
 ) -> None:
     seen, held = (correlated_rows(n, 8, 2, at, noise) for n, at in ((count, seed), (400, seed + 100)))
@@ -249,7 +249,7 @@ def test_where_dimensions_are_lost_the_direction_is_the_one_that_errs_least_on_t
 
 @pytest.mark.parametrize("fitter", [fit_ridge, fit_procrustes])
 @pytest.mark.parametrize(("inputs", "outputs"), [(8, 6), (6, 8)])
-def test_two_fits_of_the_same_statistics_have_the_same_bits(fitter, inputs: int, outputs: int) -> None:
+def test_two_fits_of_the_same_statistics_are_bitwise_equal(fitter, inputs: int, outputs: int) -> None:
     seen = statistics_of(correlated_rows(40, inputs, outputs, seed=1))
     held = statistics_of(correlated_rows(20, inputs, outputs, seed=2))
     before = [part.clone() for part in seen.tensors() + held.tensors()]
@@ -261,7 +261,7 @@ def test_two_fits_of_the_same_statistics_have_the_same_bits(fitter, inputs: int,
 
 
 def naive_area_average(source: int, target: int) -> list[list[float]]:
-    """Shares of exact intervals on a line of length `source`."""
+    """[source][target]: overlap of unit intervals with target intervals, in exact fractions."""
     width = Fraction(source, target)
     table = [[0.0] * target for _ in range(source)]
     for j in range(target):
@@ -274,7 +274,7 @@ def naive_area_average(source: int, target: int) -> list[list[float]]:
 
 @settings(max_examples=30)
 @given(st.integers(1, 24), st.integers(1, 24))
-def test_area_averages_are_shares_of_intervals(source: int, target: int) -> None:
+def test_area_average_weights_are_interval_overlaps(source: int, target: int) -> None:
     got = area_average(source, target)
     assert got.shape == (source, target)
     torch.testing.assert_close(got, torch.tensor(naive_area_average(source, target)).double(), rtol=0, atol=1e-7)
@@ -283,14 +283,14 @@ def test_area_averages_are_shares_of_intervals(source: int, target: int) -> None
     assert (got > 0).tolist() == touched, "places that only touch share nothing"
 
 
-def test_area_averages_repeat_when_growing_and_take_means_when_shrinking() -> None:
+def test_area_average_repeats_when_upsampling_and_averages_when_downsampling() -> None:
     assert area_average(2, 4).tolist() == [[1, 1, 0, 0], [0, 0, 1, 1]]
     assert area_average(4, 2).tolist() == [[0.5, 0], [0.5, 0], [0, 0.5], [0, 0.5]]
     torch.testing.assert_close(area_average(3, 2), torch.tensor([[2, 0], [1, 1], [0, 2]]).double() / 3)
     assert torch.equal(area_average(5, 5), torch.eye(5).double())
 
 
-def test_a_given_map_is_measured_as_it_stands() -> None:
+def test_a_given_map_is_measured_without_changing_it() -> None:
     held = rows(30, seed=3)
     weight, bias = torch.randn(F, G, generator=torch.Generator().manual_seed(1)), torch.ones(G)
     fit = measured(weight, bias, statistics_of(held))

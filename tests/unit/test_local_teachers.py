@@ -1,4 +1,4 @@
-"""Names and devices of teachers on this machine."""
+"""Tests of the names and devices of teachers on this machine."""
 
 from __future__ import annotations
 

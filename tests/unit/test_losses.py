@@ -1,4 +1,4 @@
-"""Losses on logits and hidden states, compared with loops over elements in double precision."""
+"""Tests of the losses on logits and hidden states, compared with loops over elements in fp64."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from kvcore.types import Tensor
 from student_trainer.model.losses import codi_loss, cross_entropy
 
 BATCH, TOKENS, STATES, WIDTH = 4, 5, 3, 6
-# Full, ragged, with a gap, and with a single token.
+# One sample each: full, padded, with a gap, and with a single token.
 MASK_BT = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 0, 0, 0], [0, 1, 0, 1, 1], [0, 0, 1, 0, 0]], dtype=torch.bool)
 
 
-def text(seed: int) -> tuple[Tensor, Tensor]:
+def logits_and_targets(seed: int) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(seed)
     return 3 * torch.randn(BATCH, TOKENS, 7, generator=generator), torch.randint(
         7, (BATCH, TOKENS), generator=generator
@@ -24,14 +24,14 @@ def text(seed: int) -> tuple[Tensor, Tensor]:
 
 
 def hidden(seed: int) -> Tensor:
-    """States of layers and samples that differ in size and offset."""
+    """Hidden states whose scale differs per layer and whose offset differs per sample."""
     generator = torch.Generator().manual_seed(seed)
     x_BSE = torch.randn(BATCH, STATES, WIDTH, generator=generator, dtype=torch.float64)
     return x_BSE * torch.tensor([0.3, 1.0, 9.0])[:, None] + torch.arange(BATCH)[:, None, None]
 
 
 def test_cross_entropy_averages_within_a_sample_first() -> None:
-    logits, targets = text(3)
+    logits, targets = logits_and_targets(3)
     samples: list[float] = []
     for b in range(BATCH):
         tokens = [
@@ -43,16 +43,16 @@ def test_cross_entropy_averages_within_a_sample_first() -> None:
     assert float(cross_entropy(logits, targets, MASK_BT)) == pytest.approx(sum(samples) / BATCH, rel=1e-5)
 
 
-def test_cross_entropy_is_computed_in_single_precision_from_half() -> None:
-    logits, targets = text(3)
+def test_cross_entropy_of_half_precision_logits_is_computed_in_fp32() -> None:
+    logits, targets = logits_and_targets(3)
     halved = logits.bfloat16()
     loss = cross_entropy(halved, targets, MASK_BT)
     assert loss.dtype == torch.float32
     assert loss == cross_entropy(halved.float(), targets, MASK_BT)
 
 
-def test_two_halves_of_a_batch_have_the_mean_and_gradient_of_the_whole() -> None:
-    logits, targets = text(3)
+def test_mean_loss_of_two_half_batches_equals_that_of_the_batch() -> None:
+    logits, targets = logits_and_targets(3)
     logits.requires_grad_()
 
     def loss(rows: slice) -> Tensor:
@@ -76,19 +76,19 @@ def naive_codi(student: Tensor, teacher: Tensor) -> float:
     return sum(layers) / len(layers)
 
 
-def test_codi_divides_each_layers_loss_by_the_deviation_of_its_teacher_states() -> None:
+def test_codi_divides_the_loss_per_layer_by_the_std_of_the_teacher_states() -> None:
     student, teacher = hidden(1), hidden(2)
     assert float(codi_loss(student, teacher)) == pytest.approx(naive_codi(student, teacher), rel=1e-12)
 
 
-def test_codis_gradient_matches_finite_differences_and_reaches_only_the_student() -> None:
+def test_codi_gradient_matches_finite_differences_and_teacher_has_none() -> None:
     student, teacher = hidden(1).requires_grad_(), hidden(2).requires_grad_()
     codi_loss(student, teacher).backward()
     assert teacher.grad is None
     assert torch.autograd.gradcheck(lambda x: codi_loss(x, hidden(2)), (student,), fast_mode=True)
 
 
-def test_codi_is_computed_in_single_precision_from_half() -> None:
+def test_codi_of_half_precision_states_is_computed_in_fp32() -> None:
     student, teacher = hidden(1).bfloat16(), hidden(2).bfloat16()
     loss = codi_loss(student, teacher)
     assert loss.dtype == torch.float32

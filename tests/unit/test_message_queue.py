@@ -1,4 +1,4 @@
-"""Messages between workers and server over real sockets: exact, authenticated, bounded and without blocking."""
+"""Tests of the messages from workers to the server over real sockets: encoding, authentication, limits and failures."""
 
 from __future__ import annotations
 
@@ -253,7 +253,7 @@ def test_a_closed_receiver_accepts_no_workers(receiver: MessageReceiver, senders
 
 
 class SlowServer:
-    """Accepts one worker, and reads nothing until it is released."""
+    """A server that accepts one worker and reads only what the test reads."""
 
     def __init__(self, address: Address) -> None:
         self._listener = Listener(address, authkey=KEY)
@@ -280,7 +280,7 @@ def large(tag: str) -> FailureMessage:
     return FailureMessage([tag], "x" * (8 << 20))
 
 
-def test_messages_beyond_the_limit_fail_alone(slow_server: SlowServer, senders: Callable[..., MessageSender]) -> None:
+def test_only_messages_beyond_the_limit_fail(slow_server: SlowServer, senders: Callable[..., MessageSender]) -> None:
     sender, begun = senders(slow_server.address, max_bytes=1000), threading.Event()
     connection = slow_server.connection()
     sender.put(PendingMessage(600, lambda: (begun.set(), [large("sent")])[1], ("sent",)))
@@ -294,7 +294,7 @@ def test_messages_beyond_the_limit_fail_alone(slow_server: SlowServer, senders: 
     assert [message.tags for message in found] == [["sent"], ["fits"], *([f"too much {n}"] for n in range(100))]
     problems = {message.problem for message in found[2:] if isinstance(message, FailureMessage)}
     assert problems == {"1000 bytes wait to be sent, and the limit is 1000"}
-    # There is room again after it was read.
+    # Reading the messages frees space.
     sender.put(pending_of(layer(7), nbytes=1000))
     assert_equal(unpack(connection.recv_bytes()), layer(7))
     connection.close()

@@ -1,4 +1,4 @@
-"""Shares by weight, in whole numbers, within what there is."""
+"""Tests of the mix of data sets: integer shares by weight, limited by the size of each data set."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ def test_small_datasets_give_all_records_and_others_fill_the_gap(
 
 
 @given(total=st.integers(0, 300), weights=WEIGHTS, data=st.data())
-def test_shares_add_up_within_one_of_the_exact_share(
+def test_shares_sum_to_the_total_and_are_as_even_as_integers_allow(
     total: int, weights: dict[str, float], data: st.DataObject
 ) -> None:
     capacities = {name: data.draw(st.integers(0, 80)) for name in weights}
     shares = apportion(total, weights, capacities)
     assert sum(shares.values()) == min(total, sum(capacities.values()))
     assert all(0 <= shares[name] <= capacities[name] for name in weights)
-    # Those with something left are as even as whole numbers allow, and above everyone who gave all.
+    # Data sets with records left have even shares per weight, at least those of the exhausted data sets.
     levels = {name: shares[name] / weights[name] for name in weights}
     for name, weight in weights.items():
         if shares[name] < capacities[name]:

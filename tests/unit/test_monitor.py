@@ -1,4 +1,4 @@
-"""The HTTP server of rank 0 and its Prometheus metrics."""
+"""Tests of the monitoring server of rank 0 and its Prometheus metrics."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def config(tmp_path: Path, port: int | None) -> TrainConfig:
 
 
 def read(text: str, name: str) -> Series:
-    """A metric's values by the values of its labels, in the order of the labels' names."""
+    """Values of a metric by its label values, which are sorted by label name."""
     return {
         tuple(value for _, value in sorted(sample.labels.items())): sample.value
         for family in text_string_to_metric_families(text)
@@ -46,8 +46,8 @@ def url_in(messages: list[str]) -> str:
     return next(message.removeprefix("monitor: ") for message in messages if message.startswith("monitor: "))
 
 
-def trained(state: RunState) -> None:
-    """A state as it is after some steps with one teacher of two replicas, one of them dead, and one from a store."""
+def fill_state(state: RunState) -> None:
+    """Fills the state of a run after some steps: one teacher has a live and a dead replica, the other is a store."""
     state.connected({"ada": half_dead_teacher(), "ben": MemorySource()})
     state.begin(100, first_step=10)
     state.phase = "training"
@@ -59,12 +59,12 @@ def trained(state: RunState) -> None:
 
 def test_metrics_report_the_run_and_each_teacher(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level("INFO"), monitored(config(tmp_path, 0), enabled=True) as state:
-        trained(state)
+        fill_state(state)
         url = url_in(caplog.messages)
         assert httpx.get(f"{url}healthz").text == "ok\n"
         text = httpx.get(f"{url}metrics").text
-    told = [record.getMessage() for record in caplog.records if record.name.startswith("uvicorn")]
-    assert told == [], "the run's log is for people who follow the run"
+    uvicorn_messages = [record.getMessage() for record in caplog.records if record.name.startswith("uvicorn")]
+    assert uvicorn_messages == [], "the run's log is for people who follow the run"
     assert read(text, "step") == {(): 11}
     assert read(text, "planned_steps") == {(): 100}
     assert read(text, "samples_total") == {(): 64}

@@ -1,4 +1,4 @@
-"""The guide's loader: exact counts, the asked shares, no question in both splits, and a true report."""
+"""Tests of the multi-task data set: split sizes, shares, disjoint splits and the report."""
 
 from __future__ import annotations
 
@@ -191,7 +191,7 @@ def test_missing_chinese_dataset_raises(tmp_path: Path) -> None:
         prepare(tmp_path)
 
 
-def test_the_command_writes_both_splits_and_the_report(copies: Path, tmp_path: Path) -> None:
+def test_command_writes_both_splits_and_the_report(copies: Path, tmp_path: Path) -> None:
     app = typer.Typer()
     app.command()(prepare_command)
     flags = f"--output {tmp_path / 'out'} --data-dir {copies} --train-samples 40 --val-samples 10 --no-extended"
