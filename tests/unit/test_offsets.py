@@ -1,4 +1,4 @@
-"""Byte ends of real tokenizers, held against what the tokenizers library itself decodes from the tokens read so far."""
+"""Tests of token byte ends on real tokenizers, compared with what the tokenizers library decodes from each prefix."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.support.text_tokenizers import BUILDERS, BYTE_LEVEL, FALLBACK, TEXTS,
 
 
 def read(name, text, add_special_tokens=True):
-    """Tokens and byte ends, checked for what holds of every tokenizer and text."""
+    """Returns tokens and byte ends after checking what holds for every tokenizer and text."""
     tokenizer = tokenizer_of(name)
     ids, ends = read_text(tokenizer, text, add_special_tokens)
     assert ids == tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"]
@@ -37,8 +37,8 @@ def without_bos(name, ids, ends):
     return ids[skip:], ends[skip:]
 
 
-def assert_ends_are_what_was_read(name, text, normal):
-    """Every end that is told: the text up to there is what the tokens up to there decode to."""
+def assert_ends_match_decoded_prefixes(name, text, normal):
+    """For every known end, the tokens up to it decode to the text up to it."""
     ids, ends = without_bos(name, *read(name, text))
     for count, end in enumerate(ends, start=1):
         if end == -1:
@@ -50,7 +50,7 @@ def assert_ends_are_what_was_read(name, text, normal):
 
 
 any_text = st.text(st.characters(exclude_categories=["Cs"]), max_size=12)
-# What composes, decomposes, joins or is trimmed, so that neighbours meet.
+# Characters that compose, decompose, join or get trimmed, so that adjacent characters interact.
 SPECIAL = ["<s>", "</s>", "<unk>", "<|begin|>", "<|end|>"]
 tricky_text = st.text(
     "eéaoAΩ \t\n\u0301\u0323\u030a\u212b\u2126\uf900\u1100\u1161\u11a8中龘👩\u200d😀ﬁ▁Ġxש", max_size=12
@@ -59,7 +59,7 @@ tricky_text = st.text(
 
 @settings(deadline=None)
 @given(st.sampled_from(BYTE_LEVEL), any_text | tricky_text)
-def test_every_byte_level_token_ends_where_its_bytes_end(name, text):
+def test_byte_level_tokens_end_where_their_bytes_end(name, text):
     ids, ends = without_bos(name, *read(name, text))
     for count, end in enumerate(ends, start=1):
         assert decoded(name, ids[:count]) == text.encode()[:end].decode(errors="replace")
@@ -68,14 +68,14 @@ def test_every_byte_level_token_ends_where_its_bytes_end(name, text):
 
 @settings(deadline=None, max_examples=150)
 @given(st.sampled_from(["qwen2", "neox"]), any_text | tricky_text)
-def test_a_normaliser_that_composes_marks_does_not_move_the_ends(name, text):
+def test_normaliser_that_composes_marks_does_not_shift_ends(name, text):
     def compose(read_so_far):
         return unicodedata.normalize("NFC", read_so_far)
 
-    ids, ends = assert_ends_are_what_was_read(name, text, compose)
+    ids, ends = assert_ends_match_decoded_prefixes(name, text, compose)
     if name == "neox":
-        return  # it trims spaces from its offsets, so an end beside a space that carries a mark is kept back
-    # No end is kept back where the text may be cut without a mark losing its letter.
+        return  # it trims spaces from its offsets, so an end next to a space with a combining mark is left unknown
+    # Every end is known where a cut separates no mark from its letter.
     cuts = [cut for cut in range(1, len(text) + 1) if not unicodedata.combining(text[cut : cut + 1] or " ")]
     readable = {compose(text[:cut]) for cut in cuts}
     for count, end in enumerate(ends, start=1):
@@ -89,7 +89,7 @@ def test_byte_fallback_tokens_end_byte_by_byte(name, text):
         prefix = "" if name == "llama2" or text.startswith((" ", "▁")) else " "
         return prefix + read_so_far.replace("▁", " ")
 
-    _, ends = assert_ends_are_what_was_read(name, text, with_prefix)
+    _, ends = assert_ends_match_decoded_prefixes(name, text, with_prefix)
     if "▁" not in text:
         assert ends[-1:] == ([len(text.encode())] if text else [])
         assert -1 not in ends[1:] or ends[:2] == [-1, -1]
@@ -97,7 +97,7 @@ def test_byte_fallback_tokens_end_byte_by_byte(name, text):
 
 @pytest.mark.parametrize("name", BUILDERS)
 @pytest.mark.parametrize("text", TEXTS.values(), ids=TEXTS.keys())
-def test_the_last_token_has_read_the_whole_text(name, text):
+def test_last_token_ends_at_the_end_of_the_text(name, text):
     _, ends = read(name, text)
     assert max(ends, default=-1) == (len(text.encode()) or -1)
 
@@ -118,13 +118,13 @@ def test_the_last_token_has_read_the_whole_text(name, text):
         ("metaspace nfkc", "ﬁ", [("▁", -1), ("f", -1), ("i", 3)]),
     ],
 )
-def test_ends_by_example(name, text, expected):
+def test_ends_of_example_texts(name, text, expected):
     tokenizer = tokenizer_of(name)
     ids, ends = read(name, text)
     assert list(zip(tokenizer.convert_ids_to_tokens(ids), ends, strict=True)) == expected
 
 
-def test_special_tokens_of_the_tokenizer_stand_for_no_text():
+def test_added_special_tokens_have_no_byte_end():
     with_bos, ends = read("llama3", "hello", add_special_tokens=True)
     plain, plain_ends = read("llama3", "hello", add_special_tokens=False)
     assert with_bos == [tokenizer_of("llama3").bos_token_id, *plain]
@@ -132,7 +132,7 @@ def test_special_tokens_of_the_tokenizer_stand_for_no_text():
     assert read("llama3", "") == ([tokenizer_of("llama3").bos_token_id], [-1])
 
 
-def test_a_special_token_after_the_text_leaves_the_ends_before_it_alone():
+def test_special_token_after_the_text_does_not_change_earlier_ends():
     tokenizer = BUILDERS["qwen2"]()
     marks = [("<|begin|>", 0), ("<|end|>", 1)]
     tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
@@ -143,7 +143,7 @@ def test_a_special_token_after_the_text_leaves_the_ends_before_it_alone():
     assert ends[1:-1] == read("qwen2", "hello n\u0303")[1]
 
 
-def test_unknown_characters_keep_the_ends_of_their_neighbours():
+def test_unknown_characters_do_not_shift_adjacent_ends():
     tokenizer = Tokenizer(BPE(unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     trainer = trainers.BpeTrainer(vocab_size=60, special_tokens=["<unk>"], show_progress=False)
@@ -154,7 +154,7 @@ def test_unknown_characters_keep_the_ends_of_their_neighbours():
     assert ends == [5, 10, 16]
 
 
-def test_unknown_characters_fused_into_one_token_end_where_the_last_of_them_ends():
+def test_fused_unknown_token_ends_after_its_last_character():
     tokenizer = Tokenizer(BPE(unk_token="<unk>", fuse_unk=True))
     trainer = trainers.BpeTrainer(vocab_size=60, special_tokens=["<unk>"], show_progress=False)
     tokenizer.train_from_iterator(["hello world"], trainer)
@@ -166,14 +166,14 @@ def test_unknown_characters_fused_into_one_token_end_where_the_last_of_them_ends
 
 @settings(deadline=None)
 @given(st.sampled_from([*BYTE_LEVEL, *FALLBACK]), st.lists(any_text | tricky_text | st.sampled_from(SPECIAL)))
-def test_special_tokens_written_in_a_text_do_not_shift_the_ends(name, pieces):
+def test_special_tokens_in_the_text_do_not_shift_ends(name, pieces):
     text = "".join(pieces).replace("▁", "_")
     ids, ends = read(name, text, add_special_tokens=False)
     assert ends == naive_ends(name, text, ids)
 
 
 @pytest.mark.parametrize("name", ["qwen2", "llama2"])
-def test_a_special_token_that_swallows_spaces_ends_after_them(name):
+def test_special_token_that_strips_spaces_ends_after_them(name):
     tokenizer = BUILDERS[name]()
     tokenizer.backend_tokenizer.add_special_tokens([AddedToken("<|user|>", rstrip=True, special=True)])
     text = "é<|user|> \n中"
@@ -184,7 +184,7 @@ def test_a_special_token_that_swallows_spaces_ends_after_them(name):
     assert ends[-1] == 15
 
 
-def test_an_earlier_truncation_does_not_cut_the_text():
+def test_truncation_in_an_earlier_call_does_not_cut_the_text():
     tokenizer = BUILDERS["qwen2"]()
     before = fingerprint(tokenizer)
     tokenizer("hello world", truncation=True, max_length=1)
@@ -192,13 +192,13 @@ def test_an_earlier_truncation_does_not_cut_the_text():
     assert read_text(tokenizer, "hello world", add_special_tokens=False)[1][-1] == 11
 
 
-def test_a_text_without_utf8_form_is_refused():
+def test_text_with_a_lone_surrogate_is_refused():
     with pytest.raises(FieldError, match=r"^text: character 2 is a lone surrogate"):
         read_text(tokenizer_of("qwen2"), "ab\ud800", add_special_tokens=False)
 
 
 class SlowTokenizer(PreTrainedTokenizer):
-    """A tokenizer in plain Python, as transformers lets people write them."""
+    """A slow (pure Python) transformers tokenizer."""
 
     @property
     def vocab_size(self):
@@ -217,26 +217,26 @@ class SlowTokenizer(PreTrainedTokenizer):
         return chr(index)
 
 
-def test_a_tokenizer_without_offsets_is_refused_by_name():
+def test_slow_tokenizer_without_offsets_is_refused():
     slow = SlowTokenizer()
     for call in (lambda: read_text(slow, "a", add_special_tokens=False), lambda: fingerprint(slow)):
         with pytest.raises(FieldError, match=r"^tokenizer: SlowTokenizer has no offsets.*tokenizer\.json"):
             call()
 
 
-def test_a_fingerprint_survives_saving(tmp_path):
+def test_fingerprint_is_the_same_after_save_and_load(tmp_path):
     tokenizer = BUILDERS["llama3"]()
     tokenizer.save_pretrained(tmp_path)
     assert fingerprint(PreTrainedTokenizerFast.from_pretrained(tmp_path)) == fingerprint(tokenizer)
 
 
-def test_a_fingerprint_names_what_is_read_differently():
+def test_tokenizers_that_differ_have_different_fingerprints():
     prints = {name: fingerprint(build()) for name, build in BUILDERS.items()}
     assert len(set(prints.values())) == len(prints)
     assert prints["llama3"] == fingerprint(BUILDERS["llama3"]())
 
 
-def test_settings_that_change_what_is_read_change_the_fingerprint():
+def test_fingerprint_depends_on_settings_that_change_tokenization():
     plain = fingerprint(BUILDERS["qwen2"]())
     splitting, template, adding = (BUILDERS["qwen2"]() for _ in range(3))
     splitting.split_special_tokens = True

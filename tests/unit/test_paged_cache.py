@@ -1,4 +1,4 @@
-"""Keys and values are read exactly from vLLM's cache; unsupported layouts are refused."""
+"""Tests of reading exact keys and values from vLLM's cache, and of refusing unsupported layouts."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from teacher_server.engines.vllm.paged_cache import (
 
 BLOCKS, HEADS, BLOCK_SIZE, DIM = 5, 3, 8, 16
 GEOMETRY = {"kv_heads": HEADS, "block_size": BLOCK_SIZE, "head_dim": DIM}
-# Out of order, one block twice, first and last offsets.
+# Covers unordered blocks, a repeated block, and the first and last offsets.
 BLOCK_N = torch.tensor([4, 0, 2, 2, 4, 1])
 OFFSET_N = torch.tensor([7, 0, 3, 5, 0, 7])
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -32,17 +32,17 @@ def numbered(count: int, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 def token_major() -> Tensor:
-    """[blocks, heads, block_size, 2D] over memory in which a token's heads lie together (NHD)."""
+    """[blocks, heads, block_size, 2D] whose memory order is NHD: the heads of a token are adjacent."""
     return numbered(BLOCKS * BLOCK_SIZE * HEADS * 2 * DIM).view(BLOCKS, BLOCK_SIZE, HEADS, 2 * DIM).transpose(1, 2)
 
 
 def head_major() -> Tensor:
-    """The same over memory in which a head's tokens lie together (HND)."""
+    """[blocks, heads, block_size, 2D] whose memory order is HND: the tokens of a head are adjacent."""
     return numbered(BLOCKS * BLOCK_SIZE * HEADS * 2 * DIM).view(BLOCKS, HEADS, BLOCK_SIZE, 2 * DIM)
 
 
 def part_of_all_layers() -> Tensor:
-    """One of two layers whose blocks alternate in memory."""
+    """The cache of one of two layers whose blocks alternate in memory."""
     both = numbered(2 * BLOCKS * BLOCK_SIZE * HEADS * 2 * DIM).view(BLOCKS, 2, HEADS, BLOCK_SIZE, 2 * DIM)
     return both[:, 1]
 
@@ -88,7 +88,7 @@ def transposed(block_size: int, head_dim: int) -> Tensor:
 
 
 def in_pairs(block_size: int, head_dim: int) -> Tensor:
-    """Two tokens' elements alternate, as for instructions on pairs of bf16."""
+    """The elements of two tokens alternate, as for instructions on bf16 pairs."""
     return torch.arange(block_size * head_dim).view(block_size // 2, head_dim, 2).transpose(1, 2).reshape(-1, head_dim)
 
 
@@ -97,7 +97,7 @@ def at_random(block_size: int, head_dim: int) -> Tensor:
 
 
 def writer(key_places: Places, value_places: Places | None = None) -> WriteTokens:
-    """vLLM's write on a processor with this element order."""
+    """Returns vLLM's write function of a processor with this element order."""
 
     def write(key: Tensor, value: Tensor, key_cache: Tensor, value_cache: Tensor, slots: Tensor) -> None:
         block_size, head_dim = key_cache.shape[2:]
@@ -118,7 +118,7 @@ def writer(key_places: Places, value_places: Places | None = None) -> WriteToken
     ids=lambda pair: "-".join(one.__name__ for one in pair),
 )
 def test_packed_caches_are_read_exactly(places: tuple[Places, Places], dtype: torch.dtype) -> None:
-    # 32 x 64 elements: more than bf16 represents exactly, and more than one digit.
+    # 32 x 64 elements exceed the integers that bf16 represents exactly, so recovery needs more than one digit.
     block_size, head_dim = 32, 64
     cache = torch.zeros(BLOCKS, HEADS, block_size, 2 * head_dim, dtype=dtype)
     write = writer(*places)
@@ -138,7 +138,7 @@ def writes_nothing(*_: Tensor) -> None:
     pass
 
 
-def writes_the_first_token_alone(key: Tensor, value: Tensor, keys: Tensor, values: Tensor, slots: Tensor) -> None:
+def writes_only_the_first_token(key: Tensor, value: Tensor, keys: Tensor, values: Tensor, slots: Tensor) -> None:
     writer(in_order)(key[:1], value[:1], keys, values, slots[:1])
 
 
@@ -150,8 +150,8 @@ def quantises(key: Tensor, value: Tensor, keys: Tensor, values: Tensor, slots: T
     writer(in_order)(key // 2 * 2, value, keys, values, slots)
 
 
-@pytest.mark.parametrize("write", [writes_nothing, writes_the_first_token_alone, loses_values, quantises])
-def test_a_packing_that_is_not_a_permutation_is_refused(write: WriteTokens) -> None:
+@pytest.mark.parametrize("write", [writes_nothing, writes_only_the_first_token, loses_values, quantises])
+def test_packing_that_is_not_a_permutation_is_refused(write: WriteTokens) -> None:
     with pytest.raises(UnsupportedModelError, match="does not hold each element of a block once"):
         recover_packing(write, torch.zeros(1, HEADS, BLOCK_SIZE, 2 * DIM))
 
@@ -184,12 +184,12 @@ def test_unsupported_caches_are_refused(backend: str, cache: Tensor, reason: str
         layout_of(backend, cache, GEOMETRY, writer(in_order))
 
 
-def test_a_packed_cache_needs_vllms_write_function() -> None:
+def test_packed_cache_needs_vllms_write_function() -> None:
     with pytest.raises(UnsupportedModelError, match="CPU_ATTN"):
         layout_of("CPU_ATTN", CACHE, GEOMETRY, None)
 
 
-def test_each_backend_has_its_layout() -> None:
+def test_layout_of_each_backend() -> None:
     kinds: dict[str, type[Any]] = {"FLASH_ATTN": SplitLayout, "TRITON_ATTN": SplitLayout, "CPU_ATTN": PackedLayout}
     for backend, kind in kinds.items():
         assert isinstance(layout_of(backend, CACHE, GEOMETRY, writer(in_order)), kind)

@@ -1,4 +1,4 @@
-"""Progress of the long parts of a run."""
+"""Tests of the progress of a run's long phases."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ def run() -> Iterator[RunState]:
     current_run.reset(token)
 
 
-def test_the_run_shows_its_progress_until_the_last_batch(run: RunState) -> None:
+def test_progress_is_shown_until_the_last_batch(run: RunState) -> None:
     shown = [(item, run.doing) for item in show_progress("fitting", "abc")]
     assert shown == [("a", "fitting 0/3"), ("b", "fitting 1/3"), ("c", "fitting 2/3")]
     assert run.doing is None
 
 
-def test_an_error_clears_the_progress(run: RunState) -> None:
+def test_error_clears_the_progress(run: RunState) -> None:
     def work() -> None:
         for _ in show_progress("fitting", "abc"):
             raise RuntimeError
@@ -62,5 +62,5 @@ def test_long_phases_are_logged_unless_a_terminal_shows_them(
     assert caplog.messages == lines
 
 
-def test_batches_are_unchanged_without_a_run() -> None:
+def test_show_progress_yields_all_items_without_a_run() -> None:
     assert list(show_progress("fitting", "ab")) == ["a", "b"]

@@ -1,4 +1,4 @@
-"""The documentation's pictures: each is shown by a page, described in words, and either small or drawn for the site."""
+"""Tests of the pictures in the documentation: pages reference all of them with alt text, and files are small."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _SHOWN = re.compile(r"!\[([^\]]*)\]\(([\w./]+)\)")
 
 
 @pytest.fixture(scope="module")
-def drawn() -> dict[str, bytes]:
+def generated() -> dict[str, bytes]:
     return pictures()
 
 
@@ -25,17 +25,17 @@ def committed() -> list[Path]:
     return [path for path in DOCS.rglob("*") if path.suffix in {".svg", ".png"}]
 
 
-def shown() -> list[tuple[str, str]]:
-    """What the pages of docs/ say of each picture, and its path below docs/."""
+def references() -> list[tuple[str, str]]:
+    """Alt text and path below docs/ of every picture reference in the pages of docs/."""
     return [found for page in DOCS.glob("*.md") for found in _SHOWN.findall(page.read_text(encoding="utf-8"))]
 
 
-def test_pages_and_readme_show_every_picture_and_no_other(drawn: dict[str, bytes]) -> None:
+def test_pages_and_readme_reference_every_picture_and_no_missing_one(generated: dict[str, bytes]) -> None:
     kept = {path.relative_to(DOCS).as_posix() for path in committed()}
     readme = set(re.findall(r"docs/([\w./]+\.(?:svg|png))", (ROOT / "README.md").read_text(encoding="utf-8")))
     assert readme <= kept
-    assert {path for _, path in shown()} | readme == kept | drawn.keys()
-    assert kept.isdisjoint(drawn)
+    assert {path for _, path in references()} | readme == kept | generated.keys()
+    assert kept.isdisjoint(generated)
 
 
 def test_committed_pictures_are_small() -> None:
@@ -45,12 +45,12 @@ def test_committed_pictures_are_small() -> None:
         assert path.stat().st_size <= 150 * 1024, path.name
 
 
-def test_every_picture_is_described_for_those_who_cannot_see_it() -> None:
-    assert [name for words, name in shown() if len(words.split()) < 5] == []
+def test_every_picture_has_alt_text() -> None:
+    assert [name for words, name in references() if len(words.split()) < 5] == []
 
 
-def test_drawn_pictures_are_white_640_pixels_wide_and_undated(drawn: dict[str, bytes]) -> None:
-    for name, content in drawn.items():
+def test_generated_pictures_are_white_640_pixels_wide_and_undated(generated: dict[str, bytes]) -> None:
+    for name, content in generated.items():
         text = content.decode()
         width = re.search(r'<svg[^>]* width="([\d.]+)pt"', text)
         assert width is not None

@@ -1,4 +1,4 @@
-"""Plan execution emits what each sample's plan asks for, independent of the rest of the batch."""
+"""Tests of plan execution: the results of each sample follow its plan and do not depend on the batch."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def run(samples: Sequence[tuple[Sample, KVPlan]], faults: FakeFaults | None = No
 
 
 def layers_of(sample: Sample, layers: Sequence[int]) -> list[LayerOutput]:
-    """The engine's output for one sample alone."""
+    """The engine's output for a batch of only this sample."""
     engine, outputs = make_engine(), list[LayerOutput]()
     engine.prefill([engine.tokenize(sample)], layers, True, outputs.append)
     return outputs
@@ -88,7 +88,7 @@ def layers_of(sample: Sample, layers: Sequence[int]) -> list[LayerOutput]:
 
 
 def naive_positions(plan: KVPlan, sample: Sample, layer: int) -> list[list[int]]:
-    """The tokens selected per head of one layer (one list if the scope is wider), by definition."""
+    """Tokens selected in one layer by the definition: one list per head, or one list if the scope is wider."""
     selection = plan.selection
     tokens = make_engine().tokenize(sample)
     kind = -1 if selection.span == "all" else SPAN_KINDS.index(selection.span)
@@ -104,21 +104,21 @@ def naive_positions(plan: KVPlan, sample: Sample, layer: int) -> list[list[int]]
         choosers = {"head": [layer * HEADS, layer * HEADS + 1], "layer": [layer], "sample": [0]}[selection.scope]
         drawn = [naive.random_scores(selection.seed, tokens.token_ids, c, len(candidates)) for c in choosers]
         return [naive.best(scores, candidates, budget) for scores in drawn]
-    rated = [
+    scores_by_layer = [
         [naive_scores(selection, output, head, candidates) for head in range(HEADS)]
         for output in layers_of(sample, plan.layers)
     ]
     place = plan.layers.index(layer)
-    voters = {
-        "head": [[h] for h in rated[place]],
-        "layer": [rated[place]],
-        "sample": [[h for lay in rated for h in lay]],
+    score_groups = {
+        "head": [[h] for h in scores_by_layer[place]],
+        "layer": [scores_by_layer[place]],
+        "sample": [[h for lay in scores_by_layer for h in lay]],
     }
-    return [naive.best(naive.mean_scores(group), candidates, budget) for group in voters[selection.scope]]
+    return [naive.best(naive.mean_scores(group), candidates, budget) for group in score_groups[selection.scope]]
 
 
 def naive_scores(selection: Selection, output: LayerOutput, head: int, candidates: list[int]) -> list[float]:
-    """The tokens that one head selects."""
+    """Scores of the candidates by one head."""
     keys = output.k_BHTD[0, head, candidates].tolist()
     if selection.selector == "keydiff":
         return naive.keydiff_scores(keys)
@@ -128,8 +128,8 @@ def naive_scores(selection: Selection, output: LayerOutput, head: int, candidate
     return naive.r_kv_scores(keys, importance_BHT[0, head, candidates].tolist(), selection.importance_weight)
 
 
-def assert_as_alone(outcome: Outcome, index: int, sample: Sample, plan: KVPlan) -> None:
-    """Check a sample's results: its plan's layers in order, with the naive selection and the engine's K/V."""
+def assert_matches_single_sample(outcome: Outcome, index: int, sample: Sample, plan: KVPlan) -> None:
+    """Checks a sample's results: the layers of its plan in order, with the naive selection and the engine's K/V."""
     found = outcome.of(index)
     assert [result.layer for result, _ in found] == list(plan.layers)
     for (result, row), output in zip(found, layers_of(sample, plan.layers), strict=True):
@@ -151,7 +151,7 @@ def assert_as_alone(outcome: Outcome, index: int, sample: Sample, plan: KVPlan) 
 @pytest.mark.parametrize("scope", ["head", "layer", "sample"])
 @pytest.mark.parametrize("selector", ["full", "right", "r_kv", "random", "keydiff"])
 @pytest.mark.parametrize("codec", ["raw", "int8"])
-def test_each_sample_gets_its_plans_tokens_and_layers(selector: str, scope: str, codec: str) -> None:
+def test_each_sample_gets_the_tokens_and_layers_of_its_plan(selector: str, scope: str, codec: str) -> None:
     selection = Selection.model_validate(
         {"selector": selector, "budget": 0 if selector == "full" else 3, "scope": scope}
     )
@@ -166,7 +166,7 @@ def test_each_sample_gets_its_plans_tokens_and_layers(selector: str, scope: str,
     outcome = run([(sample, plan) for sample in samples])
     assert not outcome.failures
     for index, sample in enumerate(samples):
-        assert_as_alone(outcome, index, sample, plan)
+        assert_matches_single_sample(outcome, index, sample, plan)
 
 
 def test_different_plans_share_a_batch() -> None:
@@ -184,10 +184,10 @@ def test_different_plans_share_a_batch() -> None:
     samples = [(make_sample(f"s{index}", prompt="p" * (index + 2)), plan) for index, plan in enumerate(plans)]
     outcome = run(samples)
     for index, (sample, plan) in enumerate(samples):
-        assert_as_alone(outcome, index, sample, plan)
+        assert_matches_single_sample(outcome, index, sample, plan)
 
 
-def test_importance_pooling_is_chosen_per_plan() -> None:
+def test_importance_pooling_is_set_per_plan() -> None:
     sample = make_sample("a", reasoning="1+1=2, 2+2=4, 4+4=8")
     outcome = run([(sample, KVPlan(layers=(1,), selection=by_importance(pool), codec=RAW)) for pool in ("max", "mean")])
     largest, mean = (outcome.of(index)[0] for index in range(2))
@@ -200,8 +200,8 @@ def test_random_selection_does_not_depend_on_the_batch() -> None:
     outcome = run([(sample, plan) for sample in samples], FakeFaults(not_finite=frozenset({"bad"})))
     other_order = run([(samples[2], plan), (make_sample("a under another name", reasoning="1+1=2"), plan)])
     for index, other in ((0, 1), (2, 0)):
-        assert_as_alone(outcome, index, samples[index], plan)
-        assert_as_alone(other_order, other, samples[index], plan)
+        assert_matches_single_sample(outcome, index, samples[index], plan)
+        assert_matches_single_sample(other_order, other, samples[index], plan)
 
 
 def test_samples_of_equal_plan_and_length_share_one_result() -> None:
@@ -234,11 +234,11 @@ class RecordingEngine(FakeEngine):
     def prefill(
         self, batch: Sequence[TokenizedSample], layers: Sequence[int], with_importance: bool, sink: LayerSink
     ) -> None:
-        def noting(output: LayerOutput) -> None:
+        def record_layer(output: LayerOutput) -> None:
             self._events.append(f"computed {output.layer}")
             sink(output)
 
-        super().prefill(batch, layers, with_importance, noting)
+        super().prefill(batch, layers, with_importance, record_layer)
 
 
 @pytest.mark.parametrize(
@@ -251,7 +251,7 @@ class RecordingEngine(FakeEngine):
         ("random", "sample", ["computed 0", "emitted 0", "computed 1", "emitted 1"]),
     ],
 )
-def test_a_layer_is_emitted_as_soon_as_its_tokens_can_be_selected(
+def test_layer_is_emitted_as_soon_as_its_tokens_can_be_selected(
     selector: Selector, scope: Scope, expected: list[str]
 ) -> None:
     events: list[str] = []
@@ -273,13 +273,13 @@ def test_encoded_bytes_equals_the_size_of_the_result() -> None:
         for codec in (RAW, CodecSpec(name="bf16"), CodecSpec(group_size=3)):
             plan = KVPlan(layers=(0, 2), selection=selection, codec=codec)
             engine = make_engine()
-            foretold = encoded_bytes(plan, engine.tokenize(make_sample("a")), engine.info)
+            predicted = encoded_bytes(plan, engine.tokenize(make_sample("a")), engine.info)
             results = run([(make_sample("a"), plan)]).results
             sent = [tensor for result in results for tensor in (*result.parts.values(), result.positions)]
-            assert foretold == sum(tensor.nbytes for tensor in sent)
+            assert predicted == sum(tensor.nbytes for tensor in sent)
 
 
-def test_tensors_are_unchanged_by_the_packed_copy() -> None:
+def test_packed_copy_does_not_change_tensors() -> None:
     tensors = {
         "codes": torch.randint(-127, 127, (2, 3, 5), dtype=torch.int8),
         "error": torch.rand(2, dtype=torch.float64),
@@ -299,7 +299,7 @@ def test_tensors_are_unchanged_by_the_packed_copy() -> None:
 
 @pytest.mark.parametrize("scope", ["head", "layer", "sample"])
 @pytest.mark.parametrize("selector", ["right", "r_kv"])
-def test_a_sample_with_non_finite_kv_fails_alone(selector: str, scope: str) -> None:
+def test_only_the_sample_with_non_finite_kv_fails(selector: str, scope: str) -> None:
     selection = Selection.model_validate({"selector": selector, "budget": 3, "scope": scope})
     plan = KVPlan(layers=(0, 1, 2), selection=selection, codec=RAW)
     samples = [make_sample("a", reasoning="11111"), make_sample("bad"), make_sample("c", reasoning="33333")]
@@ -308,10 +308,10 @@ def test_a_sample_with_non_finite_kv_fails_alone(selector: str, scope: str) -> N
     assert "not finite" in outcome.failures[0].problem
     assert not outcome.of(1)
     for index in (0, 2):
-        assert_as_alone(outcome, index, samples[index], plan)
+        assert_matches_single_sample(outcome, index, samples[index], plan)
 
 
-def test_a_batch_whose_samples_all_fail_has_no_results() -> None:
+def test_batch_in_which_all_samples_fail_has_no_results() -> None:
     plan = KVPlan(layers=(0, 1), selection=R_KV)
     outcome = run([(make_sample("bad"), plan)], FakeFaults(not_finite=frozenset({"bad"})))
     assert [failure.index for failure in outcome.failures] == [0]
@@ -319,14 +319,14 @@ def test_a_batch_whose_samples_all_fail_has_no_results() -> None:
 
 
 @pytest.mark.parametrize("scope", ["layer", "sample"])
-def test_a_sample_over_the_error_budget_fails_with_both_numbers(scope: Scope) -> None:
+def test_sample_over_max_relative_error_fails_with_error_and_limit(scope: Scope) -> None:
     selection = Selection(selector="r_kv", budget=3, scope=scope)
     samples = [make_sample(f"s{index}", reasoning=f"{index}+{index}={2 * index}") for index in range(4)]
-    free = KVPlan(layers=(0, 1), selection=selection)
+    unlimited = KVPlan(layers=(0, 1), selection=selection)
     worst = [
         max(
             result.relative_error[kind][row]
-            for result, row in run([(s, free) for s in samples]).of(index)
+            for result, row in run([(s, unlimited) for s in samples]).of(index)
             for kind in "kv"
         )
         for index, s in enumerate(samples)
@@ -338,13 +338,13 @@ def test_a_sample_over_the_error_budget_fails_with_both_numbers(scope: Scope) ->
     assert sorted(failed) == [index for index, error in enumerate(worst) if error > limit]
     for index, sample in enumerate(samples):
         if index not in failed:
-            assert_as_alone(outcome, index, sample, tight)
+            assert_matches_single_sample(outcome, index, sample, tight)
     for problem in failed.values():
         assert f"plan.codec.max_relative_error is {limit:.3g}" in problem
         assert "has a relative error of 0.0" in problem
 
 
-def test_errors_of_the_model_reach_the_caller() -> None:
+def test_model_errors_propagate_to_the_caller() -> None:
     with pytest.raises(RuntimeError, match="injected fault"):
         run([(make_sample("a"), KVPlan(layers=(0,)))], FakeFaults(fail=frozenset({"a"})))
 
@@ -352,26 +352,26 @@ def test_errors_of_the_model_reach_the_caller() -> None:
 # ---------------------------------------------------------------------------------------------------- refusals
 
 
-def test_a_plan_with_unknown_layers_is_refused_by_field() -> None:
+def test_plan_with_unknown_layers_is_refused() -> None:
     info = make_engine().info
     check_plan(KVPlan(layers=(0, LAYERS - 1), selection=R_KV), info)
     with pytest.raises(FieldError, match=r"plan\.layers: got 4; this teacher's layers are 0 to 3"):
         check_plan(KVPlan(layers=(0, LAYERS)), info)
 
 
-def test_an_unknown_selector_or_codec_is_refused_with_the_known_ones() -> None:
+def test_unknown_selector_or_codec_is_refused_with_the_known_ones() -> None:
     config = ServeConfig(model="fake:", engine="fake")
     info = FakeEngine(config, FakeModel()).info
-    poor = type(info)(
+    limited = type(info)(
         **{**{name: getattr(info, name) for name in info.__slots__}, "selectors": ("full",), "codecs": ("raw",)}
     )
     with pytest.raises(FieldError, match=r"plan\.selection\.selector: got 'r_kv'; known: full"):
-        check_plan(KVPlan(layers=(0,), selection=R_KV), poor)
+        check_plan(KVPlan(layers=(0,), selection=R_KV), limited)
     with pytest.raises(FieldError, match=r"plan\.codec\.name: got 'int8'; known: raw"):
-        check_plan(KVPlan(layers=(0,)), poor)
+        check_plan(KVPlan(layers=(0,)), limited)
 
 
-def test_a_sample_without_candidate_tokens_is_refused() -> None:
+def test_sample_without_candidate_tokens_is_refused() -> None:
     tokens = make_engine().tokenize(make_sample("q1", reasoning=""))
     with pytest.raises(FieldError, match=r"samples\[q1\]\.spans: no token lies in the span 'reasoning'"):
         check_sample(tokens, KVPlan(layers=(0,)))
@@ -386,7 +386,7 @@ def test_r_kv_needs_an_answer_unless_importance_weight_is_zero() -> None:
     check_sample(tokens, KVPlan(layers=(0,), selection=by_keys))
 
 
-def test_the_span_all_excludes_tokens_without_text() -> None:
+def test_span_all_excludes_tokens_without_text() -> None:
     plan = KVPlan(layers=(0,), selection=Selection(span="all"))
     tokens = make_engine().tokenize(Sample("a", text="abc"))
     assert candidate_tokens(tokens, plan).tolist() == [1, 2, 3]

@@ -1,4 +1,4 @@
-"""The size of a plan's answer is the size of the encoded tensors."""
+"""Tests of the predicted size of a sample, compared with its encoded tensors."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from kvcore.tensors.plan_size import kept_slots, sample_bytes
 from tests.support.streams import INFO, sample_kv
 
 
-def test_plan_keeps_its_budget_or_all_tokens() -> None:
+def test_kept_slots_are_the_budget_or_all_tokens() -> None:
     right = KVPlan(layers=(0,), selection=Selection(selector="right", budget=4))
     assert [kept_slots(right, count) for count in (2, 4, 9)] == [2, 4, 4]
     assert kept_slots(KVPlan(layers=(0,)), 9) == 9
@@ -17,7 +17,7 @@ def test_plan_keeps_its_budget_or_all_tokens() -> None:
 
 @pytest.mark.parametrize("scope", ["head", "layer", "sample"])
 @pytest.mark.parametrize("codec", ["raw", "bf16", "int8"])
-def test_sample_bytes_are_those_of_its_tensors(scope: Scope, codec: CodecName) -> None:
+def test_sample_bytes_equal_the_size_of_its_tensors(scope: Scope, codec: CodecName) -> None:
     plan = KVPlan(
         layers=(0, 2), selection=Selection(selector="right", budget=5, scope=scope), codec=CodecSpec(name=codec)
     )

@@ -1,4 +1,4 @@
-"""`kvdistill plan` says what a run asks of each teacher before any server is up."""
+"""Tests of `kvdistill plan`: what a run requests from each teacher, shown before any server runs."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def models(world: World) -> list[str]:
 
 
 def rows(shown: str) -> dict[str, list[str]]:
-    """The last table's rows by their first word."""
+    """Rows of the last table, keyed by their first word."""
     return {line.split()[0]: line.split() for line in shown.rpartition("\n\n")[2].splitlines()}
 
 
@@ -42,7 +42,7 @@ def test_plan_shows_layers_tokens_and_bytes_from_model_configurations(world: Wor
     assert "layers of ada  2 of 3: 0, 2" in shown
     assert "layers of ben  2 of 4: 0, 3" in shown
     assert f"r_kv keeps at most {LATENTS} of the reasoning" in shown
-    # ada: 2 layers of 2 heads of 16, K and V in int8 with bf16 scales: K one for each channel, V one for each token.
+    # ada: 2 layers, 2 heads, head dim 16. K and V are int8 with bf16 scales: K per channel, V per token.
     codes = 2 * 2 * LATENTS * 16
     scales = 2 * (16 + LATENTS) * 2
     sample = 2 * (codes + scales) + 4 * LATENTS
@@ -53,7 +53,7 @@ def test_plan_shows_layers_tokens_and_bytes_from_model_configurations(world: Wor
     assert rows(shown)["all"][-1] == "Gbit/s"
 
 
-def test_more_tokens_or_a_wider_codec_cost_more(world: World) -> None:
+def test_wider_codec_needs_more_bytes_per_sample(world: World) -> None:
     def sample(**kv: Any) -> float:
         return float(rows(plan_text(config(world, kv=kv), models(world)))["ada"][2])
 
@@ -64,14 +64,14 @@ def test_more_tokens_or_a_wider_codec_cost_more(world: World) -> None:
 def test_stages_with_equal_requests_are_shown_together(world: World) -> None:
     stages = [{"name": "first"}, {"name": "second"}, {"name": "third", "kv": {"codec": {"name": "bf16"}}}]
     shown = plan_text(config(world, stages=stages), models(world))
-    together, apart = shown.split("stages  ")[1:]
+    together, separate = shown.split("stages  ")[1:]
     assert together.startswith("first, second\n")
     assert "int8" in together
-    assert apart.startswith("third\n")
-    assert "bf16" in apart
+    assert separate.startswith("third\n")
+    assert "bf16" in separate
 
 
-def test_an_offline_run_is_planned_from_its_store(world: World, tmp_path: Path) -> None:
+def test_offline_run_is_planned_from_its_store(world: World, tmp_path: Path) -> None:
     for name in ("ada", "ben"):
         fill(tmp_path / name)
     offline = config(
@@ -93,7 +93,7 @@ def test_unreachable_server_error_names_teacher_model_flag(world: World) -> None
         ("ada=nowhere/at_all", "--teacher-model: cannot read the configuration of 'nowhere/at_all'"),
     ],
 )
-def test_a_wrong_teacher_model_is_named(
+def test_invalid_teacher_model_flag_is_refused(
     world: World, given: str, problem: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")

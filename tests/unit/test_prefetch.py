@@ -1,4 +1,4 @@
-"""Batches are fetched ahead, in order, within the depth, and errors reach the batch that they belong to."""
+"""Tests of Prefetch: fetching ahead in order and up to the depth, errors per batch, and close."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -42,7 +42,7 @@ def test_submitted_batches_are_fetched_before_their_results_are_requested(prefet
     assert inner.fetched == [ids("a")]
 
 
-def test_at_most_depth_batches_are_ahead_and_the_rest_follow_in_order(prefetch, inner):
+def test_at_most_depth_batches_are_fetched_ahead_in_order(prefetch, inner):
     first, *_ = [prefetch.submit(samples(2, name)) for name in "abcd"]
     assert eventually(lambda: len(inner.fetched) == 2)
     time.sleep(0.05)
@@ -53,7 +53,7 @@ def test_at_most_depth_batches_are_ahead_and_the_rest_follow_in_order(prefetch, 
     assert inner.fetched == [ids("a"), ids("b"), ids("c")]
 
 
-def test_submit_never_blocks_while_the_source_does(prefetch, inner):
+def test_submit_does_not_block_while_the_source_blocks(prefetch, inner):
     inner.gate.clear()
     pending = [prefetch.submit(samples(2, name)) for name in "abcdefgh"]
     assert len(inner.fetched) <= 1
@@ -61,7 +61,7 @@ def test_submit_never_blocks_while_the_source_does(prefetch, inner):
     assert [one.result()[1].sample_id for one in pending] == [f"{name}1" for name in "abcdefgh"]
 
 
-def test_a_batch_that_a_caller_waits_for_goes_first(prefetch, inner):
+def test_batch_with_a_waiting_caller_is_fetched_first(prefetch, inner):
     for name in "abc":
         prefetch.submit(samples(2, name))
     assert eventually(lambda: len(inner.fetched) == 2)
@@ -88,13 +88,13 @@ def test_results_taken_out_of_order_do_not_change_the_depth(prefetch, inner):
     assert inner.fetched == [ids("e"), ids("f")]
 
 
-def test_the_same_batch_submitted_twice_is_fetched_twice(prefetch, inner):
+def test_batch_submitted_twice_is_fetched_twice(prefetch, inner):
     first, second = prefetch.submit(samples(2, "a")), prefetch.submit(samples(2, "a"))
     assert same_result(first.result()[0], second.result()[0])
     assert inner.fetched == [ids("a"), ids("a")]
 
 
-def test_an_error_is_raised_for_the_batch_it_belongs_to(prefetch, inner):
+def test_error_is_raised_only_for_its_own_batch(prefetch, inner):
     def refuse(batch: list[str]) -> None:
         if "b0" in batch:
             raise TeacherRefusedError("fake", "plan.layers: 99 is too many")

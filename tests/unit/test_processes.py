@@ -1,4 +1,4 @@
-"""Child processes end when asked and when their parent ends."""
+"""Tests of child processes: they end on request and together with their parent."""
 
 from __future__ import annotations
 

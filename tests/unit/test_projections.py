@@ -1,4 +1,4 @@
-"""Which modules put out content keys and values, and in which order of heads and tokens."""
+"""Tests of kv_projections: which modules output content keys and values, and in which order of heads and tokens."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def model_of(name: str) -> PreTrainedModel:
     return ALL[name]()
 
 
-def test_the_readme_counts_these_configurations_and_architectures() -> None:
+def test_readme_states_the_number_of_configurations_and_architectures() -> None:
     readme = (Path(__file__).resolve().parents[2] / "README.md").read_text(encoding="utf-8")
     architectures = {type(model_of(name)) for name in ALL}
     assert f"| {len(ALL)} tiny configurations of {len(architectures)} architectures:" in readme
@@ -54,8 +54,8 @@ def test_the_readme_counts_these_configurations_and_architectures() -> None:
 
 @pytest.mark.parametrize("name", ALL)
 @pytest.mark.parametrize("tokens", [1, KV_HEADS, 5])
-def test_a_content_key_is_what_the_model_caches_where_nothing_is_rotated(name: str, tokens: int) -> None:
-    """At position 0, with as many tokens as heads too, where a wrong order would have the right shape."""
+def test_content_keys_equal_cached_keys_at_position_zero(name: str, tokens: int) -> None:
+    """One case has as many tokens as heads, so that a wrong order would still have the right shape."""
     model = model_of(name)
     content, cached = content_and_cache(model, torch.zeros(3, tokens, dtype=torch.int64))
     factor = getattr(getattr(model, "rotary_emb", None) or model.model.rotary_emb, "attention_scaling", 1.0)
@@ -67,7 +67,7 @@ def test_a_content_key_is_what_the_model_caches_where_nothing_is_rotated(name: s
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_what_is_put_back_has_the_form_that_the_module_gave(name: str) -> None:
+def test_as_output_restores_the_modules_output_layout(name: str) -> None:
     model = model_of(name)
     outputs = []
     handles = [
@@ -86,6 +86,6 @@ def test_what_is_put_back_has_the_form_that_the_module_gave(name: str) -> None:
 @pytest.mark.parametrize(
     ("model_class", "config_class"), [(HunYuanDenseV1Model, HunYuanDenseV1Config), (NanoChatModel, NanoChatConfig)]
 )
-def test_a_model_that_norms_its_rotated_keys_is_refused_by_name(model_class: Any, config_class: Any) -> None:
+def test_models_that_normalise_rotated_keys_are_refused(model_class: Any, config_class: Any) -> None:
     with pytest.raises(UnsupportedModelError, match=r"(HunYuanDenseV1|NanoChat)Attention may norm its keys"):
         kv_projections(tiny(model_class, config_class, head_dim=HEAD_DIM))

@@ -1,4 +1,4 @@
-"""The .pt file: what torch.save would have written, in one pass and in little memory."""
+"""Tests of PTWriter: the same content as torch.save, written in one pass with constant memory."""
 
 from __future__ import annotations
 
@@ -71,17 +71,17 @@ def assert_same(found: Any, expected: Any) -> None:
 
 @pytest.mark.parametrize("mmap", [False, True])
 @pytest.mark.parametrize("chunk_bytes", [1, 700, pt_file.CHUNK_BYTES])
-def test_torch_reads_the_list_that_torch_save_would_have_written(tmp_path: Path, chunk_bytes: int, mmap: bool) -> None:
+def test_torch_load_reads_the_same_list_as_from_torch_save(tmp_path: Path, chunk_bytes: int, mmap: bool) -> None:
     write(tmp_path / "x.pt", 7, chunk_bytes=chunk_bytes)
     found = torch.load(tmp_path / "x.pt", weights_only=True, mmap=mmap)  # noqa: TID251 - what users read it with
     saved = io.BytesIO()
-    torch.save([item(number) for number in range(7)], saved)  # noqa: TID251 - what it has to be like
+    torch.save([item(number) for number in range(7)], saved)  # noqa: TID251 - the reference
     saved.seek(0)
     assert_same(found, torch.load(saved, weights_only=True))  # noqa: TID251 - as above
     assert [path.name for path in tmp_path.iterdir()] == ["x.pt"]
 
 
-def test_an_empty_list_is_one(tmp_path: Path) -> None:
+def test_empty_list_can_be_loaded(tmp_path: Path) -> None:
     write(tmp_path / "x.pt", 0)
     assert torch.load(tmp_path / "x.pt", weights_only=True) == []  # noqa: TID251 - what users read it with
 
@@ -94,7 +94,7 @@ def test_storages_are_aligned_for_memory_mapping(tmp_path: Path) -> None:
     assert all(start % 64 == 0 for start in starts)
 
 
-def test_the_same_list_gives_the_same_bytes(tmp_path: Path) -> None:
+def test_output_is_deterministic(tmp_path: Path) -> None:
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
         write(tmp_path / name / "x.pt", 3)
@@ -125,7 +125,7 @@ def test_write_error_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert list(tmp_path.iterdir()) == []
 
 
-def test_memory_does_not_grow_with_the_list(tmp_path: Path) -> None:
+def test_memory_does_not_grow_with_the_number_of_items(tmp_path: Path) -> None:
     process = psutil.Process()
     with PTWriter(tmp_path / "x.pt") as file:
         file.append({"keys": torch.zeros(4 << 20)})

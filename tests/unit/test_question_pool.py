@@ -1,4 +1,4 @@
-"""Questions are kept once, dropped for a reason, and divided without being torn apart."""
+"""Tests of the question pool: deduplication, reasons for dropped rows, and splits that never divide a question."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def read(*rows: dict[str, Any], styles: tuple[Style, ...] = STYLES, seed: int = 
     return PoolReader(styles, seed).read(GSM8K, rows)
 
 
-def made(count: int) -> list[dict[str, Any]]:
+def gsm8k_rows(count: int) -> list[dict[str, Any]]:
     return [MAKERS["gsm8k"](index) for index in range(count)]
 
 
@@ -53,7 +53,7 @@ def test_different_questions_have_different_keys(one: str, other: str) -> None:
     assert question_key(one) != question_key(other)
 
 
-def test_a_question_makes_one_record_for_each_style() -> None:
+def test_question_gives_one_record_per_style() -> None:
     pool = read({"question": "What is 2+3?", "answer": WORKED})
     key = question_key("What is 2+3?")
     assert dict(pool.entries[0].records) == {
@@ -62,7 +62,7 @@ def test_a_question_makes_one_record_for_each_style() -> None:
     }
 
 
-def test_question_without_reasoning_makes_no_cot_record() -> None:
+def test_question_without_reasoning_gives_no_cot_record() -> None:
     pool = read({"question": "What is 2+3?", "answer": "#### 5"})
     assert [style for style, _ in pool.entries[0].records] == ["direct"]
     assert pool.unreasoned == 1
@@ -70,7 +70,7 @@ def test_question_without_reasoning_makes_no_cot_record() -> None:
     assert (pool.entries, pool.dropped) == ([], {"no reasoning, and only style cot is requested": 1})
 
 
-def test_repeats_are_dropped_within_a_dataset_and_across() -> None:
+def test_duplicates_are_dropped_within_and_across_datasets() -> None:
     row = {"question": "Ben had 9 apples. He ate 2 of them. How many apples does Ben have now?", "answer": WORKED}
     reader = PoolReader(STYLES, 0)
     first = reader.read(GSM8K, [row, row])
@@ -80,7 +80,7 @@ def test_repeats_are_dropped_within_a_dataset_and_across() -> None:
     assert reader.overlaps == {("gsm8k", "svamp"): 1}
 
 
-def test_rows_that_cannot_be_used_are_counted_by_reason() -> None:
+def test_dropped_rows_are_counted_by_reason() -> None:
     pool = PoolReader(STYLES, 0, fits=lambda record: len(record.text) < 100).read(
         GSM8K,
         [
@@ -107,14 +107,14 @@ def test_row_with_another_schema_raises() -> None:
 
 def test_order_depends_only_on_texts_and_seed() -> None:
     keys = [[entry.key for entry in read(*rows, seed=seed).entries]
-            for rows, seed in ((made(50), 1), (made(50)[::-1], 1), (made(50), 2))]  # fmt: skip
+            for rows, seed in ((gsm8k_rows(50), 1), (gsm8k_rows(50)[::-1], 1), (gsm8k_rows(50), 2))]  # fmt: skip
     assert keys[0] == keys[1]
     assert keys[0] != keys[2]
     assert sorted(keys[0]) == sorted(keys[2])
 
 
 @given(reasoned=st.lists(st.booleans(), min_size=1, max_size=30), share=st.floats(0, 1), step=st.just(len(STYLES)))
-def test_capacity_can_always_be_taken(reasoned: list[bool], share: float, step: int) -> None:
+def test_full_capacity_can_always_be_taken(reasoned: list[bool], share: float, step: int) -> None:
     pool = read(
         *({"question": f"Number {at}?", "answer": WORKED if worked else "#### 5"} for at, worked in enumerate(reasoned))
     )

@@ -1,4 +1,4 @@
-"""R-KV against fp64 references of its own, item by item: the formula, and whole plans on real models."""
+"""Tests of the R-KV selector: its formula and whole plans on real models, compared with naive fp64 references."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def selection(budget=3, **fields):
 
 
 def head_scores(candidates_N, k_HTD, importance_HT, weight):
-    """Of every head of one sample's layer, in fp64."""
+    """Scores of every head in one layer of one sample, in fp64."""
     return [
         naive.r_kv_scores(k_TD[candidates_N].double().tolist(), importance_T[candidates_N].double().tolist(), weight)
         for k_TD, importance_T in zip(k_HTD, importance_HT, strict=True)
@@ -50,15 +50,15 @@ def arange(count):
 def test_scores_equal_the_formula(weight):
     _, k_BLHTD, importance_BLHT = random_batch(1)
     k_HTD, importance_HT = k_BLHTD[0, 0], importance_BLHT[0, 0]
-    k_HTD[:, 4] = 0.0  # a zero key is alike to nothing, itself included
-    k_HTD[:, 6] = 3.0 * k_HTD[:, 5]  # length does not count
+    k_HTD[:, 4] = 0.0  # a zero key has similarity 0 with every key, including itself
+    k_HTD[:, 6] = 3.0 * k_HTD[:, 5]  # the norm does not matter
     scores = r_kv_scores(k_HTD[None], importance_HT[None], weight)[0]
     expected = torch.tensor(head_scores(torch.arange(TOKENS), k_HTD, importance_HT, weight), dtype=torch.float64)
     torch.testing.assert_close(scores.double(), expected, rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.parametrize("weight", [0.0, 0.02, 0.5])
-def test_each_head_of_each_sample_keeps_its_own_best_tokens(weight):
+def test_head_scope_keeps_the_best_tokens_of_each_head(weight):
     candidates_BN, k_BLHTD, importance_BLHT = random_batch(6)
     wanted = selection(scope="head", importance_weight=weight)
     positions = select(wanted, candidates_BN, k_BLHTD[:, 0], importance_BLHT[:, 0])
@@ -67,7 +67,7 @@ def test_each_head_of_each_sample_keeps_its_own_best_tokens(weight):
         assert positions[item].tolist() == [naive.best(one, candidates_N.tolist(), 3) for one in scores]
 
 
-def test_a_layer_keeps_the_tokens_that_are_best_for_its_heads_together():
+def test_layer_scope_keeps_the_best_tokens_by_the_mean_over_heads():
     candidates_BN, k_BLHTD, importance_BLHT = random_batch(6)
     positions = select(selection(scope="layer"), candidates_BN, k_BLHTD[:, 1], importance_BLHT[:, 1])
     for item, candidates_N in enumerate(candidates_BN):
@@ -75,7 +75,7 @@ def test_a_layer_keeps_the_tokens_that_are_best_for_its_heads_together():
         assert positions[item].tolist() == [naive.best(naive.mean_scores(scores), candidates_N.tolist(), 3)]
 
 
-def test_a_sample_keeps_the_tokens_that_are_best_for_all_its_layers_and_heads_together():
+def test_sample_scope_keeps_the_best_tokens_by_the_mean_over_layers_and_heads():
     candidates_BN, k_BLHTD, importance_BLHT = random_batch(6)
     positions = select_sample(selection(scope="sample"), candidates_BN, k_BLHTD, importance_BLHT)
     for item, candidates_N in enumerate(candidates_BN):
@@ -87,20 +87,20 @@ def test_a_sample_keeps_the_tokens_that_are_best_for_all_its_layers_and_heads_to
         assert positions[item].tolist() == [naive.best(naive.mean_scores(scores), candidates_N.tolist(), 3)]
 
 
-def test_what_repeats_is_dropped():
+def test_redundant_tokens_are_dropped():
     keys = torch.eye(4)[[0, 0, 1, 0, 2]]
     positions = select(selection(scope="head", importance_weight=0.0, budget=2), arange(5), keys[None, None], None)
     assert positions.tolist() == [[[2, 4]]]
 
 
-def test_what_the_answer_looks_at_is_kept():
+def test_tokens_with_the_highest_importance_are_kept():
     keys = torch.ones(1, 1, 5, 4)
     importance = torch.tensor([0.0, 0.3, 0.1, 0.4, 0.2])[None, None]
     positions = select(selection(scope="head", budget=2), arange(5), keys, importance)
     assert positions.tolist() == [[[1, 3]]]
 
 
-def test_scores_are_computed_in_fp32_whatever_the_teachers_dtype():
+def test_scores_are_computed_in_fp32_for_low_precision_kv():
     _, k_BLHTD, importance_BLHT = random_batch(2)
     k_BHTD, importance_BHT = k_BLHTD[:, 0].bfloat16(), importance_BLHT[:, 0].bfloat16()
     scores = r_kv_scores(k_BHTD, importance_BHT, 0.1)
@@ -108,7 +108,7 @@ def test_scores_are_computed_in_fp32_whatever_the_teachers_dtype():
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_importance_that_is_not_finite_names_its_rows(bad):
+def test_non_finite_importance_raises_with_its_rows(bad):
     candidates_BN, k_BLHTD, importance_BLHT = random_batch(4)
     importance_BLHT[2, 0, 1, candidates_BN[2, 3]] = bad
     with pytest.raises(NonFiniteError, match=r"batch items \[2\]") as caught:
@@ -149,7 +149,7 @@ class Teacher:
     def places(self, index: int, kind: str) -> list[int]:
         return [at for at, span in enumerate(self.tokens(index).span_ids) if span >= 0 and SPAN_KINDS[span] == kind]
 
-    @cache  # noqa: B019  lives as long as the module's fixture
+    @cache  # noqa: B019  the module's fixture bounds its lifetime
     def plain(self, index: int, pool: ImportancePool) -> list[tuple[PlainLayer, list[list[float]]]]:
         """The layers of one sample, each with its importance [H][T]."""
         answer = self.places(index, "answer")
@@ -159,7 +159,7 @@ class Teacher:
 
 @pytest.fixture(scope="module")
 def teachers(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Family], Teacher]:
-    """One teacher of each family, made when a test first asks for it."""
+    """One teacher per family, created on first use."""
 
     @cache
     def load(family: Family) -> Teacher:
@@ -184,30 +184,32 @@ def run(engine: TeacherEngine, batch: list[PlannedSample]) -> list[list[Any]]:
 
 
 def naive_choice(teacher: Teacher, index: int, selection: Selection) -> list[list[list[int]]]:
-    """By definition: the positions of each layer's choosers."""
+    """Positions selected per layer by the definition: one list per head, layer or sample, depending on the scope."""
     reasoning = teacher.places(index, "reasoning")
-    rated = [
+    scores_by_layer = [
         [
             naive.r_kv_scores([k[t] for t in reasoning], [i[t] for t in reasoning], selection.importance_weight)
             for k, i in zip(layer.k, importance, strict=True)
         ]
         for layer, importance in teacher.plain(index, selection.importance_pool)
     ]
-    together = {
-        "head": rated,
-        "layer": [[naive.mean_scores(heads)] for heads in rated],
-        "sample": [[naive.mean_scores([head for heads in rated for head in heads])]] * len(rated),
+    scores_to_select_by = {
+        "head": scores_by_layer,
+        "layer": [[naive.mean_scores(heads)] for heads in scores_by_layer],
+        "sample": [[naive.mean_scores([head for heads in scores_by_layer for head in heads])]] * len(scores_by_layer),
     }[selection.scope]
-    for choosers in together:
+    for choosers in scores_to_select_by:
         for scores in choosers:
             assert naive.margin(scores, selection.budget) > 1e-6, "too close to call in fp32: choose other texts"
-    return [[naive.best(scores, reasoning, selection.budget) for scores in choosers] for choosers in together]
+    return [
+        [naive.best(scores, reasoning, selection.budget) for scores in choosers] for choosers in scores_to_select_by
+    ]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("weight", [0.1, 0.8])
 @pytest.mark.parametrize("scope", ["head", "layer", "sample"])
-def test_a_padded_batch_of_mixed_plans_gets_the_tokens_of_the_definition(teachers, family, scope, weight):
+def test_padded_batch_of_mixed_plans_matches_the_definition(teachers, family, scope, weight):
     teacher = teachers(family)
     jobs = [
         (index, selection(5, scope=scope, importance_weight=weight, importance_pool=pool))
@@ -221,7 +223,7 @@ def test_a_padded_batch_of_mixed_plans_gets_the_tokens_of_the_definition(teacher
     assert found[-1][0][0] == teacher.places(len(TEXTS) - 1, "reasoning")
 
 
-def test_the_pools_differ_in_what_they_choose(teachers):
+def test_importance_pools_select_different_tokens(teachers):
     teacher = teachers("llama")
     wanted = [selection(5, scope="head", importance_weight=1.0, importance_pool=pool) for pool in POOLS]
     largest, mean = run(
@@ -232,7 +234,7 @@ def test_the_pools_differ_in_what_they_choose(teachers):
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("pool", POOLS)
-def test_the_plain_reference_agrees_with_the_models_own_attention(teachers, family, pool):
+def test_plain_reference_matches_the_models_attention(teachers, family, pool):
     teacher = teachers(family)
     own = reference_kv(teacher.model, teacher.tokens(0).token_ids)
     by_model = own.importance(teacher.places(0, "answer"), pool)
@@ -243,7 +245,7 @@ def test_the_plain_reference_agrees_with_the_models_own_attention(teachers, fami
         torch.testing.assert_close(torch.tensor(layer.k, dtype=torch.float64), own.k_LHTD[index], rtol=0, atol=1e-5)
 
 
-def test_a_plan_without_importance_runs_on_a_sample_without_an_answer(teachers):
+def test_plan_without_importance_needs_no_answer(teachers):
     teacher = teachers("qwen3")
     tokens = teacher.engine.tokenize(Sample("q", text="3 + 4 = 7, so 0; 0 x 2", spans=(Span("reasoning", 0, 22),)))
     plan = KVPlan(layers=(0, 1), selection=selection(4, scope="head", importance_weight=0.0))

@@ -1,4 +1,4 @@
-"""Random selection: uniform, and a function of the seed and the sample's tokens alone."""
+"""Tests of the random selector: uniform, and determined by the seed, the sample's tokens, the layer and the head."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ IDS = st.lists(st.integers(0, 2**31 - 1), min_size=1, max_size=8)
 
 
 def draw(token_ids, *, seed=0, scope: Scope = "head", layer=0, budget=4, candidates=range(2, 14), keys=0.0):
-    """The positions of each sample, given by its token ids; all have the same candidates."""
+    """Positions selected for each sample, given its token ids. All samples have the same candidates."""
     candidates_BN = torch.tensor([list(candidates)] * len(token_ids))
     k_BHTD = torch.full((len(token_ids), HEADS, TOKENS, 4), keys)
     seeds_B = torch.tensor([sample_seed(seed, ids) for ids in token_ids])
@@ -34,8 +34,8 @@ def naive_draw(ids, *, seed, scope, layer, budget, candidates):
     return [naive.best(one, list(candidates), budget) for one in scores]
 
 
-def test_the_generator_is_the_published_one():
-    # The first outputs of SplitMix64 seeded with 0, and what follows from the first of them.
+def test_generator_matches_published_splitmix64_outputs():
+    # The first published outputs of SplitMix64 with seed 0.
     assert naive.splitmix64(0, 3) == [0xE220A8397B1DCDAF, 0x6E789E6AA1B965F4, 0x06C45D188009454F]
     found = draw_scores(torch.zeros(1, dtype=torch.int64), torch.arange(2), 3)
     for chooser in range(2):
@@ -44,13 +44,13 @@ def test_the_generator_is_the_published_one():
 
 
 @given(IDS, st.integers(0, 2**63 - 1), st.sampled_from(["head", "layer", "sample"]), st.integers(0, 90))
-def test_the_choice_follows_from_seed_tokens_layer_and_head_alone(ids, seed, scope, layer):
+def test_selection_is_determined_by_seed_tokens_layer_and_head(ids, seed, scope, layer):
     expected = naive_draw(ids, seed=seed, scope=scope, layer=layer, budget=4, candidates=range(2, 14))
     assert draw([ids], seed=seed, scope=scope, layer=layer) == [expected]
 
 
 @pytest.mark.parametrize("scope", ["head", "layer", "sample"])
-def test_neither_batch_nor_order_nor_keys_matter(scope):
+def test_selection_does_not_depend_on_batch_order_or_keys(scope):
     samples = [[1, 2, 3], [4, 5], [1, 2, 4], [3, 2, 1]]
     together = draw(samples, scope=scope)
     assert draw(samples[::-1], scope=scope) == together[::-1]
@@ -58,7 +58,7 @@ def test_neither_batch_nor_order_nor_keys_matter(scope):
     assert len({str(positions) for positions in together}) == len(samples)
 
 
-def test_layers_and_heads_draw_for_themselves_as_far_as_the_scope_lets_them():
+def test_layers_and_heads_draw_independently_within_their_scope():
     by_scope = {
         scope: [draw([[7, 8]], scope=scope, layer=layer)[0] for layer in range(4)] for scope in ("head", "layer")
     }
@@ -70,12 +70,12 @@ def test_layers_and_heads_draw_for_themselves_as_far_as_the_scope_lets_them():
     assert by_sample == [by_sample[0]] * 4
 
 
-def test_another_seed_draws_other_tokens():
+def test_different_seeds_draw_different_tokens():
     assert len({str(draw([[7, 8]], seed=seed)) for seed in range(20)}) == 20
 
 
 @pytest.mark.parametrize("scope", ["head", "layer", "sample"])
-def test_every_pair_of_tokens_is_drawn_equally_often(scope):
+def test_all_pairs_of_tokens_are_equally_likely(scope):
     samples = [[sample] for sample in range(3000)]
     drawn = draw(samples, scope=scope, budget=2, candidates=range(6))
     heads = len(drawn[0])
@@ -84,12 +84,14 @@ def test_every_pair_of_tokens_is_drawn_equally_often(scope):
         assert set(counts) == set(itertools.combinations(range(6), 2))
         expected = len(samples) / len(counts)
         chi_square = sum((count - expected) ** 2 / expected for count in counts.values())
-        assert chi_square < 36.1  # 14 degrees of freedom: one uniform draw in a thousand is above
+        assert chi_square < 36.1  # 14 degrees of freedom, p = 0.001
 
 
 def test_heads_draw_independently():
     drawn = draw([[sample] for sample in range(3000)], budget=1, candidates=range(4))
     counts = Counter((positions[0][0], positions[1][0]) for positions in drawn)
     expected = 3000 / 16
-    assert sum((count - expected) ** 2 / expected for count in counts.values()) < 37.7  # 15 degrees, one in a thousand
+    assert (
+        sum((count - expected) ** 2 / expected for count in counts.values()) < 37.7
+    )  # 15 degrees of freedom, p = 0.001
     assert len(counts) == 16

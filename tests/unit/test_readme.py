@@ -1,4 +1,4 @@
-"""The commands of the README are valid, its figures are those of the code, and it stays short."""
+"""Tests of README.md: valid commands, figures that match the code, and a limited length."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ TEXT = PAGE.read_text(encoding="utf-8")
 COMMANDS = typer.main.get_command(app).commands  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def typed() -> list[str]:
-    """Every command line of the blocks, and every inline code that begins with the name of a program."""
+def command_lines() -> list[str]:
+    """Command lines of the bash blocks, and inline code that starts with the name of a program."""
     lines = [
         line
         for block in blocks(PAGE)
@@ -38,11 +38,11 @@ def typed() -> list[str]:
     return [*lines, *marked]
 
 
-LINES = sorted(set(typed()))
+LINES = sorted(set(command_lines()))
 
 
 @pytest.mark.parametrize("line", [line for line in LINES if "kvdistill " in line])
-def test_commands_are_accepted(line: str) -> None:
+def test_kvdistill_commands_parse(line: str) -> None:
     name, *arguments = shlex.split(line.partition("kvdistill ")[2])
     if name.startswith("-"):
         assert name in ("--install-completion", "--version")
@@ -60,18 +60,18 @@ def test_commands_are_accepted(line: str) -> None:
 
 
 @pytest.mark.parametrize("line", [line for line in LINES if line.startswith("make ")])
-def test_make_has_the_targets(line: str) -> None:
+def test_make_targets_exist(line: str) -> None:
     target = shlex.split(line)[1]
     assert re.search(rf"^{target}:", (REPOSITORY / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
 
 
-def test_it_is_short_and_ends_with_six_links() -> None:
+def test_readme_is_short_and_ends_with_six_links() -> None:
     assert len(TEXT.splitlines()) <= 150
     end = TEXT.partition("\n## Read on\n")[2]
     assert len(re.findall(r"^- \[", end, re.MULTILINE)) == 6
 
 
-def test_the_environment_is_activated_before_the_first_command_that_needs_it() -> None:
+def test_environment_is_activated_before_the_first_command_that_needs_it() -> None:
     commands = [line for block in blocks(PAGE) if block.language == "bash" for line in block.text.splitlines()]
     activated = next(n for n, line in enumerate(commands) if line.startswith("source .venv/bin/activate"))
     needs_it = [n for n, line in enumerate(commands) if re.match(r"(kvdistill|torchrun) ", line)]
@@ -79,36 +79,36 @@ def test_the_environment_is_activated_before_the_first_command_that_needs_it() -
     assert activated < min(needs_it)
 
 
-def test_the_vllm_version_is_the_pinned_one() -> None:
+def test_vllm_version_matches_the_pin() -> None:
     pinned = re.search(r'"vllm==(\d+\.\d+)', (REPOSITORY / "pyproject.toml").read_text(encoding="utf-8"))
     assert pinned is not None
     assert f"vLLM {pinned[1]} " in TEXT
 
 
-def test_the_demo_picture_is_the_only_one() -> None:
+def test_demo_picture_is_the_only_picture() -> None:
     assert re.findall(r"!\[[^]]*\]\(([^)]+)\)|<img", TEXT) == ["docs/demo.png"]
 
 
-def test_files_that_commands_name_exist() -> None:
+def test_files_in_commands_exist() -> None:
     named = [word for line in LINES for word in shlex.split(line) if re.match(r"(configs|deploy|scripts)/", word)]
     assert len(named) > 3
     assert [path for path in named if not (REPOSITORY / path).exists()] == []
 
 
 def run() -> dict[str, object]:
-    """The run.yaml of the page."""
+    """The run.yaml in the README."""
     (block,) = [block for block in blocks(PAGE) if block.language == "yaml"]
     return yaml.safe_load(block.text)
 
 
-def test_the_run_is_a_valid_configuration(tmp_path: Path) -> None:
+def test_run_yaml_is_a_valid_configuration(tmp_path: Path) -> None:
     path = tmp_path / "run.yaml"
     path.write_text(yaml.safe_dump(run()), encoding="utf-8")
     config = load_config(path, [], TrainConfig)
     assert [teacher.name for teacher in config.teachers] == ["qwen14b", "llama8b"]
 
 
-def test_the_figures_of_70b_are_those_of_its_geometry() -> None:
+def test_figures_for_a_70b_teacher_follow_from_its_geometry() -> None:
     token, text_tokens = raw_token_bytes(80, 8, 128), 300
     layers = len(LayerMapper(80, 28).layers_needed)
     sample = layers * layer_bytes(CodecSpec(), 8, 24, 128) + 24 * 4

@@ -1,4 +1,4 @@
-"""The trainer's configuration that the recipe's settings give."""
+"""Tests of the trainer configuration that is built from the recipe's settings."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def config(world_size: int = 1, **changes: Any) -> TrainConfig:
 
 
 def test_flags_reach_the_trainer() -> None:
-    made = config(
+    built = config(
         world_size=4,
         fixed_weights=(0.25, 0.75),
         kv_compression="r_kv",
@@ -52,18 +52,18 @@ def test_flags_reach_the_trainer() -> None:
         bf16=False,
         gradient_checkpointing=False,
     )
-    assert [(teacher.name, teacher.endpoints, teacher.weight) for teacher in made.teachers] == [
+    assert [(teacher.name, teacher.endpoints, teacher.weight) for teacher in built.teachers] == [
         ("Qwen2.5-7B", ("n1:1",), 0.25),
         ("Qwen2.5-14B", ("n2:2", "n3:3"), 0.75),
     ]
-    assert (made.kv.selection.selector, made.kv.selection.budget) == ("r_kv", 24)
-    assert (made.loss.kv_loss, made.loss.kv_weight) == ("mse", 0.1)
-    assert (made.align.layer_map, made.align.head_adapter) == ("cka", "pool")
-    assert (made.optim.lr, made.optim.warmup_ratio, made.optim.max_grad_norm) == (1e-4, 0.2, 0.5)
-    assert (made.run.global_batch, made.run.micro_batch, made.run.epochs, made.run.steps) == (60, 3, 2, None)
-    assert (made.run.eval_every, made.run.save_every, made.run.log_every) == (11, 12, 13)
-    assert made.run.best_by == "kv_loss"
-    assert (made.student.dtype, made.student.gradient_checkpointing) == ("fp32", False)
+    assert (built.kv.selection.selector, built.kv.selection.budget) == ("r_kv", 24)
+    assert (built.loss.kv_loss, built.loss.kv_weight) == ("mse", 0.1)
+    assert (built.align.layer_map, built.align.head_adapter) == ("cka", "pool")
+    assert (built.optim.lr, built.optim.warmup_ratio, built.optim.max_grad_norm) == (1e-4, 0.2, 0.5)
+    assert (built.run.global_batch, built.run.micro_batch, built.run.epochs, built.run.steps) == (60, 3, 2, None)
+    assert (built.run.eval_every, built.run.save_every, built.run.log_every) == (11, 12, 13)
+    assert built.run.best_by == "kv_loss"
+    assert (built.student.dtype, built.student.gradient_checkpointing) == ("fp32", False)
     assert config(max_steps=7).run.epochs is None
 
 
@@ -75,12 +75,12 @@ def test_training_phase_selects_the_fusion_strategy() -> None:
     assert (warm.metric, warm.temperature, warm.temperature_floor, warm.temperature_decay) == ("dot", 0.7, 0.7, 0.0)
 
 
-def test_all_phases_become_stages_in_the_guides_folders() -> None:
-    made = config(train_phase="all", head_adapt_strategy="linear", layer_map_strategy="learned")
-    stages = [made.stage(index) for index in range(3)]
+def test_phase_all_gives_three_stages_in_the_guides_folders() -> None:
+    built = config(train_phase="all", head_adapt_strategy="linear", layer_map_strategy="learned")
+    stages = [built.stage(index) for index in range(3)]
     assert [stage.run.output_dir.name for stage in stages] == ["stage1_fixed", "stage2_similarity", "stage3_learnable"]
     assert [stage.fuse.kind for stage in stages] == ["fixed", "similarity", "learnable"]
-    # Only a router trains a target's maps.
+    # Trainable alignment needs a router, so the earlier stages use the fixed defaults.
     assert [stage.align.head_adapter for stage in stages] == ["ridge", "ridge", "linear"]
     assert [stage.align.layer_map for stage in stages] == ["ratio", "ratio", "learned"]
     assert stages[2].student.path == "out/stage2_similarity/best_model"
@@ -95,13 +95,13 @@ def test_all_phases_become_stages_in_the_guides_folders() -> None:
         ("token", "r_kv", ("r_kv", 24, "reasoning"), "none"),
     ],
 )
-def test_compression_selects_the_tokens_that_teachers_send(
+def test_compression_sets_selection_and_time_alignment(
     mode: str, compression: str, selected: tuple[str, int, str], time: str
 ) -> None:
-    made = config(student_mode=mode, kv_compression=compression)
-    selection = made.kv.selection
+    built = config(student_mode=mode, kv_compression=compression)
+    selection = built.kv.selection
     assert (selection.selector, selection.budget, selection.span) == selected
-    assert made.align.time == time
+    assert built.align.time == time
 
 
 def test_store_is_in_the_output_directory_by_default() -> None:

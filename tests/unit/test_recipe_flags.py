@@ -1,4 +1,4 @@
-"""The recipe's flags: names and values of the guide, and errors."""
+"""Tests of the recipe's flags: the guide's names and values, and errors."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from kvcore.errors import ConfigError
 from tests.support.servers import REPOSITORY
 
 NEEDED = ("--student_model", "s", "--teacher_models", "a/x", "b/y", "--output_dir", "out")
-# As the guide names them.
+# The guide's names.
 GUIDE = [
     "student_model_name_or_path",
     "student_model",
@@ -172,5 +172,5 @@ def test_help_has_examples_and_loads_nothing_heavy() -> None:
 def test_shipped_scenarios_are_valid(path: Path) -> None:
     settings = FLAGS.read(["--config", str(path)], "recipe")
     assert settings.train_phase == "all"
-    # What its heading says to type.
+    # The command in the file's header comment.
     assert str(path.relative_to(REPOSITORY)) in path.read_text(encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Placement of a job's processes, and the environment variables of the job scripts."""
+"""Tests of process placement in a job and of the job scripts' environment variables."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from student_trainer.launching.placement import Node, ServerPlacement, lay_out
 from tests.support.servers import REPOSITORY
 
 SCRIPTS = ("run_three_stage_routing.sh", "run_large_scale_multi_teacher.sh")
-# As the guide names them.
+# The guide's names.
 GUIDE = [
     "STUDENT",
     "NUM_TEACHERS",
@@ -107,7 +107,7 @@ def test_jobs_page_lists_every_variable_of_the_recipe() -> None:
     assert set(VARIABLES) - listed == set()
 
 
-def test_both_names_of_the_teachers_must_agree() -> None:
+def test_both_teacher_variables_must_agree() -> None:
     assert recipe_flags({"TEACHERS": "a", "TEACHER_MODELS": "a"}).count("--teacher_models") == 2
     with pytest.raises(ConfigError, match="TEACHERS and TEACHER_MODELS are the same setting but differ"):
         recipe_flags({"TEACHERS": "a", "TEACHER_MODELS": "b"})

@@ -1,4 +1,4 @@
-"""Reading and writing samples, and the order in which an epoch visits them."""
+"""Tests of reading and writing records, and of the epoch order."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ def test_records_of_any_script_round_trip(tmp_path: Path) -> None:
     assert load_records(tmp_path / "deep" / "r.jsonl") == records
 
 
-def test_limit_reads_the_first_records_only(tmp_path: Path) -> None:
+def test_limit_reads_only_the_first_records(tmp_path: Path) -> None:
     path = write_lines(tmp_path / "r.jsonl", json.dumps(GOOD), json.dumps({**GOOD, "id": "b"}), "this is not read")
     assert [record.id for record in load_records(path, limit=2)] == ["a", "b"]
 
 
-def test_blank_lines_and_further_keys_are_ignored(tmp_path: Path) -> None:
+def test_blank_lines_and_extra_keys_are_ignored(tmp_path: Path) -> None:
     path = write_lines(tmp_path / "r.jsonl", "", json.dumps({**GOOD, "source": 7}), "   ")
     assert load_records(path) == [Record(**GOOD)]
 
@@ -55,7 +55,7 @@ def test_blank_lines_and_further_keys_are_ignored(tmp_path: Path) -> None:
         (json.dumps({**GOOD, "id": "first"}), "id", "line 1"),
     ],
 )
-def test_a_bad_record_is_named_by_file_line_and_field(tmp_path: Path, line: str, field: str, problem: str) -> None:
+def test_invalid_record_raises_with_file_line_and_field(tmp_path: Path, line: str, field: str, problem: str) -> None:
     path = write_lines(tmp_path / "bad.jsonl", json.dumps({**GOOD, "id": "first"}), line)
     with pytest.raises(FieldError) as caught:
         load_records(path)
@@ -64,21 +64,21 @@ def test_a_bad_record_is_named_by_file_line_and_field(tmp_path: Path, line: str,
     assert problem in caught.value.problem
 
 
-def test_invalid_utf8_is_named_by_line(tmp_path: Path) -> None:
+def test_invalid_utf8_raises_with_its_line(tmp_path: Path) -> None:
     path = tmp_path / "latin.jsonl"
     path.write_bytes(json.dumps(GOOD).encode() + b'\n{"id": "\xe9"}\n')
     with pytest.raises(FieldError, match=r"latin\.jsonl:2: not valid UTF-8"):
         load_records(path)
 
 
-def test_a_missing_or_empty_file_is_an_error(tmp_path: Path) -> None:
+def test_missing_or_empty_file_raises(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no such data file or directory"):
         load_records(tmp_path / "none.jsonl")
     with pytest.raises(ConfigError, match="has no records"):
         load_records(write_lines(tmp_path / "empty.jsonl", ""))
 
 
-def test_a_saved_dataset_is_read_like_a_file_and_its_further_columns_ignored(tmp_path: Path) -> None:
+def test_saved_dataset_is_read_and_extra_columns_are_ignored(tmp_path: Path) -> None:
     rows = [GOOD | {"style": "cot"}, {**GOOD, "id": "b", "reasoning": "", "style": "direct"}]
     Dataset.from_list(rows).save_to_disk(tmp_path / "saved")
     assert load_records(tmp_path / "saved") == [Record(**GOOD), Record("b", GOOD["prompt"], "", GOOD["answer"])]
@@ -106,7 +106,9 @@ def test_digest_depends_only_on_content(tmp_path: Path) -> None:
         ({}, "id", "already the id of row 1"),
     ],
 )
-def test_a_bad_row_of_a_saved_dataset_is_named(tmp_path: Path, row: dict[str, Any], field: str, problem: str) -> None:
+def test_invalid_row_of_a_saved_dataset_raises_with_row_and_field(
+    tmp_path: Path, row: dict[str, Any], field: str, problem: str
+) -> None:
     Dataset.from_list([GOOD, GOOD | row]).save_to_disk(tmp_path / "saved")
     with pytest.raises(FieldError, match=rf"saved:2: {field}.*{problem}"):
         load_records(tmp_path / "saved")
@@ -121,7 +123,7 @@ def test_directory_without_one_dataset_is_refused(tmp_path: Path) -> None:
     assert load_records(tmp_path / "splits" / "train") == [Record(**GOOD)]
 
 
-def test_a_damaged_saved_dataset_is_an_error(tmp_path: Path) -> None:
+def test_damaged_saved_dataset_raises(tmp_path: Path) -> None:
     Dataset.from_list([GOOD]).save_to_disk(tmp_path / "saved")
     (tmp_path / "saved" / "data-00000-of-00001.arrow").write_bytes(b"not arrow")
     with pytest.raises(ConfigError, match="cannot read"):

@@ -1,4 +1,4 @@
-"""The repository keeps its own rules: what is tracked, packaged, pinned, documented, and what the checks catch."""
+"""Tests of the repository: tracked files, packaging, pins, documentation, and that the linters catch violations."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def git(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def tracked(pattern: str) -> list[Path]:
-    """Tracked files, and those about to be: everything that git does not ignore."""
+    """Tracked and untracked files that git does not ignore."""
     listed = git("ls-files", "--cached", "--others", "--exclude-standard", "--", pattern)
     assert listed.returncode == 0, listed.stderr
     return [path for path in map(Path, listed.stdout.splitlines()) if (ROOT / path).is_file()]
@@ -96,7 +96,7 @@ def test_ci_runs_the_tests_from_any_directory() -> None:
 # ------------------------------------------------------------------------------- packaging
 
 
-def test_every_package_but_the_benchmarks_is_packaged_with_all_below_it() -> None:
+def test_every_package_except_benchmarks_is_packaged_with_its_subpackages() -> None:
     patterns = PYPROJECT["tool"]["setuptools"]["packages"]["find"]["include"]
     packaged = [name for name in top_level() if name != "benchmarks"]
     assert sorted(patterns) == sorted(pattern for name in packaged for pattern in (name, f"{name}.*"))
@@ -143,7 +143,7 @@ def test_every_third_party_import_is_a_declared_dependency() -> None:
 
 
 def declared_requirements(*extras: str) -> list[Requirement]:
-    """What the project itself asks for, with these extras; extras that it names of its own are taken apart."""
+    """Direct requirements of the project with these extras. Extras that refer to other extras are expanded."""
     project = PYPROJECT["project"]
     lines = [*project["dependencies"], *(line for extra in extras for line in project["optional-dependencies"][extra])]
     requirements = list(map(Requirement, lines))
@@ -152,7 +152,7 @@ def declared_requirements(*extras: str) -> list[Requirement]:
     return others + [each for requirement in own for each in declared_requirements(*requirement.extras)]
 
 
-def test_every_extra_names_the_packages_that_it_installs() -> None:
+def test_extras_list_the_packages_that_they_install() -> None:
     assert {canonicalize_name(name) for name in EXTRAS["train"]} == {
         canonicalize_name(Requirement(line).name) for line in PYPROJECT["project"]["optional-dependencies"]["train"]
     }
@@ -171,7 +171,7 @@ def applies(requirement: Requirement) -> bool:
     return requirement.marker is None or requirement.marker.evaluate({"extra": ""})
 
 
-def test_every_needed_package_is_pinned_as_installed() -> None:
+def test_every_required_package_is_pinned_at_the_installed_version() -> None:
     lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
     pairs = [line.split("==") for line in lines if line and not line.startswith("#")]
     pins = {str(canonicalize_name(name)): version for name, version in pairs}
@@ -179,7 +179,7 @@ def test_every_needed_package_is_pinned_as_installed() -> None:
     needed: dict[str, str] = {}
     while waiting:
         name = canonicalize_name(waiting.pop().name)
-        # The CUDA build of torch brings libraries that it pins itself.
+        # The CUDA build of torch pins its own libraries.
         if name in needed or name.startswith(("nvidia-", "cuda-", "triton")):
             continue
         waiting += requirements_of(name)
@@ -190,7 +190,7 @@ def test_every_needed_package_is_pinned_as_installed() -> None:
 # ------------------------------------------------------------------------------- documentation
 
 
-def test_configuration_reference_is_fresh() -> None:
+def test_configuration_reference_is_up_to_date() -> None:
     command = [sys.executable, "-m", "scripts.make_config_reference", "--check"]
     checked = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert checked.returncode == 0, checked.stdout + checked.stderr
@@ -203,7 +203,7 @@ def test_citation_names_this_version_and_license() -> None:
     assert [author["name"] for author in cited["authors"]] == [author["name"] for author in project["authors"]]
 
 
-def test_links_between_documents_lead_somewhere() -> None:
+def test_links_between_documents_resolve() -> None:
     broken = [
         (str(page), target)
         for page in tracked("*.md")
@@ -213,7 +213,7 @@ def test_links_between_documents_lead_somewhere() -> None:
     assert broken == []
 
 
-# ------------------------------------------------------------------------------- the checks catch what they should
+# ------------------------------------------------------------------------------- linters catch violations
 
 
 @pytest.mark.parametrize(
@@ -228,7 +228,7 @@ def test_links_between_documents_lead_somewhere() -> None:
         ("def half(x):\n    return x / 2", "ANN001"),
     ],
 )
-def test_linter_refuses_in_library_code(line: str, rule: str) -> None:
+def test_ruff_rejects_in_library_code(line: str, rule: str) -> None:
     command = [str(BIN / "ruff"), "check", "--output-format=concise", "--stdin-filename", "kvcore/example.py", "-"]
     checked = subprocess.run(
         command, cwd=ROOT, input=f'"""Example."""\n\n{line}\n', capture_output=True, text=True, check=False
@@ -251,7 +251,7 @@ def test_linter_refuses_in_library_code(line: str, rule: str) -> None:
         ("kvcore/plan.py", "import kvcore.types", "Configuration reaches no torch"),
     ],
 )
-def test_import_contracts_refuse(module: str, line: str, contract: str, tmp_path: Path) -> None:
+def test_import_contracts_reject(module: str, line: str, contract: str, tmp_path: Path) -> None:
     for package in top_level():
         shutil.copytree(ROOT / package, tmp_path / package, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(ROOT / "pyproject.toml", tmp_path)

@@ -1,4 +1,4 @@
-"""Request sizes are checked on the bytes: valid requests pass, oversized ones are refused."""
+"""Tests of the size limits on serialized requests: valid requests pass, oversized ones are refused."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def field(number: int, content: bytes) -> bytes:
         max_size=8,
     )
 )
-def test_a_valid_request_round_trips(contents: list[str | tuple[int, ...]]) -> None:
+def test_valid_request_round_trips(contents: list[str | tuple[int, ...]]) -> None:
     samples = [
         Sample(f"é{i}", text=content) if isinstance(content, str) else Sample(f"é{i}", token_ids=content)
         for i, content in enumerate(contents)
@@ -55,8 +55,8 @@ def test_unpacked_numbers_are_accepted() -> None:
     assert query.samples[1].token_ids == (5, 135)
 
 
-WHOLE = kv_request(PLAN, [TEXT]).SerializeToString()
-TOO_LARGE: dict[str, tuple[bytes, str]] = {
+VALID = kv_request(PLAN, [TEXT]).SerializeToString()
+OVERSIZED_FIELDS: dict[str, tuple[bytes, str]] = {
     "spans": (field(3, b"\x22\x00" * (MAX_SPANS + 1)), "samples.1.spans: has more than 3 entries; the limit is 3"),
     "samples": (
         b"\x1a\x00" * INFO.max_samples_per_request,
@@ -74,7 +74,7 @@ TOO_LARGE: dict[str, tuple[bytes, str]] = {
     "cut short": (b"\x1a\x05a", "past the end"),
     "an endless number": (b"\xff" * 11, "does not end"),
 }
-ALONE: dict[str, tuple[bytes, str]] = {
+OVERSIZED_REQUESTS: dict[str, tuple[bytes, str]] = {
     "layers": (
         field(2, field(1, b"\x01" * (INFO.layers + 1))),
         f"plan.layers: has {INFO.layers + 1} entries; the limit is {INFO.layers}",
@@ -94,9 +94,13 @@ ALONE: dict[str, tuple[bytes, str]] = {
 }
 
 
-@pytest.mark.parametrize("case", [*TOO_LARGE, *ALONE])
-def test_an_oversized_request_is_refused_by_field_and_limit(case: str) -> None:
-    data, problem = (WHOLE + TOO_LARGE[case][0], TOO_LARGE[case][1]) if case in TOO_LARGE else ALONE[case]
+@pytest.mark.parametrize("case", [*OVERSIZED_FIELDS, *OVERSIZED_REQUESTS])
+def test_oversized_request_is_refused_with_field_and_limit(case: str) -> None:
+    data, problem = (
+        (VALID + OVERSIZED_FIELDS[case][0], OVERSIZED_FIELDS[case][1])
+        if case in OVERSIZED_FIELDS
+        else OVERSIZED_REQUESTS[case]
+    )
     with pytest.raises(FieldError) as caught:
         parse_request(data, pb.KVRequest, INFO)
     assert problem in str(caught.value)
@@ -110,18 +114,18 @@ def test_an_oversized_request_is_refused_by_field_and_limit(case: str) -> None:
         (field(6, b"x" * 257), "sampling.answer_marker: has 257 characters; the limit is 256"),
     ],
 )
-def test_oversized_sampling_is_refused_by_field_and_limit(sampling: bytes, problem: str) -> None:
+def test_oversized_sampling_is_refused_with_field_and_limit(sampling: bytes, problem: str) -> None:
     with pytest.raises(FieldError, match=problem):
-        parse_request(WHOLE + field(4, sampling), pb.GenerateRequest, INFO)
+        parse_request(VALID + field(4, sampling), pb.GenerateRequest, INFO)
 
 
-def test_an_invalid_sample_message_is_refused_by_index() -> None:
+def test_invalid_sample_message_is_refused_with_its_index() -> None:
     text = field(3, field(1, b"a") + field(2, b"\xff"))
     with pytest.raises(FieldError, match=r"^samples\.1: is not a valid Sample"):
-        read_query(parse_request(WHOLE + text, pb.KVRequest, INFO), INFO)
+        read_query(parse_request(VALID + text, pb.KVRequest, INFO), INFO)
 
 
-def test_a_generate_request_is_read_with_its_sampling() -> None:
+def test_generate_request_is_read_with_its_sampling() -> None:
     prompt = kv_request(PLAN, [Sample("p", text="ab")], "r").SerializeToString()
     data = prompt + pb.GenerateRequest(sampling=pb.Sampling(max_new_tokens=2, stop=["x"])).SerializeToString()
     query = read_generate_query(parse_request(data, pb.GenerateRequest, INFO), INFO)

@@ -1,4 +1,4 @@
-"""Undoing and redoing rotary embeddings, against the models' own."""
+"""Tests of RoPEScaler: removing and applying rotary embeddings, compared with the models' own."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ from tests.support.rotary_models import (
 
 @pytest.mark.parametrize("name", ROTATED_IN_ALL_LAYERS)
 @pytest.mark.parametrize("first", [0, 8192, POSITIONS - 12])
-def test_a_models_cached_keys_and_its_content_keys_are_turned_into_each_other(name: str, first: int) -> None:
+def test_unrotate_and_rotate_convert_between_cached_and_content_keys(name: str, first: int) -> None:
     model = MODELS[name]() if name == "dynamic" else model_of(name)
     positions_BT = torch.stack([torch.arange(first, first + 9), torch.arange(first + 3, first + 12)])
     content, cached = content_and_cache(model, positions_BT)
@@ -48,7 +48,7 @@ def test_a_models_cached_keys_and_its_content_keys_are_turned_into_each_other(na
         torch.testing.assert_close(scaler.rotate(k_BHTD, positions_BT), rotated_BHTD, rtol=0, atol=1e-5)
 
 
-def test_rotation_is_the_formula() -> None:
+def test_rotation_matches_the_formula() -> None:
     model = family_model("llama", {**YARN, "rope_theta": 100.0})
     scaler = RoPEScaler.from_config(model.config)
     generator = torch.Generator().manual_seed(0)
@@ -70,30 +70,30 @@ def test_rotation_is_the_formula() -> None:
 
 @pytest.mark.parametrize("student", [name for name in ROTATED_IN_ALL_LAYERS if name != "dynamic"])
 @pytest.mark.parametrize("teacher", ["llama3-scaled", "phi", "gemma3"])
-def test_content_keys_of_another_model_become_what_this_one_would_have_cached(teacher: str, student: str) -> None:
+def test_content_keys_of_a_teacher_rotate_to_what_the_student_would_cache(teacher: str, student: str) -> None:
     positions_BT, own_positions_BT = torch.arange(3000, 3009)[None], torch.arange(20, 29)[None]
     _, cached = content_and_cache(model_of(teacher), positions_BT)
     content_BHTD = scalers(model_of(teacher))[1].unrotate(cached[1], positions_BT)
     expected = cached_of_content(model_of(student), content_BHTD, own_positions_BT)
     for scaler, rotated_BHTD in zip(scalers(model_of(student)), expected, strict=True):
-        turned_BHTD = scaler.rotate(content_BHTD, own_positions_BT)
-        torch.testing.assert_close(turned_BHTD, rotated_BHTD, rtol=0, atol=1e-5)
+        scaled_BHTD = scaler.rotate(content_BHTD, own_positions_BT)
+        torch.testing.assert_close(scaled_BHTD, rotated_BHTD, rtol=0, atol=1e-5)
         assert not torch.allclose(rotated_BHTD, cached[1], atol=1e-2)
 
 
-def test_heads_may_hold_tokens_of_different_positions() -> None:
+def test_heads_can_have_different_positions() -> None:
     scaler = RoPEScaler.from_config(family_model("llama").config)
     k_BHTD = torch.randn(2, 2, 3, 16, generator=torch.Generator().manual_seed(0))
     positions_BHT = torch.tensor([[[0, 4, 9], [1, 2, 3]], [[7, 8, 9], [0, 5, 6]]])
-    turned = scaler.rotate(k_BHTD, positions_BHT)
+    k_rotated = scaler.rotate(k_BHTD, positions_BHT)
     for head in range(2):
         alone = scaler.rotate(k_BHTD[:, head : head + 1], positions_BHT[:, head])
-        assert torch.equal(turned[:, head : head + 1], alone)
-    torch.testing.assert_close(scaler.unrotate(turned, positions_BHT), k_BHTD, rtol=0, atol=1e-5)
+        assert torch.equal(k_rotated[:, head : head + 1], alone)
+    torch.testing.assert_close(scaler.unrotate(k_rotated, positions_BHT), k_BHTD, rtol=0, atol=1e-5)
 
 
-def test_dynamic_frequencies_follow_the_length_of_the_whole_sequence() -> None:
-    """Selected tokens alone don't tell how long the sequence was, so it can be given."""
+def test_dynamic_frequencies_depend_on_the_full_sequence_length() -> None:
+    """The selected tokens do not determine the sequence length, so the caller can pass it."""
     model = family_model("llama", DYNAMIC, max_position_embeddings=64)
     positions_BT = torch.arange(200)[None]
     content, cached = content_and_cache(model, positions_BT)
@@ -101,11 +101,11 @@ def test_dynamic_frequencies_follow_the_length_of_the_whole_sequence() -> None:
     chosen = torch.tensor([[3, 50, 120]])
     back = scaler.unrotate(cached[0][:, :, chosen[0]], chosen, length=200)
     torch.testing.assert_close(back, content[0][:, :, chosen[0]], rtol=0, atol=1e-5)
-    guessed = scaler.unrotate(cached[0][:, :, chosen[0]], chosen)
-    assert not torch.allclose(guessed, content[0][:, :, chosen[0]], atol=1e-2)
+    without_length = scaler.unrotate(cached[0][:, :, chosen[0]], chosen)
+    assert not torch.allclose(without_length, content[0][:, :, chosen[0]], atol=1e-2)
 
 
-def test_a_model_keeps_the_dynamic_frequencies_of_the_longest_text_until_it_reads_a_short_one() -> None:
+def test_dynamic_frequencies_of_the_longest_text_apply_until_a_short_text() -> None:
     model = MODELS["dynamic"]()
     scaler = RoPEScaler.from_config(model.config)
     for tokens, length in ((300, 300), (100, 300), (20, 20), (100, 100)):
@@ -115,32 +115,32 @@ def test_a_model_keeps_the_dynamic_frequencies_of_the_longest_text_until_it_read
         torch.testing.assert_close(back_BHTD, content[1], rtol=0, atol=1e-5)
 
 
-def test_low_precision_keys_are_turned_in_fp32() -> None:
+def test_low_precision_keys_are_rotated_in_fp32() -> None:
     scaler = RoPEScaler.from_config(family_model("llama").config)
     k_BHTD = torch.randn(1, 1, 2, 16, generator=torch.Generator().manual_seed(0)).bfloat16()
     positions_BT = torch.tensor([[4000, 8001]])
-    turned = scaler.rotate(k_BHTD, positions_BT)
-    assert turned.dtype == torch.float32
-    assert torch.equal(turned, scaler.rotate(k_BHTD.float(), positions_BT))
+    k_rotated = scaler.rotate(k_BHTD, positions_BT)
+    assert k_rotated.dtype == torch.float32
+    assert torch.equal(k_rotated, scaler.rotate(k_BHTD.float(), positions_BT))
 
 
-def test_no_selected_token_is_no_problem() -> None:
+def test_zero_selected_tokens_are_accepted() -> None:
     scaler = RoPEScaler.from_config(family_model("llama").config)
     assert scaler.unrotate(torch.zeros(2, 2, 0, 16), torch.zeros(2, 0, dtype=torch.int32)).shape == (2, 2, 0, 16)
 
 
-def test_a_scaler_and_the_configuration_it_was_made_from_do_not_change_each_other() -> None:
+def test_scaler_and_its_configuration_are_independent_after_construction() -> None:
     config = family_model("llama", LLAMA3).config
     before = config.to_dict()
     scaler = RoPEScaler.from_config(config)
     k_BHTD, positions_BT = torch.ones(1, 1, 1, 16), torch.tensor([[700]])
-    turned = scaler.rotate(k_BHTD, positions_BT)
+    k_rotated = scaler.rotate(k_BHTD, positions_BT)
     assert config.to_dict() == before
     config.rope_parameters["rope_theta"] = 100.0
-    assert torch.equal(scaler.rotate(k_BHTD, positions_BT), turned)
+    assert torch.equal(scaler.rotate(k_BHTD, positions_BT), k_rotated)
 
 
-def test_a_model_whose_layer_types_rotate_differently_needs_one_named() -> None:
+def test_layer_type_is_required_if_layer_types_rotate_differently() -> None:
     config = model_of("gemma3").config
     with pytest.raises(FieldError, match=r"^layer_type: Gemma3TextConfig .*sliding_attention, full_attention$"):
         RoPEScaler.from_config(config)
@@ -151,29 +151,31 @@ def test_a_model_whose_layer_types_rotate_differently_needs_one_named() -> None:
     assert not torch.allclose(sliding, full, atol=1e-2)
 
 
-def test_a_layer_type_may_be_named_where_all_are_rotated_alike() -> None:
+def test_layer_type_is_optional_if_all_layers_rotate_the_same_way() -> None:
     config = model_of("gemma2").config
     k_BHTD, positions_BT = torch.ones(1, 1, 1, 16), torch.tensor([[9]])
     named = [RoPEScaler.from_config(config, kind).rotate(k_BHTD, positions_BT) for kind in BOTH_LAYER_TYPES]
-    assert all(torch.equal(turned, RoPEScaler.from_config(config).rotate(k_BHTD, positions_BT)) for turned in named)
+    assert all(
+        torch.equal(k_rotated, RoPEScaler.from_config(config).rotate(k_BHTD, positions_BT)) for k_rotated in named
+    )
     with pytest.raises(FieldError, match=r"^layer_type: LlamaConfig has layers of one type; got 'full_attention'"):
         RoPEScaler.from_config(model_of("llama").config, "full_attention")
 
 
-def test_a_model_that_sees_pictures_too_is_read_as_its_language_model() -> None:
+def test_multimodal_configuration_uses_its_text_configuration() -> None:
     config = Gemma3Config(text_config=model_of("gemma3").config.to_dict())
     k_BHTD, positions_BT = torch.randn(1, 1, 3, 16), torch.tensor([[0, 7, 900]])
-    turned = RoPEScaler.from_config(config, "full_attention").rotate(k_BHTD, positions_BT)
-    assert torch.equal(turned, scalers(model_of("gemma3"))[1].rotate(k_BHTD, positions_BT))
+    k_rotated = RoPEScaler.from_config(config, "full_attention").rotate(k_BHTD, positions_BT)
+    assert torch.equal(k_rotated, scalers(model_of("gemma3"))[1].rotate(k_BHTD, positions_BT))
 
 
 @pytest.mark.parametrize("config", [Cohere2Config(), SmolLM3Config(), Exaone4Config()], ids=lambda c: c.model_type)
-def test_models_that_leave_layers_unrotated_are_refused(config: PreTrainedConfig) -> None:
+def test_models_with_unrotated_layers_are_refused(config: PreTrainedConfig) -> None:
     with pytest.raises(UnsupportedModelError, match="does not rotate"):
         RoPEScaler.from_config(config)
 
 
-def test_models_without_a_rotary_embedding_we_can_undo_are_refused() -> None:
+def test_models_without_an_invertible_rotary_embedding_are_refused() -> None:
     with pytest.raises(UnsupportedModelError, match="GPT2"):
         RoPEScaler.from_config(GPT2Config())
     with pytest.raises(UnsupportedModelError, match="Gemma3TextConfig: rope type 'proportional'"):

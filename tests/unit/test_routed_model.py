@@ -1,4 +1,4 @@
-"""Routing inside the model: the teachers' weights, and what the router loss trains."""
+"""Tests of routing inside the model: the teachers' weights, the router loss and its gradients."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from student_trainer.model.losses import codi_loss, cross_entropy
 from student_trainer.model.router_loss import router_loss
 from tests.support.training_parts import LATENTS, RECORDS, distill_model, one_rank, train_batch
 
-# The last one's answer is longer, so that the others' texts are padded.
+# The last record has a longer answer, so that the texts of the others are padded.
 BATCH = (*RECORDS[40:43], replace(RECORDS[43], answer=RECORDS[43].answer + " or thereabouts"))
 BOTH = {"ada": 1.0, "ben": 1.0}
 KV_ALONE = LossConfig(reasoning_ce_weight=0.0, kv_weight=1.0)
@@ -36,7 +36,7 @@ def model_of(mode: str = "latent", loss: LossConfig = KV_ALONE, **sections: Any)
 
 
 def noisy(kv: BatchKV, spoilt: str = "kv") -> BatchKV:
-    """The same cache with strong noise in keys, values or both."""
+    """Returns the cache with strong noise in keys, values or both."""
     generator = torch.Generator().manual_seed(1)
     k, v = (
         x + 20 * (tensor in spoilt) * torch.randn(x.shape, generator=generator)
@@ -51,7 +51,7 @@ def weights_of(model: DistillModel, batch: TrainBatch, *teachers: BatchKV) -> li
 
 
 def randomise_router(model: DistillModel) -> None:
-    """A new router gives every teacher the same weight, whatever it reads."""
+    """A new router gives every teacher the same weight for every input."""
     assert model.fusion is not None
     for parameter in model.fusion.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
@@ -69,7 +69,7 @@ def test_similarity_gives_more_weight_to_the_teacher_without_noise(mode: str, me
     model = model_of(mode, fuse={"kind": "similarity", "metric": metric, "temperature": 0.2, "temperature_floor": 0.1})
     batch = train_batch(model, BATCH, LATENTS if mode == "latent" else None)
     ada, ben = batch.teachers
-    # A product grows with the noise, so that only both tensors together tell by it.
+    # The dot product grows with the noise, so it separates the teachers only if both tensors are noisy.
     for spoilt in ("kv",) if metric == "dot" else ("k", "v", "kv"):
         without_ada, without_ben = (
             weights_of(model, batch, *pair) for pair in ((noisy(ada, spoilt), ben), (ada, noisy(ben, spoilt)))
@@ -111,18 +111,18 @@ def test_similarity_compares_standardised_kv_at_tokens_with_equal_ends(
                     torch.testing.assert_close(found[b, :, :, place], expected_LHD, rtol=1e-4, atol=1e-4)
 
 
-def test_a_teacher_with_no_common_token_gets_the_lowest_similarity() -> None:
+def test_teacher_without_common_tokens_gets_the_lowest_similarity() -> None:
     model = model_of(fuse={"kind": "similarity"})
     batch = train_batch(model, BATCH)
     ada, ben = batch.teachers
     for pair in ((ada, noisy(ben)), (noisy(ada), ben)):
         assert weights_of(model, batch, *pair) != pytest.approx([0.5, 0.5], abs=1e-3)
-    strange = replace(ben, byte_ends_BLHM=ben.byte_ends_BLHM + 10_000)
-    assert weights_of(model, batch, ada, strange) == pytest.approx([0.5, 0.5], abs=1e-6)
+    disjoint = replace(ben, byte_ends_BLHM=ben.byte_ends_BLHM + 10_000)
+    assert weights_of(model, batch, ada, disjoint) == pytest.approx([0.5, 0.5], abs=1e-6)
 
 
 @pytest.mark.parametrize("kind", ["similarity", "learnable"])
-def test_an_absent_teacher_gets_no_weight_and_samples_without_kv_do_not_count(kind: str) -> None:
+def test_absent_teacher_gets_no_weight_and_samples_without_kv_are_ignored(kind: str) -> None:
     model = model_of(fuse={"kind": kind})
     batch = train_batch(model, BATCH)
     ada, ben = batch.teachers
@@ -135,7 +135,7 @@ def test_an_absent_teacher_gets_no_weight_and_samples_without_kv_do_not_count(ki
 
 
 @pytest.mark.parametrize("mode", ["latent", "token"])
-def test_the_router_reads_the_prompts_end_and_each_teachers_filled_slots(mode: str) -> None:
+def test_router_reads_the_last_prompt_state_and_the_mean_of_filled_slots(mode: str) -> None:
     model = model_of(mode, fuse={"kind": "learnable", "router": "attention"})
     batch = train_batch(model, BATCH, LATENTS if mode == "latent" else None)
     ada, ben = batch.teachers
@@ -162,7 +162,7 @@ def test_the_router_reads_the_prompts_end_and_each_teachers_filled_slots(mode: s
             torch.testing.assert_close(summary_BNF[b, n], torch.cat(means), rtol=1e-4, atol=1e-4)
 
 
-def test_similarity_weights_give_the_student_no_gradient() -> None:
+def test_similarity_weights_have_no_gradient() -> None:
     model = model_of(fuse={"kind": "similarity"})
     fused = model(train_batch(model, BATCH))
     assert not fused["routing/weights_mean/ada"].requires_grad
@@ -170,7 +170,7 @@ def test_similarity_weights_give_the_student_no_gradient() -> None:
 
 
 @pytest.mark.parametrize("mode", ["latent", "token"])
-def test_the_router_loss_trains_router_and_adapters_but_not_the_student(mode: str) -> None:
+def test_router_loss_trains_router_and_adapters_but_not_the_student(mode: str) -> None:
     trained = {"head_adapter": "linear", "layer_map": "learned"}
     model = model_of(mode, align=trained, fuse={"kind": "learnable"})
     randomise_router(model)
@@ -185,7 +185,7 @@ def test_the_router_loss_trains_router_and_adapters_but_not_the_student(mode: st
     assert not any(name.startswith("routing") for name in model.eval()(batch) if name.endswith("loss"))
 
 
-def test_the_router_loss_is_the_answers_cross_entropy_and_its_gradient_that_of_the_injected_kv() -> None:
+def test_router_loss_is_the_answer_cross_entropy_with_gradients_to_the_injected_kv() -> None:
     model = model_of(fuse={"kind": "learnable"})
     tokens = train_batch(model, BATCH).tokens
     text = model.student.read_text(tokens.text_ids_BT, tokens.text_mask_BT)
@@ -194,7 +194,7 @@ def test_the_router_loss_is_the_answers_cross_entropy_and_its_gradient_that_of_t
     k_BLHTD, v_BLHTD = (x.detach().requires_grad_() for x in (text.k_BLHTD, text.v_BLHTD))
     every_BT = tokens.text_mask_BT
     loss = router_loss(model.student, tokens, k_BLHTD, v_BLHTD, every_BT)
-    # A student that reads its own K/V answers as it does without an injection.
+    # Injecting the student's own K/V must not change its output.
     assert float(loss.detach()) == pytest.approx(float(expected.detach()), rel=1e-5)
     loss.backward()
     direction = torch.randn(k_BLHTD.shape, generator=torch.Generator().manual_seed(0))
@@ -223,48 +223,48 @@ def reasoning_places(ends_T: Tensor, row: int) -> list[bool]:
 
 
 def answer_places(ends_T: Tensor, mask_T: Tensor, row: int) -> list[bool]:
-    """The end-of-text token, which stands for no text, is part of the answer."""
+    """Mask of the answer tokens, including the end-of-text token, which has no byte end."""
     reasoning = len((BATCH[row].prompt + BATCH[row].reasoning).encode())
     pairs = zip(ends_T.tolist(), mask_T.tolist(), strict=True)
     return [there and (end > reasoning or end < 0) for end, there in pairs]
 
 
-def test_kv_are_injected_only_at_tokens_of_the_reasoning() -> None:
+def test_kv_are_injected_only_at_reasoning_tokens() -> None:
     model = model_of(fuse={"kind": "learnable"})
     tokens = train_batch(model, BATCH).tokens
     text = model.student.read_text(tokens.text_ids_BT, tokens.text_mask_BT)
     k_BLHTD, v_BLHTD = text.k_BLHTD.detach(), text.v_BLHTD.detach()
     inside_BT = torch.tensor([reasoning_places(ends_T, row) for row, ends_T in enumerate(tokens.text_byte_ends_BT)])
 
-    def judged(moved_BT: Tensor, mask_BT: Tensor) -> float:
+    def loss_with(moved_BT: Tensor, mask_BT: Tensor) -> float:
         moved = 9 * moved_BT[:, None, None, :, None]
         return float(router_loss(model.student, tokens, k_BLHTD + moved, v_BLHTD + moved, mask_BT))
 
     every_BT = torch.ones_like(inside_BT)
-    own = judged(~every_BT, every_BT)
-    assert judged(every_BT, ~inside_BT) == own
+    own = loss_with(~every_BT, every_BT)
+    assert loss_with(every_BT, ~inside_BT) == own
     for t in range(inside_BT.shape[1]):
         one_BT = torch.zeros_like(inside_BT)
         one_BT[:, t] = True
-        assert (judged(one_BT, every_BT) != own) == bool(inside_BT[:, t].any())
+        assert (loss_with(one_BT, every_BT) != own) == bool(inside_BT[:, t].any())
 
 
-def test_the_judge_stays_the_student_at_calibration_during_training() -> None:
+def test_router_loss_uses_the_student_as_of_calibration() -> None:
     model = model_of(fuse={"kind": "learnable"})
     batch = train_batch(model, BATCH)
     names = ("routing/router_loss", "answer_ce")
-    judged, answered = (float(model(batch)[name].detach()) for name in names)
+    router_loss_before, answered = (float(model(batch)[name].detach()) for name in names)
     with torch.no_grad():
         for parameter in model.student.parameters():
             parameter.mul_(1.5)
-    judged_after, answered_after = (float(model(batch)[name].detach()) for name in names)
-    assert judged_after == judged
+    router_loss_after, answered_after = (float(model(batch)[name].detach()) for name in names)
+    assert router_loss_after == router_loss_before
     assert answered_after != answered
     assert not any("judge" in name for name in (*model.state_dict(), *dict(model.named_parameters())))
 
 
 @pytest.mark.parametrize("mode", ["latent", "token"])
-def test_the_judge_reads_each_teachers_kv_at_tokens_with_equal_ends(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_router_loss_reads_teacher_kv_at_tokens_with_equal_ends(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = model_of(mode, fuse={"kind": "learnable"})
     batch = train_batch(model, BATCH, LATENTS if mode == "latent" else None)
     seen: list[tuple[Tensor, ...]] = []
@@ -275,13 +275,16 @@ def test_the_judge_reads_each_teachers_kv_at_tokens_with_equal_ends(mode: str, m
     ((k_BLHTD, v_BLHTD, mask_BT),) = seen
     for row, ends_T in enumerate(batch.tokens.text_byte_ends_BT.tolist()):
         for t, end in enumerate(ends_T):
-            # The first token of the text is a sink, which token mode leaves out.
+            # The first token of the text is an attention sink, which token mode skips.
             slots = [kv.byte_ends_BLHM[row, 0, 0].tolist() for kv in batch.teachers]
-            having = [n for n, ends in enumerate(slots) if end >= 0 and end in ends and (mode == "latent" or t > 0)]
-            assert bool(mask_BT[row, t]) == bool(having)
-            for x_BLHTD, column in ((k_BLHTD, 0), (v_BLHTD, 1)) if having else ():
+            teachers_with_slot = [
+                n for n, ends in enumerate(slots) if end >= 0 and end in ends and (mode == "latent" or t > 0)
+            ]
+            assert bool(mask_BT[row, t]) == bool(teachers_with_slot)
+            for x_BLHTD, column in ((k_BLHTD, 0), (v_BLHTD, 1)) if teachers_with_slot else ():
                 found = [
-                    model.aligners[n].targets(batch.teachers[n])[column][row, :, :, slots[n].index(end)] for n in having
+                    model.aligners[n].targets(batch.teachers[n])[column][row, :, :, slots[n].index(end)]
+                    for n in teachers_with_slot
                 ]
                 torch.testing.assert_close(x_BLHTD[row, :, :, t], sum(found) / len(found), rtol=1e-4, atol=1e-4)
 
@@ -289,7 +292,9 @@ def test_the_judge_reads_each_teachers_kv_at_tokens_with_equal_ends(mode: str, m
 @pytest.mark.parametrize("choose", ["soft", "top1"])
 @pytest.mark.parametrize("per_layer", [False, True])
 @pytest.mark.parametrize("router", ["mlp", "gate", "attention"])
-def test_every_router_runs_with_every_shape_of_weights(router: str, per_layer: bool, choose: str) -> None:
+def test_every_router_runs_per_layer_and_per_sample_with_soft_and_top1_weights(
+    router: str, per_layer: bool, choose: str
+) -> None:
     model = model_of(fuse={"kind": "learnable", "router": router, "per_layer": per_layer, "choose": choose})
     losses = model(train_batch(model, BATCH))
     named = gradients(model, losses["loss"])
@@ -299,7 +304,7 @@ def test_every_router_runs_with_every_shape_of_weights(router: str, per_layer: b
     assert float(losses["routing/entropy"].detach()) == pytest.approx(torch.tensor(2.0).log().item(), rel=1e-5)
 
 
-def test_the_loss_is_the_sum_of_its_parts_with_the_configured_weights() -> None:
+def test_loss_is_the_weighted_sum_of_its_parts() -> None:
     loss = LossConfig(kv_weight=3.0, reasoning_ce_weight=0.5, codi_weight=2.0)
     model = model_of(loss=loss, fuse={"kind": "learnable", "router_loss_weight": 0.7, "entropy_weight": 0.05})
     found = {name: float(value.detach()) for name, value in model(train_batch(model, BATCH)).items()}
@@ -315,7 +320,7 @@ def test_the_loss_is_the_sum_of_its_parts_with_the_configured_weights() -> None:
     assert found["codi_loss"] > 0
 
 
-def test_codi_compares_the_states_right_before_the_answer() -> None:
+def test_codi_loss_compares_the_last_states_before_the_answer() -> None:
     model = model_of(loss=LossConfig(codi_weight=1.0))
     batch = train_batch(model, BATCH)
     tokens = batch.tokens
@@ -341,17 +346,17 @@ def test_slots_are_resampled_to_the_latents(method: str) -> None:
     plain = train_batch(model, BATCH, None)
     losses = model.eval()(plain)
     assert torch.isfinite(losses["kv_loss"])
-    # Slots of prompt and answer are no part of what stands for the reasoning.
-    altered: list[BatchKV] = []
+    # Slots of the prompt and the answer must not affect the loss.
+    changed_outside: list[BatchKV] = []
     for kv in plain.teachers:
         ends_BM = kv.byte_ends_BLHM[:, 0, 0]
         starts_B = torch.tensor([len(record.prompt.encode()) for record in BATCH])[:, None]
         stops_B = torch.tensor([len((record.prompt + record.reasoning).encode()) for record in BATCH])[:, None]
         outside_BM = (ends_BM <= starts_B) | (ends_BM > stops_B)
-        altered.append(replace(kv, k_BLHMD=kv.k_BLHMD + 100 * outside_BM[:, None, None, :, None]))
-    changed = model(TrainBatch(plain.tokens, tuple(altered)))
+        changed_outside.append(replace(kv, k_BLHMD=kv.k_BLHMD + 100 * outside_BM[:, None, None, :, None]))
+    changed = model(TrainBatch(plain.tokens, tuple(changed_outside)))
     assert float(changed["kv_loss"]) == pytest.approx(float(losses["kv_loss"]), rel=1e-5)
-    # A token in mid-reasoning whose end is not known is a part of it all the same.
+    # A token inside the reasoning belongs to it even if its byte end is unknown.
     hidden: list[BatchKV] = []
     for kv in plain.teachers:
         ends_BLHM = kv.byte_ends_BLHM.clone()

@@ -1,4 +1,4 @@
-"""The router starts even, learns which teacher fits a prompt, and keeps its axes apart."""
+"""Tests of the router: equal initial weights, learning from prompts, independence of samples, layers and teachers."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def randomised(module: Router) -> Router:
 @every_kind
 @per_layer_or_not
 @pytest.mark.parametrize("teachers", [1, N])
-def test_a_router_starts_at_exactly_equal_weights(kind: RouterKind, layers: int | None, teachers: int) -> None:
+def test_initial_weights_are_exactly_equal(kind: RouterKind, layers: int | None, teachers: int) -> None:
     prompt, summary = inputs()
     logits = router(kind, layers, teachers=teachers)(prompt, summary[:, :teachers])
     assert logits.shape == ((B, L, teachers) if layers else (B, teachers))
@@ -63,16 +63,16 @@ def test_a_router_starts_at_exactly_equal_weights(kind: RouterKind, layers: int 
 
 @every_kind
 @per_layer_or_not
-def test_a_router_learns_which_teacher_fits_a_prompt(kind: RouterKind, layers: int | None) -> None:
+def test_router_learns_the_best_teacher_for_a_prompt(kind: RouterKind, layers: int | None) -> None:
     prompt, _ = inputs()
     wanted = prompt[:, :N].argmax(dim=-1)
     if layers:
-        wanted = torch.stack([wanted, (wanted + 1) % N], dim=1)  # each layer another teacher
+        wanted = torch.stack([wanted, (wanted + 1) % N], dim=1)  # a different teacher per layer
     _, accuracy = trained(kind, layers, wanted)
     assert accuracy.min() > 0.9
 
 
-def test_only_a_hidden_layer_separates_what_is_not_linear() -> None:
+def test_only_the_mlp_learns_a_nonlinear_boundary() -> None:
     prompt, _ = inputs()
     wanted = (prompt[:, 0] * prompt[:, 1] > 0).long()
     assert trained("mlp", None, wanted, steps=100)[1] > 0.95
@@ -80,17 +80,17 @@ def test_only_a_hidden_layer_separates_what_is_not_linear() -> None:
 
 
 @every_kind
-def test_every_parameter_learns(kind: RouterKind) -> None:
+def test_every_parameter_is_trained(kind: RouterKind) -> None:
     prompt, _ = inputs()
     module, _ = trained(kind, L, prompt[:, : N - 1].argmax(dim=-1)[:, None].expand(-1, L), steps=3)
     start = dict(router(kind, L).named_parameters())
-    unmoved = [name for name, parameter in module.named_parameters() if torch.equal(parameter, start[name])]
-    assert not unmoved
+    untrained = [name for name, parameter in module.named_parameters() if torch.equal(parameter, start[name])]
+    assert not untrained
 
 
 @every_kind
 @per_layer_or_not
-def test_each_sample_is_routed_on_its_own(kind: RouterKind, layers: int | None) -> None:
+def test_samples_are_routed_independently(kind: RouterKind, layers: int | None) -> None:
     module, (prompt, summary) = randomised(router(kind, layers)), inputs()
     together = module(prompt, summary)
     alone = torch.cat([module(prompt[b : b + 1], summary[b : b + 1]) for b in range(B)])
@@ -98,7 +98,7 @@ def test_each_sample_is_routed_on_its_own(kind: RouterKind, layers: int | None) 
 
 
 @pytest.mark.parametrize("layers", [None, L])
-def test_attention_follows_the_teachers_wherever_they_stand_and_however_many(layers: int | None) -> None:
+def test_attention_scores_each_teacher_independently(layers: int | None) -> None:
     module, (prompt, summary) = randomised(router("attention", layers)), inputs()
     logits, order = module(prompt, summary), [2, 0, 1]
     torch.testing.assert_close(module(prompt, summary[:, order]), logits[..., order])
@@ -123,7 +123,7 @@ def test_attention_is_a_scaled_dot_product_per_layer() -> None:
 
 
 @pytest.mark.parametrize("kind", ["mlp", "gate"])
-def test_without_attention_only_the_prompt_is_read(kind: RouterKind) -> None:
+def test_routers_without_attention_read_only_the_prompt(kind: RouterKind) -> None:
     module, (prompt, summary) = randomised(router(kind)), inputs()
     logits = module(prompt, torch.full_like(summary, math.nan))
     assert torch.equal(logits, module(prompt, summary))
@@ -133,13 +133,13 @@ def test_without_attention_only_the_prompt_is_read(kind: RouterKind) -> None:
 @every_kind
 @per_layer_or_not
 @pytest.mark.parametrize("choose", get_args(Choose))
-def test_a_fused_target_trains_the_router_and_nothing_empty_reaches_it(
+def test_fused_target_trains_the_router_without_nan_from_empty_slots(
     kind: RouterKind, layers: int | None, choose: Choose
 ) -> None:
     module, (prompt, summary) = randomised(router(kind, layers)), inputs()
     generator = torch.Generator().manual_seed(3)
     mask = torch.rand(N, B, 4, generator=generator) < 0.5
-    mask[:, 0], mask[1, 1:9] = False, False  # a sample nobody has, and some that one teacher lacks
+    mask[:, 0], mask[1, 1:9] = False, False  # a sample that no teacher has, and samples that one teacher lacks
     x = torch.randn(N, B, L, 1, 4, 2, generator=generator).masked_fill(~mask[:, :, None, None, :, None], math.nan)
     present = mask.any(dim=2).T
     logits = module(prompt, summary.masked_fill(~present[..., None], 0.0))
@@ -153,11 +153,11 @@ def test_a_fused_target_trains_the_router_and_nothing_empty_reaches_it(
 
 
 @every_kind
-def test_a_router_in_bf16_still_gives_fp32_logits(kind: RouterKind) -> None:
+def test_bf16_router_returns_fp32_logits(kind: RouterKind) -> None:
     prompt, summary = inputs()
     assert randomised(router(kind)).bfloat16()(prompt, summary).dtype == torch.float32
 
 
-def test_an_unknown_kind_is_refused() -> None:
+def test_unknown_kind_is_refused() -> None:
     with pytest.raises(FieldError, match=r"fuse\.router: .*'oracle'"):
         router("oracle")  # pyright: ignore[reportArgumentType]

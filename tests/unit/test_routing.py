@@ -1,4 +1,4 @@
-"""From logits to weights: softmax over the teachers present, top-1, temperature, entropy, collapse."""
+"""Tests of routing weights: softmax over the present teachers, top-1, temperature, entropy and collapse."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from kvcore.errors import FieldError
 B, L = 5, 2
 
 
-def naive_weights(logits: np.ndarray, present: np.ndarray, heat: float, choose: str) -> np.ndarray:
+def naive_weights(logits: np.ndarray, present: np.ndarray, tau: float, choose: str) -> np.ndarray:
     """`logits` [B,L,N]."""
     out = np.zeros(logits.shape)
     for b, layer in np.ndindex(*logits.shape[:2]):
@@ -29,7 +29,7 @@ def naive_weights(logits: np.ndarray, present: np.ndarray, heat: float, choose: 
         if choose == "top1":
             out[b, layer, best] = 1.0
             continue
-        power = {n: math.exp((float(logits[b, layer, n]) - float(logits[b, layer, best])) / heat) for n in here}
+        power = {n: math.exp((float(logits[b, layer, n]) - float(logits[b, layer, best])) / tau) for n in here}
         for n in here:
             out[b, layer, n] = power[n] / sum(power.values())
     return out
@@ -46,7 +46,7 @@ def naive_entropy(weights: np.ndarray, present: np.ndarray) -> float:
 
 @st.composite
 def cases(draw: st.DrawFn) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits [B,N] or [B,L,N] with NaN for absent teachers, and who is present: any pattern."""
+    """Logits [B,N] or [B,L,N] with NaN for absent teachers, and the mask of present teachers in any pattern."""
     teachers = draw(st.integers(1, 4))
     row = st.lists(st.booleans(), min_size=teachers, max_size=teachers)
     present = torch.tensor(draw(st.lists(row, min_size=B, max_size=B)))
@@ -66,20 +66,20 @@ def rows(x: torch.Tensor) -> np.ndarray:
 
 @settings(max_examples=60)
 @given(cases(), st.sampled_from([0.1, 0.5, 1.0, 3.0]), st.sampled_from(["soft", "top1"]))
-def test_weights_are_a_softmax_over_the_teachers_present(
-    case: tuple[torch.Tensor, torch.Tensor], heat: float, choose: Choose
+def test_weights_are_a_softmax_over_the_present_teachers(
+    case: tuple[torch.Tensor, torch.Tensor], tau: float, choose: Choose
 ) -> None:
     logits, present = case
-    weights = to_weights(logits, present, heat, choose)
+    weights = to_weights(logits, present, tau, choose)
     assert weights.shape == logits.shape
-    expected = naive_weights(rows(logits), present.numpy(), heat, choose)
+    expected = naive_weights(rows(logits), present.numpy(), tau, choose)
     np.testing.assert_allclose(rows(weights), expected, rtol=1e-4, atol=1e-6)
     assert (weights[~spread(present, weights)] == 0).all()
 
 
 @settings(max_examples=40)
 @given(cases(), st.sampled_from(["soft", "top1"]))
-def test_absent_teachers_reach_no_gradient(case: tuple[torch.Tensor, torch.Tensor], choose: Choose) -> None:
+def test_logits_of_absent_teachers_get_no_gradient(case: tuple[torch.Tensor, torch.Tensor], choose: Choose) -> None:
     logits, present = case
     logits.requires_grad_()
     weights = to_weights(logits, present, 0.5, choose)
@@ -91,7 +91,7 @@ def test_absent_teachers_reach_no_gradient(case: tuple[torch.Tensor, torch.Tenso
 
 
 @pytest.mark.parametrize("shape", [(B, 3), (B, L, 3)])
-def test_gradients_are_those_of_the_formula(shape: tuple[int, ...]) -> None:
+def test_gradients_match_finite_differences(shape: tuple[int, ...]) -> None:
     logits = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64).requires_grad_()
     present = torch.tensor([[1, 1, 1], [1, 0, 1], [0, 0, 1], [0, 0, 0], [0, 1, 1]]).bool()
     assert torch.autograd.gradcheck(lambda x: to_weights(x, present, 0.7), (logits,))
@@ -117,36 +117,36 @@ def test_top1_is_exactly_one_hot_with_the_gradient_of_the_soft_weights(
 
 
 @pytest.mark.parametrize("choose", ["soft", "top1"])
-def test_the_order_of_the_teachers_goes_with_the_weights(choose: Choose) -> None:
+def test_permuting_the_teachers_permutes_the_weights(choose: Choose) -> None:
     logits = torch.randn(B, L, 4, generator=torch.Generator().manual_seed(1))
     present = torch.rand(B, 4, generator=torch.Generator().manual_seed(2)) < 0.6
     order = [3, 1, 0, 2]
-    moved = to_weights(logits[..., order], present[:, order], 0.5, choose)
-    torch.testing.assert_close(moved, to_weights(logits, present, 0.5, choose)[..., order])
+    permuted = to_weights(logits[..., order], present[:, order], 0.5, choose)
+    torch.testing.assert_close(permuted, to_weights(logits, present, 0.5, choose)[..., order])
 
 
-def test_equal_logits_make_exactly_equal_weights() -> None:
+def test_equal_logits_give_exactly_equal_weights() -> None:
     present = torch.tensor([[True, True, True, True], [True, False, True, False]])
     weights = to_weights(torch.zeros(2, 4), present, 0.5)
     assert weights.tolist() == [[0.25] * 4, [0.5, 0.0, 0.5, 0.0]]
 
 
-def test_low_precision_logits_make_fp32_weights() -> None:
+def test_low_precision_logits_give_fp32_weights() -> None:
     assert to_weights(torch.zeros(1, 3).bfloat16(), torch.ones(1, 3, dtype=torch.bool), 1.0).dtype == torch.float32
 
 
-@pytest.mark.parametrize("heat", [0.0, -1.0, math.nan])
-def test_a_temperature_that_is_not_above_0_is_refused(heat: float) -> None:
+@pytest.mark.parametrize("tau", [0.0, -1.0, math.nan])
+def test_non_positive_temperature_is_refused(tau: float) -> None:
     with pytest.raises(FieldError, match=r"fuse\.temperature: must be above 0"):
-        to_weights(torch.zeros(1, 2), torch.ones(1, 2, dtype=torch.bool), heat)
+        to_weights(torch.zeros(1, 2), torch.ones(1, 2, dtype=torch.bool), tau)
 
 
-def test_an_unknown_choice_is_refused() -> None:
+def test_unknown_choice_is_refused() -> None:
     with pytest.raises(FieldError, match=r"fuse\.choose: .*'top2'"):
         to_weights(torch.zeros(1, 2), torch.ones(1, 2, dtype=torch.bool), 1.0, "top2")  # pyright: ignore[reportArgumentType]
 
 
-def test_the_temperature_falls_by_epoch_down_to_its_floor() -> None:
+def test_temperature_decays_per_epoch_to_its_floor() -> None:
     schedule = [temperature(epoch, start=1.0, decay=0.1, floor=0.5) for epoch in range(8)]
     assert schedule == pytest.approx([1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.5, 0.5])
     assert temperature(2.5, start=2.0, decay=0.4, floor=0.5) == pytest.approx(1.0)
@@ -156,10 +156,10 @@ def test_the_temperature_falls_by_epoch_down_to_its_floor() -> None:
 @settings(max_examples=60)
 @given(cases(), st.sampled_from([0.5, 2.0]))
 def test_entropy_is_the_mean_in_nats_over_the_samples_with_a_teacher(
-    case: tuple[torch.Tensor, torch.Tensor], heat: float
+    case: tuple[torch.Tensor, torch.Tensor], tau: float
 ) -> None:
     logits, present = case
-    weights = to_weights(logits, present, heat)
+    weights = to_weights(logits, present, tau)
     expected = naive_entropy(rows(weights), present.numpy())
     assert entropy(weights, present).item() == pytest.approx(expected, rel=1e-4, abs=1e-6)
 
@@ -171,14 +171,14 @@ def test_equal_weights_have_the_entropy_log_n(teachers: int) -> None:
     assert entropy(weights, present).item() == pytest.approx(math.log(teachers), abs=1e-6)
 
 
-def test_samples_without_a_teacher_do_not_dilute_the_entropy() -> None:
+def test_entropy_ignores_samples_without_a_teacher() -> None:
     present = torch.tensor([[True, True], [False, False], [False, False]])
     weights = to_weights(torch.zeros(3, 2), present, 1.0)
     assert entropy(weights, present).item() == pytest.approx(math.log(2))
     assert entropy(weights[1:], present[1:]).item() == 0
 
 
-def test_entropy_of_a_saturated_choice_has_a_finite_gradient() -> None:
+def test_entropy_of_saturated_weights_has_a_finite_gradient() -> None:
     logits = torch.tensor([[0.0, 1000.0], [0.0, -1000.0]], requires_grad=True)
     present = torch.ones(2, 2, dtype=torch.bool)
     weights = to_weights(logits, present, 0.5)
@@ -188,7 +188,7 @@ def test_entropy_of_a_saturated_choice_has_a_finite_gradient() -> None:
     assert torch.isfinite(logits.grad).all()
 
 
-def test_rewarding_entropy_evens_the_weights_out() -> None:
+def test_maximising_entropy_equalises_the_weights() -> None:
     logits = torch.tensor([[2.0, 0.0, -1.0]], requires_grad=True)
     present = torch.ones(1, 3, dtype=torch.bool)
     before = entropy(to_weights(logits, present, 1.0), present)
@@ -198,7 +198,7 @@ def test_rewarding_entropy_evens_the_weights_out() -> None:
     assert after > before
 
 
-def test_a_collapse_is_said_once_with_teacher_weight_and_cures() -> None:
+def test_collapse_is_reported_once_with_teacher_weight_and_remedies() -> None:
     detector = CollapseDetector(["math", "code"], 0.95)
     assert detector.check([0.5, 0.5]) is None
     assert detector.check([0.05, 0.95]) is None  # at the limit, not above it
@@ -211,7 +211,7 @@ def test_a_collapse_is_said_once_with_teacher_weight_and_cures() -> None:
     assert detector.check([0.01, 0.99]) is None
 
 
-def test_a_collapse_is_said_again_after_a_recovery_or_onto_another_teacher() -> None:
+def test_collapse_is_reported_again_after_recovery_or_for_another_teacher() -> None:
     detector = CollapseDetector(["math", "code"], 0.95)
     assert "'math'" in (detector.check([0.99, 0.01]) or "")
     assert "'code'" in (detector.check([0.01, 0.99]) or "")
@@ -219,5 +219,5 @@ def test_a_collapse_is_said_again_after_a_recovery_or_onto_another_teacher() -> 
     assert "'code'" in (detector.check([0.01, 0.99]) or "")
 
 
-def test_a_lone_teacher_is_no_collapse() -> None:
+def test_single_teacher_is_not_a_collapse() -> None:
     assert CollapseDetector(["math"], 0.95).check([1.0]) is None

@@ -1,4 +1,4 @@
-"""The stage runner: order, stopping, totals, and a proto check that notices."""
+"""Tests of the stage runner: order, stop at the first failure, totals, and the proto check."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from scripts.run_checks import ROOT, Run, Totals, main, proto_is_fresh_and_clean
 
 
 class ThreeStages(Run):
-    """Stages that only note that they ran; the second one fails if told so."""
+    """Three stages that only record that they ran. The second one can be set to fail."""
 
     def __init__(self, second_passes: bool) -> None:
         super().__init__()
@@ -22,9 +22,13 @@ class ThreeStages(Run):
         self.second_passes = second_passes
 
     def stages(self) -> dict[str, Callable[[], bool]]:
-        return {"a": self.note("a", True), "b": self.note("b", self.second_passes), "c": self.note("c", True)}
+        return {
+            "a": self.recorded("a", True),
+            "b": self.recorded("b", self.second_passes),
+            "c": self.recorded("c", True),
+        }
 
-    def note(self, name: str, passes: bool) -> Callable[[], bool]:
+    def recorded(self, name: str, passes: bool) -> Callable[[], bool]:
         def stage() -> bool:
             self.ran.append(name)
             return passes
@@ -96,26 +100,26 @@ def proto_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "protos"
 
 
-def test_committed_proto_code_is_fresh_and_clean(proto_copy: Path) -> None:
+def test_committed_proto_code_is_up_to_date_and_clean(proto_copy: Path) -> None:
     assert proto_copy.is_dir()
     assert proto_is_fresh_and_clean()
 
 
 @pytest.mark.parametrize("name", ["kv_cache_pb2.py", "kv_cache_pb2.pyi", "kv_cache_pb2_grpc.py"])
-def test_edited_generated_code_is_noticed(name: str, proto_copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_edited_generated_code_is_detected(name: str, proto_copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with (proto_copy / name).open("a", encoding="utf-8") as file:
         file.write("# edited\n")
     assert not proto_is_fresh_and_clean()
     assert f"protos/{name}: does not match" in capsys.readouterr().out
 
 
-def test_field_missing_from_generated_code_is_noticed(proto_copy: Path) -> None:
+def test_field_missing_from_generated_code_is_detected(proto_copy: Path) -> None:
     proto = proto_copy / "kv_cache.proto"
     proto.write_text(proto.read_text(encoding="utf-8") + "\nmessage Added { int32 x = 1; }\n", encoding="utf-8")
     assert not proto_is_fresh_and_clean()
 
 
-def test_proto_against_the_rules_is_refused(proto_copy: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_proto_that_violates_the_lint_rules_is_refused(proto_copy: Path, capfd: pytest.CaptureFixture[str]) -> None:
     proto = proto_copy / "kv_cache.proto"
     proto.write_text(proto.read_text(encoding="utf-8") + "\nmessage added { int32 X = 1; }\n", encoding="utf-8")
     assert run_checks.generate_proto(proto_copy.parent)

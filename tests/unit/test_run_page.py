@@ -1,4 +1,4 @@
-"""The page of a run: steps, metrics, time and teachers."""
+"""Tests of the page of a run: steps, metrics, time and teachers."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def config() -> TrainConfig:
 
 @pytest.fixture
 def run() -> RunState:
-    """After one of ten steps, with one teacher of two replicas, one of them dead, and one from a store."""
+    """A run after one of ten steps. One teacher has a live and a dead replica, the other comes from a store."""
     figures = {"train/loss": 2.5, "train/kv_loss": 0.875, "train/samples_per_second": 1210.4, "val/loss": math.nan}
     weights = {"routing/weights_mean/<b>ada</b>": 0.75, "routing/weights_mean/ben": 0.25}
     waiting = {"kv/stall_fraction": 0.051, "kv/bytes_per_sample": 4096.0}
@@ -37,12 +37,12 @@ def run() -> RunState:
 
 
 def words(page: str) -> str:
-    """What a page says, without its tags."""
+    """The text of a page without tags."""
     inside = page[page.index("<main>") : page.index("</main>")]
     return " ".join(unescape("".join(f" {part.split('>', 1)[-1]}" for part in inside.split("<"))).split())
 
 
-def test_the_page_shows_progress_and_metrics(config: TrainConfig, run: RunState) -> None:
+def test_page_shows_progress_and_metrics(config: TrainConfig, run: RunState) -> None:
     shown = words(render_page(config, run.snapshot()))
     assert "Training, running for 0:00:0" in shown
     for part in (
@@ -58,7 +58,7 @@ def test_the_page_shows_progress_and_metrics(config: TrainConfig, run: RunState)
         assert part in shown, part
 
 
-def test_the_page_shows_each_teachers_health(config: TrainConfig, run: RunState) -> None:
+def test_page_shows_the_health_of_each_teacher(config: TrainConfig, run: RunState) -> None:
     shown = words(render_page(config, run.snapshot()))
     assert "<b>ada</b> 1 of 2 up alive:2 0:00:00 ago 1 1 64 3 2.0 kB" in shown
     assert "ben from the store - - - - 0 0 -" in shown
@@ -74,7 +74,7 @@ def test_names_are_escaped(config: TrainConfig, run: RunState) -> None:
     assert page.count("<script") == 1
 
 
-def test_a_run_before_its_first_step_has_a_page_without_metrics(config: TrainConfig) -> None:
+def test_page_before_the_first_step_has_no_metrics(config: TrainConfig) -> None:
     shown = words(render_page(config, RunState().snapshot()))
     assert "Starting" in shown
     assert "No step yet." in shown
@@ -82,14 +82,12 @@ def test_a_run_before_its_first_step_has_a_page_without_metrics(config: TrainCon
     assert "Teachers" not in shown
 
 
-def test_a_failed_run_is_marked(config: TrainConfig, run: RunState) -> None:
+def test_failed_run_is_marked(config: TrainConfig, run: RunState) -> None:
     run.phase = "failed"
     assert 'class="state bad"' in render_page(config, run.snapshot())
 
 
-def test_state_json_has_the_whole_state_and_null_for_values_that_are_not_finite(
-    config: TrainConfig, run: RunState
-) -> None:
+def test_state_json_has_the_whole_state_with_null_for_non_finite_values(config: TrainConfig, run: RunState) -> None:
     app = FastAPI()
     add_live_page(app, config, run)
     client = TestClient(app)

@@ -1,4 +1,4 @@
-"""`kvdistill report`: runs, table, pictures and messages about missing ones."""
+"""Tests of `kvdistill report`: runs, tables, pictures, and messages about missing pictures."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ MEASURED = {"gsm8k_test": {"dataset": "gsm8k_test", "score": 61.25, "num_example
 
 @pytest.fixture
 def stages(tmp_path: Path) -> Path:
-    """Three stages: the second was evaluated further, the third has not ended."""
+    """Three stages. The second has an additional evaluation, and the third has not ended."""
     home = tmp_path / "three_stage_routing"
     write_run(home / STAGES[0])
     write_run(home / STAGES[1], by_dataset={"gsm8k": 0.9, "math23k": 0.3}, scores=MEASURED)
@@ -35,7 +35,7 @@ def stages(tmp_path: Path) -> Path:
 
 
 class Page(HTMLParser):
-    """What a browser would load, and the words of the page."""
+    """The resources that a browser would load, and the text of the page."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -92,10 +92,10 @@ def test_incomplete_last_line_is_ignored(tmp_path: Path) -> None:
     assert read_run(run, "run").steps == 30
 
 
-def test_validation_is_that_of_the_best_step(stages: Path) -> None:
+def test_validation_is_from_the_best_step(stages: Path) -> None:
     _, second, third = find_runs([stages])
     assert second.validation["step"] == 20
-    # One that has not ended has no best step yet.
+    # A run that has not ended has no best step yet.
     assert third.validation["step"] == 30
     assert weights_by_dataset(second) == {
         "gsm8k": {"ada": pytest.approx(0.9), "ben": pytest.approx(0.1)},
@@ -130,7 +130,7 @@ def test_csv_has_every_value_in_its_own_column(stages: Path) -> None:
     assert (rows[2]["finished"], rows[2]["seconds"]) == ("False", "")
 
 
-def test_the_report_writes_page_tables_and_pictures(stages: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_report_writes_page_tables_and_pictures(stages: Path, capsys: pytest.CaptureFixture[str]) -> None:
     output = stages.parent / "report"
     paths = write_report([stages], output)
     pngs = ("learning_curves", "routing_weights", "routing_by_dataset", "kv_loss_by_layer")

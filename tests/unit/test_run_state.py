@@ -1,4 +1,4 @@
-"""The state of a run on rank 0: progress, teachers, and where the time goes."""
+"""Tests of the run state on rank 0: progress, teachers, and time per stage."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ def sums(samples: float, **seconds: float) -> TeacherSums:
         (BUSY | {"align": 7.0}, {"encode": 9.0}, "align"),
     ],
 )
-def test_bottleneck_is_the_longest_stage_and_a_stall_counts_for_the_teachers_longest_stage(
+def test_bottleneck_is_the_longest_stage_and_stalls_count_for_the_teachers_longest_stage(
     own: dict[str, float], stages: dict[str, float], longest: str
 ) -> None:
     assert bottleneck(own, stages) == longest
 
 
-def test_time_is_summed_by_stage_and_training_gets_the_rest() -> None:
+def test_time_is_summed_by_stage_and_the_rest_is_training() -> None:
     state = RunState()
     state.connected({"ada": MemorySource()})
     for _ in range(2):
@@ -70,7 +70,7 @@ def test_thinned_curves_keep_their_first_and_last_points() -> None:
     assert (points[0], points[-1]) == ((0, 0.0), (last, float(last)))
 
 
-def test_the_phase_before_is_restored_unless_an_error_leaves_the_block() -> None:
+def test_previous_phase_is_restored_except_after_an_error() -> None:
     state = RunState()
     with state.during("training"):
         with state.during("validating"):
@@ -81,7 +81,7 @@ def test_the_phase_before_is_restored_unless_an_error_leaves_the_block() -> None
     assert state.phase == "saving"
 
 
-def test_teacher_sums_survive_the_collective_and_absent_teachers_are_zero() -> None:
+def test_teacher_sums_are_reduced_and_absent_teachers_are_zero() -> None:
     metrics = MetricAccumulator(seconds=4.0, micro_batches=2)
     metrics.add_teacher("ben", sums(6, stall=2.0, prefill=1.5))
     ada, ben = ([2 * number for number in row] for row in metrics.teacher_rows(["ada", "ben"]))

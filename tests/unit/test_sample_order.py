@@ -1,4 +1,4 @@
-"""The records of each step, rank and micro-batch, in training and in validation."""
+"""Tests of the sample order: the records of each step, rank and micro-batch in training and validation."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def flat(lists: Iterable[list[int]]) -> list[int]:
 
 
 def step_of_all_ranks(micro_batch: int, world_size: int, first_step: int = 0) -> list[list[int]]:
-    """Each step's records, in the order of micro-batch, rank, place."""
+    """The records of each step, ordered by micro-batch, rank and position."""
     ranks = [SampleOrder(run_config(micro_batch=micro_batch), COUNT, rank, world_size) for rank in range(world_size)]
     accumulation = GLOBAL_BATCH // (micro_batch * world_size)
     assert {sampling.accumulation for sampling in ranks} == {accumulation}
@@ -43,17 +43,17 @@ REFERENCE = step_of_all_ranks(8, 1)
 
 
 @pytest.mark.parametrize(("micro_batch", "world_size"), SHAPES)
-def test_the_records_of_a_step_do_not_depend_on_ranks_or_micro_batches(micro_batch: int, world_size: int) -> None:
+def test_records_of_a_step_do_not_depend_on_ranks_or_micro_batches(micro_batch: int, world_size: int) -> None:
     assert step_of_all_ranks(micro_batch, world_size) == REFERENCE
 
 
 @pytest.mark.parametrize(("micro_batch", "world_size"), SHAPES)
-def test_a_run_can_resume_at_any_step(micro_batch: int, world_size: int) -> None:
+def test_order_can_resume_at_any_step(micro_batch: int, world_size: int) -> None:
     for first in range(STEPS + 1):
         assert step_of_all_ranks(micro_batch, world_size, first) == REFERENCE[first:]
 
 
-def test_each_epoch_has_its_own_order_and_follows_without_a_gap() -> None:
+def test_epochs_follow_without_a_gap_and_have_different_orders() -> None:
     stream = flat(REFERENCE)
     epochs = [stream[start : start + COUNT] for start in range(0, len(stream) - COUNT + 1, COUNT)]
     assert len(epochs) == 4
@@ -61,12 +61,12 @@ def test_each_epoch_has_its_own_order_and_follows_without_a_gap() -> None:
     assert len(set(map(tuple, epochs))) == 4
 
 
-def test_the_order_depends_on_the_seed() -> None:
+def test_order_depends_on_the_seed() -> None:
     other = SampleOrder(run_config(seed=4, micro_batch=8), COUNT, 0, 1)
     assert list(other.micro_batches(0)) != REFERENCE
 
 
-def test_epochs_are_converted_to_enough_steps() -> None:
+def test_epochs_are_converted_to_steps_rounded_up() -> None:
     assert SampleOrder(run_config(steps=None, epochs=2), COUNT, 0, 1).steps == 3
     assert SampleOrder(run_config(steps=None, epochs=4), COUNT, 0, 1).steps == 5
     assert SampleOrder(run_config(), COUNT, 0, 1).steps == STEPS
@@ -77,7 +77,7 @@ def test_steps_are_converted_to_epochs() -> None:
 
 
 @pytest.mark.parametrize(("micro_batch", "world_size"), [(3, 1), (2, 3), (16, 1), (8, 2)])
-def test_a_global_batch_that_ranks_cannot_divide_is_refused(micro_batch: int, world_size: int) -> None:
+def test_global_batch_not_divisible_by_ranks_and_micro_batch_is_refused(micro_batch: int, world_size: int) -> None:
     with pytest.raises(FieldError, match=rf"run\.global_batch: 8 .* {micro_batch} x {world_size}"):
         SampleOrder(run_config(micro_batch=micro_batch), COUNT, 0, world_size)
 
@@ -90,7 +90,7 @@ def test_ranks_share_the_first_records_of_the_first_epoch(wanted: int, given: in
 
 
 @pytest.mark.parametrize(("count", "micro_batch", "world_size"), [*product([1, 2, 5, 8, 9, 17], [1, 2, 4], [1, 2, 3])])
-def test_validation_counts_every_record_once_and_every_rank_runs_the_same_passes(
+def test_validation_counts_each_record_once_with_equal_passes_per_rank(
     count: int, micro_batch: int, world_size: int
 ) -> None:
     by_rank = [rank_batches(count, micro_batch, rank, world_size) for rank in range(world_size)]

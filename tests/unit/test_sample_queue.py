@@ -1,4 +1,4 @@
-"""The sample queue: fair between streams, batched by padded tokens, bounded by tokens and windows."""
+"""Tests of the sample queue: fairness between streams, batches by padded tokens, and limits on tokens and windows."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from teacher_server.engines.base import PlannedSample, TokenizedSample
 from teacher_server.sample_queue import BusyError, ClientStream, Job, SampleQueue, Sink
 
 PLAN = KVPlan(layers=(0,))
-NOBODY = cast("Sink", None)
+NO_SINK = cast("Sink", None)
 
 
 def stream_of(tokens: Sequence[int], nbytes: int = 10) -> tuple[ClientStream, list[Job]]:
-    """A stream of samples of these lengths."""
-    stream = ClientStream(NOBODY)
+    """A stream of samples with these token counts."""
+    stream = ClientStream(NO_SINK)
     return stream, [Job(stream, index, PlannedSample(read(count), PLAN), nbytes) for index, count in enumerate(tokens)]
 
 
 def prompts_of(tokens: Sequence[int], new: int, seed: int = 0) -> tuple[ClientStream, list[Job]]:
-    """A stream of prompts of these lengths."""
+    """A stream of prompts with these token counts."""
     stream, jobs = stream_of(tokens, nbytes=0)
     for job in jobs:
         job.sampling = SamplingParams(max_new_tokens=new, temperature=1.0, seed=seed)
@@ -56,22 +56,22 @@ def test_streams_take_turns_and_keep_their_own_order() -> None:
     assert indices(second, big[0]) == [2, 3, 4, 5]
 
 
-def test_a_batch_counts_its_padding() -> None:
+def test_batch_tokens_include_padding() -> None:
     queue = queue_of(max_batch_tokens=20)
     queue.admit(*stream_of([5, 5, 10, 1]))
-    # Three samples padded to 10 tokens would be 30; the fourth would fit but does not overtake.
+    # Three samples padded to 10 tokens are 30, over the limit. The fourth would fit but must not overtake.
     assert [job.tokens for job in queue.take()] == [5, 5]
     assert [job.tokens for job in queue.take()] == [10, 1]
 
 
-def test_a_sample_longer_than_a_batch_runs_alone() -> None:
+def test_sample_longer_than_a_batch_runs_alone() -> None:
     queue = queue_of(max_batch_tokens=4)
     queue.admit(*stream_of([9, 1]))
     assert [job.tokens for job in queue.take()] == [9]
     assert [job.tokens for job in queue.take()] == [1]
 
 
-def test_a_full_queue_refuses_with_a_retry_time_from_the_measured_speed() -> None:
+def test_full_queue_refuses_with_a_retry_time_from_the_measured_speed() -> None:
     queue = queue_of(max_tokens=100, max_batch_tokens=50)
     queue.admit(*stream_of([50, 50]))
     with pytest.raises(BusyError) as unmeasured:
@@ -81,10 +81,10 @@ def test_a_full_queue_refuses_with_a_retry_time_from_the_measured_speed() -> Non
     queue.admit(*stream_of([50]))
     with pytest.raises(BusyError) as measured:
         queue.admit(*stream_of([100]))
-    assert measured.value.retry_ms == 200  # 100 tokens too many at 500 tokens a second
+    assert measured.value.retry_ms == 200  # 100 tokens over the limit at 500 tokens per second
 
 
-def test_an_idle_queue_admits_a_request_of_any_size() -> None:
+def test_idle_queue_admits_a_request_of_any_size() -> None:
     queue = queue_of(max_tokens=10)
     queue.admit(*stream_of([6, 6, 6]))
     assert (queue.tokens, queue.ready_samples) == (6, 1)
@@ -94,7 +94,7 @@ def test_an_idle_queue_admits_a_request_of_any_size() -> None:
     assert [job.index for job in queue.take()] == [1]
 
 
-def test_a_stream_with_a_full_window_waits_without_blocking_others() -> None:
+def test_stream_with_a_full_window_does_not_block_others() -> None:
     queue = queue_of(window_bytes=25)
     stalled, other = stream_of([1] * 4, nbytes=10), stream_of([1] * 2, nbytes=10)
     queue.admit(*stalled)
@@ -106,7 +106,7 @@ def test_a_stream_with_a_full_window_waits_without_blocking_others() -> None:
     assert indices(queue.take(), stalled[0]) == [2]
 
 
-def test_an_answer_larger_than_the_window_runs_alone() -> None:
+def test_response_larger_than_the_window_runs_alone() -> None:
     queue = queue_of(window_bytes=25)
     stream, jobs = stream_of([1, 1], nbytes=100)
     queue.admit(stream, jobs)
@@ -122,7 +122,7 @@ def test_removing_a_stream_removes_its_waiting_samples() -> None:
     batch = queue.take()
     queue.remove(leaving[0])
     assert leaving[0].gone
-    assert (queue.tokens, queue.ready_samples) == (4, 0)  # what runs still counts
+    assert (queue.tokens, queue.ready_samples) == (4, 0)  # running samples still count
     queue.admit(*staying)
     assert indices(queue.take(), staying[0]) == [0]
     queue.done(batch, 0.1)
@@ -140,7 +140,7 @@ def test_removing_a_stream_makes_room_for_others() -> None:
     assert indices(queue.take(), waiting[0]) == [1]
 
 
-def test_closing_wakes_a_waiting_take() -> None:
+def test_close_wakes_a_waiting_take() -> None:
     queue = queue_of()
     taken: list[list[Job]] = []
     waiting = threading.Thread(target=lambda: taken.append(queue.take()))
@@ -192,7 +192,7 @@ def test_max_new_tokens_count_as_tokens() -> None:
     assert [job.tokens for job in queue.take()] == [30, 30]
 
 
-def test_a_batch_has_one_kind_and_skipped_streams_come_next() -> None:
+def test_batch_has_one_kind_and_skipped_streams_are_next() -> None:
     queue = queue_of(max_batch_tokens=4)
     samples, prompts, others = stream_of([1] * 6), prompts_of([1] * 3, new=1), prompts_of([1], new=1, seed=1)
     for stream in (samples, prompts, others):
@@ -221,7 +221,7 @@ def test_extended_samples_wait_instead_of_being_refused() -> None:
     assert queue.take() == jobs
 
 
-def test_a_removed_stream_is_not_extended() -> None:
+def test_removed_stream_is_not_extended() -> None:
     queue = queue_of()
     stream, jobs = stream_of([5])
     queue.remove(stream)

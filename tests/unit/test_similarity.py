@@ -1,4 +1,4 @@
-"""How near teachers' K/V are to the student's own."""
+"""Tests of the similarity metrics between the teachers' K/V and the student's own."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ METRICS: tuple[Metric, ...] = get_args(Metric)
 
 
 def naive(student: np.ndarray, teacher: np.ndarray, mask: np.ndarray, metric: str) -> np.ndarray:
-    """`mask` [N,B,L,H,M]. One feature after the other."""
+    """Similarity with `mask` [N,B,L,H,M], computed feature by feature."""
     teachers, batch, layers, heads, slots, dims = student.shape
     out = np.zeros((batch, layers, teachers))
     for n in range(teachers):
@@ -43,7 +43,7 @@ def naive(student: np.ndarray, teacher: np.ndarray, mask: np.ndarray, metric: st
 
 
 def case(seed: int, density: float, *, per_head: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Both sides, correlated, NaN in the empty slots."""
+    """Correlated student and teacher K/V, with NaN in the empty slots."""
     generator = torch.Generator().manual_seed(seed)
     student = torch.randn(N, B, L, H, M, D, generator=generator)
     teacher = student * torch.linspace(-1, 1, N).view(N, 1, 1, 1, 1, 1)
@@ -61,7 +61,7 @@ def full(mask: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("per_head", [False, True])
 @settings(max_examples=6)
 @given(st.integers(0, 9999), st.sampled_from([0.0, 0.1, 0.6, 1.0]))
-def test_similarity_is_that_of_the_slots_both_have(metric: Metric, per_head: bool, seed: int, density: float) -> None:
+def test_similarity_uses_only_slots_that_both_have(metric: Metric, per_head: bool, seed: int, density: float) -> None:
     student, teacher, mask = case(seed, density, per_head=per_head)
     sim = teacher_similarity(student, teacher, mask, metric)
     assert sim.shape == (B, L, N)
@@ -70,14 +70,14 @@ def test_similarity_is_that_of_the_slots_both_have(metric: Metric, per_head: boo
 
 
 @pytest.mark.parametrize("metric", METRICS)
-def test_the_order_of_the_teachers_goes_with_the_result(metric: Metric) -> None:
+def test_permuting_the_teachers_permutes_the_similarities(metric: Metric) -> None:
     student, teacher, mask = case(1, 0.5, per_head=False)
     order = [2, 0, 1]
-    moved = teacher_similarity(student[order], teacher[order], mask[order], metric)
-    assert torch.equal(moved, teacher_similarity(student, teacher, mask, metric)[..., order])
+    permuted = teacher_similarity(student[order], teacher[order], mask[order], metric)
+    assert torch.equal(permuted, teacher_similarity(student, teacher, mask, metric)[..., order])
 
 
-def test_the_students_own_cache_is_at_the_top_of_every_metric() -> None:
+def test_the_students_own_cache_has_the_maximum_similarity() -> None:
     student, _, mask = case(2, 1.0, per_head=False)
     best = {metric: teacher_similarity(student, student, mask, metric) for metric in METRICS}
     torch.testing.assert_close(best["cosine"], torch.ones(B, L, N))
@@ -85,7 +85,7 @@ def test_the_students_own_cache_is_at_the_top_of_every_metric() -> None:
     assert (best["euclidean"] == 0).all()
 
 
-def test_only_cosine_ignores_the_length() -> None:
+def test_only_cosine_is_invariant_to_scale() -> None:
     student, teacher, mask = case(3, 1.0, per_head=False)
     once = {metric: teacher_similarity(student, teacher, mask, metric) for metric in METRICS}
     twice = {metric: teacher_similarity(student, 2 * teacher, mask, metric) for metric in METRICS}
@@ -94,14 +94,14 @@ def test_only_cosine_ignores_the_length() -> None:
     assert (twice["euclidean"] < once["euclidean"]).all()
 
 
-def test_low_precision_is_compared_in_fp32() -> None:
+def test_low_precision_kv_are_compared_in_fp32() -> None:
     x = torch.full((1, 1, 1, 1, 1024, 1), 1.0078125, dtype=torch.bfloat16)
     sim = teacher_similarity(x, x, torch.ones(1, 1, 1024, dtype=torch.bool), "dot")
     assert sim.dtype == torch.float32
     assert sim.item() == pytest.approx(1.0078125**2, rel=1e-6)
 
 
-def test_a_cache_of_zeros_is_like_nothing_and_its_gradient_is_finite() -> None:
+def test_zero_cache_has_zero_cosine_similarity_and_a_finite_gradient() -> None:
     student = torch.zeros(1, 1, 1, 1, 2, 2, requires_grad=True)
     teacher = torch.ones(1, 1, 1, 1, 2, 2)
     sim = teacher_similarity(student, teacher, torch.ones(1, 1, 2, dtype=torch.bool), "cosine")
@@ -112,7 +112,7 @@ def test_a_cache_of_zeros_is_like_nothing_and_its_gradient_is_finite() -> None:
 
 
 @pytest.mark.parametrize("metric", METRICS)
-def test_gradients_are_those_of_the_formula_and_free_of_nan(metric: Metric) -> None:
+def test_gradients_match_the_formula_and_are_finite(metric: Metric) -> None:
     student, teacher, mask = case(4, 0.5, per_head=False)
     mask[:, 0] = False  # a sample that no teacher has
     student, teacher = (x[:, :2, :1, :2, :3, :2].double() for x in (student, teacher))

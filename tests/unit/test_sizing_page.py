@@ -1,4 +1,4 @@
-"""The figures of docs/sizing.md match the code and the formulas on the page."""
+"""Tests that the figures in docs/sizing.md match the code and the formulas on the page."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ BUDGET, POSITION_BYTES, TEXT_TOKENS, BATCH, SAMPLES = 24, 4, 300, 64, 15_000
 
 
 def table(heading: str) -> dict[str, list[str]]:
-    """The rows of the table whose header begins with `heading`, by their first cell."""
+    """Rows of the table whose header starts with `heading`, keyed by their first cell."""
     (found,) = re.findall(rf"^\| {re.escape(heading)} \|.*\n\|[-|]+\n((?:\|.*\n)+)", TEXT, re.MULTILINE)
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in found.splitlines()]
     return {row[0]: row[1:] for row in rows}

@@ -1,4 +1,4 @@
-"""The store gives back what it was given, and refuses what belongs to another teacher or plan."""
+"""Tests of the KV store: bit-exact round trips, several writers and readers, and refusal of another teacher or plan."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def store(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("codec", CODECS)
-def test_samples_of_every_codec_come_back_bit_for_bit(tmp_path, codec):
+def test_samples_of_every_codec_round_trip_bit_for_bit(tmp_path, codec):
     plan = KVPlan(layers=(1, 3), selection=Selection(selector="right", budget=3), codec=CodecSpec(name=codec))
     sent = [sample_kv(i, plan) for i in range(3)]
     with KVStoreWriter(tmp_path, INFO, plan, "rank0") as store:
@@ -39,7 +39,7 @@ def test_samples_of_every_codec_come_back_bit_for_bit(tmp_path, codec):
         assert sent[0].key in store
 
 
-def test_samples_as_a_stream_delivers_them_are_stored_without_their_neighbours(tmp_path):
+def test_sample_from_a_stream_is_stored_without_the_rest_of_its_buffer(tmp_path):
     arrived = [kv for kv in read_stream(stream(), 3).values() if isinstance(kv, EncodedSampleKV)]
     fill(tmp_path, arrived[:1], shard_bytes=1 << 20)
     assert_holds(tmp_path, arrived[:1])
@@ -47,7 +47,7 @@ def test_samples_as_a_stream_delivers_them_are_stored_without_their_neighbours(t
     assert shard.stat().st_size < 2000
 
 
-def test_a_sample_changed_after_it_was_added_is_stored_as_it_was(tmp_path):
+def test_changes_after_add_do_not_reach_the_store(tmp_path):
     kv, original = sample_kv(0), sample_kv(0)
     with KVStoreWriter(tmp_path, INFO, PLAN, "rank0") as store:
         store.add(kv)
@@ -65,7 +65,7 @@ def test_shards_are_plain_safetensors(store):
             assert torch.equal(tensors[f"{kv.key}/{name}"], part)
 
 
-def test_shards_are_cut_by_size_and_numbered_by_writer(store):
+def test_shards_are_split_by_size_and_numbered_per_writer(store):
     assert sorted(path.name for path in store.iterdir()) == [
         "manifest.json",
         *(f"rank0-0000{i}.safetensors" for i in range(len(list(store.glob("*.safetensors"))))),
@@ -74,7 +74,7 @@ def test_shards_are_cut_by_size_and_numbered_by_writer(store):
     assert len(list(store.glob("*.safetensors"))) >= 3
 
 
-def test_a_shard_is_written_when_it_holds_the_bytes_it_was_given(tmp_path):
+def test_shard_is_written_when_it_reaches_shard_bytes(tmp_path):
     kv = sample_kv(0)
     size = kv.nbytes + sum(tensor.nbytes for tensor in (kv.positions, kv.token_ids_T, kv.byte_ends_T))
     with KVStoreWriter(tmp_path, INFO, PLAN, "rank0", shard_bytes=size) as store:
@@ -87,7 +87,7 @@ def test_a_shard_is_written_when_it_holds_the_bytes_it_was_given(tmp_path):
         assert_holds(tmp_path, [kv])
 
 
-def test_a_reader_keeps_few_files_open(store, monkeypatch):
+def test_reader_limits_its_open_files(store, monkeypatch):
     monkeypatch.setattr("kvcore.store.shards._OPEN_FILES", 2)
     with KVStoreReader(store) as reader:
         before = len(list(Path("/proc/self/fd").iterdir()))
@@ -104,14 +104,14 @@ def test_several_writers_share_a_directory(tmp_path):
     ):
         for index, kv in enumerate(SENT):
             (left if index % 2 else right).add(kv)
-        # Both ranks meet this one.
+        # Both ranks add this sample.
         right.add(SENT[1])
     assert_holds(tmp_path)
     assert merge_index(tmp_path) == len(SENT)
     assert_holds(tmp_path)
 
 
-def test_writers_that_start_at_once_agree_on_one_manifest(tmp_path):
+def test_concurrent_writers_agree_on_one_manifest(tmp_path):
     barrier = threading.Barrier(8)
 
     def start(rank: int) -> None:
@@ -124,15 +124,15 @@ def test_writers_that_start_at_once_agree_on_one_manifest(tmp_path):
     assert not list(tmp_path.glob("*.tmp"))
 
 
-def test_a_writer_reopened_skips_what_is_stored_and_takes_the_next_shard(store):
+def test_reopened_writer_skips_stored_samples_and_starts_a_new_shard(store):
     before = {path: path.read_bytes() for path in store.glob("*.safetensors")}
     more = sample_kv(50)
-    with KVStoreWriter(store, INFO, PLAN, "rank0", SMALL) as again:
-        assert SENT[3].key in again
-        assert more.key not in again
+    with KVStoreWriter(store, INFO, PLAN, "rank0", SMALL) as reopened:
+        assert SENT[3].key in reopened
+        assert more.key not in reopened
         for kv in [*SENT, more]:
-            again.add(kv)
-        assert more.key in again
+            reopened.add(kv)
+        assert more.key in reopened
     assert_holds(store, [*SENT, more])
     assert {path: path.read_bytes() for path in before} == before
     assert len(list(store.glob("*.safetensors"))) == len(before) + 1
@@ -140,7 +140,7 @@ def test_a_writer_reopened_skips_what_is_stored_and_takes_the_next_shard(store):
         assert SENT[3].key in other
 
 
-def test_readers_see_the_store_as_it_was_opened(tmp_path):
+def test_reader_sees_the_store_as_of_opening(tmp_path):
     with KVStoreWriter(tmp_path, INFO, PLAN, "rank0") as writer:
         writer.add(SENT[0])
         with KVStoreReader(tmp_path) as reader:
@@ -153,7 +153,7 @@ def test_readers_see_the_store_as_it_was_opened(tmp_path):
             assert_same(reader.get(SENT[0].key), SENT[0], timings=False)
 
 
-def test_several_threads_read_at_once(store):
+def test_threads_can_read_concurrently(store):
     with KVStoreReader(store) as reader, ThreadPoolExecutor(4) as pool:
         for kv, got in zip(SENT * 10, pool.map(lambda kv: reader.get(kv.key), SENT * 10), strict=True):
             assert_same(got, kv, timings=False)
@@ -173,17 +173,17 @@ OTHER_PLAN = PLAN.model_copy(update={"selection": Selection(selector="right", bu
     ],
     ids=range(5),
 )
-def test_a_store_of_another_teacher_or_plan_is_refused_by_the_difference(store, info, plan, difference):
+def test_store_of_another_teacher_or_plan_is_refused_with_the_difference(store, info, plan, difference):
     with pytest.raises(StoreError, match=difference):
         KVStoreWriter(store, info, plan, "rank1")
 
 
-def test_a_replica_of_the_teacher_may_write_on(store):
+def test_replica_of_the_same_teacher_can_continue_the_store(store):
     with KVStoreWriter(store, dataclasses.replace(INFO, engine="vllm", model="other name"), PLAN, "rank1") as writer:
         assert SENT[0].key in writer
 
 
-def test_a_sample_of_another_plan_is_refused(tmp_path):
+def test_sample_of_another_plan_is_refused(tmp_path):
     with KVStoreWriter(tmp_path, INFO, PLAN, "rank0") as store:
         with pytest.raises(StoreError, match="sample 's1' belongs to another plan than the store"):
             store.add(sample_kv(1, PLAN.model_copy(update={"layers": (0, 2)})))
@@ -191,7 +191,7 @@ def test_a_sample_of_another_plan_is_refused(tmp_path):
             store.add(sample_kv(1, PLAN.model_copy(update={"codec": CodecSpec(name="raw")})))
 
 
-def test_two_writers_of_one_name_are_refused(tmp_path):
+def test_second_writer_with_the_same_name_is_refused(tmp_path):
     first = KVStoreWriter(tmp_path, INFO, PLAN, "rank0")
     with pytest.raises(StoreError, match=r"rank0\.jsonl: another process is writing"):
         KVStoreWriter(tmp_path, INFO, PLAN, "rank0")
@@ -200,18 +200,18 @@ def test_two_writers_of_one_name_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["", "../x", "a b", "rank-0", "é"])
-def test_a_writer_name_that_is_no_plain_name_is_refused(tmp_path, name):
+def test_invalid_writer_name_is_refused(tmp_path, name):
     with pytest.raises(FieldError, match="writer"):
         KVStoreWriter(tmp_path, INFO, PLAN, name)
 
 
-def test_a_directory_that_is_no_store_is_refused(tmp_path):
-    for open_it in (KVStoreReader, merge_index):
+def test_directory_without_a_manifest_is_refused(tmp_path):
+    for open_store in (KVStoreReader, merge_index):
         with pytest.raises(StoreError, match=r"not a KV store: manifest\.json is missing"):
-            open_it(tmp_path)
+            open_store(tmp_path)
 
 
-def test_an_index_older_than_the_journals_is_passed_over(store):
+def test_index_older_than_the_journals_is_ignored(store):
     merge_index(store)
     more = sample_kv(50)
     fill(store, [more])
@@ -220,13 +220,13 @@ def test_an_index_older_than_the_journals_is_passed_over(store):
     assert_holds(store, [*SENT, more, sample_kv(51)])
 
 
-def test_a_current_index_spares_reading_the_journals(store, monkeypatch):
+def test_journals_are_not_read_if_the_index_is_current(store, monkeypatch):
     merge_index(store)
     monkeypatch.setattr("kvcore.store.journal.scan", None)
     assert_holds(store)
 
 
-def test_a_damaged_index_is_passed_over_with_a_warning(store, caplog):
+def test_damaged_index_is_ignored_with_a_warning(store, caplog):
     merge_index(store)
     index = store / "index.json"
     content = bytearray(index.read_bytes())

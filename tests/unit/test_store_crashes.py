@@ -1,4 +1,4 @@
-"""What a crash or a bad disk does to a store: recovered, ignored, or an error that names the file; never wrong data."""
+"""Tests of the KV store after crashes and disk errors: recovery, or an error that names the file; never wrong data."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def store(tmp_path: Path) -> Path:
     return fill(tmp_path / "store")
 
 
-def test_a_journal_cut_at_any_byte_loses_only_what_follows(store, tmp_path):
+def test_truncated_journal_loses_only_the_entries_after_the_cut(store, tmp_path):
     journal = store / "rank0.jsonl"
     whole = journal.read_bytes()
     ends = [match.end() for match in re.finditer(b"\n", whole)]
@@ -45,7 +45,7 @@ def test_a_journal_cut_at_any_byte_loses_only_what_follows(store, tmp_path):
 
 
 @pytest.mark.parametrize("tail", [b"\0" * 300, b"\0" * 300 + b"\n", b'{"key":"x"}\n', b"garbage\ngarbage\n"])
-def test_garbage_that_a_crash_left_at_the_end_is_ignored_and_removed(store, tail, caplog):
+def test_garbage_at_the_end_of_a_journal_is_ignored_and_removed(store, tail, caplog):
     journal = store / "rank0.jsonl"
     whole = journal.read_bytes()
     journal.write_bytes(whole + tail)
@@ -56,7 +56,7 @@ def test_garbage_that_a_crash_left_at_the_end_is_ignored_and_removed(store, tail
     assert journal.read_bytes().startswith(whole + b'{"key":')
 
 
-def test_a_flipped_byte_before_the_last_line_of_a_journal_is_an_error(store):
+def test_flipped_bit_before_the_last_journal_line_raises(store):
     journal = store / "rank0.jsonl"
     whole = damaged = journal.read_bytes()
     for offset in range(0, whole.rindex(b"\n", 0, -1) + 1, 13):
@@ -70,7 +70,7 @@ def test_a_flipped_byte_before_the_last_line_of_a_journal_is_an_error(store):
     assert journal.read_bytes() == damaged
 
 
-def test_leftovers_of_a_crash_are_ignored_and_their_numbers_not_used_again(store):
+def test_files_left_by_a_crash_are_ignored_and_their_numbers_not_reused(store):
     count = len(list(store.glob("*.safetensors")))
     orphan = store / f"rank0-{count:05d}.safetensors"
     orphan.write_bytes((store / "rank0-00000.safetensors").read_bytes())
@@ -88,7 +88,7 @@ def test_leftovers_of_a_crash_are_ignored_and_their_numbers_not_used_again(store
 
 
 @pytest.mark.parametrize("merged", [False, True])
-def test_a_missing_shard_is_named(store, merged):
+def test_missing_shard_raises_with_its_name(store, merged):
     if merged:
         merge_index(store)
     (store / "rank0-00001.safetensors").unlink()
@@ -97,7 +97,7 @@ def test_a_missing_shard_is_named(store, merged):
 
 
 @pytest.mark.parametrize("merged", [False, True])
-def test_a_shard_cut_anywhere_is_named(store, merged):
+def test_truncated_shard_raises_with_its_name(store, merged):
     if merged:
         merge_index(store)
     shard = store / "rank0-00001.safetensors"
@@ -108,7 +108,7 @@ def test_a_shard_cut_anywhere_is_named(store, merged):
             KVStoreReader(store)
 
 
-def test_a_shard_that_vanishes_or_shrinks_while_it_is_read_is_named(store):
+def test_shard_deleted_or_truncated_while_open_raises_with_its_name(store):
     shard = store / "rank0-00001.safetensors"
     lines = [json.loads(line) for line in (store / "rank0.jsonl").read_bytes().splitlines()]
     key = next(line["key"] for line in lines if line["shard"] == shard.name)
@@ -122,7 +122,7 @@ def test_a_shard_that_vanishes_or_shrinks_while_it_is_read_is_named(store):
             reader.get(key)
 
 
-def test_every_flipped_byte_of_a_tensor_is_named(store):
+def test_flipped_byte_of_a_tensor_raises_with_its_name(store):
     lines = [json.loads(line) for line in (store / "rank0.jsonl").read_bytes().splitlines()]
     shard = store / lines[0]["shard"]
     whole = shard.read_bytes()
@@ -136,7 +136,7 @@ def test_every_flipped_byte_of_a_tensor_is_named(store):
                     reader.get(lines[0]["key"])
 
 
-def test_a_journal_damaged_while_it_is_read_is_named(store):
+def test_journal_damaged_during_a_read_raises_with_its_name(store):
     journal = store / "rank0.jsonl"
     with KVStoreReader(store) as reader:
         content = bytearray(journal.read_bytes())
@@ -147,7 +147,7 @@ def test_a_journal_damaged_while_it_is_read_is_named(store):
         assert_same(reader.get(SENT[-1].key), SENT[-1], timings=False)
 
 
-def test_an_index_that_points_to_another_sample_is_noticed(store):
+def test_index_entry_that_points_to_another_sample_is_detected(store):
     index = build_index(store)
     first, second = SENT[0].key, SENT[1].key
     index.samples[first], index.samples[second] = index.samples[second], index.samples[first]
@@ -173,7 +173,7 @@ ENTRY = TensorEntry("int8", (2, 3), offset=0, size=6, xxh3="0" * 16)
     ],
     ids=range(8),
 )
-def test_an_entry_with_impossible_sizes_allocates_nothing(store, entry):
+def test_entry_with_impossible_sizes_allocates_nothing(store, entry):
     files = ShardFiles(store)
     tracemalloc.start()
     try:
@@ -186,20 +186,20 @@ def test_an_entry_with_impossible_sizes_allocates_nothing(store, entry):
 
 
 @pytest.mark.parametrize("name", ["../secret", "/etc/hostname", "a/b"])
-def test_a_journal_cannot_name_a_file_outside_the_store(store, name):
+def test_journal_cannot_refer_to_files_outside_the_store(store, name):
     (store.parent / "secret").write_bytes(bytes(100))
     with pytest.raises(StoreError, match=f"names '{name}', not a file of the store"):
         ShardFiles(store).tensor(name, "key/part", ENTRY)
 
 
-def test_a_file_that_shrinks_during_a_read_ends_the_read(store, monkeypatch):
+def test_file_truncated_during_a_read_raises(store, monkeypatch):
     with KVStoreReader(store) as reader:
         monkeypatch.setattr(os, "preadv", lambda *_: 0)
         with pytest.raises(StoreError, match="truncated while it was being read"):
             reader.get(SENT[0].key)
 
 
-def test_a_store_of_another_format_is_refused(store):
+def test_store_of_another_format_is_refused(store):
     manifest = store / "manifest.json"
     content = json.loads(manifest.read_bytes())
     del content["check"]
@@ -211,7 +211,7 @@ def test_a_store_of_another_format_is_refused(store):
 @pytest.mark.parametrize(
     "damage", [lambda c: c[:-9], lambda c: c.replace(b"fake", b"fale"), lambda c: b"{}"], ids=range(3)
 )
-def test_a_damaged_manifest_is_named(store, damage):
+def test_damaged_manifest_raises_with_its_name(store, damage):
     manifest = store / "manifest.json"
     manifest.write_bytes(damage(manifest.read_bytes()))
     with pytest.raises(StoreError, match=r"manifest\.json: damaged"):
@@ -219,7 +219,7 @@ def test_a_damaged_manifest_is_named(store, damage):
 
 
 @pytest.mark.parametrize("failing_call", [1, 2])
-def test_a_full_disk_loses_nothing_that_was_added(tmp_path, monkeypatch, failing_call):
+def test_full_disk_loses_no_added_sample(tmp_path, monkeypatch, failing_call):
     fill(tmp_path, SENT[:2])
     store = KVStoreWriter(tmp_path, INFO, PLAN, "rank0")
     for kv in SENT[2:]:
@@ -228,7 +228,7 @@ def test_a_full_disk_loses_nothing_that_was_added(tmp_path, monkeypatch, failing
 
     def full(handle: int) -> None:
         calls.append(handle)
-        # The first call of a flush is the shard's, the second the directory's, the third the journal's.
+        # A flush syncs the shard first, the directory second and the journal third.
         if len(calls) == {1: 1, 2: 3}[failing_call]:
             raise OSError(errno.ENOSPC, "No space left on device")
         real(handle)
@@ -250,7 +250,7 @@ def write_forever(directory: Path) -> None:
             index += 1
 
 
-def test_a_killed_writer_leaves_a_sound_store_that_it_can_continue(tmp_path):
+def test_killed_writer_leaves_a_valid_store_that_can_be_continued(tmp_path):
     journal, count = tmp_path / "rank0.jsonl", 0
     for round_number in range(4):
         process = multiprocessing.get_context("fork").Process(target=write_forever, args=(tmp_path,))

@@ -1,4 +1,4 @@
-"""What a broken or hostile server could say under a right hash: every lie is refused, before memory is spent on it."""
+"""Tests of streams from a broken or hostile server with correct hashes: each is refused before memory is allocated."""
 
 from __future__ import annotations
 
@@ -32,19 +32,19 @@ Change = Callable[[list[Forged]], object]
 
 
 def edit(kind: str, /, **fields: object) -> Change:
-    """Changes fields of the first record of a kind."""
+    """Returns a change that sets fields of the first record of a kind."""
     return lambda frames: next(
         record for frame in frames for record in frame.header["records"] if record["kind"] == kind
     ).update(fields)
 
 
 def resize(kind: str, size: int) -> Change:
-    """Says that the first record of a kind has another size in this frame."""
+    """Returns a change that sets the size of the first record of a kind in its frame."""
     return edit(kind, bytes=size)
 
 
 def write_position(value: int, slot: int) -> Change:
-    """Overwrites a position of the first sample's first layer; the digest is left as it was."""
+    """Returns a change that overwrites a position of the first sample's first layer and keeps its digest."""
 
     def change(frames: list[Forged]) -> None:
         start = sum(r["bytes"] for r in frames[0].header["records"] if r["kind"] == "sample")
@@ -54,7 +54,7 @@ def write_position(value: int, slot: int) -> Change:
 
 
 def drop(kind: str) -> Change:
-    """Removes the first record of a kind, with its bytes."""
+    """Returns a change that removes the first record of a kind and its bytes."""
 
     def change(frames: list[Forged]) -> None:
         for frame in frames:
@@ -70,7 +70,7 @@ def drop(kind: str) -> Change:
 
 
 def repeat(kind: str) -> Change:
-    """Sends the first record of a kind twice in a row."""
+    """Returns a change that repeats the first record of a kind."""
 
     def change(frames: list[Forged]) -> None:
         for frame in frames:
@@ -93,7 +93,7 @@ def swap_layers(frames: list[Forged]) -> None:
 PARTS = unpack_frame(stream()[1])[0]["records"][0]["parts"]
 
 
-LIES = [
+INVALID_STREAMS = [
     (lambda frames: frames[0].header.update(v=2), "protocol version 2"),
     (lambda frames: frames[0].header.pop("v"), "protocol version None"),
     (lambda frames: frames[0].header.update(request="another"), "request 'another'"),
@@ -185,19 +185,19 @@ LIES = [
 ]
 
 
-@pytest.mark.parametrize(("change", "problem"), LIES, ids=range(len(LIES)))
-def test_what_a_server_must_not_say_is_refused(change, problem):
+@pytest.mark.parametrize(("change", "problem"), INVALID_STREAMS, ids=range(len(INVALID_STREAMS)))
+def test_invalid_stream_is_refused(change, problem):
     with pytest.raises(ProtocolError, match=problem):
         read_stream(forge(stream(), change), 3)
 
 
-def test_a_sample_that_ends_without_a_layer_is_refused():
+def test_sample_that_ends_without_all_layers_is_refused():
     with pytest.raises(ProtocolError, match=r"sample 's0' ended without its layers \[2, 4\]"):
         read_stream(forge(stream(), lambda frames: frames.__delitem__(slice(1, 3))), 3)
 
 
 def sample_body(change: Callable[[torch.Tensor], object]) -> Change:
-    """Changes the first sample's token ids and byte ends [2, T]."""
+    """Returns a change of the first sample's token ids and byte ends [2, T]."""
 
     def apply(frames: list[Forged]) -> None:
         values = torch.frombuffer(frames[0].body, dtype=torch.int32, count=18).view(2, 9)
@@ -207,12 +207,12 @@ def sample_body(change: Callable[[torch.Tensor], object]) -> Change:
 
 
 @pytest.mark.parametrize(("row", "token", "value"), [(0, 4, -1), (1, 4, -2), (1, 4, 0), (1, 4, 1), (1, 8, 10)])
-def test_tokens_that_no_text_has_are_refused(row, token, value):
+def test_token_ids_or_byte_ends_out_of_range_are_refused(row, token, value):
     with pytest.raises(ProtocolError, match="token ids or byte ends out of range"):
         read_stream(forge(stream(), sample_body(lambda values: values[row, token].fill_(value))), 3)
 
 
-def test_a_layer_past_the_plans_last_is_refused():
+def test_layer_after_the_plans_last_is_refused():
     frames = forge(stream(), lambda frames: frames.insert(3, frames[2]))
     with pytest.raises(ProtocolError, match="layer 4 of sample 's0' is not the next layer of the plan"):
         read_stream(frames, 3)
@@ -228,7 +228,7 @@ def test_samples_at_different_layers_cannot_share_a_record():
         read_stream(writer.flush(), 2)
 
 
-def test_an_end_that_counts_too_few_samples_is_refused():
+def test_end_record_with_too_few_samples_is_refused():
     def change(frames: list[Forged]) -> None:
         drop("sample_end")(frames)
         edit("end", samples=2)(frames)
@@ -237,7 +237,7 @@ def test_an_end_that_counts_too_few_samples_is_refused():
         read_stream(forge(stream(), change), 3)
 
 
-def test_positions_of_the_scope_sample_must_agree_between_layers():
+def test_sample_scope_positions_must_be_the_same_in_all_layers():
     plan = PLAN.model_copy(update={"selection": Selection(selector="right", budget=3, scope="sample")})
     sent = [sample_kv(0, plan)]
     frames = write_stream(sent, plan)
@@ -247,7 +247,7 @@ def test_positions_of_the_scope_sample_must_agree_between_layers():
         read_stream(forge(frames, lambda frames: struct.pack_into("<3i", frames[1].body, 0, *other)), 1, plan)
 
 
-def test_a_number_of_slots_that_changes_between_layers_is_refused():
+def test_slot_count_that_changes_between_layers_is_refused():
     sent = [sample_kv(0), sample_kv(0, slots=2)]
     writer = FrameWriter(REQUEST, PLAN, keys_of(sent), 1 << 20)
     write_sample(writer, 0, sent[0])
@@ -258,11 +258,11 @@ def test_a_number_of_slots_that_changes_between_layers_is_refused():
 
 
 def split_frames() -> list[bytes]:
-    """One sample whose records are larger than a body: pieces of 40 bytes."""
+    """One sample whose records are split into pieces of at most 40 bytes."""
     return write_stream([sample_kv(0)], max_body=40)
 
 
-MISFITS = [
+INVALID_PIECES = [
     (lambda frames: frames.pop(1), "inside another"),
     (lambda frames: frames.insert(1, frames[1]), "bytes, which no record expects|inside another"),
     (lambda frames: frames.insert(2, frames[0]), "opened twice"),
@@ -276,13 +276,13 @@ MISFITS = [
 ]
 
 
-@pytest.mark.parametrize(("change", "problem"), MISFITS, ids=range(len(MISFITS)))
-def test_pieces_that_do_not_fit_are_refused(change, problem):
+@pytest.mark.parametrize(("change", "problem"), INVALID_PIECES, ids=range(len(INVALID_PIECES)))
+def test_invalid_pieces_of_a_record_are_refused(change, problem):
     with pytest.raises(ProtocolError, match=problem):
         read_stream(forge(split_frames(), change), 1)
 
 
-def test_a_layer_of_several_samples_cannot_be_split():
+def test_layer_record_of_several_samples_cannot_be_split():
     def change(frames: list[Forged]) -> None:
         record = frames[1].header["records"][0]
         record["size"] = record["bytes"]
@@ -293,7 +293,7 @@ def test_a_layer_of_several_samples_cannot_be_split():
         read_stream(forge(stream(), change), 3)
 
 
-def test_a_body_above_the_limit_that_the_teacher_stated_is_refused():
+def test_body_above_the_teachers_limit_is_refused():
     frames = forge(stream(), lambda frames: frames[0].body.extend(bytes(1 << 20)))
     with pytest.raises(ProtocolError, match=re.escape("the limit is 1048576")):
         read_stream(frames, 3)
@@ -322,7 +322,7 @@ def test_hostile_sizes_allocate_nothing(change):
         tracemalloc.stop()
 
 
-def test_a_hostile_protobuf_length_allocates_nothing():
+def test_hostile_protobuf_length_allocates_nothing():
     frame = b"\x0a" + b"\xff" * 8 + b"\x7f" + b"x" * 10
     with pytest.raises(ProtocolError, match="truncated"):
         read_stream([frame], 3)

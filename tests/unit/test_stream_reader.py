@@ -1,4 +1,4 @@
-"""The stream's reader: whole samples bit for bit from any order of frames, and an error for every kind of damage."""
+"""Tests of StreamReader: bit-exact samples from any order of frames, and an error for every kind of damage."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ shapes = st.lists(st.tuples(st.integers(1, 5), st.integers(5, 12)), min_size=1, 
 
 @settings(max_examples=60, deadline=None)
 @given(plans, shapes, st.integers(1, 700), st.sets(st.integers(0, 5)), st.randoms(use_true_random=False))
-def test_every_split_grouping_and_interleaving_gives_back_the_samples(plan, shapes, max_body, failing, rng):
+def test_samples_are_read_from_any_split_grouping_and_interleaving(plan, shapes, max_body, failing, rng):
     sent = [sample_kv(i, plan, slots, tokens) for i, (slots, tokens) in enumerate(shapes)]
     frames = write_shuffled(sent, plan, max_body, failing, rng)
     got = read_stream(frames, len(sent), plan, [tokens for _, tokens in shapes])
@@ -60,7 +60,7 @@ def test_every_split_grouping_and_interleaving_gives_back_the_samples(plan, shap
             assert_same(result, sent[index])
 
 
-def test_samples_are_returned_with_the_frame_that_completes_them():
+def test_samples_are_returned_when_their_last_frame_arrives():
     sent = [sample_kv(i) for i in range(2)]
     writer = FrameWriter(REQUEST, PLAN, keys_of(sent), 1 << 20)
     reader = StreamReader(REQUEST, PLAN, [text_sample(0), text_sample(1)], INFO)
@@ -77,7 +77,7 @@ def test_samples_are_returned_with_the_frame_that_completes_them():
     reader.finish()
 
 
-def test_a_sample_of_token_ids_must_be_read_as_those():
+def test_response_to_token_ids_must_have_the_same_token_ids():
     kv = sample_kv(0)
     ids = tuple(kv.token_ids_T.tolist())
     right, wrong = Sample("s0", token_ids=ids), Sample("s0", token_ids=(*ids[:-1], 5000))
@@ -96,7 +96,7 @@ def feed_all(sample: Sample, frames: list[bytes]) -> list[object]:
     return [result for frame in frames for result in reader.feed(frame)]
 
 
-def test_a_sample_that_fails_before_it_is_opened_or_midway_leaves_the_others_whole():
+def test_failed_samples_do_not_affect_the_others():
     sent = [sample_kv(i) for i in range(3)]
     writer = FrameWriter(REQUEST, PLAN, keys_of(sent), 1 << 20)
     frames = writer.sample_failed(0, "FAILED_PRECONDITION", "never opened")
@@ -112,14 +112,14 @@ def test_a_sample_that_fails_before_it_is_opened_or_midway_leaves_the_others_who
     assert_same(got[2], sent[2])
 
 
-def test_the_undamaged_stream_is_read():
+def test_undamaged_stream_is_read():
     for max_body in (50, 1 << 20):
         got = read_stream(stream(max_body), 3)
         for index, kv in enumerate(SENT):
             assert_same(got[index], kv)
 
 
-def test_a_flipped_bit_in_any_byte_of_a_frame_is_noticed_or_changes_nothing():
+def test_flipped_bit_is_detected_or_has_no_effect():
     frames = stream()
     for at, frame in enumerate(frames):
         for offset in range(len(frame)):
@@ -133,7 +133,7 @@ def test_a_flipped_bit_in_any_byte_of_a_frame_is_noticed_or_changes_nothing():
                 assert_same(got[index], kv)
 
 
-def test_a_teacher_that_understood_another_request_is_noticed_whether_the_sample_ends_well_or_not():
+def test_response_to_another_request_is_refused_for_completed_and_failed_samples():
     asked = text_sample(0)
     kv = sample_kv(0)
     misread = dataclasses.replace(kv, key=dataclasses.replace(asked, text="000000001").key("w", PLAN))
@@ -145,7 +145,7 @@ def test_a_teacher_that_understood_another_request_is_noticed_whether_the_sample
 
 
 @pytest.mark.parametrize("max_body", [50, 1 << 20])
-def test_dropped_repeated_and_swapped_frames_are_noticed(max_body):
+def test_dropped_repeated_and_swapped_frames_are_detected(max_body):
     frames = stream(max_body)
     for at in range(len(frames)):
         dropped = frames[:at] + frames[at + 1 :]
@@ -157,7 +157,7 @@ def test_dropped_repeated_and_swapped_frames_are_noticed(max_body):
                     read_stream(damaged, 3)
 
 
-def test_a_stream_cut_anywhere_is_noticed():
+def test_truncated_stream_is_detected():
     frames = stream()
     for at, frame in enumerate(frames):
         with pytest.raises(ProtocolError, match="ended early, after"):
@@ -167,7 +167,7 @@ def test_a_stream_cut_anywhere_is_noticed():
                 read_stream([*frames[:at], frame[:length]], 3)
 
 
-def test_samples_that_were_complete_before_the_damage_stay_good():
+def test_samples_completed_before_the_damage_are_unchanged():
     writer = FrameWriter(REQUEST, PLAN, keys_of(SENT), 1 << 20)
     frames = []
     for index in range(2):
@@ -183,24 +183,24 @@ def test_samples_that_were_complete_before_the_damage_stay_good():
     assert_same(kv, SENT[0], timings=False)
 
 
-def test_every_byte_end_that_a_tokenizer_can_have_is_taken():
+def test_unusual_but_valid_byte_ends_are_accepted():
     kv = sample_kv(0)
     kv.token_ids_T[0] = 0
     kv.byte_ends_T[4] = -1
     kv.byte_ends_T[3] = kv.byte_ends_T[2]
-    # The text has nine bytes.
+    # The text has nine bytes, so 9 is the largest valid end.
     kv.byte_ends_T[8] = 9
     assert_same(read_stream(write_stream([kv]), 1)[0], kv)
 
 
-def test_a_body_may_be_as_large_as_the_teacher_stated():
+def test_body_of_exactly_the_teachers_limit_is_accepted():
     frames = stream()
     info = dataclasses.replace(INFO, max_frame_bytes=max(len(unpack_frame(frame)[1]) for frame in frames))
     reader = StreamReader(REQUEST, PLAN, [text_sample(i) for i in range(3)], info)
     assert sum(len(reader.feed(frame)) for frame in frames) == 3
 
 
-def test_tensors_of_a_sample_are_contiguous_and_typed_as_the_codec_says():
+def test_tensors_are_contiguous_and_have_the_codecs_dtypes():
     got = read_stream(stream(), 3)[1]
     assert isinstance(got, EncodedSampleKV)
     assert {name: part.dtype for name, part in got.parts.items()} == {

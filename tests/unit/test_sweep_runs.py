@@ -1,4 +1,4 @@
-"""A sweep's configuration and the runs that it gives."""
+"""Tests of a sweep's configuration and the runs in its plan."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Chain arithmetic: right answers, disjoint splits, chance level."""
+"""Tests of the chain arithmetic task: correct answers, disjoint splits, chance level and fillers."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from kvcore.errors import FieldError
 
 
 def solve(prompt: str, modulus: int) -> list[int]:
-    """Running values by reading the text, written apart from the generator."""
+    """Computes the running values from the prompt text, independent of the generator."""
     start, *steps = prompt.removesuffix(" =").split(" ")
     values = [int(start)]
     for step in steps:
@@ -25,9 +25,7 @@ def solve(prompt: str, modulus: int) -> list[int]:
 
 
 @given(st.sampled_from([2, 3, 5, 7, 11]), st.integers(2, 6), st.data())
-def test_reasoning_is_the_running_values_and_answer_the_last(
-    modulus: int, operations: int, data: st.DataObject
-) -> None:
+def test_reasoning_and_answer_are_the_running_values(modulus: int, operations: int, data: st.DataObject) -> None:
     task = ChainTask(modulus, operations)
     record = task.record(data.draw(st.integers(0, task.questions - 1)))
     values = solve(record.prompt, modulus)
@@ -44,14 +42,14 @@ def test_questions_are_distinct_and_answers_equally_frequent() -> None:
     assert set(counts.values()) == {task.questions * task.chance}
 
 
-def test_the_documented_example_is_a_question() -> None:
+def test_documented_example_is_a_question() -> None:
     task = ChainTask(modulus=7, operations=2)
     by_prompt = {record.prompt: record for record in map(task.record, range(task.questions))}
     example = by_prompt["3 x4 -6 ="]
     assert (example.reasoning, example.answer) == (" 5", " 6")
 
 
-def test_splits_share_no_question_and_repeat_by_seed() -> None:
+def test_splits_are_disjoint_and_determined_by_the_seed() -> None:
     task = ChainTask()
     splits = make_splits(task, 3000, 200, 500, seed=1)
     prompts = [{record.prompt for record in part} for part in (splits.train, splits.val, splits.test)]
@@ -61,7 +59,7 @@ def test_splits_share_no_question_and_repeat_by_seed() -> None:
     assert splits != make_splits(task, 3000, 200, 500, seed=2)
 
 
-def test_splits_can_use_up_every_question() -> None:
+def test_splits_can_use_all_questions() -> None:
     task = ChainTask(5, 2)
     every = make_splits(task, task.questions - 2, 1, 1, seed=0)
     assert len({record.id for record in every.train + every.val + every.test}) == task.questions

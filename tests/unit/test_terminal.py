@@ -1,4 +1,4 @@
-"""The live display of a run on a terminal."""
+"""Tests of the live display of a run on a terminal."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.support.begun_run import begun_run
 
 @pytest.fixture
 def run() -> RunState:
-    """After one of ten steps, with one teacher of two replicas, one of them dead, and one from a store."""
+    """A run after one of ten steps. One teacher has a live and a dead replica, the other comes from a store."""
     figures = {"train/loss": 2.5, "train/kv_loss": 0.875, "kv/stall_fraction": 0.05, "routing/weights_mean/ben": 0.25}
     state = begun_run("[bold]ada", figures)
     state.account(4.0, {"stall": 1.0}, {"[bold]ada": TeacherSums(64, 3, 2_000_000.0, dict.fromkeys(STAGES, 0.1))})
@@ -30,7 +30,7 @@ def text_of(state: RunState, width: int) -> list[str]:
     return console.file.getvalue().splitlines()  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def test_the_terminal_shows_progress_metrics_and_teachers(run: RunState) -> None:
+def test_terminal_shows_progress_metrics_and_teachers(run: RunState) -> None:
     progress, figures, ada, ben = text_of(run, 160)
     assert progress.split()[:2] == ["night", "training"]
     assert "step 1/10" in progress
@@ -42,16 +42,14 @@ def test_the_terminal_shows_progress_metrics_and_teachers(run: RunState) -> None
     assert ben.split() == ["ben", "0.0", "kB", "weight", "0.25", "from", "the", "store"]
 
 
-def test_the_display_fits_a_narrow_terminal_and_a_run_without_a_step(run: RunState) -> None:
+def test_display_fits_a_narrow_terminal_and_works_before_the_first_step(run: RunState) -> None:
     assert max(map(len, text_of(run, 60))) <= 60
     starting = " ".join(text_of(RunState(), 80))
     assert "starting" in starting
     assert "left" not in starting
 
 
-def test_the_last_state_stays_on_the_terminal_with_the_log_above_it(
-    run: RunState, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_last_state_stays_on_the_terminal_below_the_log(run: RunState, monkeypatch: pytest.MonkeyPatch) -> None:
     screen = io.StringIO()
     monkeypatch.setattr(sys, "__stderr__", screen)
     monkeypatch.setattr(sys, "stderr", screen)

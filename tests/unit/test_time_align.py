@@ -1,4 +1,4 @@
-"""Resampling slots within segments, against plain loops over fractions."""
+"""Tests of TimeAligner: resampling slots within segments, compared with plain loops over fractions."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def padded(rows: list[Segments]) -> torch.Tensor:
 
 @settings(deadline=None)
 @given(st.sampled_from(METHODS), batches)
-def test_weights_are_those_of_plain_loops(method: str, batch: list[tuple[Segments, Segments]]) -> None:
+def test_weights_match_plain_loops(method: str, batch: list[tuple[Segments, Segments]]) -> None:
     source_BM, target_BS = padded([source for source, _ in batch]), padded([target for _, target in batch])
     weights_BSM, mask_BS = TimeAligner(method).weights(source_BM, target_BS)
     assert weights_BSM.dtype == torch.float32
@@ -70,7 +70,7 @@ def test_weights_are_those_of_plain_loops(method: str, batch: list[tuple[Segment
 
 
 @given(st.sampled_from(METHODS), segments)
-def test_as_many_slots_on_both_sides_are_exactly_the_identity(method: str, slots: Segments) -> None:
+def test_equal_segments_give_exactly_the_identity(method: str, slots: Segments) -> None:
     slots_BM = padded([slots])
     weights_BSM, mask_BS = TimeAligner(method).weights(slots_BM, slots_BM)
     assert torch.equal(mask_BS, slots_BM >= 0)
@@ -78,7 +78,7 @@ def test_as_many_slots_on_both_sides_are_exactly_the_identity(method: str, slots
 
 
 @given(st.sampled_from(METHODS), st.permutations([0, 0, 0, 1, 1, 2, -1]))
-def test_as_many_in_each_segment_pair_in_order_wherever_they_stand(method: str, source: Segments) -> None:
+def test_segments_of_equal_size_pair_in_order_wherever_their_slots_are(method: str, source: Segments) -> None:
     target = sorted(source)
     weights_BSM, _ = TimeAligner(method).weights(padded([source]), padded([target]))
     by_segment = sorted((segment, m) for m, segment in enumerate(source))
@@ -104,7 +104,7 @@ def test_as_many_in_each_segment_pair_in_order_wherever_they_stand(method: str, 
         ("segment", 4, 1, [[0.25] * 4]),
     ],
 )
-def test_weights_by_example(method: str, sources: int, targets: int, expected: list[list[float]]) -> None:
+def test_weights_of_examples(method: str, sources: int, targets: int, expected: list[list[float]]) -> None:
     weights_BSM, mask_BS = TimeAligner(method).weights(padded([[1] * sources]), padded([[1] * targets]))
     assert mask_BS.all()
     torch.testing.assert_close(weights_BSM[0], torch.tensor(expected, dtype=torch.float32))
@@ -112,7 +112,7 @@ def test_weights_by_example(method: str, sources: int, targets: int, expected: l
 
 @given(st.sampled_from(METHODS), segments, segments)
 def test_segments_are_never_mixed(method: str, source: Segments, target: Segments) -> None:
-    """A slot's content is its segment's id: so is what every target slot gets."""
+    """Each source slot contains its segment id, so every target slot must get its own segment id."""
     x_BLHMD = torch.tensor(source, dtype=torch.float32).view(1, 1, 1, len(source), 1)
     resampled_BLHSD, mask_BS = TimeAligner(method).resample(x_BLHMD, padded([source]), padded([target]))
     for s, segment in enumerate(target):
@@ -131,7 +131,7 @@ def test_slots_without_a_source_are_masked_and_zero(method: str) -> None:
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize(("sources", "targets"), [(0, 3), (3, 0), (0, 0)])
-def test_no_slots_at_all_are_no_problem(method: str, sources: int, targets: int) -> None:
+def test_zero_slots_are_accepted(method: str, sources: int, targets: int) -> None:
     source_BM, target_BS = torch.zeros(2, sources, dtype=torch.int32), torch.zeros(2, targets, dtype=torch.int32)
     x_BLHSD, mask_BS = TimeAligner(method).resample(torch.ones(2, 3, 2, sources, 4), source_BM, target_BS)
     assert x_BLHSD.shape == (2, 3, 2, targets, 4)
@@ -140,7 +140,7 @@ def test_no_slots_at_all_are_no_problem(method: str, sources: int, targets: int)
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_resampling_weighs_every_layer_head_and_dim_alike(method: str) -> None:
+def test_resampling_uses_the_same_weights_for_every_layer_head_and_dim(method: str) -> None:
     x_BLHMD = torch.randn(2, 3, 2, 5, 4, generator=torch.Generator().manual_seed(0))
     source_BM = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, -1]])
     target_BS = torch.tensor([[0, 1, 1, -1], [1, 1, 1, 1]])
@@ -153,7 +153,7 @@ def test_resampling_weighs_every_layer_head_and_dim_alike(method: str) -> None:
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_what_stands_in_empty_slots_goes_nowhere(method: str) -> None:
+def test_content_of_empty_slots_is_ignored(method: str) -> None:
     source_BM, target_BS = torch.tensor([[0, -1, 0, 0, 2]]), torch.tensor([[0, 0, -1, 1]])
     content = [1.0, math.nan, 2.0, 4.0, math.inf]
     x_BLHMD = torch.tensor(content).view(1, 1, 1, 5, 1).requires_grad_()
@@ -167,7 +167,7 @@ def test_what_stands_in_empty_slots_goes_nowhere(method: str) -> None:
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_half_precision_is_resampled_in_fp32(method: str) -> None:
+def test_half_precision_kv_are_resampled_in_fp32(method: str) -> None:
     x_BLHMD = torch.tensor([256.0, 257.0, 255.0]).bfloat16().view(1, 1, 1, 3, 1)
     slots_BM = torch.tensor([[1, 1, 1]])
     resampled_BLHSD, _ = TimeAligner(method).resample(x_BLHMD, slots_BM, slots_BM)
@@ -175,6 +175,6 @@ def test_half_precision_is_resampled_in_fp32(method: str) -> None:
     assert torch.equal(resampled_BLHSD, x_BLHMD.float())
 
 
-def test_an_unknown_method_is_refused_by_name() -> None:
+def test_unknown_method_is_refused() -> None:
     with pytest.raises(FieldError, match=r"^method: expected one of linear, nearest, segment; got 'cubic'"):
         TimeAligner("cubic")

@@ -1,4 +1,4 @@
-"""A teacher's slots at the student's tokens, and the student's tokens at a teacher's slots, against plain loops."""
+"""Tests of mapping teacher slots to student tokens and student tokens to teacher slots, compared with plain loops."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Ends = list[list[int]]
 
 @st.composite
 def token_ends(draw: st.DrawFn, samples: int, whole: bool = False) -> Ends:
-    """Ascending byte ends of each sample's tokens, -1 among them; `whole`: the last reads the text's last byte."""
+    """Ascending byte ends per sample, some of them -1. With `whole`, the last one is the end of the text."""
     ends: Ends = []
     for _ in range(samples):
         known = sorted(draw(st.lists(st.integers(1, TEXT_BYTES), min_size=1, max_size=5)))
@@ -37,7 +37,7 @@ def padded(ends: Ends) -> torch.Tensor:
 
 
 def cache(ends: Ends, seed: int, layers: int = 2, heads: int = 2) -> BatchKV:
-    """Random K/V in fp64, NaN in empty slots, whose byte ends would pair if they were looked at."""
+    """Random K/V in fp64. Empty slots have NaN and byte ends that would pair if they were read."""
     ends_BM = padded(ends)
     generator = torch.Generator().manual_seed(seed)
     shape = (len(ends), layers, heads, ends_BM.shape[1], 3)
@@ -55,7 +55,7 @@ def naive_skipped(ends: list[int], count: int) -> set[int]:
 
 
 def naive_bytes(ends: list[int]) -> list[set[int]]:
-    """Which bytes each token stands for."""
+    """The bytes that each token covers."""
     read, found = 0, []
     for end in ends:
         found.append(set(range(read, end)) if end >= 0 else set())
@@ -68,7 +68,7 @@ CASES: dict[str, Any] = {"skip": st.integers(0, 3), "seed": st.integers(0, 9), "
 
 @settings(max_examples=50)
 @given(**CASES)
-def test_boundary_takes_the_last_slot_that_ends_where_the_token_does(skip: int, seed: int, data: st.DataObject) -> None:
+def test_boundary_takes_the_last_slot_with_the_tokens_end(skip: int, seed: int, data: st.DataObject) -> None:
     theirs, own = data.draw(token_ends(3)), data.draw(token_ends(3))
     kv, ends_BT = cache(theirs, seed), padded(own)
     out = at_student_tokens(kv, ends_BT, "boundary", skip)
@@ -87,7 +87,7 @@ def test_boundary_takes_the_last_slot_that_ends_where_the_token_does(skip: int, 
 
 @settings(max_examples=50)
 @given(**CASES)
-def test_overlap_averages_the_slots_that_share_bytes_with_the_token(skip: int, seed: int, data: st.DataObject) -> None:
+def test_overlap_averages_the_slots_that_share_bytes_with_a_token(skip: int, seed: int, data: st.DataObject) -> None:
     theirs, own = data.draw(token_ends(2, whole=True)), data.draw(token_ends(2, whole=True))
     kv, ends_BT = cache(theirs, seed), padded(own)
     out = at_student_tokens(kv, ends_BT, "overlap", skip)
@@ -109,14 +109,14 @@ def test_overlap_averages_the_slots_that_share_bytes_with_the_token(skip: int, s
 
 @settings(max_examples=50)
 @given(by_layer=st.booleans(), by_head=st.booleans(), **CASES)
-def test_the_students_own_stand_where_each_slots_token_ends(
+def test_each_teacher_slot_gets_the_student_token_with_the_same_end(
     by_layer: bool, by_head: bool, skip: int, seed: int, data: st.DataObject
 ) -> None:
     layers, heads, samples = 2, 3, 2
     scopes = samples * (layers if by_layer else 1) * (heads if by_head else 1)
     own = data.draw(token_ends(samples))
     ends_BT = padded(own)
-    # Each layer and head of its own has drawn tokens; all fill as many slots, with another first sample's last empty.
+    # Each layer and head has its own drawn tokens and the same number of slots. Sample 0 has an empty last slot.
     drawn = padded(data.draw(token_ends(scopes)))
     ends_BLHM = drawn.view(samples, layers if by_layer else 1, heads if by_head else 1, -1)
     mask_BM = torch.ones(samples, drawn.shape[1], dtype=torch.bool)
@@ -134,7 +134,7 @@ def test_the_students_own_stand_where_each_slots_token_ends(
         assert torch.equal(out[b, l, h, m], x_BLHTD[b, l, h, tokens[-1]] if tokens else torch.zeros(3))
 
 
-def test_own_and_theirs_meet_at_the_same_pairs() -> None:
+def test_both_directions_find_the_same_pairs() -> None:
     kv = teacher_batch(3, 2, seed=0)
     ends_BT = torch.tensor(TOKEN_ENDS).expand(3, -1)
     x_BLHTD = torch.arange(6.0).expand(3, 1, 1, -1)[..., None]
@@ -149,16 +149,16 @@ def test_own_and_theirs_meet_at_the_same_pairs() -> None:
     ("count", "expected"),
     [(0, [0, 1, 1, 0, 1, 1, 0]), (1, [0, 0, 1, 0, 1, 1, 0]), (3, [0, 0, 0, 0, 0, 1, 0]), (9, [0] * 7)],
 )
-def test_tokens_that_stand_for_no_text_do_not_count_among_the_first(count: int, expected: list[int]) -> None:
+def test_tokens_without_text_do_not_count_towards_skip_first(count: int, expected: list[int]) -> None:
     ends_BT = torch.tensor([[-1, 2, 4, -1, 5, 7, -1]])
     assert beyond_first(ends_BT, count).long().tolist() == [expected]
 
 
-def test_student_tokens_find_the_slot_that_ends_at_their_byte() -> None:
+def test_slots_of_tokens_returns_the_slot_with_the_same_end() -> None:
     kv = teacher_batch(4, 3, seed=0)
     kv.byte_ends_BLHM[1] = torch.tensor([4, -1, 11])
     index_BT = slots_of_tokens(kv, torch.tensor(TOKEN_ENDS).expand(4, -1))
-    # Sample 0 and 3 have an empty last slot, which would have ended at 9.
+    # Samples 0 and 3 have an empty last slot whose byte end is 9.
     assert index_BT.tolist() == [
         [-1, 0, -1, -1, -1, -1],
         [-1, -1, 0, -1, -1, 2],
@@ -168,7 +168,7 @@ def test_student_tokens_find_the_slot_that_ends_at_their_byte() -> None:
 
 
 @pytest.mark.parametrize("tensor", TENSORS)
-def test_gathering_lays_the_teachers_slots_at_the_students_tokens(tensor: TensorKind) -> None:
+def test_gathering_moves_teacher_slots_to_student_tokens(tensor: TensorKind) -> None:
     kv = teacher_batch(3, 2, seed=5)
     x = kv.k_BLHMD if tensor == "k" else kv.v_BLHMD
     assert x is not None

@@ -1,4 +1,4 @@
-"""Pairing the tokens of two tokenizers by the bytes they have read."""
+"""Tests of pairing the tokens of two tokenizers by their byte ends."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def qwen() -> PreTrainedTokenizerFast:
 
 @st.composite
 def byte_ends(draw: st.DrawFn) -> list[int]:
-    """Ascending ends of a text of up to 30 bytes, some repeated, some unknown."""
+    """Ascending byte ends in a text of up to 30 bytes, some repeated, some unknown."""
     ends = sorted(draw(st.lists(st.integers(1, 30), max_size=15)))
     unknown = draw(st.lists(st.booleans(), min_size=len(ends), max_size=len(ends)))
     return [-1 if hidden else end for end, hidden in zip(ends, unknown, strict=True)]
@@ -45,15 +45,15 @@ def naive_pairs(teacher: list[int], student: list[int]) -> list[int]:
 
 
 def naive_overlap(teacher: list[int], student: list[int]) -> list[list[float]]:
-    """Byte by byte: who read it under each tokenizer, then counts."""
+    """For each byte, finds the token that covers it under each tokenizer; the weights are normalised counts."""
 
-    def readers(ends: list[int]) -> dict[int, int]:
+    def token_of_byte(ends: list[int]) -> dict[int, int]:
         owner: dict[int, int] = {}
         for token, end in enumerate(ends):
             owner |= {byte: token for byte in range(end) if byte not in owner}
         return owner
 
-    of_teacher, of_student = readers(teacher), readers(student)
+    of_teacher, of_student = token_of_byte(teacher), token_of_byte(student)
     counts = [[0.0] * len(teacher) for _ in student]
     for byte in of_teacher.keys() & of_student.keys():
         counts[of_student[byte]][of_teacher[byte]] += 1
@@ -80,7 +80,7 @@ def test_token_pairs_with_last_teacher_token_that_ends_at_its_byte(batch: list[t
 
 
 @given(st.lists(st.tuples(byte_ends(), byte_ends()), min_size=1, max_size=4))
-def test_overlap_weighs_by_the_bytes_shared(batch: list[tuple[list[int], list[int]]]) -> None:
+def test_overlap_weights_are_the_shared_bytes(batch: list[tuple[list[int], list[int]]]) -> None:
     teacher_BM, student_BT = padded([teacher for teacher, _ in batch]), padded([student for _, student in batch])
     weights_BTM, mask_BT = overlap_weights_batch(teacher_BM, student_BT)
     assert weights_BTM.dtype == torch.float32
@@ -102,7 +102,7 @@ def test_equal_tokenizers_give_exactly_the_identity(text: str, method: str, llam
 
 
 @pytest.mark.parametrize("text", TEXTS)
-def test_boundary_pairs_have_read_the_same_text(
+def test_boundary_pairs_end_at_the_same_byte(
     text: str, llama: PreTrainedTokenizerFast, qwen: PreTrainedTokenizerFast
 ) -> None:
     alignment = TokenizerAligner(teacher_tokenizer=llama, student_tokenizer=qwen).align(text)
@@ -118,12 +118,12 @@ def test_boundary_pairs_have_read_the_same_text(
             assert weights[s, partners[0]] == 1.0
             assert llama.decode(teacher_ids[1 : partners[0] + 1]) == read
         elif "�" not in read:
-            # Nobody is left out: no teacher token ends there.
+            # The token is masked only because no teacher token ends there.
             prefixes = [llama.decode(teacher_ids[1 : t + 1]) for t in range(1, len(teacher_ids))]
             assert read not in prefixes
 
 
-def test_different_tokenizers_leave_some_tokens_masked_and_some_not(
+def test_different_tokenizers_mask_only_some_tokens(
     llama: PreTrainedTokenizerFast, qwen: PreTrainedTokenizerFast
 ) -> None:
     mask = TokenizerAligner(teacher_tokenizer=qwen, student_tokenizer=llama).align(TEXTS[1]).mask_Ts
@@ -143,7 +143,7 @@ def test_overlap_covers_every_token_that_ends_on_a_character(
     assert alignment.mask_Ts.tolist() == [end > 0 for end in student_ends]
 
 
-def test_an_unknown_method_is_refused_by_name(llama: PreTrainedTokenizerFast) -> None:
+def test_unknown_method_is_refused(llama: PreTrainedTokenizerFast) -> None:
     with pytest.raises(FieldError) as caught:
         TokenizerAligner(llama, llama, method="nearest")
     assert caught.value.field == "method"

@@ -1,4 +1,4 @@
-"""Whole texts under two tokenizers, against plain loops over the bytes that each token writes."""
+"""Tests of aligning whole texts under two tokenizers, compared with plain loops over the bytes of each token."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ chat_text = st.lists(any_text | tricky_text | st.sampled_from(SPECIAL), max_size
 
 
 def expected_ends(name: str, text: str) -> list[int]:
-    """With the tokenizer's own special tokens, as `align` reads."""
+    """Byte ends with the tokenizer's special tokens, as in `align`."""
     tokenizer = tokenizer_of(name)
     bos = [tokenizer.bos_token_id] if name in ("llama3", "llama2") else []
     return [-1] * len(bos) + naive_ends(name, text, tokenizer(text, add_special_tokens=False)["input_ids"])
@@ -64,7 +64,7 @@ def naive_weights(method: str, teacher: Sequence[int], student: Sequence[int]) -
 
 @settings(deadline=None, max_examples=60)
 @given(st.sampled_from(PAIRS), st.sampled_from(METHODS), chat_text)
-def test_random_text_aligns_as_its_bytes_do(pair: tuple[str, str], method: str, text: str) -> None:
+def test_random_text_aligns_by_its_bytes(pair: tuple[str, str], method: str, text: str) -> None:
     teacher, student = pair
     alignment = TokenizerAligner(tokenizer_of(teacher), tokenizer_of(student), method).align(text)
     expected = naive_weights(method, expected_ends(teacher, text), expected_ends(student, text))
@@ -88,8 +88,8 @@ def test_the_same_tokenizer_gives_exactly_the_identity_on_random_text(name: str,
 
 @pytest.mark.parametrize("name", BUILDERS)
 @pytest.mark.parametrize("text", TEXTS.values(), ids=TEXTS.keys())
-def test_the_same_reading_pairs_token_by_token_without_knowing_that_it_is_the_same(name: str, text: str) -> None:
-    """Batches carry ends, not tokenizers: a token with bytes of its own still meets exactly itself."""
+def test_equal_byte_ends_pair_each_token_with_itself(name: str, text: str) -> None:
+    """Batches have byte ends but no tokenizers. A token that covers bytes must pair with exactly itself."""
     _, ends = read_text(tokenizer_of(name), text, add_special_tokens=True)
     ends_BT = torch.tensor([ends], dtype=torch.int64).view(1, len(ends))
     weights_BTM, mask_BT = overlap_weights_batch(ends_BT, ends_BT)
@@ -102,7 +102,7 @@ def test_the_same_reading_pairs_token_by_token_without_knowing_that_it_is_the_sa
 
 
 def rendered(template: str, content: str) -> tuple[str, list[int]]:
-    """A chat in a tokenizer's template, and where its two messages end in bytes."""
+    """A chat rendered with a tokenizer's template, and the byte ends of its two messages."""
     name, definition = TEMPLATES[template]
     messages = [{"role": "user", "content": f"({content})"}, {"role": "assistant", "content": f"{content}!"}]
     text = tokenizer_of(name).apply_chat_template(messages, chat_template=definition, tokenize=False)
@@ -114,19 +114,19 @@ def rendered(template: str, content: str) -> tuple[str, list[int]]:
 @pytest.mark.parametrize("content", SCRIPTS.values(), ids=SCRIPTS.keys())
 @pytest.mark.parametrize("template", TEMPLATES)
 @pytest.mark.parametrize("pair", PAIRS, ids="-".join)
-def test_a_rendered_chat_aligns_on_both_sides(pair: tuple[str, str], template: str, content: str) -> None:
+def test_rendered_chat_aligns_at_message_ends(pair: tuple[str, str], template: str, content: str) -> None:
     text, message_ends = rendered(template, content)
     teacher, student = pair
     teacher_ends, student_ends = expected_ends(teacher, text), expected_ends(student, text)
     alignment = TokenizerAligner(tokenizer_of(teacher), tokenizer_of(student)).align(text)
     expected = torch.tensor(naive_weights("boundary", teacher_ends, student_ends))
     assert torch.equal(alignment.weights.to_dense(), expected)
-    # No token runs across the end of a message, so both have states that have read exactly up to there.
+    # No token crosses the end of a message, so both tokenizers have a token that ends exactly there.
     for end in message_ends:
         assert alignment.mask_Ts[student_ends.index(end)]
 
 
-def test_a_role_mark_that_is_one_token_meets_the_last_piece_of_it_and_its_other_pieces_are_masked() -> None:
+def test_single_token_role_mark_pairs_with_the_last_of_several_tokens() -> None:
     text, _ = rendered("chatml", "3 + 4")
     whole, pieces = tokenizer_of("qwen2 without nfc"), tokenizer_of("llama2")
     piece_ids, piece_ends = read_text(pieces, text, add_special_tokens=True)
@@ -141,7 +141,7 @@ def test_a_role_mark_that_is_one_token_meets_the_last_piece_of_it_and_its_other_
 
 
 @pytest.mark.parametrize("content", SCRIPTS.values(), ids=SCRIPTS.keys())
-def test_a_start_token_before_one_that_the_template_wrote_moves_nothing(content: str) -> None:
+def test_second_start_token_does_not_shift_ends(content: str) -> None:
     text, _ = rendered("llama2", content)
     ids, ends = read_text(tokenizer_of("llama2"), text, add_special_tokens=True)
     start = tokenizer_of("llama2").bos_token_id
@@ -152,9 +152,9 @@ def test_a_start_token_before_one_that_the_template_wrote_moves_nothing(content:
 
 
 def test_characters_outside_the_vocabulary_align_byte_by_byte() -> None:
-    """Both fall back to the bytes of a character, spelt in their own ways."""
+    """Both tokenizers fall back to one token per byte, with different spellings."""
     text = "龘𓀀"
     alignment = TokenizerAligner(tokenizer_of("llama3"), tokenizer_of("llama2")).align(text)
-    # A start token, and a space of Llama-2's own; of Llama-3's a start token alone.
+    # Llama-2 adds a start token and a space; Llama-3 adds only a start token.
     assert alignment.mask_Ts.tolist() == [False, False] + [True] * 7
     assert torch.equal(alignment.weights.to_dense()[2:, 1:], torch.eye(7))

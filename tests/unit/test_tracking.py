@@ -1,4 +1,4 @@
-"""Metrics on disk and in the progress line."""
+"""Tests of the metrics on disk and in the progress line."""
 
 from __future__ import annotations
 
@@ -34,19 +34,19 @@ def test_metrics_are_written_to_json_lines_and_tensorboard(tmp_path: Path) -> No
     assert list((tmp_path / "tensorboard").glob("events.*"))
 
 
-def test_a_resumed_run_replaces_lines_after_its_first_step(tmp_path: Path) -> None:
+def test_resumed_run_replaces_lines_after_its_first_step(tmp_path: Path) -> None:
     tracked(tmp_path, [1, 2, 3, 4])
     tracked(tmp_path, [3, 4, 5], first_step=2)
     assert [line["step"] for line in logged(tmp_path)] == [1, 2, 3, 4, 5]
 
 
-def test_a_run_that_starts_over_drops_all_lines(tmp_path: Path) -> None:
+def test_run_that_starts_over_drops_all_lines(tmp_path: Path) -> None:
     tracked(tmp_path, [1, 2])
     tracked(tmp_path, [1], first_step=0)
     assert [line["step"] for line in logged(tmp_path)] == [1]
 
 
-def test_a_run_with_an_incomplete_line_can_resume(tmp_path: Path) -> None:
+def test_run_with_an_incomplete_line_can_resume(tmp_path: Path) -> None:
     tracked(tmp_path, [1, 2, 3])
     whole = (tmp_path / LINES).read_text(encoding="utf-8")
     (tmp_path / LINES).write_text(whole[:-9], encoding="utf-8")
@@ -59,9 +59,7 @@ def test_other_ranks_write_nothing(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
-def test_the_progress_line_shows_losses_stall_speed_and_time_left(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_progress_line_shows_losses_stall_speed_and_time_left(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     tracker = Tracker(tmp_path, 10, enabled=True, first_step=2)
     figures = {"train/loss": 1.5, "train/ce_loss": 1.0, "train/kv_loss": 0.5, "train/samples_per_second": 64.0}
     with caplog.at_level(logging.INFO):
@@ -70,7 +68,7 @@ def test_the_progress_line_shows_losses_stall_speed_and_time_left(
     assert caplog.messages == ["step 10/10  loss 1.5000  ce 1.0000  kv 0.5000  stall 25%  64 samples/s  ETA 0:00:00"]
 
 
-def test_the_progress_line_names_teachers_with_a_failed_replica_unless_a_terminal_shows_the_run(
+def test_progress_line_lists_teachers_with_failed_replicas_unless_a_terminal_shows_the_run(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     dead, alive, other = (ScriptedReplica(name) for name in ("dead:1", "alive:2", "other:3"))
@@ -90,7 +88,7 @@ def test_the_progress_line_names_teachers_with_a_failed_replica_unless_a_termina
     assert line.endswith("  ada 1/2 up")
 
 
-def test_a_resumed_run_continues_its_curves_but_has_no_current_values(tmp_path: Path) -> None:
+def test_resumed_run_continues_its_curves_without_current_values(tmp_path: Path) -> None:
     tracked(tmp_path, [1, 2, 3])
     state = RunState()
     tracker = Tracker(tmp_path, 10, enabled=True, first_step=2, state=state)
@@ -101,7 +99,7 @@ def test_a_resumed_run_continues_its_curves_but_has_no_current_values(tmp_path: 
     assert state.snapshot().history["train/loss"][-2:] == [(2, 1.0), (3, 9.0)]
 
 
-def test_values_that_are_not_finite_are_left_out(tmp_path: Path) -> None:
+def test_non_finite_values_are_omitted(tmp_path: Path) -> None:
     tracker = Tracker(tmp_path, 10, enabled=True, first_step=0)
     tracker.log(1, {"train/loss": math.nan, "train/kv_loss": math.inf, "train/lr": 0.5})
     tracker.close()

@@ -1,4 +1,4 @@
-"""What a training configuration refuses before anything is loaded."""
+"""Tests of TrainConfig: which settings it accepts and refuses before anything is loaded."""
 
 from __future__ import annotations
 
@@ -26,18 +26,18 @@ def tree(**sections: Any) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("name", ["..", ".", ".hidden", "a/b", "", "x" * 65])
-def test_a_teachers_name_that_would_leave_the_stores_folder_is_refused(name: str) -> None:
+def test_teacher_name_that_is_no_plain_folder_name_is_refused(name: str) -> None:
     with pytest.raises(ConfigError, match="name"):
         parse(tree(teachers=[{"name": name, "endpoints": ["localhost:50051"]}]), TrainConfig)
 
 
 @pytest.mark.parametrize("name", ["ada", "qwen2.5-7b", "_x", "0", "x" * 64])
-def test_ordinary_names_are_taken(name: str) -> None:
+def test_plain_teacher_names_are_accepted(name: str) -> None:
     assert parse(tree(teachers=[{"name": name, "endpoints": ["h:1"]}]), TrainConfig).teachers[0].name == name
 
 
 @pytest.mark.parametrize("scope", ["head", "layer"])
-def test_token_mode_refuses_scopes_whose_slots_hold_different_tokens(scope: str) -> None:
+def test_token_mode_needs_the_scope_sample(scope: str) -> None:
     with pytest.raises(ConfigError, match=f"token mode.*got '{scope}'"):
         parse(tree(kv={"selection": {"selector": "full", "scope": scope}}), TrainConfig)
 
@@ -50,7 +50,7 @@ def test_latent_mode_needs_as_many_slots_as_latents(selection: dict[str, Any]) -
 
 
 @pytest.mark.parametrize("selection", [{"selector": "full"}, {"selector": "right", "budget": 4}])
-def test_resampling_takes_any_number_of_slots(selection: dict[str, Any]) -> None:
+def test_resampling_accepts_any_number_of_slots(selection: dict[str, Any]) -> None:
     parse(tree(student=LATENT, kv={"selection": selection}, align={"time": "segment"}), TrainConfig)
 
 
@@ -102,12 +102,12 @@ def test_resampling_takes_any_number_of_slots(selection: dict[str, Any]) -> None
         ({"loss": {"kv_weight": "automatic"}}, "loss.kv_weight"),
     ],
 )
-def test_settings_that_do_not_fit_each_other_are_refused_by_name(sections: dict[str, Any], problem: str) -> None:
+def test_incompatible_settings_are_refused_with_the_field(sections: dict[str, Any], problem: str) -> None:
     with pytest.raises(ConfigError, match=problem):
         parse(tree(**sections), TrainConfig)
 
 
-def test_what_trains_on_the_teachers_side_is_taken_with_the_router_loss_that_trains_it() -> None:
+def test_trainable_alignment_is_accepted_with_a_loss_that_trains_it() -> None:
     align = {"layer_map": "learned", "head_adapter": "linear"}
     parse(tree(align=align, fuse={"kind": "learnable"}), TrainConfig)
     parse(tree(align={"head_adapter": "linear", "direction": "to_teacher"}), TrainConfig)
@@ -118,7 +118,7 @@ def staged(*stages: dict[str, Any]) -> dict[str, Any]:
     return tree(student=LATENT, kv=THREE_SLOTS, data=data, stages=list(stages))
 
 
-def test_a_stage_changes_sections_and_starts_from_the_best_model_before_it() -> None:
+def test_stage_overrides_sections_and_starts_from_the_previous_best_model() -> None:
     config = parse(
         staged({"name": "one"}, {"name": "two", "fuse": {"kind": "similarity"}, "run": {"steps": 7}}), TrainConfig
     )
@@ -132,8 +132,8 @@ def test_a_stage_changes_sections_and_starts_from_the_best_model_before_it() -> 
     assert (two.student.path, str(two.run.output_dir)) == ("out/one/best_model", "out/two")
     assert (two.fuse.kind, two.run.steps, two.stages) == ("similarity", 7, ())
     assert two.student.latents == 3
-    deep = parse(staged({"name": "one", "kv": {"selection": {"selector": "uniform"}}}), TrainConfig).stage(0)
-    assert (deep.kv.selection.selector, deep.kv.selection.budget) == ("uniform", 3)
+    nested = parse(staged({"name": "one", "kv": {"selection": {"selector": "uniform"}}}), TrainConfig).stage(0)
+    assert (nested.kv.selection.selector, nested.kv.selection.budget) == ("uniform", 3)
 
 
 @pytest.mark.parametrize(
@@ -149,7 +149,7 @@ def test_a_stage_changes_sections_and_starts_from_the_best_model_before_it() -> 
         ([{"name": "one", "align": {"direction": "to_teacher"}, "fuse": {"kind": "similarity"}}], "fuse.kind"),
     ],
 )
-def test_a_mistake_in_a_stage_is_named_before_anything_runs(stages: list[dict[str, Any]], problem: str) -> None:
+def test_invalid_stage_is_refused_with_its_field(stages: list[dict[str, Any]], problem: str) -> None:
     with pytest.raises(ConfigError, match=problem):
         parse(staged(*stages), TrainConfig)
 
@@ -159,7 +159,7 @@ def test_stages_need_validation_data() -> None:
         parse(staged({"name": "one"}) | {"data": {"train": "train.jsonl"}}, TrainConfig)
 
 
-def test_the_shipped_three_stages_are_fixed_similarity_learnable_and_can_be_overridden() -> None:
+def test_shipped_three_stage_configuration_is_valid_and_can_be_overridden() -> None:
     path = REPOSITORY / "configs" / "train" / "three_stage.yaml"
     config = load_config(path, ["stages.2.fuse.router=gate", "run.epochs=3"], TrainConfig)
     stages = [config.stage(index) for index in range(3)]

@@ -1,4 +1,4 @@
-"""The training loop on one rank, with teachers in memory and an engine without DeepSpeed."""
+"""Tests of the training loop on one rank, with teachers in memory and an engine without DeepSpeed."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ STEPS, GLOBAL_BATCH = 4, 4
 class MemoryContext(TrainingContext):
     """TrainingContext with teachers in memory.
 
-    Batches are counted from 0. A teacher does not answer for batch `fails_at`; its keys are NaN in batch `nan_at`.
+    Batches are counted from 0. A teacher is unavailable for batch `fails_at`, and its keys are NaN in batch `nan_at`.
     """
 
     fails_at: int = -1
@@ -133,7 +133,7 @@ def test_learning_rate_warms_up_linearly_then_follows_its_schedule(schedule: str
 
 
 @pytest.mark.parametrize(("warmup", "steps"), [(0.0, 1), (0.0, 7), (1.0, 1), (1.0, 7)])
-def test_warm_up_may_take_no_step_or_all_steps(warmup: float, steps: int) -> None:
+def test_warm_up_can_have_no_steps_or_all_steps(warmup: float, steps: int) -> None:
     optim = OptimConfig.model_validate({"lr": 0.5, "warmup_ratio": warmup, "schedule": "linear"})
     rates = [learning_rate(optim, step, steps) for step in range(steps)]
     assert all(0 < rate <= 0.5 for rate in rates)
@@ -152,7 +152,7 @@ def test_losses_do_not_depend_on_the_micro_batch_size(tmp_path: Path, micro_batc
             assert value == pytest.approx(theirs[step], rel=1e-4), (name, step)
 
 
-def test_validation_is_the_mean_over_its_records(tmp_path: Path) -> None:
+def test_validation_metrics_are_means_over_its_records(tmp_path: Path) -> None:
     trainer = trainer_in(tmp_path)
     trainer.train()
     model = trainer.context.model.eval()
@@ -162,7 +162,7 @@ def test_validation_is_the_mean_over_its_records(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("fails_at", [3, 5])
-def test_a_run_that_lost_a_teacher_resumes_from_its_checkpoint(tmp_path: Path, fails_at: int) -> None:
+def test_run_that_lost_a_teacher_resumes_from_its_checkpoint(tmp_path: Path, fails_at: int) -> None:
     trainer_in(tmp_path / "whole").train()
     with pytest.raises(TeacherUnavailableError, match="'ada'"):
         trainer_in(tmp_path / "lost", fails_at=fails_at).train()
@@ -175,20 +175,20 @@ def test_a_run_that_lost_a_teacher_resumes_from_its_checkpoint(tmp_path: Path, f
 
 
 @pytest.mark.parametrize("micro_batches_read", [0, 1])
-def test_a_teacher_lost_before_the_first_step_is_reported_by_name(tmp_path: Path, micro_batches_read: int) -> None:
+def test_teacher_lost_before_the_first_step_is_reported_by_name(tmp_path: Path, micro_batches_read: int) -> None:
     with pytest.raises(TeacherUnavailableError, match="teacher 'ada': no endpoint answers"):
         trainer_in(tmp_path, fails_at=micro_batches_read).train()
     assert checkpoint.latest(tmp_path / "checkpoints") is None
 
 
-def test_a_run_can_be_stopped_before_its_first_step(tmp_path: Path) -> None:
+def test_run_can_be_stopped_before_its_first_step(tmp_path: Path) -> None:
     trainer = trainer_in(tmp_path)
     trainer._stop_requested = True
     with pytest.raises(InterruptedRunError, match="told to stop at step 0"):
         trainer.train()
 
 
-def test_a_run_that_lost_a_teacher_in_validation_repeats_it_when_resumed(tmp_path: Path) -> None:
+def test_resumed_run_repeats_a_validation_that_lost_a_teacher(tmp_path: Path) -> None:
     trainer_in(tmp_path / "whole").train()
     with pytest.raises(TeacherUnavailableError):
         trainer_in(tmp_path / "lost", fails_at=STEPS * 2 + 1).train()
@@ -203,7 +203,7 @@ def test_without_validation_the_last_model_is_saved_as_the_best(tmp_path: Path) 
     assert json.loads((tmp_path / "summary.json").read_text(encoding="utf-8"))["steps"] == STEPS
 
 
-def test_the_best_model_has_the_highest_accuracy_then_the_lowest_loss(tmp_path: Path) -> None:
+def test_best_model_has_the_highest_accuracy_then_the_lowest_loss(tmp_path: Path) -> None:
     trainer = trainer_in(tmp_path)
     trainer.step = 0
     for accuracy, loss, best in [(0.5, 2.0, 1), (0.5, 1.0, 2), (0.4, 0.1, 2), (0.5, 1.0, 2), (0.6, 9.0, 5)]:
@@ -214,7 +214,7 @@ def test_the_best_model_has_the_highest_accuracy_then_the_lowest_loss(tmp_path: 
 
 
 @pytest.mark.parametrize(("best_by", "best"), [("accuracy", 1), ("loss", 2), ("kv_loss", 3)])
-def test_the_best_model_is_chosen_by_best_by(tmp_path: Path, best_by: str, best: int) -> None:
+def test_best_by_selects_the_metric_of_the_best_model(tmp_path: Path, best_by: str, best: int) -> None:
     trainer = trainer_in(tmp_path)
     run = trainer.context.config.run.model_copy(update={"best_by": best_by})
     config = trainer.context.config.model_copy(update={"run": run})
@@ -227,15 +227,15 @@ def test_the_best_model_is_chosen_by_best_by(tmp_path: Path, best_by: str, best:
     assert trainer.best["step"] == best
 
 
-def assert_all_saved_is_finite(output: Path) -> None:
-    """Everything that training changes; calibration leaves NaN where nothing was measured."""
+def assert_saved_tensors_are_finite(output: Path) -> None:
+    """Checks the trained tensors only: calibration leaves NaN where nothing was measured."""
     for path in output.rglob("*.safetensors"):
         if path.name != "frozen.safetensors":
             assert all(tensor.isfinite().all() for tensor in load_file(path).values()), path
 
 
 @pytest.mark.parametrize("nan_at", [4, 5])
-def test_a_nan_loss_ends_the_run_which_resumes_from_the_last_finite_checkpoint(tmp_path: Path, nan_at: int) -> None:
+def test_run_ended_by_a_nan_loss_resumes_from_the_last_finite_checkpoint(tmp_path: Path, nan_at: int) -> None:
     trainer_in(tmp_path / "whole", save_every=1).train()
     trainer = trainer_in(tmp_path / "bad", nan_at=nan_at, save_every=1)
     with pytest.raises(DivergedError) as raised:
@@ -247,14 +247,14 @@ def test_a_nan_loss_ends_the_run_which_resumes_from_the_last_finite_checkpoint(t
     found = checkpoint.latest(tmp_path / "bad" / "checkpoints")
     assert found is not None
     assert found.step == 2
-    assert_all_saved_is_finite(tmp_path / "bad")
+    assert_saved_tensors_are_finite(tmp_path / "bad")
     assert not (tmp_path / "bad" / "summary.json").exists()
     trainer_in(tmp_path / "bad", save_every=1).train()
     for name in ("train/loss", "val/loss"):
         assert logged(tmp_path / "bad", name) == logged(tmp_path / "whole", name)
 
 
-def test_a_nan_loss_in_the_last_micro_batch_ends_the_run_without_a_model(tmp_path: Path) -> None:
+def test_nan_loss_in_the_last_micro_batch_ends_the_run_without_a_model(tmp_path: Path) -> None:
     with pytest.raises(DivergedError, match=f"step {STEPS}: .* loss, gradient norm"):
         trainer_in(tmp_path, nan_at=2 * STEPS - 1, val=[]).train()
     assert not (tmp_path / "best_model").exists()
@@ -268,18 +268,18 @@ def test_infinite_parameters_are_detected_before_they_are_saved(tmp_path: Path) 
     assert checkpoint.latest(tmp_path / "checkpoints") is None
 
 
-def test_a_validation_with_a_nan_loss_is_never_the_best(tmp_path: Path) -> None:
-    # Three validation batches after two steps of two micro-batches, then again after the last step.
+def test_validation_with_a_nan_loss_is_never_the_best(tmp_path: Path) -> None:
+    # Batches: two steps of two micro-batches, three of validation, two more steps, then validation again.
     trainer = trainer_in(tmp_path, nan_at=2 * STEPS + 4, eval_every=2, save_every=2)
     with pytest.raises(DivergedError, match=f"step {STEPS}: .* not finite: val/loss;"):
         trainer.train()
     assert trainer.best is not None
     assert trainer.best["step"] == 2
     assert json.loads((tmp_path / "eval_results.json").read_text(encoding="utf-8"))["val"]["step"] == 2
-    assert_all_saved_is_finite(tmp_path)
+    assert_saved_tensors_are_finite(tmp_path)
 
 
-def test_metrics_of_logged_steps_add_up_to_those_of_the_run() -> None:
+def test_metrics_of_logged_steps_add_up_to_the_run_total() -> None:
     total = MetricAccumulator()
     for samples in (4, 8):
         logged_steps = MetricAccumulator()

@@ -1,4 +1,4 @@
-"""Validation reports its metrics for each dataset that records come from."""
+"""Tests of validation metrics, in total and per dataset."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from tests.support.training_parts import (
 
 CPU = torch.device("cpu")
 SIMILARITY: dict[str, Any] = {"kind": "similarity", "temperature": 0.2, "temperature_floor": 0.1}
-# Two datasets, mixed; neither fills its last batch.
+# Two datasets, interleaved. Neither fills its last batch.
 MIXED = [replace(record, dataset=("even", "odd")[i % 2]) for i, record in enumerate(RECORDS[40:50])]
 EVEN, ODD = MIXED[::2], MIXED[1::2]
 
@@ -56,7 +56,7 @@ def validated(model: DistillModel, records: Sequence[Record]) -> tuple[Validatio
     return validate(model, context, lambda chosen: train_batch(model, chosen), CPU), context
 
 
-def test_metrics_of_a_dataset_are_those_of_its_records_alone(model: DistillModel) -> None:
+def test_metrics_of_a_dataset_depend_only_on_its_records(model: DistillModel) -> None:
     found, context = validated(model, MIXED)
     for name, group in (("even", EVEN), ("odd", ODD)):
         alone, _ = validated(model, [replace(record, dataset="") for record in group])
@@ -74,7 +74,7 @@ def test_metrics_of_a_dataset_are_those_of_its_records_alone(model: DistillModel
         assert {"score", "loss", "kv_loss"} <= one.keys()
 
 
-def test_the_total_is_the_mean_over_all_records_of_all_datasets(model: DistillModel) -> None:
+def test_total_is_the_mean_over_the_records_of_all_datasets(model: DistillModel) -> None:
     mixed, _ = validated(model, MIXED)
     plain, context = validated(model, [replace(record, dataset="") for record in MIXED])
     for name in ("val/loss", "val/kv_loss", "val/task_metrics/accuracy", "routing/weights_mean/ada"):

@@ -1,4 +1,4 @@
-"""vLLM's engine arguments, refused flags and models, and the self-test that detects a wrongly read cache."""
+"""Tests of the vLLM engine's arguments, refused flags and models, and the self-test of reading the cache."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def test_values_out_of_range_are_refused(field: str, value: object) -> None:
         *((json.dumps({name: 1}), f"'{name}' is set by the server's own flags") for name in sorted(OWN_ARGUMENTS)),
     ],
 )
-def test_reserved_or_invalid_vllm_arguments_are_refused_by_name(text: str, reason: str) -> None:
+def test_reserved_or_invalid_vllm_arguments_are_refused(text: str, reason: str) -> None:
     with pytest.raises(FieldError, match=reason) as caught:
         engine_arguments(serve(vllm_args=text), "fp32", 100, frozenset(KNOWN))
     assert caught.value.field == "vllm_args"
@@ -116,7 +116,7 @@ def test_engine_arguments_follow_the_configuration(monkeypatch: pytest.MonkeyPat
         "pipeline_parallel_size": 2,
         "gpu_memory_utilization": 0.8,
         "dtype": "bfloat16",
-        # The generated token counts too.
+        # The generated token counts as well.
         "max_model_len": 101,
         "max_num_batched_tokens": 9,
         "block_size": 64,
@@ -164,7 +164,7 @@ def quantised(config: PreTrainedConfig) -> PreTrainedConfig:
     ],
     ids=["window", "window of qwen2", "quantised", "dynamic", "longrope", "no rotation"],
 )
-def test_models_whose_cache_does_not_keep_exact_kv_are_refused(model: PreTrainedConfig, reason: str) -> None:
+def test_models_without_exact_kv_in_their_cache_are_refused(model: PreTrainedConfig, reason: str) -> None:
     with pytest.raises(UnsupportedModelError, match=reason):
         check_supported(serve(), model)
 
@@ -195,7 +195,7 @@ def test_supported_models_are_accepted(model: PreTrainedConfig) -> None:
         ({"max_model_len": 100, "max_sample_tokens": 200}, 100),
     ],
 )
-def test_the_longest_sample_is_the_smallest_limit(limits: dict[str, int], longest: int) -> None:
+def test_longest_sample_is_the_smallest_limit(limits: dict[str, int], longest: int) -> None:
     assert longest_sample(serve(**limits), LlamaConfig(**SMALL)) == longest
 
 
@@ -216,7 +216,7 @@ def _without_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("_without_vllm")
-def test_a_server_without_vllm_says_what_to_install() -> None:
+def test_missing_vllm_error_names_the_package_to_install() -> None:
     async def start() -> None:
         await TeacherServer(serve()).serve()
 
@@ -237,7 +237,7 @@ Change = Callable[[LayerOutput], tuple[Tensor, Tensor]]
 
 
 class ScrambledEngine(FakeEngine):
-    """Emits changed results."""
+    """A FakeEngine whose keys and values are changed by `change`."""
 
     def __init__(self, change: Change, longest: int = 4096, failing: str = "") -> None:
         config = ServeConfig(model="fake:", engine="fake", max_sample_tokens=longest)
@@ -272,7 +272,7 @@ def halves_swapped(output: LayerOutput) -> tuple[Tensor, Tensor]:
     return output.k_BHTD.roll(8, dims=-1), output.v_BHTD
 
 
-def exchanged(output: LayerOutput) -> tuple[Tensor, Tensor]:
+def keys_and_values_swapped(output: LayerOutput) -> tuple[Tensor, Tensor]:
     return output.v_BHTD, output.k_BHTD
 
 
@@ -301,7 +301,7 @@ def test_matching_keys_and_values_pass_the_self_test(change: Change) -> None:
     ("change", "what"),
     [
         (halves_swapped, "the keys of layer 0"),
-        (exchanged, "the keys of layer 0"),
+        (keys_and_values_swapped, "the keys of layer 0"),
         (one_block_moved, "the values of layer 0"),
         (heads_swapped_in_the_second_layer, "the keys of layer 1"),
         (slightly_off, "the keys of layer 0 in vLLM's cache differ from those of transformers by 0.0002 "),
@@ -312,12 +312,12 @@ def test_different_keys_or_values_fail_the_self_test(change: Change, what: str) 
         check_against(ScrambledEngine(unchanged), ScrambledEngine(change))
 
 
-def test_an_engine_without_results_fails_the_self_test() -> None:
+def test_engine_without_results_fails_the_self_test() -> None:
     with pytest.raises(UnsupportedModelError, match="cache test failed: no memory"):
         check_against(ScrambledEngine(unchanged), ScrambledEngine(unchanged, failing="no memory"))
 
 
-def test_the_self_test_fits_max_sample_tokens() -> None:
+def test_self_test_respects_max_sample_tokens() -> None:
     engine = ScrambledEngine(unchanged, longest=20)
     check_against(ScrambledEngine(unchanged), engine)
     assert engine.lengths == [20]
