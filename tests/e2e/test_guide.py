@@ -132,8 +132,8 @@ def test_three_stages_train_on_the_prepared_data(stages: Path) -> None:
 
 
 def test_minimal_training_command_trains(minimal_run: Path) -> None:
-    assert (first_try / "best_model" / "model.safetensors").is_file()
-    assert metrics(first_try, "val/task_metrics/accuracy")
+    assert (minimal_run / "best_model" / "model.safetensors").is_file()
+    assert metrics(minimal_run, "val/task_metrics/accuracy")
 
 
 def test_evaluation_makes_a_table_of_the_stages(table: str, stages: Path) -> None:
@@ -168,7 +168,7 @@ def test_every_block_that_needs_no_slurm_was_run(guide: Checkout) -> None:
 
 
 def run_on_cpu_too(guide: Checkout, block: Block, asked: str, instead: str, refusal: str) -> None:
-    """Run a block that requests a GPU. Without a GPU, check the refusal, then run it with `asked` replaced by `instead`."""
+    """Run a block that needs a GPU. Without one, check its refusal and run it with `asked` replaced by `instead`."""
     assert asked in block.text
     if torch.cuda.is_available():
         guide.run(block)

@@ -92,18 +92,18 @@ def address(log: Path) -> str:
 
 def assert_no_defects(page: Shown) -> None:
     for size, scheme in LOOKS:
-        page.looks(size, scheme)
-        assert page.too_wide() <= 0, (size, scheme)
-        assert page.faint() == [], (size, scheme)
+        page.set_appearance(size, scheme)
+        assert page.overflow_pixels() <= 0, (size, scheme)
+        assert page.low_contrast_texts() == [], (size, scheme)
         assert page.legends_without_a_curve() == 0, (size, scheme)
-        assert (page.ground() < 64) == (scheme == "dark")
+        assert (page.background_brightness() < 64) == (scheme == "dark")
     assert page.complaints == []
-    assert page.elsewhere() == []
+    assert page.requests_to_other_hosts() == []
 
 
 def updates_in_place(page: Shown, condition: str) -> None:
     """Wait until a condition on `main` holds, and check that the page was not reloaded or scrolled."""
-    page.looks(PHONE, "light")
+    page.set_appearance(PHONE, "light")
     page.page.evaluate("scrollTo(0, 200)")
     page.page.evaluate("window.kept = true")
     page.page.wait_for_function(f"() => {{ const main = document.querySelector('main'); return {condition} }}")

@@ -179,7 +179,7 @@ def test_array_has_the_remaining_runs_one_per_task(tmp_path: Path) -> None:
     assert "--task: the sweep has runs 0 to 5, got 6" in sweep.run("--task", "6", code=2)
     submitted = tmp_path / "bin"
     submitted.mkdir()
-    (submitted / "sbatch").write_text(f'#!/bin/sh\ncp "$2" {taken}/\necho "7;cluster"\n', encoding="utf-8")
+    (submitted / "sbatch").write_text(f'#!/bin/sh\ncp "$2" {submitted}/\necho "7;cluster"\n', encoding="utf-8")
     (submitted / "sbatch").chmod(0o755)
     sweep.environment["PATH"] = f"{submitted}:{sweep.environment['PATH']}"
     assert "submitted 5 of 6 runs as job 7, and the table as job 7, which runs after it" in sweep.run("--slurm")
