@@ -162,7 +162,7 @@ def test_a_sweep_lists_its_runs(listed: str) -> None:
     assert all(f"{compression}/seed{seed}" in listed for compression in ("full", "right", "r-kv") for seed in range(3))
 
 
-@pytest.mark.usefixtures("kv", "first_try", "table", "report", "listed", "curves")
+@pytest.mark.usefixtures("kv", "minimal_run", "table", "report", "listed", "curves")
 def test_every_block_that_needs_no_slurm_was_run(guide: Checkout) -> None:
     assert {*guide.ran} == {block for block in blocks(PAGE) if not block.needs_slurm}
 
