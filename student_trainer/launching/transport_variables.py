@@ -1,7 +1,8 @@
-"""Environment variables that say how teachers are reached. Free of grpc.
+"""Environment variables for the connection to teacher servers. This module does not import grpc.
 
-Variables rather than settings: they hold for every command that asks a teacher, and secrets stay out of configurations.
+They are variables, not settings, because every command that connects to a teacher uses them, and because secrets do not
+belong in configuration files.
 """
 
 TLS_CA = "KVDISTILL_TLS_CA"
-TOKEN_FILE = "KVDISTILL_TOKEN_FILE"  # noqa: S105  the name of a variable
+TOKEN_FILE = "KVDISTILL_TOKEN_FILE"  # noqa: S105  a variable name, not a secret

@@ -1,4 +1,4 @@
-"""What every teacher engine promises, and that the Hugging Face engine's numbers are the model's."""
+"""Tests of the contract of teacher engines in this process; the Hugging Face engine matches transformers."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ TOLERANCE = 1e-5
 
 @dataclass(frozen=True)
 class Case:
-    """An engine under test, how it was made, and the same model as a reference where it has one."""
+    """An engine under test, its configuration, and the same model as a reference, if there is one."""
 
     engine: HFEngine | FakeEngine
     config: ServeConfig
@@ -74,7 +74,7 @@ def hf_case(request: pytest.FixtureRequest, cases: Callable[[str], Case]) -> Cas
 
 
 def in_process(config: ServeConfig) -> HFEngine | FakeEngine:
-    """An engine that hands over each layer in this process."""
+    """Load an engine that emits its layers in this process."""
     engine = load_engine(config)
     assert isinstance(engine, HFEngine | FakeEngine)
     return engine
@@ -95,7 +95,7 @@ def rows_in(tokens: TokenizedSample, kind: str) -> list[int]:
 # ---------------------------------------------------------------------------------------------------- every engine
 
 
-def test_layers_come_in_order_with_the_geometry_that_info_states(case: Case) -> None:
+def test_layers_come_in_order_with_the_geometry_of_info(case: Case) -> None:
     info = case.engine.info
     batch = read_batch(case.engine)
     outputs = run(case.engine, batch, (0, 2))
@@ -108,7 +108,7 @@ def test_layers_come_in_order_with_the_geometry_that_info_states(case: Case) -> 
     assert info.layers == 3
 
 
-def test_a_samples_kv_do_not_depend_on_its_batch(case: Case) -> None:
+def test_kv_of_a_sample_do_not_depend_on_its_batch(case: Case) -> None:
     batch = read_batch(case.engine)
     together = run(case.engine, batch, (0, 1, 2), importance=True)
     for row, tokens in enumerate(batch):
@@ -139,7 +139,7 @@ def test_the_same_batch_gives_the_same_bits_again(case: Case) -> None:
         assert torch.equal(once.v_BHTD, again.v_BHTD)
 
 
-def test_a_sink_that_raises_ends_the_batch_and_the_engine_serves_on(case: Case) -> None:
+def test_an_error_in_the_sink_ends_the_batch_and_the_engine_still_works(case: Case) -> None:
     batch = read_batch(case.engine)
     expected = run(case.engine, batch, (0, 1))
 
@@ -152,13 +152,13 @@ def test_a_sink_that_raises_ends_the_batch_and_the_engine_serves_on(case: Case) 
         assert torch.equal(once.k_BHTD, again.k_BHTD)
 
 
-def test_an_engine_of_the_same_model_has_the_same_identity(case: Case) -> None:
+def test_two_engines_of_the_same_model_have_the_same_identity(case: Case) -> None:
     again = load_engine(case.config)
     assert again.info.same_teacher(case.engine.info)
     again.close()
 
 
-def test_a_plan_gets_the_importance_it_asks_for_and_only_when_asked(case: Case) -> None:
+def test_importance_is_returned_as_requested_and_only_on_request(case: Case) -> None:
     batch = read_batch(case.engine)
     (output,) = run(case.engine, batch, (1,), importance=True)
     largest_BHT, mean_BHT = output.importance("max"), output.importance("mean")
@@ -178,7 +178,7 @@ def test_a_plan_gets_the_importance_it_asks_for_and_only_when_asked(case: Case) 
 # ---------------------------------------------------------------------------------------------------- transformers
 
 
-def test_keys_and_values_are_the_models_own_for_any_batch(hf_case: Case) -> None:
+def test_keys_and_values_match_transformers_for_any_batch(hf_case: Case) -> None:
     assert hf_case.reference is not None
     batch = read_batch(hf_case.engine)
     outputs = run(hf_case.engine, batch, (0, 1, 2))
@@ -191,7 +191,7 @@ def test_keys_and_values_are_the_models_own_for_any_batch(hf_case: Case) -> None
             torch.testing.assert_close(v_HTD, expected.v_LHTD[output.layer], atol=TOLERANCE, rtol=0)
 
 
-def test_importance_is_the_answers_attention(hf_case: Case) -> None:
+def test_importance_is_the_attention_of_the_answer(hf_case: Case) -> None:
     assert hf_case.reference is not None
     batch = read_batch(hf_case.engine)
     outputs = run(hf_case.engine, batch, (0, 1, 2), importance=True)
@@ -219,7 +219,9 @@ def test_mean_importance_is_the_mean_of_the_query_heads(hf_case: Case) -> None:
             assert not found_HT[:, count:].any()
 
 
-def test_a_long_answer_is_ranked_in_pieces_alike(hf_case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_importance_of_a_long_answer_does_not_depend_on_the_piece_size(
+    hf_case: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
     batch = read_batch(hf_case.engine)
     whole = run(hf_case.engine, batch, (0, 1, 2), importance=True)
     monkeypatch.setattr(hf_attention, "_PROBABILITIES_AT_ONCE", 1)
@@ -228,7 +230,7 @@ def test_a_long_answer_is_ranked_in_pieces_alike(hf_case: Case, monkeypatch: pyt
         torch.testing.assert_close(output.mean_importance_BHT, expected.mean_importance_BHT, atol=1e-6, rtol=0)
 
 
-def test_a_sample_without_an_answer_leaves_the_others_importance_alone(hf_case: Case) -> None:
+def test_a_sample_without_an_answer_does_not_change_the_importance_of_others(hf_case: Case) -> None:
     whole = read_batch(hf_case.engine)[0]
     without = hf_case.engine.tokenize(Sample("none", text="No spans at all in here, and so no answer"))
     expected = run(hf_case.engine, [whole], (1,), importance=True)[0].importance_BHT
@@ -239,7 +241,7 @@ def test_a_sample_without_an_answer_leaves_the_others_importance_alone(hf_case: 
     torch.testing.assert_close(mixed[1, :, : expected.shape[2]], expected[0], atol=1e-6, rtol=0)
 
 
-def test_attention_is_computed_only_for_those_who_ask(hf_case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_attention_is_computed_only_on_request(hf_case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     def forbidden(*arguments: object) -> None:
         pytest.fail("importance was computed though nobody asked")
 
@@ -247,7 +249,7 @@ def test_attention_is_computed_only_for_those_who_ask(hf_case: Case, monkeypatch
     run(hf_case.engine, read_batch(hf_case.engine), (0, 1))
 
 
-def test_each_layer_leaves_before_the_next_is_computed_and_the_last_ends_the_pass(hf_case: Case) -> None:
+def test_each_layer_is_emitted_before_the_next_is_computed_and_the_last_ends_the_pass(hf_case: Case) -> None:
     engine = hf_case.engine
     assert isinstance(engine, HFEngine)
     events: list[str] = []
@@ -265,7 +267,7 @@ def test_each_layer_leaves_before_the_next_is_computed_and_the_last_ends_the_pas
     assert events == ["k_proj 0", "sink 0", "o_proj 0", "k_proj 1", "sink 1"]
 
 
-def test_only_the_layers_asked_for_are_hooked_and_none_stays_hooked(hf_case: Case) -> None:
+def test_only_the_requested_layers_are_hooked_and_all_hooks_are_removed(hf_case: Case) -> None:
     engine = hf_case.engine
     assert isinstance(engine, HFEngine)
     hooked: list[list[int]] = []

@@ -1,4 +1,4 @@
-"""The contract of generation for every engine; the Hugging Face engine matches transformers' own `generate`."""
+"""Tests of the generation contract for every engine; the Hugging Face engine matches transformers' own `generate`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The contract of every KV source."""
+"""Tests of the contract of every KV source."""
 
 import dataclasses
 import threading
@@ -194,8 +194,8 @@ def test_shuffled_control_does_not_change_what_is_recorded(bench):
     source = bench.built(mode="record", store=bench.directory, control="shuffled")
     source.fetch(SAMPLES[:3])
     source.close()
-    straight = OfflineSource(bench.directory / TEACHER, lambda _: PLAN)
-    assert all(same_result(result, kv_of(SAMPLES[i])) for i, result in enumerate(straight.fetch(SAMPLES[:3])))
+    unshuffled = OfflineSource(bench.directory / TEACHER, lambda _: PLAN)
+    assert all(same_result(result, kv_of(SAMPLES[i])) for i, result in enumerate(unshuffled.fetch(SAMPLES[:3])))
 
 
 def test_a_shuffled_source_can_give_each_sample_its_own_kv(bench):
@@ -249,7 +249,7 @@ def test_flushed_samples_are_readable_before_close(bench):
     source.close()
 
 
-def test_offline_names_the_difference_from_the_recorded_plan(bench):
+def test_offline_reports_the_difference_from_the_recorded_plan(bench):
     other = PLAN.model_copy(update={"codec": CodecSpec(name="bf16")})
     store = bench.recorded()
     with pytest.raises(StoreError, match=r"codec\.name: 'int8', not 'bf16'"):
@@ -274,7 +274,7 @@ def test_endpoints_of_different_teachers_are_refused_when_the_source_is_built(be
     stranger.stop()
 
 
-def test_health_is_that_of_the_replicas_inside_all_wrappers(bench):
+def test_wrapped_source_has_the_health_of_its_replicas(bench):
     source = bench.built(mode="record", store=bench.directory, control="shuffled")
     source.fetch(SAMPLES[:3])
     health = source.health()

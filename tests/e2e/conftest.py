@@ -1,4 +1,4 @@
-"""What whole training runs share: tiny models and data on disk, and two teachers served."""
+"""Fixtures of the end-to-end tests: tiny models and data on disk, and two teacher servers."""
 
 from __future__ import annotations
 

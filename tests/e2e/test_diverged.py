@@ -1,4 +1,4 @@
-"""Diverged runs: every rank reports it in one line, and nothing that is not finite is saved."""
+"""Tests of diverged runs: every rank reports the error in one line, and no infinite or NaN values are saved."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ RANKS = 2
 
 
 def failed_log(config: dict[str, Any], directory: Path) -> str:
-    """Runs until the run fails, as it must, and returns the log."""
+    """Run a training that has to fail, and return its log."""
     process, log = start_cli(config, RANKS, directory)
     try:
         assert process.wait(240) != 0, "a diverged run must fail"
@@ -27,7 +27,7 @@ def failed_log(config: dict[str, Any], directory: Path) -> str:
 
 
 def messages(log: str) -> list[str]:
-    """Every rank's last message, without the rank."""
+    """The last message of every rank, without the rank number."""
     lines = [line.partition("rank ")[2] for line in log.splitlines() if line.startswith("kvdistill: rank ")]
     assert sorted(line[0] for line in lines) == [str(rank) for rank in range(RANKS)], log[-4000:]
     return [line[3:] for line in lines]
@@ -39,7 +39,7 @@ def refuse(constant: str) -> NoReturn:
 
 def assert_saved_values_are_finite(output: Path) -> None:
     for path in output.rglob("*.safetensors"):
-        if path.name != "frozen.safetensors":  # Calibration stores NaN where nothing was measured.
+        if path.name != "frozen.safetensors":  # Calibration stores NaN for what it did not measure.
             assert all(tensor.isfinite().all() for tensor in load_file(path).values()), path
     for path in (*output.rglob("*.json"), *output.rglob("*.jsonl")):
         for line in path.read_text(encoding="utf-8").splitlines() if path.suffix == ".jsonl" else [path.read_text()]:
@@ -47,7 +47,7 @@ def assert_saved_values_are_finite(output: Path) -> None:
 
 
 @pytest.mark.parametrize("stage", [2])
-def test_a_too_high_learning_rate_fails_on_every_rank_and_keeps_the_last_finite_checkpoint(
+def test_divergence_fails_on_every_rank_and_keeps_the_last_finite_checkpoint(
     world: World, endpoints: Endpoints, tmp_path: Path, stage: int
 ) -> None:
     run = {"zero_stage": stage, "save_every": 1, "eval_every": 2}

@@ -1,7 +1,7 @@
-"""Every block of docs/guide.md that needs no SLURM, as it stands, with tiny models in the hub's place.
+"""Tests of docs/guide.md: every code block that needs no SLURM, unchanged, with tiny local models instead of the hub's.
 
-The data of the first block are made in full, then shortened: what follows reads the first of them. What makes trainings
-short comes through the environment variables that the guide's scripts take.
+The first block prepares its data in full; they are then shortened for the later blocks. Environment variables of the
+guide's scripts make the training runs short.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from tests.support.training import metrics
 
 pytestmark = pytest.mark.slow
 
-# So many that 15000 training and 2000 validation records can be had.
+# Enough for 15000 training and 2000 validation records.
 QUESTIONS = 1800
 ROWS = 96
 SHORT = {
@@ -48,7 +48,7 @@ def guide(tmp_path_factory: pytest.TempPathFactory) -> Checkout:
 
 @pytest.fixture(scope="module")
 def data(guide: Checkout) -> dict[str, Dataset]:
-    """The two splits as the first block made them; on disk only their first rows are left."""
+    """The two splits as the first block made them; on disk only their first rows remain."""
     guide.run(guide.block("MultiTaskReasoningDataset"))
     saved = {name: guide.directory / "data" / "prepared" / name for name in ("train", "val")}
     whole = {name: Dataset.load_from_disk(str(path), keep_in_memory=True) for name, path in saved.items()}
@@ -71,7 +71,7 @@ def stages(guide: Checkout, data: dict[str, Dataset]) -> Path:
 
 
 @pytest.fixture(scope="module")
-def first_try(guide: Checkout, data: dict[str, Dataset]) -> Path:
+def minimal_run(guide: Checkout, data: dict[str, Dataset]) -> Path:
     block = guide.block("--load_in_8bit true")
     run_on_cpu_too(guide, block, "--load_in_8bit true", "--load_in_8bit false", "load_in_8bit: needs a GPU")
     return guide.directory / "outputs" / "first_try"
@@ -79,7 +79,7 @@ def first_try(guide: Checkout, data: dict[str, Dataset]) -> Path:
 
 @pytest.fixture(scope="module")
 def table(guide: Checkout, stages: Path) -> str:
-    """What the comparison of the stages prints, the last of them evaluated."""
+    """The printed comparison of the stages, after an evaluation of the last one."""
     guide.run(guide.block("multi_task_eval.py"))
     return guide.run(guide.block("pandas"))
 
@@ -102,7 +102,7 @@ def curves(guide: Checkout, stages: Path) -> list[str]:
         tags: dict[str, dict[str, object]] = {}
 
         def read() -> bool:
-            # It listens before it has read everything.
+            # TensorBoard listens before it has read everything.
             tags.update(httpx.get(f"{url}data/plugin/scalars/tags", timeout=30).json())
             return any("val/kv_loss" in names for names in tags.values())
 
@@ -110,7 +110,7 @@ def curves(guide: Checkout, stages: Path) -> list[str]:
     return [name for names in tags.values() for name in names]
 
 
-def test_data_of_the_asked_size_share_no_question(data: dict[str, Dataset]) -> None:
+def test_splits_have_the_requested_size_and_share_no_question(data: dict[str, Dataset]) -> None:
     assert {name: len(split) for name, split in data.items()} == {"train": 15000, "val": 2000}
     train, val = ({row.split("-")[1] for row in split["id"]} for split in data.values())
     assert not train & val
@@ -118,7 +118,7 @@ def test_data_of_the_asked_size_share_no_question(data: dict[str, Dataset]) -> N
     assert {*data["train"]["style"]} == {"cot", "direct"}
 
 
-def test_extraction_prints_how_much_there_is_and_in_which_shape(kv: str) -> None:
+def test_extraction_prints_the_number_of_samples_and_the_shapes(kv: str) -> None:
     assert kv.splitlines() == [str(ROWS), "torch.Size([3, 2, 24, 16])"]
 
 
@@ -131,9 +131,9 @@ def test_three_stages_train_on_the_prepared_data(stages: Path) -> None:
         assert (stages / stage / "best_model" / "model.safetensors").is_file()
 
 
-def test_a_first_try_trains_from_its_flags(first_try: Path) -> None:
-    assert (first_try / "best_model" / "model.safetensors").is_file()
-    assert metrics(first_try, "val/task_metrics/accuracy")
+def test_minimal_training_command_trains(minimal_run: Path) -> None:
+    assert (minimal_run / "best_model" / "model.safetensors").is_file()
+    assert metrics(minimal_run, "val/task_metrics/accuracy")
 
 
 def test_evaluation_makes_a_table_of_the_stages(table: str, stages: Path) -> None:
@@ -162,13 +162,13 @@ def test_a_sweep_lists_its_runs(listed: str) -> None:
     assert all(f"{compression}/seed{seed}" in listed for compression in ("full", "right", "r-kv") for seed in range(3))
 
 
-@pytest.mark.usefixtures("kv", "first_try", "table", "report", "listed", "curves")
+@pytest.mark.usefixtures("kv", "minimal_run", "table", "report", "listed", "curves")
 def test_every_block_that_needs_no_slurm_was_run(guide: Checkout) -> None:
     assert {*guide.ran} == {block for block in blocks(PAGE) if not block.needs_slurm}
 
 
 def run_on_cpu_too(guide: Checkout, block: Block, asked: str, instead: str, refusal: str) -> None:
-    """Runs a block that asks for a GPU; where there is none, up to its refusal, then with `instead` in its place."""
+    """Run a block that needs a GPU. Without one, check its refusal and run it with `asked` replaced by `instead`."""
     assert asked in block.text
     if torch.cuda.is_available():
         guide.run(block)
@@ -182,7 +182,7 @@ def run_on_cpu_too(guide: Checkout, block: Block, asked: str, instead: str, refu
 
 @contextmanager
 def tensorboard(guide: Checkout) -> Iterator[str]:
-    """Runs the block that starts TensorBoard; gives its address once it listens."""
+    """Run the block that starts TensorBoard, and yield its address once it listens."""
     log = guide.directory / "tensorboard.log"
     with log.open("wb") as out:
         command = guide.command(guide.block("tensorboard"))

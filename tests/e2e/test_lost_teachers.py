@@ -1,4 +1,4 @@
-"""Teachers that are lost, and runs that are stopped, during training."""
+"""Tests of teachers that are lost, and of runs that are stopped, during training."""
 
 from __future__ import annotations
 

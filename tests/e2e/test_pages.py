@@ -1,4 +1,4 @@
-"""The pages of a teacher server and of a training run, in a real browser, while both are at work."""
+"""Tests of the web pages of a teacher server and of a training run, in a real browser, while both are working."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ PLAN = KVPlan(layers=(0, 1), selection=Selection(selector="full", span="all"), c
 
 @dataclass
 class Training:
-    """A run, and where its page is."""
+    """A training run and the address of its page."""
 
     process: subprocess.Popen[bytes]
     url: str
@@ -63,7 +63,7 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TeacherProcess
 
 @pytest.fixture(scope="module")
 def training(teacher: TeacherProcess, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Training]:
-    """A run of far more steps than it will take, with a replica that does not answer and a name that is no markup."""
+    """A run that outlasts the tests, with a replica that does not answer and HTML in its name."""
     world = make_world(tmp_path_factory.mktemp("world"))
     endpoints = {"ada": ["127.0.0.1:1", teacher.endpoint], "ben": [teacher.endpoint]}
     long = {"output_dir": str(world.directory / "<i>night"), "steps": 100_000, "eval_every": 5}
@@ -90,29 +90,27 @@ def address(log: Path) -> str:
     return text.split("monitor: ")[1].split()[0]
 
 
-def has_no_fault(page: Shown) -> None:
+def assert_no_defects(page: Shown) -> None:
     for size, scheme in LOOKS:
-        page.looks(size, scheme)
-        assert page.too_wide() <= 0, (size, scheme)
-        assert page.faint() == [], (size, scheme)
+        page.set_appearance(size, scheme)
+        assert page.overflow_pixels() <= 0, (size, scheme)
+        assert page.low_contrast_texts() == [], (size, scheme)
         assert page.legends_without_a_curve() == 0, (size, scheme)
-        assert (page.ground() < 64) == (scheme == "dark")
+        assert (page.background_brightness() < 64) == (scheme == "dark")
     assert page.complaints == []
-    assert page.elsewhere() == []
+    assert page.requests_to_other_hosts() == []
 
 
-def stays_where_it_is(page: Shown, condition: str) -> None:
-    """Waits until something holds of `main`, without the page being loaded anew or scrolled."""
-    page.looks(PHONE, "light")
+def updates_in_place(page: Shown, condition: str) -> None:
+    """Wait until a condition on `main` holds, and check that the page was not reloaded or scrolled."""
+    page.set_appearance(PHONE, "light")
     page.page.evaluate("scrollTo(0, 200)")
     page.page.evaluate("window.kept = true")
     page.page.wait_for_function(f"() => {{ const main = document.querySelector('main'); return {condition} }}")
     assert page.page.evaluate("[scrollY, window.kept]") == [200, True]
 
 
-def test_a_teachers_page_says_what_it_is_who_is_connected_and_what_went_wrong(
-    browser: Browser, teacher: TeacherProcess
-) -> None:
+def test_teacher_page_shows_the_model_the_open_calls_and_the_errors(browser: Browser, teacher: TeacherProcess) -> None:
     bad = KVPlan(layers=(0, 99), selection=PLAN.selection, codec=PLAN.codec)
     with shown(browser, teacher.url("/")) as page, TeacherClient(teacher.endpoint) as client:
         assert page.page.inner_text("h1") == NAME
@@ -120,18 +118,18 @@ def test_a_teachers_page_says_what_it_is_who_is_connected_and_what_went_wrong(
         refused(lambda: list(client.call(bad, token_samples(1, 4))))
         open_stream = client.call(PLAN, token_samples(200, 4000), "night/step7")
         next(open_stream)
-        stays_where_it_is(page, "main.innerText.includes('800,000')")
-        said = page.texts()
+        updates_in_place(page, "main.innerText.includes('800,000')")
+        page_text = page.texts()
         for part in ("Ready, up for 0:0", "3 layers of 2 KV heads of 16", "tokens/s", "of at most 128", "night/step7"):
-            assert part in said, part
-        assert "INVALID_ARGUMENT (Describe)" not in said
-        assert "INVALID_ARGUMENT (StreamKV)" in said
-        has_no_fault(page)
+            assert part in page_text, part
+        assert "INVALID_ARGUMENT (Describe)" not in page_text
+        assert "INVALID_ARGUMENT (StreamKV)" in page_text
+        assert_no_defects(page)
         assert page.page.locator("main b, main script").count() == 0
         open_stream.cancel()
 
 
-def test_a_runs_metrics_follow_it_and_each_of_its_teachers(training: Training) -> None:
+def test_metrics_of_a_run_cover_the_run_and_each_teacher(training: Training) -> None:
     text = httpx.get(f"{training.url}metrics").text
     found = {
         (sample.name.removeprefix("kvdistill_train_"), *sorted(sample.labels.values())): sample.value
@@ -140,7 +138,7 @@ def test_a_runs_metrics_follow_it_and_each_of_its_teachers(training: Training) -
     }
     assert found["step",] > 5
     assert found["planned_steps",] == 100_000
-    # Of each step's 8 samples; a sample counts for a teacher once its step is logged.
+    # Each step has 8 samples. A teacher's samples are counted when their step is logged.
     assert found["samples_total",] == 8 * found["step",]
     for teacher in ("ada", "ben"):
         assert 8 * 5 <= found["teacher_samples_total", teacher] <= found["samples_total",]
@@ -158,19 +156,19 @@ def test_a_runs_metrics_follow_it_and_each_of_its_teachers(training: Training) -
     assert {("loss", "loss"), ("loss", "kv_loss"), ("validation_kv_loss",), ("stall_ratio",)} <= set(found)
 
 
-def test_a_runs_page_follows_it_and_says_so_when_it_has_ended(browser: Browser, training: Training) -> None:
+def test_page_of_a_run_updates_and_shows_when_the_run_has_ended(browser: Browser, training: Training) -> None:
     with shown(browser, training.url) as page:
         assert page.page.inner_text("h1") == "<i>night"
-        said = page.texts()
+        page_text = page.texts()
         for part in ("of 100,000", "time left", "KV loss", "stall", "accuracy", "bottleneck", "1 of 2 up", "1 of 1 up"):
-            assert part in said, part
-        assert "127.0.0.1:1 does not answer" in said
+            assert part in page_text, part
+        assert "127.0.0.1:1 does not answer" in page_text
         titles = page.page.locator("figure h3").all_inner_texts()
         assert titles[:2] == ["Loss", "KV loss (1: predicting the mean)"]
         assert "Routing weights" in titles
         assert page.page.locator("figure polyline").count() >= 7
-        stays_where_it_is(page, f"main.querySelector('progress').value > {training.step()}")
-        has_no_fault(page)
+        updates_in_place(page, f"main.querySelector('progress').value > {training.step()}")
+        assert_no_defects(page)
         assert page.page.locator("main i:not(.key i)").count() == 0
         training.process.send_signal(signal.SIGTERM)
         page.page.wait_for_selector("#stale:not([hidden])")

@@ -1,4 +1,4 @@
-"""The guide's training command and job script on one machine; they start their own servers."""
+"""Tests of the guide's training command and job script on one machine; they start their own servers."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def run(command: list[str], log: Path, **environment: object) -> str:
     return output
 
 
-def test_job_records_a_store_and_the_command_trains_from_it(world: World, tmp_path: Path) -> None:
+def test_job_records_a_store_and_the_training_command_uses_it(world: World, tmp_path: Path) -> None:
     teachers = " ".join(map(str, world.teachers.values()))
     recorded, replayed = tmp_path / "recorded", tmp_path / "replayed"
     output = run(

@@ -1,4 +1,4 @@
-"""Calls in which the teacher sends nothing for half a minute, as in a long prefill or queue."""
+"""Tests of calls in which the teacher sends nothing for 30 s, as in a long prefill or queue."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Three stages (fixed, similarity, learnable) in one command, and routing under every ZeRO stage."""
+"""Tests of three stages (fixed, similarity, learnable) in one command, and of routing under every ZeRO stage."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ SHIPPED = REPOSITORY / "configs" / "train" / "three_stage.yaml"
 
 
 def three_stages(world: World, endpoints: Endpoints, output: Path) -> dict[str, Any]:
-    """The shipped file, with tiny models and few steps."""
+    """The configuration file of the repository, with tiny models and few steps."""
     config = yaml.safe_load(SHIPPED.read_text(encoding="utf-8"))
     tiny = world.config("unused", endpoints)
     for section in ("student", "data", "optim", "run", "teachers"):
@@ -52,7 +52,7 @@ def finish(process: subprocess.Popen[bytes], log: Path) -> str:
 
 
 def stopped_in_stage_two(config: dict[str, Any], directory: Path) -> None:
-    """Ends the command by SIGTERM once its second stage has logged a step."""
+    """Stop the command with SIGTERM once its second stage has logged a step."""
     process, log = start_cli(config, 2, directory)
     second = Path(config["run"]["output_dir"]) / STAGES[1] / "metrics.jsonl"
 
@@ -106,7 +106,7 @@ def test_three_stages_run_in_one_command_and_resume_after_an_interruption(
         process, log = start_cli(again, 1, tmp_path / "cut-log")
         assert process.wait(120) != 0
         assert "holds a finished stage of other settings" in log.read_text(encoding="utf-8")
-        # The same settings, and other data under the same path.
+        # The same settings, but other data under the same path.
         val.write_bytes(val.read_bytes() + b"\n")
 
 

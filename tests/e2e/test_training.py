@@ -1,4 +1,4 @@
-"""Training runs with real servers and real DeepSpeed ranks."""
+"""Tests of training runs with real servers and real DeepSpeed ranks."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""The `sbatch` lines of docs/guide.md as they stand, submitted from a copy of the checkout with tiny models.
+"""Tests of the `sbatch` lines of docs/guide.md, submitted unchanged from a copy of the checkout with tiny models.
 
-The cluster gives every task what the lines leave to a site: that GPUs are missing, and that trainings are short.
+The cluster sets variables in every task that select the CPU and make the training runs short.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from tests.support.training import metrics
 
 NODES = 4
 JOB_SECONDS = 600.0
-# What each block is known by.
+# A text that only one block of the guide contains.
 THREE_STAGES, LARGE_SCALE, SCENARIO = (
     "sbatch --job-name",
     "sbatch scripts/run_large_scale_multi_teacher.sh",
@@ -50,7 +50,7 @@ def cluster(guide: Checkout, tmp_path_factory: pytest.TempPathFactory) -> Iterat
 
 
 def submitted(guide: Checkout, cluster: SlurmCluster, piece: str) -> tuple[int, str]:
-    """The number of the job that a block submits, which has to succeed, and its output."""
+    """Submit the job of a block, check that it succeeds, and return its number and output."""
     (job,) = re.findall(r"^Submitted batch job (\d+)$", guide.run(guide.block(piece)), re.MULTILINE)
     shown = cluster.wait(int(job), JOB_SECONDS)
     (log,) = guide.directory.glob(f"*-{job}.out")
@@ -65,7 +65,7 @@ def test_three_stages_train_on_prepared_data(guide: Checkout, cluster: SlurmClus
         split.save_to_disk(str(guide.directory / "data" / "prepared" / name))
     job, output = submitted(guide, cluster, THREE_STAGES)
     assert "data: using ./data/prepared" in output
-    # Servers on nodes of their own, the ranks on the third.
+    # Each server has its own node; the ranks use the third.
     assert f"job qwen_dual-{job}: 1 ranks on each of n1\n" in output
     assert "teacher Qwen2.5-7B on n2 (cpu)\n" in output
     assert "teacher Qwen2.5-14B on n3 (cpu)\n" in output

@@ -1,4 +1,4 @@
-"""The two job scripts under a real SLURM: servers and ranks on separate nodes, failures, and resuming."""
+"""Tests of the two job scripts on a real SLURM: servers and ranks on separate nodes, failures, and resuming."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
 
 
 def exported(world: World, tmp_path: Path, steps: int, **variables: object) -> str:
-    """What sbatch passes on, as the guide writes it: nothing else reaches the job."""
+    """The flag `--export` as in the guide. The job gets no other variables."""
     given = {
         "STUDENT": world.student,
         "DATASET": world.directory,
@@ -86,7 +86,7 @@ def test_ranks_train_with_three_teachers_on_three_other_nodes(
     logs = tmp_path / "logs" / f"large_scale_multi_teacher-{job}"
     assert [line.partition("=")[0] for line in (logs / "endpoints.txt").read_text().splitlines()] == [*world.teachers]
     for name, weight in zip(world.teachers, (0.5, 0.3, 0.2), strict=True):
-        # Ended by the job, in an orderly way.
+        # The job stopped its server with SIGTERM.
         assert '"drained"' in (logs / f"serve_{name}.log").read_text(encoding="utf-8")
         assert metrics(tmp_path / "out", f"routing/weights_mean/{name}")[3] == pytest.approx(weight)
     assert (tmp_path / "out" / "best_model" / "model.safetensors").is_file()
@@ -109,7 +109,7 @@ def test_three_stages_run_in_order(cluster: SlurmCluster, world: World, tmp_path
     [
         ({"TEACHERS": "no/such-model"}, "1:0", "teacher 'such-model': its server on n2 ended with code 2"),
         ({"STUDENT": "no/such-student"}, "1:0", "student.path: cannot load 'no/such-student'"),
-        # One that only the ranks notice.
+        # An error that only the ranks detect.
         ({"HEAD_ADAPT_STRATEGY": "identity"}, "1:0", "training failed with code 2"),
         ({"KV_COMPRESSION": "left"}, "2:0", "--kv_compression: Input should be 'full', 'right' or 'r-kv'"),
     ],
@@ -136,7 +136,7 @@ def test_requeued_job_resumes_at_the_saved_step(cluster: SlurmCluster, world: Wo
         wait_until(enough, JOB_SECONDS)
 
     def run_again(restarts: int) -> int:
-        """Waits until the job is queued again, lets it start at once; the step that was saved."""
+        """Wait until the job is requeued, let it start at once, and return the step of its checkpoint."""
         wait_until(lambda: cluster.shown(job)["Restarts"] == str(restarts), JOB_SECONDS)
         wait_until(lambda: cluster.shown(job)["JobState"] == "PENDING", JOB_SECONDS)
         saved = max(int(path.name.rpartition("-")[2]) for path in (tmp_path / "out" / "checkpoints").glob("step-*"))
@@ -144,12 +144,12 @@ def test_requeued_job_resumes_at_the_saved_step(cluster: SlurmCluster, world: Wo
         return saved
 
     reaches(3)
-    # What SLURM sends the script when the job's time is nearly over.
+    # SLURM sends this signal to the script shortly before the time limit.
     cluster.call("scancel", "--batch", "--signal=USR1", str(job))
     first = run_again(1)
     assert f"asking SLURM to requeue job {job}" in printed(tmp_path)
     reaches(first + 3)
-    # What happens to a job that makes room for another one: SIGTERM to every process.
+    # SLURM preempts a job with SIGTERM to every process.
     cluster.call("scontrol", "requeue", str(job))
     second = run_again(2)
     assert 3 <= first < second < steps

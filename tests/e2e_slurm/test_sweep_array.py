@@ -1,4 +1,4 @@
-"""A sweep as a SLURM array, with a fast stand-in for the trainer."""
+"""Tests of a sweep as a SLURM array, with a fast stand-in for the trainer."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ SWEEP = {
 
 
 def submitted(directory: Path, cluster: SlurmCluster) -> tuple[int, int]:
-    """The array's number and the number of the job that writes the table."""
+    """Submit the sweep, and return the job numbers of the array and of the table."""
     done = subprocess.run(
         [sys.executable, "-m", "kvdistill", "sweep", "sweep.yaml", "--slurm"],
         cwd=directory,

@@ -1,4 +1,4 @@
-"""The templates of deploy/slurm on a real SLURM, with tiny models and one partition."""
+"""Tests of the templates of deploy/slurm on a real SLURM, with tiny models and one partition."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def output(tmp_path: Path, job: int) -> str:
 
 
 def end_teacher(cluster: SlurmCluster, tmp_path: Path, job: int) -> None:
-    """Sends what SLURM sends when the job's time is nearly over."""
+    """Send the signal that SLURM sends shortly before the time limit."""
     cluster.call("scancel", "--batch", "--signal=TERM", str(job))
     assert cluster.wait(job, JOB_SECONDS)["JobState"] == "COMPLETED", output(tmp_path, job)
 
@@ -150,7 +150,7 @@ def test_two_node_teacher_starts_ray_on_both_nodes_and_its_server_on_the_first(
     variables = environment(tmp_path) | {
         "PYTHON": str(python),
         "PYTHONPATH": ":".join(search),
-        # Without it the checkout's own package would come first.
+        # Otherwise the package of the checkout would be imported.
         "PYTHONSAFEPATH": "1",
         "MODEL": "models/large",
     }

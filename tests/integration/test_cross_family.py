@@ -1,4 +1,4 @@
-"""Alignment end to end, from a teacher engine's layers to the student's own K/V: of one model, and across families."""
+"""Tests of alignment end to end, from the teacher's K/V to the student's: within one model, and across families."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ pytestmark = pytest.mark.slow
 
 
 def chains() -> tuple[Record, ...]:
-    """Chain arithmetic of several lengths: in one length alone the place of a token says nearly all of what it is, and
-    shuffled samples explain nearly as much as true pairs."""
+    """Chain arithmetic of several lengths. With a single length, a token's position nearly determines its content, and
+    shuffled samples explain nearly as much variance as true pairs."""
     records = [
         record
         for operations in range(2, 8)
@@ -55,7 +55,7 @@ STEPS, BATCH = 150, 32
 
 @dataclass(frozen=True)
 class Model:
-    """A model that a student is, and what a teacher serves of it."""
+    """A model that can be read as a student and served as a teacher."""
 
     lm: PreTrainedModel
     collator: Collator
@@ -68,14 +68,14 @@ class Model:
 
     @torch.no_grad()
     def read(self, records: Sequence[Record]) -> StudentRead:
-        """As a student: its own content K/V, and where its tokens end."""
+        """Read the records as a student: the content K/V, and the byte ends of the tokens."""
         tokens = self.collator(records)
         with capture_kv(self.lm) as capture:
             self.lm(input_ids=tokens.text_ids_BT, attention_mask=tokens.text_mask_BT.long(), use_cache=False)
         return StudentRead(*capture.columns(0, tokens.text_ids_BT.shape[1]), tokens.text_byte_ends_BT)
 
     def serve(self, records: Sequence[Record], plan: KVPlan) -> BatchKV:
-        """As a teacher: what the plan asks for, executed and decoded."""
+        """Serve the records as a teacher: run the plan and decode the result."""
         return decode_batch([_served(self.engine, record, plan) for record in records])
 
 
@@ -106,7 +106,7 @@ def loaded(directory: Path) -> Model:
 
 
 def trained(name: ModelName, directory: Path) -> tuple[Model, list[float]]:
-    """Taught to write the reasoning and the answer as text, from scratch."""
+    """A model trained from scratch to generate the reasoning and the answer, and its losses."""
     tokenizer = build_tokenizer(name, RECORDS)
     make_model(name, tokenizer, directory)
     lm, collator = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32), Collator(tokenizer, 64)
@@ -126,7 +126,7 @@ def trained(name: ModelName, directory: Path) -> tuple[Model, list[float]]:
 
 
 def calibrated(teacher: Model, student: Model, samples: int, **settings: Any) -> tuple[Aligner, KVPlan]:
-    """Fitted on the first samples, in batches."""
+    """An aligner that is fitted on the first `samples` records, in batches."""
     aligner = Aligner(teacher.geometry, student.geometry, **settings)
     plan = KVPlan(layers=aligner.layers_needed, selection=EVERYTHING, codec=EXACT)
     batches = [RECORDS[start : start + BATCH] for start in range(0, samples, BATCH)]
@@ -142,7 +142,7 @@ def calibrated(teacher: Model, student: Model, samples: int, **settings: Any) ->
 
 @pytest.fixture(scope="module")
 def families(tmp_path_factory: pytest.TempPathFactory) -> tuple[Model, Model]:
-    """A Llama-shaped teacher and a Qwen2-shaped student: other tokenizer, depth, heads, head dim and rope theta."""
+    """A Llama teacher and a Qwen2 student that differ in tokenizer, depth, heads, head dimension and rope theta."""
     models: list[Model] = []
     names: tuple[ModelName, ...] = ("teacher_b", "student")
     for name in names:
@@ -165,8 +165,10 @@ def families(tmp_path_factory: pytest.TempPathFactory) -> tuple[Model, Model]:
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "mistral"])
 @pytest.mark.parametrize("adapter", ["identity", "ridge", "procrustes", "pool"])
-def test_a_teacher_that_is_the_student_is_aligned_by_nothing(family: Family, adapter: str, tmp_path: Path) -> None:
-    """What remains is fit precision: the weakest ridge penalty, 1e-6, moves what hardly varies."""
+def test_alignment_is_the_identity_when_teacher_and_student_are_the_same_model(
+    family: Family, adapter: str, tmp_path: Path
+) -> None:
+    """The tolerance is the precision of the fit: the weakest ridge penalty, 1e-6, affects features that hardly vary."""
     model = loaded(save_tiny_model(tmp_path, tiny_spec(family)))
     assert len(kv_projections(model.lm)) == model.geometry.layers
     aligner, plan = calibrated(model, model, 96, head_adapter=adapter)
@@ -194,7 +196,7 @@ def test_a_teacher_that_is_the_student_is_aligned_by_nothing(family: Family, ada
     [{}, {"direction": "to_teacher"}, {"layer_map": "cka"}, {"tokens": "overlap"}],
     ids=["ratio", "to_teacher", "cka", "overlap"],
 )
-def test_a_map_across_families_explains_what_shuffled_samples_do_not(
+def test_alignment_across_families_explains_more_variance_than_shuffled_samples(
     families: tuple[Model, Model], settings: dict[str, Any], tmp_path: Path
 ) -> None:
     teacher, student = families

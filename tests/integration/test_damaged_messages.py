@@ -1,4 +1,4 @@
-"""Bit flips in transit end in an error or in exactly the requested K/V, never in wrong K/V."""
+"""Tests of bit flips in transit: a call raises an error or returns exactly the requested K/V, never wrong K/V."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def problem_of(fetch: Callable[[], None]) -> str:
 
 
 def assert_noticed(problems: Sequence[str], at_least: float, names: str) -> None:
-    """Check that enough of the damage was detected, and that every error names what it concerns."""
+    """Check that enough of the damage was detected, and that every error contains `names`."""
     noticed = list(filter(None, problems))
     assert len(noticed) >= at_least
     assert all(names in problem for problem in noticed)

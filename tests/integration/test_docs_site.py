@@ -1,4 +1,4 @@
-"""The documentation as a site: complete, without a broken link, and loading nothing from outside."""
+"""Tests of the documentation site: it is complete, has no broken links, and loads nothing from other hosts."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import pytest
 from scripts.docs_site import with_site_links
 from tests.support.servers import REPOSITORY
 
-BESIDE_DOCS = (
+OUTSIDE_DOCS = (
     *("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "LICENSE", "mkdocs.yml"),
     *("scripts/docs_site.py", "scripts/draw_pictures.py"),
 )
@@ -37,16 +37,16 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def copy(tmp_path: Path) -> Path:
-    """The documentation alone, to be broken."""
+    """A copy of the documentation that a test may break."""
     shutil.copytree(REPOSITORY / "docs", tmp_path / "docs")
-    for name in BESIDE_DOCS:
+    for name in OUTSIDE_DOCS:
         (tmp_path / name).parent.mkdir(exist_ok=True)
         shutil.copy(REPOSITORY / name, tmp_path / name)
     return tmp_path
 
 
 class Loaded(HTMLParser):
-    """What a browser fetches to show a page, and where the page leads."""
+    """The resources that a browser fetches for a page, and the links of the page."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -69,7 +69,7 @@ def read(page: Path) -> Loaded:
     return parser
 
 
-def test_the_site_loads_nothing_from_outside(site: Path) -> None:
+def test_site_loads_nothing_from_other_hosts(site: Path) -> None:
     pages = list(site.rglob("*.html"))
     assert len(pages) > 15
     fetched = {target for page in pages for target in read(page).fetched}
@@ -79,11 +79,11 @@ def test_the_site_loads_nothing_from_outside(site: Path) -> None:
     assert re.findall(r"url\(['\"]?(?:https?:)?//[^)]*|@import[^;]*", styles) == []
 
 
-def test_every_file_that_a_page_names_is_there(site: Path) -> None:
+def test_every_file_that_a_page_links_to_exists(site: Path) -> None:
     missing = [
         (page.name, target)
         for page in site.glob("*.html")
-        if page.name != "404.html"  # Its links begin at the address that the site will have.
+        if page.name != "404.html"  # Its links start with the address of the published site.
         for target in (*read(page).fetched, *read(page).leads)
         if target and "//" not in target and not target.startswith(("#", "mailto:", "data:"))
         if not (page.parent / target.partition("#")[0]).exists()
@@ -91,7 +91,7 @@ def test_every_file_that_a_page_names_is_there(site: Path) -> None:
     assert missing == []
 
 
-def test_the_readme_is_the_first_page_and_leads_to_the_others(site: Path) -> None:
+def test_readme_is_the_first_page_and_links_to_the_others(site: Path) -> None:
     leads = read(site / "index.html").leads
     assert "kvdistill" in (site / "index.html").read_text(encoding="utf-8")
     assert {"guide.html", "guide.zh.html", "configuration.html", "contributing.html", "license.html"} <= set(leads)
@@ -126,5 +126,5 @@ def test_broken_links_and_pages_outside_the_navigation_fail_the_build(copy: Path
         ("```\n[a](docs/guide.md)\n```", ".", "```\n[a](docs/guide.md)\n```"),
     ],
 )
-def test_links_lead_within_the_site(written: str, folder: str, on_site: str) -> None:
+def test_links_are_rewritten_for_the_site(written: str, folder: str, on_site: str) -> None:
     assert with_site_links(written, PurePosixPath(folder)) == on_site

@@ -1,4 +1,4 @@
-"""Extraction against real teacher servers: what is written is what the models compute, whatever interrupts it."""
+"""Tests of extraction with real teacher servers: the written K/V are those of the models, also after interruptions."""
 
 from __future__ import annotations
 
@@ -56,8 +56,8 @@ def endpoints(servers: dict[str, TeacherProcess]) -> list[str]:
 
 
 @pytest.fixture(autouse=True)
-def process_as_it_was() -> Iterator[None]:
-    """The command sets up the log and a signal of its process, which is the tests' here."""
+def restored_process() -> Iterator[None]:
+    """Restore the log handlers and the SIGTERM handler, because the command changes them in the test process."""
     handlers, level = logging.root.handlers[:], logging.root.level
     on_sigterm = signal.getsignal(signal.SIGTERM)
     yield
@@ -78,7 +78,7 @@ def kv_of(entry: dict[str, Any]) -> dict[str, dict[str, Any]]:
     return {kv["teacher"]: kv for kv in entry["teacher_kvs"]}
 
 
-def test_the_guides_command_starts_the_teachers_and_writes_what_the_guide_reads(
+def test_command_of_the_guide_starts_teachers_and_writes_the_file_that_the_guide_reads(
     world: ExtractionWorld, tmp_path: Path
 ) -> None:
     before = {child.pid for child in psutil.Process().children(recursive=True)}
@@ -93,7 +93,7 @@ def test_the_guides_command_starts_the_teachers_and_writes_what_the_guide_reads(
     data = load_pt(tmp_path / "kv_cache" / "dual" / "train_kv.pt")
     assert len(data) == 40
     first = data[0]["teacher_kvs"][0]
-    assert first["seq_len"] < 24  # so that all of its tokens fit the default budget
+    assert first["seq_len"] < 24  # so all of its tokens fit the default budget
     assert first["keys"].shape == (3, 2, first["seq_len"], 16)
     assert {child.pid for child in psutil.Process().children(recursive=True)} <= before
     assert sorted(path.name for path in (tmp_path / "kv_cache" / "dual").iterdir()) == [
@@ -103,7 +103,7 @@ def test_the_guides_command_starts_the_teachers_and_writes_what_the_guide_reads(
     ]
 
 
-def test_every_sample_of_both_styles_has_what_each_model_computes(
+def test_every_sample_of_both_styles_has_the_kv_of_each_model(
     world: ExtractionWorld, extract: Any, tmp_path: Path
 ) -> None:
     assert extract(codec="raw", kv_budget=5) == 0
@@ -125,7 +125,7 @@ def test_every_sample_of_both_styles_has_what_each_model_computes(
 
 
 @pytest.mark.parametrize("compression", ["r-kv", "full"])
-def test_other_compressions_keep_their_tokens(
+def test_every_compression_keeps_its_number_of_tokens(
     world: ExtractionWorld, extract: Any, tmp_path: Path, compression: str
 ) -> None:
     assert extract(kv_compression=compression, limit=6) == 0
@@ -140,7 +140,7 @@ def test_other_compressions_keep_their_tokens(
             assert kv["positions"].tolist() == sorted(set(kv["positions"].tolist()))
 
 
-def test_scopes_below_the_sample_give_positions_by_layer_and_head(extract: Any, tmp_path: Path) -> None:
+def test_layer_and_head_scopes_give_positions_per_layer_and_head(extract: Any, tmp_path: Path) -> None:
     assert extract(kv_compression="r-kv", scope="head", kv_budget=3, limit=2) == 0
     kvs = kv_of(load_pt(tmp_path / "out" / "train_kv.pt")[0])
     assert kvs["ada"]["positions"].shape == (3, 2, 3)
@@ -166,7 +166,7 @@ def test_interrupted_run_resumes(
     capsys: pytest.CaptureFixture[str],
     how: signal.Signals,
 ) -> None:
-    # Shards of a few kilobytes and requests of one sample, so that a kill comes between shards.
+    # Small shards and one sample per request, so that the process is killed between two shards.
     code = (
         "import sys; from kvcore import store; from extraction import command\n"
         "store.KVStoreWriter.__init__.__defaults__ = (9000,)\n"
@@ -232,19 +232,19 @@ def test_too_small_disk_is_refused_before_writing(
     assert list((tmp_path / "out").rglob("*.safetensors")) == []
 
 
-def test_left_out_samples_are_logged_and_listed(
+def test_skipped_samples_are_logged_and_listed(
     world: ExtractionWorld, extract: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     lines = [dict(row) for row in world.rows[:4]]
-    lines[1]["prompt"] *= 300  # beyond --max_length
-    lines[2]["prompt"] *= 60  # beyond the teachers' 512
+    lines[1]["prompt"] *= 300  # longer than --max_length
+    lines[2]["prompt"] *= 60  # longer than the teachers' limit of 512 tokens
     dataset = tmp_path / "data.jsonl"
     dataset.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
     assert extract(dataset_path=dataset) == EXIT_FAILED
-    said = capsys.readouterr().err
-    assert f"teacher 'ada': cannot serve '{lines[2]['id']}'" in said
-    assert "this teacher takes at most 512" in said
-    assert "1 samples lack K/V of a teacher" in said
+    log = capsys.readouterr().err
+    assert f"teacher 'ada': cannot serve '{lines[2]['id']}'" in log
+    assert "this teacher takes at most 512" in log
+    assert "1 samples lack K/V of a teacher" in log
     assert not (tmp_path / "out" / "train_kv.pt").exists()
     nowhere = ["ada=127.0.0.1:1", "ben=127.0.0.1:1"]
     assert extract(dataset_path=dataset, on_missing="skip", teacher_endpoints=nowhere) == 0
@@ -260,7 +260,7 @@ def test_left_out_samples_are_logged_and_listed(
     ]
 
 
-def test_a_store_trains_without_teachers_as_it_says(
+def test_printed_command_trains_from_the_store_without_teachers(
     world: ExtractionWorld, extract: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     settings = {"format": "store", "kv_compression": "r-kv", "kv_budget": 3, "output_name": "store"}
@@ -280,14 +280,14 @@ def test_a_store_trains_without_teachers_as_it_says(
     }
     path = tmp_path / "run.yaml"
     path.write_text(yaml.safe_dump(config), encoding="utf-8")
-    told = capsys.readouterr().err.split("kvdistill train ...")[1].split()
-    training = [sys.executable, "-m", "kvdistill", "train", "--config", str(path), *told]
+    printed_flags = capsys.readouterr().err.split("kvdistill train ...")[1].split()
+    training = [sys.executable, "-m", "kvdistill", "train", "--config", str(path), *printed_flags]
     done = subprocess.run(training, cwd=REPOSITORY, env=ENVIRONMENT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "run" / "summary.json").is_file()
 
 
-def test_a_teacher_that_dies_ends_the_run_with_its_name(
+def test_lost_teacher_ends_extraction_with_its_name(
     world: ExtractionWorld, endpoints: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     gone = [endpoints[0], "ben=127.0.0.1:1"]

@@ -1,4 +1,4 @@
-"""Failover with real `kvdistill serve` processes that are killed, frozen, restarted and overloaded."""
+"""Tests of failover with real `kvdistill serve` processes that are killed, frozen, restarted and overloaded."""
 
 import logging
 import re
@@ -23,7 +23,7 @@ from tests.support.servers import REPOSITORY, TeacherProcess, start_teacher
 
 MODEL = "fake:layers=3,delay_ms={delay_ms}"
 QUICK = MODEL.format(delay_ms=0)
-# Every sample is a batch of its own and takes about 0.15 s.
+# With a batch per sample, each sample takes about 0.15 s.
 SLOW = MODEL.format(delay_ms=3)
 ONE_AT_A_TIME = 64
 
@@ -64,7 +64,7 @@ def source_of(*teachers: TeacherProcess, **kv: Any) -> KVSource:
 
 
 def counted(source: KVSource) -> tuple[int, int]:
-    """The source's switches and retries."""
+    """The numbers of switches and retries of the source."""
     health = source.health()
     assert health is not None
     return health.switches, health.retries
@@ -83,7 +83,7 @@ def same(left: list[KVResult], right: list[KVResult]) -> bool:
 
 
 def wait_until_served(teacher: TeacherProcess, count: int) -> None:
-    """Waits until the server has finished `count` samples of the requests that it answers."""
+    """Wait until the server has finished `count` samples."""
     deadline = time.monotonic() + 30
     pattern = re.compile(r'^kvdistill_samples_total\{status="ok"\} (\S+)$', re.MULTILINE)
     while time.monotonic() < deadline:
@@ -95,12 +95,12 @@ def wait_until_served(teacher: TeacherProcess, count: int) -> None:
 
 
 def streams(teacher: TeacherProcess) -> list[int]:
-    """How many samples each StreamKV call asked for."""
+    """The number of samples of each StreamKV call."""
     return [event["samples"] for event in teacher.events("call") if event["method"] == "StreamKV"]
 
 
 @pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "frozen"])
-def test_another_replica_answers_the_samples_that_a_lost_one_left_open(serve, caplog, end):
+def test_another_replica_answers_the_remaining_samples_of_a_lost_replica(serve, caplog, end):
     lost, other = serve(SLOW, max_batch_tokens=ONE_AT_A_TIME), serve()
     lost.wait_ready()
     other.wait_ready()
@@ -165,7 +165,7 @@ def test_replicas_of_different_teachers_are_refused(serve):
 
 
 def test_all_students_of_an_overloaded_teacher_get_their_samples(serve):
-    # Three students of 6 samples; the server holds what two of them ask for.
+    # Three students request 6 samples each; the queue holds the samples of two students.
     teacher = serve(SLOW, max_batch_tokens=ONE_AT_A_TIME, max_queued_tokens=700).wait_ready()
     sources = [source_of(teacher, patience_s=60.0) for _ in range(3)]
     with ThreadPoolExecutor(3) as pool:
@@ -192,7 +192,7 @@ os.kill(os.getpid(), 9)
 """
 
 
-def test_a_recording_that_was_killed_resumes_and_equals_the_online_run(serve, tmp_path):
+def test_killed_recording_resumes_and_equals_the_online_run(serve, tmp_path):
     teacher = serve().wait_ready()
     online = undisturbed(teacher, 12)
     store = tmp_path / "store"

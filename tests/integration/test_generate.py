@@ -1,4 +1,4 @@
-"""Generate over real gRPC, with a real model and with engines that the test controls."""
+"""Tests of the Generate call over real gRPC, with a real model and with engines that the test controls."""
 
 from __future__ import annotations
 
@@ -177,7 +177,7 @@ def test_sampled_texts_depend_only_on_seed_and_prompt(teacher: ServerInThread) -
     assert drawn != texts(write(teacher, GREEDY))
 
 
-def test_an_answer_marker_and_a_stop_text_give_an_answer_for_r_kv(teacher: ServerInThread) -> None:
+def test_r_kv_uses_the_answer_between_the_marker_and_the_stop_text(teacher: ServerInThread) -> None:
     plain = texts(write(teacher, GREEDY))[0]
     marker, stop = plain[8], plain[plain.index(plain[8]) + 4 :][:2]
     sampling = GREEDY.model_copy(update={"answer_marker": marker, "stop": (stop,)})
@@ -193,7 +193,7 @@ def test_an_answer_marker_and_a_stop_text_give_an_answer_for_r_kv(teacher: Serve
     assert_kv_of_its_text(teacher, [one], plan_of(selection))
 
 
-def test_a_prompt_without_room_or_answer_fails_alone(teacher: ServerInThread) -> None:
+def test_a_prompt_that_is_too_long_or_gets_no_answer_fails_alone(teacher: ServerInThread) -> None:
     plain = texts(write(teacher, GREEDY))
     marker = next(character for character in plain[0][4:-4] if character not in "".join(plain[1:3]))
     sampling = GREEDY.model_copy(update={"answer_marker": marker})
@@ -290,7 +290,7 @@ def test_generated_tokens_are_counted_and_logged(teacher: ServerInThread) -> Non
     assert teacher.get("/info").json()["load"] == IDLE
 
 
-# ------------------------------------------------------------------------------------------- engines under control
+# ------------------------------------------------------------------------------------------- controlled engines
 
 
 class WaitingEngine(FakeEngine):

@@ -1,4 +1,4 @@
-"""Crashes of the gRPC server: gRPC's accept loop ends at a request whose path is not UTF-8."""
+"""Tests of crashes of the gRPC server. A request whose path is not UTF-8 ends gRPC's accept loop."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ def test_readyz_detects_an_unresponsive_grpc_server(
     monkeypatch.setattr(grpc_server, "CRASH_CHECK_SECONDS", 3600.0)
     server = start(load)
     server.wait_ready()
-    # While its connection is open, gRPC's server never reports the crash.
+    # gRPC's server does not report the crash while the connection of the bad request is open.
     with closing(send_unreadable_request(server.server.state.grpc_port)):
         wait_until(lambda: server.get("/readyz").status_code == 503)
         assert server.get("/readyz").text == "the gRPC server does not answer: UNAVAILABLE\n"

@@ -1,4 +1,4 @@
-"""Requests of the largest size and the highest parsing cost: the server answers others meanwhile."""
+"""Tests of requests of the largest size and the highest parsing cost: the server answers other calls meanwhile."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.unit.test_request_size import field
 SIZE = (16 << 20) - 4096
 PLAN = KVPlan(layers=(0,), selection=Selection(selector="right", budget=1, span="all"))
 HEAD = pb.KVRequest(plan=plan_to_proto(PLAN)).SerializeToString()
-# The slowest answer of /healthz, polled from another process until its input ends.
+# Polls /healthz from another process until its input ends, and prints the slowest response time.
 POLL = """
 import sys, threading, time, urllib.request
 slowest, ended = 0.0, threading.Event()
@@ -30,7 +30,7 @@ while not ended.is_set():
     slowest = max(slowest, time.perf_counter() - started)
 print(slowest)
 """
-# A bound for probes. Without the size check before parsing, 4,000 spans took 17 s.
+# The time limit for a probe. Without the size check before parsing, 4,000 spans took 17 s.
 MOST_SECONDS = 2.0
 
 

@@ -1,4 +1,4 @@
-"""`LocalTeachers` with real `kvdistill serve` processes."""
+"""Tests of `LocalTeachers` with real `kvdistill serve` processes."""
 
 from __future__ import annotations
 

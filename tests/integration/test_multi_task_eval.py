@@ -1,4 +1,4 @@
-"""Evaluations as users run them: tiny models, local copies, and the files that come out."""
+"""Tests of the evaluation command with tiny models and local copies of the datasets: scores and output files."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ metric_list: [{{metric: acc, aggregation: mean, higher_is_better: true}}]
 
 @pytest.fixture(scope="module")
 def stage(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A training run's folder with a student that thinks in latents, and what its own validation wrote."""
+    """The folder of a training run with a student that reasons in latents."""
     directory = tmp_path_factory.mktemp("stage3_learnable")
     student = save_tiny_model(directory / "best_model", tiny_spec("qwen3", layers=2, kv_heads=1, seed=3))
     lm, _ = load_pretrained(str(student), "auto", "path")
@@ -73,13 +73,13 @@ def copies(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(*arguments: str, data_dir: Path) -> subprocess.CompletedProcess[str]:
-    """The guide's command, from the repository root."""
+    """Run the guide's command in the repository root."""
     environment = {**os.environ, "KVDISTILL_DATA_DIR": str(data_dir), "PYTHONPATH": str(REPOSITORY)}
     command = [sys.executable, "evaluation/multi_task_eval.py", *arguments]
     return subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, check=False)
 
 
-def test_the_guides_command_scores_all_seven(validated: Path, copies: Path) -> None:
+def test_command_of_the_guide_scores_all_seven_benchmarks(validated: Path, copies: Path) -> None:
     output = validated / "eval_results.json"
     arguments = ["--model_path", str(validated / "best_model"), "--eval_datasets", *BENCHMARKS]
     done = run(*arguments, "--output_file", str(output), "--limit", "1", "--max_new_tokens", "8", data_dir=copies)
@@ -118,7 +118,7 @@ def test_missing_dataset_fails_and_writes_nothing(
 
 
 @pytest.mark.parametrize("latent", [True, False])
-def test_a_tiny_local_task_scores_what_the_model_answers(latent: bool, stage: Path, tmp_path: Path) -> None:
+def test_local_task_scores_the_answers_of_the_model(latent: bool, stage: Path, tmp_path: Path) -> None:
     path = stage / "best_model" if latent else save_tiny_model(tmp_path / "plain", tiny_spec("qwen2", layers=1))
     model = load_model(str(path), "auto", "cpu", 4)
     assert isinstance(model, LatentLM) == latent
@@ -126,8 +126,8 @@ def test_a_tiny_local_task_scores_what_the_model_answers(latent: bool, stage: Pa
     written = model.generate_until([_Request(prompt, settings) for prompt in PROMPTS], disable_tqdm=True)
     rows = [{"prompt": prompt, "gold": text} for prompt, text in zip(PROMPTS, written, strict=True)]
     rows[2]["gold"] = "something else"
-    weighed = [model.loglikelihood([_Request(PROMPTS[0], f" {choice}")], disable_tqdm=True) for choice in _CHOICES]
-    likeliest = max(range(3), key=lambda place: weighed[place][0][0])
+    likelihoods = [model.loglikelihood([_Request(PROMPTS[0], f" {choice}")], disable_tqdm=True) for choice in _CHOICES]
+    likeliest = max(range(3), key=lambda place: likelihoods[place][0][0])
     chosen = [{"prompt": PROMPTS[0], "gold": likeliest}, {"prompt": PROMPTS[0], "gold": (likeliest + 1) % 3}]
     for name, task, data in (("sums", TASK, rows), ("choices", CHOICE_TASK, chosen)):
         file = tmp_path / f"{name}.jsonl"
@@ -149,7 +149,7 @@ def test_a_tiny_local_task_scores_what_the_model_answers(latent: bool, stage: Pa
     assert [json.loads(line)["output"] for line in lines] == written
 
 
-def test_only_a_validation_of_the_same_model_is_kept(validated: Path, copies: Path, tmp_path: Path) -> None:
+def test_validation_results_are_kept_only_for_the_same_model(validated: Path, copies: Path, tmp_path: Path) -> None:
     other = save_tiny_model(tmp_path / "best_model", tiny_spec("qwen2", layers=1))
     same = {"eval_datasets": ("truthfulqa",), "data_dir": copies, "limit": 1}
     output = validated / "eval_results.json"

@@ -1,4 +1,4 @@
-"""The recipe's records, from the guide's mix or a directory."""
+"""Tests of the recipe's training data: the guide's mix of datasets, or a directory of records."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def settings(student: Path, **changes: Any) -> RecipeSettings:
     return RecipeSettings(**{**given, **changes})
 
 
-def test_guides_mix_from_local_copies_has_reasoning_if_it_is_matched(student: Path, tmp_path: Path) -> None:
+def test_guides_mix_has_reasoning_in_latent_mode(student: Path, tmp_path: Path) -> None:
     write_guide_datasets(tmp_path / "copies", 40)
     files = prepare_data(settings(student, data_dir=tmp_path / "copies"), tmp_path / "latent")
     train, val = load_records(files.train), load_records(files.val)
@@ -51,7 +51,7 @@ def test_guides_mix_from_local_copies_has_reasoning_if_it_is_matched(student: Pa
     assert "arc_challenge" in {record.dataset for record in both}
 
 
-def test_named_datasets_replace_the_mix(student: Path, tmp_path: Path) -> None:
+def test_named_datasets_replace_the_guides_mix(student: Path, tmp_path: Path) -> None:
     write_guide_datasets(tmp_path / "copies", 40)
     named = settings(student, data_dir=tmp_path / "copies", dataset_name=("gsm8k", "math23k"), math23k_ratio=0.5)
     counts = Counter(record.dataset for record in load_records(prepare_data(named, tmp_path / "data").train))
@@ -127,7 +127,7 @@ def test_missing_student_raises_before_data_are_prepared(names: tuple[str, ...],
         (("gsm9k",), "gsm9k"),
     ],
 )
-def test_missing_data_raise_with_their_name(
+def test_missing_dataset_raises_with_its_name(
     student: Path, tmp_path: Path, names: tuple[str, ...], problem: str
 ) -> None:
     with pytest.raises(ConfigError, match=problem):

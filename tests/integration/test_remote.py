@@ -1,4 +1,4 @@
-"""One endpoint over real gRPC: requests, failures and retries."""
+"""Tests of `RemoteSource` over real gRPC: requests, failures and retries."""
 
 import dataclasses
 import threading
@@ -45,7 +45,7 @@ def all_right(results: list[KVResult]) -> bool:
 
 
 def flip_last_byte_of(*numbers: int) -> Callable[[bytes], bytes]:
-    """Damages the frames of these numbers, counted from the first that the server sends."""
+    """Damage the frames with these numbers, counted from the first frame of the server."""
     count = iter(range(1000))
 
     def damage(frame: bytes) -> bytes:
@@ -62,7 +62,7 @@ def test_the_plan_is_made_from_the_servers_description(teacher):
     assert seen == [INFO]
 
 
-def test_a_fetch_is_split_into_requests_of_at_most_the_servers_number_of_samples(teacher, source):
+def test_a_fetch_is_split_by_the_servers_limit_of_samples_per_request(teacher, source):
     many = samples(20)
     assert [result.sample_id for result in source.fetch(many)] == [sample.id for sample in many]
     assert [len(ids) for ids in teacher.requests] == [8, 8, 4]
@@ -116,7 +116,7 @@ def test_a_full_server_is_retried_after_its_pushback(teacher, source):
     assert source.retries == 2
 
 
-def test_a_server_that_stays_full_is_given_up_after_patience_s(teacher):
+def test_a_server_that_stays_full_raises_after_patience_s(teacher):
     remote = connect(teacher, patience_s=0.2)
     teacher.script = busy(1000, pushback_ms="50")
     with pytest.raises(TeacherUnavailableError, match=r"still full after 0\.2 s \(1048576 tokens wait already\)"):
@@ -180,7 +180,7 @@ def test_samples_that_failed_with_their_batch_are_requested_once_more_each_alone
     assert results[4] == MissingKV("s4", "INTERNAL: a key of layer 1")
 
 
-def test_network_time_is_the_rest_after_the_servers_stages(teacher, source):
+def test_network_time_is_the_total_time_minus_the_servers_stages(teacher, source):
     teacher.script = lambda sent, _context: time.sleep(0.2) if sent == 0 else None
     (result,) = source.fetch(SAMPLES[:1])
     assert isinstance(result, EncodedSampleKV)
@@ -227,7 +227,7 @@ def test_connect_can_wait_for_a_server_that_is_not_up_yet():
     late[0].stop()
 
 
-def test_an_endpoint_that_is_not_a_teacher_is_refused(teacher, monkeypatch):
+def test_an_endpoint_that_is_not_a_teacher_server_is_refused(teacher, monkeypatch):
     stranger = grpc.server(ThreadPoolExecutor(1))
     port = stranger.add_insecure_port("127.0.0.1:0")
     stranger.start()

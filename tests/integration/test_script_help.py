@@ -1,4 +1,4 @@
-"""`--help` of every script that people start has examples, of flags that it takes."""
+"""Tests of the `--help` of every script for users: it shows examples, with flags that the script has."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 
 from tests.support.servers import REPOSITORY
 
-# Started by other programs, with what they write for them.
+# Only other programs start these.
 INTERNAL = {
     "experiments/demo/arms.py",
     "experiments/recipe/job.py",
@@ -19,12 +19,12 @@ INTERNAL = {
     "student_trainer/launching/processes.py",
     "student_trainer/launching/slurm.py",
 }
-# A script that reads no flags would do its work when it is asked for help.
+# A script without a flag parser would run when the test passes it `--help`.
 READS_FLAGS = re.compile(
     r"ArgumentParser\(|typer\.Typer|recipe\.config import|evaluation\.config import|extraction\.command import"
     r"|comparisons\.base import"
 )
-# All in one process: what each imports takes its time only once.
+# All scripts run in one process, so that slow imports are paid for once.
 CODE = """
 import contextlib, io, json, runpy, sys
 sys.path.insert(0, ".")
@@ -65,7 +65,7 @@ def test_every_script_shows_examples(shown: dict[str, str]) -> None:
     ] == []
 
 
-def test_examples_start_the_script_itself_with_flags_that_it_has(shown: dict[str, str]) -> None:
+def test_examples_call_the_script_itself_with_existing_flags(shown: dict[str, str]) -> None:
     for path, text in shown.items():
         before, _, after = re.sub(r"\s+", " ", text).partition("xamples")
         module = path.removesuffix(".py").replace("/", ".")

@@ -1,4 +1,4 @@
-"""Authentication by certificate and token over real TLS, with the client that trainers use."""
+"""Tests of authentication by certificate and token over real TLS, with the trainer's client."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def ask(teacher: TeacherProcess) -> None:
         assert isinstance(answer, EncodedSampleKV)
 
 
-def test_with_certificate_and_token_a_caller_is_served(
+def test_a_caller_with_certificate_and_token_is_served(
     teacher: TeacherProcess, files: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(TLS_CA, str(files["cert"]))
@@ -61,7 +61,7 @@ def test_with_certificate_and_token_a_caller_is_served(
 
 
 @pytest.mark.parametrize("shown", [None, "wrong"])
-def test_without_the_token_a_caller_is_refused(
+def test_a_caller_without_the_token_is_refused(
     teacher: TeacherProcess, files: dict[str, Path], monkeypatch: pytest.MonkeyPatch, shown: str | None
 ) -> None:
     monkeypatch.setenv(TLS_CA, str(files["cert"]))
@@ -102,7 +102,7 @@ def test_a_token_requires_tls(files: dict[str, Path], monkeypatch: pytest.Monkey
         ServeConfig(model="fake:", engine="fake", tls_cert=files["cert"])
 
 
-def test_a_missing_file_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_missing_file_raises_with_its_name(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv(TLS_CA, str(tmp_path / "none"))
     with pytest.raises(FieldError, match=TLS_CA):
         RemoteSource("a", "127.0.0.1:1", lambda _info: PLAN)

@@ -1,4 +1,4 @@
-"""The Prometheus metrics of a server that has answered and refused calls."""
+"""Tests of the Prometheus metrics of a server that has answered and refused calls."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`kvdistill sweep` on the command line, with a fast stand-in for the trainer."""
+"""Tests of `kvdistill sweep` on the command line, with a fast stand-in for the trainer."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ flags.output_file.write_text(json.dumps({**found, "average": 40.0}))
 
 
 class Sweep:
-    """One sweep's file, and the command line on it."""
+    """The file of a sweep, and `kvdistill sweep` for it."""
 
     def __init__(self, directory: Path, **changes: Any) -> None:
         self.directory, self.out = directory, directory / "out"
@@ -56,7 +56,7 @@ class Sweep:
         )
 
     def run(self, *flags: str, code: int = 0) -> str:
-        """Its output; what went wrong with it."""
+        """Run the command, check its exit status, and return its output; on an error, its error output."""
         process = self.start(*flags)
         printed, errors = process.communicate(timeout=60)
         assert process.returncode == code, printed + errors
@@ -119,7 +119,7 @@ def test_finished_runs_with_other_settings_raise(tmp_path: Path) -> None:
     printed = sweep.run("--set", "flags.max_steps=4", code=2)
     assert "right/seed0 has a finished training with other settings" in printed
     assert not (sweep.out / "runs" / "right" / "seed1").exists()
-    # Locations and further seeds do not matter.
+    # Changed locations and additional seeds are allowed.
     sweep.run("--set", "flags.teacher_device=cpu", "--set", "seeds=[0, 1]")
 
 
@@ -177,13 +177,13 @@ def test_array_has_the_remaining_runs_one_per_task(tmp_path: Path) -> None:
     assert sweep.run("--task", "1").startswith("right/seed1: ")
     assert not (sweep.out / "table.csv").exists()
     assert "--task: the sweep has runs 0 to 5, got 6" in sweep.run("--task", "6", code=2)
-    taken = tmp_path / "bin"
-    taken.mkdir()
-    (taken / "sbatch").write_text(f'#!/bin/sh\ncp "$2" {taken}/\necho "7;cluster"\n', encoding="utf-8")
-    (taken / "sbatch").chmod(0o755)
-    sweep.environment["PATH"] = f"{taken}:{sweep.environment['PATH']}"
+    submitted = tmp_path / "bin"
+    submitted.mkdir()
+    (submitted / "sbatch").write_text(f'#!/bin/sh\ncp "$2" {submitted}/\necho "7;cluster"\n', encoding="utf-8")
+    (submitted / "sbatch").chmod(0o755)
+    sweep.environment["PATH"] = f"{submitted}:{sweep.environment['PATH']}"
     assert "submitted 5 of 6 runs as job 7, and the table as job 7, which runs after it" in sweep.run("--slurm")
-    array, table = ((taken / f"{name}.sbatch").read_text(encoding="utf-8") for name in ("array", "table"))
+    array, table = ((submitted / f"{name}.sbatch").read_text(encoding="utf-8") for name in ("array", "table"))
     for line in ("#SBATCH --array=0,2,3,4,5%2\n", "#SBATCH --gres=gpu:8\n", "#SBATCH --partition=gpu\n", "pipefail"):
         assert line in array
     assert (sweep.out / "logs").is_dir()
@@ -197,7 +197,7 @@ def test_array_has_the_remaining_runs_one_per_task(tmp_path: Path) -> None:
     sweep.file.write_text(copy.read_text(encoding="utf-8"), encoding="utf-8")
     assert sweep.run("--list") == listed
     assert "exclude each other" in sweep.run("--list", "--task", "1", code=2)
-    (taken / "sbatch").write_text("#!/bin/sh\necho 'invalid partition' >&2\nexit 1\n", encoding="utf-8")
+    (submitted / "sbatch").write_text("#!/bin/sh\necho 'invalid partition' >&2\nexit 1\n", encoding="utf-8")
     assert "invalid partition" in sweep.run("--slurm", code=1)
 
 

@@ -1,4 +1,4 @@
-"""The teacher server from a caller's view: real processes, real gRPC, real models."""
+"""Tests of the teacher server from the client's side: real processes, real gRPC, real models."""
 
 from __future__ import annotations
 
@@ -133,7 +133,7 @@ def decoded(sample: EncodedSampleKV, kind: str) -> torch.Tensor:
 
 
 class Reference:
-    """A direct transformers forward pass: the cache's values, and its keys un-rotated in fp64."""
+    """A direct transformers forward pass: the values of the cache, and its keys, un-rotated in fp64."""
 
     def __init__(self, directory: Path) -> None:
         self._model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
@@ -142,7 +142,7 @@ class Reference:
     def kv(self, text: str) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
         """Keys and values [L,H,T,D] and the token ids of one text, alone in its batch."""
         ids = self._tokenizer(text, return_tensors="pt").input_ids
-        # A plain cache keeps every token, also beyond a sliding window.
+        # A plain cache keeps every token, also those outside a sliding window.
         cache: Any = DynamicCache()
         with torch.no_grad():
             self._model(input_ids=ids, past_key_values=cache, use_cache=True)
@@ -192,7 +192,7 @@ def test_served_kv_equals_a_direct_forward(families: RunningFamilies, family: Fa
             assert float(stated_L.max()) < 0.02
 
 
-def test_concurrent_requests_of_mixed_plans_get_their_own_answers(families: RunningFamilies) -> None:
+def test_concurrent_requests_with_different_plans_get_their_own_answers(families: RunningFamilies) -> None:
     endpoint = families.teachers["qwen2"].endpoint
     plans = [
         KVPlan(layers=(0, 1, 2), selection=FULL, codec=RAW),
@@ -326,12 +326,12 @@ def test_a_slow_reader_does_not_grow_memory_or_block_others(wide: TeacherProcess
         samples = token_samples(64, 512)
         stalled = slow.call(plan, samples, "stalled", timeout=120)
         frames = [next(stalled)]
-        # Others are served while this stream waits; their answers would show in the server's memory too.
+        # Other clients are served while this stream waits. Their answers would increase the server's memory too.
         for turn in range(4):
             assert len(quick.fetch(plan, token_samples(4, 512, f"q{turn}-"))) == 4
         load = wide.info()["load"]
         assert load["open_streams"] == 1
-        assert wide.memory_mb() - before < 64  # its answer has 256 MiB
+        assert wide.memory_mb() - before < 64  # the answer has 256 MiB
         frames += stalled
         reader = StreamReader("stalled", plan, samples, slow.info)
         assert sum(len(reader.feed(frame)) for frame in frames) == len(samples)

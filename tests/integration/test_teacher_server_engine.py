@@ -1,4 +1,4 @@
-"""A whole teacher server around an engine that the test controls: it waits, fails, or emits too much."""
+"""Tests of the teacher server with an engine that the test controls: it waits, fails, or emits too much."""
 
 from __future__ import annotations
 
@@ -118,15 +118,15 @@ def test_slow_loading_is_logged(
 ) -> None:
     monkeypatch.setattr(app, "LOADING_SECONDS", 0.02)
     caplog.set_level("INFO")
-    told = threading.Event()
+    logged = threading.Event()
 
     def load(config: ServeConfig) -> TeacherEngine:
-        told.wait(20)
+        logged.wait(20)
         return FakeEngine(config, FakeModel(layers=2))
 
     server = start(load)
     wait_until(lambda: caplog.messages.count("loading") >= 2)
-    told.set()
+    logged.set()
     server.wait_ready()
     assert caplog.records[caplog.messages.index("loading")].fields["model"] == "fake:layers=2"  # pyright: ignore[reportAttributeAccessIssue]
 

@@ -1,4 +1,4 @@
-"""The lifecycle of a teacher server's process: signals, draining, and failed starts."""
+"""Tests of the lifecycle of a teacher server process: signals, draining, and failed starts."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def test_a_loading_error_ends_the_process_with_one_line(tmp_path: Path) -> None:
     assert "Traceback" not in (tmp_path / "log").read_text()
 
 
-def test_a_taken_port_ends_the_process_and_names_the_flag(tmp_path: Path) -> None:
+def test_a_port_in_use_ends_the_process_and_names_the_flag(tmp_path: Path) -> None:
     flags = ("grpc_port", "http_port")
     with socket.create_server(("127.0.0.1", 0)) as occupant:
         taken = occupant.getsockname()[1]

@@ -1,4 +1,4 @@
-"""`doctor`, `inspect` and `plan` beside a real server: what they say is what it does."""
+"""Tests of `doctor`, `inspect` and `plan` against a real server."""
 
 from __future__ import annotations
 
@@ -46,8 +46,8 @@ def test_doctor_finds_the_real_packages_and_the_server(server: TeacherProcess, t
 
 
 def test_inspect_shows_server_description(server: TeacherProcess) -> None:
-    shown, said = inspect(server.endpoint), server.info()
-    assert said["teacher"]["weights_digest"] in shown
+    shown, described = inspect(server.endpoint), server.info()
+    assert described["teacher"]["weights_digest"] in shown
     assert "3 layers, 2 KV heads of 16" in shown
     assert "384 bytes per token (bf16)" in shown
 

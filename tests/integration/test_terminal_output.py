@@ -1,4 +1,4 @@
-"""What commands print on a terminal: colours, and the addresses of a server."""
+"""Tests of terminal output: colours, and the addresses of a server."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SERVE = [sys.executable, "-m", "kvdistill", "serve", "--engine", "fake", "--mode
 
 
 def on_terminal(command: list[str], until: str, **environment: str) -> str:
-    """Runs a command on a pseudo-terminal until it prints a text or ends, and returns its output."""
+    """Run a command on a pseudo-terminal until it prints `until` or ends, and return its output."""
     reader, writer = pty.openpty()
     inherited = {name: value for name, value in os.environ.items() if name != "NO_COLOR"}
     process = subprocess.Popen(

@@ -1,4 +1,4 @@
-"""A request is followed from the trainer's side through a server process, as a collector sees it."""
+"""Tests of tracing: a collector receives the spans of a request from the trainer and from the server process."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def server(collector: Collector, tmp_path_factory: pytest.TempPathFactory) -> It
 
 @contextlib.contextmanager
 def traced_alone(collector: Collector, method: str) -> Iterator[None]:
-    """Traces this side inside the block; then waits for the server's span of its one call."""
+    """Trace this process inside the block, then wait for the server's span of the only call."""
     collector.spans.clear()
     stop = tracing.start("kvdistill-trainer", "rank0")
     try:
@@ -64,7 +64,7 @@ def traced_alone(collector: Collector, method: str) -> Iterator[None]:
 
 
 def fetch(server: TeacherProcess, plan_maker: PlanFactory = plan_for) -> None:
-    """Fetches through a replica that is dead and one that answers."""
+    """Fetch with two replicas, the first of them dead."""
     endpoints = [f"127.0.0.1:{free_port()}", server.endpoint]
     source = FailoverSource("ada", [RemoteSource("ada", one, plan_maker) for one in endpoints], patience_s=10.0)
     with contextlib.closing(source):
@@ -77,7 +77,7 @@ def only(spans: list[ReceivedSpan]) -> ReceivedSpan:
     return spans[0]
 
 
-def test_a_sample_is_followed_from_the_trainer_through_the_server(collector: Collector, server: TeacherProcess) -> None:
+def test_a_sample_is_traced_from_the_trainer_through_the_server(collector: Collector, server: TeacherProcess) -> None:
     with traced_alone(collector, "StreamKV"):
         fetch(server)
     top = next(span for span in collector.named("kv.fetch") if span.attributes["kvdistill.sample_ids"] == IDS)
@@ -95,14 +95,14 @@ def test_a_sample_is_followed_from_the_trainer_through_the_server(collector: Col
     assert sorted(span.name for span in stages) == ["encode", "prefill", "queue", "send"]
     by_name = {span.name: span for span in stages}
     assert by_name["prefill"].attributes["kvdistill.sample_ids"] == IDS
-    # The model takes 2 ms a layer.
+    # The model takes 2 ms per layer.
     assert by_name["prefill"].ended - by_name["prefill"].began >= 4_000_000
     assert by_name["queue"].began <= by_name["queue"].ended < by_name["encode"].ended
     assert {span.trace for span in [client, answer, *stages]} == {top.trace}
     assert all(span.error is None for span in [top, client, answer, *stages])
 
 
-def test_a_refusal_is_an_error_on_both_sides_of_one_trace(collector: Collector, server: TeacherProcess) -> None:
+def test_a_refusal_is_an_error_in_the_spans_of_trainer_and_server(collector: Collector, server: TeacherProcess) -> None:
     with traced_alone(collector, "StreamKV"), pytest.raises(TeacherRefusedError):
         fetch(server, unknown_layer)
     answer = only(collector.named(STREAM, "SERVER"))
@@ -115,7 +115,7 @@ def test_a_refusal_is_an_error_on_both_sides_of_one_trace(collector: Collector, 
     assert "plan.layers" in client.error
 
 
-def test_writing_is_a_stage_of_its_own(collector: Collector, server: TeacherProcess) -> None:
+def test_generation_is_a_separate_stage(collector: Collector, server: TeacherProcess) -> None:
     writer = CompletionSource("ada", server.endpoint, plan_for, SamplingParams(max_new_tokens=8))
     with traced_alone(collector, "Generate"), contextlib.closing(writer):
         writer.connect()
@@ -126,7 +126,7 @@ def test_writing_is_a_stage_of_its_own(collector: Collector, server: TeacherProc
     assert stages == ["queue", "write", "queue", "prefill", "encode"]
 
 
-def test_a_caller_that_is_not_traced_begins_a_trace_at_the_server(collector: Collector, server: TeacherProcess) -> None:
+def test_a_call_without_a_trace_starts_a_trace_at_the_server(collector: Collector, server: TeacherProcess) -> None:
     collector.spans.clear()
     fetch(server)
     wait_until(lambda: bool(collector.named(STREAM, "SERVER")))

@@ -1,4 +1,4 @@
-"""Limits on the memory, reads and log lines that unauthenticated callers can cause: real TLS, a real process."""
+"""Tests of the limits for unauthenticated callers: memory, open calls, metadata and log lines; real TLS and process."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def flood(call: Callable[[int], object], calls: int) -> Counter[grpc.StatusCode]
 def test_unauthenticated_large_requests_use_little_memory(
     teacher: TeacherProcess, channel: grpc.Channel, path: str, code: str
 ) -> None:
-    body = pb.KVRequest(request_id="a" * BYTES).SerializeToString()  # a HealthCheckRequest too
+    body = pb.KVRequest(request_id="a" * BYTES).SerializeToString()  # also parses as a HealthCheckRequest
     before = peak_mb(teacher)
     codes = flood(lambda _: list(channel.unary_stream(path)(body, timeout=60)), CALLS)
     grown = peak_mb(teacher) - before

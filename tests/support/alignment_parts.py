@@ -1,4 +1,4 @@
-"""A teacher's and a student's random K/V with a map between them that calibration should find."""
+"""Random K/V of a teacher and a student, with a known map between them that calibration has to find."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ TEACHER, STUDENT = KVGeometry(5, 2, 4), KVGeometry(3, 3, 2)
 MIXING = KVGeometry(4, 2, 4)
 SLOT_ENDS, TOKEN_ENDS = (3, 5, 9), (1, 3, 4, 9, -1, 11)
 PAIRS = ((0, 1), (2, 3))  # slot, token
-CKA_PATH = (0, 1, 4)  # the layers of TEACHER that the student's come from where no map is known yet
+CKA_PATH = (0, 1, 4)  # the source layers in TEACHER for the student's layers before the layer map is fitted
 
 
 def teacher_batch(samples: int, layers: int, seed: int, geometry: KVGeometry = TEACHER) -> BatchKV:
@@ -32,7 +32,7 @@ def teacher_batch(samples: int, layers: int, seed: int, geometry: KVGeometry = T
 
 
 def naive_layer_mix(aligner: Aligner, kv: torch.Tensor) -> torch.Tensor:
-    """One teacher layer per student layer, by the aligner's own mapping; where it has none yet, those of CKA_PATH."""
+    """One teacher layer per student layer, by the mapping of the aligner, or by CKA_PATH before it is fitted."""
     if aligner.needs_layer_pass:
         return torch.stack([kv[:, layer] for layer in CKA_PATH], dim=1)
     order = {layer: place for place, layer in enumerate(aligner.layers_needed)}
@@ -41,7 +41,7 @@ def naive_layer_mix(aligner: Aligner, kv: torch.Tensor) -> torch.Tensor:
 
 
 def student_read(aligner: Aligner, kv: BatchKV, seed: int, noise: float = 0.0) -> StudentRead:
-    """A student whose K/V at paired tokens are a map of the teacher's, another in every layer; noise elsewhere."""
+    """Student K/V: at paired tokens, a linear map of the teacher's, different in each layer; noise at other tokens."""
     generator = torch.Generator().manual_seed(seed)
     truth = torch.Generator().manual_seed(7)
     samples = len(kv.mask_BM)
@@ -71,7 +71,7 @@ def calibrated(aligner: Aligner, samples: int = 200, noise: float = 0.0) -> tupl
 
 
 def calibrate_on(aligner: Aligner, kv: BatchKV, read: StudentRead | None = None) -> Aligner:
-    """In one batch."""
+    """Calibrate on one batch."""
     numbers = torch.arange(len(kv.mask_BM))
     if aligner.needs_layer_pass:
         assert read is not None
@@ -85,7 +85,7 @@ def calibrate_on(aligner: Aligner, kv: BatchKV, read: StudentRead | None = None)
 
 
 def paired_rows(kv: BatchKV, x_BLHMD: torch.Tensor, place: int) -> np.ndarray:
-    """[N,L,F] of the rows that calibration uses, one by one; `place` 0 takes slots, 1 tokens."""
+    """The rows [N,L,F] that calibration uses, computed one by one: of slots (`place` 0) or of tokens (`place` 1)."""
     rows = [
         x_BLHMD[b, :, :, pair[place]].detach().flatten(1)
         for b in range(len(kv.mask_BM))

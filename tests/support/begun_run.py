@@ -21,7 +21,7 @@ def half_dead_teacher() -> FailoverSource:
 
 
 def begun_run(name: str, figures: Mapping[str, float]) -> RunState:
-    """A run after one of ten steps: a teacher of this name with one of two replicas down, and `ben` from a store."""
+    """A run after the first of ten steps: teacher `name` has one of two replicas down, and `ben` reads a store."""
     state = RunState()
     state.connected({name: half_dead_teacher(), "ben": MemorySource()})
     state.begin(10, first_step=0)

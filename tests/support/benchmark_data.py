@@ -1,4 +1,4 @@
-"""Any number of made-up questions for the benchmarks of the evaluation, each in the true schema of its dataset."""
+"""Synthetic questions for the benchmarks of the evaluation, each in the real schema of its dataset."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.support.servers import REPOSITORY
 Row = dict[str, Any]
 
 LETTERS = "ABCD"
-# What a right answer looks like in BIG-Bench Hard, where it is no choice in brackets.
+# Correct answers in BIG-Bench Hard for tasks without choices in brackets.
 BBH_TARGETS = {
     "boolean_expressions": "False",
     "causal_judgement": "No",
@@ -30,7 +30,7 @@ BBH_TARGETS = {
 
 
 def write_benchmarks(directory: Path, per_dataset: int) -> None:
-    """Writes a copy of every benchmark into `directory`: NAME.jsonl, or NAME/SUBJECT.jsonl."""
+    """Write a copy of every benchmark to `directory`: NAME.jsonl, or NAME/SUBJECT.jsonl."""
     for name, make in MAKERS.items():
         _write(directory / f"{name}.jsonl", map(make, range(per_dataset)))
     for name, make_of in SUBJECT_MAKERS.items():
@@ -39,7 +39,7 @@ def write_benchmarks(directory: Path, per_dataset: int) -> None:
 
 
 def subjects(name: str) -> list[str]:
-    """The subjects of a benchmark that has several."""
+    """The subjects of a benchmark with several subjects."""
     text = (REPOSITORY / "evaluation" / "tasks" / f"{name}.yaml").read_text(encoding="utf-8")
     return [task["task"] for task in yaml.safe_load(text.replace("!function ", ""))["task"]]
 

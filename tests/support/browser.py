@@ -1,4 +1,4 @@
-"""Pages in a real browser: headless Chromium, and what is wrong with what it shows."""
+"""Pages in a real browser (headless Chromium), with checks of layout, contrast, errors and requests."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ PHONE, DESKTOP = (390, 844), (1280, 900)
 # WCAG 2, AA, for text of usual size.
 LEAST_CONTRAST = 4.5
 
-# Each text's contrast with what lies behind it: [ratio, text].
+# The contrast of each text with its background: [ratio, text].
 _CONTRASTS = """() => {
   const channels = (colour) => colour.match(/[\\d.]+/g).map(Number);
   const luminance = (colour) => {
@@ -52,53 +52,53 @@ _LEGENDS = """() => [...document.querySelectorAll(".key i")].filter((key) => {
 
 @dataclass
 class Shown:
-    """A page that a browser shows, and what it complained of or fetched on the way."""
+    """An open page, with the errors and requests that the browser recorded."""
 
     page: Page
     complaints: list[str] = field(default_factory=list)
     fetched: list[str] = field(default_factory=list)
 
-    def complain_of(self, dialog: Dialog) -> None:
-        """No page of ours asks anything."""
+    def record_dialog(self, dialog: Dialog) -> None:
+        """Record a dialog as an error, because no page may open one."""
         self.complaints.append(f"dialog: {dialog.message}")
         dialog.dismiss()
 
     def texts(self) -> str:
         return " ".join(self.page.inner_text("main").split())
 
-    def too_wide(self) -> int:
-        """Pixels that lie beside the window."""
+    def overflow_pixels(self) -> int:
+        """The width of the content outside the window, in pixels."""
         return self.page.evaluate("document.documentElement.scrollWidth - innerWidth")
 
-    def faint(self) -> list[str]:
-        """Texts that are too hard to tell from what is behind them."""
+    def low_contrast_texts(self) -> list[str]:
+        """Texts with too little contrast to their background."""
         found: list[tuple[float, str]] = self.page.evaluate(_CONTRASTS)
         assert found
         return [f"{text}: {ratio:.1f}" for ratio, text in found if ratio < LEAST_CONTRAST]
 
     def legends_without_a_curve(self) -> int:
-        """Entries of legends in a colour in which the figure draws nothing."""
+        """The number of legend entries whose colour the figure does not use."""
         return self.page.evaluate(_LEGENDS)
 
-    def ground(self) -> float:
-        """How bright the page's ground is, from 0 to 255."""
+    def background_brightness(self) -> float:
+        """The brightness of the page background, from 0 to 255."""
         colour: str = self.page.evaluate("getComputedStyle(document.body).backgroundColor")
         return sum(map(int, colour.removeprefix("rgb(").removesuffix(")").split(","))) / 3
 
-    def elsewhere(self) -> list[str]:
-        """What was fetched from any other place than the page's own server."""
+    def requests_to_other_hosts(self) -> list[str]:
+        """The requests to other addresses than the page's own server."""
         own = urlsplit(self.page.url).netloc
         return [url for url in self.fetched if not url.startswith("data:") and urlsplit(url).netloc != own]
 
-    def looks(self, size: tuple[int, int], scheme: Scheme) -> None:
-        """Changes the window's size and the colours that its user prefers."""
+    def set_appearance(self, size: tuple[int, int], scheme: Scheme) -> None:
+        """Set the size of the window and the preferred colour scheme."""
         self.page.set_viewport_size({"width": size[0], "height": size[1]})
         self.page.emulate_media(color_scheme=scheme)
 
 
 @contextlib.contextmanager
 def chromium() -> Iterator[Browser]:
-    """The system's own Chromium."""
+    """Launch the installed Chromium."""
     executable = shutil.which("chromium")
     assert executable, "Chromium is missing; as root: apt-get install chromium"
     with sync_playwright() as playwright:
@@ -111,12 +111,12 @@ def chromium() -> Iterator[Browser]:
 
 @contextlib.contextmanager
 def shown(browser: Browser, url: str) -> Iterator[Shown]:
-    """Opens a page in a window of its own."""
+    """Open a page in its own window."""
     page = browser.new_page()
     seen = Shown(page)
     page.on("console", lambda message: seen.complaints.append(f"{message.type}: {message.text}"))
     page.on("pageerror", lambda error: seen.complaints.append(str(error)))
-    page.on("dialog", seen.complain_of)
+    page.on("dialog", seen.record_dialog)
     page.on("request", lambda request: seen.fetched.append(request.url))
     page.set_default_timeout(20_000)
     page.goto(url)

@@ -1,6 +1,6 @@
-"""The contract of every teacher engine. A test module imports all of it and defines the fixture `engine`.
+"""The tests that every teacher engine has to pass. A test module imports all of them and defines the fixture `engine`.
 
-The teacher has three layers and takes at most 512 tokens.
+The engine has three layers and takes at most 512 tokens.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from teacher_server.engines.base import (
 
 RAW = CodecSpec(name="raw")
 EVERYTHING = KVPlan(layers=(0, 1, 2), selection=Selection(selector="full", span="all"), codec=RAW)
-# Between two batches with the same sample, fp32.
+# For the same sample in two batches, in fp32.
 TOLERANCE = 1e-4
 TEXTS = (
     ("The start is 3. ", "3 + 4 = 7, so 0; 0 x 2 = 0. ", "The answer is 2."),
@@ -63,7 +63,7 @@ class Outcome:
     failures: list[SampleFailure] = field(default_factory=list)
 
     def of(self, row: int) -> list[tuple[LayerResult, int]]:
-        """One sample's layers in the order of arrival, and its index in each result."""
+        """The results of one sample in the order of arrival, with its index in each."""
         return [(result, result.indices.index(row)) for result in self.results if row in result.indices]
 
     def tensors(self, row: int, kind: str, plan: KVPlan) -> list[Tensor]:
@@ -92,7 +92,7 @@ def close(found: Tensor, expected: Tensor) -> None:
 # ---------------------------------------------------------------------------------------------------- running plans
 
 
-def test_each_sample_gets_its_layers_once_in_order_with_the_geometry_that_info_states(engine: TeacherEngine) -> None:
+def test_each_sample_gets_every_layer_once_in_order_with_the_geometry_of_info(engine: TeacherEngine) -> None:
     info, batch = engine.info, read_batch(engine)
     outcome = run_everything(engine, batch)
     assert not outcome.failures
@@ -183,7 +183,7 @@ def test_an_error_in_emit_ends_the_batch_and_the_engine_still_works(engine: Teac
     assert not run_everything(engine, batch).failures
 
 
-def test_an_unwanted_batch_ends(engine: TeacherEngine) -> None:
+def test_a_cancelled_batch_ends(engine: TeacherEngine) -> None:
     outcome = Outcome()
     samples = [PlannedSample(tokens, EVERYTHING) for tokens in read_batch(engine)]
     engine.run(samples, outcome.results.append, outcome.failures.append, lambda row: row == 1)

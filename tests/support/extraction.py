@@ -1,4 +1,4 @@
-"""A small dataset in both styles, tiny models, and extractions of it."""
+"""A small dataset in both styles, tiny models, and commands that extract its K/V."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class ExtractionWorld:
     rows: list[dict[str, str]]
 
     def flags(self, output: Path, **changes: Any) -> list[str]:
-        """Flags of a run; a change of None leaves one out, a list gives it several values."""
+        """The flags of a run. A change to None omits a flag; a list gives it several values."""
         settings: dict[str, Any] = {
             "teacher_models": [str(path) for path in self.teachers.values()],
             "student_model": self.student,
@@ -42,12 +42,12 @@ class ExtractionWorld:
         return flags
 
     def command(self, output: Path, **changes: Any) -> list[str]:
-        """The script with these flags."""
+        """The command line of the script with these flags."""
         return [sys.executable, "scripts/extract_dual_style_kv.py", *self.flags(output, **changes)]
 
 
 def make_world(directory: Path, questions: int = QUESTIONS) -> ExtractionWorld:
-    """Two samples for each question, as the prepared datasets have them."""
+    """Two samples per question, as in the prepared datasets."""
     rows = [
         {
             "id": f"{record.id}:{style}",
@@ -72,7 +72,7 @@ def make_world(directory: Path, questions: int = QUESTIONS) -> ExtractionWorld:
 
 
 def assert_same_kv(one: Path, other: Path) -> None:
-    """The same list in both files; K/V up to what other samples in a teacher's batch change in the last bits."""
+    """Compare two files exactly, except K/V, whose last bits depend on the other samples in the batch."""
     left, right = load_pt(one), load_pt(other)
     assert [entry["example_id"] for entry in left] == [entry["example_id"] for entry in right]
     for ours, theirs in zip(left, right, strict=True):
@@ -84,5 +84,5 @@ def assert_same_kv(one: Path, other: Path) -> None:
 
 
 def load_pt(path: Path) -> list[dict[str, Any]]:
-    """A .pt file as users read it."""
+    """Load a .pt file as users load it."""
     return torch.load(path, weights_only=True)  # noqa: TID251 - what users read it with

@@ -1,4 +1,4 @@
-"""Rows of features that two models might give to the same tokens, and their sums."""
+"""Correlated feature rows of two models for the same tokens, and their ridge statistics."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ Rows = tuple[torch.Tensor, torch.Tensor]
 
 
 def correlated_rows(count: int, inputs: int, outputs: int, seed: int, noise: float = 0.3) -> Rows:
-    """x and y around means well away from 0: y is one and the same linear map of x for all seeds, and noise."""
+    """Rows x and y with means far from 0. y is a linear map of x, the same for all seeds, plus noise."""
     truth = torch.Generator().manual_seed(99)
     weight, spread = torch.randn(inputs, outputs, generator=truth), torch.randn(inputs, inputs, generator=truth)
     generator = torch.Generator().manual_seed(seed)
@@ -19,7 +19,7 @@ def correlated_rows(count: int, inputs: int, outputs: int, seed: int, noise: flo
 
 
 def statistics_of(*batches: Rows) -> RidgeStatistics:
-    """The sums over all batches."""
+    """The ridge statistics over all batches."""
     collected = RidgeStatistics(batches[0][0].shape[1], batches[0][1].shape[1])
     for x, y in batches:
         collected.update(x, y)

@@ -1,4 +1,4 @@
-"""Folders as training runs leave them, with made-up figures."""
+"""Output directories of finished training runs, with synthetic metrics."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ STEPS = (10, 20, 30)
 
 
 def validation(accuracy: float, by_dataset: Mapping[str, float], layers: int) -> dict[str, float]:
-    """`by_dataset`: ada's weight in it; ben has the rest."""
+    """The metrics of one validation. `by_dataset` gives the weight of ada per dataset; ben has the rest."""
     found = {"val/loss": 2 - accuracy, "val/kv_loss": 1 - accuracy, "val/task_metrics/accuracy": accuracy}
     for tensor, base in (("k", 0.2), ("v", 0.4)):
         found |= {f"val/kv_loss/{tensor}/layer{layer}": base + layer / 100 for layer in range(layers)}
@@ -34,7 +34,7 @@ def write_run(
     scores: Mapping[str, Mapping[str, Any]] | None = None,
     exist_ok: bool = False,
 ) -> Path:
-    """A run of three validations, the best of them the most accurate; `scores` are further entries of its results."""
+    """Write a run with three validations, the best one by accuracy. `scores` are additional entries of its results."""
     folder.mkdir(parents=True, exist_ok=exist_ok)
     lines: list[dict[str, float]] = []
     for step, accuracy in zip(STEPS, accuracies, strict=True):

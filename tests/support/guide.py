@@ -1,7 +1,7 @@
-"""The blocks of the user's guide, run as they stand in a copy of the checkout, with tiny models in the hub's place.
+"""The code blocks of the user's guide, run unchanged in a copy of the checkout, with tiny models instead of the hub's.
 
-`Qwen/Qwen2.5-7B` is a directory in the copy, as transformers reads a local directory of that name before it asks the
-hub; the datasets are local copies in their true schemas (`$KVDISTILL_DATA_DIR`).
+`Qwen/Qwen2.5-7B` is a directory in the copy, because transformers prefers a local directory of that name to the hub.
+The datasets are local copies in their real schemas (`$KVDISTILL_DATA_DIR`).
 """
 
 from __future__ import annotations
@@ -49,19 +49,19 @@ class Block:
 
 
 def blocks(page: Path) -> list[Block]:
-    """A page's blocks, in order."""
+    """The code blocks of a page, in order."""
     found = re.findall(r"^```(\w*)\n(.*?)^```$", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
     return [Block(language, text) for language, text in found]
 
 
 class Checkout:
-    """A copy of the checkout with what the guide needs beside it, where its blocks run.
+    """A copy of the checkout in which the blocks of the guide run, with models and datasets.
 
     Args:
-        directory: for the copy.
-        questions: of each dataset.
-        models: of `MODELS`, those to put there.
-        environment: of every block, added to this process's own.
+        directory: where the copy is made.
+        questions: the number of questions per dataset.
+        models: the names in `MODELS` to save in the copy.
+        environment: variables for every block, in addition to those of this process.
     """
 
     def __init__(
@@ -84,24 +84,24 @@ class Checkout:
         }
 
     def add_benchmarks(self) -> None:
-        """Puts one question of every benchmark, and of each of its subjects, beside the datasets."""
+        """Add one question of every benchmark and subject to the datasets."""
         write_benchmarks(self.directory / "copies", 1)
 
     def block(self, piece: str) -> Block:
-        """The only block that holds this."""
+        """The only block that contains `piece`."""
         (found,) = [block for block in blocks(PAGE) if piece in block.text]
         self.ran.append(found)
         return found
 
     def command(self, block: Block) -> list[str]:
-        """What runs a block."""
+        """The command that runs a block."""
         if block.language == "python":
             return [sys.executable, "-c", block.text]
         assert block.language == "bash"
         return ["bash", "-euo", "pipefail", "-c", block.text]
 
     def attempt(self, block: Block, seconds: float = 600) -> subprocess.CompletedProcess[str]:
-        """Runs a block; all it writes is in `stdout`."""
+        """Run a block; `stdout` has both output streams."""
         return subprocess.run(
             self.command(block),
             cwd=self.directory,
@@ -115,14 +115,14 @@ class Checkout:
         )
 
     def run(self, block: Block) -> str:
-        """Runs a block that has to succeed; what it wrote."""
+        """Run a block that has to succeed, and return its output."""
         done = self.attempt(block)
         assert done.returncode == 0, done.stdout[-8000:]
         return done.stdout
 
 
 def shorten(saved: Path, rows: int) -> None:
-    """Leaves the first rows of a saved dataset."""
+    """Shorten a saved dataset to its first rows."""
     whole = Dataset.load_from_disk(str(saved), keep_in_memory=True)
     shutil.rmtree(saved)
     whole.select(range(rows)).save_to_disk(str(saved))
@@ -134,5 +134,5 @@ def _copy_sources(directory: Path) -> None:
     ignored = shutil.ignore_patterns("__pycache__", "prepared")
     for name in sorted({*packages, "configs", "scripts"}):
         shutil.copytree(REPOSITORY / name, directory / name, ignore=ignored)
-    # Where `make setup` puts it, and where jobs look for it.
+    # `make setup` creates it here, and jobs expect it here.
     (directory / ".venv").symlink_to(sys.prefix)

@@ -1,4 +1,4 @@
-"""Any number of made-up questions for the guide's datasets, each in the true schema of its dataset."""
+"""Synthetic questions for the guide's datasets, each in the real schema of its dataset."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ Row = dict[str, Any]
 
 
 def write_guide_datasets(directory: Path, per_dataset: int) -> dict[str, Path]:
-    """Writes `directory`/NAME.jsonl (math23k: .json, one object after the other) for every dataset; returns the files.
+    """Write `directory`/NAME.jsonl (math23k: .json, concatenated objects) for every dataset, and return the files.
 
-    The questions of one dataset differ from each other and from those of the others.
+    All questions are different, within a dataset and across datasets.
     """
     directory.mkdir(parents=True, exist_ok=True)
     paths: dict[str, Path] = {}

@@ -1,7 +1,7 @@
-"""The wheel, built from the files that git knows, and installed into environments outside the checkout.
+"""The wheel, built from the files that git tracks, and installed into environments outside the checkout.
 
-An environment holds what pip would install there: the wheel, and links to the packages of the environment that runs the
-tests, exactly those that the wheel's metadata ask for. Nothing is downloaded.
+An environment has what pip would install: the wheel, and links to exactly those packages of the tests' environment that
+the wheel's metadata require. Nothing is downloaded.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-# What would lead an environment back to the checkout, or change which folders Python searches.
+# These would make an environment import from the checkout, or change the search path of Python.
 NOT_PASSED_ON = ("PYTHONPATH", "PYTHONSAFEPATH", "VIRTUAL_ENV")
 
 
 @dataclass(frozen=True)
 class Environment:
-    """A virtual environment with the wheel in it, and the directory that its commands run in."""
+    """A virtual environment with the wheel, and the working directory of its commands."""
 
     directory: Path
     work: Path
@@ -36,21 +36,21 @@ class Environment:
         return next(self.directory.glob("lib/python3*/site-packages"))
 
     def command(self, name: str, *arguments: object) -> list[str]:
-        """One of the environment's programs with its arguments."""
+        """The command line of a program of the environment."""
         return [str(self.directory / "bin" / name), *map(str, arguments)]
 
     def variables(self) -> dict[str, str]:
         return {name: value for name, value in os.environ.items() if name not in NOT_PASSED_ON}
 
     def run(self, name: str, *arguments: object) -> subprocess.CompletedProcess[str]:
-        """Runs one of the environment's programs to its end."""
+        """Run a program of the environment until it ends."""
         command = self.command(name, *arguments)
         return subprocess.run(
             command, cwd=self.work, env=self.variables(), capture_output=True, text=True, check=False, timeout=300
         )
 
     def start(self, log: Path, name: str, *arguments: object) -> subprocess.Popen[bytes]:
-        """Starts one of the environment's programs; all it prints goes to `log`."""
+        """Start a program of the environment with its output in `log`."""
         with log.open("wb") as out:
             command = self.command(name, *arguments)
             return subprocess.Popen(command, cwd=self.work, env=self.variables(), stdout=out, stderr=out)
@@ -64,7 +64,7 @@ def source_files() -> list[str]:
 
 
 def build_wheel(directory: Path) -> Path:
-    """Builds the wheel from a copy of the source files, so that nothing else can get into it; returns its path."""
+    """Build the wheel from a copy of the source files, so that it contains nothing else, and return its path."""
     source = directory / "source"
     for name in source_files():
         (source / name).parent.mkdir(parents=True, exist_ok=True)
@@ -76,7 +76,7 @@ def build_wheel(directory: Path) -> Path:
 
 
 def install(wheel: Path, directory: Path, work: Path, extras: Iterable[str] = ()) -> Environment:
-    """A new environment in `directory` with the wheel and what it needs, as `pip install 'kvdistill[extras]'` gives."""
+    """Make an environment in `directory` with the wheel and its requirements, as `pip install 'kvdistill[extras]'`."""
     venv.create(directory, with_pip=False, symlinks=True)
     environment = Environment(directory, work)
     python = str(directory / "bin" / "python")
@@ -90,7 +90,7 @@ def install(wheel: Path, directory: Path, work: Path, extras: Iterable[str] = ()
 
 
 def _closure(lines: Iterable[str], extras: set[str]) -> Iterator[importlib.metadata.Distribution]:
-    """Every distribution that the requirements lead to."""
+    """Every distribution that the requirements need, directly or indirectly."""
     waiting = [*_applying(lines, extras)]
     seen: set[tuple[str, frozenset[str]]] = set()
     while waiting:
@@ -105,7 +105,7 @@ def _closure(lines: Iterable[str], extras: set[str]) -> Iterator[importlib.metad
 
 
 def _applying(lines: Iterable[str], extras: set[str]) -> list[Requirement]:
-    """The requirements that hold here, with these extras."""
+    """The requirements whose markers apply here, with these extras."""
     requirements = map(Requirement, lines)
     return [
         each
@@ -115,7 +115,7 @@ def _applying(lines: Iterable[str], extras: set[str]) -> list[Requirement]:
 
 
 def _link(distribution: importlib.metadata.Distribution, site: Path) -> None:
-    """Links what a distribution has in its site-packages, its metadata too."""
+    """Link the files and metadata of a distribution into `site`."""
     for top in {file.parts[0] for file in distribution.files or ()} - {"..", "__pycache__"}:
         if not (site / top).exists():
             (site / top).symlink_to(Path(str(distribution.locate_file(top))))

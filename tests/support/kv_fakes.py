@@ -1,4 +1,4 @@
-"""A teacher in memory: K/V made from the sample's id alone, so that every source must return the same bytes."""
+"""A teacher in memory. Its K/V depend only on the sample's id, so every source must return the same bytes."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ class MemorySource(KVSource):
 
 
 def same_result(left: KVResult, right: KVResult) -> bool:
-    """Whether two results carry the same bytes and say the same about them; how long they took does not matter."""
+    """Whether two results have the same bytes and metadata, apart from timings."""
     if isinstance(left, MissingKV) or isinstance(right, MissingKV):
         return left == right
     tensors = [(left.positions, right.positions), (left.token_ids_T, right.token_ids_T)]

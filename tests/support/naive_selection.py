@@ -1,4 +1,4 @@
-"""The selectors by their definitions: plain Python numbers, one sample and one head at a time."""
+"""Reference implementations of the selectors in plain Python, for one sample and one head at a time."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ WORD = 1 << 64
 
 
 def cosine(a: Sequence[float], b: Sequence[float]) -> float:
-    """0 where one of them is zero."""
+    """The cosine similarity, 0 if one vector is zero."""
     norms = math.sqrt(sum(x * x for x in a)) * math.sqrt(sum(x * x for x in b))
     return sum(x * y for x, y in zip(a, b, strict=True)) / norms if norms else 0.0
 
 
 def r_kv_scores(keys: Sequence[Sequence[float]], importance: Sequence[float], weight: float) -> list[float]:
-    """weight*I + (1-weight)*softmax_i(-mean_j cos(k_i, k_j)), the diagonal counted as 0; keys [N][D]."""
+    """weight*I + (1-weight)*softmax_i(-mean_j cos(k_i, k_j)), where the diagonal counts as 0; keys [N][D]."""
     count = len(keys)
     similar = [[0.0 if i == j else cosine(keys[i], keys[j]) for j in range(count)] for i in range(count)]
     exponentials = [math.exp(-sum(row) / count) for row in similar]
@@ -26,7 +26,7 @@ def r_kv_scores(keys: Sequence[Sequence[float]], importance: Sequence[float], we
 
 
 def keydiff_scores(keys: Sequence[Sequence[float]]) -> list[float]:
-    """Minus each key's cosine with the mean of the keys at length 1; keys [N][D]."""
+    """The negative cosine of each key with the mean of the normalised keys; keys [N][D]."""
     units = []
     for key in keys:
         norm = math.sqrt(sum(x * x for x in key))
@@ -54,17 +54,17 @@ def splitmix64(state: int, count: int) -> list[int]:
 
 
 def mean_scores(scores: Sequence[Sequence[float]]) -> list[float]:
-    """Of several heads, token by token."""
+    """The mean over heads for each token."""
     return [sum(column) / len(scores) for column in zip(*scores, strict=True)]
 
 
 def best(scores: Sequence[float], candidates: Sequence[int], budget: int) -> list[int]:
-    """The candidates with the highest scores, the earlier one of equals, in time order."""
+    """The candidates with the highest scores, in time order. On equal scores the earlier one is chosen."""
     order = sorted(range(len(scores)), key=lambda i: (-scores[i], i))[:budget]
     return sorted(candidates[i] for i in order)
 
 
 def margin(scores: Sequence[float], budget: int) -> float:
-    """How far the worst that is kept stands above the best that is not."""
+    """The difference between the lowest selected score and the highest score that is not selected."""
     ranked = sorted(scores, reverse=True)
     return ranked[budget - 1] - ranked[budget] if budget < len(ranked) else math.inf

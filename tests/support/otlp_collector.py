@@ -1,4 +1,4 @@
-"""What an OpenTelemetry collector receives over OTLP/HTTP, kept in memory."""
+"""An OpenTelemetry collector (OTLP/HTTP) that keeps the received spans in memory."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from opentelemetry.proto.common.v1.common_pb2 import AnyValue
 
 @dataclass(frozen=True)
 class ReceivedSpan:
-    """One span as it came. `parent`: empty at the top. `error`: the status's text, None if it is no error."""
+    """A received span. `parent` is empty for a root span; `error` is the text of an error status, or None."""
 
     service: str
     instance: str
@@ -32,7 +32,7 @@ class ReceivedSpan:
 
 @dataclass
 class Collector:
-    """Where spans go, and those that came."""
+    """The address of the collector, and the spans that it received."""
 
     url: str
     spans: list[ReceivedSpan] = field(default_factory=list)
@@ -41,14 +41,14 @@ class Collector:
         return [span for span in self.spans if span.name == name and kind in (None, span.kind)]
 
     def below(self, parent: ReceivedSpan) -> list[ReceivedSpan]:
-        """Its children, in the order of their beginning."""
+        """The children of a span, by start time."""
         children = (span for span in self.spans if (span.trace, span.parent) == (parent.trace, parent.id))
         return sorted(children, key=lambda span: span.began)
 
 
 @contextlib.contextmanager
 def otlp_collector() -> Iterator[Collector]:
-    """Listens on a free port while the block runs."""
+    """Run a collector on a free port inside the block."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self) -> None:
@@ -59,8 +59,8 @@ def otlp_collector() -> Iterator[Collector]:
             self.send_header("Content-Length", "0")
             self.end_headers()
 
-        def log_message(self, format: str, *args: object) -> None:  # noqa: A002  the name that it has there
-            """Says nothing."""
+        def log_message(self, format: str, *args: object) -> None:  # noqa: A002  the name in the base class
+            """Suppress the request log."""
 
     with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
         collector = Collector(f"http://127.0.0.1:{server.server_port}")

@@ -14,7 +14,7 @@ from student_trainer.loop.ds_engine import MOMENTS, Engine
 
 
 class PlainEngine(Engine):
-    """Like DeepSpeed's engine with every ZeRO stage, it has no moments before its first step."""
+    """Has no moments before its first step, like DeepSpeed's engine with every ZeRO stage."""
 
     def __init__(self, module: nn.Module, config: TrainConfig, accumulation: int) -> None:
         self.module = module

@@ -1,7 +1,7 @@
-"""What a model's content keys, values and attention are, computed the slow way: fp64, one sample at a time, no padding.
+"""Reference for a model's content keys, values and attention, in fp64, one sample at a time and without padding.
 
-Independent of the engine: eager attention, keys from the cache, un-rotated with frequencies computed here; and the
-same attention once more in plain Python, from what the model projects.
+Independent of the engine: eager attention, and keys from the cache, un-rotated with frequencies computed here. The
+attention is also computed in plain Python from the projections of the model.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class PlainLayer:
     q: list[list[list[float]]]
 
     def importance(self, answer: list[int], pool: ImportancePool, config: Any) -> list[list[float]]:
-        """[H][T]: rotate, scale, softmax over the keys that are seen, pool the group, mean over the answer."""
+        """[H][T]: rotate, scale, softmax over the visible keys, pool the query group, mean over the answer."""
         frequencies = _frequencies(config)
         group = len(self.q) // len(self.k)
         keys = [[_rotate(key, at, frequencies) for at, key in enumerate(head)] for head in self.k]
@@ -72,18 +72,18 @@ class PlainLayer:
 
 
 def pool_group(values: list[float], pool: ImportancePool) -> float:
-    """One number for a KV head's query heads."""
+    """Pool the values of the query heads of one KV head."""
     return max(values) if pool == "max" else sum(values) / len(values)
 
 
 def plain_layers(model: PreTrainedModel, token_ids: tuple[int, ...]) -> list[PlainLayer]:
-    """Runs one sample through the fp64 model and notes what each layer projects, before any rotation."""
+    """Run one sample through the fp64 model and return the projections of each layer, before any rotation."""
     seen: dict[tuple[int, str], list[list[list[float]]]] = {}
     layers = cast("Any", model).model.layers
     with torch.no_grad(), ExitStack() as stack:
         for index, layer in enumerate(layers):
             for name in ("k", "q"):
-                # Where there is a norm, it has the last word on keys and queries.
+                # A norm, if there is one, comes after the projection.
                 module = getattr(layer.self_attn, f"{name}_norm", None) or getattr(layer.self_attn, f"{name}_proj")
 
                 def note(_module: Any, _inputs: Any, output: Tensor, where: tuple[int, str] = (index, name)) -> None:
@@ -121,7 +121,7 @@ def load_reference(directory: Path) -> PreTrainedModel:
 
 
 def reference_kv(model: PreTrainedModel, token_ids: tuple[int, ...]) -> ReferenceKV:
-    """Runs one sample through transformers and undoes the rotation of its cached keys."""
+    """Run one sample through transformers and un-rotate its cached keys."""
     cache = DynamicCache()
     with torch.no_grad():
         output = model(torch.tensor([token_ids]), past_key_values=cache, use_cache=True, output_attentions=True)
@@ -134,7 +134,7 @@ def reference_kv(model: PreTrainedModel, token_ids: tuple[int, ...]) -> Referenc
 
 
 def _unrotate(k_HTD: Tensor, frequencies: list[float]) -> Tensor:
-    """Turns each pair (i, i + D/2) at place t back by t times its frequency."""
+    """Rotate each pair (i, i + D/2) at position t back by t times its frequency."""
     half = k_HTD.shape[-1] // 2
     result = torch.empty_like(k_HTD)
     for place in range(k_HTD.shape[1]):

@@ -1,4 +1,4 @@
-"""Tiny random models of many rotary embeddings, and their keys before and after it, as the models make them."""
+"""Tiny random models with many kinds of rotary embedding, and their keys before and after it."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ LLAMA3 = {
     "original_max_position_embeddings": 8192,
 }
 DYNAMIC = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
-# As Gemma 3's larger models: a short wavelength in the window, a long and stretched one beyond it.
+# As in the larger Gemma 3 models: a small theta in sliding-window layers, a large and scaled one in full attention.
 BY_LAYER_TYPE = {
     "sliding_attention": DEFAULT,
     "full_attention": {"rope_type": "linear", "rope_theta": 1000000.0, "factor": 8.0},
@@ -119,18 +119,18 @@ ROTATED_IN_ALL_LAYERS = [name for name in MODELS if name != "exaone4"]
 
 @cache
 def model_of(name: str) -> PreTrainedModel:
-    """One of `MODELS`, built once; `dynamic` ones change as they read, so those are built anew by their tests."""
+    """One of `MODELS`, built once. Tests build `dynamic` models themselves, because a forward pass changes those."""
     return MODELS[name]()
 
 
 def scalers(model: PreTrainedModel) -> list[RoPEScaler]:
-    """One for each layer."""
+    """The RoPE scaler of each layer."""
     types = getattr(model.config, "layer_types", None) or [None] * LAYERS
     return [RoPEScaler.from_config(model.config, layer_type) for layer_type in types]
 
 
 def content_and_cache(model: PreTrainedModel, positions_BT: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-    """Per layer: what entered the rotary embedding, and what the model cached."""
+    """Per layer: the keys before the rotary embedding, and the cached keys."""
     content: list[Tensor] = []
 
     def keep(projection: KVProjection, output: Tensor) -> None:
@@ -140,7 +140,7 @@ def content_and_cache(model: PreTrainedModel, positions_BT: Tensor) -> tuple[lis
 
 
 def cached_of_content(model: PreTrainedModel, content_BHTD: Tensor, positions_BT: Tensor) -> list[Tensor]:
-    """Per layer: what the model caches of keys that are put where its own would enter the rotary embedding."""
+    """Per layer: the cached keys if `content_BHTD` replaces the model's keys before the rotary embedding."""
 
     def replace(projection: KVProjection, output: Tensor) -> Tensor:
         return projection.as_output(content_BHTD, output)

@@ -1,4 +1,4 @@
-"""A teacher's endpoint in memory that fails on demand."""
+"""A replica of a teacher in memory that fails on demand."""
 
 from __future__ import annotations
 

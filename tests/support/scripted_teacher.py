@@ -23,7 +23,7 @@ class ScriptedTeacher:
     """Answers one frame per sample. Before each frame `script(frames sent in this request, context)` runs.
 
     `failing`: ids of samples that end with the failure `failure_code`. `damage`: changes the bytes of each frame.
-    `frames_at_most`: every answer ends after so many, as if all was well.
+    `frames_at_most`: every answer ends without an error after this number of frames.
     """
 
     def __init__(self, info: TeacherInfo = INFO, port: int = 0) -> None:
@@ -94,7 +94,7 @@ class ScriptedTeacher:
 
 
 def die_after(frames: int) -> Script:
-    """Breaks the stream after `frames` frames, like a lost connection."""
+    """Break the stream after `frames` frames, like a lost connection."""
 
     def script(sent: int, context: grpc.ServicerContext) -> None:
         if sent == frames:
@@ -104,7 +104,7 @@ def die_after(frames: int) -> Script:
 
 
 def busy(times: int, pushback_ms: str = "20") -> Script:
-    """Refuses the first `times` requests with RESOURCE_EXHAUSTED."""
+    """Refuse the first `times` requests with RESOURCE_EXHAUSTED."""
     left = [times]
 
     def script(sent: int, context: grpc.ServicerContext) -> None:
@@ -117,7 +117,7 @@ def busy(times: int, pushback_ms: str = "20") -> Script:
 
 
 def refuse(code: grpc.StatusCode, details: str) -> Script:
-    """Refuses every request."""
+    """Refuse every request."""
 
     def script(_sent: int, context: grpc.ServicerContext) -> None:
         context.abort(code, details)

@@ -10,7 +10,7 @@ LAYERS, HEADS, TOKENS, HEAD_DIM = 3, 2, 14, 8
 
 
 def random_batch(batch: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-    """candidates_BN that begin elsewhere in each sample, k_BLHTD and importance_BLHT."""
+    """Random candidates_BN with a different start in each sample, k_BLHTD and importance_BLHT."""
     generator = torch.Generator().manual_seed(seed)
     k_BLHTD = torch.randn(batch, LAYERS, HEADS, TOKENS, HEAD_DIM, generator=generator)
     importance_BLHT = torch.rand(batch, LAYERS, HEADS, TOKENS, generator=generator)

@@ -63,5 +63,5 @@ class ServerInThread:
 
         try:
             self.ended.set_result(asyncio.run(serve()))
-        except Exception as error:  # noqa: BLE001  it is raised again where the result is asked for
+        except Exception as error:  # noqa: BLE001  it is raised again when the result is read
             self.ended.set_exception(error)

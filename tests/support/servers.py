@@ -40,7 +40,7 @@ class ServerStartError(RuntimeError):
 
 @dataclass
 class TeacherProcess:
-    """A `kvdistill serve` process and where it listens."""
+    """A `kvdistill serve` process and its addresses."""
 
     process: subprocess.Popen[bytes]
     log_path: Path
@@ -82,7 +82,7 @@ class TeacherProcess:
         return found
 
     def wait_event(self, name: str, seconds: float = START_SECONDS) -> dict[str, Any]:
-        """Waits for a log event.
+        """Wait for a log event.
 
         Raises:
             ServerStartError: the process ended, or the event did not come in time.
@@ -99,7 +99,7 @@ class TeacherProcess:
             time.sleep(POLL_SECONDS)
 
     def wait_ready(self, seconds: float = START_SECONDS) -> TeacherProcess:
-        """Waits until requests are taken."""
+        """Wait until the server accepts requests."""
         ready = self.wait_event("ready", seconds)
         self.grpc_port, self.http_port = ready["grpc_port"], ready["http_port"]
         return self
@@ -108,11 +108,11 @@ class TeacherProcess:
         self.process.send_signal(number)
 
     def wait(self, seconds: float = STOP_SECONDS) -> int:
-        """Waits for the end of the process and gives its exit status."""
+        """Wait until the process ends, and return its exit status."""
         return self.process.wait(seconds)
 
     def stop(self, seconds: float = STOP_SECONDS) -> int:
-        """Ends the server in an orderly way, or by force if that takes too long."""
+        """Stop the server with SIGTERM, or with SIGKILL if that takes too long."""
         if self.process.poll() is None:
             self.signal(signal.SIGTERM)
         try:
@@ -130,7 +130,7 @@ class TeacherProcess:
 def start_teacher(
     model: str | Path, log_path: Path, *, engine: str = "hf", grpc_port: int = 0, http_port: int = 0, **options: object
 ) -> TeacherProcess:
-    """Starts a server and returns at once; `options` are flags of `kvdistill serve` with underscores."""
+    """Start a server and return at once; `options` are flags of `kvdistill serve` with underscores."""
     settings = {"engine": engine, "grpc_port": grpc_port, "http_port": http_port, **options}
     flags = [part for name, value in settings.items() for part in (f"--{name.replace('_', '-')}", str(value))]
     command = [sys.executable, "-m", "kvdistill", "serve", "--model", str(model), *flags]
@@ -142,7 +142,7 @@ def start_teacher(
 
 @contextlib.contextmanager
 def running_teacher(model: str | Path, log_path: Path, **options: Any) -> Iterator[TeacherProcess]:
-    """A server that is ready, and ended afterwards."""
+    """Run a server inside the block, which starts when it is ready."""
     teacher = start_teacher(model, log_path, **options)
     try:
         yield teacher.wait_ready()
@@ -192,7 +192,7 @@ class TeacherClient:
 
 
 def kv_request(plan: KVPlan, samples: Sequence[Sample], request_id: str = "") -> pb.KVRequest:
-    """A request as it goes over the wire."""
+    """A request as a protobuf message."""
     return pb.KVRequest(
         request_id=request_id or uuid.uuid4().hex,
         plan=messages.plan_to_proto(plan),
@@ -201,13 +201,13 @@ def kv_request(plan: KVPlan, samples: Sequence[Sample], request_id: str = "") ->
 
 
 def token_samples(count: int, tokens: int, prefix: str = "n") -> list[Sample]:
-    """Samples of equally many tokens, all different."""
+    """Different samples with `tokens` tokens each."""
     return [Sample(f"{prefix}{i}", token_ids=tuple((i * 31 + j) % 250 for j in range(tokens))) for i in range(count)]
 
 
 @dataclass(frozen=True)
 class Refusal:
-    """How a call ended that did not succeed."""
+    """The status of a failed call."""
 
     code: grpc.StatusCode
     details: str
@@ -215,7 +215,7 @@ class Refusal:
 
 
 def refused(request: Callable[[], object]) -> Refusal:
-    """Makes a call that has to fail."""
+    """Make a call that has to fail, and return its status."""
     try:
         request()
     except grpc.RpcError as error:
@@ -226,7 +226,7 @@ def refused(request: Callable[[], object]) -> Refusal:
 
 
 def health(endpoint: str, service: str = "kvcache.v1.TeacherKV") -> int:
-    """What grpc.health.v1 says of a server: a `HealthCheckResponse.ServingStatus`."""
+    """The status from grpc.health.v1, a `HealthCheckResponse.ServingStatus`."""
     with grpc.insecure_channel(endpoint) as channel:
         check = channel.unary_unary(
             "/grpc.health.v1.Health/Check",
@@ -237,7 +237,7 @@ def health(endpoint: str, service: str = "kvcache.v1.TeacherKV") -> int:
 
 
 def wait_until(condition: Callable[[], bool], seconds: float = 60.0) -> None:
-    """Polls for something that another process or thread will bring about."""
+    """Poll until a condition holds that another process or thread will meet."""
     give_up_at = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < give_up_at, "it did not come to that"

@@ -1,4 +1,4 @@
-"""A real SLURM cluster on this machine for tests: several nodes with made-up GPUs, ended with the block. Needs root."""
+"""A real SLURM cluster on this machine for tests: several nodes with simulated GPUs. Needs root."""
 
 from __future__ import annotations
 
@@ -64,9 +64,9 @@ class SlurmCluster:
     """Nodes n1 to nN of one partition.
 
     Args:
-        directory: for its state and logs, on a path without blanks.
-        nodes: how many.
-        task_environment: variables that every task gets, the job's script too, as a site's TaskProlog gives them.
+        directory: for state and logs; its path must not contain blanks.
+        nodes: the number of nodes.
+        task_environment: variables that TaskProlog sets in every task, including the job script.
     """
 
     def __init__(self, directory: Path, nodes: int, task_environment: Mapping[str, str] | None = None) -> None:
@@ -100,7 +100,7 @@ class SlurmCluster:
             daemon.wait()
 
     def submit(self, command: Sequence[str], environment: Mapping[str, str] | None = None) -> int:
-        """Runs `sbatch` with these arguments from the repository's root; the job's number."""
+        """Run `sbatch` with these arguments in the repository root, and return the job number."""
         done = subprocess.run(
             ["sbatch", "--parsable", *command],
             cwd=REPOSITORY,
@@ -113,18 +113,18 @@ class SlurmCluster:
         return int(done.stdout)
 
     def call(self, *command: str) -> str:
-        """What a SLURM command prints."""
+        """Run a SLURM command and return its output."""
         done = subprocess.run(command, env=self.environment, capture_output=True, text=True, check=False)
         assert done.returncode == 0, (command, done.stderr)
         return done.stdout
 
     def shown(self, job: int) -> dict[str, str]:
-        """`scontrol show job`, by field."""
+        """The fields of `scontrol show job`."""
         fields = (field.partition("=") for field in self.call("scontrol", "show", "job", str(job)).split())
         return {name: value for name, _, value in fields}
 
     def wait(self, job: int, seconds: float) -> dict[str, str]:
-        """Returns when the job is over."""
+        """Wait until the job has ended, and return its fields."""
         until = time.monotonic() + seconds
         while (shown := self.shown(job))["JobState"] not in OVER:
             assert time.monotonic() < until, shown
@@ -143,7 +143,7 @@ class SlurmCluster:
         text = CONFIGURATION.format(directory=directory, host=host, port=port, nodes=nodes) + self._task_prolog()
         (directory / "slurm.conf").write_text(text, encoding="utf-8")
         for number in range(GPUS):
-            # SLURM wants a device for each GPU; these are /dev/null.
+            # SLURM requires a device per GPU; these are /dev/null.
             os.mknod(directory / f"gpu{number}", 0o666 | stat.S_IFCHR, os.makedev(1, 3))
         gpus = f"AutoDetect=off\nName=gpu File={directory}/gpu[0-{GPUS - 1}]\n"
         (directory / "gres.conf").write_text(gpus, encoding="utf-8")
@@ -161,7 +161,7 @@ class SlurmCluster:
         wait_until(self._all_idle, START_SECONDS)
 
     def _task_prolog(self) -> str:
-        """Writes the program that tells slurmd the tasks' variables; its line of the configuration."""
+        """Write the program that sets the tasks' variables, and return its line of the configuration."""
         if not self._task_environment:
             return ""
         lines = [f"echo {shlex.quote(f'export {name}={value}')}" for name, value in self._task_environment.items()]
@@ -189,7 +189,7 @@ class SlurmCluster:
 
 
 def _path() -> str:
-    """Daemons live where users' PATH need not reach."""
+    """PATH with the directories of daemons, which a user's PATH may lack."""
     return os.environ["PATH"] + ":/usr/local/sbin:/usr/sbin:/sbin"
 
 

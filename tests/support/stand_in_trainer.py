@@ -1,6 +1,6 @@
-"""Stands in for the training command of a sweep: takes its flags, leaves what a training leaves, in no time.
+"""A fast stand-in for the training command of a sweep: takes the same flags and writes the same output files.
 
-A file `fail` in the folder of the options makes it fail, `wait` makes it wait, until SIGTERM, as a long training would.
+A file `fail` in the parent of the output directory makes it fail; a file `wait` makes it wait until SIGTERM.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int)
     parser.add_argument("--train_phase", default="1")
     flags, rest = parser.parse_known_args()
-    _say(f"flags {rest}")
+    _log(f"flags {rest}")
     options = flags.output_dir.parent
     if (options / "fail").exists():
         sys.exit(3)
@@ -39,13 +39,13 @@ def main() -> None:
 
 
 def _save_and_end(_number: int, _frame: FrameType | None) -> None:
-    # A checkpoint takes its time.
+    # Saving a checkpoint takes time.
     time.sleep(1.0)
-    _say("checkpoint saved")
+    _log("checkpoint saved")
     sys.exit(1)
 
 
-def _say(text: str) -> None:
+def _log(text: str) -> None:
     sys.stdout.write(f"{text}\n")
     sys.stdout.flush()
 

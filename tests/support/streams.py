@@ -1,4 +1,4 @@
-"""Streams of known content: encoded samples, the frames that carry them, and frames that lie."""
+"""Streams of known content: encoded samples, their frames, and forged frames."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ TIMINGS = Timings(queue=0.25, prefill=0.5, encode=0.125)
 def sample_kv(
     index: int, plan: KVPlan = PLAN, slots: int = 3, tokens: int = 9, info: TeacherInfo = INFO
 ) -> EncodedSampleKV:
-    """Random K/V of the sample `s<index>`, encoded as the plan says."""
+    """Random K/V of the sample `s<index>`, encoded by the plan."""
     generator = torch.Generator().manual_seed(index)
     scope = plan.selection.scope
     layers, heads = len(plan.layers), INFO.kv_heads
@@ -77,12 +77,12 @@ def text_sample(index: int, tokens: int = 9) -> Sample:
 
 
 def keys_of(sent: Sequence[EncodedSampleKV]) -> list[str]:
-    """The keys that a server echoes which understood the request for these."""
+    """The sample keys that a server returns for these samples."""
     return [kv.key for kv in sent]
 
 
 def write_layer(writer: FrameWriter, indices: Sequence[int], at: int, sent: Sequence[EncodedSampleKV]) -> list[bytes]:
-    """The plan's `at`-th layer of samples with equally many slots."""
+    """The frames of the plan's `at`-th layer, for samples with the same number of slots."""
     group = [sent[index] for index in indices]
     return writer.layer_batch(
         indices,
@@ -148,7 +148,7 @@ def read_stream(
 
 
 def assert_same(got: EncodedSampleKV | RefusedSample | None, sent: EncodedSampleKV, timings: bool = True) -> None:
-    """Every field, every tensor bit for bit with its dtype and shape."""
+    """Compare every field, and every tensor bit for bit with its dtype and shape."""
     assert isinstance(got, EncodedSampleKV)
     assert (got.sample_id, got.key, got.layers, got.codec) == (sent.sample_id, sent.key, sent.layers, sent.codec)
     assert got.relative_error == sent.relative_error
@@ -165,7 +165,7 @@ SENT = [sample_kv(0), sample_kv(1), sample_kv(2, slots=2)]
 
 
 def stream(max_body: int = 1 << 20) -> list[bytes]:
-    """The frames of `SENT`: two samples that travel together and a shorter one; a frame per layer where they fit."""
+    """The frames of `SENT`: two samples that share frames and a shorter one; a frame per layer where they fit."""
     writer = FrameWriter(REQUEST, PLAN, keys_of(SENT), max_body)
     frames = [frame for index, kv in enumerate(SENT) for frame in write_sample(writer, index, kv)]
     for at in range(3):
@@ -176,7 +176,7 @@ def stream(max_body: int = 1 << 20) -> list[bytes]:
 
 @dataclass
 class Forged:
-    """A frame taken apart, to be changed and signed again: what a hostile server could send."""
+    """A decoded frame that a test changes and hashes again, as a hostile server could."""
 
     header: dict[str, Any]
     body: bytearray
@@ -186,7 +186,7 @@ class Forged:
 
 
 def forge(frames: Sequence[bytes], change: Callable[[list[Forged]], object]) -> list[bytes]:
-    """Changes frames and makes their sequence and hashes right again."""
+    """Change frames, then correct their sequence numbers and hashes."""
     forged = [Forged(copy.deepcopy(header), bytearray(body)) for header, body in map(unpack_frame, frames)]
     change(forged)
     return [

@@ -1,4 +1,4 @@
-"""Small tokenizers as large models define theirs, and what their tokens stand for, told without the code under test."""
+"""Small tokenizers like those of large models, and the bytes of their tokens, computed without the code under test."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ TEXTS = {
 def byte_level(
     pattern: str, normalizer: Any = None, *, trim: bool = False, bos: bool = False, prefix_space: bool = False
 ) -> PreTrainedTokenizerFast:
-    """A byte-level BPE as Qwen2 and Llama-3 define theirs; `trim` as Llama-3 and GPT-NeoX trim offsets."""
+    """A byte-level BPE like those of Qwen2 and Llama-3; `trim` trims offsets as Llama-3 and GPT-NeoX do."""
     tokenizer = Tokenizer(BPE())
     tokenizer.normalizer = normalizer
     alphabet = pre_tokenizers.ByteLevel(add_prefix_space=prefix_space, use_regex=False)
@@ -59,7 +59,7 @@ def byte_level(
 
 
 def sentencepiece(*, prepend: bool = False, normalizer: Any = None, bos: bool = False) -> PreTrainedTokenizerFast:
-    """A BPE with byte fallback as converted from SentencePiece, in its present or (`prepend`) Llama-2's own form."""
+    """A BPE with byte fallback as converted from SentencePiece, in the current form or (`prepend`) that of Llama-2."""
     tokenizer = Tokenizer(BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
     steps: list[Any] = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
     if prepend:
@@ -69,7 +69,7 @@ def sentencepiece(*, prepend: bool = False, normalizer: Any = None, bos: bool = 
         tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
         tokenizer.normalizer = normalizer
     tokenizer.decoder = decoders.Sequence(steps)
-    # Few characters have a token of their own, always the same ones, so that the others fall back to bytes.
+    # Only a fixed set of characters have tokens, so that the others fall back to bytes.
     _train(tokenizer, ["<unk>", "<s>", "</s>", *SINGLE_BYTES], SMALL_CORPUS)
     definition = json.loads(tokenizer.to_str())
     definition["added_tokens"] = [
@@ -109,7 +109,7 @@ def tokenizer_of(name: str) -> PreTrainedTokenizerFast:
 
 
 def token_bytes(name: str, ids: Sequence[int]) -> list[bytes]:
-    """What each token of a tokenizer of `BYTE_LEVEL` or `FALLBACK` writes, byte by byte."""
+    """The bytes of each token, for a tokenizer of `BYTE_LEVEL` or `FALLBACK`."""
     tokenizer = tokenizer_of(name)
     added = {str(token) for token in tokenizer.added_tokens_decoder.values()}
     written: list[bytes] = []
@@ -126,10 +126,10 @@ def token_bytes(name: str, ids: Sequence[int]) -> list[bytes]:
 
 
 def naive_ends(name: str, text: str, ids: Sequence[int]) -> list[int]:
-    """Byte ends by counting what each token writes, for a tokenizer of `BYTE_LEVEL` or `FALLBACK` and no BOS in front.
+    """Byte ends by counting the bytes of each token, for a tokenizer of `BYTE_LEVEL` or `FALLBACK` without BOS.
 
-    A SentencePiece tokenizer writes a space of its own ahead of the text, Llama-2's ahead of every stretch of it
-    between special tokens; what writes nothing else has no end.
+    A SentencePiece tokenizer adds a space before the text; Llama-2's adds one before every part between special tokens.
+    A token that adds no bytes of the text has no byte end.
     """
     special = set(tokenizer_of(name).all_special_ids)
     own_space = name == "llama2" or (name == "metaspace" and not text.startswith(" "))

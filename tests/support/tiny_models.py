@@ -1,6 +1,6 @@
 """Tiny random models of the supported families, saved as directories that transformers loads.
 
-Every parameter is random, biases and norm weights too, so that a test notices when one of them is left out.
+Every parameter is random, biases and norm weights too, so that a test fails if the code ignores one of them.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ _CLASSES: dict[Family, tuple[type[Any], type[PreTrainedModel]]] = {
     "mistral": (MistralConfig, MistralForCausalLM),
 }
 
-# What sets a family apart, small enough that short samples meet it: a window, scaled rotary frequencies.
+# The special features of each family, scaled down so that short samples use them: sliding window, scaled RoPE.
 _FAMILY_EXTRAS: dict[Family, dict[str, Any]] = {
     "llama": {
         "rope_parameters": {
@@ -83,7 +83,7 @@ _FAMILY_EXTRAS: dict[Family, dict[str, Any]] = {
 
 
 def tiny_spec(family: Family, **changes: Any) -> TinySpec:
-    """The family's usual tiny geometry, with its peculiarity (window, rotary scaling) switched on."""
+    """The default tiny geometry of a family, with its special feature (sliding window, RoPE scaling)."""
     extra = {**_FAMILY_EXTRAS[family], **changes.pop("extra", {})}
     return TinySpec(family=family, extra=extra, **changes)
 
@@ -112,7 +112,7 @@ def build_model(spec: TinySpec) -> PreTrainedModel:
 
 
 def randomise(model: PreTrainedModel, seed: int) -> None:
-    """Draws every parameter anew: weights so that activations keep their size, vectors around what they are."""
+    """Randomise every parameter: weights so that activations keep their scale, vectors around their current values."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -124,7 +124,7 @@ def randomise(model: PreTrainedModel, seed: int) -> None:
 
 
 def build_tokenizer(family: Family, vocabulary: int = 384) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer in the family's manner; Llama and Mistral put a BOS in front, Qwen does not."""
+    """A byte-level BPE tokenizer like the family's. Llama and Mistral add a BOS; Qwen does not."""
     adds_bos = family in ("llama", "mistral")
     tokenizer = Tokenizer(models.BPE())
     split = LLAMA3_SPLIT if adds_bos else QWEN_SPLIT
@@ -156,7 +156,7 @@ def build_tokenizer(family: Family, vocabulary: int = 384) -> PreTrainedTokenize
 
 
 def save_tiny_model(directory: Path, spec: TinySpec) -> Path:
-    """Writes a model and its tokenizer as safetensors and JSON; returns the directory."""
+    """Save a model and its tokenizer as safetensors and JSON, and return the directory."""
     build_model(spec).save_pretrained(directory)
     build_tokenizer(spec.family, spec.vocabulary).save_pretrained(str(directory))
     return directory

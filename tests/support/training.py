@@ -72,7 +72,7 @@ def make_world(directory: Path) -> World:
 
 
 def start_training(command: list[str], ranks: int, log: Path) -> subprocess.Popen[bytes]:
-    """Starts `python -m ...` under torchrun; its output goes to `log`."""
+    """Start `python -m ...` under torchrun with its output in `log`."""
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
     with log.open("wb") as out:
         return subprocess.Popen(
@@ -85,7 +85,7 @@ def start_training(command: list[str], ranks: int, log: Path) -> subprocess.Pope
 
 
 def train(configs: Sequence[dict[str, Any]], ranks: int, directory: Path) -> list[Path]:
-    """Runs configurations one after the other in one launch and returns their output directories."""
+    """Run configurations one after the other in one launch, and return their output directories."""
     plan = directory / "plan.json"
     plan.write_text(json.dumps([{"name": str(i), "config": c, "test": None} for i, c in enumerate(configs)]))
     log = directory / "train.log"
@@ -98,20 +98,20 @@ def train(configs: Sequence[dict[str, Any]], ranks: int, directory: Path) -> lis
 
 
 def start_cli(config: dict[str, Any], ranks: int, directory: Path) -> tuple[subprocess.Popen[bytes], Path]:
-    """Starts `kvdistill train` under torchrun; returns the process and its log."""
+    """Start `kvdistill train` under torchrun, and return the process and its log."""
     path, log = directory / "run.yaml", directory / "run.log"
     path.write_text(yaml.safe_dump(config), encoding="utf-8")
     return start_training(["kvdistill", "train", "--config", str(path)], ranks, log), log
 
 
 def metrics(output: Path, name: str) -> dict[int, float]:
-    """One metric by step."""
+    """The values of one metric, by step."""
     lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     return {line["step"]: line[name] for line in lines if name in line}
 
 
 def assert_same_losses(one: Path, other: Path, tolerance: float, names: Sequence[str] = LOSSES) -> None:
-    """Compares every logged step of both runs."""
+    """Compare every logged step of two runs."""
     for name in names:
         ours, theirs = metrics(one, name), metrics(other, name)
         assert ours.keys() == theirs.keys()

@@ -1,4 +1,4 @@
-"""The trainer in one process: a tiny student, teachers' K/V computed from the text, and a process group of one rank."""
+"""Parts of the trainer in one process: a tiny student, K/V computed from the text, and a process group of one rank."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ RECORDS: tuple[Record, ...] = tuple(make_splits(ChainTask(), 60, 1, 1, seed=0).t
 
 @contextlib.contextmanager
 def one_rank() -> Iterator[None]:
-    """A process group of this process only."""
+    """Run the block in a process group of one rank."""
     store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
     dist.init_process_group("gloo", store=store, rank=0, world_size=1)
     try:
@@ -94,10 +94,10 @@ def _generator(seed: str) -> torch.Generator:
 def teacher_kv(
     teacher: str, records: Sequence[Record], slots: int | None = LATENTS, layers: int | None = None
 ) -> BatchKV:
-    """K/V that an alignment can explain in part: they depend on teacher and last byte, with noise by text.
+    """K/V that alignment can partly explain: they depend on the teacher and the last byte, plus noise per text.
 
-    `slots`: only so many of the last tokens, else every token that ends at a known byte. `layers`: as many as the plan
-    asks for, those of the default layer map if not given.
+    `slots`: the number of last tokens to keep; by default, every token with a known byte end. `layers`: the number of
+    layers of the plan; by default, that of the default layer map.
     """
     geometry = TEACHERS[teacher]
     ends_of = [

@@ -10,7 +10,7 @@ _HEADERS, _END_OF_HEADERS_AND_STREAM = 0x1, 0x5
 
 
 def send_unreadable_request(port: int, *, tls: bool = False) -> socket.socket:
-    """Send it over HTTP/2 without a token; the connection stays open until the caller closes it."""
+    """Send the request over HTTP/2 without a token; the connection stays open until the caller closes it."""
     connection = socket.create_connection(("127.0.0.1", port), timeout=10)
     if tls:
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)

@@ -1,4 +1,4 @@
-"""vLLM on the CPU: tiny models, small caches. Starting vLLM is slow, so all tests of a model share one engine."""
+"""vLLM on the CPU with tiny models and small caches. vLLM starts slowly, so all tests of a model share one engine."""
 
 from __future__ import annotations
 
@@ -26,23 +26,23 @@ CROWDED = {
     "max_num_batched_tokens": 48,
     "num_gpu_blocks_override": 24,
     "max_num_seqs": 8,
-    # No prompt takes a whole pass or has reserved blocks: several prompts grow together until one is preempted.
+    # No prompt fills a pass or reserves its blocks, so several prompts grow together until one is preempted.
     "long_prefill_token_threshold": 16,
     "scheduler_reserve_full_isl": False,
 }
 MODELS: dict[str, tuple[dict[str, Any], dict[str, Any], int]] = {
     "qwen2": ({"family": "qwen2"}, {}, 1),
     # One KV head for four query heads, and a scaled rotary embedding.
-    # Its statistics are on, so that tests can check events. vLLM shows the statistics of the last such engine only.
+    # Its statistics are on, so that tests can read them. vLLM shows the statistics of the last such engine only.
     "llama": ({"family": "llama", "kv_heads": 1}, {**CROWDED, "disable_log_stats": False}, 1),
-    # Has query and key norms; each of two ranks computes one of its KV heads.
+    # Has query and key norms. Each of two ranks computes one KV head.
     "qwen3": ({"family": "qwen3", "head_dim": 64}, CROWDED, 2),
 }
 
 
 @dataclass(frozen=True)
 class Pair:
-    """The same model on both engines; `counts`: whether vLLM's statistics are on."""
+    """The same model on both engines. `counts` is whether vLLM's statistics are on."""
 
     counts: bool
     directory: Path
@@ -58,7 +58,7 @@ def save_model(name: str, directory: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def pairs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], Pair]]:
-    """Starts a model when a test first needs it."""
+    """Start a model when the first test needs it."""
 
     def build(name: str) -> Pair:
         if name not in made:

@@ -1,4 +1,4 @@
-"""The vLLM engine meets the engine contract, and matches transformers under any scheduling."""
+"""Tests of the vLLM engine: it meets the engine contract and matches transformers under any scheduling."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.support.engine_contract import *  # noqa: F403  every engine has to p
 from tests.support.engine_contract import EVERYTHING, RAW, TOLERANCE, Outcome, close, run_plans
 from tests.vllm.conftest import Pair
 
-# Around multiples of the block size 32 and the pass size 48, and the longest.
+# Lengths around multiples of the block size 32 and the pass size 48, and the maximum.
 LENGTHS = (1, 2, 31, 32, 33, 47, 48, 49, 64, 97, 250, 511, 512)
 
 
@@ -118,7 +118,7 @@ def test_answers_in_the_prefix_cache_are_recomputed_for_attention(pair: Pair) ->
         assert_equal_on_both(pair, [sample_of(120, 5, "once"), sample_of(90, 6, "more")], plan)
 
 
-def test_preempted_requests_lose_nothing(pairs: Callable[[str], Pair]) -> None:
+def test_preempted_requests_match_transformers(pairs: Callable[[str], Pair]) -> None:
     pair, before = pairs("llama"), counted("num_preemptions")
     samples = [sample_of(300 + 20 * number, 40 + number) for number in range(8)]
     for selector in ("full", "r_kv"):
@@ -128,7 +128,7 @@ def test_preempted_requests_lose_nothing(pairs: Callable[[str], Pair]) -> None:
     assert counted("num_preemptions") > before
 
 
-def test_an_unwanted_sample_ends_and_the_others_continue(pair: Pair) -> None:
+def test_a_cancelled_sample_ends_and_the_others_continue(pair: Pair) -> None:
     samples = [sample_of(400, 70 + number) for number in range(4)]
     batch = [PlannedSample(pair.vllm.tokenize(sample), EVERYTHING) for sample in samples]
     outcome, given_up = Outcome(), threading.Event()

@@ -1,4 +1,4 @@
-"""The vLLM engine meets the contract of generation."""
+"""Tests of the contract of generation for the vLLM engine."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A vLLM teacher in the real server: interchangeable with a transformers replica, for clients and for training."""
+"""Tests of a vLLM teacher in a real server: clients and training can replace it by a transformers replica."""
 
 from __future__ import annotations
 

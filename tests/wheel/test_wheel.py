@@ -1,4 +1,4 @@
-"""The wheel is complete: installed outside the checkout, its commands work, with and without the extra `train`."""
+"""Tests of the wheel: installed outside the checkout, its commands work, with and without the extra `train`."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ EXTRACT = (
     "--output_dir",
     "kv",
 )
-# The demo's models without their training, and questions, in the current directory.
+# Writes the untrained models of the demo, and questions, to the current directory.
 MAKE_INPUTS = """
 from pathlib import Path
 from data.records import write_records
@@ -55,7 +55,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A user's directory, with a package `data` of the user's own in it."""
+    """A user's directory that contains the user's own package `data`."""
     directory = tmp_path_factory.mktemp("work")
     (directory / "data").mkdir()
     (directory / "data" / "__init__.py").touch()
@@ -64,13 +64,13 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def plain(wheel: Path, work: Path, tmp_path_factory: pytest.TempPathFactory) -> Environment:
-    """What `pip install kvdistill` gives."""
+    """An environment as after `pip install kvdistill`."""
     return install(wheel, tmp_path_factory.mktemp("plain"), work)
 
 
 @pytest.fixture(scope="module")
 def full(wheel: Path, work: Path, tmp_path_factory: pytest.TempPathFactory) -> Environment:
-    """What `pip install 'kvdistill[train]'` gives."""
+    """An environment as after `pip install 'kvdistill[train]'`."""
     return install(wheel, tmp_path_factory.mktemp("full"), work, extras=["train"])
 
 
@@ -95,26 +95,26 @@ def run_file(teacher: TeacherProcess, work: Path) -> Path:
     return work / "run.yaml"
 
 
-def test_the_wheel_holds_every_file_of_the_packages_and_nothing_else(wheel: Path) -> None:
+def test_wheel_has_exactly_the_files_of_the_packages(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         held = {name for name in archive.namelist() if ".dist-info/" not in name}
     assert held == {name for name in source_files() if name.partition("/")[0] in {*PACKAGES, "kvdistill"}}
 
 
-def test_an_environment_takes_kvdistill_from_the_wheel_alone(plain: Environment) -> None:
+def test_packages_are_imported_from_the_wheel(plain: Environment) -> None:
     program = "import importlib.util as i, sys; print(*(i.find_spec(n).origin for n in sys.argv[1:]), sep='\\n')"
     found = plain.run("python", "-P", "-c", program, *PACKAGES, "kvdistill")
     assert found.returncode == 0, found.stderr
     assert all(Path(line).is_relative_to(plain.site_packages) for line in found.stdout.splitlines())
 
 
-def test_the_version_is_that_of_the_wheel(plain: Environment, wheel: Path) -> None:
+def test_version_command_prints_the_version_of_the_wheel(plain: Environment, wheel: Path) -> None:
     shown = plain.run("kvdistill", "--version")
     assert (shown.returncode, shown.stdout) == (0, f"kvdistill {wheel.name.split('-')[1]}\n")
 
 
 @pytest.mark.parametrize("command", [(), *((name,) for name in COMMANDS)], ids=["kvdistill", *COMMANDS])
-def test_help_needs_no_extra(plain: Environment, command: tuple[str, ...]) -> None:
+def test_help_works_without_extras(plain: Environment, command: tuple[str, ...]) -> None:
     shown = plain.run("kvdistill", *command, "--help")
     assert shown.returncode == 0, shown.stderr
     assert "kvdistill" in shown.stdout
@@ -141,7 +141,7 @@ def test_command_names_missing_extra(plain: Environment, arguments: tuple[str, .
     assert ended.stderr.count("\n") == 1
 
 
-def test_a_plain_install_describes_teachers_and_plans_a_run(
+def test_plain_install_inspects_teachers_and_plans_a_run(
     plain: Environment, teacher: TeacherProcess, run_file: Path
 ) -> None:
     for arguments in (
@@ -155,7 +155,7 @@ def test_a_plain_install_describes_teachers_and_plans_a_run(
     assert "pip install 'kvdistill[train]'" in ended.stdout
 
 
-def test_a_student_trains_and_is_reported_and_evaluated(full: Environment, run_file: Path) -> None:
+def test_full_install_trains_reports_and_evaluates(full: Environment, run_file: Path) -> None:
     trained = full.run("kvdistill", "train", "--config", run_file)
     assert trained.returncode == 0, trained.stderr
     steps = [json.loads(line)["step"] for line in (full.work / "run/metrics.jsonl").read_text("utf-8").splitlines()]
@@ -175,7 +175,7 @@ def test_servers_that_a_command_starts_do_not_import_the_users_package(full: Env
     assert extracted.returncode == 0, extracted.stderr
 
 
-def test_user_package_that_hides_ours_is_named(plain: Environment) -> None:
+def test_user_package_that_hides_a_kvdistill_package_is_named(plain: Environment) -> None:
     ended = plain.run("python", "-m", "kvdistill", "--version")
     assert ended.returncode == 2
     assert ended.stderr.startswith(f"kvdistill: {plain.work / 'data'} hides the package 'data'")
