@@ -38,7 +38,7 @@ class KVQuery:
     sampling: SamplingParams | None = None
 
     def sample_keys(self, info: TeacherInfo) -> list[str]:
-        """The content key of each sample as the server understood it."""
+        """The sample key of each sample as the server understood it."""
         return [sample.key(info.weights_digest, self.plan, self.sampling) for sample in self.samples]
 
 

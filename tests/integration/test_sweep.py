@@ -15,11 +15,11 @@ import yaml
 
 from tests.support.servers import REPOSITORY, wait_until
 
+pytestmark = pytest.mark.slow
+
 TRAINER = "python -m tests.support.stand_in_trainer"
 EVALUATOR = """
 import argparse, json, pathlib
-
-pytestmark = pytest.mark.slow
 parser = argparse.ArgumentParser()
 for name in ("model_path", "output_file"): parser.add_argument("--" + name, type=pathlib.Path)
 parser.add_argument("--eval_datasets", nargs="+")
