@@ -168,7 +168,7 @@ def test_interrupted_run_resumes(
 ) -> None:
     # Small shards and one sample per request, so that the process is killed between two shards.
     code = (
-        "import sys; from kvcore import store; from extraction import command\n"
+        "import sys; from kvcore.store import kv_store as store; from extraction import command\n"
         "store.KVStoreWriter.__init__.__defaults__ = (9000,)\n"
         "sys.exit(command.main(sys.argv[1:], 'extract'))"
     )

@@ -105,7 +105,7 @@ def test_directory_gives_the_requested_number_of_usable_records(
     chosen = settings(student, dataset_name=(str(tmp_path),), max_length=40, train_samples=3, val_samples=2)
     files = prepare_data(chosen, tmp_path / "out")
     assert load_records(files.train) == short[:3]
-    assert "1 of the 2 val records asked for are there" in caplog.text
+    assert "found only 1 of the requested 2 val records" in caplog.text
     with pytest.raises(ConfigError, match=r"--max_length: every train record is longer than 5 tokens"):
         prepare_data(chosen.model_copy(update={"max_length": 5}), tmp_path / "out")
 
@@ -122,8 +122,8 @@ def test_missing_student_raises_before_data_are_prepared(names: tuple[str, ...],
 @pytest.mark.parametrize(
     ("names", "problem"),
     [
-        (("./no/such",), "no directory './no/such' here"),
-        (("gsm8k", "multi_reasoning_cot_direct"), "is a mix already"),
+        (("./no/such",), "there is no directory './no/such'"),
+        (("gsm8k", "multi_reasoning_cot_direct"), "is already a mix"),
         (("gsm9k",), "gsm9k"),
     ],
 )
