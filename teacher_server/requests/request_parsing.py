@@ -56,12 +56,14 @@ def parse_request(data: bytes, kind: type[RequestT], info: TeacherInfo) -> Parse
     Raises:
         FieldError: a field is too large, or the bytes are not such a message.
     """
-    places = check_size(data, cast("Descriptor", kind.DESCRIPTOR), size_limits(info))
+    ranges = check_size(data, cast("Descriptor", kind.DESCRIPTOR), size_limits(info))
     view = memoryview(data)
-    ends = [0, *(place.end for place in places)]
-    starts = [*(place.tag for place in places), len(data)]
+    ends = [0, *(part.end for part in ranges)]
+    starts = [*(part.tag for part in ranges), len(data)]
     rest = b"".join(view[end:start] for end, start in zip(ends, starts, strict=True))
-    return ParsedRequest(_parsed(rest, kind, "request"), [view[place.start : place.end] for place in places])
+    return ParsedRequest(
+        _parsed(rest, kind, "request"), [view[sample_range.start : sample_range.end] for sample_range in ranges]
+    )
 
 
 def _parsed(data: bytes, kind: type[MessageT], field: str) -> MessageT:

@@ -71,7 +71,7 @@ def size_limits(info: TeacherInfo) -> SizeLimits:
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class ByteRange:
     """Byte offsets of a field: its tag, its content (-1 if the field has no length), and its end."""
 
     tag: int
@@ -79,8 +79,8 @@ class Place:
     end: int
 
 
-def check_size(data: bytes, message: Descriptor, limits: SizeLimits) -> list[Place]:
-    """Refuse a request with too many entries or too long strings. Returns the places of its samples.
+def check_size(data: bytes, message: Descriptor, limits: SizeLimits) -> list[ByteRange]:
+    """Refuse a request with too many entries or too long strings. Returns the byte ranges of its samples.
 
     Raises:
         FieldError: a field exceeds its limit, with its size as far as counted; or the bytes are not a protobuf message.
@@ -95,11 +95,11 @@ class _Scan:
         self._data = data
         self._limits = limits
         self._fields_left = limits.fields
-        self.samples: list[Place] = []
+        self.samples: list[ByteRange] = []
 
     def message(self, message: Descriptor, start: int, end: int, path: str) -> None:
         counts: dict[int, int] = {}
-        for number, place in self._fields(start, end):
+        for number, field_range in self._fields(start, end):
             field = message.fields_by_number.get(number)
             if field is None:
                 counts[0] = counts.get(0, 0) + 1
@@ -108,45 +108,45 @@ class _Scan:
                 continue
             counted = counts.get(number, 0)
             counts[number] = counted + self._field(
-                field, f"{message.name}.{field.name}", place, counted, f"{path}{field.name}"
+                field, f"{message.name}.{field.name}", field_range, counted, f"{path}{field.name}"
             )
 
-    def _field(self, field: FieldDescriptor, key: str, place: Place, counted: int, path: str) -> int:
+    def _field(self, field: FieldDescriptor, key: str, field_range: ByteRange, counted: int, path: str) -> int:
         """Check one field after `counted` entries of the same field; returns the number of entries that it adds."""
-        packed = place.start >= 0 and field.is_repeated and field.cpp_type not in _NEVER_PACKED
+        packed = field_range.start >= 0 and field.is_repeated and field.cpp_type not in _NEVER_PACKED
         limit = self._limits.entries.get(key, 1)
-        added = self._count_varints(place, limit, path) if packed else 1
+        added = self._count_varints(field_range, limit, path) if packed else 1
         if counted + added > limit:
             size = f"{counted + added}" if packed else f"more than {limit}"
             raise FieldError(path, f"has {size} entries; the limit is {limit}")
-        if place.start < 0:
+        if field_range.start < 0:
             return added
         if field.is_repeated:
             path = f"{path}.{counted}"
         if field.message_type is not None:
             if field.message_type.name == "Sample":
-                self.samples.append(place)
-            self.message(field.message_type, place.start, place.end, f"{path}.")
+                self.samples.append(field_range)
+            self.message(field.message_type, field_range.start, field_range.end, f"{path}.")
         elif key in self._limits.characters:
-            self._check_characters(place, self._limits.characters[key], path)
+            self._check_characters(field_range, self._limits.characters[key], path)
         return added
 
-    def _count_varints(self, place: Place, limit: int, path: str) -> int:
-        least = -(-(place.end - place.start) // _MAX_VARINT_BYTES)
+    def _count_varints(self, field_range: ByteRange, limit: int, path: str) -> int:
+        least = -(-(field_range.end - field_range.start) // _MAX_VARINT_BYTES)
         if least > limit:
             raise FieldError(path, f"has at least {least} entries; the limit is {limit}")
-        return len(self._data[place.start : place.end].translate(None, _NOT_LAST_OF_VARINT))
+        return len(self._data[field_range.start : field_range.end].translate(None, _NOT_LAST_OF_VARINT))
 
-    def _check_characters(self, place: Place, limit: int, path: str) -> None:
-        size = place.end - place.start
+    def _check_characters(self, field_range: ByteRange, limit: int, path: str) -> None:
+        size = field_range.end - field_range.start
         if size > limit * _MAX_CHARACTER_BYTES:
             raise FieldError(path, f"has {size} bytes; the limit is {limit} characters")
-        characters = len(self._data[place.start : place.end].translate(None, _CONTINUATIONS))
+        characters = len(self._data[field_range.start : field_range.end].translate(None, _CONTINUATIONS))
         if characters > limit:
             raise FieldError(path, f"has {characters} characters; the limit is {limit}")
 
-    def _fields(self, at: int, end: int) -> Iterator[tuple[int, Place]]:
-        """Number and place of each field."""
+    def _fields(self, at: int, end: int) -> Iterator[tuple[int, ByteRange]]:
+        """Number and byte range of each field."""
         while at < end:
             self._fields_left -= 1
             if self._fields_left < 0:
@@ -167,14 +167,14 @@ class _Scan:
                 raise _malformed(f"wire type {wire_type} before byte {at}")
             if at > end:
                 raise _malformed(f"a field ends at byte {at}, past the end at byte {end}")
-            yield tag >> 3, Place(begin, start, at)
+            yield tag >> 3, ByteRange(begin, start, at)
 
     def _varint(self, at: int, end: int) -> tuple[int, int]:
         value = 0
-        for place, byte in enumerate(self._data[at : min(at + _MAX_VARINT_BYTES, end)]):
-            value |= (byte & 0x7F) << 7 * place
+        for index, byte in enumerate(self._data[at : min(at + _MAX_VARINT_BYTES, end)]):
+            value |= (byte & 0x7F) << 7 * index
             if byte < 0x80:
-                return value, at + place + 1
+                return value, at + index + 1
         raise _malformed(f"a number at byte {at} does not end")
 
 
