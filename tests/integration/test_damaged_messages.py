@@ -23,6 +23,8 @@ from tests.support.damaging_proxy import DamagingProxy, flip, unchanged
 from tests.support.kv_fakes import same_result
 from tests.support.server_in_thread import ServerInThread
 
+pytestmark = pytest.mark.slow
+
 TEXT = "Tom has 3 apples. He buys 4 more: 3 + 4 = 7. The answer is 7."
 SPANS = (Span("prompt", 0, 18), Span("reasoning", 18, 45), Span("answer", 45, 61))
 SAMPLES = (

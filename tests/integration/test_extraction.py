@@ -30,6 +30,8 @@ from tests.support.extraction import ExtractionWorld, assert_same_kv, load_pt, m
 from tests.support.reference_kv import load_reference, reference_kv
 from tests.support.servers import REPOSITORY, TeacherProcess, running_teacher, wait_until
 
+pytestmark = pytest.mark.slow
+
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 

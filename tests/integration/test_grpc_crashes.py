@@ -24,6 +24,8 @@ from tests.support.server_in_thread import ServerInThread
 from tests.support.servers import TeacherClient, TeacherProcess, running_teacher, token_samples, wait_until
 from tests.support.unreadable_request import send_unreadable_request
 
+pytestmark = pytest.mark.slow
+
 PLAN = KVPlan(layers=(0,), selection=Selection(span="all"))
 
 

@@ -15,6 +15,8 @@ from protos import kv_cache_pb2 as pb
 from tests.support.servers import TeacherClient, TeacherProcess, refused, running_teacher, token_samples
 from tests.unit.test_request_size import field
 
+pytestmark = pytest.mark.slow
+
 SIZE = (16 << 20) - 4096
 PLAN = KVPlan(layers=(0,), selection=Selection(selector="right", budget=1, span="all"))
 HEAD = pb.KVRequest(plan=plan_to_proto(PLAN)).SerializeToString()

@@ -22,6 +22,8 @@ from tests.support.benchmark_data import write_benchmarks
 from tests.support.servers import REPOSITORY
 from tests.support.tiny_models import save_tiny_model, tiny_spec
 
+pytestmark = pytest.mark.slow
+
 PROMPTS = [f"Question: What is {index}+{index}?\nAnswer:" for index in range(4)]
 TASK = """
 task: sums

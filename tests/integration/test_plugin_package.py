@@ -17,6 +17,8 @@ from data.synthetic import ChainTask, make_splits
 from tests.support.servers import REPOSITORY, TeacherProcess, running_teacher
 from tests.support.tiny_models import save_tiny_model, tiny_spec
 
+pytestmark = pytest.mark.slow
+
 EXAMPLE = REPOSITORY / "docs" / "examples" / "plugin"
 
 FETCH = """

@@ -15,6 +15,8 @@ from tests.support.guide import MODELS, blocks
 from tests.support.servers import REPOSITORY, running_teacher
 from tests.support.tiny_models import save_tiny_model
 
+pytestmark = pytest.mark.slow
+
 PAGE = REPOSITORY / "docs" / "python.md"
 STUDENT = "Qwen/Qwen2.5-1.5B"
 

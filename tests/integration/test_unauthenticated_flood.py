@@ -21,6 +21,8 @@ from teacher_server.requests.connection_limits import MAX_OPEN_REFLECTIONS
 from tests.integration.test_secure_transport import SECRET, certificate
 from tests.support.servers import TeacherProcess, running_teacher, wait_until
 
+pytestmark = pytest.mark.slow
+
 CALLS, BYTES = 80, 15 * MIB
 STREAM_KV, DESCRIBE = "/kvcache.v1.TeacherKV/StreamKV", "/kvcache.v1.TeacherKV/Describe"
 CHECK = "/grpc.health.v1.Health/Check"
