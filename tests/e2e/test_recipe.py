@@ -8,9 +8,12 @@ import sys
 from pathlib import Path
 
 import psutil
+import pytest
 
 from tests.support.servers import REPOSITORY
 from tests.support.training import LATENTS, World, assert_same_losses, metrics
+
+pytestmark = pytest.mark.slow
 
 TINY = (
     f"--num_latents {LATENTS} --latent_passes 1 --calibration_samples 48 --val_samples 8 --logging_steps 1 "
