@@ -11,13 +11,13 @@ import re
 import shutil
 import subprocess
 import sys
-import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from datasets import Dataset
 
+from kvdistill.own_packages import PACKAGES
 from tests.support.benchmark_data import write_benchmarks
 from tests.support.guide_data import write_guide_datasets
 from tests.support.servers import REPOSITORY
@@ -129,10 +129,8 @@ def shorten(saved: Path, rows: int) -> None:
 
 
 def _copy_sources(directory: Path) -> None:
-    settings = tomllib.loads((REPOSITORY / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]
-    packages = {name.partition(".")[0] for name in settings["packages"]}
     ignored = shutil.ignore_patterns("__pycache__", "prepared")
-    for name in sorted({*packages, "configs", "scripts"}):
+    for name in sorted({*PACKAGES, "kvdistill", "configs", "scripts"}):
         shutil.copytree(REPOSITORY / name, directory / name, ignore=ignored)
     # `make setup` creates it here, and jobs expect it here.
     (directory / ".venv").symlink_to(sys.prefix)
