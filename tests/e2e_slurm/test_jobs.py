@@ -111,7 +111,7 @@ def test_three_stages_run_in_order(cluster: SlurmCluster, world: World, tmp_path
         ({"STUDENT": "no/such-student"}, "1:0", "student.path: cannot load 'no/such-student'"),
         # An error that only the ranks detect.
         ({"HEAD_ADAPT_STRATEGY": "identity"}, "1:0", "training failed with code 2"),
-        ({"KV_COMPRESSION": "left"}, "2:0", "--kv_compression: Input should be 'full', 'right' or 'r-kv'"),
+        ({"KV_COMPRESSION": "left"}, "2:0", "--kv_compression: expected one of full, right, r_kv"),
     ],
 )
 def test_failed_job_has_a_failed_state_and_a_message(
