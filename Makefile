@@ -23,7 +23,7 @@ setup: ## Create the virtual environment from the pinned versions, if it is not 
 demo: setup ## Train a tiny student from two tiny teachers; the report is in outputs/demo
 	@$(VENV)/bin/kvdistill demo $(DEMO_ARGS)
 
-test: setup ## Run lint, types, docs, unit, contract and short integration and e2e tests (under 10 minutes on 2 cores)
+test: setup ## Run lint, types, docs, unit, contract and short integration and e2e tests (about 10 minutes on 2 cores)
 	@$(CHECKS)
 
 test-slow: setup ## Run the long integration and e2e tests; needs Chromium
