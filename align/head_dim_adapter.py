@@ -19,7 +19,12 @@ from kvcore.types import TENSORS, Tensor, TensorKind
 
 logger = logging.getLogger(__name__)
 
-KINDS = ("identity", "pool", "ridge", "procrustes", "linear")
+# Share of the variance below which a layer's map is poor.
+LEAST_EXPLAINED = 0.2
+
+KINDS = ("identity", "pool", "ridge", "procrustes", "linear", "mapped")
+# Kinds that return what they are given.
+_UNCHANGED = ("identity", "mapped")
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,14 +45,14 @@ def check_head_adapter(kind: str, source: KVGeometry, target: KVGeometry) -> Non
     """Checks that a kind of `HeadDimAdapter` exists and fits two geometries.
 
     Raises:
-        FieldError: an unknown kind, or `identity` between different geometries.
+        FieldError: an unknown kind, or `identity` or `mapped` between different geometries.
     """
     if kind not in KINDS:
         raise FieldError("align.head_adapter", f"expected one of {', '.join(KINDS)}; got '{kind}'")
-    if kind == "identity" and (source.heads, source.head_dim) != (target.heads, target.head_dim):
+    if kind in _UNCHANGED and (source.heads, source.head_dim) != (target.heads, target.head_dim):
         raise FieldError(
             "align.head_adapter",
-            f"'identity' needs equal heads and head dims; got {source.heads} x {source.head_dim} and "
+            f"'{kind}' needs equal heads and head dims; got {source.heads} x {source.head_dim} and "
             f"{target.heads} x {target.head_dim} (use 'ridge')",
         )
 
@@ -95,6 +100,7 @@ class HeadDimAdapter(nn.Module):
     | `ridge` | any, least squares with a penalty (`fit_ridge`) | yes |
     | `procrustes` | a rotation with one scale (`fit_procrustes`) | yes |
     | `linear` | starts as `ridge` and trains | yes |
+    | `mapped` | none; the teacher has applied one of the others before it sent the K/V | to be measured |
 
     All kinds except `linear` are frozen, because their output is a target. `pool` assumes that both models order their
     heads and dims in the same way, which is rare; check its explained variance.
@@ -106,7 +112,7 @@ class HeadDimAdapter(nn.Module):
         kind: one of `KINDS`.
 
     Raises:
-        FieldError: an unknown kind, or `identity` between different geometries.
+        FieldError: an unknown kind, or `identity` or `mapped` between different geometries.
     """
 
     def __init__(self, layers: int, source: KVGeometry, target: KVGeometry, kind: str = "ridge") -> None:
@@ -116,18 +122,17 @@ class HeadDimAdapter(nn.Module):
         self.source = source
         self.target = target
         self.maps = nn.ModuleDict()
-        if kind != "identity":
-            for tensor in TENSORS:
-                self.maps[tensor] = LayerwiseAffine(
-                    layers, source.features, target.features, trainable=kind == "linear"
-                )
-                if kind == "pool":
-                    self._set_pool(self._affine(tensor))
+        # `mapped` has measurements, but no map.
+        inputs, outputs = (0, 0) if kind == "mapped" else (source.features, target.features)
+        for tensor in TENSORS if kind != "identity" else ():
+            self.maps[tensor] = LayerwiseAffine(layers, inputs, outputs, trainable=kind == "linear")
+            if kind == "pool":
+                self._set_pool(self._affine(tensor))
 
     def fit(self, tensor: TensorKind, fit: Sequence[RidgeStatistics], held_out: Sequence[RidgeStatistics]) -> None:
         """Fits every layer of keys or values; equal statistics give bitwise equal maps on one machine.
 
-        `pool` is not fitted, only measured on `held_out`.
+        `pool` and `mapped` are not fitted, only measured on `held_out`.
         """
         affine = self._affine(tensor)
         for layer, (seen, unseen) in enumerate(zip(fit, held_out, strict=True)):
@@ -136,6 +141,10 @@ class HeadDimAdapter(nn.Module):
     def _fit_layer(
         self, affine: LayerwiseAffine, layer: int, seen: RidgeStatistics, unseen: RidgeStatistics
     ) -> AffineFit:
+        if self.kind == "mapped":
+            unchanged_FF = torch.eye(self.source.features, dtype=torch.float64, device=unseen.count.device)
+            explained = unseen.explained_variance(unchanged_FF, unchanged_FF.new_zeros(self.target.features))
+            return AffineFit(affine.weight_LFG[layer], affine.bias_LG[layer], math.nan, explained)
         if self.kind == "pool":
             return measured(affine.weight_LFG[layer], affine.bias_LG[layer], unseen)
         return fit_procrustes(seen, unseen) if self.kind == "procrustes" else fit_ridge(seen, unseen)
@@ -148,7 +157,7 @@ class HeadDimAdapter(nn.Module):
 
     def forward(self, x_BLHMD: Tensor, tensor: TensorKind) -> Tensor:
         """Maps [B,L,H,M,D] of the source geometry to the target geometry, in fp32."""
-        if self.kind == "identity":
+        if self.kind in _UNCHANGED:
             return x_BLHMD.float()
         batch, layers, _, slots, _ = x_BLHMD.shape
         x_LNF = x_BLHMD.permute(1, 0, 3, 2, 4).reshape(layers, batch * slots, -1)
@@ -161,8 +170,8 @@ class HeadDimAdapter(nn.Module):
         return affine
 
     def layer_map(self, tensor: TensorKind, layer: int) -> tuple[Tensor, Tensor] | None:
-        """weight_FG and bias_G of one layer; None for `identity`."""
-        if self.kind == "identity":
+        """weight_FG and bias_G of one layer; None for `identity` and `mapped`."""
+        if self.kind in _UNCHANGED:
             return None
         affine = self._affine(tensor)
         return affine.weight_LFG.detach()[layer], affine.bias_LG.detach()[layer]
@@ -175,16 +184,15 @@ class HeadDimAdapter(nn.Module):
         """Chosen ridge penalty per layer; NaN if the kind has none, empty for `identity`."""
         return [] if self.kind == "identity" else self._affine(tensor).alpha_L.tolist()
 
-    def warn_if_poor(self, threshold: float = 0.2, name: str = "teacher") -> None:
-        """Logs a warning with the layers whose map explains less than `threshold` of the variance."""
+    def warn_if_poor(self, name: str, advice: str) -> None:
+        """Logs a warning with the layers whose map explains less than `LEAST_EXPLAINED`, and what helps."""
         for tensor in TENSORS:
             values = self.explained_variance(tensor)
-            poor = [f"{layer} ({value:.2f})" for layer, value in enumerate(values) if not value >= threshold]
+            poor = [f"{layer} ({value:.2f})" for layer, value in enumerate(values) if not value >= LEAST_EXPLAINED]
             if poor:
                 logger.warning(
-                    "%s: the adapter explains less than %.2f of the variance of %s in layers %s; "
-                    "raise align.calibration_samples or choose another teacher",
-                    name, threshold, {"k": "keys", "v": "values"}[tensor], ", ".join(poor),
+                    "%s: the adapter explains less than %.2f of the variance of %s in layers %s; %s",
+                    name, LEAST_EXPLAINED, {"k": "keys", "v": "values"}[tensor], ", ".join(poor), advice,
                 )  # fmt: skip
 
 

@@ -40,7 +40,7 @@ class LayerMapper:
         FieldError: fewer than 1 layer, or an unknown strategy.
     """
 
-    def __init__(self, teacher_layers: int, student_layers: int, strategy: str = "ratio") -> None:
+    def __init__(self, teacher_layers: int, student_layers: int, strategy: str = "uniform") -> None:
         for field, layers in (("teacher_layers", teacher_layers), ("student_layers", student_layers)):
             if layers < 1:
                 raise FieldError(field, f"must be at least 1; got {layers}")
@@ -76,7 +76,7 @@ class LayerMapper:
             raise FieldError(
                 "align.layer_map",
                 f"'cka' cannot compare student layer {student} with teacher layer {teacher}: one of them never varies "
-                "or is not finite in the calibration samples; raise align.calibration_samples or choose 'ratio'",
+                "or is not finite in the calibration samples; raise align.calibration_samples or choose 'uniform'",
             )
         self._rows = [[(t, 1.0)] for t in monotone_path(cka_ST.double().tolist())]
 

@@ -14,7 +14,7 @@ def plan_for(
     *,
     selection: Selection,
     codec: CodecSpec,
-    layer_map: str = "ratio",
+    layer_map: str = "uniform",
     head_adapter: str = "ridge",
 ) -> KVPlan:
     """Returns the plan for a teacher whose K/V an `Aligner` with these settings will align.

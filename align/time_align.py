@@ -6,63 +6,18 @@ in order.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 
-from kvcore.errors import FieldError
 from kvcore.types import Tensor
-
-# From the rank of a target slot among the S_g target slots of its segment, and the rank of a source slot among the M_g
-# source slots, to integers proportional to the weight of the source slot.
-Shares = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
-
-
-def _linear(rank_S: Tensor, targets: Tensor, rank_M: Tensor, sources: Tensor) -> Tensor:
-    step = (targets - 1).clamp(min=1)
-    return (step - (_place(rank_S, targets, sources) - rank_M * step).abs()).clamp(min=0)
-
-
-def _nearest(rank_S: Tensor, targets: Tensor, rank_M: Tensor, sources: Tensor) -> Tensor:
-    step = (targets - 1).clamp(min=1)
-    # Rounds to the nearest, halves down.
-    nearest = -((step - 2 * _place(rank_S, targets, sources)) // (2 * step))
-    return (rank_M == nearest).long()
-
-
-def _segment(rank_S: Tensor, targets: Tensor, rank_M: Tensor, sources: Tensor) -> Tensor:
-    end = torch.minimum((rank_S + 1) * sources, (rank_M + 1) * targets)
-    return (end - torch.maximum(rank_S * sources, rank_M * targets)).clamp(min=0)
-
-
-def _place(rank_S: Tensor, targets: Tensor, sources: Tensor) -> Tensor:
-    """Position of a target slot among the source slots, times targets - 1; a single target takes the last source."""
-    return torch.where(targets == 1, sources - 1, rank_S * (sources - 1))
-
-
-_SHARES: dict[str, Shares] = {"linear": _linear, "nearest": _nearest, "segment": _segment}
-METHODS = tuple(_SHARES)
 
 
 class TimeAligner:
     """Resamples along the slots of each segment; the identity if both sides have the same number of slots.
 
-    `linear` and `nearest` place the segment's source slots and its target slots evenly on [0, 1], including both ends,
-    and interpolate between the two neighbours or take the nearer one (of two equally near the earlier). A single target
-    slot takes the last source slot, whose causal state has read the whole segment; a single source slot goes to every
-    target slot. `segment` averages: target slot j of S is the mean over the source range [jM/S, (j+1)M/S).
-
-    Args:
-        method: `linear`, `nearest` or `segment`.
-
-    Raises:
-        FieldError: unknown method.
+    The segment's source slots and its target slots are placed evenly on [0, 1], including both ends, and a target slot
+    interpolates linearly between its two neighbours. A single target slot takes the last source slot, whose causal
+    state has read the whole segment; a single source slot goes to every target slot.
     """
-
-    def __init__(self, method: str) -> None:
-        if method not in _SHARES:
-            raise FieldError("method", f"expected one of {', '.join(METHODS)}; got '{method}'")
-        self._shares = _SHARES[method]
 
     def weights(self, source_BM: Tensor, target_BS: Tensor) -> tuple[Tensor, Tensor]:
         """Weights of the source slots for each target slot.
@@ -80,7 +35,7 @@ class TimeAligner:
         rank_BM, _ = _rank_and_count(source_BM)
         rank_BS, targets_BS = _rank_and_count(target_BS)
         sources_BS1 = same_BSM.sum(dim=2, keepdim=True)
-        shares_BSM = self._shares(rank_BS[:, :, None], targets_BS[:, :, None], rank_BM[:, None, :], sources_BS1)
+        shares_BSM = _shares(rank_BS[:, :, None], targets_BS[:, :, None], rank_BM[:, None, :], sources_BS1)
         # Integers up to here, so that a full share is exactly 1.
         shares_BSM = shares_BSM * same_BSM
         weights_BSM = shares_BSM.float() / shares_BSM.sum(dim=2, keepdim=True).clamp(min=1).float()
@@ -99,6 +54,21 @@ class TimeAligner:
         unused_BM = (weights_BSM == 0).all(dim=1)
         clean_BLHMD = x_BLHMD.float().masked_fill(unused_BM[:, None, None, :, None], 0.0)
         return torch.einsum("bsm,blhmd->blhsd", weights_BSM, clean_BLHMD), mask_BS
+
+
+def _shares(rank_S: Tensor, targets: Tensor, rank_M: Tensor, sources: Tensor) -> Tensor:
+    """Integers proportional to the weight of each source slot.
+
+    Args:
+        rank_S: the rank of a target slot among the target slots of its segment.
+        targets: the number of these.
+        rank_M: the rank of a source slot among the source slots of its segment.
+        sources: the number of these.
+    """
+    step = (targets - 1).clamp(min=1)
+    # Position of a target slot among the source slots, times `step`; a single target takes the last source.
+    place = torch.where(targets == 1, sources - 1, rank_S * (sources - 1))
+    return (step - (place - rank_M * step).abs()).clamp(min=0)
 
 
 def _rank_and_count(segments_BM: Tensor) -> tuple[Tensor, Tensor]:

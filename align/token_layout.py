@@ -66,6 +66,29 @@ def beyond_first(ends_BT: Tensor, count: int) -> Tensor:
     return text_BT & (text_BT.cumsum(dim=1) > count)
 
 
+def sink_ends(ends_BT: Tensor, count: int) -> Tensor:
+    """[B]: the byte at which each sample's first `count` text tokens end; -1 if there are none."""
+    sinks_BT = (ends_BT >= 0) & ~beyond_first(ends_BT, count)
+    return torch.where(sinks_BT, ends_BT, -1).amax(dim=1)
+
+
+def slots_beyond_sinks(kv: BatchKV, student_ends_BT: Tensor, count: int) -> Tensor:
+    """[B,M]: the slots whose token lies beyond the first `count` tokens of the student in every layer and head.
+
+    Args:
+        kv: a teacher's K/V.
+        student_ends_BT: byte ends of the student's tokens in the same texts, -1 in padding.
+        count: how many first text tokens of each sample to leave out.
+    """
+    if count == 0:
+        return kv.mask_BM
+    # Bytes read up to each slot, also for slots whose own end is unknown.
+    read_BLHM = kv.byte_ends_BLHM.cummax(dim=3).values
+    sink_B111 = sink_ends(student_ends_BT.to(kv.mask_BM.device), count)[:, None, None, None]
+    beyond_BLHM = (read_BLHM > sink_B111) | ((read_BLHM == sink_B111) & (kv.byte_ends_BLHM < 0))
+    return kv.mask_BM & beyond_BLHM.all(dim=2).all(dim=1)
+
+
 def slots_of_tokens(kv: BatchKV, student_ends_BT: Tensor) -> Tensor:
     """For each student token, the teacher slot whose token ends at the same byte, or -1 (`boundary` pairing).
 

@@ -2,10 +2,13 @@
 
 Prints one JSON object as its last line. Every round sends the same requests with each codec; medians of the rounds are
 reported. For the built-in tiny model, `overhead_cpu_ms` is the server's CPU time per request minus the model's forward
-pass, which is measured in this process after the server has ended.
+pass, which is measured in this process after the server has ended. `batches` compares batches of samples of similar
+length with batches in order of arrival, on lengths as in GSM8K: those of --texts, or of gsm8k.jsonl in the folder
+KVDISTILL_DATA_DIR, or drawn from a similar distribution.
 
 Examples:
   python -m benchmarks.serve
+  KVDISTILL_DATA_DIR=/data python -m benchmarks.serve --rounds 3
   python -m benchmarks.serve --model Qwen/Qwen2.5-7B --dtype bf16 --device cuda:0 --budget 24 --requests 50
 """
 
@@ -13,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import sys
 import tempfile
@@ -26,6 +30,7 @@ from typing import Any
 import psutil
 import torch
 
+from benchmarks import serve_batches
 from benchmarks.served import ServedTeacher, save_random_qwen2, served_teacher
 from data.synthetic import ChainTask
 from kvcore.plan import CodecName, CodecSpec, KVPlan, Selection
@@ -158,6 +163,10 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
             rounds = _rounds(arguments, teacher, requests)
             layers, memory_mb = teacher.info.layers, teacher.memory_mb()
         results = {codec: medians(measured) for codec, measured in rounds.items()}
+        larger = arguments.model or save_random_qwen2(Path(scratch) / "larger", **serve_batches.MODEL)
+        batches = serve_batches.compare(
+            larger, arguments.device, arguments.dtype, arguments.rounds, gsm8k_file(arguments.texts)
+        )
         if arguments.model is None and arguments.budget:
             alone_ms = model_cpu_ms(model, requests)
             for result in results.values():
@@ -169,8 +178,17 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         "layers": layers,
         "server_memory_mb": round(memory_mb, 1),
         **results,
+        "batches": batches,
         "int8_bytes_over_raw": round(results["int8"]["bytes_per_sample"] / results["raw"]["bytes_per_sample"], 4),
     }
+
+
+def gsm8k_file(given: str | None) -> Path | None:
+    """The file whose lengths are used: the given one, or gsm8k.jsonl in KVDISTILL_DATA_DIR if it is there."""
+    if given is not None:
+        return Path(given)
+    file = Path(os.environ.get("KVDISTILL_DATA_DIR", ".")) / "gsm8k.jsonl"
+    return file if file.is_file() else None
 
 
 def _rounds(
@@ -201,6 +219,7 @@ def main() -> None:
     parser.add_argument("--budget", type=int, default=3, help="R-KV's budget; 0 requests the whole reasoning")
     parser.add_argument("--requests", type=int, default=20, help="requests per round and codec")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--texts", help="GSM8K as JSON Lines, for the lengths of the comparison of batches")
     parser.add_argument("--tokens", type=int, default=480, help="tokens per sample (engine vllm)")
     arguments = parser.parse_args()
     if arguments.engine == "vllm":

@@ -1,0 +1,1 @@
+"""Records, public datasets and their mixture, and batches of records."""

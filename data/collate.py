@@ -11,11 +11,16 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from data.part_reader import PartReader
+from data.reading_check import check_reading
+from data.reasoning_steps import StepBlocks
 from data.records import Record
 from kvcore.errors import FieldError
-from kvcore.tensors.offsets import read_text
+from kvcore.tensors.chat import ChatTemplate
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
     from transformers import PreTrainedTokenizerBase
 
     from kvcore.types import Tensor
@@ -40,7 +45,9 @@ class StudentBatch:
 
     `prompt_*_BP` is left-padded, so that what follows starts in the same column. `answer_*_BA` (answer and end of
     sequence) is right-padded. `text_*_BT` (prompt, reasoning, answer and end of sequence) is right-padded;
-    `text_target_BT` is True for tokens to predict (from the reasoning on).
+    `text_target_BT` is True for tokens to predict (from the reasoning on). `continuation_*_BR` is the text without the
+    prompt, right-padded. `step_*_BM`: the token of a reasoning step that each latent is to predict, and where there is
+    one; M is 0 without step blocks.
     """
 
     records: tuple[Record, ...]
@@ -52,6 +59,10 @@ class StudentBatch:
     text_mask_BT: Tensor
     text_target_BT: Tensor
     text_byte_ends_BT: Tensor
+    continuation_ids_BR: Tensor
+    continuation_mask_BR: Tensor
+    step_ids_BM: Tensor
+    step_mask_BM: Tensor
 
     def to(self, device: torch.device) -> StudentBatch:
         """Returns the batch on another device."""
@@ -70,16 +81,40 @@ class Collator:
     Args:
         tokenizer: the student's fast tokenizer, with an end-of-sequence token.
         max_tokens: maximum length of a record, in student tokens.
+        chat: whether prompts are read in the tokenizer's chat template. The end token is the one that ends a turn then,
+            and becomes the tokenizer's end-of-sequence token.
+        system_prompt: the system message of prompts that have none.
+        step_blocks: the blocks of latents that learn the steps of the reasoning.
+
+    Raises:
+        FieldError: the tokenizer has no end token, or no usable chat template.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, max_tokens: int) -> None:
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        max_tokens: int,
+        *,
+        chat: bool = False,
+        system_prompt: str = "",
+        step_blocks: StepBlocks | None = None,
+    ) -> None:
+        template = ChatTemplate(tokenizer, "student.path") if chat else None
+        if template is not None:
+            tokenizer.eos_token = template.end_of_turn()
         if tokenizer.eos_token_id is None:
             raise FieldError("student.path", "the student's tokenizer has no end-of-sequence token")
-        self._tokenizer = tokenizer
+        self._tokenizer, self._reader = tokenizer, PartReader(tokenizer, template, system_prompt)
+        self._is_chat, self._step_blocks = chat, step_blocks
         self._max_tokens = max_tokens
         self._eos: int = tokenizer.eos_token_id  # pyright: ignore[reportAttributeAccessIssue]
         self._pad: int = self._eos if tokenizer.pad_token_id is None else tokenizer.pad_token_id  # pyright: ignore[reportAttributeAccessIssue]
         self._cache: dict[Record, StudentTokens] = {}
+
+    @property
+    def end_token(self) -> str:
+        """The token that ends a text."""
+        return str(self._tokenizer.eos_token)
 
     def tokens(self, record: Record) -> StudentTokens:
         """Tokenises one record.
@@ -92,12 +127,23 @@ class Collator:
             self._cache[record] = self._tokenise(record)
         return self._cache[record]
 
+    def count(self, records: Sequence[Record]) -> NDArray[np.int64]:
+        """[B,3]: tokens of each record's prompt, reasoning and answer; faster than `tokens`, and without a limit."""
+        return self._reader.count(records)
+
+    def check(self, record: Record) -> list[str]:
+        """Checks that the record is read as one text that ends once, and returns warnings: see `check_reading`."""
+        tokens = self._tokenise(record)
+        continuation = (*tokens.reasoning_ids, *tokens.answer_ids)
+        return check_reading(self._tokenizer, record, tokens.prompt_ids, continuation, is_chat=self._is_chat)
+
     def _tokenise(self, record: Record) -> StudentTokens:
         ids: list[tuple[int, ...]] = []
         byte_ends: list[int] = []
         read_bytes = 0
-        for index, part in enumerate((record.prompt, record.reasoning, record.answer)):
-            part_ids, part_ends = read_text(self._tokenizer, part, add_special_tokens=index == 0)
+        parts = (record.prompt, record.reasoning, record.answer)
+        read = (self._reader.prompt(record), *map(self._reader.continuation, parts[1:]))
+        for part, (part_ids, part_ends) in zip(parts, read, strict=True):
             ids.append(tuple(part_ids))
             byte_ends += [end if end < 0 else end + read_bytes for end in part_ends]
             read_bytes += len(part.encode())
@@ -115,10 +161,12 @@ class Collator:
         rows = [self.tokens(record) for record in records]
         prompts = [row.prompt_ids for row in rows]
         answers = [(*row.answer_ids, self._eos) for row in rows]
-        texts = [(*row.prompt_ids, *row.reasoning_ids, *row.answer_ids, self._eos) for row in rows]
+        continuations = [(*row.reasoning_ids, *row.answer_ids, self._eos) for row in rows]
+        steps = [self._steps(record) for record in records]
+        texts = [prompt + continuation for prompt, continuation in zip(prompts, continuations, strict=True)]
         targets = [
-            (0,) * len(row.prompt_ids) + (1,) * (len(text) - len(row.prompt_ids))
-            for row, text in zip(rows, texts, strict=True)
+            (0,) * len(prompt) + (1,) * len(continuation)
+            for prompt, continuation in zip(prompts, continuations, strict=True)
         ]
         return StudentBatch(
             tuple(records),
@@ -130,11 +178,30 @@ class Collator:
             _pad([(1,) * len(row) for row in texts], 0).bool(),
             _pad(targets, 0).bool(),
             _pad([(*row.byte_ends, -1) for row in rows], -1),
+            _pad(continuations, self._pad),
+            _pad([(1,) * len(row) for row in continuations], 0).bool(),
+            _pad([ids for ids, _ in steps], 0),
+            _pad([mask for _, mask in steps], 0).bool(),
         )
 
+    def _steps(self, record: Record) -> tuple[list[int], list[int]]:
+        if self._step_blocks is None:
+            return [], []
+        return self._step_blocks.targets(record.reasoning, self.step_tokens)
+
+    def step_tokens(self, step: str) -> list[int]:
+        """The tokens of one step of a reasoning."""
+        return self._reader.continuation(step)[0]
+
+    def record_prompts(self, records: Sequence[Record]) -> tuple[Tensor, Tensor]:
+        """Left-padded ids and mask [B,P] of the records' prompts."""
+        return self._padded_prompts([self._reader.prompt(record)[0] for record in records])
+
     def prompts(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """Left-padded ids and mask [B,P] of prompts."""
-        rows = [read_text(self._tokenizer, text, add_special_tokens=True)[0] for text in texts]
+        """Left-padded ids and mask [B,P] of prompts as plain text."""
+        return self._padded_prompts([self._reader.plain_prompt(text)[0] for text in texts])
+
+    def _padded_prompts(self, rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
         return _pad(rows, self._pad, left=True), _pad([[1] * len(row) for row in rows], 0, left=True).bool()
 
 

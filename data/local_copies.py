@@ -93,10 +93,16 @@ def _stream_file(path: Path) -> IterableDataset:
 
 def _json_objects(path: Path) -> Iterator[dict[str, Any]]:
     """The objects of a JSON file: one array, or consecutive objects on any number of lines (as in Math23K)."""
-    text = path.read_text(encoding="utf-8").strip()
+    try:
+        text = path.read_bytes().decode("utf-8-sig").strip()
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: not valid UTF-8: {error}") from error
     decoder, position = json.JSONDecoder(), 0
     while position < len(text):
-        value, position = decoder.raw_decode(text, position)
+        try:
+            value, position = decoder.raw_decode(text, position)
+        except json.JSONDecodeError as error:
+            raise ConfigError(f"{path}: not valid JSON: {error}") from error
         position += len(text[position:]) - len(text[position:].lstrip())
         for each in value if isinstance(value, list) else [value]:
             if not isinstance(each, dict):

@@ -10,6 +10,7 @@ import logging
 import math
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
@@ -17,7 +18,7 @@ from typing import Annotated
 import typer
 from datasets import Dataset, Features, Value
 
-from data.dataset_sources import find_source, read_rows
+from data.dataset_sources import Source, find_source, read_rows
 from data.families import BASE, CHINESE, EXTENDED, find_family
 from data.families.base import Row as DatasetRow
 from data.local_copies import default_data_dir
@@ -29,8 +30,8 @@ from data.records import Record, epoch_order
 from kvcore.command_line import run_command
 from kvcore.errors import ConfigError, FieldError
 from kvcore.files import json_text, replace_file
+from kvcore.models.backbone import read_tokenizer
 from kvcore.monitoring.progress import Meter
-from kvcore.tensors.offsets import read_text
 from kvcore.typer_help import Command
 
 COLUMNS = ("prompt", "reasoning", "answer", "style", "task_type", "dataset", "language", "id")
@@ -115,18 +116,20 @@ class MultiTaskReasoningDataset:
         """Reads the datasets and returns the training and the validation set.
 
         Raises:
-            ConfigError: a dataset is not available or readable, or there are too few records; says what to do.
+            ConfigError: datasets are not available or readable, or there are too few records; says what to do.
         """
-        sources = {name: find_source(find_family(name), self.local_paths, self.data_dir) for name in self.datasets}
+        problems: list[ConfigError] = []
+        sources: dict[str, Source] = {}
+        for name in self.datasets:
+            with _collected(problems):
+                sources[name] = find_source(find_family(name), self.local_paths, self.data_dir)
         reader = PoolReader(self.styles, self.seed, self._fits())
-        max_rows = self.train_samples + self.val_samples
-        pools: dict[str, QuestionPool] = {}
-        with Meter({_METER: len(sources)}) as meter:
-            for name, source in sources.items():
-                rows = _with_progress(read_rows(source, self.seed, max_rows), name, meter)
-                pools[name] = reader.read(source.family, rows)
-                meter.advance(_METER)
-                _log.info("read %d questions of %s from %s", len(pools[name].entries), name, source)
+        pools = self._read(sources, reader, problems)
+        if len(problems) > 1:
+            listed = "".join(f"\n  {problem}" for problem in problems)
+            raise ConfigError(f"{len(problems)} of {len(self.datasets)} datasets cannot be read:{listed}")
+        if problems:
+            raise problems[0]
         quotas = self._quotas(pools)
         taken = {name: pool.take(quotas[name][1], quotas[name][0]) for name, pool in pools.items()}
         val = self._mixed(pools, {name: entries[0] for name, entries in taken.items()}, self.val_samples)
@@ -134,6 +137,24 @@ class MultiTaskReasoningDataset:
         self.report = describe(pools, sources, reader.overlaps, self._shares(), {"train": train, "val": val})
         log(self.report)
         return _dataset(train), _dataset(val)
+
+    def _read(
+        self, sources: Mapping[str, Source], reader: PoolReader, problems: list[ConfigError]
+    ) -> dict[str, QuestionPool]:
+        """The datasets' questions. After a problem, only reads the first row of the others, to find all problems."""
+        max_rows = self.train_samples + self.val_samples
+        pools: dict[str, QuestionPool] = {}
+        with Meter({_METER: len(sources)}) as meter:
+            for name, source in sources.items():
+                with _collected(problems):
+                    rows = _with_progress(read_rows(source, self.seed, max_rows), name, meter)
+                    if problems:
+                        next(rows, None)
+                        continue
+                    pools[name] = reader.read(source.family, rows)
+                    meter.advance(_METER)
+                    _log.info("read %d questions of %s from %s", len(pools[name].entries), name, source)
+        return pools
 
     def write_report(self, path: str | Path) -> None:
         """Writes the report as JSON, replacing the file.
@@ -237,17 +258,20 @@ class MultiTaskReasoningDataset:
         """A function that returns whether a record is short enough for training, or None without a tokenizer."""
         if self.tokenizer is None:
             return None
-        # Imported here because it loads torch.
-        from transformers import AutoTokenizer  # noqa: PLC0415
+        # Imported here because they load torch.
+        from data.collate import Collator  # noqa: PLC0415
 
-        tokenizer = AutoTokenizer.from_pretrained(str(self.tokenizer))
+        collator = Collator(read_tokenizer(str(self.tokenizer)), self.max_tokens)
+        return lambda record: int(collator.count([record]).sum()) + 1 <= self.max_tokens
 
-        def fits(record: Record) -> bool:
-            parts = (record.prompt, record.reasoning, record.answer)
-            counts = (len(read_text(tokenizer, part, add_special_tokens=not at)[0]) for at, part in enumerate(parts))
-            return sum(counts) + 1 <= self.max_tokens
 
-        return fits
+@contextmanager
+def _collected(problems: list[ConfigError]) -> Iterator[None]:
+    """Adds the error of the block to `problems`."""
+    try:
+        yield
+    except ConfigError as error:
+        problems.append(error)
 
 
 def _with_progress(rows: Iterable[DatasetRow], name: str, meter: Meter) -> Iterator[DatasetRow]:

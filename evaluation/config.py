@@ -17,7 +17,12 @@ BENCHMARKS = ("gsm8k_test", "math500", "bbh", "gpqa", "truthfulqa", "cmmlu_subse
 class EvalSettings(StrictModel):
     """One evaluation: a model, the benchmarks, and the file of the results."""
 
-    headings: ClassVar = {"Model": "model_path", "Benchmarks": "eval_datasets", "Output": "output_file"}
+    headings: ClassVar = {
+        "Model": "model_path",
+        "Prompts": "format",
+        "Benchmarks": "eval_datasets",
+        "Output": "output_file",
+    }
 
     model_path: Text
     """A run's best_model, or a directory or hub id of a transformers model."""
@@ -27,6 +32,11 @@ class EvalSettings(StrictModel):
     """Data type of the weights. `auto` keeps the type in which they were saved."""
     batch_size: PositiveInt = 8
     """Number of questions in a batch."""
+    format: Literal["auto", "plain", "chat"] = "auto"
+    """How a prompt is written. `plain`: the text of its task; `chat`: this text as a message in the tokenizer's chat
+    template; `auto`: the format of the student's training (`data.format`), and `plain` for other models."""
+    system_prompt: Text | None = None
+    """System message of chats. Defaults to that of the student's training (`data.system_prompt`)."""
     max_new_tokens: PositiveInt | None = None
     """Maximum length of an answer in tokens. Defaults to the task's own limit, or 64 for latent models, whose reasoning
     is not text."""
@@ -38,7 +48,7 @@ class EvalSettings(StrictModel):
     tasks_dir: Path | None = None
     """Directory of more tasks, as YAML files of lm-evaluation-harness."""
     limit: PositiveInt | None = None
-    """Number of questions of each dataset, or of each of its subjects. All by default."""
+    """Number of questions per dataset, or per subject of a dataset. All by default."""
 
     output_file: Path | None = None
     """JSON file of the results. Defaults to eval_results.json next to the model's directory."""
@@ -60,7 +70,9 @@ class EvalSettings(StrictModel):
         if self.output_file is not None:
             return self.output_file
         if not Path(self.model_path).is_dir():
-            raise FieldError("--output-file", f"is required, because {self.model_path} is not a directory")
+            raise FieldError(
+                "--model_path", f"there is no directory '{self.model_path}'; for a hub id, set --output_file"
+            )
         return Path(self.model_path).resolve().parent / "eval_results.json"
 
 
@@ -68,8 +80,8 @@ FLAGS = FlagSet(
     EvalSettings,
     """Evaluate a model on benchmarks with lm-evaluation-harness.
 
-The best_model of a latent run reasons in its latents. Any other model is evaluated as a causal language model. All
-benchmarks are loaded before the model: if one cannot be loaded, none is evaluated.""",
+The best_model of a latent run reasons in its latents. Any other model is evaluated as a causal language model. The
+command loads all benchmarks before the model. If one cannot be loaded, it evaluates none.""",
     """# The seven benchmarks of the guide, from the hub
 COMMAND --model-path outputs/three_stage_routing/stage3_learnable/best_model
 # Two of them from local copies, the first 100 questions (of each subject)

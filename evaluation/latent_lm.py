@@ -10,24 +10,23 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
-from lm_eval.models.huggingface import HFLM
-from lm_eval.models.utils_hf import stop_sequences_criteria
 from torch.nn.utils.rnn import pad_sequence
 
+from evaluation.text_lm import TextLM
 from kvcore.errors import KVDistillError
 from kvcore.types import Tensor
-from student_trainer.model.latent import LatentReasoning, LatentStudent
+from student_trainer.model.generation import Start, after_latents, left_padded
+from student_trainer.model.latent import LatentReasoning, LatentStudent, Thought
+from student_trainer.model.prompt_format import PromptFormat
 
 if TYPE_CHECKING:
     from lm_eval.api.instance import Instance
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 LogLikelihood = tuple[float, bool]
-# lm-eval's decorator hides the type of the class.
-_HFLM: Any = HFLM
 Pair = tuple[tuple[str, str], list[int], list[int]]
 
 
@@ -44,7 +43,7 @@ class _Question:
     indices: list[int]
 
 
-class LatentLM(_HFLM):
+class LatentLM(TextLM):
     """A latent student with lm-eval's model interface.
 
     Args:
@@ -52,12 +51,18 @@ class LatentLM(_HFLM):
         reasoning: its latent reasoning module.
         tokenizer: its tokenizer.
         batch_size: prompts per batch.
+        prompt_format: how a prompt is read.
     """
 
     def __init__(
-        self, lm: PreTrainedModel, reasoning: LatentReasoning, tokenizer: PreTrainedTokenizerBase, batch_size: int
+        self,
+        lm: PreTrainedModel,
+        reasoning: LatentReasoning,
+        tokenizer: PreTrainedTokenizerBase,
+        batch_size: int,
+        prompt_format: PromptFormat,
     ) -> None:
-        super().__init__(lm, tokenizer=tokenizer, batch_size=batch_size)
+        super().__init__(lm, tokenizer, batch_size, prompt_format)
         self.student = LatentStudent(lm, reasoning).eval()
 
     @property
@@ -67,23 +72,13 @@ class LatentLM(_HFLM):
 
     def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
         """Tokenises prompt and continuation separately, as in training, since the latents come between them."""
-        return self.tok_encode(context), self.tok_encode(continuation, add_special_tokens=False)
+        if self.prompt_format.format == "chat":
+            return super()._encode_pair(context, continuation)
+        return self.prompt_ids(context), self.tok_encode(continuation, add_special_tokens=False)
 
-    @torch.no_grad()
-    def _model_generate(self, context: Tensor, max_length: int, stop: list[str], **generation_kwargs: Any) -> Tensor:
-        """Prompt and continuation [B,P+A] for left-padded prompts [B,P]."""
-        inputs_BTE, mask_BT = self.student.think(context, generation_kwargs.pop("attention_mask").bool())
-        if not generation_kwargs.get("do_sample"):
-            generation_kwargs = {"do_sample": False}
-        completion_BA = self.model.generate(
-            inputs_embeds=inputs_BTE,
-            attention_mask=mask_BT.long(),
-            max_new_tokens=max_length - context.shape[1],
-            stopping_criteria=stop_sequences_criteria(self.tokenizer, stop, 0, len(context)),
-            pad_token_id=self.tokenizer.pad_token_id,
-            **generation_kwargs,
-        )
-        return torch.cat([context, completion_BA], dim=1)
+    def start(self, ids_BP: Tensor, mask_BP: Tensor) -> Start:
+        """What the model reads before its answers: left-padded prompts and their latents."""
+        return after_latents(self.student, ids_BP, mask_BP)
 
     @torch.no_grad()
     def _loglikelihood_tokens(
@@ -101,30 +96,24 @@ class LatentLM(_HFLM):
 
     def _score(self, questions: Sequence[_Question]) -> Iterator[tuple[int, LogLikelihood]]:
         """Computes the latents of each question once, then scores its continuations."""
-        prompts = [torch.tensor(question.prompt[-self.max_length :]) for question in questions]
-        ids_BP = pad_sequence(prompts, batch_first=True, padding_side="left").to(self.device)
-        lengths_B = torch.tensor([len(prompt) for prompt in prompts])
-        mask_BP = (torch.arange(ids_BP.shape[1]) >= ids_BP.shape[1] - lengths_B[:, None]).to(self.device)
-        inputs_BTE, mask_BT = self.student.think(ids_BP, mask_BP)
+        prompts = [question.prompt[-self.max_length :] for question in questions]
+        thought = self.student.think(self.student.read_prompt(*left_padded(prompts, self.device)))
         rows = [row for row, question in enumerate(questions) for _ in question.continuations]
         continuations = [torch.tensor(ids) for question in questions for ids in question.continuations]
         indices = [index for question in questions for index in question.indices]
         size = self.batch_size_per_gpu
         for start in range(0, len(rows), size):
             part = slice(start, start + size)
-            found = self._log_likelihoods(inputs_BTE[rows[part]], mask_BT[rows[part]], continuations[part])
+            found = self._log_likelihoods(thought.rows(rows[part]), continuations[part])
             yield from zip(indices[part], found, strict=True)
 
-    def _log_likelihoods(
-        self, inputs_BTE: Tensor, mask_BT: Tensor, continuations: Sequence[Tensor]
-    ) -> list[LogLikelihood]:
+    def _log_likelihoods(self, thought: Thought, continuations: Sequence[Tensor]) -> list[LogLikelihood]:
         """Each continuation's log-likelihood after prompt and latents, and whether greedy decoding generates it."""
         ids_BA = pad_sequence(list(continuations), batch_first=True).to(self.device)
         lengths_B = torch.tensor([len(ids) for ids in continuations], device=self.device)
         valid_BA = torch.arange(ids_BA.shape[1], device=self.device) < lengths_B[:, None]
-        read_BTE = torch.cat([inputs_BTE, self.student.embed(ids_BA[:, :-1])], dim=1)
-        mask_BT = torch.cat([mask_BT, valid_BA[:, :-1]], dim=1)
-        logs_BAV = self.student.logits(read_BTE, mask_BT, first=inputs_BTE.shape[1] - 1).float().log_softmax(dim=-1)
+        reading = self.student.read_answer(thought, ids_BA, valid_BA)
+        logs_BAV = self.student.logits(reading.hidden_BAE).float().log_softmax(dim=-1)
         logs_BA = logs_BAV.gather(2, ids_BA[..., None]).squeeze(-1).masked_fill(~valid_BA, 0.0)
         greedy_B = ((logs_BAV.argmax(dim=-1) == ids_BA) | ~valid_BA).all(dim=1)
         return list(zip(logs_BA.sum(dim=1).tolist(), greedy_B.tolist(), strict=True))

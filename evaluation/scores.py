@@ -12,6 +12,7 @@ import numpy as np
 from evaluation.scoring import NO_ANSWER
 from kvcore.errors import ConfigError, KVDistillError
 from kvcore.files import json_text
+from kvcore.intervals import wilson_interval
 
 Entry = dict[str, Any]
 _CHUNK = 250
@@ -58,16 +59,18 @@ def question_lines(samples: Mapping[str, Sequence[Mapping[str, Any]]], metric: s
 
 
 def dataset_entry(name: str, metric: str, lines: Sequence[Entry]) -> Entry:
-    """The entry of one dataset in `eval_results.json`; scores and interval in percent."""
+    """The entry of one dataset in `eval_results.json`; scores and interval in percent, `unfinished_answers` a share."""
     values = [line["score"] for line in lines]
-    low, high = bootstrap_interval(values)
+    score = sum(values) / len(values)
+    low, high = wilson_interval(score, len(values)) if {*values} <= {0.0, 1.0} else bootstrap_interval(values)
     entry: Entry = {
         "dataset": name,
         "metric": metric,
-        "score": 100 * sum(values) / len(values),
+        "score": 100 * score,
         "num_examples": len(values),
         "ci95": [100 * low, 100 * high],
         "no_answer": sum(line["answer"] == NO_ANSWER for line in lines),
+        "unfinished_answers": sum(not line.get("finished", True) for line in lines) / len(lines),
     }
     tasks = list(dict.fromkeys(line["task"] for line in lines))
     if len(tasks) > 1:

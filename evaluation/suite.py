@@ -15,6 +15,7 @@ import datasets
 from datasets.exceptions import DatasetsError
 from lm_eval.api.metrics import mean
 from lm_eval.evaluator import evaluate
+from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.tasks import TaskManager
 
 from evaluation.config import BENCHMARKS
@@ -30,6 +31,10 @@ if TYPE_CHECKING:
 LATENT_ANSWER_TOKENS = 64
 # lm-eval's default.
 _ANSWER_TOKENS = 256
+# The settings of a task's generation that are supported: `TextLM`'s and lm-eval's other names of the length.
+_LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
+_GENERATION = {"until", "do_sample", "temperature", "top_p", *_LENGTHS}
+_ONE_BEAM = ("num_beams", 1)
 _TASKS_DIR = Path(__file__).parent / "tasks"
 # Errors that loading an lm-eval task may raise: its own, pyarrow's, the hub's, a missing package.
 _LOADING_ERRORS = (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, DatasetsError)
@@ -63,7 +68,8 @@ class Benchmark:
         for task in self.tasks.values():
             if task.OUTPUT_TYPE != "generate_until":
                 continue
-            own = int((task.config.generation_kwargs or {}).get("max_gen_toks", _ANSWER_TOKENS))
+            settings: Any = normalize_gen_kwargs(task.config.generation_kwargs or {}, _ANSWER_TOKENS)
+            own = settings["max_gen_toks"]
             longest = tokens or (min(own, LATENT_ANSWER_TOKENS) if isinstance(model, LatentLM) else own)
             if longest >= model.max_length:
                 raise FieldError(
@@ -77,14 +83,19 @@ class Benchmark:
         """Runs the questions, at most `limit` per subject.
 
         Returns:
-            one entry per question, and the number of prompts that were truncated to the model's context.
+            one entry per question, and the number of prompts that were truncated to the model's context. An entry with
+            a generated answer has `finished`: whether the answer ended by itself.
         """
         metered = MeteredLM(model, self.name)
         with _quiet():
             found = evaluate(lm=metered, task_dict=self.loaded, limit=limit, bootstrap_iters=0, log_samples=True)
         assert found is not None, "one process evaluates"
         samples = cast("dict[str, Any]", found)["samples"]
-        return question_lines(samples, self.metric, self.filter), metered.truncated
+        lines = question_lines(samples, self.metric, self.filter)
+        for line in lines:
+            if "output" in line:
+                line["finished"] = line["prompt"] not in metered.unfinished
+        return lines, metered.truncated
 
 
 def load_benchmarks(
@@ -170,6 +181,7 @@ def _benchmark(name: str, loaded: dict[str, Any]) -> Benchmark:
         if task.get_config("num_fewshot") is None:
             task.set_config("num_fewshot", 0)
         task.set_fewshot_seed(seed=1234)
+        _check_generation(name, task)
     metric, chosen = _score_of(name, next(iter(tasks.values())))
     for task in tasks.values():
         if task.aggregation().get(metric) is not mean:
@@ -177,6 +189,18 @@ def _benchmark(name: str, loaded: dict[str, Any]) -> Benchmark:
                 f"{name}: its metric '{metric}' is not a mean over questions, so it has no score in percent"
             )
     return Benchmark(name, tasks, loaded, metric, chosen)
+
+
+def _check_generation(name: str, task: ConfigurableTask) -> None:
+    """Refuses a task whose texts are to be generated in another way than greedily or by sampling."""
+    wanted: dict[str, Any] = task.config.generation_kwargs or {}
+    unknown = [
+        f"{key}={value}" for key, value in wanted.items() if key not in _GENERATION and (key, value) != _ONE_BEAM
+    ]
+    if unknown:
+        raise ConfigError(
+            f"{name}: its task sets {', '.join(unknown)} for generation, which kvdistill does not support"
+        )
 
 
 def _score_of(name: str, task: ConfigurableTask) -> tuple[str, str]:

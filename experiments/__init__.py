@@ -1,0 +1,1 @@
+"""The demo, the run on a real model, the recipe, and comparisons of methods."""

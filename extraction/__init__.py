@@ -1,0 +1,1 @@
+"""Writes the K/V of a dataset to a .pt file or a store (`kvdistill extract`)."""

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from kvcore.config import Device, FileName, NonNegativeFloat, PositiveFloat, PositiveInt, StrictModel, Text
 from kvcore.flags import FlagSet
 from kvcore.plan import CodecName, CodecSpec, Scope, Selection, SelectionSpan
 
 DEFAULT_BUDGET = 24
+
+
+def _shard(text: str) -> str:
+    if not re.fullmatch(r"[0-9]{1,6}/[0-9]{1,6}", text):
+        raise ValueError("expected I/N, such as 2/8")
+    return text
 
 
 class ExtractConfig(StrictModel):
@@ -26,10 +33,10 @@ class ExtractConfig(StrictModel):
     }
 
     teacher_models: Annotated[tuple[str, ...], Field(min_length=1)]
-    """Directories or hub ids of the teachers. A server for each is started on this machine unless `teacher_endpoints`
-    is set."""
+    """Directories or hub ids of the teachers. Unless `teacher_endpoints` is set, the command starts a server for each
+    on this machine."""
     student_model: Text
-    """Directory or hub id of the student. Its tokenizer counts `max_length`, and `layers: student` maps to its
+    """Directory or hub id of the student. `max_length` counts tokens of its tokenizer, and `layers: student` uses its
     layers."""
     dataset_path: Path
     """Directory written by Dataset.save_to_disk, or a JSON Lines file, with id, prompt, reasoning and answer."""
@@ -52,14 +59,14 @@ class ExtractConfig(StrictModel):
     kv_budget: PositiveInt | None = None
     """Number of tokens that `right` and `r_kv` keep. Defaults to 24."""
     span: SelectionSpan | None = None
-    """Part of the text from which tokens are kept. Defaults to `reasoning` for a store with `right` or `r_kv` (samples
-    of style direct have none), and to `all` otherwise."""
+    """Part of the text from which tokens are selected. Defaults to `reasoning` for a store with `right` or `r_kv`, and
+    to `all` otherwise. Samples of style direct have no reasoning."""
     scope: Scope = "sample"
     """For `r_kv`: whether each `head`, each `layer` or the whole `sample` selects its own tokens."""
     layers: Literal["all", "student"] | None = None
-    """`all` teacher layers, or those that the `student`'s layers map to. Defaults to `all` for pt and `student` for a
-    store."""
-    layer_map_strategy: Literal["ratio", "uniform", "last", "skip", "cka", "learned"] = "ratio"
+    """Teacher layers that are kept. `all`: all layers; `student`: those that the student's layers map to. Defaults to
+    `all` for pt and `student` for a store."""
+    layer_map_strategy: Literal["ratio", "uniform", "last", "skip", "cka", "learned"] = "uniform"
     """How student layers map to teacher layers with `layers: student`."""
     codec: CodecName | None = None
     """How K/V are encoded: raw (fp32), bf16 or int8. Defaults to bf16 for pt and int8 for a store. A .pt file holds
@@ -71,13 +78,11 @@ class ExtractConfig(StrictModel):
     device: Device = "auto"
     """Device of servers that are started here: auto, cpu, cuda or cuda:N. Several GPUs are assigned in turn."""
     dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    """Data type of their weights. `auto` is bf16 on a GPU and fp32 on a CPU."""
+    """Data type of the weights of servers that are started here. `auto` is bf16 on a GPU and fp32 on a CPU."""
     load_in_8bit: bool = False
-    """Quantise their weights to 8 bits (bitsandbytes, needs a GPU)."""
+    """Quantise the weights of servers that are started here to 8 bits (bitsandbytes, needs a GPU)."""
     batch_tokens: PositiveInt = 16384
     """Maximum number of padded tokens in a request, and in a batch of servers that are started here."""
-    prefetch: Annotated[int, Field(ge=1, le=64)] = 2
-    """Number of requests that run ahead for each teacher."""
     request_timeout_s: PositiveFloat = 600.0
     """Deadline of a request in seconds."""
     patience_s: NonNegativeFloat = 60.0
@@ -86,7 +91,7 @@ class ExtractConfig(StrictModel):
     """What to do with samples that a teacher cannot serve. `fail`: store all others, then fail with the reasons;
     `skip`: leave them out and list them in the report."""
 
-    shard: Annotated[str, Field(pattern=r"^\d{1,6}/\d{1,6}$")] = "1/1"
+    shard: Annotated[str, AfterValidator(_shard)] = "1/1"
     """I/N: this process is worker I of N, counted from 1. All workers need the same other flags."""
 
     @property
@@ -157,7 +162,7 @@ FLAGS = FlagSet(
     ExtractConfig,
     """Write the K/V of teachers for a dataset, in both styles (cot, direct), to a file or a store.
 
-Keys are content keys: without rotary positions, in the teacher's own geometry. After an interruption, the same command
+Keys are content keys (without rotary positions) in the teacher's own geometry. After an interruption, the same command
 continues where it stopped.""",
     """# Two teachers, served on this machine while the command runs, into one .pt file
 COMMAND --teacher-models Qwen/Qwen2.5-7B Qwen/Qwen2.5-14B --student-model Qwen/Qwen2.5-1.5B \\

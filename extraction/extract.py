@@ -6,7 +6,7 @@ import logging
 import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, closing
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 from extraction.config import ExtractConfig
 from extraction.dataset import Items
@@ -15,6 +15,7 @@ from extraction.pull import pull
 from extraction.survey import Survey, pt_bytes, survey
 from extraction.teachers import Teacher, model_geometry, plan_factory, stored_rows
 from kvcore.errors import ConfigError, TeacherError
+from kvcore.models.backbone import read_tokenizer
 from kvcore.monitoring.units import in_bytes
 from kvcore.store.kv_store import KVStoreReader
 from kvcore.store.manifest import MANIFEST_NAME
@@ -114,7 +115,7 @@ class _Run:
         for teacher in teachers:
             teacher.probe(self.student_fingerprint)
         self._check_disk(teachers)
-        return pull(teachers, self.rows, self.survey, self.config.prefetch)
+        return pull(teachers, self.rows, self.survey)
 
     def _servers(self) -> LocalTeachers:
         config = self.config
@@ -162,9 +163,7 @@ class _Run:
 
 
 def _tokenizer(path: str) -> PreTrainedTokenizerBase:
-    from transformers import AutoTokenizer  # noqa: PLC0415 - slow to import
-
     try:
-        return cast("PreTrainedTokenizerBase", AutoTokenizer.from_pretrained(path))
+        return read_tokenizer(path)
     except (OSError, ValueError) as error:
         raise ConfigError(f"--student_model: cannot load the tokenizer of '{path}': {error}") from error

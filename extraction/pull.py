@@ -11,7 +11,7 @@ from itertools import islice
 
 from extraction.extraction_progress import ExtractionProgress
 from extraction.survey import Survey
-from extraction.teachers import Teacher
+from extraction.teachers import PREFETCH, Teacher
 from kvcore.types import EncodedSampleKV
 from student_trainer.kv_sources import PendingKV
 
@@ -21,7 +21,7 @@ FLUSH_SECONDS = 120.0
 Failures = dict[int, str]
 
 
-def pull(teachers: Sequence[Teacher], rows: Sequence[int], survey: Survey, prefetch: int) -> dict[str, Failures]:
+def pull(teachers: Sequence[Teacher], rows: Sequence[int], survey: Survey) -> dict[str, Failures]:
     """Fetches and stores missing rows; returns the rows that each teacher could not serve, with reasons.
 
     Raises:
@@ -36,7 +36,7 @@ def pull(teachers: Sequence[Teacher], rows: Sequence[int], survey: Survey, prefe
     stop = threading.Event()
     with ExtractionProgress(work) as progress, ThreadPoolExecutor(len(teachers)) as pool:
         pulls = {
-            teacher.name: pool.submit(_pull, teacher, batches[teacher.name], survey, progress, prefetch, stop)
+            teacher.name: pool.submit(_pull, teacher, batches[teacher.name], survey, progress, stop)
             for teacher in teachers
         }
         try:
@@ -62,13 +62,12 @@ def _pull(
     batches: Sequence[Sequence[int]],
     survey: Survey,
     progress: ExtractionProgress,
-    prefetch: int,
     stop: threading.Event,
 ) -> Failures:
     """Fetches all batches of one teacher."""
     failures: Failures = {}
     upcoming = iter(batches)
-    ahead = deque(_submitted(teacher, batch) for batch in islice(upcoming, prefetch))
+    ahead = deque(_submitted(teacher, batch) for batch in islice(upcoming, PREFETCH))
     flushed = time.monotonic()
     while ahead and not stop.is_set():
         batch, pending = ahead.popleft()

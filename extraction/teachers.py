@@ -16,6 +16,7 @@ from extraction.config import ExtractConfig
 from extraction.dataset import Items
 from extraction.survey import Survey, stored_bytes
 from kvcore.errors import FieldError, TeacherRefusedError
+from kvcore.models.backbone import read_config
 from kvcore.plan import KVPlan
 from kvcore.store.kv_store import KVStoreReader, KVStoreWriter
 from kvcore.store.manifest import MANIFEST_NAME
@@ -26,6 +27,8 @@ from student_trainer.kv_sources import KVSource, build_source
 
 PlanFactory = Callable[[TeacherInfo], KVPlan]
 
+# Requests that run ahead for each teacher.
+PREFETCH = 2
 # Samples used to measure teacher tokens per student token.
 _PROBE_SAMPLES = 8
 # Maximum bytes of K/V in one response.
@@ -55,10 +58,8 @@ def model_geometry(path: str, field: str) -> KVGeometry:
     Raises:
         FieldError: the configuration cannot be read.
     """
-    from transformers import AutoConfig  # noqa: PLC0415 - slow to import
-
     try:
-        found: Any = AutoConfig.from_pretrained(path).get_text_config()
+        found: Any = read_config(path).get_text_config()
     except (OSError, ValueError) as error:
         raise FieldError(field, f"cannot read the configuration of '{path}': {error}") from error
     heads = getattr(found, "num_key_value_heads", None) or found.num_attention_heads
@@ -109,7 +110,7 @@ class Teacher:
         kv = KVConfig(
             selection=config.selection,
             codec=config.codec_spec,
-            prefetch=config.prefetch,
+            prefetch=PREFETCH,
             request_timeout_s=config.request_timeout_s,
             patience_s=config.patience_s,
         )

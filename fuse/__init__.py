@@ -1,0 +1,1 @@
+"""Fuses the aligned K/V of several teachers into one target."""

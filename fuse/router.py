@@ -24,7 +24,6 @@ class Router(nn.Module):
         kind: `mlp`, `gate` or `attention`.
         teachers: N.
         prompt_width: E, of the prompt's representation.
-        layers: L, for separate weights per layer; None for the same weights in all layers.
         width: of the hidden layer (`mlp`) or of query and key (`attention`).
         summary_width: F, of a teacher's summary (`attention`).
 
@@ -32,28 +31,24 @@ class Router(nn.Module):
         FieldError: an unknown kind.
     """
 
-    def __init__(
-        self, kind: RouterKind, teachers: int, prompt_width: int, layers: int | None, width: int, summary_width: int
-    ) -> None:
+    def __init__(self, kind: RouterKind, teachers: int, prompt_width: int, width: int, summary_width: int) -> None:
         super().__init__()
         if kind not in get_args(RouterKind):
             raise FieldError("fuse.router", f"must be one of {', '.join(get_args(RouterKind))}; got '{kind}'")
-        self.layers = layers
-        repeats = layers or 1
         self.key: nn.Linear | None = None
         if kind == "mlp":
-            last = nn.Linear(width, repeats * teachers)
+            last = nn.Linear(width, teachers)
             self.from_prompt: nn.Module = nn.Sequential(nn.Linear(prompt_width, width), nn.GELU(), last)
         elif kind == "gate":
-            self.from_prompt = last = nn.Linear(prompt_width, repeats * teachers)
+            self.from_prompt = last = nn.Linear(prompt_width, teachers)
         else:
-            self.from_prompt = last = nn.Linear(prompt_width, repeats * width)
+            self.from_prompt = last = nn.Linear(prompt_width, width)
             self.key = nn.Linear(summary_width, width)
         nn.init.zeros_(last.weight)
         nn.init.zeros_(last.bias)
 
     def forward(self, prompt_BE: Tensor, summary_BNF: Tensor) -> Tensor:
-        """Logits, [B,N] or with `layers` [B,L,N], fp32.
+        """Logits [B,N], fp32.
 
         Args:
             prompt_BE: the student's representation of the prompt.
@@ -61,8 +56,8 @@ class Router(nn.Module):
                 finite, such as zeros: its logit is masked later, but NaN would reach the key's gradient.
         """
         dtype = next(self.parameters()).dtype
-        out_BLX = self.from_prompt(prompt_BE.to(dtype)).float().unflatten(-1, (self.layers or 1, -1))
-        if self.key is not None:
-            key_BNW = self.key(summary_BNF.to(dtype)).float()
-            out_BLX = out_BLX @ key_BNW.mT / math.sqrt(key_BNW.shape[-1])
-        return out_BLX if self.layers else out_BLX[:, 0]
+        out_BX = self.from_prompt(prompt_BE.to(dtype)).float()
+        if self.key is None:
+            return out_BX
+        key_BNW = self.key(summary_BNF.to(dtype)).float()
+        return (key_BNW @ out_BX[:, :, None])[:, :, 0] / math.sqrt(key_BNW.shape[-1])

@@ -13,11 +13,11 @@ Metric = Literal["cosine", "dot", "euclidean"]
 
 
 def teacher_similarity(student_NBLHMD: Tensor, teacher_NBLHMD: Tensor, mask: Tensor, metric: Metric) -> Tensor:
-    """One number per sample, layer and teacher, in at least fp32: higher is more similar.
+    """One number per sample and teacher, in at least fp32: higher is more similar.
 
-    Computed over all features (heads times dims) of the slots that the mask selects: `cosine` of the two as one long
-    vector, 0 if one of them is zero; `dot`, the mean product per feature; `euclidean`, minus the mean squared
-    difference per feature.
+    The mean over layers of a number over all features (heads times dims) of the slots that the mask selects: `cosine`
+    of the two as one long vector, 0 if one of them is zero; `dot`, the mean product per feature; `euclidean`, minus the
+    mean squared difference per feature.
 
     Args:
         student_NBLHMD: the student's own keys or values at each teacher's slots, centred, with unit variance.
@@ -26,7 +26,7 @@ def teacher_similarity(student_NBLHMD: Tensor, teacher_NBLHMD: Tensor, mask: Ten
         metric: `cosine`, `dot` or `euclidean`.
 
     Returns:
-        sim_BLN; 0 for a teacher without slots, which the caller must mask.
+        sim_BN; 0 for a teacher without slots, which the caller must mask.
 
     Raises:
         FieldError: an unknown metric.
@@ -36,7 +36,7 @@ def teacher_similarity(student_NBLHMD: Tensor, teacher_NBLHMD: Tensor, mask: Ten
     assert student_NBLHMD.shape == teacher_NBLHMD.shape, "student and teacher must be K/V of the same slots"
     mask_NBLHM = mask[:, :, None, None] if mask.dim() == 3 else mask
     pairs = zip(student_NBLHMD, teacher_NBLHMD, mask_NBLHM, strict=True)
-    return torch.stack([_similarity(*pair, metric) for pair in pairs], dim=-1)
+    return torch.stack([_similarity(*pair, metric).mean(dim=1) for pair in pairs], dim=1)
 
 
 def _similarity(student_BLHMD: Tensor, teacher_BLHMD: Tensor, mask_BLHM: Tensor, metric: Metric) -> Tensor:

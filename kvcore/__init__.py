@@ -1,0 +1,1 @@
+"""The contract between the processes: plan, tensors and codecs, wire format, store, errors and configuration."""

@@ -1,4 +1,4 @@
-"""What every command shares: exit statuses, errors in one line, and one look of `--help`."""
+"""The parts that all commands share: exit statuses, errors in one line, and the look of `--help`."""
 
 from __future__ import annotations
 
@@ -10,10 +10,8 @@ import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from typing import TextIO
 
-from kvcore.errors import ConfigError, KVDistillError
-
-EXIT_FAILED = 1
-EXIT_USAGE = 2
+from kvcore.errors import EXIT_FAILED, KVDistillError, OutputError
+from kvcore.files import write_problem
 
 _BOLD, _DIM, _RED = "1", "2", "1;31"
 _WIDEST = 100
@@ -32,7 +30,13 @@ def run_command(program: str, command: Callable[[], int | None], interrupted: st
         return command() or 0
     except KVDistillError as error:
         print_error(program, error)
-        return EXIT_USAGE if isinstance(error, ConfigError) else EXIT_FAILED
+        return error.exit_status
+    except OSError as error:
+        if (problem := write_problem(error)) is None:
+            raise
+        where = "a file" if error.filename is None else error.filename
+        print_error(program, OutputError(f"cannot read or write {where}: {problem}"))
+        return EXIT_FAILED
     except KeyboardInterrupt:
         sys.stderr.write(f"{program}: {interrupted}\n")
         return 128 + signal.SIGINT

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, TypeVar, cast, get_args, get_origin
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator
 from pydantic.fields import FieldInfo
 
+from kvcore.endpoints import LARGEST_PORT, check_endpoint
 from kvcore.errors import ConfigError, FieldError, did_you_mean
 from kvcore.plugins import NameTable
 
@@ -35,6 +36,15 @@ class StrictModel(BaseModel):
     headings: ClassVar[Mapping[str, str]] = {}
     """Headings of `--help`, in order, each with the first field below it."""
 
+    @field_validator("*")
+    @classmethod
+    def _expand_home(cls, value: object) -> object:
+        """Expands `~` in every path."""
+        try:
+            return value.expanduser() if isinstance(value, Path) else value
+        except RuntimeError as error:
+            raise ValueError(f"cannot expand '~' in {value}: {error}") from error
+
 
 @dataclass(frozen=True, slots=True)
 class Alias:
@@ -56,14 +66,29 @@ def _device(text: str) -> str:
     return text
 
 
+def _file_name(text: str) -> str:
+    if not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9_.-]{0,63}", text):
+        raise ValueError("expected a name of 1 to 64 letters, digits, '_', '-' and '.', and no '.' at the beginning")
+    return text
+
+
+def _expanded(text: str) -> str:
+    return str(Path(text).expanduser()) if text.startswith("~/") else text
+
+
 PositiveInt = Annotated[int, Field(ge=1)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
 PositiveFloat = Annotated[float, Field(gt=0.0)]
 NonNegativeFloat = Annotated[float, Field(ge=0.0)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Text = Annotated[str, Field(min_length=1)]
-FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-][A-Za-z0-9_.-]{0,63}$")]
-Port = Annotated[int, Field(ge=0, le=65535)]
+# A directory or a hub id.
+ModelPath = Annotated[str, AfterValidator(_expanded)]
+FileName = Annotated[str, AfterValidator(_file_name)]
+Port = Annotated[int, Field(ge=0, le=LARGEST_PORT)]
+Endpoint = Annotated[str, AfterValidator(check_endpoint)]
+# What torch takes as a seed.
+Seed = Annotated[int, Field(ge=-(2**63), lt=2**64)]
 Device = Annotated[str, AfterValidator(_device)]
 
 ModelT = TypeVar("ModelT", bound=StrictModel)
@@ -83,19 +108,25 @@ def load_config(path: Path, overrides: Iterable[str], model: type[ModelT]) -> Mo
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """A YAML file's mapping.
+    """A YAML file's mapping. The file is UTF-8, with or without a byte-order mark.
 
     Raises:
-        ConfigError: the file is missing or is no YAML mapping.
+        ConfigError: the file is missing, cannot be read, is not UTF-8, has a key twice, or is no YAML mapping.
     """
+    path = path.expanduser()
     if not path.is_file():
         raise ConfigError(
-            f"{path}: no such configuration file; kvdistill's repository has some to start from, in configs/"
+            f"{path}: no such configuration file; the folder configs/ of kvdistill's repository has examples"
         )
     try:
-        raw = _load_yaml(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: not valid YAML: {error}") from error
+        raw = _load_yaml(path.read_bytes().decode("utf-8-sig"))
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        line = error.object.count(b"\n", 0, error.start) + 1
+        raise ConfigError(f"{path}: line {line} is not valid UTF-8; save the file in UTF-8") from error
+    except _YAML_ERRORS as error:
+        raise ConfigError(f"{path}: not valid YAML: {_problem(error)}") from error
     if not isinstance(raw, dict):
         raise ConfigError(f"{path}: expected a mapping at the top level, found {type(raw).__name__}")
     return cast("dict[str, Any]", raw)
@@ -115,11 +146,11 @@ def apply_override(tree: dict[str, Any], override: str) -> None:
         else:
             node = cast("dict[str, Any]", node).setdefault(name, {})
         if not isinstance(node, dict | list):
-            raise FieldError(where, f"is a plain value, so --set {override} cannot go below it")
+            raise FieldError(where, f"is a plain value without keys of its own, so --set {override} cannot set one")
     try:
         value = _load_yaml(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"--set {override}: the value is not valid YAML: {error}") from error
+    except _YAML_ERRORS as error:
+        raise ConfigError(f"--set {override}: the value is not valid YAML: {_problem(error)}") from error
     if isinstance(node, list):
         node[_list_index(cast("list[Any]", node), last, key)] = value
     else:
@@ -127,7 +158,28 @@ def apply_override(tree: dict[str, Any], override: str) -> None:
 
 
 class _Yaml(yaml.SafeLoader):
-    """Safe YAML in which 1e-3 is a number, as YAML 1.2 and people have it; YAML 1.1 wants 1.0e-3."""
+    """Safe YAML with the rules of YAML 1.2 where people expect them.
+
+    1e-3 is a number; YAML 1.1 wants 1.0e-3. A mapping has a key only once; PyYAML lets the last one win.
+    """
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        first: dict[Hashable, int] = {}
+        for key_node, _ in node.value:
+            if key_node.tag == "tag:yaml.org,2002:merge":
+                continue
+            key: object = cast("Any", self).construct_object(key_node, deep=True)
+            if not isinstance(key, Hashable):
+                continue
+            if key in first:
+                problem = f"the key '{key}' is given twice, first in line {first[key]}"
+                raise yaml.constructor.ConstructorError(None, None, problem, key_node.start_mark)
+            first[key] = key_node.start_mark.line + 1
+        return super().construct_mapping(node, deep)
+
+
+# PyYAML raises ValueError for impossible dates and for numbers of thousands of digits.
+_YAML_ERRORS = (yaml.YAMLError, ValueError, RecursionError)
 
 
 cast("Any", _Yaml).add_implicit_resolver(
@@ -137,6 +189,16 @@ cast("Any", _Yaml).add_implicit_resolver(
 
 def _load_yaml(text: str) -> object:
     return yaml.load(text, Loader=_Yaml)  # noqa: S506, the loader is a safe one
+
+
+def _problem(error: Exception) -> str:
+    """What is wrong, and in which line, without an excerpt."""
+    if isinstance(error, RecursionError):
+        return "it is nested too deeply"
+    if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
+        parts = [f"line {error.problem_mark.line + 1}", *filter(None, (error.context, error.problem))]
+        return ": ".join([parts[0], ", ".join(parts[1:])])
+    return " ".join(str(error).split())
 
 
 def _list_index(items: list[Any], name: str, where: str) -> int:
@@ -153,7 +215,11 @@ def parse(tree: Mapping[str, Any], model: type[ModelT]) -> ModelT:
     """
     try:
         # Strict JSON takes a list for a tuple and a string for a path, as YAML writes them.
-        return model.model_validate_json(json.dumps(_with_known_spelling(tree, model), default=str))
+        text = json.dumps(_with_known_spelling(tree, model), default=str)
+    except TypeError as error:
+        raise ConfigError(f"a key of the configuration is not text: {error}") from error
+    try:
+        return model.model_validate_json(text)
     except ValidationError as error:
         raise _field_error(error, model) from error
 
@@ -194,11 +260,17 @@ def _with_known_spelling(value: object, annotation: Any) -> object:
     return {key: _with_known_spelling(item, kinds[key]) if key in kinds else item for key, item in items}
 
 
+_FIELD = re.compile(r"[a-z_]\w*(\.\w+)*")
+
+
 def _field_error(error: ValidationError, model: type[StrictModel]) -> FieldError:
     first = error.errors()[0]
     value, message = first["input"], first["msg"].removeprefix("Value error, ")
     path, around, annotation = _locate(model, first["loc"])
-    field = ".".join(path) or model.__name__
+    name, separator, problem = message.partition(": ")
+    if first["type"] == "value_error" and separator and _FIELD.fullmatch(name) and _model_in(annotation):
+        path, message = [*path, name], problem  # A model's check of several fields begins with one of them.
+    field = ".".join(path) or "configuration"
     if first["type"] == "extra_forbidden":
         return FieldError(field, f"unknown key{did_you_mean(path[-1], sorted(around.model_fields))}")
     known = choices(annotation)

@@ -6,14 +6,19 @@ import difflib
 from collections.abc import Sequence
 from typing import ClassVar
 
+EXIT_FAILED = 1
+EXIT_USAGE = 2
+
 
 class KVDistillError(Exception):
     """Base class of all errors that kvdistill raises on purpose.
 
-    `next_step`: what the user can do next, if the message itself does not say so.
+    `next_step`: what the user can do next, if the message itself does not say so. `exit_status`: of a command that
+    ends with this error.
     """
 
     next_step: ClassVar[str] = ""
+    exit_status: ClassVar[int] = EXIT_FAILED
 
     def line(self) -> str:
         """The message and the next step in one line, as commands print it before they exit."""
@@ -22,6 +27,8 @@ class KVDistillError(Exception):
 
 class ConfigError(KVDistillError, ValueError):
     """A configuration, a flag or a plan has an invalid value."""
+
+    exit_status = EXIT_USAGE
 
 
 class FieldError(ConfigError):
@@ -46,6 +53,12 @@ class ProtocolError(KVDistillError):
     """The other side broke the protocol: bytes were truncated, reordered or damaged."""
 
     next_step = "compare the versions on both sides (kvdistill --version), and look for a proxy that alters messages"
+
+
+class OutputError(KVDistillError):
+    """A file could not be written."""
+
+    next_step = "free space on that disk, or check the permissions there, then run the same command again"
 
 
 class StoreError(KVDistillError):
@@ -74,10 +87,28 @@ class TeacherUnavailableError(TeacherError):
     next_step = "kvdistill doctor --teacher HOST:PORT checks an endpoint"
 
 
+class TeacherBusyError(TeacherUnavailableError):
+    """The queue of an endpoint is full.
+
+    Args:
+        teacher: the teacher's name in the configuration.
+        problem: what the endpoint said.
+        wait_s: the delay before a retry that it asks for.
+    """
+
+    def __init__(self, teacher: str, problem: str, wait_s: float = 0.0) -> None:
+        super().__init__(teacher, problem)
+        self.wait_s = wait_s
+
+
 class TeacherRefusedError(TeacherError):
     """The teacher refused the request; a retry would be refused too."""
 
     next_step = "kvdistill inspect HOST:PORT shows what the teacher offers"
+
+
+class EndpointRefusedError(TeacherRefusedError):
+    """One endpoint is another service, or does not accept this caller; another replica of the teacher may serve it."""
 
 
 class TeacherMismatchError(TeacherError):

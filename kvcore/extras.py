@@ -8,10 +8,23 @@ from kvcore.errors import ConfigError
 
 # Import names by extra. A plain install can serve teachers and read from them; `train` adds everything for training.
 EXTRAS: dict[str, tuple[str, ...]] = {
-    "train": ("datasets", "deepspeed", "lm_eval", "matplotlib", "scipy", "tensorboard"),
+    "train": (
+        "accelerate",
+        "datasets",
+        "deepspeed",
+        "lm_eval",
+        "matplotlib",
+        "pandas",
+        "peft",
+        "scipy",
+        "tabulate",
+        "tensorboard",
+    ),
     "gpu": ("accelerate", "bitsandbytes"),
     "vllm": ("vllm",),
     "otel": ("opentelemetry.sdk",),
+    "wandb": ("wandb",),
+    "mlflow": ("mlflow",),
 }
 
 

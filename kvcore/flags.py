@@ -61,9 +61,7 @@ class FlagSet(Generic[ModelT]):
             return parse(tree, self.model)
         except FieldError as error:
             name = error.field.partition(".")[0]
-            if name == self.model.__name__:  # Fields that conflict: the message begins with one of them.
-                name, _, problem = error.problem.partition(": ")
-            elif name in self.model.model_fields:
+            if name in self.model.model_fields:
                 problem = "is required" if error.problem.startswith("Field required") else error.problem
             else:  # An unknown key of the file.
                 raise

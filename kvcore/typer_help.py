@@ -11,7 +11,7 @@ from typer.core import TyperCommand, TyperGroup
 from kvcore.command_line import help_page
 
 # How the values of typer's types are shown.
-_VALUES = {"path": "PATH", "int": "NUMBER", "int range": "NUMBER", "float": "NUMBER"}
+_VALUES = {"path": "PATH", "int": "NUMBER", "int range": "NUMBER", "float": "NUMBER", "float range": "NUMBER"}
 
 
 class Command(TyperCommand):

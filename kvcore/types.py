@@ -10,7 +10,7 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 
@@ -19,6 +19,8 @@ from kvcore.plan import CodecSpec, KVPlan, SamplingParams, SpanKind
 Tensor = torch.Tensor
 TensorKind = Literal["k", "v"]
 TENSORS: tuple[TensorKind, ...] = ("k", "v")
+Role = Literal["system", "user", "assistant"]
+ROLES: tuple[Role, ...] = get_args(Role)
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,13 +33,34 @@ class Span:
 
 
 @dataclass(frozen=True, slots=True)
+class Turn:
+    """One message of a conversation. Its content is a range of characters of the sample's text."""
+
+    role: Role
+    start: int
+    end: int
+
+
+@dataclass(frozen=True, slots=True)
+class Chat:
+    """How a chat template wraps a text: its turns, and after the last one what the assistant answers.
+
+    `system_prompt`: a message before the turns that is not part of the text.
+    """
+
+    turns: tuple[Turn, ...]
+    system_prompt: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class Sample:
-    """One sequence for a teacher to read: either `text` or `token_ids`."""
+    """One sequence for a teacher to read: either `text`, in its chat template if there is a `chat`, or `token_ids`."""
 
     id: str
     text: str | None = None
     token_ids: tuple[int, ...] | None = None
     spans: tuple[Span, ...] = ()
+    chat: Chat | None = None
 
     def key(self, weights_digest: str, plan: KVPlan, sampling: SamplingParams | None = None) -> str:
         """Returns the sample key: the hash that names this sample's K/V of one teacher under one plan.
@@ -48,13 +71,19 @@ class Sample:
         content: list[object] = [weights_digest, plan.digest(), self.text, self.token_ids, spans]
         if sampling is not None:
             content.append(sampling.digest())
+        if self.chat is not None:
+            turns = [[turn.role, turn.start, turn.end] for turn in self.chat.turns]
+            content.append({"system_prompt": self.chat.system_prompt, "turns": turns})
         canonical = json.dumps(content, separators=(",", ":"), ensure_ascii=True)
         return hashlib.blake2b(canonical.encode(), digest_size=16).hexdigest()
 
 
 @dataclass(frozen=True, slots=True)
 class TeacherInfo:
-    """A teacher's identity, geometry and limits, as `Describe` returns them."""
+    """A teacher's identity, geometry and limits, as `Describe` returns them.
+
+    `max_map_bytes`: the largest map that it takes; 0 if plans cannot name one.
+    """
 
     model: str
     weights_digest: str
@@ -70,6 +99,7 @@ class TeacherInfo:
     max_frame_bytes: int
     selectors: tuple[str, ...]
     codecs: tuple[str, ...]
+    max_map_bytes: int = 0
 
     def identity(self) -> dict[str, str | int]:
         """Weights, tokenizer and geometry by name: equal for replicas of one teacher."""

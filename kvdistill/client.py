@@ -11,7 +11,7 @@ from typing import Any, Self, TypedDict, Unpack
 import torch
 
 from kvcore.config import parse
-from kvcore.errors import FieldError, TeacherRefusedError, TeacherUnavailableError
+from kvcore.errors import EndpointRefusedError, FieldError, TeacherError, TeacherRefusedError, TeacherUnavailableError
 from kvcore.plan import KVPlan, SamplingParams, Scope, Selection, SelectionSpan
 from kvcore.tensors.codec import decode_batch
 from kvcore.types import EncodedSampleKV, MissingKV, Sample, TeacherInfo, Tensor
@@ -194,15 +194,18 @@ class TeacherClient:
 
     def _completed(self, prompts: Sequence[Sample], params: SamplingParams) -> list[CompletedSample]:
         problems: list[str] = []
+        failures: list[TeacherError] = []
         for endpoint in self._endpoints:
             arguments = (endpoint, lambda _info: _SMALLEST_PLAN, params, self._timeout_s, self._patience_s)
             try:
                 with closing(CompletionSource(self._name, *arguments, self._transport)) as source:
                     source.connect()
                     return source.complete(prompts)
-            except TeacherUnavailableError as error:
+            except (TeacherUnavailableError, EndpointRefusedError) as error:
+                failures.append(error)
                 problems.append(f"{endpoint}: {error.problem}")
-        raise TeacherUnavailableError(self._name, "; ".join(problems))
+        refused = all(isinstance(error, EndpointRefusedError) for error in failures)
+        raise (EndpointRefusedError if refused else TeacherUnavailableError)(self._name, "; ".join(problems))
 
     def _connected(self, plan: KVPlan | None) -> FailoverSource:
         """The open source if it has this plan (or any, if None), or else a new one in its place."""

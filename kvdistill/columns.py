@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 
 # HOST:PORT of a server.
-ENDPOINT = re.compile(r"[^\s/]+:\d{1,5}")
+ENDPOINT = re.compile(r"[^\s/]+:\d+")
 
 
 def in_columns(rows: Sequence[Sequence[str]], right: bool = False) -> str:

@@ -48,6 +48,7 @@ def description_rows(info: TeacherInfo) -> list[tuple[str, str]]:
         ("max sample", f"{info.max_sample_tokens:,} tokens"),
         ("max request", f"{info.max_samples_per_request:,} samples"),
         ("max frame", f"{info.max_frame_bytes:,} bytes"),
+        ("max map", f"{info.max_map_bytes:,} bytes" if info.max_map_bytes else "no maps"),
         ("selectors", ", ".join(info.selectors)),
         ("codecs", ", ".join(info.codecs)),
     ]

@@ -1,4 +1,4 @@
-"""`kvdistill doctor`: checks whether this machine can serve and train, and whether teachers answer.
+"""`kvdistill doctor`: checks whether this machine can serve and train, whether teachers answer, and a run's inputs.
 
 Packages are imported in separate processes, since a broken package may crash its process. This module imports no torch.
 """
@@ -19,13 +19,19 @@ from typing import Literal
 
 import psutil
 
-from kvcore.errors import FieldError, ProtocolError, TeacherError
+from kvcore.early_checks import check_model
+from kvcore.endpoints import check_endpoint
+from kvcore.errors import ConfigError, FieldError, ProtocolError, TeacherError
 from kvcore.extras import EXTRAS, install_command, missing
-from kvdistill.columns import ENDPOINT, in_columns
+from kvcore.models.files import model_config, parameter_count
+from kvdistill.columns import in_columns
+from student_trainer.config import TrainConfig
 
 GIB = 2**30
 # Enough for a checkpoint of a small student and logs.
 MIN_FREE_BYTES = 2 * GIB
+# Of a checkpoint: fp32 weights and both moments.
+CHECKPOINT_BYTES = 12
 IMPORT_SECONDS = 120
 # A program per package that imports it and prints its version.
 PACKAGES = {
@@ -51,20 +57,31 @@ class Check:
     next_step: str = ""
 
 
-def checks(teachers: Sequence[str], disk: Path) -> list[Check]:
+def checks(teachers: Sequence[str], output: Path | None = None, run: TrainConfig | None = None) -> list[Check]:
     """Runs all checks in parallel.
+
+    Args:
+        teachers: HOST:PORT of servers.
+        output: the directory to which runs will write; by default that of `run`, or `outputs`.
+        run: a run whose student, data and teachers are checked, too.
 
     Raises:
         FieldError: a teacher is not given as HOST:PORT.
     """
+    teachers = [*teachers, *(endpoint for teacher in (run.teachers if run else ()) for endpoint in teacher.endpoints)]
     for endpoint in teachers:
-        if not ENDPOINT.fullmatch(endpoint):
-            raise FieldError("--teacher", f"expected HOST:PORT, got '{endpoint}'")
+        try:
+            check_endpoint(endpoint)
+        except ValueError as error:
+            raise FieldError("--teacher", f"{error}, got '{endpoint}'") from error
     needed = [name for name in PACKAGES if name not in missing("train")]
     probes: list[Callable[[], Check]] = [lambda name=name: _package(name) for name in needed]
-    probes += [_gpus, _memory, lambda: _disk(disk), _port]
+    probes += [_gpus, _memory, lambda: _disk(output, run), _port]
     probes += [lambda name=name: _extra(name) for name in EXTRAS]
     probes += [lambda endpoint=endpoint: _teacher(endpoint) for endpoint in teachers]
+    if run is not None:
+        probes += [lambda: _student(run.student.path)]
+        probes += [lambda field=field, path=path: _data(field, path) for field, path in _data_of(run)]
     with ThreadPoolExecutor(max_workers=4) as pool:
         return [_python(), *pool.map(lambda probe: probe(), probes)]
 
@@ -127,17 +144,58 @@ def _memory() -> Check:
     return Check("memory", "ok", f"{memory.available / GIB:.1f} of {memory.total / GIB:.1f} GiB available")
 
 
-def _disk(path: Path) -> Check:
-    path = path.absolute()
+def _disk(output: Path | None, run: TrainConfig | None) -> Check:
+    path = (output or (run.run.output_dir if run else Path("outputs"))).absolute()
+    other = "choose another folder with --output" if output or not run else "set run.output_dir to another folder"
     above = next(folder for folder in (path, *path.parents) if folder.is_dir())
     free = shutil.disk_usage(above).free
     found = f"{free / GIB:.1f} GiB free for {path}"
     if not os.access(above, os.W_OK):
-        return Check("disk", "problem", f"{above} is not writable", "choose another folder with --output")
-    if free < MIN_FREE_BYTES:
-        step = f"a run needs at least {MIN_FREE_BYTES / GIB:.0f} GiB: choose another folder with --output"
-        return Check("disk", "problem", found, step)
+        return Check("disk", "problem", f"{above} is not writable", other)
+    if free < (needed := max(MIN_FREE_BYTES, _checkpoint_bytes(run) if run else 0)):
+        return Check("disk", "problem", found, f"this needs at least {needed / GIB:.1f} GiB: {other}")
     return Check("disk", "ok", found)
+
+
+def _checkpoint_bytes(run: TrainConfig) -> int:
+    """Bytes of the checkpoints of all stages, while one more is being written; 0 if the student's size is unknown."""
+    kept = sum(run.stage(index).run.keep_checkpoints for index in range(len(run.stages))) or run.run.keep_checkpoints
+    try:
+        return (kept + 1) * CHECKPOINT_BYTES * parameter_count(Path(run.student.path).expanduser(), "student.path")
+    except FieldError:
+        return 0  # The check of the student reports it.
+
+
+def _student(path: str) -> Check:
+    try:
+        check_model(path, "student.path")
+    except FieldError as error:
+        return Check("student", "problem", error.problem, "set student.path to a model's directory or a hub id")
+    directory = Path(path).expanduser()
+    if not directory.is_dir():
+        return Check("student", "note", f"'{path}' is a hub id, which is not checked; a run downloads it")
+    kind = model_config(directory, path, "student.path").get("model_type", "unknown type")
+    millions = parameter_count(directory, "student.path") / 1e6
+    return Check("student", "ok", f"{path}: {kind}, {millions:,.1f} million parameters")
+
+
+def _data_of(run: TrainConfig) -> Iterator[tuple[str, Path]]:
+    """The data files of a run, or of its stages."""
+    seen: set[Path] = set()
+    for stage in [run.stage(index) for index in range(len(run.stages))] or [run]:
+        for field, path in (("data.train", stage.data.train), ("data.val", stage.data.val)):
+            if path is not None and path not in seen:
+                seen.add(path)
+                yield field, path
+
+
+def _data(field: str, path: Path) -> Check:
+    from data.records import load_records  # noqa: PLC0415 - imports torch, which only some checks need
+
+    try:
+        return Check(field, "ok", f"{path}: {len(load_records(path)):,} records")
+    except ConfigError as error:
+        return Check(field, "problem", str(error), "docs/data.md describes the records")
 
 
 def _port() -> Check:

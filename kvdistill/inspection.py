@@ -9,7 +9,8 @@ from operator import add
 from pathlib import Path
 from typing import Any
 
-from kvcore.errors import ConfigError
+from kvcore.endpoints import check_endpoint
+from kvcore.errors import ConfigError, FieldError
 from kvcore.monitoring.units import in_bytes
 from kvcore.plan import KVPlan
 from kvcore.store.journal import SampleEntry
@@ -19,12 +20,14 @@ from kvdistill.columns import ENDPOINT, in_columns
 from kvdistill.describe import describe, description_rows, raw_token_bytes
 
 ALIGNMENT = "alignment.json"
+# Ends the name of an extraction's report, which is beside the result.
+REPORT_SUFFIX = ".report.json"
 # If a plan has more layers, only their number is shown.
 MAX_LISTED_LAYERS = 12
 
 
 def inspect(target: str) -> str:
-    """Describes `target`: HOST:PORT of a server, a store or a folder of stores, a .pt file, or a run's folder.
+    """Describes `target`: HOST:PORT of a server, a store or a folder of stores, an extraction, or a run's folder.
 
     Raises:
         ConfigError: there is nothing to show at `target`.
@@ -33,6 +36,10 @@ def inspect(target: str) -> str:
     """
     path = Path(target)
     if not path.exists() and ENDPOINT.fullmatch(target):
+        try:
+            check_endpoint(target)
+        except ValueError as error:
+            raise FieldError("TARGET", f"{error}, got '{target}'") from error
         return in_columns([("teacher", target), *description_rows(describe(target))])
     found = list(_descriptions(path))
     if not found:
@@ -47,6 +54,12 @@ def _descriptions(path: Path) -> Iterator[str]:
     """Descriptions of all stores, extractions and alignments at a path."""
     if path.suffix == ".pt" and path.is_file():
         yield _extraction(path)
+    for report in sorted(path.glob(f"*{REPORT_SUFFIX}")):
+        name = report.name.removesuffix(REPORT_SUFFIX)
+        if (path / f"{name}.pt").is_file():
+            yield _extraction(path / f"{name}.pt")
+        for manifest in sorted((path / name).glob(f"*/{MANIFEST_NAME}")):
+            yield _store(manifest.parent)
     if path.name == ALIGNMENT and path.is_file():
         yield _alignment(path)
     for manifest in [*path.glob(MANIFEST_NAME), *sorted(path.glob(f"*/{MANIFEST_NAME}"))]:
@@ -92,6 +105,7 @@ def _store(directory: Path) -> str:
         ("layers", plan_layers(plan, info.layers)),
         ("tokens", plan_tokens(plan)),
         ("codec", plan_codec(plan)),
+        *([("map", f"{plan.map.digest}, to {plan.map.heads} x {plan.map.head_dim}")] if plan.map else []),
         ("samples", f"{sums.samples:,}"),
         ("on disk", f"{in_bytes(sum(shards))} in {len(shards)} shards"),
     ]
@@ -151,7 +165,7 @@ def plan_codec(plan: KVPlan) -> str:
 
 def _extraction(path: Path) -> str:
     """Describes a .pt file from its report: loading the file itself would need as much memory as its size."""
-    report = path.with_name(f"{path.stem}.report.json")
+    report = path.with_name(f"{path.stem}{REPORT_SUFFIX}")
     if not report.is_file():
         raise ConfigError(f"{path}: its report {report.name} is missing; put it next to the file")
     content: dict[str, Any] = json.loads(report.read_text(encoding="utf-8"))

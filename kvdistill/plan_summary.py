@@ -8,12 +8,15 @@ from statistics import fmean
 from typing import Any
 
 from align.head_dim_adapter import KVGeometry
+from align.student_map import can_map_at_teacher, check_student_map
+from align.teacher_basis import can_have_basis, check_basis
 from align.teacher_plan import plan_for
 from data.records import Record, load_records
 from extraction.teachers import model_geometry
 from kvcore.errors import FieldError, TeacherUnavailableError
+from kvcore.models.backbone import read_tokenizer
 from kvcore.monitoring.units import in_bytes
-from kvcore.plan import KVPlan
+from kvcore.plan import KVPlan, PlanMap
 from kvcore.store.manifest import read_manifest
 from kvcore.tensors.plan_size import kept_slots, sample_bytes
 from kvdistill.columns import in_columns
@@ -23,6 +26,10 @@ from student_trainer.config import TeacherConfig, TrainConfig
 
 # Records whose tokens are counted, enough for a mean within a few per cent.
 MAX_COUNTED = 512
+# Numbers of principal components (`align.basis_rank`) whose bytes are shown beside those of all heads.
+RANKS = (256, 64, 16)
+# Names of the choices that are shown: all heads, and the student's.
+WHOLE, MAPPED = "all heads", "map_at teacher"
 _PARTS = ("prompt", "reasoning", "answer")
 FLAG = "--teacher-model"
 
@@ -46,7 +53,10 @@ class Lengths:
 
 @dataclass(frozen=True, slots=True)
 class Demand:
-    """What a run requests from one teacher. Bytes and tokens are means per sample; the cache is in half precision."""
+    """What a run requests from one teacher. Bytes and tokens are means per sample; the cache is in half precision.
+
+    `bytes_by_choice`: for each choice of what the teacher sends that the run can make, by its name.
+    """
 
     teacher: str
     geometry: KVGeometry
@@ -54,6 +64,7 @@ class Demand:
     kept_tokens: float
     sample_bytes: float
     cache_bytes: float
+    bytes_by_choice: Mapping[str, float]
 
 
 def plan_text(config: TrainConfig, models: Sequence[str]) -> str:
@@ -125,17 +136,17 @@ def _geometry(teacher: TeacherConfig, config: TrainConfig, paths: Mapping[str, s
         else:
             return KVGeometry(info.layers, info.kv_heads, info.head_dim)
     details = "; ".join(problems)
-    raise TeacherUnavailableError(teacher.name, f"{details}. Without its server: {FLAG} {teacher.name}=PATH_OR_HUB_ID")
+    raise TeacherUnavailableError(
+        teacher.name, f"{details}. To plan without its server, add {FLAG} {teacher.name}=PATH_OR_HUB_ID"
+    )
 
 
 def _lengths(config: TrainConfig) -> Lengths:
-    from transformers import AutoTokenizer  # noqa: PLC0415 - slow to import
-
     try:
-        tokenizer: Any = AutoTokenizer.from_pretrained(config.student.path)
+        tokenizer: Any = read_tokenizer(config.student.path)
     except (OSError, ValueError) as error:
         raise FieldError("student.path", f"cannot load the tokenizer of '{config.student.path}': {error}") from error
-    records = load_records(config.data.train)
+    records = load_records(config.data.train, columns=config.data.columns.names())
     step = max(1, len(records) // MAX_COUNTED)
     return Lengths(len(records), [_tokens(tokenizer, record) for record in records[::step][:MAX_COUNTED]])
 
@@ -158,9 +169,48 @@ def _demand(teacher: str, student: KVGeometry, config: TrainConfig, geometry: KV
         head_adapter=align.head_adapter,
     )
     slots = [kept_slots(plan, candidates) for candidates in lengths.candidates(plan)]
-    sizes = [sample_bytes(plan, geometry.heads, geometry.head_dim, count) for count in slots]
+
+    choices = _choices(config, student, geometry)
+
+    def size(shape: tuple[int, int] | None) -> float:
+        named = None if shape is None else PlanMap(digest="0" * 32, heads=shape[0], head_dim=shape[1])
+        return fmean(sample_bytes(plan.with_map(named), geometry.heads, geometry.head_dim, count) for count in slots)
+
+    by_choice = {name: size(shape) for name, shape in choices.items()}
     cache = raw_token_bytes(geometry.layers, geometry.heads, geometry.head_dim) * lengths.text()
-    return Demand(teacher, geometry, plan, fmean(slots), fmean(sizes), cache)
+    return Demand(teacher, geometry, plan, fmean(slots), by_choice[_chosen(config)], cache, by_choice)
+
+
+def _choices(config: TrainConfig, student: KVGeometry, geometry: KVGeometry) -> dict[str, tuple[int, int] | None]:
+    """What a teacher can send, by its name: heads and head dimension, None for all of its own.
+
+    Raises:
+        FieldError: the run asks for what this teacher cannot send; names the field.
+    """
+    align = config.align
+    if align.basis_rank is not None:
+        check_basis(align.basis_rank, geometry, student, align.layer_map)
+    if align.map_at == "teacher":
+        check_student_map(geometry, student, align.layer_map)
+    choices: dict[str, tuple[int, int] | None] = {WHOLE: None}
+    if config.direction == "to_student":
+        if can_map_at_teacher(geometry, student, align.layer_map, align.head_adapter):
+            choices[MAPPED] = (student.heads, student.head_dim)
+    elif can_have_basis(geometry, student, align.layer_map, align.head_adapter):
+        ranks = {align.basis_rank or 0, *(rank for rank in RANKS if rank < geometry.features)} - {0}
+        choices |= {_components(rank): (1, rank) for rank in sorted(ranks, reverse=True)}
+    return choices
+
+
+def _components(rank: int) -> str:
+    return f"basis_rank {rank}"
+
+
+def _chosen(config: TrainConfig) -> str:
+    """The name of what the run's teachers send."""
+    if config.align.basis_rank is not None:
+        return _components(config.align.basis_rank)
+    return MAPPED if config.align.map_at == "teacher" else WHOLE
 
 
 def _table(config: TrainConfig, demands: Sequence[Demand], records: int) -> str:
@@ -168,6 +218,8 @@ def _table(config: TrainConfig, demands: Sequence[Demand], records: int) -> str:
     plan = demands[0].plan
     requests = [("tokens", plan_tokens(plan)), ("codec", plan_codec(plan))]
     requests += [(f"layers of {each.teacher}", plan_layers(each.plan, each.geometry.layers)) for each in demands]
+    requests += [] if config.align.basis_rank is None else [("components", f"{config.align.basis_rank} of each layer")]
+    requests += [] if config.align.map_at == "trainer" else [("heads", "the student's (align.map_at teacher)")]
     batch = config.run.global_batch
     rows = [["teacher", "kept tokens", "per sample", "full cache", "reduction", "per step", "per epoch", "at 1 step/s"]]
     rows += [
@@ -177,7 +229,20 @@ def _table(config: TrainConfig, demands: Sequence[Demand], records: int) -> str:
     if len(demands) > 1:
         samples, caches = (sum(getattr(each, name) for each in demands) for name in ("sample_bytes", "cache_bytes"))
         rows.append(["all", "", *_sizes(samples, caches, batch, records)])
-    return f"{in_columns(requests)}\n\n{in_columns(rows, right=True)}"
+    return "\n\n".join([in_columns(requests), *_choice_table(demands), in_columns(rows, right=True)])
+
+
+def _choice_table(demands: Sequence[Demand]) -> list[str]:
+    """A table of the bytes per sample by what the teachers send; none if there is no choice."""
+    names = list(dict.fromkeys(name for each in demands for name in each.bytes_by_choice))
+    if len(names) < 2:
+        return []
+    names.sort(key=lambda name: -max(each.bytes_by_choice.get(name, 0) for each in demands))
+    rows = [["per sample", "full cache", *names]]
+    for each in demands:
+        sizes = [each.cache_bytes, *(each.bytes_by_choice.get(name) for name in names)]
+        rows.append([each.teacher, *("-" if size is None else in_bytes(round(size)) for size in sizes)])
+    return [in_columns(rows, right=True)]
 
 
 def _sizes(sample: float, cache: float, batch: int, records: int) -> list[str]:

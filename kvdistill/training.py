@@ -12,6 +12,7 @@ from kvcore.config import load_config as load_file
 from kvcore.config import parse
 from kvcore.extras import require
 from student_trainer.config import BEST_MODEL, TrainConfig
+from student_trainer.config_checks import check_inputs
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +58,7 @@ def train(config: TrainConfig | Mapping[str, Any] | str | Path) -> TrainResult:
     """
     settings = _settings(config)
     require("train", "kvdistill.train")
+    check_inputs(settings)
     from student_trainer.loop import ds_engine, trainer  # noqa: PLC0415 - torch is slow to import
 
     # DeepSpeed cannot join a second process group, so later runs of this process reuse the first one.

@@ -1,0 +1,1 @@
+"""The protobuf definition of the service `TeacherKV`, and the code generated from it."""

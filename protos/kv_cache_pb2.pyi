@@ -75,14 +75,30 @@ class DescribeResponse(_message.Message):
     def __init__(self, model: _Optional[str] = ..., weights_digest: _Optional[str] = ..., tokenizer_fingerprint: _Optional[str] = ..., layers: _Optional[int] = ..., kv_heads: _Optional[int] = ..., head_dim: _Optional[int] = ..., rope_json: _Optional[str] = ..., engine: _Optional[str] = ..., dtype: _Optional[str] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., selectors: _Optional[_Iterable[str]] = ..., codecs: _Optional[_Iterable[str]] = ..., xxh3: _Optional[int] = ...) -> None: ...
 
 class Limits(_message.Message):
-    __slots__ = ("max_sample_tokens", "max_samples_per_request", "max_frame_bytes")
+    __slots__ = ("max_sample_tokens", "max_samples_per_request", "max_frame_bytes", "max_map_bytes")
     MAX_SAMPLE_TOKENS_FIELD_NUMBER: _ClassVar[int]
     MAX_SAMPLES_PER_REQUEST_FIELD_NUMBER: _ClassVar[int]
     MAX_FRAME_BYTES_FIELD_NUMBER: _ClassVar[int]
+    MAX_MAP_BYTES_FIELD_NUMBER: _ClassVar[int]
     max_sample_tokens: int
     max_samples_per_request: int
     max_frame_bytes: int
-    def __init__(self, max_sample_tokens: _Optional[int] = ..., max_samples_per_request: _Optional[int] = ..., max_frame_bytes: _Optional[int] = ...) -> None: ...
+    max_map_bytes: int
+    def __init__(self, max_sample_tokens: _Optional[int] = ..., max_samples_per_request: _Optional[int] = ..., max_frame_bytes: _Optional[int] = ..., max_map_bytes: _Optional[int] = ...) -> None: ...
+
+class LoadMapRequest(_message.Message):
+    __slots__ = ("digest", "size", "data")
+    DIGEST_FIELD_NUMBER: _ClassVar[int]
+    SIZE_FIELD_NUMBER: _ClassVar[int]
+    DATA_FIELD_NUMBER: _ClassVar[int]
+    digest: str
+    size: int
+    data: bytes
+    def __init__(self, digest: _Optional[str] = ..., size: _Optional[int] = ..., data: _Optional[bytes] = ...) -> None: ...
+
+class LoadMapResponse(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
 
 class KVRequest(_message.Message):
     __slots__ = ("request_id", "plan", "samples")
@@ -123,16 +139,36 @@ class Sampling(_message.Message):
     def __init__(self, max_new_tokens: _Optional[int] = ..., temperature: _Optional[float] = ..., top_p: _Optional[float] = ..., seed: _Optional[int] = ..., stop: _Optional[_Iterable[str]] = ..., answer_marker: _Optional[str] = ...) -> None: ...
 
 class Sample(_message.Message):
-    __slots__ = ("id", "text", "token_ids", "spans")
+    __slots__ = ("id", "text", "token_ids", "spans", "chat")
     ID_FIELD_NUMBER: _ClassVar[int]
     TEXT_FIELD_NUMBER: _ClassVar[int]
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     SPANS_FIELD_NUMBER: _ClassVar[int]
+    CHAT_FIELD_NUMBER: _ClassVar[int]
     id: str
     text: str
     token_ids: TokenIds
     spans: _containers.RepeatedCompositeFieldContainer[Span]
-    def __init__(self, id: _Optional[str] = ..., text: _Optional[str] = ..., token_ids: _Optional[_Union[TokenIds, _Mapping]] = ..., spans: _Optional[_Iterable[_Union[Span, _Mapping]]] = ...) -> None: ...
+    chat: Chat
+    def __init__(self, id: _Optional[str] = ..., text: _Optional[str] = ..., token_ids: _Optional[_Union[TokenIds, _Mapping]] = ..., spans: _Optional[_Iterable[_Union[Span, _Mapping]]] = ..., chat: _Optional[_Union[Chat, _Mapping]] = ...) -> None: ...
+
+class Chat(_message.Message):
+    __slots__ = ("turns", "system_prompt")
+    TURNS_FIELD_NUMBER: _ClassVar[int]
+    SYSTEM_PROMPT_FIELD_NUMBER: _ClassVar[int]
+    turns: _containers.RepeatedCompositeFieldContainer[Turn]
+    system_prompt: str
+    def __init__(self, turns: _Optional[_Iterable[_Union[Turn, _Mapping]]] = ..., system_prompt: _Optional[str] = ...) -> None: ...
+
+class Turn(_message.Message):
+    __slots__ = ("role", "start", "end")
+    ROLE_FIELD_NUMBER: _ClassVar[int]
+    START_FIELD_NUMBER: _ClassVar[int]
+    END_FIELD_NUMBER: _ClassVar[int]
+    role: str
+    start: int
+    end: int
+    def __init__(self, role: _Optional[str] = ..., start: _Optional[int] = ..., end: _Optional[int] = ...) -> None: ...
 
 class TokenIds(_message.Message):
     __slots__ = ("ids",)
@@ -151,14 +187,26 @@ class Span(_message.Message):
     def __init__(self, kind: _Optional[_Union[SpanKind, str]] = ..., start: _Optional[int] = ..., end: _Optional[int] = ...) -> None: ...
 
 class Plan(_message.Message):
-    __slots__ = ("layers", "selection", "codec")
+    __slots__ = ("layers", "selection", "codec", "map")
     LAYERS_FIELD_NUMBER: _ClassVar[int]
     SELECTION_FIELD_NUMBER: _ClassVar[int]
     CODEC_FIELD_NUMBER: _ClassVar[int]
+    MAP_FIELD_NUMBER: _ClassVar[int]
     layers: _containers.RepeatedScalarFieldContainer[int]
     selection: Selection
     codec: Codec
-    def __init__(self, layers: _Optional[_Iterable[int]] = ..., selection: _Optional[_Union[Selection, _Mapping]] = ..., codec: _Optional[_Union[Codec, _Mapping]] = ...) -> None: ...
+    map: PlanMap
+    def __init__(self, layers: _Optional[_Iterable[int]] = ..., selection: _Optional[_Union[Selection, _Mapping]] = ..., codec: _Optional[_Union[Codec, _Mapping]] = ..., map: _Optional[_Union[PlanMap, _Mapping]] = ...) -> None: ...
+
+class PlanMap(_message.Message):
+    __slots__ = ("digest", "heads", "head_dim")
+    DIGEST_FIELD_NUMBER: _ClassVar[int]
+    HEADS_FIELD_NUMBER: _ClassVar[int]
+    HEAD_DIM_FIELD_NUMBER: _ClassVar[int]
+    digest: str
+    heads: int
+    head_dim: int
+    def __init__(self, digest: _Optional[str] = ..., heads: _Optional[int] = ..., head_dim: _Optional[int] = ...) -> None: ...
 
 class Selection(_message.Message):
     __slots__ = ("selector", "budget", "span", "scope", "importance_weight", "importance_pool", "seed")

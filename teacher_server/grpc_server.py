@@ -16,7 +16,7 @@ from grpc_reflection.v1alpha.reflection import SERVICE_NAME as REFLECTION_SERVIC
 from grpc_reflection.v1alpha.reflection import enable_server_reflection
 
 from kvcore.errors import FieldError, KVDistillError
-from kvcore.wire.channel_arguments import server_arguments
+from kvcore.wire.channel_arguments import DIRECT, server_arguments
 from teacher_server.config import MIB
 from teacher_server.monitoring.logs import log_event
 from teacher_server.requests.authentication import read_token, server_credentials
@@ -68,7 +68,7 @@ class GrpcServer:
         """
         config = self._state.config
         server = grpc.aio.server(
-            interceptors=(self._interceptor, OpenServicesInterceptor()),
+            interceptors=(self._interceptor, OpenServicesInterceptor(self._state.metrics)),
             options=server_arguments(MAX_REQUEST_BYTES, max_streams(config)),
             maximum_concurrent_rpcs=max_calls(config),
         )
@@ -80,7 +80,7 @@ class GrpcServer:
         loopback = f"unix-abstract:kvdistill-{secrets.token_hex(16)}"
         server.add_insecure_port(loopback)
         await server.start()
-        self._server, self._loopback = server, grpc.aio.insecure_channel(loopback)
+        self._server, self._loopback = server, grpc.aio.insecure_channel(loopback, options=[DIRECT])
 
     async def problem(self) -> str | None:
         """Probe the health service over loopback; returns what is wrong if it does not answer within 2 s."""

@@ -1,4 +1,4 @@
-"""Executes plans where the K/V are computed: selects, gathers and encodes each layer, then copies it to host memory."""
+"""Executes plans where the K/V are computed: selects, maps and encodes each layer, then copies it to host memory."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from kvcore.errors import FieldError, NonFiniteError
 from kvcore.plan import CodecSpec, KVPlan
 from kvcore.tensors.codec import encode
+from kvcore.tensors.kv_map import KVMap
 from kvcore.tensors.plan_size import kept_slots, sample_bytes
 from kvcore.tensors.select import needs_importance, needs_keys, needs_seeds, select, select_sample
 from kvcore.tensors.selectors.random import sample_seed
@@ -34,11 +35,12 @@ from teacher_server.engines.base import (
 
 @dataclass(frozen=True, slots=True)
 class PlanRow:
-    """A sample's plan, the token indices that it may select from, ascending, and the seed of random selection."""
+    """A sample's plan and its map, the token indices that it may select from, ascending, and the seed of `random`."""
 
     plan: KVPlan
     candidates_N: NDArray[np.int64]
     seed: int
+    kv_map: KVMap | None = None
 
 
 def check_plan(plan: KVPlan, info: TeacherInfo) -> None:
@@ -54,6 +56,8 @@ def check_plan(plan: KVPlan, info: TeacherInfo) -> None:
         raise FieldError("plan.selection.selector", f"got '{selector}'; known: {', '.join(info.selectors)}")
     if plan.codec.name not in info.codecs:
         raise FieldError("plan.codec.name", f"got '{plan.codec.name}'; known: {', '.join(info.codecs)}")
+    if plan.map is not None and info.max_map_bytes == 0:
+        raise FieldError("plan.map", f"the engine '{info.engine}' of this teacher does not support maps; leave it out")
 
 
 def check_sample(tokens: TokenizedSample, plan: KVPlan) -> None:
@@ -128,7 +132,7 @@ def plan_row(sample: PlannedSample) -> PlanRow:
     """The `PlanRow` of a sample."""
     selection = sample.plan.selection
     seed = sample_seed(selection.seed, sample.tokens.token_ids) if needs_seeds(selection) else 0
-    return PlanRow(sample.plan, candidate_tokens(sample.tokens, sample.plan), seed)
+    return PlanRow(sample.plan, candidate_tokens(sample.tokens, sample.plan), seed, sample.kv_map)
 
 
 class PlanRun:
@@ -137,7 +141,7 @@ class PlanRun:
     Args:
         rows: the batch, in the order of the rows of each `LayerOutput`.
         fail: called for a row whose K/V cannot be used.
-        own_heads: the KV heads to encode; the selection is made with all heads of the `LayerOutput`.
+        own_heads: the KV heads to encode; the selection is made with all heads of the `LayerOutput`. Maps need all.
         with_norms: whether results have `norms`.
     """
 
@@ -178,7 +182,10 @@ def _group(batch: Sequence[PlanRow], own_heads: slice, with_norms: bool) -> list
     for (plan, _), members in rows.items():
         candidates_BN = torch.from_numpy(np.stack([batch[place].candidates_N for place in members]))
         seeds_B = torch.tensor([batch[place].seed for place in members], dtype=torch.int64)
-        groups.append(_Group(plan, members, candidates_BN, seeds_B, own_heads, with_norms))
+        kv_map = batch[members[0]].kv_map
+        assert (plan.map is None) == (kv_map is None), "a plan's map comes with the plan"
+        assert kv_map is None or own_heads == slice(None), "a map needs all heads"
+        groups.append(_Group(plan, kv_map, members, candidates_BN, seeds_B, own_heads, with_norms))
     return groups
 
 
@@ -216,13 +223,14 @@ class _Group:
     def __init__(
         self,
         plan: KVPlan,
+        kv_map: KVMap | None,
         rows: list[int],
         candidates_BN: Tensor,
         seeds_B: Tensor,
         own_heads: slice,
         with_norms: bool,
     ) -> None:
-        self.plan = plan
+        self.plan, self._map = plan, kv_map
         self._rows = rows
         self._own_heads, self._with_norms = own_heads, with_norms
         self._candidates_BN, self._seeds_B = candidates_BN, seeds_B
@@ -289,6 +297,8 @@ class _Group:
         for kind in TENSORS:
             source_BHTD = (layer.k_BHTD if kind == "k" else layer.v_BHTD)[:, self._own_heads]
             chosen_BHMD = _gather_tokens(source_BHTD, positions_BGM)
+            if self._map is not None:
+                chosen_BHMD = self._map.apply(chosen_BHMD, layer.layer, kind)
             encoded = encode(chosen_BHMD, kind, self.plan.codec)
             tensors |= {f"{kind}.{name}": part for name, part in encoded.parts.items()}
             tensors[f"{kind} error"] = encoded.relative_error_B
@@ -326,6 +336,26 @@ class _Group:
         self._rows = [self._rows[place] for place in places]
         self._candidates_BN, self._seeds_B = self._candidates_BN[index_B], self._seeds_B[index_B]
         self._held = [layer.rows(index_B) for layer in self._held]
+
+
+def map_result(result: LayerResult, kv_map: KVMap, codec: CodecSpec) -> tuple[LayerResult, str]:
+    """Map and encode one layer that was sent in the codec `raw` with all heads.
+
+    Returns:
+        The layer without the samples that are not finite, and what is wrong with those.
+    """
+    parts: dict[str, Tensor] = {}
+    errors: dict[str, list[float]] = {}
+    try:
+        for kind in TENSORS:
+            encoded = encode(kv_map.apply(result.parts[f"{kind}.data"], result.layer, kind), kind, codec)
+            parts |= {f"{kind}.{name}": part for name, part in encoded.parts.items()}
+            errors[kind] = encoded.relative_error_B.tolist()
+    except NonFiniteError as error:
+        kept = [place for place in range(len(result.indices)) if place not in error.rows]
+        problem = f"mapped keys or values in layer {result.layer} are not finite, or too large for the codec"
+        return (map_result(result.subset(kept), kv_map, codec)[0] if kept else result.subset([])), problem
+    return LayerResult(result.indices, result.layer, parts, result.positions, errors), ""
 
 
 def error_budget_problems(result: LayerResult, codecs: Sequence[CodecSpec]) -> dict[int, str]:

@@ -12,6 +12,7 @@ from functools import partial
 
 from kvcore.plan import SamplingParams
 from kvcore.types import Timings
+from teacher_server.batch_lengths import padding
 from teacher_server.engines.base import ExecutionTimings, GeneratedText, LayerResult, SampleFailure, TeacherEngine
 from teacher_server.monitoring.logs import log_event
 from teacher_server.monitoring.metrics import Metrics
@@ -140,6 +141,8 @@ class Scheduler:
 
     def _count_batch(self, batch: Sequence[Job], tokens: int) -> None:
         self._metrics.tokens.inc(tokens)
+        if self._engine.small_batch_tokens is not None:
+            self._metrics.padding_tokens.inc(padding([len(job.planned.tokens.token_ids) for job in batch]))
         for job in batch:
             self._metrics.queue_wait.observe(job.waited)
 

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import dataclasses
 import time
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,14 +14,25 @@ from typing import Any
 from kvcore.errors import KVDistillError
 from teacher_server.config import ServeConfig
 from teacher_server.engines.base import TeacherEngine
+from teacher_server.fair_share import Caller
 from teacher_server.monitoring.activity import Activity
+from teacher_server.monitoring.load_history import Load, LoadHistory
 from teacher_server.monitoring.metrics import Metrics
+from teacher_server.requests.map_store import MapStore
 from teacher_server.sample_queue import BusyError
 from teacher_server.scheduler import Scheduler
 
 BUSY_STREAMS_RETRY_MS = 200
+STREAMS_PER_KEPT_STREAM = 8
 # Shown by `/info`, by their names in `ServeConfig`.
-LIMITS = ("max_batch_tokens", "max_queued_tokens", "max_streams", "max_request_seconds", "stream_window_bytes")
+LIMITS = (
+    "max_batch_tokens",
+    "max_queued_tokens",
+    "max_streams",
+    "max_request_seconds",
+    "stream_window_bytes",
+    "max_unsent_bytes",
+)
 
 
 class NotReadyError(KVDistillError):
@@ -46,6 +58,7 @@ class ServerState:
     config: ServeConfig
     metrics: Metrics = field(default_factory=Metrics)
     activity: Activity = field(default_factory=Activity)
+    history: LoadHistory = field(default_factory=LoadHistory)
     phase_problem: str | None = "the model is loading"
     grpc_problem: str | None = None
     backend: Backend | None = None
@@ -54,8 +67,11 @@ class ServerState:
     http_port: int = 0
     started: float = field(default_factory=time.monotonic)
     idle: asyncio.Event = field(default_factory=asyncio.Event)
+    _streams: Counter[Caller] = field(default_factory=Counter)
+    maps: MapStore = field(init=False)
 
     def __post_init__(self) -> None:
+        self.maps = MapStore(self.config.max_map_bytes)
         self.idle.set()
 
     @property
@@ -74,8 +90,8 @@ class ServerState:
         return self.backend
 
     @contextlib.contextmanager
-    def open_stream(self) -> Iterator[None]:
-        """Count a stream while it is open.
+    def open_stream(self, caller: Caller) -> Iterator[None]:
+        """Count a stream while it is open. The last streams of `max_streams` are for callers that have none.
 
         Raises:
             NotReadyError: the server is loading or draining, or the engine is broken.
@@ -83,13 +99,23 @@ class ServerState:
         """
         if self.not_ready is not None:
             raise NotReadyError(self.not_ready)
-        if self.open_streams >= self.config.max_streams:
-            raise BusyError(f"{self.open_streams} requests are open, the limit (max_streams)", BUSY_STREAMS_RETRY_MS)
+        kept = self.config.max_streams // STREAMS_PER_KEPT_STREAM if self._streams[caller] else 0
+        if self.open_streams >= self.config.max_streams - kept:
+            for_others = f", {kept} of them kept for callers that have none open" if kept else ""
+            raise BusyError(
+                f"{self.open_streams} requests are open; the limit is {self.config.max_streams} (max_streams)"
+                f"{for_others}",
+                BUSY_STREAMS_RETRY_MS,
+            )
         self.open_streams += 1
+        self._streams[caller] += 1
         self.idle.clear()
         try:
             yield
         finally:
+            self._streams[caller] -= 1
+            if not self._streams[caller]:
+                del self._streams[caller]
             self.open_streams -= 1
             if not self.open_streams:
                 self.idle.set()
@@ -107,6 +133,7 @@ class ServerState:
         """The content of `/info`."""
         return {
             "name": self.config.teacher_name,
+            "model_path": self.config.model,
             "ready": self.not_ready is None,
             "not_ready_reason": self.not_ready,
             "uptime_seconds": round(time.monotonic() - self.started, 3),
@@ -123,7 +150,11 @@ class ServerState:
 
     def sample(self) -> None:
         """Record the totals so far, from which the rates of the last minute are computed."""
-        self.activity.sample(self.metrics.registry.get_sample_value("kvdistill_tokens_total") or 0.0)
+        self.maps.drop_unused()
+        tokens = self.metrics.registry.get_sample_value("kvdistill_tokens_total") or 0.0
+        self.activity.sample(tokens)
+        load = self.load()
+        self.history.add(Load(tokens, self.activity.sent_bytes, load["open_streams"], load["queued_tokens"]))
 
     def render_metrics(self) -> bytes:
         """Update the gauges and render all metrics."""

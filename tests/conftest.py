@@ -20,7 +20,7 @@ settings.register_profile("kvdistill", deadline=None)
 settings.load_profile("kvdistill")
 
 TESTS = Path(__file__).resolve().parent
-FOLDERS = ("unit", "contract", "wheel", "integration", "e2e", "e2e_slurm", "vllm")
+FOLDERS = ("unit", "contract", "wheel", "integration", "e2e", "e2e_slurm", "vllm", "real")
 E2E_TIMEOUT_S = 900
 
 
@@ -30,7 +30,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if folder not in FOLDERS:
             raise pytest.UsageError(f"{item.path}: tests live in one of {', '.join(FOLDERS)}")
         item.add_marker(folder)
-        if folder.startswith(("e2e", "vllm", "wheel")) and item.get_closest_marker("timeout") is None:
+        if folder.startswith(("e2e", "vllm", "wheel", "real")) and item.get_closest_marker("timeout") is None:
             item.add_marker(pytest.mark.timeout(E2E_TIMEOUT_S))
 
 

@@ -31,10 +31,10 @@ SIMILARITY: Config = {
     "kind": "similarity",
     "metric": "cosine",
     "temperature": 0.1,
-    "temperature_decay": 0.0,
-    "temperature_floor": 0.1,
+    # The first student has been pretrained on the reasoning.
+    "warmup_ratio": 0.0,
 }
-LEARNABLE: Config = {"kind": "learnable", "router": "mlp", "temperature": 0.3, "temperature_floor": 0.3}
+LEARNABLE: Config = {"kind": "learnable", "router": "mlp", "temperature": 0.3}
 FUSIONS: dict[str, Config] = {"fixed": {"kind": "fixed"}, "similarity": SIMILARITY, "learnable": LEARNABLE}
 
 

@@ -36,7 +36,6 @@ class Arm:
 
 
 NO_KV = Arm("no KV", ())
-SHUFFLED_KV = Arm("shuffled KV", changes={"kv": {"control": "shuffled"}})
 
 
 class Comparison(Demo):

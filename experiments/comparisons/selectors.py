@@ -18,7 +18,6 @@ from pathlib import Path
 from experiments.comparisons.base import NO_KV, Arm, Comparison, run
 from experiments.demo.demo_config import LATENTS, Config, ModelName, Settings
 from experiments.demo.pretrain import Pretrained
-from kvcore.plan import SELECTORS
 
 TEACHER = "itself"
 FILLERS = 3
@@ -26,10 +25,19 @@ STEPS, RATE = 600, 4e-3
 PRETRAIN_RATE = 3e-3
 PRETRAIN_STEPS: dict[ModelName, int] = {"teacher_a": 1, "teacher_b": 1, "student": 1500}
 SAME_MODEL: Config = {"head_adapter": "identity"}
+# Those that keep a part of the reasoning.
+SELECTORS = ("right", "r_kv", "uniform", "random", "keydiff")
 
 
 def _arm(selector: str) -> Arm:
-    selection = {"selector": selector, "budget": LATENTS, "span": "reasoning", "scope": "head"}
+    # Redundancy tells the fillers from the values, so it has the weight that KaVa gives it.
+    selection = {
+        "selector": selector,
+        "budget": LATENTS,
+        "span": "reasoning",
+        "scope": "head",
+        "importance_weight": 0.1,
+    }
     return Arm(selector, (TEACHER,), {"kv": {"selection": selection}, "align": SAME_MODEL})
 
 
@@ -38,7 +46,7 @@ FULL = Arm("full", (TEACHER,), {"kv": {"selection": {"selector": "full"}}, "alig
 SHUFFLED = Arm(
     "shuffled KV", (TEACHER,), _arm("r_kv").changes | {"kv": {**_arm("r_kv").changes["kv"], "control": "shuffled"}}
 )
-ARMS = (*(_arm(name) for name in SELECTORS.builtin if name != "full"), FULL, NO_KV, SHUFFLED)
+ARMS = (*map(_arm, SELECTORS), FULL, NO_KV, SHUFFLED)
 
 
 class Selectors(Comparison):

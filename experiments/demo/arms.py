@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from data.collate import Collator
 from data.records import load_records
@@ -26,6 +25,7 @@ from student_trainer.config import TrainConfig
 from student_trainer.loop import ds_engine, trainer
 from student_trainer.loop.greedy_answers import answer, is_correct, mean_over_ranks, rank_batches
 from student_trainer.model.latent import LatentStudent, load_reasoning
+from student_trainer.model.pretrained import load_pretrained
 
 _TEST_BATCH = 250
 
@@ -35,12 +35,13 @@ def main(plan: Path) -> None:
     runs: list[dict[str, Any]] = json.loads(plan.read_text(encoding="utf-8"))
     try:
         for run in runs:
-            _run(run["name"], parse(run["config"], TrainConfig), run["test"])
+            run_arm(run["name"], parse(run["config"], TrainConfig), run["test"])
     finally:
         ds_engine.stop()
 
 
-def _run(name: str, config: TrainConfig, test: str | None) -> None:
+def run_arm(name: str, config: TrainConfig, test: str | None = None) -> None:
+    """Trains one run, answers the test items if there are any, and writes `result.json` into the run's directory."""
     rank, _ = ds_engine.start(config.run.seed)
     logging.basicConfig(level=logging.INFO if rank == 0 else logging.WARNING, format="%(message)s", force=True)
     began = time.monotonic()
@@ -62,20 +63,20 @@ def _run(name: str, config: TrainConfig, test: str | None) -> None:
 def _test_accuracy(config: TrainConfig, test: Path) -> float:
     """The share of test items that the saved best model answers correctly after its latents. Ranks share the items."""
     directory, student = config.run.output_dir / "best_model", config.student
-    lm = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
-    tokenizer = AutoTokenizer.from_pretrained(directory)
+    lm, tokenizer = load_pretrained(str(directory), "fp32", "run.output_dir")
     reasoning = load_reasoning(lm, directory, student.latents, student.passes)
     assert reasoning is not None, "the trainer saves latents with the model"
     model = LatentStudent(lm, reasoning).eval()
     collator = Collator(tokenizer, config.data.max_tokens)
-    records = load_records(test)
+    records, longest = load_records(test), config.data.answer_tokens
+    assert longest is not None, "the demo's arms set it"
     totals = {"count": 0.0, "accuracy": 0.0}
     for indices, counted in rank_batches(len(records), _TEST_BATCH, dist.get_rank(), dist.get_world_size()):
         chosen = [records[index] for index in indices]
-        completions = answer(
-            model, collator, tokenizer, chosen, config.data.answer_tokens, ds_engine.device(), latent=True
-        )
-        correct = [is_correct(text, record, latent=True) for text, record in zip(completions, chosen, strict=True)]
+        completions = answer(model, collator, tokenizer, chosen, longest, ds_engine.device(), latent=True)
+        correct = [
+            is_correct(given.text, record, latent=True) for given, record in zip(completions, chosen, strict=True)
+        ]
         totals["count"] += counted
         totals["accuracy"] += sum(correct[:counted])
     return mean_over_ranks(totals, ds_engine.device())["accuracy"]

@@ -68,7 +68,7 @@ def draw_stages(axes: Axes, results: Results, theme: Theme) -> None:
     """The time of one request by stage, and how long the training thread waited for it."""
     colours = [_colour(theme, "shuffled_kv" if name == "stall" else "kv_two_teachers") for name in results.stages_ms]
     _bars(axes, results.stages_ms, colours, ".1f")
-    axes.set_title(f"Milliseconds per request (stall: {results.stall_fraction:.1%} of the time)")
+    axes.set_title(f"Time per micro-batch and teacher in ms (stall {results.stall_fraction:.1%})")
 
 
 CHARTS: dict[str, Chart] = {
@@ -94,7 +94,7 @@ def draw_picture(results: Results) -> bytes:
 
 def chart_figure(title: str, results: Results) -> str:
     """One chart for an HTML page."""
-    return html_figure(title, lambda figure, theme: CHARTS[title](figure.subplots(), results, theme), (5.4, 3.4))
+    return html_figure(title, (lambda figure, theme: CHARTS[title](figure.subplots(), results, theme), (5.4, 3.4)))
 
 
 def _bars(axes: Axes, values: Mapping[str, float], colours: Sequence[str], form: str) -> None:

@@ -170,9 +170,16 @@ def _latent_config(output_dir: Path, seed: int, train: Path, student: Path, micr
     return {
         "student": {"path": str(student), "mode": "latent", "latents": LATENTS, "passes": 3},
         "kv": {
-            "selection": {"selector": "r_kv", "budget": LATENTS, "span": "reasoning", "scope": "sample"},
+            "selection": {
+                "selector": "r_kv",
+                "budget": LATENTS,
+                "span": "reasoning",
+                "scope": "sample",
+                "importance_weight": 0.1,
+            },
             "codec": {"name": "int8"},
         },
+        "align": {"direction": "to_student", "settled_within": 0.0},
         "loss": {"kv_weight": 10.0, "kv_loss": "smooth_l1"},
         "data": {"train": str(train), "max_tokens": 64, "answer_tokens": 2},
         "optim": {"lr": 1e-3, "warmup_ratio": 0.05, "schedule": "linear"},

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from experiments.demo.demo_charts import CHARTS, chart_figure
+from experiments.demo.inference_chart import inference_figure
+from experiments.demo.questions import Inference
 from experiments.demo.results import Results
 from kvcore.monitoring.html_page import charts, heading, page, paragraphs, table
 
@@ -38,6 +40,7 @@ def render_page(
             table(headings, rows),
             heading("Charts"),
             charts(chart_figure(title, results) for title in CHARTS),
+            *_inference(results.inference),
             heading("What was compared"),
             paragraphs([_COMPARED, _LIMITS]),
             table(("setting", "value"), list(results.facts.items())),
@@ -49,6 +52,20 @@ def render_page(
             _FOOTER,
         ),
     )
+
+
+def _inference(inference: Inference) -> list[str]:
+    headings = ("question", "answer", "after latents", "forward passes", "with written reasoning", "forward passes")
+    asked = [
+        (one.question, one.reference, one.latent, one.latent_passes, one.written, one.written_passes)
+        for one in inference.asked
+    ]
+    return [
+        heading("Held-out questions"),
+        table(headings, asked),
+        paragraphs(inference.sentences()),
+        inference_figure(inference),
+    ]
 
 
 def _costs(results: Results) -> list[tuple[str, str]]:

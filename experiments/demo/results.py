@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from experiments.demo.demo_config import ARMS, CONTROLS, LEAST_KV_ACCURACY, MOST_CONTROL_ACCURACY, ArmName, DemoPaths
+from experiments.demo.questions import Inference
 from kvcore.errors import KVDistillError
 from kvdistill.report.finished_runs import Points, Run, read_run
 
 # Online and offline read the same encoded K/V in the same order; only rounding in reductions may differ.
 SAME_LOSS = 1e-6
 STAGES = ("queue", "prefill", "encode", "network", "decode", "stall")
-TRAINER_STAGES = frozenset({"decode", "stall"})
 
 
 class ResultError(KVDistillError):
@@ -66,6 +66,7 @@ class Results:
     peak_memory_mb: dict[str, float]
     replay: Replay
     seconds: dict[str, float]
+    inference: Inference
     stages_ms: dict[str, float] = field(default_factory=dict)
     facts: dict[str, str] = field(default_factory=dict)
 
@@ -81,6 +82,7 @@ class Results:
             "teacher_tokens_per_second": self.teacher_tokens_per_second,
             "peak_memory_mb": self.peak_memory_mb,
             "offline_matches_online": self.replay.matches,
+            "inference": self.inference.as_json(),
             "seconds": self.seconds,
         }
 
@@ -128,20 +130,18 @@ def gather_replay(paths: DemoPaths) -> Replay:
     return Replay(len(shared), largest, online.keys() == offline.keys())
 
 
-def stages_ms(run: Run, samples: int, teachers: int) -> dict[str, float]:
-    """The mean milliseconds per request of each stage that the run logged.
+def stages_ms(run: Run, teachers: int) -> dict[str, float]:
+    """The mean milliseconds per micro-batch and teacher of each stage that the run logged.
 
     Args:
         run: with teachers.
-        samples: samples per request; each of them logs the request's time at the teacher.
         teachers: number of teachers; the log has their sum.
     """
     found: dict[str, float] = {}
     for stage in STAGES:
         values = [value for _, value in run.series(f"kv/{stage}_s")]
         if values:
-            share = teachers if stage in TRAINER_STAGES else teachers * samples
-            found[stage] = 1000 * sum(values) / len(values) / share
+            found[stage] = 1000 * sum(values) / len(values) / teachers
     return found
 
 

@@ -5,12 +5,11 @@ from __future__ import annotations
 import shutil
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from data.records import Record, write_records
+from data.records import Record, load_records, write_records
 from data.synthetic import ChainTask, make_splits
 from experiments.demo import results
 from experiments.demo.demo_config import (
@@ -28,6 +27,9 @@ from experiments.demo.demo_config import (
 from experiments.demo.demo_processes import CPU_ONLY, DemoError, run_logged
 from experiments.demo.demo_report import write_report
 from experiments.demo.pretrain import Pretrained, pretrain
+from experiments.demo.questions import Inference, ask, measure_inference
+from experiments.demo.timed_stages import TimedStages
+from kvcore.early_checks import check_output
 from kvcore.errors import FieldError
 from kvcore.files import write_json
 from student_trainer.launching.local_teachers import LocalTeachers
@@ -44,6 +46,7 @@ def main(output: Path, *, quick: bool = False, seeds: int = 1) -> None:
     Raises:
         DemoError: a process failed, or the run from the store does not repeat the recorded one.
     """
+    check_output(output, "--output")
     demo = Demo(output, QUICK if quick else FULL, seeds)
     with ended_by_sigterm():
         demo_results = demo.run()
@@ -52,9 +55,10 @@ def main(output: Path, *, quick: bool = False, seeds: int = 1) -> None:
         raise DemoError("the run from the store does not repeat the recorded one; see the report")
     for path in paths:
         print(path)
+    ask(demo_results.inference)
 
 
-class Demo:
+class Demo(TimedStages):
     """One run of the demo.
 
     Args:
@@ -64,18 +68,19 @@ class Demo:
     """
 
     def __init__(self, output: Path, settings: Settings, seeds: int) -> None:
+        super().__init__()
         self.paths = DemoPaths(output)
         self.settings = settings
         self.seeds = seeds
         self.task = ChainTask(settings.modulus, settings.operations, settings.fillers)
-        self.seconds: dict[str, float] = {}
-        self._started = time.monotonic()
 
     def run(self) -> results.Results:
         """Runs all stages before the report."""
         models, servers_mb = self.train_arms()
-        self.seconds["total"] = time.monotonic() - self._started
-        return self._results(models, servers_mb)
+        with self.stage("questions"):
+            inference = self._inference()
+        self.seconds["total"] = self.elapsed()
+        return self._results(models, servers_mb, inference)
 
     def teachers(self, models: dict[ModelName, Pretrained]) -> dict[str, Path]:
         """The models to serve, by the teachers' names."""
@@ -83,9 +88,9 @@ class Demo:
 
     def models(self) -> dict[ModelName, Pretrained]:
         """Writes the data, and trains the teachers and the first student unless they are cached."""
-        with self._stage("data"):
+        with self.stage("data"):
             train = self._write_data()
-        with self._stage("teachers and warm-up"):
+        with self.stage("teachers and warm-up"):
             return pretrain(self.settings, self.paths, train, self.say)
 
     def train_arms(self) -> tuple[dict[ModelName, Pretrained], dict[str, float]]:
@@ -97,23 +102,10 @@ class Demo:
             served, self.paths.logs, device="cpu", dtype="fp32", options={"threads": 1}, environment=CPU_ONLY
         )
         with ExitStack() as stack:
-            with self._stage("teacher servers"):
+            with self.stage("teacher servers"):
                 endpoints = stack.enter_context(servers)
             self._train(models["student"], endpoints, servers)
         return models, servers.peak_memory_mb
-
-    def say(self, line: str) -> None:
-        """Prints one line of progress with the time since the start."""
-        minutes, rest = divmod(int(time.monotonic() - self._started), 60)
-        print(f"[{minutes:2d}:{rest:02d}]   {line}", flush=True)
-
-    @contextmanager
-    def _stage(self, name: str) -> Iterator[None]:
-        began = time.monotonic()
-        self.say(name)
-        yield
-        self.seconds[name] = time.monotonic() - began
-        self.say(f"{name}: {self.seconds[name]:.0f} s")
 
     def _write_data(self) -> list[Record]:
         settings = self.settings
@@ -169,7 +161,15 @@ class Demo:
         elif "  validation: " in line:
             self.say(f"  {line}")
 
-    def _results(self, models: dict[ModelName, Pretrained], servers_mb: dict[str, float]) -> results.Results:
+    def _inference(self) -> Inference:
+        """How the student of the first arm answers test items."""
+        test = load_records(self.paths.split("test"))
+        reasoning_tokens = self.settings.operations - 1 + self.settings.fillers
+        return measure_inference(self.paths.run(f"{ARMS[0]}-seed0") / "best_model", test, reasoning_tokens)
+
+    def _results(
+        self, models: dict[ModelName, Pretrained], servers_mb: dict[str, float], inference: Inference
+    ) -> results.Results:
         kv_run = results.finished(self.paths.run(f"{ARMS[0]}-seed0"))
         summary = results.summary(kv_run)
         return results.Results(
@@ -183,7 +183,8 @@ class Demo:
             peak_memory_mb={f"trainer_{rank}": mb for rank, mb in summary["peak_memory_mb"].items()} | servers_mb,
             replay=results.gather_replay(self.paths),
             seconds=dict(self.seconds),
-            stages_ms=results.stages_ms(kv_run, self.settings.micro_batch, len(TEACHERS)),
+            inference=inference,
+            stages_ms=results.stages_ms(kv_run, len(TEACHERS)),
             facts=self._facts(models),
         )
 

@@ -69,6 +69,7 @@ def train_config(
             "max_grad_norm": settings.max_grad_norm,
         },
         "run": _run(settings, world_size),
+        "monitor": {"port": settings.monitor_port},
     }
     if settings.train_phase == "all":
         tree["stages"] = [
@@ -115,7 +116,7 @@ def _fuse(settings: RecipeSettings, kind: FusionKind) -> dict[str, Any]:
     if kind == "fixed":
         return {"kind": kind}
     temperature = settings.temperature or (SIMILARITY_TEMPERATURE if kind == "similarity" else None)
-    constant = {"temperature": temperature, "temperature_floor": temperature, "temperature_decay": 0.0}
+    constant = {"temperature": temperature, "temperature_decay": 0.0}
     chosen = {"kind": kind, **(constant if temperature else {})}
     if kind == "similarity":
         return {**chosen, "metric": settings.similarity_metric}
@@ -137,6 +138,7 @@ def _run(settings: RecipeSettings, world_size: int) -> dict[str, Any]:
         "global_batch": micro_batch * settings.gradient_accumulation_steps * world_size,
         "micro_batch": micro_batch,
         "zero_stage": settings.zero_stage,
+        "allow_tf32": settings.allow_tf32,
         "log_every": settings.logging_steps,
         "eval_every": settings.eval_steps,
         "save_every": settings.save_steps,

@@ -13,8 +13,10 @@ from kvcore.config import (
     Fraction,
     NonNegativeFloat,
     NonNegativeInt,
+    Port,
     PositiveFloat,
     PositiveInt,
+    Seed,
     StrictModel,
     Text,
     Variable,
@@ -52,7 +54,7 @@ class RecipeSettings(StrictModel):
     student_mode: Literal["latent", "token"] = "latent"
     """`latent` reasons in latent positions; `token` reads and writes its reasoning as text."""
     num_latents: Annotated[PositiveInt, Variable("NUM_LATENTS")] = 24
-    """Number of latent positions, and of tokens that `right` and `r_kv` keep."""
+    """Number of latent positions. `right` and `r_kv` keep the same number of tokens."""
     latent_passes: PositiveInt = 3
     """Number of Jacobi passes that refine the latents."""
     bf16: Annotated[bool, Variable("USE_BF16")] = True
@@ -66,7 +68,7 @@ class RecipeSettings(StrictModel):
     """Use only the first N of `teacher_models`. All by default."""
     teacher_endpoints: tuple[str, ...] = ()
     """Running servers as NAME=HOST:PORT[,HOST:PORT], where NAME is the last part of the model; or @FILE with one per
-    line. By default a server for each model is started on this machine, and stopped at the end."""
+    line. By default the command starts a server for each model on this machine, and stops it at the end."""
     teacher_device: Device = "auto"
     """Device of servers that are started here: auto, cpu, cuda or cuda:N."""
     load_in_8bit: Annotated[bool, Variable("LOAD_IN_8BIT")] = False
@@ -81,31 +83,33 @@ class RecipeSettings(StrictModel):
     dataset_name: Annotated[tuple[str, ...], Field(min_length=1), Variable("DATASET")] = (MIX,)
     """The guide's mix (multi_reasoning_cot_direct), names of datasets, or a directory with train and val."""
     train_samples: Annotated[PositiveInt | None, Variable("TRAIN_SAMPLES")] = None
-    """Number of training records. Defaults to 15000 of datasets, and all of a directory."""
+    """Number of training records. Defaults to 15000 for datasets, and to all records of a directory."""
     val_samples: Annotated[PositiveInt | None, Variable("VAL_SAMPLES")] = None
-    """Number of validation records. Defaults to 2000 of datasets, and all of a directory."""
+    """Number of validation records. Defaults to 2000 for datasets, and to all records of a directory."""
     use_extended_datasets: Annotated[bool, Variable("USE_EXTENDED")] = True
     """Add math, arc_challenge and hotpotqa to the mix."""
     math23k_ratio: Annotated[Fraction, Variable("MATH23K_RATIO")] = 0.2
     """Fraction of Chinese questions in the mix."""
     data_dir: Annotated[Path | None, Variable("DATA_DIR")] = None
-    """Directory of local copies of the datasets. Defaults to $KVDISTILL_DATA_DIR, or else the hub."""
+    """Directory of local copies of the datasets. Defaults to $KVDISTILL_DATA_DIR. Without either, datasets come from
+    the hub."""
     max_length: Annotated[PositiveInt, Variable("MAX_LENGTH")] = 2048
     """Maximum length of a sample in the student's tokens."""
     prepare_only: bool = False
     """Write the data and exit."""
 
     train_phase: Annotated[Literal["1", "2", "3", "all"] | None, Variable("TRAIN_PHASE")] = None
-    """Stage of three-stage routing: 1 fixed, 2 similarity, 3 learnable. `all` runs them in order, each in its own
-    folder and from the best model of the one before."""
+    """Stage of three-stage routing: 1 fixed, 2 similarity, 3 learnable. `all` runs the three stages in order, each in
+    its own folder and from the best model of the stage before."""
     fusion_strategy: Annotated[FusionKind | None, Variable("FUSION_STRATEGY")] = None
-    """How teachers are fused. Defaults to the fusion of `train_phase`, or else fixed."""
+    """How teachers are fused. Defaults to the fusion of `train_phase`, and to fixed without `train_phase`."""
     fixed_weights: Annotated[tuple[PositiveFloat, ...], Variable("FIXED_WEIGHTS")] = ()
     """Weight of each teacher for `fixed`, as 0.5,0.5 or 0.5 0.5. Equal by default."""
     similarity_metric: Annotated[Literal["cosine", "dot", "euclidean"], Variable("SIMILARITY_METRIC")] = "cosine"
     """Similarity measure for `similarity`."""
     temperature: Annotated[PositiveFloat | None, Variable("TEMPERATURE")] = None
-    """Softmax temperature over teachers. Defaults to 0.2 for similarity, and to 1.0 falling to 0.5 for learnable."""
+    """Softmax temperature over teachers. Defaults to 0.2 for similarity. For learnable, the default starts at 1.0 and
+    falls to 0.5."""
     router_type: Annotated[Literal["mlp", "gate", "attention"], Variable("ROUTER_TYPE")] = "mlp"
     """Architecture of the router for `learnable`."""
     router_hidden_dim: Annotated[PositiveInt, Variable("ROUTER_HIDDEN_DIM")] = 256
@@ -126,14 +130,14 @@ class RecipeSettings(StrictModel):
     """Weight of the KV loss. `auto` makes its gradient as large as the cross-entropy's."""
     layer_map_strategy: Annotated[
         Literal["ratio", "uniform", "last", "skip", "cka", "learned"], Variable("LAYER_MAP_STRATEGY")
-    ] = "ratio"
+    ] = "uniform"
     """Teacher layers for each student layer. `learned` starts from `ratio` and is trained in a learnable stage."""
     head_adapt_strategy: Annotated[
         Literal["ridge", "procrustes", "pool", "linear", "identity"], Variable("HEAD_ADAPT_STRATEGY")
     ] = "ridge"
     """Map between heads. `linear` starts from `ridge` and is trained in a learnable stage."""
     rope_scaling: bool = True
-    """Always true: keys are compared without their rotation, so models may have different RoPE parameters."""
+    """Must be true: keys are compared without their rotation, so models may have different RoPE parameters."""
     calibration_samples: PositiveInt = 512
     """Number of samples on which the maps are fitted before the first step."""
 
@@ -146,14 +150,16 @@ class RecipeSettings(StrictModel):
     per_device_train_batch_size: Annotated[PositiveInt, Variable("BATCH_SIZE")] = 2
     """Number of samples per forward pass of a rank."""
     gradient_accumulation_steps: Annotated[PositiveInt, Variable("GRAD_ACCUM")] = 16
-    """Forward passes per optimiser step. A step takes batch size x this x ranks samples."""
+    """Forward passes per optimiser step. One step takes batch size x these passes x ranks samples."""
     num_train_epochs: Annotated[PositiveInt, Variable("NUM_EPOCHS")] = 3
     """Number of passes over the training records."""
     max_steps: PositiveInt | None = None
     """Number of optimiser steps. Replaces `num_train_epochs`."""
     zero_stage: Annotated[Literal[0, 1, 2, 3], Variable("ZERO_STAGE")] = 2
     """DeepSpeed ZeRO stage."""
-    seed: Annotated[int, Variable("SEED")] = 0
+    allow_tf32: Annotated[bool, Variable("ALLOW_TF32")] = False
+    """Let GPUs round the factors of fp32 matrix products to TF32: faster, but only about three decimal digits."""
+    seed: Annotated[Seed, Variable("SEED")] = 0
     """Seed of data order, latents and dropout."""
 
     output_dir: Annotated[Path, Variable("OUTPUT_DIR")]
@@ -161,14 +167,17 @@ class RecipeSettings(StrictModel):
     eval_steps: Annotated[NonNegativeInt, Variable("EVAL_STEPS")] = 500
     """Steps between validations. 0: only at the end."""
     save_steps: Annotated[NonNegativeInt, Variable("SAVE_STEPS")] = 1000
-    """Steps between checkpoints. 0: only at the end."""
+    """Steps between checkpoints. 0: only if the run is interrupted."""
     logging_steps: Annotated[PositiveInt, Variable("LOGGING_STEPS")] = 50
     """Steps between log lines."""
-    answer_tokens: PositiveInt = 32
-    """Maximum number of tokens that the student generates in validation."""
-    metric_for_best_model: Literal["accuracy", "loss", "kv_loss", "eval_accuracy", "eval_loss", "eval_kv_loss"] = (
-        "accuracy"
-    )
+    monitor_port: Annotated[Port, Variable("MONITOR_PORT")] = 8010
+    """Port of the run's live page on loopback. If it is 0 or in use, the run picks a free port, which the log names."""
+    answer_tokens: PositiveInt | None = None
+    """Maximum number of tokens that the student generates in validation. The default is enough for the validation
+    data."""
+    metric_for_best_model: Literal[
+        "accuracy", "ce_loss", "loss", "kv_loss", "eval_accuracy", "eval_ce_loss", "eval_loss", "eval_kv_loss"
+    ] = "accuracy"
     """Validation metric of best_model."""
 
     @property

@@ -17,6 +17,7 @@ from pathlib import Path
 import yaml
 
 from experiments.recipe.config import FLAGS, RecipeSettings
+from experiments.recipe.early_checks import check_data, check_models, check_servers
 from experiments.recipe.environment import JobSettings, job_settings, recipe_flags
 from experiments.recipe.run_recipe import serve_flags
 from student_trainer.launching.endpoints import teacher_names
@@ -51,6 +52,10 @@ def run_job(job: Job, settings: RecipeSettings, options: JobSettings) -> None:
         KVDistillError: a process failed.
         StoppedError: a signal ended the job.
     """
+    check_models(settings)
+    check_data(settings)
+    if settings.kv_mode != "offline":
+        check_servers(settings, "auto" if options.gpus else "cpu")
     models = {} if settings.kv_mode == "offline" else teacher_names(settings.teachers)
     placement = lay_out(
         job.hosts.nodes,
@@ -64,6 +69,8 @@ def run_job(job: Job, settings: RecipeSettings, options: JobSettings) -> None:
         # All ranks read the data, so it must exist before they start.
         prepare = subprocess.Popen(_command(job, settings, prepare_only=True), stdin=subprocess.DEVNULL, text=True)
         job.wait([prepare], "preparing the data", lambda processes: end(*processes))
+        if models:
+            job.protect_servers()
         for name, model in models.items():
             for server in placement.teachers[name]:
                 flags = {"model": model, "device": server.device, **serve_flags(settings)}

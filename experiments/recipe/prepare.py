@@ -8,15 +8,17 @@ import logging
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from data.families import BASE, CHINESE, EXTENDED
 from data.prompts import STYLES
 from data.records import Record, content_digest, load_records, write_records
 from experiments.recipe.build import DataFiles
 from experiments.recipe.config import MIX, TRAIN_SAMPLES, VAL_SAMPLES, RecipeSettings
+from experiments.recipe.early_checks import check_data, given_splits
 from kvcore.errors import ConfigError, FieldError
 from kvcore.files import write_json
+from kvcore.models.backbone import read_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -68,39 +70,20 @@ def prepare_data(settings: RecipeSettings, directory: Path) -> DataFiles:
 def _digest(settings: RecipeSettings) -> str:
     """A digest of everything that determines the records, including the files of a directory."""
     digest = hashlib.blake2b(settings.model_dump_json(include=_DATA_SETTINGS).encode(), digest_size=16)
-    directory = _directory(settings)
-    if directory is not None:
-        for split in ("train", "val"):
-            digest.update(content_digest(_split(directory, split)).encode())
+    for path in given_splits(settings).values():
+        digest.update(content_digest(path).encode())
     return digest.hexdigest()
 
 
-def _directory(settings: RecipeSettings) -> Path | None:
-    """The directory with the data, if `dataset_name` is a directory."""
-    directory = Path(settings.dataset_name[0])
-    return directory if len(settings.dataset_name) == 1 and directory.is_dir() else None
-
-
 def _records(settings: RecipeSettings) -> tuple[Sequence[Record], Sequence[Record]]:
-    names = settings.dataset_name
-    directory = _directory(settings)
-    if directory is not None:
-        read = {name: load_records(_split(directory, name)) for name in ("train", "val")}
-        usable = {name: _usable(records, settings, name) for name, records in read.items()}
-        limits = (settings.train_samples, settings.val_samples)
-        train, val = (_first(usable[name], settings, name, limit) for name, limit in zip(usable, limits, strict=True))
-        return train, val
-    if len(names) == 1 and ("/" in names[0] or names[0].startswith(".")):
-        raise ConfigError(f"--dataset_name: there is no directory '{names[0]}'; it should contain train and val")
-    return _mixed(settings)
-
-
-def _split(directory: Path, name: str) -> Path:
-    """The path of a saved dataset or of a JSON Lines file."""
-    for path in (directory / name, directory / f"{name}.jsonl"):
-        if path.exists():
-            return path
-    raise ConfigError(f"--dataset_name: {directory} has neither {name} (a saved dataset) nor {name}.jsonl")
+    check_data(settings)
+    given = given_splits(settings)
+    if not given:
+        return _mixed(settings)
+    usable = {name: _usable(load_records(path), settings, name) for name, path in given.items()}
+    limits = (settings.train_samples, settings.val_samples)
+    train, val = (_first(usable[name], settings, name, limit) for name, limit in zip(usable, limits, strict=True))
+    return train, val
 
 
 def _first(records: Sequence[Record], settings: RecipeSettings, split: str, limit: int | None) -> list[Record]:
@@ -129,10 +112,8 @@ def _first(records: Sequence[Record], settings: RecipeSettings, split: str, limi
 
 
 def _tokenizer(student: str) -> PreTrainedTokenizerBase:
-    from transformers import AutoTokenizer  # noqa: PLC0415 - slow to import
-
     try:
-        return cast("PreTrainedTokenizerBase", AutoTokenizer.from_pretrained(student))
+        return read_tokenizer(student)
     except (OSError, ValueError) as error:
         raise FieldError("student.path", f"cannot load '{student}': {error}") from error
 
@@ -140,8 +121,6 @@ def _tokenizer(student: str) -> PreTrainedTokenizerBase:
 def _mixed(settings: RecipeSettings) -> tuple[Sequence[Record], Sequence[Record]]:
     from data.multi_task_dataset import MultiTaskReasoningDataset  # noqa: PLC0415 - loads Hugging Face datasets
 
-    if MIX in settings.dataset_name and len(settings.dataset_name) > 1:
-        raise ConfigError(f"--dataset_name: {MIX} is already a mix; give it alone, or give datasets without it")
     _tokenizer(settings.student_model_name_or_path)  # Reports a missing student before the data are read.
     mix = settings.dataset_name == (MIX,)
     named = BASE if mix else tuple(name for name in settings.dataset_name if name != CHINESE)

@@ -11,6 +11,8 @@ import yaml
 
 from experiments.recipe.build import DataFiles, train_config
 from experiments.recipe.config import RecipeSettings
+from experiments.recipe.early_checks import check_data, check_models, check_servers
+from kvcore.early_checks import check_output
 from kvcore.errors import ConfigError, KVDistillError
 from student_trainer.config import TrainConfig
 from student_trainer.launching.endpoints import read_endpoints, teacher_names
@@ -32,7 +34,10 @@ def run(settings: RecipeSettings) -> None:
     rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     logging.basicConfig(level=logging.INFO if rank == 0 else logging.WARNING, format="%(message)s")
     data = DataFiles.under(settings.output_dir / "data")
+    check_output(settings.output_dir, "--output_dir")
     given_endpoints = check(settings, data, world_size)
+    if not (given_endpoints or settings.kv_mode == "offline" or settings.prepare_only):
+        check_servers(settings, settings.teacher_device)
     # Imported late, so that wrong settings are reported before torch is loaded.
     from experiments.recipe.prepare import prepare_data  # noqa: PLC0415
 
@@ -61,11 +66,13 @@ def run(settings: RecipeSettings) -> None:
 
 
 def check(settings: RecipeSettings, data: DataFiles, world_size: int) -> dict[str, list[str]]:
-    """Checks the settings before anything is loaded; returns the given endpoints.
+    """Checks the settings, for this or another machine, before anything is loaded; returns the given endpoints.
 
     Raises:
         ConfigError: settings are inconsistent.
     """
+    check_models(settings)
+    check_data(settings)
     if settings.teacher_endpoints:
         found = read_endpoints(settings.teacher_endpoints, settings.teachers)
         train_config(settings, found, data, world_size)

@@ -27,12 +27,22 @@ td { min-width: 4.5rem; } td:last-child { min-width: 10rem; }
 th { color: var(--soft); font-weight: 600; }
 .charts { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fit, minmax(min(100%, 25rem), 1fr)); }
 .charts img { width: 100%; }
+.stack { width: 100%; } .stack td { overflow-wrap: anywhere; min-width: 0; } .stack td:last-child { min-width: 0; }
 figure { margin: 1rem 0; }
 .charts figure { margin: 0; }
 img { display: block; max-width: 100%; height: auto; }
 summary { cursor: pointer; margin: .5rem 0; }
+@media (max-width: 40rem) {
+  .stack thead { display: none; }
+  .stack, .stack tbody, .stack tr { display: block; }
+  .stack tr { border-bottom: 1px solid var(--line); padding: .4rem 0; }
+  .stack td { display: inline-block; border: 0; padding: 0 .6rem 0 0; } .stack td:first-child { display: block; }
+  .stack td + td::before { content: attr(data-name) " "; color: var(--soft); }
+}
 footer { margin-top: 2rem; color: var(--soft); font-size: .9rem; }
 """
+
+_NARROW, _DARK = "(max-width: 40rem)", "(prefers-color-scheme: dark)"
 
 
 def page(title: str, parts: Iterable[str], head: str = "") -> str:
@@ -70,7 +80,28 @@ def table(headings: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     return f'<div class="wide"><table><thead><tr>{head}</tr></thead>\n<tbody>{body}</tbody></table></div>'
 
 
-def figure(alternative: str, light: bytes, dark: bytes | None = None, caption: str = "") -> str:
+def stack(headings: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """A table whose rows become lists of names and values if the page is too narrow for columns."""
+    head = "".join(f'<th scope="col">{escape(text)}</th>' for text in headings)
+    body = "\n".join(
+        "<tr>"
+        + "".join(
+            f'<td data-name="{escape(name)}">{escape(str(cell))}</td>' for name, cell in zip(headings, row, strict=True)
+        )
+        + "</tr>"
+        for row in rows
+    )
+    return f'<table class="stack"><thead><tr>{head}</tr></thead>\n<tbody>{body}</tbody></table>'
+
+
+def figure(
+    alternative: str,
+    light: bytes,
+    dark: bytes | None = None,
+    caption: str = "",
+    *,
+    narrow: tuple[bytes, bytes] | None = None,
+) -> str:
     """An embedded picture.
 
     Args:
@@ -78,11 +109,15 @@ def figure(alternative: str, light: bytes, dark: bytes | None = None, caption: s
         light: PNG or SVG.
         dark: the picture for dark mode, if there is one.
         caption: shown below.
+        narrow: the pictures for narrow windows, light and dark, if they differ.
     """
     image = f'<img src="{_data_uri(light)}" alt="{escape(alternative, quote=True)}">'
-    if dark is not None:
-        source = f'<source media="(prefers-color-scheme: dark)" srcset="{_data_uri(dark)}">'
-        image = f"<picture>{source}{image}</picture>"
+    # The browser takes the first that fits.
+    sources = [(_NARROW + " and " + _DARK, narrow[1]), (_NARROW, narrow[0])] if narrow else []
+    sources += [(_DARK, dark)] if dark is not None else []
+    if sources:
+        fitting = "".join(f'<source media="{media}" srcset="{_data_uri(picture)}">' for media, picture in sources)
+        image = f"<picture>{fitting}{image}</picture>"
     below = f"<figcaption>{escape(caption)}</figcaption>" if caption else ""
     return f"<figure>{image}{below}</figure>\n"
 

@@ -1,6 +1,11 @@
-"""Formats bytes and durations for people."""
+"""Formats numbers, bytes and durations for people."""
 
 from __future__ import annotations
+
+
+def number(value: float) -> str:
+    """Formats a number with about three significant digits."""
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
 
 
 def in_bytes(count: float) -> str:

@@ -6,6 +6,7 @@ and is ignored; a bad line before a good one is damage and raises an error.
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import logging
@@ -52,7 +53,7 @@ class SampleEntry:
     @property
     def end(self) -> int:
         """The smallest size in bytes of a shard that holds this sample."""
-        return max(tensor.offset + tensor.size for tensor in self.tensors.values())
+        return max((tensor.offset + tensor.size for tensor in self.tensors.values()), default=0)
 
 
 class JournalPosition(NamedTuple):
@@ -167,9 +168,11 @@ def _read_index(path: Path) -> Index | None:
     except FileNotFoundError:
         return None
     if content is not None:
-        tree = cast("dict[str, Any]", json.loads(content))
-        if tree.pop("format", None) == FORMAT:
-            return _INDEX.validate_python(tree)
+        # A sealed index may still hold what no version wrote.
+        with contextlib.suppress(ValueError, RecursionError):
+            tree = cast("dict[str, Any]", json.loads(content))
+            if tree.pop("format", None) == FORMAT:
+                return _INDEX.validate_python(tree)
     logger.warning("%s: damaged or of another version; reading the journals instead", path)
     return None
 

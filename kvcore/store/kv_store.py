@@ -1,8 +1,9 @@
 """The offline KV store: K/V that a teacher streamed, in safetensors shards.
 
-A directory holds `manifest.json` (teacher and plan), shards `<writer>-00000.safetensors` with tensors named
-`<key>/<part>`, one journal `<writer>.jsonl` per writer and, after `merge_index`, `index.json`. Shards are written
-atomically and entered into the journal afterwards, so an interrupted write leaves no trace in the store.
+A directory holds `manifest.json` (teacher and plan), `<digest>.kvmap` if the plan names a map, shards
+`<writer>-00000.safetensors` with tensors named `<key>/<part>`, one journal `<writer>.jsonl` per writer and, after
+`merge_index`, `index.json`. Shards are written atomically and entered into the journal afterwards, so an interrupted
+write leaves no trace in the store.
 """
 
 from __future__ import annotations
@@ -218,6 +219,8 @@ class KVStoreReader:
         tensors = {
             name: self._files.tensor(entry.shard, f"{key}/{name}", tensor) for name, tensor in entry.tensors.items()
         }
+        if lacking := [name for name in (POSITIONS, TOKEN_IDS, BYTE_ENDS) if name not in tensors]:
+            raise StoreError(f"{self._directory / entry.shard}: sample '{key}' has no tensor '{lacking[0]}'")
         positions, token_ids_T, byte_ends_T = (tensors.pop(name) for name in (POSITIONS, TOKEN_IDS, BYTE_ENDS))
         return EncodedSampleKV(
             sample_id=entry.sample_id,

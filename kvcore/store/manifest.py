@@ -11,12 +11,14 @@ from typing import Any, cast
 from pydantic import TypeAdapter, ValidationError
 
 from kvcore.errors import StoreError
-from kvcore.files import sync, write_beside
+from kvcore.files import replace_file, sync, write_beside
 from kvcore.plan import KVPlan
 from kvcore.store.journal import FORMAT, seal, unseal
+from kvcore.tensors.kv_map import KVMap, map_digest
 from kvcore.types import TeacherInfo
 
 MANIFEST_NAME = "manifest.json"
+MAP_NAME = "{digest}.kvmap"
 
 _TEACHER: TypeAdapter[TeacherInfo] = TypeAdapter(TeacherInfo)
 
@@ -42,14 +44,19 @@ def read_manifest(directory: Path) -> Manifest:
         raise StoreError(f"{directory}: not a KV store: {MANIFEST_NAME} is missing") from error
     if content is None:
         raise StoreError(f"{path}: damaged: the content does not match its digest")
-    tree = cast("dict[str, Any]", json.loads(content))
+    try:
+        tree = cast("dict[str, Any]", json.loads(content))
+    except (ValueError, RecursionError) as error:
+        raise StoreError(f"{path}: not valid JSON: {error}") from error
     if tree.get("format") != FORMAT:
         raise StoreError(f"{path}: store format {tree.get('format')!r}, this version reads {FORMAT}")
     try:
         teacher = _TEACHER.validate_json(json.dumps(tree.get("teacher")), strict=True)
         plan = KVPlan.model_validate_json(json.dumps(tree.get("plan")))
     except ValidationError as error:
-        raise StoreError(f"{path}: {error}") from error
+        first = error.errors()[0]
+        field = ".".join(map(str, first["loc"])) or "teacher or plan"
+        raise StoreError(f"{path}: {field}: {first['msg']}") from error
     return Manifest(teacher, plan)
 
 
@@ -67,6 +74,36 @@ def claim(directory: Path, manifest: Manifest) -> None:
         raise StoreError(_difference(path, "teacher", stored.teacher.identity(), manifest.teacher.identity()))
     if stored.plan.digest() != manifest.plan.digest():
         raise StoreError(_difference(path, "plan", stored.plan.model_dump(), manifest.plan.model_dump()))
+
+
+def keep_map(directory: Path, kv_map: KVMap) -> None:
+    """Writes the map of the plan that a store is about to be claimed for, so that offline runs need no teacher."""
+    path = directory / MAP_NAME.format(digest=kv_map.named.digest)
+    if not path.exists():
+        directory.mkdir(parents=True, exist_ok=True)
+        replace_file(path, kv_map.content())
+
+
+def stored_map(directory: Path) -> KVMap | None:
+    """The map of a store's plan; None if the plan has none.
+
+    Raises:
+        StoreError: the directory is not a store, or its map is missing or damaged.
+    """
+    named = read_manifest(directory).plan.map
+    if named is None:
+        return None
+    path = directory / MAP_NAME.format(digest=named.digest)
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError as error:
+        raise StoreError(f"{path}: missing, but the store's plan names this map") from error
+    if map_digest(content) != named.digest:
+        raise StoreError(f"{path}: damaged: the content does not match its digest")
+    kv_map = KVMap.read(content)
+    if kv_map.named != named:
+        raise StoreError(f"{path}: has the shape {kv_map.named}, the store's plan has {named}")
+    return kv_map
 
 
 def _create(path: Path, manifest: Manifest) -> None:
@@ -87,7 +124,7 @@ def _difference(path: Path, what: str, stored: dict[str, Any], asked: dict[str, 
     for name, value in stored.items():
         if value == asked[name]:
             continue
-        if isinstance(value, dict):
+        if isinstance(value, dict) and asked[name] is not None:
             return _difference(path, f"{what}.{name}", cast("dict[str, Any]", value), asked[name])
         return f"{path}: the store has another {what}.{name}: {value!r}, not {asked[name]!r}"
     raise AssertionError(f"{what} do not differ")

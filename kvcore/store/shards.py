@@ -17,7 +17,7 @@ import xxhash
 from safetensors import SafetensorError
 
 from kvcore.errors import StoreError
-from kvcore.files import sync
+from kvcore.files import follow_umask, sync
 from kvcore.store.journal import TensorEntry
 from kvcore.tensors.codec import PART_DTYPES
 from kvcore.types import Tensor
@@ -36,6 +36,7 @@ def write_shard(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, TensorEn
     temporary = path.with_name(path.name + ".tmp")
     try:
         safetensors.torch.save_file(dict(tensors), temporary)  # pyright: ignore[reportUnknownMemberType]
+        follow_umask(temporary)
         with temporary.open("rb") as file:
             offsets = _offsets(file.read(int.from_bytes(file.read(8), "little")))
         sync(temporary)
@@ -92,6 +93,8 @@ class ShardFiles:
         Raises:
             StoreError: the file is missing, unreadable or too short.
         """
+        if offset < 0 or size < 0:
+            raise StoreError(f"{self._directory / name}: an index names {size} bytes at byte {offset}")
         try:
             with self._lock:
                 handle = self._open(name)

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 UNKNOWN = -1
 
 _SPACE_MARK = "\N{LOWER ONE EIGHTH BLOCK}"  # SentencePiece's space
+# Characters after which a continuation is read. At least one of them does not share a token with the text.
+_BEFORE = ("\n", "a", "1")
 _READING_SETTINGS = ("add_bos_token", "add_eos_token", "split_special_tokens")
 
 
@@ -44,8 +46,35 @@ def read_text(tokenizer: PreTrainedTokenizerBase, text: str, add_special_tokens:
     return encoding.ids, _byte_ends(tokenizer, encoding, text, byte_at)
 
 
-def fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
+def adds_space(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the tokenizer puts a space before a text, as SentencePiece's do in their older form."""
+    _require_offsets(tokenizer)
+    spellings = _encode(tokenizer, "a", add_special_tokens=False).tokens
+    return any(b"".join(pieces).startswith(b" ") for pieces in _readings(spellings))
+
+
+def read_continuation(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[list[int], list[int]]:
+    """Like `read_text` without special tokens, for a text that continues another one: no space is put before it.
+
+    The text is read after a character, whose tokens are then left out.
+
+    Raises:
+        FieldError: the text's first token always holds the character before it, too.
+    """
+    if not text:
+        return [], []
+    for before in _BEFORE:
+        ids, ends = read_text(tokenizer, before + text, add_special_tokens=False)
+        if 1 in ends:
+            first = len(ends) - ends[::-1].index(1)
+            return ids[first:], [end - 1 if end > 0 else end for end in ends[first:]]
+    raise FieldError("tokenizer", f"cannot read '{text[:20]}' as the continuation of a text without a space before it")
+
+
+def fingerprint(tokenizer: PreTrainedTokenizerBase, *, with_template: bool = False) -> str:
     """BLAKE2b of everything that affects tokenisation: the tokenizer's definition and special-token settings.
+
+    `with_template`: includes the chat template, if the tokenizer has one.
 
     Raises:
         FieldError: the tokenizer is slow, so its definition cannot be read.
@@ -55,6 +84,9 @@ def fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     # Earlier calls may have set these; they are not part of the definition.
     definition["truncation"] = definition["padding"] = None
     settings = {name: getattr(tokenizer, name, None) for name in _READING_SETTINGS}
+    template: object = getattr(tokenizer, "chat_template", None)
+    if with_template and template:
+        settings["chat_template"] = template
     canonical = json.dumps([definition, settings], sort_keys=True, separators=(",", ":"))
     return hashlib.blake2b(canonical.encode(), digest_size=16).hexdigest()
 

@@ -17,7 +17,7 @@ def sample_bytes(plan: KVPlan, kv_heads: int, head_dim: int, slots: int, *, stre
     """Bytes of one sample's encoded K/V and positions, without headers.
 
     Args:
-        plan: its layers, scope and codec.
+        plan: its layers, scope, codec and map.
         kv_heads: of the teacher.
         head_dim: of the teacher.
         slots: M, the tokens kept.
@@ -25,5 +25,6 @@ def sample_bytes(plan: KVPlan, kv_heads: int, head_dim: int, slots: int, *, stre
             scope `sample` once.
     """
     layers, scope = len(plan.layers), plan.selection.scope
+    kv_heads, head_dim = plan.sent_shape(kv_heads, head_dim)
     rows = {"head": layers * kv_heads, "layer": layers, "sample": layers if streamed else 1}[scope]
     return layers * layer_bytes(plan.codec, kv_heads, slots, head_dim) + rows * slots * _POSITION_BYTES

@@ -31,6 +31,12 @@ _HEADS_AHEAD_IN_NORM = {
     "Qwen3MoeAttention": False,
     "StableLmAttention": True,
 }
+# What the child modules of other layers tell about them.
+_OTHER_KINDS = (
+    (("c_attn", "query_key_value", "qkv_proj", "Wqkv", "W_pack"), "has one projection for queries, keys and values"),
+    (("kv_b_proj",), "is multi-head latent attention, which caches a latent vector instead of keys and values"),
+    (("conv1d",), "is a state-space or linear-attention layer, which has no keys and values per token"),
+)
 _KEY_NORMS = ("k_norm", "k_layernorm", "key_layernorm", "key_norm", "k_layer_norm", "qk_norm")
 
 
@@ -70,27 +76,47 @@ def kv_projections(model: nn.Module) -> list[KVProjection]:
         UnsupportedModelError: a layer has no separate k_proj and v_proj, has an unknown key norm, or has another head
             dimension than the other layers.
     """
-    found = [_projection(module) for module in model.modules() if _is_attention(module)]
-    found.sort(key=lambda projection: projection.layer)
+    attentions = [module for module in model.modules() if _is_attention(module)]
+    layers = sorted(int(module.layer_idx) for module in attentions)  # type: ignore[arg-type]
     expected = int(model.config.num_hidden_layers)  # type: ignore[union-attr]
-    if [projection.layer for projection in found] != list(range(expected)):
-        raise UnsupportedModelError(
-            f"{type(model).__name__}: found separate k_proj and v_proj in {len(found)} of {expected} layers; "
-            "kvdistill supports decoder-only models with standard attention, such as Llama, Qwen2, Qwen3 and Mistral"
-        )
-    if len({projection.head_dim for projection in found}) != 1:
-        raise UnsupportedModelError(f"{type(model).__name__}: the layers differ in head dimension")
-    return found
+    if layers != list(range(expected)):
+        found = f"found separate k_proj and v_proj in {len(layers)} of {expected} layers{_others(model)}"
+        raise unsupported(type(model).__name__, found)
+    projections = sorted(map(_projection, attentions), key=lambda projection: projection.layer)
+    if len({projection.head_dim for projection in projections}) != 1:
+        raise unsupported(type(model).__name__, "the layers differ in head dimension")
+    return projections
+
+
+def unsupported(name: str, found: str) -> UnsupportedModelError:
+    """The error for a model of another kind: what was found, what is supported, and the next step."""
+    return UnsupportedModelError(
+        f"{name}: {found}; kvdistill supports decoder-only language models with standard attention in every layer, "
+        "such as Llama, Qwen2, Qwen3, Mistral and Gemma 3; next: choose a model of such a family"
+    )
 
 
 def _is_attention(module: nn.Module) -> bool:
     return isinstance(getattr(module, "k_proj", None), nn.Module) and hasattr(module, "layer_idx")
 
 
+def _others(model: nn.Module) -> str:
+    """What a layer without k_proj and v_proj has instead, for an error."""
+    indexed = {module for module in model.modules() if isinstance(getattr(module, "layer_idx", None), int)}
+    for module in model.modules():
+        # Decoder layers may have an index, too; their attention is inside them.
+        is_inner = module in indexed and indexed.isdisjoint(list(module.modules())[1:])
+        if is_inner and not _is_attention(module):
+            children = [name for name, child in module.named_children() if hasattr(child, "weight")]
+            kinds = [kind for names, kind in _OTHER_KINDS if not set(names).isdisjoint(children)]
+            return f"; {type(module).__name__} {kinds[0] if kinds else 'has ' + ', '.join(children)}"
+    return ""
+
+
 def _projection(attention: nn.Module) -> KVProjection:
     k_proj, v_proj = attention.k_proj, getattr(attention, "v_proj", None)
     if not isinstance(v_proj, nn.Module) or not isinstance(k_proj, nn.Module):
-        raise UnsupportedModelError(f"{type(attention).__name__} has a k_proj but no v_proj")
+        raise unsupported(type(attention).__name__, "it has a k_proj but no v_proj")
     norm = _key_norm(attention)
     heads_ahead = norm is not None and _HEADS_AHEAD_IN_NORM[type(attention).__name__]
     layer, head_dim = int(attention.layer_idx), int(attention.head_dim)  # type: ignore[arg-type]

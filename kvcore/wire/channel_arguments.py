@@ -17,6 +17,11 @@ HANDSHAKE_MS = 10_000
 IDLE_CONNECTION_MS = 300_000
 
 
+# Otherwise gRPC connects through the proxy that the environment names, even within the machine.
+DIRECT = ("grpc.enable_http_proxy", 0)
+THROUGH_PROXY = ("grpc.enable_http_proxy", 1)
+
+
 def server_arguments(max_request_bytes: int, max_streams: int) -> ChannelArguments:
     """Returns the arguments of teacher servers: limits for callers; pings every 4 s are allowed in silent calls.
 

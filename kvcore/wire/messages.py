@@ -16,7 +16,8 @@ import xxhash
 from kvcore.config import parse
 from kvcore.errors import FieldError, ProtocolError
 from kvcore.plan import ImportancePool, KVPlan, SamplingParams, Scope, SelectionSpan, SpanKind
-from kvcore.types import Sample, Span, TeacherInfo
+from kvcore.types import ROLES, Chat, Role, Sample, Span, TeacherInfo, Turn
+from kvcore.wire.description_limits import check_description
 from protos import kv_cache_pb2 as pb
 
 NameT = TypeVar("NameT", bound=str)
@@ -41,6 +42,7 @@ _POOL_NUMBERS: dict[ImportancePool, pb.ImportancePool] = {
 }
 _SPANS: dict[int, SelectionSpan] = {number: name for name, number in _SPAN_NUMBERS.items()}
 _SCOPES: dict[int, Scope] = {number: name for name, number in _SCOPE_NUMBERS.items()}
+_ROLES: dict[str, Role] = {role: role for role in ROLES}
 _POOLS: dict[int, ImportancePool] = {number: name for name, number in _POOL_NUMBERS.items()}
 
 
@@ -59,6 +61,7 @@ def plan_to_proto(plan: KVPlan) -> pb.Plan:
             seed=selection.seed,
         ),
         codec=pb.Codec(name=codec.name, group_size=codec.group_size, max_relative_error=codec.max_relative_error),
+        map=None if plan.map is None else pb.PlanMap(**plan.map.model_dump()),
     )
 
 
@@ -73,11 +76,13 @@ def plan_from_proto(proto: pb.Plan, field: str = "plan") -> KVPlan:
         codec["group_size"] = proto.codec.group_size
     if proto.codec.HasField("max_relative_error"):
         codec["max_relative_error"] = _finite(proto.codec.max_relative_error, f"{field}.codec.max_relative_error")
-    tree = {
+    tree: dict[str, Any] = {
         "layers": list(proto.layers),
         "selection": _selection_tree(proto.selection, f"{field}.selection"),
         "codec": codec,
     }
+    if proto.HasField("map"):
+        tree["map"] = {"digest": proto.map.digest, "heads": proto.map.heads, "head_dim": proto.map.head_dim}
     try:
         return parse(tree, KVPlan)
     except FieldError as error:
@@ -134,6 +139,7 @@ def sample_to_proto(sample: Sample) -> pb.Sample:
         FieldError: the text holds lone surrogates, which UTF-8 cannot encode.
     """
     spans = [pb.Span(kind=_SPAN_NUMBERS[span.kind], start=span.start, end=span.end) for span in sample.spans]
+    chat = None if sample.chat is None else _chat_to_proto(sample.chat)
     if sample.token_ids is not None:
         return pb.Sample(id=sample.id, token_ids=pb.TokenIds(ids=sample.token_ids), spans=spans)
     assert sample.text is not None
@@ -141,14 +147,15 @@ def sample_to_proto(sample: Sample) -> pb.Sample:
         sample.text.encode()
     except UnicodeEncodeError as error:
         raise FieldError("text", f"sample '{sample.id}' is not valid Unicode: {error}") from error
-    return pb.Sample(id=sample.id, text=sample.text, spans=spans)
+    return pb.Sample(id=sample.id, text=sample.text, spans=spans, chat=chat)
 
 
 def sample_from_proto(proto: pb.Sample, field: str = "sample") -> Sample:
     """Reads a sample; `field` is its path in the request, such as `samples.3`.
 
     Raises:
-        FieldError: no id, no content, a negative token id, or a span that is outside the content or overlaps another.
+        FieldError: no id, no content, a negative token id, a span or turn that is outside the content or overlaps
+            another, or turns of token ids.
     """
     if not proto.id:
         raise FieldError(f"{field}.id", "is empty; every sample needs an id")
@@ -158,7 +165,10 @@ def sample_from_proto(proto: pb.Sample, field: str = "sample") -> Sample:
     if content == "text":
         if not proto.text:
             raise FieldError(f"{field}.text", "is empty")
-        return Sample(proto.id, text=proto.text, spans=_spans(proto, len(proto.text), field))
+        spans, chat = _spans(proto, len(proto.text), field), _chat_from_proto(proto, f"{field}.chat")
+        return Sample(proto.id, text=proto.text, spans=spans, chat=chat)
+    if proto.HasField("chat"):
+        raise FieldError(f"{field}.chat", "a chat template needs text, but the sample has token_ids")
     token_ids = tuple(proto.token_ids.ids)
     if not token_ids:
         raise FieldError(f"{field}.token_ids.ids", "is empty")
@@ -184,6 +194,7 @@ def info_to_proto(info: TeacherInfo) -> pb.DescribeResponse:
             max_sample_tokens=info.max_sample_tokens,
             max_samples_per_request=info.max_samples_per_request,
             max_frame_bytes=info.max_frame_bytes,
+            max_map_bytes=info.max_map_bytes,
         ),
         selectors=info.selectors,
         codecs=info.codecs,
@@ -197,10 +208,12 @@ def info_from_proto(proto: pb.DescribeResponse) -> TeacherInfo:
 
     Raises:
         ProtocolError: the description does not match its hash.
-        FieldError: an identity is missing, a size is not positive, or `rope_json` is not a JSON object.
+        FieldError: an identity is missing, a size is not positive or implausibly large, a text has control characters,
+            or `rope_json` is not a JSON object.
     """
     if proto.xxh3 != _description_hash(proto):
         raise ProtocolError("the teacher's description does not match its xxh3")
+    check_description(proto)
     for name in ("weights_digest", "tokenizer_fingerprint"):
         if not getattr(proto, name):
             raise FieldError(name, "is empty; a teacher must identify itself")
@@ -220,6 +233,7 @@ def info_from_proto(proto: pb.DescribeResponse) -> TeacherInfo:
         max_frame_bytes=_positive(limits.max_frame_bytes, "limits.max_frame_bytes"),
         selectors=tuple(proto.selectors),
         codecs=tuple(proto.codecs),
+        max_map_bytes=_at_least(0, limits.max_map_bytes, "limits.max_map_bytes"),
     )
 
 
@@ -255,6 +269,34 @@ def _spans(proto: pb.Sample, length: int, field: str) -> tuple[Span, ...]:
     return tuple(spans)
 
 
+def _chat_to_proto(chat: Chat) -> pb.Chat:
+    turns = [pb.Turn(role=turn.role, start=turn.start, end=turn.end) for turn in chat.turns]
+    return pb.Chat(turns=turns, system_prompt=chat.system_prompt)
+
+
+def _chat_from_proto(proto: pb.Sample, field: str) -> Chat | None:
+    if not proto.HasField("chat"):
+        return None
+    turns: list[Turn] = []
+    reached = 0
+    for at, turn in enumerate(proto.chat.turns):
+        where = f"{field}.turns.{at}"
+        role = _ROLES.get(turn.role)
+        if role is None or (role == "system" and at > 0):
+            raise FieldError(f"{where}.role", f"must be system (only first), user or assistant (got '{turn.role}')")
+        if not reached <= turn.start <= turn.end <= len(proto.text):
+            raise FieldError(
+                where,
+                f"must lie between the end of the turn before, {reached}, and the text's length {len(proto.text)} "
+                f"(got {turn.start} to {turn.end})",
+            )
+        turns.append(Turn(role, turn.start, turn.end))
+        reached = turn.end
+    if not turns:
+        raise FieldError(f"{field}.turns", "is empty; a chat has at least one turn")
+    return Chat(tuple(turns), proto.chat.system_prompt)
+
+
 def _check_overlaps(spans: Sequence[Span], field: str) -> None:
     """Checks spans in order of their start: a span that overlaps an earlier one also overlaps its neighbour."""
     filled = (place for place, span in enumerate(spans) if span.start < span.end)
@@ -281,15 +323,19 @@ def _finite(value: float, field: str) -> float:
 
 
 def _positive(value: int, field: str) -> int:
-    if value < 1:
-        raise FieldError(field, f"must be at least 1 (got {value})")
+    return _at_least(1, value, field)
+
+
+def _at_least(least: int, value: int, field: str) -> int:
+    if value < least:
+        raise FieldError(field, f"must be at least {least} (got {value})")
     return value
 
 
 def _json_object(text: str, field: str) -> dict[str, Any]:
     try:
         value: object = json.loads(text)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise FieldError(field, f"is not valid JSON: {error}") from error
     if not isinstance(value, dict):
         raise FieldError(field, f"must be a JSON object (got a {type(value).__name__})")
@@ -297,9 +343,5 @@ def _json_object(text: str, field: str) -> dict[str, Any]:
 
 
 def _under(prefix: str, error: FieldError) -> FieldError:
-    """Prefixes an error's field with its path; errors about several fields name theirs at the start of the problem."""
-    path = [prefix] if error.field == KVPlan.__name__ else [prefix, error.field]
-    name, _, problem = error.problem.partition(": ")
-    if name.isidentifier():
-        return FieldError(".".join([*path, name]), problem)
-    return FieldError(".".join(path), error.problem)
+    """Prefixes an error's field with its path."""
+    return FieldError(f"{prefix}.{error.field}", error.problem)

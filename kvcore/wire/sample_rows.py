@@ -21,12 +21,13 @@ class RowLayout:
 
     def __init__(self, plan: KVPlan, info: TeacherInfo, slots: int) -> None:
         self.slots = slots
+        heads, head_dim = plan.sent_shape(info.kv_heads, info.head_dim)
         self.position_heads = info.kv_heads if plan.selection.scope == "head" else 1
         self.position_bytes = 4 * self.position_heads * slots
         layouts = [
             (f"{kind}.{name}", dtype, shape)
             for kind in TENSORS
-            for name, dtype, shape in part_layout(plan.codec, kind, info.kv_heads, slots, info.head_dim)
+            for name, dtype, shape in part_layout(plan.codec, kind, heads, slots, head_dim)
         ]
         self.parts = sorted(layouts, key=lambda part: part[0])
         described = [("positions", torch.int32, (self.position_heads, slots)), *self.parts]

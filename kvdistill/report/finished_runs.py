@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from kvcore.errors import ConfigError
+from kvcore.intervals import wilson_interval
 
 METRICS, RESULTS, SUMMARY = "metrics.jsonl", "eval_results.json", "summary.json"
 # Folders inside a run that contain no other runs.
@@ -21,7 +22,7 @@ Points = list[tuple[int, float]]
 
 @dataclass(frozen=True, slots=True)
 class Score:
-    """A score on one dataset in percent. `low` and `high`: the 95 % confidence interval, if it was measured."""
+    """A score on one dataset in percent. `low` and `high`: its 95 % confidence interval, if it is known."""
 
     value: float
     low: float | None = None
@@ -121,8 +122,12 @@ def read_run(path: Path, name: str) -> Run:
 
 def _score(entry: Mapping[str, Any]) -> Score:
     interval = entry.get("ci95")
+    score, count = float(entry["score"]), entry.get("num_examples")
+    if interval is None and count:
+        # A share of exact answers, as validation measures it.
+        interval = [100 * end for end in wilson_interval(score / 100, count)]
     low, high = (None, None) if interval is None else (float(interval[0]), float(interval[1]))
-    return Score(float(entry["score"]), low, high, entry.get("num_examples"))
+    return Score(score, low, high, count)
 
 
 def _lines(path: Path) -> list[dict[str, float]]:

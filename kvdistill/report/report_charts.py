@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from matplotlib.axes import Axes
@@ -11,28 +11,47 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from kvdistill.report.finished_runs import Run
-from student_trainer.monitoring.chart_style import Fill, Theme
+from student_trainer.monitoring.chart_style import Layout, Theme
 
 WEIGHTS = "routing/weights_mean/"
 BY_DATASET = "val/by_dataset/"
 _DASHES = ("-", "--", ":", "-.")
 _MOST_COLUMNS = 3
+_PANEL_WIDTH = 4.4
 
 
 @dataclass(frozen=True, slots=True)
 class Picture:
-    """One picture: the file name without suffix, title, caption, drawing function, and width and height."""
+    """One picture.
+
+    Attributes:
+        name: of the file, without suffix.
+        title: of the picture.
+        caption: shown below.
+        layout: what to draw, for at most so many panels side by side.
+    """
 
     name: str
     title: str
     caption: str
-    fill: Fill
-    inches: tuple[float, float]
+    layout: Callable[[int], Layout]
+
+    @property
+    def wide(self) -> Layout:
+        """For files and wide windows."""
+        return self.layout(_MOST_COLUMNS)
+
+    @property
+    def narrow(self) -> Layout:
+        """For phones."""
+        return self.layout(1)
 
 
 def pictures(runs: Sequence[Run]) -> tuple[list[Picture], list[str]]:
     """Returns the pictures of the runs, and a sentence for each picture that cannot be drawn."""
-    results = (_learning(runs), _routing(runs), _routing_by_dataset(runs), _kv_by_layer(runs))
+    # One colour per teacher, and per run, in all pictures.
+    teachers = _teachers(runs)
+    results = (_learning(runs), _routing(runs, teachers), _routing_by_dataset(runs, teachers), _kv_by_layer(runs))
     drawn = [one for one in results if isinstance(one, Picture)]
     return drawn, [one for one in results if isinstance(one, str)]
 
@@ -41,7 +60,7 @@ def pictures(runs: Sequence[Run]) -> tuple[list[Picture], list[str]]:
 
 _CURVES = (
     ("Accuracy in validation", ("val/task_metrics/accuracy",)),
-    ("Loss", ("train/loss",)),
+    ("Cross-entropy: training (thin), validation", ("train/ce_loss", "val/ce_loss")),
     ("KV loss: training (thin), validation", ("train/kv_loss", "val/kv_loss")),
 )
 
@@ -50,8 +69,8 @@ def _learning(runs: Sequence[Run]) -> Picture | str:
     if not any(run.metrics for run in runs):
         return "No learning curves: no run has a metrics.jsonl."
 
-    def fill(figure: Figure, theme: Theme) -> None:
-        for axes, (title, names) in zip(figure.subplots(1, len(_CURVES)), _CURVES, strict=True):
+    def fill(figure: Figure, theme: Theme, columns: int) -> None:
+        for axes, (title, names) in zip(_panels(figure, len(_CURVES), columns), _CURVES, strict=True):
             for number, run in enumerate(runs):
                 for name in names:
                     thin = len(names) > 1 and name.startswith("train/")
@@ -62,26 +81,27 @@ def _learning(runs: Sequence[Run]) -> Picture | str:
         if axes_kv.get_lines():
             axes_kv.axhline(1.0, color=theme.ink, linestyle="--", linewidth=1)
             axes_kv.set_ylim(bottom=0)
-        _legend(figure, theme, [run.name for run in runs])
+        _legend(figure, theme, _numbers([run.name for run in runs]), columns)
 
     caption = (
-        "By step of each run. Predicting the mean gives a KV loss of 1.0 (dashed); below 0.5 is good, above 1.5 check "
-        "the alignment."
+        "By step of each run. In latent mode the cross-entropy of training includes the reasoning's as text, that of "
+        "validation is the answer's alone. Predicting the mean gives a KV loss of 1.0 (dashed); below 0.5 is good, "
+        "above 1.5 check the alignment."
     )
-    return Picture("learning_curves", "Learning curves", caption, fill, (13, 4 + _legend_height(runs)))
+    layout = _in_columns(fill, len(_CURVES), 4.0, len(runs))
+    return Picture("learning_curves", "Learning curves", caption, layout)
 
 
 # ------------------------------------------------------------------------------------------- routing
 
 
-def _routing(runs: Sequence[Run]) -> Picture | str:
+def _routing(runs: Sequence[Run], teachers: Sequence[str]) -> Picture | str:
     routed = [run for run in runs if len(run.names(WEIGHTS)) > 1]
     if not routed:
         return "No routing weights: no run has several teachers."
-    teachers = _teachers(routed)
 
-    def fill(figure: Figure, theme: Theme) -> None:
-        for axes, run in zip(_panels(figure, len(routed)), routed, strict=False):
+    def fill(figure: Figure, theme: Theme, columns: int) -> None:
+        for axes, run in zip(_panels(figure, len(routed), columns), routed, strict=True):
             # Each line is thinner than the one below it, so that equal weights show every teacher.
             for place, name in enumerate(reversed(run.names(WEIGHTS))):
                 width = 1.8 * (len(teachers) - place)
@@ -89,14 +109,13 @@ def _routing(runs: Sequence[Run]) -> Picture | str:
             axes.set_ylim(0, 1.02)
             axes.yaxis.set_major_formatter(PercentFormatter(1.0))
             _titled(axes, run.name, "step")
-        _legend(figure, theme, teachers)
+        _legend(figure, theme, _numbers(teachers), columns)
 
     return Picture(
         "routing_weights",
         "Routing weights over time",
         "Each teacher's mean weight over the training samples since the previous logged step.",
-        fill,
-        _panel_inches(len(routed)),
+        _in_columns(fill, len(routed), 3.0, len(teachers)),
     )
 
 
@@ -114,7 +133,7 @@ def weights_by_dataset(run: Run) -> dict[str, dict[str, float]]:
     return found
 
 
-def _routing_by_dataset(runs: Sequence[Run]) -> Picture | str:
+def _routing_by_dataset(runs: Sequence[Run], teachers: Sequence[str]) -> Picture | str:
     routed = [(run, weights_by_dataset(run)) for run in runs]
     routed = [(run, weights) for run, weights in routed if weights]
     if not routed:
@@ -122,22 +141,20 @@ def _routing_by_dataset(runs: Sequence[Run]) -> Picture | str:
             "No routing weights by dataset: no run with weights per sample has validation samples that name their "
             "dataset."
         )
-    teachers = _teachers([run for run, _ in routed])
     most = max(len(weights) for _, weights in routed)
 
-    def fill(figure: Figure, theme: Theme) -> None:
-        for axes, (run, weights) in zip(_panels(figure, len(routed)), routed, strict=False):
+    def fill(figure: Figure, theme: Theme, columns: int) -> None:
+        for axes, (run, weights) in zip(_panels(figure, len(routed), columns), routed, strict=True):
             _stacked(axes, weights, teachers, theme)
             axes.set_title(run.name)
-        _legend(figure, theme, teachers, bars=True)
+        _legend(figure, theme, _numbers(teachers), columns, bars=True)
 
     return Picture(
         "routing_by_dataset",
         "Routing weights by dataset",
         "Each teacher's mean weight over the validation samples of a dataset, at the best validation of the run "
         "(the last validation if the run has not ended).",
-        fill,
-        _panel_inches(len(routed), 1.4 + 0.45 * most),
+        _in_columns(fill, len(routed), 1.4 + 0.45 * most, len(teachers)),
     )
 
 
@@ -167,27 +184,26 @@ def kv_by_layer(run: Run, tensor: str) -> list[tuple[int, float]]:
 
 
 def _kv_by_layer(runs: Sequence[Run]) -> Picture | str:
-    measured = [run for run in runs if kv_by_layer(run, "k")]
+    measured = {number: run for number, run in enumerate(runs) if kv_by_layer(run, "k")}
     if not measured:
         return "No KV loss by layer: no run validated K/V against one shared target."
 
-    def fill(figure: Figure, theme: Theme) -> None:
-        for axes, (tensor, name) in zip(figure.subplots(1, 2), (("k", "keys"), ("v", "values")), strict=True):
-            for number, run in enumerate(measured):
+    def fill(figure: Figure, theme: Theme, columns: int) -> None:
+        for axes, (tensor, name) in zip(_panels(figure, 2, columns), (("k", "keys"), ("v", "values")), strict=True):
+            for number, run in measured.items():
                 _line(axes, kv_by_layer(run, tensor), theme, number, marker="o")
             axes.axhline(1.0, color=theme.ink, linestyle="--", linewidth=1)
             axes.set_ylim(bottom=0)
             axes.xaxis.set_major_locator(MaxNLocator(integer=True))
             _titled(axes, f"KV loss of {name}", "student layer")
-        _legend(figure, theme, [run.name for run in measured])
+        _legend(figure, theme, {run.name: number for number, run in measured.items()}, columns)
 
     return Picture(
         "kv_loss_by_layer",
         "KV loss by layer",
         "Normalised KV error of the validation samples in each student layer, at the best validation of the run (the "
         "last validation if the run has not ended). Predicting the mean gives 1.0 (dashed).",
-        fill,
-        (10, 3.6 + _legend_height(measured)),
+        _in_columns(fill, 2, 3.6, len(measured)),
     )
 
 
@@ -233,9 +249,23 @@ def _titled(axes: Axes, title: str, x_label: str) -> None:
     axes.grid(axis="y", linewidth=0.4, alpha=0.5)
 
 
-def _panels(figure: Figure, count: int) -> list[Axes]:
-    """Axes in rows of up to three; hides unused ones."""
-    columns = min(count, _MOST_COLUMNS)
+def _in_columns(
+    fill: Callable[[Figure, Theme, int], None], count: int, height: float, names: int
+) -> Callable[[int], Layout]:
+    """The layout of `count` panels of this height in inches, above a legend of `names`."""
+
+    def layout(most: int) -> Layout:
+        columns = min(count, most)
+        # A panel alone in its row is as wide as the page.
+        width = max(_PANEL_WIDTH * columns, _PANEL_WIDTH if most == 1 else 6.0)
+        legend = 0.25 * math.ceil(names / _legend_columns(columns)) + 0.25
+        return lambda figure, theme: fill(figure, theme, columns), (width, height * math.ceil(count / columns) + legend)
+
+    return layout
+
+
+def _panels(figure: Figure, count: int, columns: int) -> list[Axes]:
+    """Axes in rows; hides unused ones."""
     grid = figure.subplots(math.ceil(count / columns), columns, squeeze=False)
     panels: list[Axes] = list(grid.flat)
     for unused in panels[count:]:
@@ -243,19 +273,20 @@ def _panels(figure: Figure, count: int) -> list[Axes]:
     return panels[:count]
 
 
-def _panel_inches(count: int, height: float = 3.0) -> tuple[float, float]:
-    columns = min(count, _MOST_COLUMNS)
-    return max(6.0, 4.4 * columns), height * math.ceil(count / columns) + 0.5
+def _legend_columns(columns: int) -> int:
+    return 1 if columns == 1 else 3
 
 
-def _legend(figure: Figure, theme: Theme, names: Sequence[str], *, bars: bool = False) -> None:
+def _numbers(names: Sequence[str]) -> dict[str, int]:
+    return {name: number for number, name in enumerate(names)}
+
+
+def _legend(figure: Figure, theme: Theme, names: Mapping[str, int], columns: int, *, bars: bool = False) -> None:
+    """Adds a legend of names, each with the number of its colour."""
     axes = figure.axes[0]
     handles = [
         axes.plot([], [], "s" if bars else _line_style(theme, number), color=_colour(theme, number), label=name)[0]
-        for number, name in enumerate(names)
+        for name, number in names.items()
     ]
-    figure.legend(handles=handles, loc="outside lower center", ncols=min(3, len(names)), frameon=False)
-
-
-def _legend_height(runs: Sequence[Run]) -> float:
-    return 0.25 * math.ceil(len(runs) / 3)
+    most = min(_legend_columns(columns), len(names))
+    figure.legend(handles=handles, loc="outside lower center", ncols=most, frameon=False)

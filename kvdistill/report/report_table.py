@@ -18,9 +18,10 @@ def datasets(runs: Sequence[Run]) -> list[str]:
 
 
 def comparison(runs: Sequence[Run]) -> tuple[list[str], Rows]:
-    """Returns headings and one row per run: scores in percent with intervals, then the costs of training."""
+    """Returns headings and one row per run: scores in percent, losses of the validation, then the costs of training."""
     columns = datasets(runs)
-    headings = ["run", *columns, "average", "KV loss", "steps", "samples/s", "waiting", "bytes/sample"]
+    headings = ["run", *columns, "average", "cross-entropy", "perplexity", "KV loss"]
+    headings += ["steps", "samples/s", "waiting", "bytes/sample"]
     return headings, [_row(run, columns) for run in runs]
 
 
@@ -33,6 +34,8 @@ def _row(run: Run, columns: Sequence[str]) -> list[str]:
         run.name,
         *(score_cell(run.scores.get(column)) for column in columns),
         _number(run.average, ".1f"),
+        _number(run.validation.get("val/ce_loss"), ".3f"),
+        _number(run.validation.get("val/perplexity"), ",.2f"),
         _number(run.validation.get("val/kv_loss"), ".3f"),
         f"{steps}, unfinished" if unfinished else steps,
         _number(summary.get("samples_per_second"), ",.1f"),
@@ -64,10 +67,11 @@ def comparison_csv(runs: Sequence[Run]) -> str:
     columns = datasets(runs)
     parts = ("", "_low", "_high", "_num_examples")
     headings = ["run", *(f"{column}{part}" for column in columns for part in parts), "average"]
-    headings += ["val_kv_loss", "steps", "finished", *_COSTS]
+    headings += [*(f"val_{name}" for name in _LOSSES), "steps", "finished", *_COSTS]
     return to_csv([headings, *([*_plain(run, columns)] for run in runs)])
 
 
+_LOSSES = ("ce_loss", "answer_ce", "perplexity", "kv_loss", "loss")
 _COSTS = ("samples_per_second", "stall_fraction", "bytes_per_sample", "seconds")
 
 
@@ -77,7 +81,8 @@ def _plain(run: Run, columns: Sequence[str]) -> list[object]:
         score = run.scores.get(column)
         cells += [""] * 4 if score is None else [score.value, score.low, score.high, score.num_examples]
     summary = run.summary or {}
-    cells += [run.average, run.validation.get("val/kv_loss"), run.steps, run.summary is not None]
+    losses = (run.validation.get(f"val/{name}") for name in _LOSSES)
+    cells += [run.average, *losses, run.steps, run.summary is not None]
     return [*cells, *(summary.get(name) for name in _COSTS)]
 
 

@@ -24,7 +24,7 @@ class SweepConfig(StrictModel):
     """A matrix of training runs: every combination of the axes' options, each with every seed."""
 
     output_dir: Path
-    """Directory for a folder per run, table.md and table.csv."""
+    """Directory that receives one folder per run, table.md and table.csv."""
     seeds: Annotated[tuple[int, ...], Field(min_length=1)] = (0, 1, 2)
     """Seeds of the repetitions over which the confidence intervals are computed."""
     config: Path | None = None
@@ -32,8 +32,8 @@ class SweepConfig(StrictModel):
     flags: Flags = Field(default_factory=dict)
     """Flags that override `config`, with underscores and without leading dashes."""
     matrix: Annotated[dict[str, dict[str, Flags] | tuple[Scalar, ...]], Field(min_length=1)]
-    """For each axis its options by name, each a mapping of flags (`config` is allowed too). If the axis is itself a
-    flag, a list of values is enough. Axes override `flags`, and later axes override earlier ones."""
+    """The options of each axis. An option is a name with a mapping of flags (`config` is allowed too). If the axis has
+    the name of a flag, a list of values is enough. Axes override `flags`, and later axes override earlier ones."""
     command: str = "python experiments/train_multi_teacher_kv.py"
     """Training command, to which the flags are appended. Put torchrun here."""
     evaluation: Flags | None = None

@@ -1,4 +1,4 @@
-"""KV sources bring a teacher's K/V. `build_source` composes one teacher's source for one rank out of wrappers."""
+"""KV sources give the trainer a teacher's K/V. `build_source` composes one teacher's source for one rank."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 
 from kvcore.plan import KVPlan
+from kvcore.tensors.kv_map import KVMap
 from kvcore.types import TeacherInfo
 from student_trainer.config import KVConfig, TeacherConfig
 from student_trainer.kv_sources.base import KVResult, KVSource, PendingKV, SourceHealth
@@ -23,7 +24,12 @@ logger = logging.getLogger(__name__)
 
 
 def build_source(
-    teacher: TeacherConfig, kv: KVConfig, plan_for: Callable[[TeacherInfo], KVPlan], rank: int, world_size: int
+    teacher: TeacherConfig,
+    kv: KVConfig,
+    plan_for: Callable[[TeacherInfo], KVPlan],
+    rank: int,
+    world_size: int,
+    kv_map: KVMap | None = None,
 ) -> KVSource:
     """One teacher's source for this rank: `Record(Prefetch(Failover([Remote, ...])))` or `Prefetch(Offline)`.
 
@@ -33,6 +39,7 @@ def build_source(
         plan_for: makes the plan from the teacher's geometry.
         rank: of this process.
         world_size: number of ranks; they start with different endpoints.
+        kv_map: the map that the plan names.
 
     Raises:
         TeacherUnavailableError: no endpoint answered within `kv.patience_s`.
@@ -46,13 +53,15 @@ def build_source(
             source: KVSource = OfflineSource(kv.store / teacher.name, plan_for)
             undo.callback(source.close)
         else:
-            source = _failover(teacher, kv, plan_for, rank * len(teacher.endpoints) // world_size, undo)
+            first = rank * len(teacher.endpoints) // world_size
+            source = _failover(teacher, kv, plan_for, kv_map, first, undo)
         if kv.prefetch:
-            source = Prefetch(source, kv.prefetch)
+            # Training's batches, and those of a validation or calibration beside them.
+            source = Prefetch(source, 2 * kv.prefetch)
             undo.callback(source.close)
         if kv.mode == "record":
             assert kv.store is not None
-            source = Record(source, kv.store / teacher.name, f"rank{rank}", merges_index=rank == 0)
+            source = Record(source, kv.store / teacher.name, f"rank{rank}", rank == 0, kv_map)
             undo.callback(source.close)
         if kv.control == "shuffled":
             source = ShuffledControl(source)
@@ -61,13 +70,18 @@ def build_source(
 
 
 def _failover(
-    teacher: TeacherConfig, kv: KVConfig, plan_for: Callable[[TeacherInfo], KVPlan], start: int, undo: ExitStack
+    teacher: TeacherConfig,
+    kv: KVConfig,
+    plan_for: Callable[[TeacherInfo], KVPlan],
+    kv_map: KVMap | None,
+    start: int,
+    undo: ExitStack,
 ) -> FailoverSource:
     remotes = [
-        RemoteSource(teacher.name, endpoint, plan_for, kv.request_timeout_s, kv.patience_s)
+        RemoteSource(teacher.name, endpoint, plan_for, kv.request_timeout_s, kv.patience_s, kv_map=kv_map)
         for endpoint in teacher.endpoints
     ]
-    failover = FailoverSource(teacher.name, remotes, kv.patience_s, start)
+    failover = FailoverSource(teacher.name, remotes, kv.patience_s, start, waits_once=kv.on_lost == "mask")
     undo.callback(failover.close)
     info = failover.connect()
     logger.info("teacher '%s': %s at %s", teacher.name, info.model, ", ".join(teacher.endpoints))

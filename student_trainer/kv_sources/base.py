@@ -25,7 +25,8 @@ class SourceHealth:
     """Health of a teacher's replicas, as one rank sees it.
 
     `current`: the endpoint in use. `answered_s_ago`: seconds since the teacher last completed a request, None if it
-    never did. `switches`: changes of endpoint. `retries`: repeated requests.
+    never did. `switches`: changes of endpoint. `retries`: repeated requests. `set_aside`: how often an endpoint refused
+    its callers or served another teacher, while another one served.
     """
 
     current: str
@@ -33,6 +34,7 @@ class SourceHealth:
     answered_s_ago: float | None
     switches: int
     retries: int
+    set_aside: int = 0
 
 
 @dataclass(frozen=True, slots=True)

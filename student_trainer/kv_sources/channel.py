@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +11,12 @@ from pathlib import Path
 import grpc
 
 from kvcore.errors import FieldError
+from kvcore.wire.channel_arguments import DIRECT, THROUGH_PROXY
+from student_trainer.kv_sources.proxies import uses_proxy
 from student_trainer.launching.transport_variables import TLS_CA, TOKEN_FILE
+
+# What gRPC puts before the reason why it cannot connect.
+_ADDRESS = re.compile(r"^failed to connect to all addresses; last error: [A-Z_]+: (ipv4|ipv6|unix):\S+: ")
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,11 +34,12 @@ class Transport:
     names: tuple[str, str] = ("tls_ca", "token_file")
 
     def open_channel(self, endpoint: str, options: Sequence[tuple[str, int]]) -> grpc.Channel:
-        """A channel to `host:port`.
+        """A channel to `host:port`, through a proxy only if `grpc_proxy` is set.
 
         Raises:
             FieldError: a file cannot be read, or a token is set without TLS.
         """
+        options = [*options, THROUGH_PROXY if uses_proxy(endpoint) else DIRECT]
         ca_name, token_name = self.names
         token = self._token()
         if not self.tls_ca:
@@ -63,6 +70,11 @@ def transport_from_environment() -> Transport:
 
 def _content(path: str | Path, name: str) -> bytes:
     try:
-        return Path(path).read_bytes()
+        return Path(path).expanduser().read_bytes()
     except OSError as error:
         raise FieldError(name, f"cannot read {path}: {error.strerror}") from error
+
+
+def without_address(details: str) -> str:
+    """The reason in gRPC's details of a failed connection, without the address, which errors already name."""
+    return _ADDRESS.sub("", details)

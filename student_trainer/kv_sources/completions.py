@@ -1,4 +1,4 @@
-"""Has a teacher complete prompts, and pulls the K/V of the completed texts, in one call."""
+"""Requests completions of prompts from a teacher, and the K/V of the completed texts, in one call."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import ClassVar
 from google.protobuf.message import Message
 
 from kvcore.plan import SamplingParams
+from kvcore.tensors.kv_map import KVMap
 from kvcore.types import EncodedSampleKV, Sample
 from kvcore.wire import messages
 from kvcore.wire.completion import Completion
@@ -42,6 +43,7 @@ class CompletionSource(RemoteSource):
         timeout_s: deadline of one request. Generation takes longer than a prefill.
         patience_s: as in `RemoteSource`.
         transport: as in `RemoteSource`.
+        kv_map: as in `RemoteSource`.
     """
 
     _METHOD: ClassVar[str] = "Generate"
@@ -55,8 +57,9 @@ class CompletionSource(RemoteSource):
         timeout_s: float = 600.0,
         patience_s: float = 30.0,
         transport: Transport | None = None,
+        kv_map: KVMap | None = None,
     ) -> None:
-        super().__init__(teacher, endpoint, plan_for, timeout_s, patience_s, transport)
+        super().__init__(teacher, endpoint, plan_for, timeout_s, patience_s, transport, kv_map)
         self._sampling = sampling
         self._readers: list[tuple[Sequence[Sample], CompletionReader]] = []
 

@@ -1,4 +1,4 @@
-"""Several replicas of one teacher as one source: another replica answers the samples that a failed one left open."""
+"""Several replicas of one teacher as one source: if one fails, another one answers the remaining samples."""
 
 from __future__ import annotations
 
@@ -8,90 +8,60 @@ import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import CancelledError
-from dataclasses import dataclass
-from typing import Protocol
 
-from kvcore.errors import ProtocolError, TeacherMismatchError, TeacherUnavailableError
+from kvcore.errors import (
+    EndpointRefusedError,
+    FieldError,
+    ProtocolError,
+    TeacherBusyError,
+    TeacherMismatchError,
+    TeacherUnavailableError,
+)
 from kvcore.monitoring import tracing
 from kvcore.plan import KVPlan
 from kvcore.types import Sample, TeacherInfo
 from student_trainer.kv_sources.base import EndpointHealth, KVResult, KVSource, SourceHealth
+from student_trainer.kv_sources.ended_requests import EndedRequests
+from student_trainer.kv_sources.replica import PACES_NEEDED, Endpoint, EndpointError, Replica
 
 logger = logging.getLogger(__name__)
-
-FIRST_BACKOFF_SECONDS = 0.5
-LONGEST_BACKOFF_SECONDS = 8.0
-# Enough to reach the longest; an unlimited power of two would overflow a float.
-MAX_DOUBLINGS = 16
-
-
-class Replica(Protocol):
-    """One endpoint of a teacher. `RemoteSource` is the implementation over gRPC."""
-
-    @property
-    def endpoint(self) -> str: ...  # noqa: D102
-    @property
-    def plan(self) -> KVPlan: ...  # noqa: D102
-    @property
-    def retries(self) -> int: ...  # noqa: D102
-    def connect(self) -> TeacherInfo: ...  # noqa: D102
-    def fetch_into(self, samples: Sequence[Sample], received: dict[str, KVResult], /) -> None: ...  # noqa: D102
-    def close(self) -> None: ...  # noqa: D102
-
-
-@dataclass(slots=True, eq=False)
-class _Endpoint:
-    """One replica and its health. Times are monotonic seconds."""
-
-    replica: Replica
-    verified: bool = False
-    failures: int = 0
-    failed_at: float = -math.inf
-    retry_at: float = -math.inf
-    last_error: TeacherUnavailableError | ProtocolError | None = None
-
-    @property
-    def name(self) -> str:
-        return self.replica.endpoint
-
-    def fail(self, error: TeacherUnavailableError | ProtocolError) -> None:
-        self.verified = False
-        self.last_error = error
-        self.failed_at = time.monotonic()
-        doublings = min(self.failures, MAX_DOUBLINGS)
-        self.retry_at = self.failed_at + min(LONGEST_BACKOFF_SECONDS, FIRST_BACKOFF_SECONDS * 2**doublings)
-        self.failures += 1
-
-    def recover(self) -> None:
-        self.failures = 0
-        self.failed_at = self.retry_at = -math.inf
-
-    @property
-    def problem(self) -> str:
-        error = self.last_error
-        return error.problem if isinstance(error, TeacherUnavailableError) else str(error)
 
 
 class FailoverSource(KVSource):
     """Uses one replica while it answers. When it fails, requests the missing samples from the next one.
 
     Every sample comes from a single replica. Replicas must serve the same teacher, which is checked at every
-    connection. A failed endpoint is not retried for 0.5 s, doubling up to 8 s.
+    connection. An endpoint that fails, refuses its callers or serves another teacher is set aside while another one
+    answers. It is not retried for 0.5 s, doubling up to 8 s. If its queue is full, the others are tried before it is
+    waited for. Each replica is measured once, and one that is several times slower than another is left.
 
     Args:
         teacher: the teacher's name in the configuration.
         replicas: at least one.
         patience_s: seconds without an answer, from the first failure on, after which the teacher counts as lost.
         start: index of the first replica, modulo their number; ranks start at different ones to share the load.
+        waits_once: once the teacher is lost, later fetches fail at once until a replica answers again.
     """
 
-    def __init__(self, teacher: str, replicas: Sequence[Replica], patience_s: float, start: int = 0) -> None:
+    def __init__(
+        self,
+        teacher: str,
+        replicas: Sequence[Replica],
+        patience_s: float,
+        start: int = 0,
+        *,
+        waits_once: bool = False,
+    ) -> None:
         assert replicas, "a teacher without endpoints"
-        self.switches = 0
+        self.switches = self.set_aside = 0
         self._teacher = teacher
-        self._endpoints = [_Endpoint(replica) for replica in replicas]
+        self._endpoints = [Endpoint(replica) for replica in replicas]
+        for replica in replicas:
+            replica.waits_when_busy = False
         self._current = self._endpoints[start % len(self._endpoints)]
         self._patience_s = patience_s
+        self._waits_once = waits_once
+        self._lost_since: float | None = None
         self._reference: tuple[str, TeacherInfo, KVPlan] | None = None
         self._repeated = 0
         self._answered_at: float | None = None
@@ -119,14 +89,16 @@ class FailoverSource(KVSource):
 
         Raises:
             TeacherUnavailableError: no endpoint answered within the patience.
-            TeacherMismatchError: two endpoints serve different teachers.
+            EndpointRefusedError: every endpoint refuses.
+            TeacherMismatchError: two endpoints serve different teachers. Nothing says yet which of them is right, and
+                another rank could choose the other one.
         """
         self.fetch(())
         for endpoint in self._endpoints:
             if not endpoint.verified and endpoint.failures == 0:
                 try:
                     self._verify(endpoint)
-                except (TeacherUnavailableError, ProtocolError) as error:
+                except (TeacherUnavailableError, ProtocolError, EndpointRefusedError) as error:
                     self._failed(endpoint, error, missing=0)
         return self.info
 
@@ -139,6 +111,7 @@ class FailoverSource(KVSource):
             answered_s_ago=None if answered_at is None else time.monotonic() - answered_at,
             switches=self.switches,
             retries=self.retries,
+            set_aside=self.set_aside,
         )
 
     def fetch(self, samples: Sequence[Sample]) -> list[KVResult]:
@@ -146,8 +119,8 @@ class FailoverSource(KVSource):
 
         Raises:
             TeacherUnavailableError: no endpoint answered within the patience; names each with its last error.
-            TeacherRefusedError: the teacher will not serve this.
-            TeacherMismatchError: an endpoint serves another teacher.
+            TeacherRefusedError: the teacher will not serve this, or every endpoint refuses its callers.
+            TeacherMismatchError: every endpoint serves another teacher than before.
             ProtocolError: every endpoint sent damaged bytes, again after a retry.
             concurrent.futures.CancelledError: the source was closed.
         """
@@ -159,21 +132,42 @@ class FailoverSource(KVSource):
         received: dict[str, KVResult] = {}
         ids = {sample.id for sample in samples}
         lost_since: float | None = None
+        ended = EndedRequests(self._teacher)
         while True:
             endpoint = self._next_endpoint(lost_since)
             if lost_since is not None:
                 self._repeated += 1
             before = len(received)
+            requested = ended.next_request(samples, received)
             try:
                 self._verify(endpoint)
-                endpoint.replica.fetch_into(samples, received)
-            except (TeacherUnavailableError, ProtocolError) as error:
+                self._fetch_from(endpoint, requested, received, ended)
+            except (TeacherUnavailableError, ProtocolError, EndpointRefusedError, TeacherMismatchError) as error:
                 self._failed(endpoint, error, missing=len(ids) - len(received))
+                ended.give_up(samples, received)
                 if lost_since is None or len(received) > before:
                     lost_since = endpoint.failed_at
             else:
                 self._answered(endpoint)
+                ended.give_up(samples, received)
+                lost_since = None
+            # Without samples, the fetch is complete when an endpoint has been verified.
+            if len(received) == len(ids) and (ids or lost_since is None):
                 return [received[sample.id] for sample in samples]
+
+    def _fetch_from(
+        self, endpoint: Endpoint, requested: Sequence[Sample], received: dict[str, KVResult], ended: EndedRequests
+    ) -> None:
+        began = time.monotonic()
+        try:
+            endpoint.replica.fetch_into(requested, received)
+        except TeacherBusyError:
+            raise
+        except TeacherUnavailableError as error:
+            ended.note(requested, received, endpoint.name, error)
+            raise
+        if requested:
+            endpoint.paces.append((time.monotonic() - began) / len(requested))
 
     def close(self) -> None:
         """Closes every connection, which ends a fetch in progress."""
@@ -181,29 +175,51 @@ class FailoverSource(KVSource):
         for endpoint in self._endpoints:
             endpoint.replica.close()
 
-    def _next_endpoint(self, lost_since: float | None) -> _Endpoint:
+    def _next_endpoint(self, lost_since: float | None) -> Endpoint:
         """Waits for the next endpoint that may be tried; raises when `patience_s` has passed."""
         while True:
             if self._closed.is_set():
                 raise CancelledError(f"teacher '{self._teacher}': the source was closed")
+            if lost_since is not None and all(one.refuses and one.failed_at >= lost_since for one in self._endpoints):
+                raise self._refused()
             now = time.monotonic()
             give_up_at = math.inf if lost_since is None else lost_since + self._patience_s
+            if self._lost_since is not None and self._waits_once:
+                give_up_at = now
             first = self._endpoints.index(self._current)
             in_turn = self._endpoints[first:] + self._endpoints[:first]
             ready = [endpoint for endpoint in in_turn if endpoint.retry_at <= now]
             untried = any(lost_since is not None and endpoint.failed_at < lost_since for endpoint in ready)
-            if now >= give_up_at and not untried:
-                raise self._lost(now - give_up_at + self._patience_s)
+            if now >= give_up_at and not (untried or (ready and lost_since is None)):
+                self._lost_since = self._lost_since or lost_since or now
+                raise self._lost(now - self._lost_since)
+            if lost_since is None and (other := self._faster_or_unmeasured()):
+                return other
             if ready:
                 return min(ready, key=lambda endpoint: endpoint.failed_at)
             wake_at = min(give_up_at, *(endpoint.retry_at for endpoint in self._endpoints))
             self._closed.wait(wake_at - now)
 
-    def _verify(self, endpoint: _Endpoint) -> None:
+    def _faster_or_unmeasured(self) -> Endpoint | None:
+        """Another replica to ask, if the current one is several times slower, or its speed is not known yet."""
+        current = self._current
+        others = [one for one in self._endpoints if one.ready and one is not current]
+        if not others or not current.ready or len(current.paces) < PACES_NEEDED:
+            return None
+        other = next((one for one in others if not one.paces), min(others, key=lambda one: one.pace))
+        return other if not other.paces or current.is_slower_than(other) else None
+
+    def _verify(self, endpoint: Endpoint) -> None:
         """Connects if needed, and checks that the endpoint serves the same teacher as before and as the others."""
         if endpoint.verified:
             return
-        info = endpoint.replica.connect()
+        try:
+            info = endpoint.replica.connect()
+        except FieldError as error:
+            if self._reference is None:
+                raise
+            # The plan could be made for the other replicas, so this one has another geometry.
+            raise TeacherMismatchError(self._teacher, f"{endpoint.name}: {error}") from error
         if self._reference is None:
             self._reference = (endpoint.name, info, endpoint.replica.plan)
         name, expected, _ = self._reference
@@ -215,31 +231,57 @@ class FailoverSource(KVSource):
             )
         endpoint.verified = True
 
-    def _failed(self, endpoint: _Endpoint, error: TeacherUnavailableError | ProtocolError, missing: int) -> None:
+    def _failed(self, endpoint: Endpoint, error: EndpointError, missing: int) -> None:
+        refused_before = endpoint.refuses
         endpoint.fail(error)
-        if endpoint.failures == 1:
-            problem = f"{endpoint.name}: {endpoint.problem}"
-            logger.warning("teacher '%s': %s; %d samples still to be answered", self._teacher, problem, missing)
+        if isinstance(error, TeacherBusyError):
+            return
+        newly_refused = endpoint.refuses and not refused_before
+        self.set_aside += newly_refused
+        if endpoint.failures == 1 or newly_refused:
+            aside = "; it is not used while another replica works" if endpoint.refuses else ""
+            still = f"{missing} samples are still to be fetched"
+            logger.warning("teacher '%s': %s%s; %s", self._teacher, endpoint.report, aside, still)
 
-    def _answered(self, endpoint: _Endpoint) -> None:
+    def _answered(self, endpoint: Endpoint) -> None:
         self._answered_at = time.monotonic()
+        self._lost_since = None
         endpoint.recover()
-        if endpoint is not self._current:
-            self.switches += 1
-            logger.warning("teacher '%s': switched from %s to %s", self._teacher, self._current.name, endpoint.name)
-            self._current = endpoint
+        before, slower = self._current, self._current.is_slower_than(endpoint)
+        if endpoint is before or (before.ready and not slower):
+            return
+        self.switches += 1
+        self._current = endpoint
+        if slower:
+            why = f" ({before.pace:.3f} against {endpoint.pace:.3f} s per sample)"
+        else:
+            why = " (its queue is full)" if before.refusals else ""
+        level = logging.INFO if before.refusals else logging.WARNING
+        logger.log(level, "teacher '%s': switched from %s to %s%s", self._teacher, before.name, endpoint.name, why)
+
+    def _refused(self) -> EndpointError:
+        """The error of the only endpoint, or one that names all of them."""
+        if len(self._endpoints) == 1:
+            error = self._endpoints[0].last_error
+            assert error is not None
+            return error
+        reports = "; ".join(endpoint.report for endpoint in self._endpoints)
+        return EndpointRefusedError(self._teacher, f"no endpoint serves it ({reports})")
 
     def _lost(self, seconds: float) -> TeacherUnavailableError | ProtocolError:
         errors = [endpoint.last_error for endpoint in self._endpoints]
         damage = [error for error in errors if isinstance(error, ProtocolError)]
         if len(damage) == len(errors):
             return damage[0]
-        reports = "; ".join(f"{endpoint.name}: {endpoint.problem}" for endpoint in self._endpoints)
+        reports = "; ".join(endpoint.report for endpoint in self._endpoints)
+        if all(isinstance(error, TeacherBusyError) for error in errors):
+            problem = f"still full after {seconds:.1f} s ({reports}); add a replica, or raise kv.patience_s"
+            return TeacherBusyError(self._teacher, problem)
         return TeacherUnavailableError(
             self._teacher,
             f"no endpoint answered for {seconds:.1f} s ({reports}). Check that `kvdistill serve` runs there and is "
-            "ready (/readyz on its HTTP port), then start the run again, which resumes from its last checkpoint; "
-            "kv.patience_s sets how long a teacher may be unreachable",
+            "ready (/readyz on its HTTP port). Then start the run again: it resumes from its last checkpoint. "
+            "kv.patience_s sets how long a teacher may be unreachable.",
         )
 
 

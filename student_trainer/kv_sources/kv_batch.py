@@ -10,7 +10,7 @@ import torch
 from kvcore.errors import TeacherRefusedError
 from kvcore.plan import KVPlan
 from kvcore.tensors.codec import decode_batch
-from kvcore.types import BatchKV, EncodedSampleKV, MissingKV, TeacherInfo, Tensor
+from kvcore.types import BatchKV, EncodedSampleKV, MissingKV, TeacherInfo, Tensor, Timings
 from student_trainer.kv_sources.base import KVResult
 
 # Stages at the teacher and in the network; then what the trainer does with the results.
@@ -22,7 +22,8 @@ STAGES = (*TEACHER_STAGES, "decode", "stall")
 class TeacherSums:
     """Sums over what one teacher sent.
 
-    `samples`, `missing`: samples with and without K/V. `encoded_bytes`: of encoded K/V. `seconds`: by stage.
+    `samples`, `missing`: samples with and without K/V. `encoded_bytes`: of encoded K/V. `seconds`: by stage; a batch of
+    the teacher counts once in a micro-batch, whatever the number of its samples.
     `raw_bytes`: what all of the teacher's K/V would take in bf16. `tokens`: the teacher's tokens.
     """
 
@@ -63,7 +64,7 @@ def decode_and_pad(
         raise TeacherRefusedError(
             teacher,
             f"no K/V for {len(missing)} of {len(results)} samples, the first of them '{missing[0].sample_id}': "
-            f"{missing[0].reason}. Set kv.on_missing=mask to go on without them",
+            f"{missing[0].reason}. Set kv.on_missing=mask to train without them",
         )
     present = [result for result in results if isinstance(result, EncodedSampleKV)]
     rows = [row for row, result in enumerate(results) if isinstance(result, EncodedSampleKV)]
@@ -75,15 +76,30 @@ def decode_and_pad(
         raw_bytes=tokens * info.layers * info.kv_heads * info.head_dim * 2 * 2,
         tokens=tokens,
     )
-    for stage in TEACHER_STAGES:
-        sums.seconds[stage] = sum(getattr(result.timings, stage) for result in present)
+    sums.seconds.update(_stage_seconds(present))
     kv = decode_batch(present) if present else _no_samples(info, plan)
     return _padded(kv, rows, len(results), slots), sums
 
 
+def _stage_seconds(results: Sequence[EncodedSampleKV]) -> dict[str, float]:
+    """Seconds by stage at the teacher, and in the network, over the teacher's batches.
+
+    The samples of one of its batches wait together, and report the batch's time in the model and in encoding. So a
+    batch counts once, with its slowest sample.
+    """
+    batches: dict[tuple[float, float], list[Timings]] = {}
+    for result in results:
+        batches.setdefault((result.timings.prefill, result.timings.encode), []).append(result.timings)
+    return {
+        stage: sum(max(getattr(timings, stage) for timings in batch) for batch in batches.values())
+        for stage in TEACHER_STAGES
+    }
+
+
 def _no_samples(info: TeacherInfo, plan: KVPlan) -> BatchKV:
     """A batch of no samples and one slot: every rank goes through the same steps, even if a teacher sent nothing."""
-    x_BLHMD = torch.zeros(0, len(plan.layers), info.kv_heads, 1, info.head_dim)
+    heads, head_dim = plan.sent_shape(info.kv_heads, info.head_dim)
+    x_BLHMD = torch.zeros(0, len(plan.layers), heads, 1, head_dim)
     ends_BLHM = torch.zeros(0, 1, 1, 1, dtype=torch.long)
     return BatchKV(x_BLHMD, x_BLHMD, torch.zeros(0, 1, dtype=torch.bool), ends_BLHM)
 

@@ -8,36 +8,42 @@ from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Future
 
-from kvcore.types import Sample
+from kvcore.types import EncodedSampleKV, Sample
 from student_trainer.kv_sources.base import KVResult, KVSource, PendingKV, WrappingSource
 
 logger = logging.getLogger(__name__)
 
 JOIN_SECONDS = 5.0
+# Encoded K/V that one source may hold. A batch that is larger is still fetched, but no other one beside it.
+MOST_BYTES = 512 << 20
 
 
 class _Job(Future[list[KVResult]]):
-    """One submitted batch. `claimed`: a caller waits for it, or has taken its result."""
+    """One submitted batch.
+
+    `claimed`: a caller waits for it, or has taken its result. `nbytes`: of its K/V while they wait for a caller.
+    """
 
     def __init__(self, samples: Sequence[Sample]) -> None:
         super().__init__()
         self.samples = tuple(samples)
         self.claimed = False
+        self.nbytes = 0
 
 
 class Prefetch(WrappingSource):
-    """Fetches submitted batches in order, at most `depth` of them before their results are asked for.
+    """Fetches submitted batches in order, up to `depth` and about `most_bytes` before their results are asked for.
 
     A batch whose result a caller waits for goes first. One thread makes every call of the wrapped source, so that
     source need not be thread-safe. Results raise `concurrent.futures.CancelledError` for batches that `close` dropped.
     """
 
-    def __init__(self, source: KVSource, depth: int) -> None:
+    def __init__(self, source: KVSource, depth: int, most_bytes: int = MOST_BYTES) -> None:
         assert depth >= 1, "a depth of 0 means no Prefetch at all"
         super().__init__(source)
-        self._depth = depth
+        self._depth, self._most_bytes = depth, most_bytes
         self._queue: deque[_Job] = deque()
-        self._ahead = 0
+        self._ahead = self._held_bytes = 0
         self._closed = False
         self._changed = threading.Condition()
         self._thread = threading.Thread(target=self._run, name="kv-prefetch", daemon=True)
@@ -65,7 +71,7 @@ class Prefetch(WrappingSource):
         self.source.close()
         self._thread.join(JOIN_SECONDS)
         if self._thread.is_alive():
-            logger.warning("a background fetch did not end within %g s of being closed", JOIN_SECONDS)
+            logger.warning("a background fetch did not end within %g s after it was closed", JOIN_SECONDS)
 
     def _wait_for(self, job: _Job) -> list[KVResult]:
         with self._changed:
@@ -75,6 +81,8 @@ class Prefetch(WrappingSource):
                 self._queue.appendleft(job)
             else:
                 self._ahead -= 1
+                self._held_bytes -= job.nbytes
+                job.nbytes = 0
             self._changed.notify()
         return job.result()
 
@@ -85,7 +93,15 @@ class Prefetch(WrappingSource):
             except BaseException as error:  # noqa: BLE001 - raised in the thread that waits for this batch
                 job.set_exception(error)
             else:
+                self._hold(job, results)
                 job.set_result(results)
+
+    def _hold(self, job: _Job, results: Sequence[KVResult]) -> None:
+        """Counts the bytes of a batch that no caller waits for yet."""
+        with self._changed:
+            if not job.claimed:
+                job.nbytes = sum(result.nbytes for result in results if isinstance(result, EncodedSampleKV))
+                self._held_bytes += job.nbytes
 
     def _next_job(self) -> _Job | None:
         """Waits until a batch may be fetched; None once closed."""
@@ -102,4 +118,5 @@ class Prefetch(WrappingSource):
     def _may_continue(self) -> bool:
         if self._closed:
             return True
-        return bool(self._queue) and (self._queue[0].claimed or self._ahead < self._depth)
+        has_room = self._ahead < self._depth and self._held_bytes < self._most_bytes
+        return bool(self._queue) and (self._queue[0].claimed or has_room)

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from kvcore.store.kv_store import KVStoreReader, KVStoreWriter, merge_index
+from kvcore.store.manifest import keep_map
+from kvcore.tensors.kv_map import KVMap
 from kvcore.types import EncodedSampleKV, Sample
 from student_trainer.kv_sources.base import KVResult, KVSource, PendingKV, WrappingSource
 
@@ -20,14 +22,20 @@ class Record(WrappingSource):
         source: where K/V come from; already connected.
         directory: the store of this teacher, shared by all ranks.
         writer: this rank's name in the store, such as `rank0`.
+        kv_map: the map of the plan, which the store keeps.
         merges_index: whether `close` merges the index of all ranks' journals; for one rank, after the others flushed.
+        kv_map: the map of the source's plan, which the store keeps.
 
     Raises:
         StoreError: the store holds another teacher or plan, is damaged, or another process writes under this name.
     """
 
-    def __init__(self, source: KVSource, directory: Path, writer: str, merges_index: bool) -> None:
+    def __init__(
+        self, source: KVSource, directory: Path, writer: str, merges_index: bool, kv_map: KVMap | None = None
+    ) -> None:
         super().__init__(source)
+        if kv_map is not None:
+            keep_map(directory, kv_map)
         self._directory = directory
         self._merges_index = merges_index
         self._writer = KVStoreWriter(directory, source.info, source.plan, writer)

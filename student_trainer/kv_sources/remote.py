@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import operator
 import threading
@@ -16,16 +17,28 @@ from google.protobuf.message import Message
 from grpc.experimental import ChannelOptions
 from opentelemetry.trace import SpanKind
 
-from kvcore.errors import FieldError, KVDistillError, ProtocolError, TeacherRefusedError, TeacherUnavailableError
+from kvcore.errors import (
+    EndpointRefusedError,
+    FieldError,
+    KVDistillError,
+    ProtocolError,
+    TeacherBusyError,
+    TeacherRefusedError,
+    TeacherUnavailableError,
+)
 from kvcore.monitoring import tracing
 from kvcore.plan import KVPlan
+from kvcore.printable import printable
+from kvcore.tensors.kv_map import KVMap
 from kvcore.types import EncodedSampleKV, MissingKV, Sample, TeacherInfo, Timings
 from kvcore.wire import messages
 from kvcore.wire.channel_arguments import client_arguments
 from kvcore.wire.stream_reader import StreamReader
 from protos import kv_cache_pb2 as pb
 from student_trainer.kv_sources.base import KVResult, KVSource
-from student_trainer.kv_sources.channel import Transport, transport_from_environment
+from student_trainer.kv_sources.channel import Transport, transport_from_environment, without_address
+from student_trainer.kv_sources.proxies import proxy_note
+from student_trainer.kv_sources.replica import busy_delay
 
 logger = logging.getLogger(__name__)
 
@@ -38,6 +51,8 @@ HEADER_ALLOWANCE_BYTES = 1 << 20
 DEFAULT_RECEIVE_BYTES = 4 << 20
 # Below gRPC servers' default limit of 4 MiB; a single sample may still be larger.
 REQUEST_BYTES = 3 << 20
+# Size of the pieces in which a map is sent.
+MAP_PIECE_BYTES = 1 << 20
 # Samples that an error names.
 MAX_IDS_NAMED = 5
 
@@ -45,6 +60,9 @@ _REFUSALS = {
     grpc.StatusCode.INVALID_ARGUMENT,
     grpc.StatusCode.FAILED_PRECONDITION,
     grpc.StatusCode.OUT_OF_RANGE,
+}
+# Statuses about the endpoint, not about the request: another replica may serve it.
+_ENDPOINT_REFUSALS = {
     grpc.StatusCode.UNIMPLEMENTED,
     grpc.StatusCode.PERMISSION_DENIED,
     grpc.StatusCode.UNAUTHENTICATED,
@@ -62,10 +80,15 @@ class _BusyError(Exception):
         self.wait_s = wait_s
 
 
+class _UnknownMapError(Exception):
+    """The server does not hold the map that the plan names."""
+
+
 class RemoteSource(KVSource):
     """Pulls K/V from one server. Call `connect` first: it learns the geometry that the plan is made from.
 
-    One thread fetches; `close` may be called from any other.
+    One thread fetches; `close` may be called from any other. `waits_when_busy`: whether it waits and retries when the
+    teacher's queue is full; otherwise `fetch_into` raises TeacherBusyError.
 
     Args:
         teacher: the teacher's name in the configuration.
@@ -74,6 +97,7 @@ class RemoteSource(KVSource):
         timeout_s: deadline of one request.
         patience_s: how long to retry while the teacher's queue is full.
         transport: TLS and token; the environment variables by default.
+        kv_map: the map that the plan names. It is sent when the server does not hold it, as after a restart.
     """
 
     _METHOD: ClassVar[str] = "StreamKV"
@@ -86,11 +110,15 @@ class RemoteSource(KVSource):
         timeout_s: float = 120.0,
         patience_s: float = 30.0,
         transport: Transport | None = None,
+        kv_map: KVMap | None = None,
     ) -> None:
         self.endpoint = endpoint
         self.retries = 0
+        self.waits_when_busy = True
+        self._busy_in_a_row = 0
         self._teacher = teacher
         self._plan_for = plan_for
+        self._map = kv_map
         self._timeout_s = timeout_s
         self._patience_s = patience_s
         self._transport = transport_from_environment() if transport is None else transport
@@ -120,7 +148,8 @@ class RemoteSource(KVSource):
 
         Raises:
             TeacherUnavailableError: the endpoint does not answer.
-            TeacherRefusedError: the server is not a teacher of this protocol.
+            EndpointRefusedError: the server is not a teacher of this protocol, or requires another token.
+            TeacherRefusedError: the server does not take the plan's map.
             ProtocolError: the description was damaged in transit.
         """
         try:
@@ -135,10 +164,13 @@ class RemoteSource(KVSource):
         try:
             info = messages.info_from_proto(response)
         except FieldError as error:
-            raise TeacherRefusedError(self._teacher, f"{self.endpoint} describes itself wrongly: {error}") from error
+            raise EndpointRefusedError(
+                self._teacher, f"{self.endpoint} sent an invalid description of itself: {error}"
+            ) from error
         except ProtocolError as error:
             raise self._damage(error) from error
         self._info, self._plan = info, self._plan_for(info)
+        self._check_map()
         self._plan_message = messages.plan_to_proto(self._plan)
         needed = info.max_frame_bytes + HEADER_ALLOWANCE_BYTES
         if needed > self._receive_bytes:
@@ -179,7 +211,7 @@ class RemoteSource(KVSource):
         A sample with a transient failure (the engine failed on its batch) is requested once more, on its own.
         """
         give_up_at = time.monotonic() + self._patience_s
-        damaged = False
+        damaged = sent_map = False
         failed_once: set[str] = set()
         while missing := [sample for sample in samples if sample.id not in received]:
             requested = [sample for sample in missing if sample.id not in failed_once] or missing[:1]
@@ -188,6 +220,10 @@ class RemoteSource(KVSource):
                     self._stream(requested, received, failed_once)
             except _BusyError as busy:
                 self._wait_for_room(busy, give_up_at)
+            except _UnknownMapError as error:
+                if sent_map:
+                    raise self._unavailable(f"does not keep the map that it was sent: {error}") from error
+                sent_map = self._send_map(give_up_at)
             except ProtocolError as error:
                 if damaged:
                     raise self._damage(error, requested) from error
@@ -208,6 +244,7 @@ class RemoteSource(KVSource):
             for number, data in enumerate(call):
                 if number == 0:
                     self._check_teacher(dict(call.initial_metadata()))
+                self._busy_in_a_row = 0
                 outcomes = reader.feed(data)
                 elapsed = time.monotonic() - started
                 for index, outcome in outcomes:
@@ -217,7 +254,7 @@ class RemoteSource(KVSource):
                     elif outcome.code in _TRANSIENT_FAILURES and sample_id not in failed_once:
                         failed_once.add(sample_id)
                     else:
-                        received[sample_id] = MissingKV(sample_id, f"{outcome.code}: {outcome.message}")
+                        received[sample_id] = MissingKV(sample_id, f"{outcome.code}: {printable(outcome.message)}")
             reader.finish()
         except grpc.RpcError as error:
             raise self._mapped(error) from error
@@ -229,6 +266,40 @@ class RemoteSource(KVSource):
         sent = [messages.sample_to_proto(sample) for sample in samples]
         request = pb.KVRequest(request_id=request_id, plan=self._plan_message, samples=sent)
         return request, StreamReader(request_id, self.plan, samples, self.info)
+
+    def _check_map(self) -> None:
+        """Checks that the server takes the map."""
+        if self._map is None:
+            return
+        assert self.plan.map == self._map.named, "the plan names another map"
+        size, limit = len(self._map.content()), self.info.max_map_bytes
+        if size > limit:
+            problem = "does not support maps; update it" if limit == 0 else f"takes maps of up to {limit} bytes"
+            raise TeacherRefusedError(
+                self._teacher,
+                f"{self.endpoint} {problem} (max_map_bytes); the map has {size} bytes (align.basis_rank, align.map_at)",
+            )
+
+    def _send_map(self, give_up_at: float) -> bool:
+        """Sends the map, and waits while the server receives others. Returns True once the server holds it."""
+        assert self._map is not None, "the server knows the map of no plan that names none"
+        content, digest = self._map.content(), self._map.named.digest
+        logger.info("teacher '%s': sending the map %s to %s", self._teacher, digest, self.endpoint)
+        while True:
+            first = pb.LoadMapRequest(digest=digest, size=len(content))
+            starts = range(0, len(content), MAP_PIECE_BYTES)
+            pieces = (pb.LoadMapRequest(data=content[start : start + MAP_PIECE_BYTES]) for start in starts)
+            try:
+                self._load_map(itertools.chain([first], pieces), timeout=self._timeout_s, metadata=tracing.headers())
+            except grpc.RpcError as error:
+                mapped = self._mapped(error)
+                if not isinstance(mapped, _BusyError):
+                    raise mapped from error
+                self._wait_for_room(mapped, give_up_at)
+            except ValueError as error:
+                raise self._closed_error() from error
+            else:
+                return True
 
     def _attributes(self, requested: Sequence[Sample]) -> tracing.Attributes:
         """Attributes of a request's tracing span."""
@@ -251,9 +322,13 @@ class RemoteSource(KVSource):
             raise self._unavailable("another teacher answers at this endpoint than before")
 
     def _wait_for_room(self, busy: _BusyError, give_up_at: float) -> None:
-        if time.monotonic() + busy.wait_s > give_up_at:
+        if not self.waits_when_busy:
+            raise TeacherBusyError(self._teacher, f"its queue is full ({busy})", busy.wait_s) from busy
+        wait_s = busy_delay(busy.wait_s, self._busy_in_a_row)
+        self._busy_in_a_row += 1
+        if time.monotonic() + wait_s > give_up_at:
             raise self._unavailable(f"still full after {self._patience_s:g} s ({busy})") from busy
-        self._closed.wait(busy.wait_s)
+        self._closed.wait(wait_s)
 
     def _open_channel(self, receive_bytes: int) -> None:
         self._receive_bytes = receive_bytes
@@ -264,21 +339,31 @@ class RemoteSource(KVSource):
             request_serializer=pb.DescribeRequest.SerializeToString,
             response_deserializer=pb.DescribeResponse.FromString,
         )
+        self._load_map = self._channel.stream_unary(
+            "/kvcache.v1.TeacherKV/LoadMap",
+            request_serializer=pb.LoadMapRequest.SerializeToString,
+            response_deserializer=pb.LoadMapResponse.FromString,
+        )
         # Without a deserializer every message arrives as raw bytes: no protobuf object, no copy.
         self._call = self._channel.unary_stream(
             f"/kvcache.v1.TeacherKV/{self._METHOD}", request_serializer=operator.methodcaller("SerializeToString")
         )
 
-    def _mapped(self, error: Any) -> KVDistillError | _BusyError | CancelledError:
+    def _mapped(self, error: Any) -> KVDistillError | _BusyError | _UnknownMapError | CancelledError:
         """Maps a gRPC status to an error. `error` is a grpc.RpcError that is also a grpc.Call."""
-        code, details = error.code(), error.details() or "no details"
+        code, details = error.code(), without_address(printable(error.details() or "no details"))
         if self._closed.is_set():
             return self._closed_error()
+        if code in _ENDPOINT_REFUSALS:
+            return EndpointRefusedError(self._teacher, f"{self.endpoint} refused: {details}")
         if code in _REFUSALS:
             return TeacherRefusedError(self._teacher, f"{self.endpoint} refused: {details}")
+        if code is grpc.StatusCode.NOT_FOUND and self._map is not None:
+            return _UnknownMapError(details)
         if code is grpc.StatusCode.RESOURCE_EXHAUSTED:
             return self._exhausted(details, dict(error.trailing_metadata() or ()))
-        return self._unavailable(f"{code.name}: {details}")
+        note = proxy_note(self.endpoint) if code is grpc.StatusCode.UNAVAILABLE else ""
+        return self._unavailable(f"{code.name}: {details}{note}")
 
     def _exhausted(self, details: str, trailers: dict[str, Any]) -> KVDistillError | _BusyError:
         pushback = trailers.get("grpc-retry-pushback-ms")

@@ -12,6 +12,18 @@ from student_trainer.kv_sources.base import KVResult, KVSource, PendingKV, Wrapp
 logger = logging.getLogger(__name__)
 
 
+def of_other_samples(pending: PendingKV) -> PendingKV:
+    """The batch's results rolled by one. `result` raises FieldError for a batch of one sample."""
+
+    def rolled() -> list[KVResult]:
+        results = pending.result()
+        if len(results) == 1:
+            raise FieldError("kv.control", "'shuffled' needs at least 2 samples in every fetched batch; got 1")
+        return results[-1:] + results[:-1]
+
+    return PendingKV(rolled)
+
+
 class ShuffledControl(WrappingSource):
     """Gives sample i of a batch the result of sample i-1; the first sample gets the last one's.
 
@@ -23,21 +35,13 @@ class ShuffledControl(WrappingSource):
         super().__init__(source)
         logger.warning(
             "kv.control is 'shuffled': every sample is trained on ANOTHER sample's K/V of teacher %s. "
-            "This run is an experiment's control; its student must not be used.",
+            "This run is an experiment's control; do not use its student.",
             source.info.model,
         )
 
     def submit(self, samples: Sequence[Sample]) -> PendingKV:
         """Submits to the wrapped source. `result` rolls its results by one."""
-        pending = self.source.submit(samples)
-
-        def rolled() -> list[KVResult]:
-            if len(samples) == 1:
-                raise FieldError("kv.control", "'shuffled' needs at least 2 samples in every fetched batch; got 1")
-            results = pending.result()
-            return results[-1:] + results[:-1]
-
-        return PendingKV(rolled)
+        return of_other_samples(self.source.submit(samples))
 
     def without_control(self) -> KVSource:
         """The wrapped source."""

@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
+from kvcore.endpoints import check_endpoint
 from kvcore.errors import ConfigError, FieldError
 from kvcore.files import replace_file
 
@@ -55,7 +56,10 @@ def read_endpoints(given: Sequence[str], models: Sequence[str]) -> dict[str, lis
         if name not in known:
             near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.0)
             raise FieldError(where, f"no teacher is named '{name}'; did you mean '{near[0]}'?")
-        found[known[name]] += [_address(address.strip(), where) for address in addresses.split(",")]
+        for address in (_address(text.strip(), where) for text in addresses.split(",")):
+            if address in found[known[name]]:
+                raise FieldError(where, f"'{address}' is listed twice for teacher '{known[name]}'")
+            found[known[name]].append(address)
     for name, addresses in found.items():
         if not addresses:
             raise FieldError(FLAG, f"teacher '{name}' has no endpoint; add {name}=HOST:PORT")
@@ -69,10 +73,10 @@ def write_endpoints(path: Path, endpoints: Mapping[str, Sequence[str]]) -> None:
 
 
 def _address(text: str, where: str) -> str:
-    host, _, port = text.rpartition(":")
-    if not host or not port.isdecimal() or "/" in host:
-        raise FieldError(where, f"expected HOST:PORT, got '{text}'")
-    return text
+    try:
+        return check_endpoint(text)
+    except ValueError as error:
+        raise FieldError(where, f"{error}, got '{text}'") from error
 
 
 def _entries(given: Sequence[str]) -> Iterator[tuple[str, str]]:
@@ -81,7 +85,7 @@ def _entries(given: Sequence[str]) -> Iterator[tuple[str, str]]:
         if not item.startswith("@"):
             yield item, FLAG
             continue
-        path = Path(item[1:])
+        path = Path(item[1:]).expanduser()
         if not path.is_file():
             raise FieldError(FLAG, f"{path}: no such file")
         for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):

@@ -27,11 +27,13 @@ class Hosts(ABC):
         nodes: the machines; the first is this one.
         job_name: names the job's folder of logs.
         bind: the address that servers listen on.
+        shared: whether other machines can reach the servers, so that they need a certificate and a token.
     """
 
     nodes: tuple[Node, ...]
     job_name: str
     bind: str
+    shared: bool
 
     @abstractmethod
     def start(
@@ -59,6 +61,7 @@ class LocalHost(Hosts):
         self.nodes = (Node("localhost", "127.0.0.1"),)
         self.job_name = time.strftime("local-%Y%m%d-%H%M%S")
         self.bind = "127.0.0.1"
+        self.shared = False
 
     def start(
         self, step: str, command: Sequence[str], node: Node, log: Path, environment: Mapping[str, str] | None = None

@@ -16,6 +16,7 @@ from typing import NoReturn
 
 from kvcore.command_line import run_command
 from kvcore.errors import FieldError, KVDistillError
+from student_trainer.launching.credentials import Credentials, brings_own_access, create_credentials
 from student_trainer.launching.endpoints import write_endpoints
 from student_trainer.launching.hosts import TRAINER, Hosts
 from student_trainer.launching.placement import Placement
@@ -86,6 +87,27 @@ class Job:
         finally:
             for number, handler in handlers.items():
                 signal.signal(number, handler)
+
+    def protect_servers(self, flags: Sequence[str] = (), token: Path | None = None) -> Credentials | None:
+        """Makes a certificate and a token for the servers that are started from now on, if other machines reach them.
+
+        The processes of this job get the variables with which commands find both files.
+
+        Args:
+            flags: of all servers; if they name such files or `--insecure`, nothing is made.
+            token: an existing token to use instead of a new one.
+
+        Raises:
+            ConfigError: openssl is missing or failed.
+        """
+        if not self.hosts.shared or brings_own_access(flags):
+            return None
+        addresses = [name for node in self.hosts.nodes for name in (node.address, node.name)]
+        made = create_credentials(self.log_dir / "access", addresses, token)
+        self.servers.access = made.server_flags
+        os.environ.update(made.variables)
+        logger.info("the servers use TLS and a token: %s", made.certificate.parent)
+        return made
 
     def wait_ready(self) -> dict[str, list[str]]:
         """Waits until all servers are ready; returns each teacher's endpoints.

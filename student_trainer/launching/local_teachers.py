@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from kvcore.errors import FieldError
+from kvcore.monitoring.process_memory import peak_memory_mib
 from student_trainer.launching.endpoints import teacher_names
 from student_trainer.launching.hosts import LocalHost
 from student_trainer.launching.teacher_servers import READY_SECONDS, TeacherServers, as_arguments
@@ -46,9 +47,7 @@ class LocalTeachers:
         ready_seconds: float = READY_SECONDS,
     ) -> None:
         if os.environ.get(TLS_CA):
-            raise FieldError(
-                TLS_CA, "is set, but servers started by this command speak plain gRPC on loopback; unset it"
-            )
+            raise FieldError(TLS_CA, "is set, but servers started by this command use plain gRPC on loopback; unset it")
         self._models = dict(models) if isinstance(models, Mapping) else teacher_names(models)
         self._devices = _devices(device, len(self._models))
         self._flags = {"dtype": dtype, "load_in_8bit": load_in_8bit, **(options or {})}
@@ -85,9 +84,7 @@ class LocalTeachers:
     def _measure(self) -> None:
         for name, process in self._servers.processes:
             if process.poll() is None:
-                for line in Path(f"/proc/{process.pid}/status").read_text(encoding="utf-8").splitlines():
-                    if line.startswith("VmHWM:"):
-                        self.peak_memory_mb[name] = int(line.split()[1]) / 1024
+                self.peak_memory_mb[name] = max(peak_memory_mib(process.pid), self.peak_memory_mb.get(name, 0.0))
 
 
 def _devices(device: str, count: int) -> list[str]:

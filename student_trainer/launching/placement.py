@@ -1,4 +1,4 @@
-"""Which nodes train and which serve each teacher. Does not import torch."""
+"""Decides which nodes train, and which node serves each teacher. Does not import torch."""
 
 from __future__ import annotations
 

@@ -17,11 +17,17 @@ from contextlib import suppress
 from pathlib import Path
 
 from kvcore.errors import ConfigError
+from kvcore.files import replace_file
+from student_trainer.launching.credentials import create_token
 from student_trainer.launching.endpoints import read_endpoints, teacher_names, write_endpoints
 from student_trainer.launching.job import Job, JobError, StoppedError, exit_status
 from student_trainer.launching.placement import Node, Placement
 from student_trainer.launching.processes import end, tail
 from student_trainer.launching.slurm_hosts import SlurmHosts
+from student_trainer.launching.transport_variables import TLS_CA, TOKEN_FILE
+
+# In the folder of endpoints: the folder of the servers' certificates, and in it the file of their token.
+ACCESS, TOKEN = "access", "token"
 
 logger = logging.getLogger(__name__)
 
@@ -102,12 +108,14 @@ class SlurmJob:
                     lambda name=name: any(folder.glob(f"{name}.*")),
                     f"no server of {name} is ready: {folder} has no {name}.*",
                 )
-            published = [f"@{path}" for name in teachers for path in sorted(folder.glob(f"{name}.*"))]
-            self._train(read_endpoints(published, teachers))
+            published = [path for name in teachers for path in sorted(folder.glob(f"{name}.*"))]
+            self._use_access(folder / ACCESS, [path.name for path in published])
+            self._train(read_endpoints([f"@{path}" for path in published], teachers))
 
     def hetjob(self, served: Sequence[Sequence[str]]) -> None:
         """Serves models on components 1, 2, ..., each given with its flags, and trains on component 0."""
         with self._job.running():
+            self._job.protect_servers([flag for one in served for flag in one])
             for component, (model, *flags) in enumerate(served, start=1):
                 (name,) = teacher_names([model])
                 self._job.servers.start(name, self._hosts.component(component)[0], ["--model", model, *flags])
@@ -115,10 +123,14 @@ class SlurmJob:
 
     def _serve(self, model: str, folder: Path, flags: Sequence[str]) -> None:
         (name,) = teacher_names([model])
+        published = folder / f"{name}.{self._hosts.job}"
+        certificate = folder / ACCESS / published.name
+        create_token(folder / ACCESS / TOKEN)
+        made = self._job.protect_servers([*flags, *self._flags], folder / ACCESS / TOKEN)
         self._job.servers.start(name, self._hosts.nodes[0], ["--model", model, *flags, *self._flags])
         endpoints = self._job.wait_ready()
-        published = folder / f"{name}.{self._hosts.job}"
-        folder.mkdir(parents=True, exist_ok=True)
+        if made:
+            replace_file(certificate, made.certificate.read_text(encoding="ascii"))
         write_endpoints(published, endpoints)
         logger.info("ready: %s", published.read_text(encoding="utf-8").strip())
         try:
@@ -127,6 +139,22 @@ class SlurmJob:
                 self._job.watch_servers()
         finally:
             published.unlink(missing_ok=True)
+            certificate.unlink(missing_ok=True)
+
+    def _use_access(self, access: Path, published: Sequence[str]) -> None:
+        """Lets the ranks trust the certificates of published servers, if they have any, and send the folder's token."""
+        certificates = [access / name for name in published if (access / name).is_file()]
+        if not certificates:
+            return  # the servers were started with files of the user, or without any
+        if len(certificates) != len(published):
+            plain = next(name for name in published if not (access / name).is_file())
+            raise ConfigError(
+                f"{access} has a certificate of {certificates[0].name}, but none of {plain}: start all teachers with "
+                "the same flags for TLS"
+            )
+        trusted = self._job.log_dir / "trusted.crt"
+        replace_file(trusted, "".join(path.read_text(encoding="ascii") for path in certificates))
+        os.environ.update({TLS_CA: str(trusted.absolute()), TOKEN_FILE: str((access / TOKEN).absolute())})
 
     def _train(self, endpoints: Mapping[str, Sequence[str]]) -> None:
         ranks = int(self._hosts.variable("SLURM_NTASKS_PER_NODE", 0, "1"))

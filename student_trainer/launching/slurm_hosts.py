@@ -40,6 +40,7 @@ class SlurmHosts(Hosts):
         suffix = f".{restarts}" if restarts != "0" else ""
         self.job_name = f"{os.environ.get('SLURM_JOB_NAME', 'job')}-{self.job}{suffix}"
         self.bind = "0.0.0.0"  # noqa: S104 - ranks on other nodes connect to the servers
+        self.shared = True
         self.nodes = tuple(node for component in range(self.components or 1) for node in self._nodes(component))
 
     def component(self, number: int) -> tuple[Node, ...]:

@@ -56,6 +56,8 @@ class TeacherServers:
     def __init__(self, hosts: Hosts, log_dir: Path) -> None:
         self._hosts, self._log_dir = hosts, log_dir
         self._servers: list[_Server] = []
+        self.access: Sequence[str] = ()
+        """Further flags of every server: how callers reach it."""
 
     @property
     def processes(self) -> list[tuple[str, subprocess.Popen[str]]]:
@@ -75,7 +77,7 @@ class TeacherServers:
         """
         replica = sum(server.teacher == teacher for server in self._servers)
         log = self._log_dir / f"serve_{teacher}{f'.{replica}' if replica else ''}.log"
-        ports = ["--grpc-host", self._hosts.bind, "--grpc-port", "0", "--http-port", "0"]
+        ports = ["--grpc-host", self._hosts.bind, "--grpc-port", "0", "--http-port", "0", *self.access]
         command = [sys.executable, "-m", "kvdistill", "serve", "--name", teacher, *ports, *flags]
         logger.info("serving %s on %s; log: %s", teacher, node.name, log)
         process = self._hosts.start(SERVER, command, node, log, environment)

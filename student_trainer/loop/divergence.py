@@ -49,7 +49,7 @@ class FiniteCheck:
         return bool(self._found)
 
     def note(self, step: int, values: Mapping[str, float]) -> None:
-        """Checks values of one step: losses (the same names on all ranks), `GRADIENT_NORM` or `STATE`."""
+        """Checks values of one step: sums of losses (the same names on all ranks), `GRADIENT_NORM` or `STATE`."""
         self._losses |= values.keys() - {GRADIENT_NORM, STATE}
         self._found |= not_finite(values)
         if self._found and not self._step:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -11,10 +12,15 @@ import torch.distributed as dist
 
 from data.collate import Collator
 from data.records import Record
+from student_trainer.model.generation import Answer, TextEnd, after_latents, after_prompt, generate
 from student_trainer.model.latent import LatentStudent
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
+# A student that ends nearly all its answers needs no warning.
+_WARN_UNFINISHED = 0.1
 
 
 def rank_batches(count: int, micro_batch: int, rank: int, world_size: int) -> list[tuple[list[int], int]]:
@@ -32,7 +38,6 @@ def rank_batches(count: int, micro_batch: int, rank: int, world_size: int) -> li
     ]
 
 
-@torch.no_grad()
 def answer(
     student: LatentStudent,
     collator: Collator,
@@ -42,23 +47,36 @@ def answer(
     device: torch.device,
     *,
     latent: bool,
-) -> list[str]:
-    """Greedy answers to the records' prompts: after latents (`latent`), or after reasoning generated as text."""
-    ids_BP, mask_BP = collator.prompts([record.prompt for record in records])
-    tokens_BA = student.generate(ids_BP.to(device), mask_BP.to(device), max_new_tokens, latent=latent)
-    return [_until_end(row, tokenizer) for row in tokens_BA.tolist()]
+    together: bool = False,
+) -> list[Answer]:
+    """Greedy answers to the records' prompts: after latents (`latent`), or after reasoning generated as text.
 
-
-def _until_end(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> str:
-    if tokenizer.eos_token_id in ids:
-        ids = ids[: ids.index(tokenizer.eos_token_id)]
-    return str(tokenizer.decode(ids, skip_special_tokens=True))
+    `together`: the ranks share the student's parameters; all of them must call this.
+    """
+    ids_BP, mask_BP = (tensor.to(device) for tensor in collator.record_prompts(records))
+    start = after_latents(student, ids_BP, mask_BP) if latent else after_prompt(ids_BP, mask_BP)
+    assert isinstance(tokenizer.eos_token_id, int), "the collator refuses a tokenizer without an end token"
+    # The end that training teaches; the checkpoint's generation settings may list others.
+    end = TextEnd(tokenizer, [tokenizer.eos_token_id])
+    rows = generate(student.lm, start, max_new_tokens, end, together=together)
+    return [end.answer(row) for row in rows]
 
 
 def is_correct(text: str, record: Record, *, latent: bool) -> bool:
     """Whether the reference's words are all of the text (`latent`), or its last words (after generated reasoning)."""
     words, reference = text.split(), record.answer.split()
     return words == reference if latent else words[-len(reference) :] == reference
+
+
+def warn_of_unfinished(share: float, max_new_tokens: int) -> None:
+    """Logs a warning on rank 0 if many answers were cut off, because they count as wrong."""
+    if share >= _WARN_UNFINISHED and dist.get_rank() == 0:
+        logger.warning(
+            "%.0f %% of the validation answers have no end within %d tokens, so they were cut off; raise "
+            "data.answer_tokens, unless the student has yet to learn where answers end",
+            100 * share,
+            max_new_tokens,
+        )
 
 
 def mean_over_ranks(totals: dict[str, float], device: torch.device) -> dict[str, float]:

@@ -5,14 +5,38 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+import torch
+
+from kvcore.types import Tensor
 from student_trainer.kv_sources.kv_batch import TeacherSums
 
 
 @dataclass(slots=True)
+class StepLosses:
+    """Sums of one step's losses on the device. Reading a loss waits for the device, so `read` reads all at once."""
+
+    _sums: dict[str, Tensor] = field(default_factory=dict)
+
+    def add(self, losses: Mapping[str, Tensor]) -> None:
+        """Adds one micro-batch's losses: the same names each time."""
+        for name, value in losses.items():
+            self._sums[name] = self._sums.get(name, 0.0) + value.detach().double()
+
+    def read(self) -> dict[str, float]:
+        """The sums. A loss that is not finite in one micro-batch is not finite in its sum."""
+        return dict(zip(self._sums, torch.stack(list(self._sums.values())).tolist(), strict=True))
+
+
+@dataclass(slots=True)
 class MetricAccumulator:
-    """Sums of one rank. `samples` counts those of all ranks; `align_s` is the part of `seconds` spent on alignment."""
+    """Sums of one rank. `samples` counts those of all ranks; `align_s` is the part of `seconds` spent on alignment.
+
+    `padding` of `positions` token positions of the texts hold no token.
+    """
 
     micro_batches: int = 0
+    padding: int = 0
+    positions: int = 0
     samples: int = 0
     seconds: float = 0.0
     align_s: float = 0.0
@@ -23,11 +47,16 @@ class MetricAccumulator:
         """Adds what one teacher sent."""
         self.teachers[teacher] = self.teachers.get(teacher, TeacherSums()) + sums
 
-    def add_losses(self, losses: Mapping[str, float]) -> None:
-        """Adds one micro-batch's losses."""
-        self.micro_batches += 1
+    def add_losses(self, losses: Mapping[str, float], micro_batches: int) -> None:
+        """Adds the sums of some micro-batches' losses."""
+        self.micro_batches += micro_batches
         for name, value in losses.items():
             self.losses[name] = self.losses.get(name, 0.0) + value
+
+    def add_text(self, mask_BT: Tensor) -> None:
+        """Adds one micro-batch's text; `mask_BT` is False at padding. It should be on the CPU, as it is read."""
+        self.padding += mask_BT.numel() - int(mask_BT.sum())
+        self.positions += mask_BT.numel()
 
     def add_step(self, samples: int, seconds: float, align_s: float) -> None:
         """Adds one optimiser step's samples and time."""

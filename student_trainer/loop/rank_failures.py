@@ -8,7 +8,8 @@ from contextlib import contextmanager
 import torch
 import torch.distributed as dist
 
-from kvcore.errors import KVDistillError
+from kvcore.errors import KVDistillError, OutputError
+from kvcore.files import write_problem
 from student_trainer.loop import ds_engine
 
 FailTogether = Callable[[KVDistillError | None], None]
@@ -21,7 +22,7 @@ def fail_together(failure: KVDistillError | None) -> None:
     if failure is not None:
         raise failure
     if int(failed):
-        raise KVDistillError("another rank failed; its message says why")
+        raise KVDistillError("another rank failed; its message shows the reason")
 
 
 @contextmanager
@@ -32,4 +33,8 @@ def shared_failure(share: FailTogether = fail_together) -> Iterator[None]:
         yield
     except KVDistillError as error:
         failure = error
+    except OSError as error:
+        if (problem := write_problem(error)) is None:
+            raise
+        failure = OutputError(f"cannot write {error.filename or 'a file'}: {problem}")
     share(failure)

@@ -1,4 +1,4 @@
-"""The training loop. There is one process per rank, and every rank runs the same collectives whatever a teacher does.
+"""The training loop. There is one process per rank, and every rank runs the same collectives even if a teacher fails.
 
 From a record to its loss, in eight steps:
 
@@ -19,15 +19,14 @@ From a record to its loss, in eight steps:
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import os
 import signal
 import time
-from collections import deque
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, nullcontext
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -41,40 +40,57 @@ from kvcore.config import load_config
 from kvcore.errors import KVDistillError
 from kvcore.files import write_json
 from kvcore.monitoring import tracing
-from student_trainer.config import BEST_MODEL, OptimConfig, TrainConfig
-from student_trainer.kv_sources import PendingKV
+from student_trainer.config import BEST_MODEL, TrainConfig
 from student_trainer.kv_sources.kv_batch import TeacherSums
 from student_trainer.loop import checkpoint, ds_engine
-from student_trainer.loop.divergence import GRADIENT_NORM, STATE, DivergedError, FiniteCheck, not_finite
-from student_trainer.loop.metric_accumulator import MetricAccumulator
+from student_trainer.loop.agreement import FAILED, OK, STOP, Agreement
+from student_trainer.loop.align_run import recalibrate
+from student_trainer.loop.divergence import GRADIENT_NORM, STATE, DivergedError, not_finite
+from student_trainer.loop.finished_run import finish, finished_summary
+from student_trainer.loop.memory_figures import memory_figures
+from student_trainer.loop.metric_accumulator import MetricAccumulator, StepLosses
 from student_trainer.loop.rank_failures import shared_failure
+from student_trainer.loop.run_summary import run_summary
+from student_trainer.loop.schedules import kv_weight_share, learning_rate
 from student_trainer.loop.stages import run_stages
-from student_trainer.loop.training_context import TrainingContext, build_context
-from student_trainer.loop.validation import Validation, validate
+from student_trainer.loop.teacher_figures import teacher_figures, warn_of_collapse
+from student_trainer.loop.training_context import TrainingContext, build_context, end_warmup
+from student_trainer.loop.validation import LOSSES, Validation, judged_by, quality, validate
 from student_trainer.model.distill_model import TrainBatch
 from student_trainer.model.export import save_model
+from student_trainer.monitoring.last_line import last_line
+from student_trainer.monitoring.log_file import kept_log
 from student_trainer.monitoring.monitor import monitored
 from student_trainer.monitoring.run_state import RunState
-from student_trainer.monitoring.tracking import Tracker, peak_memory_mb
+from student_trainer.monitoring.trackers import ExperimentTracker, open_trackers
+from student_trainer.monitoring.tracking import Tracker
 
 logger = logging.getLogger(__name__)
 
-# A rank's status. Where ranks differ, the highest holds for all.
-_OK, _STOP, _FAILED, _DIVERGED = range(4)
-
 
 class InterruptedRunError(KVDistillError):
-    """The run was asked to stop. It can resume from its checkpoint."""
+    """The run ended early. It can resume from its checkpoint."""
+
+
+class StopRequestedError(InterruptedRunError):
+    """A signal asked the run to stop."""
+
+    exit_status = 128 + signal.SIGTERM
 
 
 def main(config_path: Path, overrides: list[str]) -> None:
     """Runs `kvdistill train` on this rank."""
-    level = logging.INFO if os.environ.get("RANK", "0") == "0" else logging.WARNING
+    first = os.environ.get("RANK", "0") == "0"
+    level = logging.INFO if first else logging.WARNING
     logging.basicConfig(level=level, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", force=True)
-    try:
-        train(load_config(config_path, overrides, TrainConfig))
-    finally:
-        ds_engine.stop()
+    config = load_config(config_path, overrides, TrainConfig)
+    with kept_log(config.run.output_dir / "logs") if first else nullcontext():
+        try:
+            summary = train(config)
+        finally:
+            ds_engine.stop()
+        if first:
+            logger.info("%s", last_line(config, summary))
 
 
 def train(config: TrainConfig) -> dict[str, Any]:
@@ -90,25 +106,27 @@ def train(config: TrainConfig) -> dict[str, Any]:
 
 
 def run(config: TrainConfig) -> dict[str, Any]:
-    """Trains from the start or from the newest checkpoint to the end, and returns the content of `summary.json`."""
+    """Trains from the start or from the newest checkpoint to the end, and returns the content of `summary.json`.
+
+    A finished run returns the summary that it has.
+    """
     rank, world_size = ds_engine.start(config.run.seed)
+    torch.backends.cuda.matmul.allow_tf32 = config.run.allow_tf32
     with monitored(config, enabled=rank == 0) as state, ExitStack() as undo:
         context = build_context(config, rank, world_size)
         undo.callback(context.close)
+        if context.finished:
+            if rank == 0:
+                steps = context.sample_order.steps
+                logger.info(
+                    "all %d steps are done; to train again, choose another run.output_dir, or set run.resume=never",
+                    steps,
+                )
+            return finished_summary(config.run.output_dir, context.identity)
         trainer = Trainer(config, context, rank, world_size, state)
-        undo.callback(trainer.engine.close)
+        undo.callback(lambda: trainer.context.close())  # Other sources, if teachers were sent maps after the warm-up.
+        undo.callback(trainer.close)
         return trainer.train()
-
-
-def learning_rate(optim: OptimConfig, step: int, steps: int) -> float:
-    """The learning rate after `step` of `steps` steps: linear warm-up, then the schedule down to 0."""
-    warmup = round(optim.warmup_ratio * steps)
-    if step < warmup:
-        return optim.lr * (step + 1) / warmup
-    if optim.schedule == "constant":
-        return optim.lr
-    done = (step - warmup) / max(1, steps - warmup)
-    return optim.lr * (1 - done if optim.schedule == "linear" else (1 + math.cos(math.pi * done)) / 2)
 
 
 class Trainer:
@@ -119,36 +137,45 @@ class Trainer:
     ) -> None:
         self.config, self.context, self.rank, self.world_size = config, context, rank, world_size
         self.state = RunState() if state is None else state
-        self.state.connected(context.sources)
+        self.state.connected(context.connected)
         self.out = config.run.output_dir
         self._checkpoints = self.out / "checkpoints"
         self.device = ds_engine.device()
-        if context.resumed is not None:
-            context.resumed.load_weights(context.model)
-        self.engine = ds_engine.Engine(context.model, config, context.sample_order.accumulation)
         self.best: dict[str, float] | None = None
         self.step = self.evaluated = 0
+        self._began_at: int | None = None  # The step before which the optimiser began without moments.
         self.metrics, self.run_metrics = MetricAccumulator(), MetricAccumulator()
-        self.collapse = CollapseDetector(list(context.model.weights), config.fuse.collapse_at)
-        self._stop_requested = False
-        self._finite = FiniteCheck()
+        self.collapse = CollapseDetector([teacher.name for teacher in config.teachers])
+        self._ranks = Agreement(self.device, self._checkpoints)
         if context.resumed is not None:
-            context.resumed.restore(self.engine)
             self.step, self.best = context.resumed.step, context.resumed.state["best"]
             self.evaluated = context.resumed.state["evaluated"]
-        self._set_epoch(max(self.step - 1, 0))
+        self._start_engine()
+
+    def _start_engine(self) -> None:
+        """Creates the engine for the context's model, with the state of the checkpoint that the run resumes from."""
+        context, resumed = self.context, self.context.resumed
+        if resumed is not None:
+            resumed.load_weights(context.model)
+        self.engine = ds_engine.Engine(context.model, self.config, context.sample_order.accumulation)
+        self._open = True
+        # The moments of the warm-up are those of another loss.
+        if resumed is not None and resumed.step > context.first_step:
+            resumed.restore(self.engine, context.first_step)
+        else:
+            self._began_at = self.step
+        self._set_schedules(max(self.step - 1, context.first_step))
+
+    def close(self) -> None:
+        """Frees the engine. Safe to call twice."""
+        if self._open:
+            self._open = False
+            self.engine.close()
 
     def train(self) -> dict[str, Any]:
-        """Trains to the end and returns the summary. A finished run returns the summary that it has."""
-        summary = self.out / "summary.json"
-        if self.step == self.context.sample_order.steps == self.evaluated and summary.is_file():
-            if self.rank == 0:
-                logger.info("all %d steps are done; choose another run.output_dir, or run.resume=never", self.step)
-            return json.loads(summary.read_text(encoding="utf-8"))
+        """Trains to the end and returns the summary."""
         before = {number: signal.signal(number, self._request_stop) for number in (signal.SIGTERM, signal.SIGINT)}
-        tracker = Tracker(
-            self.out, self.context.sample_order.steps, enabled=self.rank == 0, first_step=self.step, state=self.state
-        )
+        tracker = self._tracker()
         started = time.monotonic()
         try:
             with self.state.during("training"):
@@ -159,94 +186,131 @@ class Trainer:
             for number, handler in before.items():
                 signal.signal(number, handler)
 
+    def _tracker(self) -> Tracker:
+        trackers: dict[str, ExperimentTracker] = {}
+        with shared_failure():
+            if self.rank == 0:
+                trackers = open_trackers(self.config, self.step)
+        steps, enabled = self.context.sample_order.steps, self.rank == 0
+        return Tracker(self.out, steps, enabled=enabled, first_step=self.step, state=self.state, trackers=trackers)
+
     def _request_stop(self, number: int, _frame: FrameType | None) -> None:
         """Ends the run at the next micro-batch; a second signal ends the process at once."""
-        self._stop_requested = True
+        self._ranks.stop_requested = True
         signal.signal(number, signal.SIG_DFL)
 
     def _loop(self, tracker: Tracker) -> None:
         if self.step > self.evaluated and self._due(self.config.run.eval_every):
             self._evaluate(tracker)  # The run ended during this validation.
-        batches = self._submitted(self.context.sample_order.micro_batches(self.step))
+        if self.context.warming_up and self.rank == 0:
+            logger.info("the first %d steps train on cross-entropy alone", self.config.align.warmup_steps)
+        batches = self._training_batches()
         while self.step < self.context.sample_order.steps:
+            if self.context.warming_up and self.step >= self.config.align.warmup_steps:
+                self._end_warmup()
+                batches = self._training_batches()
+            elif self._due_recalibration():
+                with self.state.during("starting"):
+                    recalibrate(self.context, self._for_calibration, self.step)
             self._one_step(batches)
-            if self.step % self.config.run.log_every == 0 or self.step == self.context.sample_order.steps:
+            # The steps before and after the end of the warm-up have other losses, so their means are logged apart.
+            if self._due(self.config.run.log_every) or self.step == self.config.align.warmup_steps:
                 self._log(tracker)
             if self._due(self.config.run.eval_every):
                 self._evaluate(tracker)
-            if self._due(self.config.run.save_every):
+            if self.config.run.save_every and self._due(self.config.run.save_every):
                 self._save()
 
     def _due(self, every: int) -> bool:
         return self.step == self.context.sample_order.steps or (every > 0 and self.step % every == 0)
 
-    def _submitted(self, micro_batches: Iterator[list[int]]) -> Iterator[tuple[list[Record], list[PendingKV]]]:
-        """Each micro-batch's records and their requests, submitted `kv.prefetch` micro-batches before they are used."""
-        ahead: deque[tuple[list[Record], list[PendingKV]]] = deque()
-        for indices in micro_batches:
-            records = [self.context.train[index] for index in indices]
-            ahead.append((records, self.context.submit(records)))
-            if len(ahead) > self.config.kv.prefetch:
-                yield ahead.popleft()
-        yield from ahead
+    def _training_batches(self) -> Iterator[TrainBatch]:
+        """The batches from the current step on."""
+        train, chosen = self.context.train, self.context.sample_order.micro_batches(self.step)
+        return self._fetched(self.context, ([train[index] for index in indices] for indices in chosen), control=True)
 
-    def _one_step(self, batches: Iterator[tuple[list[Record], list[PendingKV]]]) -> None:
+    def _end_warmup(self) -> None:
+        """Saves the warmed student and goes on like a run that resumes from it: with the KV loss, and new moments."""
+        if self.rank == 0:
+            logger.info("step %d: the warm-up has ended; fitting alignments", self.step)
+        self._save(warming_up=False)
+        self._began_at = self.step
+        self.close()
+        with shared_failure():
+            saved = checkpoint.at(self._checkpoints, self.step)
+        with self.state.during("starting"):
+            self.context = end_warmup(self.context, saved, self._for_calibration)
+            self._start_engine()
+        self.state.connected(self.context.connected)
+
+    def _due_recalibration(self) -> bool:
+        every, done = self.config.align.recalibrate_every, self.step - self.context.first_step
+        return every > 0 and bool(self.context.sources) and done > 0 and done % every == 0
+
+    def _for_calibration(self, context: TrainingContext, batches: Iterable[Sequence[Record]]) -> Iterator[TrainBatch]:
+        return self._fetched(context, batches, control=False)
+
+    def _one_step(self, batches: Iterator[TrainBatch]) -> None:
         began = time.monotonic()
         torch.manual_seed(hash((self.config.run.seed, self.step, self.rank)) % 2**63)
-        self.engine.set_lr(learning_rate(self.config.optim, self.step, self.context.sample_order.steps))
         self.engine.module.train()
-        self._set_epoch(self.step)
-        for _ in range(self.context.sample_order.accumulation):
-            batch = self._fetch(*next(batches), self.metrics)
-            losses = {name: float(value.detach()) for name, value in self.engine.micro_step(batch).items()}
-            self._finite.note(self.step + 1, losses)
-            self.metrics.add_losses(losses)
+        self._set_schedules(self.step)
+        accumulation, sums = self.context.sample_order.accumulation, StepLosses()
+        for _ in range(accumulation):
+            sums.add(self.engine.micro_step(next(batches)))
         self.step += 1
+        if self.context.lost is not None:
+            self.context.lost.step_done()
+        losses = sums.read()
+        self._ranks.finite.note(self.step, losses)
+        self.metrics.add_losses(losses, accumulation)
         norm = self.engine.gradient_norm()
         if norm is not None:
-            self._finite.note(self.step, {GRADIENT_NORM: norm})
+            self._ranks.finite.note(self.step, {GRADIENT_NORM: norm})
         self.metrics.add_step(
             self.config.run.global_batch, time.monotonic() - began, self.context.model.take_align_seconds()
         )
         self.state.stepped(self.step, self.config.run.global_batch)
 
-    def _set_epoch(self, step: int) -> None:
-        if self.context.model.fusion is not None:
-            self.context.model.fusion.set_epoch(self.context.sample_order.epoch(step))
+    def _set_schedules(self, step: int) -> None:
+        """Sets the learning rate, the KV loss's weight and the router's temperature of the step after `step` steps."""
+        model, order = self.context.model, self.context.sample_order
+        first = self.context.first_step
+        self.engine.set_lr(learning_rate(self.config.optim, step, order.steps, first))
+        if model.frozen_state():
+            share = kv_weight_share(self.config.loss, step, order.steps, first)
+            model.kv_weight = share * float(model.frozen_state()["kv_weight"])
+        if model.fusion is not None:
+            model.fusion.set_progress(order.epoch(step), step / order.steps)
 
-    def _fetch(
-        self, records: Sequence[Record], pending: Sequence[PendingKV] | None, metrics: MetricAccumulator
-    ) -> TrainBatch:
-        """One micro-batch with its teachers' K/V. If any rank cannot continue, all ranks save a checkpoint and stop."""
-        batch: TrainBatch | None = None
-        with shared_failure(self._stop_if_any_rank_must):
-            batch = self.context.batch(records, metrics, pending)
-        assert batch is not None
-        return batch
+    def _fetched(
+        self, context: TrainingContext, batches: Iterable[Sequence[Record]], *, control: bool
+    ) -> Iterator[TrainBatch]:
+        """The batches with their teachers' K/V, requested ahead. If a rank cannot continue, all save and stop.
+
+        Args:
+            context: whose sources are asked.
+            batches: the records.
+            control: under `kv.control`, and measured.
+        """
+        for records, pending in context.submitted(batches, control=control):
+            batch: TrainBatch | None = None
+            with shared_failure(self._stop_if_any_rank_must):
+                batch = context.batch(records, self.metrics if control else MetricAccumulator(), pending)
+            assert batch is not None
+            yield batch
 
     def _stop_if_any_rank_must(self, failure: KVDistillError | None) -> None:
-        status = self._agree(failure)
-        if status == _OK:
+        status = self._ranks.reach(failure)
+        if status == OK:
             return
-        if self.step > 0:  # Before the first step the optimiser has no state to save.
+        if self.step != self._began_at:  # Before its first step the optimiser has no state to save.
             path = self._save()
             if self.rank == 0:
                 logger.warning("checkpoint saved: %s; the same command resumes from step %d", path, self.step)
-        reason = "another rank failed" if status == _FAILED else "told to stop"
-        raise failure or InterruptedRunError(f"{reason} at step {self.step}")
-
-    def _agree(self, failure: KVDistillError | None) -> int:
-        """The highest status of any rank, in one small collective: OK, stop or failed.
-
-        Raises:
-            DivergedError: on every rank, if any rank saw a value that is not finite. Nothing may be saved then.
-        """
-        own = _DIVERGED if self._finite.failed else _FAILED if failure else _STOP if self._stop_requested else _OK
-        status = torch.tensor(own, device=self.device)
-        dist.all_reduce(status, op=dist.ReduceOp.MAX)
-        if int(status) == _DIVERGED:
-            raise DivergedError(*self._finite.agreed(self.device), self._checkpoints)
-        return int(status)
+        if status == STOP:
+            raise StopRequestedError(f"told to stop at step {self.step}")
+        raise failure or InterruptedRunError(f"another rank failed at step {self.step}")
 
     def _log(self, tracker: Tracker) -> None:
         metrics, self.metrics = self.metrics, MetricAccumulator()
@@ -263,16 +327,17 @@ class Trainer:
             (name if "/" in name else f"train/{name}"): value / per_loss
             for name, value in zip(names, loss_sums, strict=True)
         }
-        figures["train/lr"] = learning_rate(self.config.optim, self.step - 1, self.context.sample_order.steps)
+        order, first = self.context.sample_order, self.context.first_step
+        figures["train/lr"] = learning_rate(self.config.optim, self.step - 1, order.steps, first)
         figures["train/epoch"] = self.context.sample_order.epoch(self.step)
         figures["train/samples_per_second"] = metrics.samples / metrics.seconds
+        figures |= memory_figures()
+        padding, positions = self._sum_over_ranks([metrics.padding, metrics.positions])
+        figures["data/padding_share"] = padding / max(1.0, positions)
         if teachers:
             figures |= metrics.figures(by_teacher, self.world_size)
-            for name, source in self.context.sources.items():
-                health = source.health()
-                figures[f"kv/switches/{name}"] = health.switches if health else 0
-                figures[f"kv/retries/{name}"] = health.retries if health else 0
-            self._add_routing(figures)
+            figures |= teacher_figures(self.context)
+            warn_of_collapse(self.collapse, self.context, figures, self.step)
         tracker.log(self.step, figures)
         tracker.progress(self.step, figures)
 
@@ -281,59 +346,40 @@ class Trainer:
         dist.all_reduce(sums)
         return sums.tolist()
 
-    def _add_routing(self, figures: dict[str, float]) -> None:
-        """Adds the routing metrics, and warns if the router uses almost only one teacher."""
-        weights = {name: f"routing/weights_mean/{name}" for name in self.context.model.weights}
-        if self.config.fuse.kind == "fixed":
-            figures |= {weights[name]: weight for name, weight in self.context.model.weights.items()}
-            return
-        assert self.context.model.fusion is not None
-        figures["routing/temperature"] = self.context.model.fusion.temperature
-        warning = self.collapse.check([figures[name] for name in weights.values()])
-        if warning and self.rank == 0:
-            logger.warning("step %d: %s", self.step, warning)
-
     def _evaluate(self, tracker: Tracker) -> None:
         if not self.context.val:
             self.evaluated = self.step
             return
         self.engine.module.eval()
         with self.state.during("validating"):
-            found = validate(
-                self.engine.module,
-                self.context,
-                lambda records: self._fetch(records, None, MetricAccumulator()),
-                self.device,
-            )
+            fetch = partial(self._for_calibration, self.context)
+            found = validate(self.engine.module, self.context, fetch, self.device)
+        self.state.validated(found.predictions)
         tracker.log(self.step, {name: value for name, value in found.metrics.items() if name.startswith("val/")})
-        judged = ["val/loss"] + [f"val/{self.config.run.best_by}"] * (self.config.run.best_by != "accuracy")
-        if bad := not_finite({name: found.metrics[name] for name in judged}):
+        judged = {"val/ce_loss", "val/loss", judged_by(self.config.run.best_by)}
+        if bad := not_finite({name: value for name, value in found.metrics.items() if name in judged}):
             raise DivergedError(self.step, sorted(bad), self._checkpoints)
         if self.rank == 0:
-            shown = ", ".join(
-                f"{name} {found.metrics[name]:.4f}" for name in ("val/loss", "val/kv_loss") if name in found.metrics
-            )
             accuracy = 100 * found.metrics["val/task_metrics/accuracy"]
-            logger.info("step %d  validation: accuracy %.1f %%, %s", self.step, accuracy, shown)
-        self._keep_best(found)
+            shown = [f"{name} {found.metrics[f'val/{name}']:.4f}" for name in LOSSES if f"val/{name}" in found.metrics]
+            logger.info("step %d  validation: accuracy %.1f %%, %s", self.step, accuracy, ", ".join(shown))
+        if not self.context.warming_up:  # Its losses lack the KV loss, so they do not compare.
+            self._keep_best(found)
         self.evaluated = self.step
 
     def _keep_best(self, found: Validation) -> None:
         current = {name: value for name, value in found.metrics.items() if name.startswith("val/")}
         current["step"] = float(self.step)
-
-        if self.best is None or self._quality(current) > self._quality(self.best):
+        best_by = self.context.config.run.best_by
+        better = quality(current, best_by)
+        if self.best is None or better > quality(self.best, best_by):
             self._check_state()
             self.best = current
-            save_model(self.engine, self.context, self.out / BEST_MODEL)
+            results = found.results(self.context, self.step)
+            save_model(self.engine, self.context, self.out / BEST_MODEL, results)
+            self.state.note("best", "best validation so far")
             if self.rank == 0:
-                write_json(self.out / "eval_results.json", found.results(self.context, self.step))
-
-    def _quality(self, metrics: dict[str, float]) -> tuple[float, float]:
-        """Higher is better, by `run.best_by`, then by the loss."""
-        best_by = self.context.config.run.best_by
-        first = metrics["val/task_metrics/accuracy"] if best_by == "accuracy" else -metrics[f"val/{best_by}"]
-        return first, -metrics["val/loss"]
+                write_json(self.out / "eval_results.json", results)
 
     def _flush(self) -> None:
         """Puts recorded K/V on disk, and checks that the model may be saved."""
@@ -342,52 +388,49 @@ class Trainer:
 
     def _check_state(self, failure: KVDistillError | None = None) -> None:
         """Raises on all ranks if one has a failure or holds numbers that are not finite. Called before every save."""
-        if not self._finite.failed:
-            self._finite.note(self.step, {STATE: 0.0 if self.engine.is_finite() else math.nan})
-        if self._agree(failure) == _FAILED:
-            raise failure or KVDistillError("another rank failed; its message says why")
+        if not self._ranks.finite.failed:
+            self._ranks.finite.note(self.step, {STATE: 0.0 if self.engine.is_finite() else math.nan})
+        if self._ranks.reach(failure) == FAILED:
+            raise failure or KVDistillError("another rank failed; its message shows the reason")
 
-    def _save(self) -> Path:
+    def _save(self, *, warming_up: bool | None = None) -> Path:
+        """Saves a checkpoint. `warming_up`: whether a run that resumes from it is in the warm-up."""
         self._flush()
         state = {
             "step": self.step,
             "evaluated": self.evaluated,
             "best": self.best,
             "identity": self.context.identity,
+            "round_size": self.context.sample_order.round_size,
+            "warming_up": self.context.warming_up if warming_up is None else warming_up,
         }
         with self.state.during("saving"):
-            return checkpoint.save(
+            path = checkpoint.save(
                 self._checkpoints,
                 self.engine,
-                self.context.model.frozen_state(),
+                self.context.model.frozen_state() | checkpoint.map_tensors(self.context.maps),
                 state,
                 self.config.run.keep_checkpoints,
             )
+        self.state.note("checkpoint", "checkpoint")
+        return path
 
     def _finish(self, seconds: float) -> dict[str, Any]:
         self._flush()
         if not self.context.val:
-            save_model(self.engine, self.context, self.out / BEST_MODEL)
-        peaks = self._sum_over_ranks([peak_memory_mb() * (rank == self.rank) for rank in range(self.world_size)])
-        seconds_trained, samples = max(self.run_metrics.seconds, 1e-9), self.run_metrics.samples
-        kv = TeacherSums.from_row(self._sum_over_ranks(self.run_metrics.kv_sums().row()))
-        received, teachers = max(kv.samples, 1.0), len(self.context.sources)
-        best = self.best or {}
-        summary = {
-            "steps": self.step,
-            "best_step": int(best["step"]) if best else self.step,
-            "val_task_metrics": {"accuracy": best["val/task_metrics/accuracy"]} if best else {},
-            "val_kv_loss": best.get("val/kv_loss"),
-            "stall_fraction": kv.seconds["stall"] / self.world_size / seconds_trained,
-            "samples_per_second": samples / seconds_trained,
-            "bytes_per_sample": kv.encoded_bytes / received * teachers,
-            "raw_bf16_bytes_per_sample": kv.raw_bytes / received * teachers,
-            "teacher_tokens_per_second": kv.tokens / seconds_trained,
-            "peak_memory_mb": {f"rank{index}": peak for index, peak in enumerate(peaks)},
-            "alignment": self.context.model.report(),
-            "seconds": seconds,
-        }
+            save_model(self.engine, self.context, self.out / BEST_MODEL, {})
+        summary = run_summary(
+            self.step,
+            self.best or {},
+            self.run_metrics,
+            len(self.config.teachers),
+            (self.rank, self.world_size),
+            self._sum_over_ranks,
+        )
+        summary |= {"alignment": self.context.model.report(), "seconds": seconds}
         if self.rank == 0:
-            write_json(self.out / "summary.json", summary)
+            finish(self.out, summary, self.context.identity)
+            if not self.config.run.save_every:
+                checkpoint.forget(self._checkpoints)  # Of earlier interruptions.
         dist.barrier()
         return summary

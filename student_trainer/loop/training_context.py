@@ -2,48 +2,58 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from pathlib import Path
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 
-from align.aligner import Aligner
 from align.head_dim_adapter import KVGeometry
-from align.teacher_plan import plan_for
 from data.collate import Collator
-from data.records import Record, content_digest, load_records
-from kvcore.errors import TeacherRefusedError
-from kvcore.plan import KVPlan
+from data.records import Record, load_records
+from kvcore.errors import FieldError
+from kvcore.tensors.kv_map import KVMap
 from kvcore.tensors.projections import kv_projections
-from kvcore.types import BatchKV, TeacherInfo
-from student_trainer.config import StudentConfig, TrainConfig
-from student_trainer.kv_sources import KVSource, PendingKV, build_source
+from kvcore.types import BatchKV
+from student_trainer.config import TrainConfig
+from student_trainer.config_checks import shared_endpoint_warning, step_blocks
+from student_trainer.kv_sources import KVSource, PendingKV
 from student_trainer.kv_sources.kv_batch import decode_and_pad
-from student_trainer.loop import checkpoint, ds_engine
-from student_trainer.loop.calibrate import calibrate
+from student_trainer.loop import checkpoint, ds_engine, finished_run
+from student_trainer.loop.align_run import FetchFrom, align, fetched
 from student_trainer.loop.checkpoint import Checkpoint
-from student_trainer.loop.kv_weight import auto_kv_weight
+from student_trainer.loop.data_survey import log_padding, survey, with_answer_tokens
+from student_trainer.loop.lost_teachers import LostTeachers
 from student_trainer.loop.metric_accumulator import MetricAccumulator
-from student_trainer.loop.rank_failures import fail_together, shared_failure
+from student_trainer.loop.rank_failures import shared_failure
+from student_trainer.loop.run_identity import run_identity
 from student_trainer.loop.sample_order import SampleOrder
+from student_trainer.loop.student_loading import check_lengths, is_partitioned_at_load, load_student, with_latents
+from student_trainer.loop.teacher_sources import (
+    aligner_for,
+    connect_teacher,
+    known_maps,
+    map_of_store,
+    map_setting,
+    reading_style,
+    samples_of,
+    teacher_bases,
+    use_maps,
+)
 from student_trainer.model.distill_model import DistillModel, TrainBatch
-from student_trainer.model.latent import LatentStudent, load_reasoning, new_reasoning
-from student_trainer.model.pretrained import load_pretrained
-from student_trainer.monitoring.alignment_report import AlignmentReport
+from student_trainer.model.pretrained import set_special_tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
-
-# Micro-batches whose gradients set loss.kv_weight when it is `auto`.
-KV_WEIGHT_BATCHES = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,16 +61,20 @@ class TrainingContext:
     """Everything that a run trains with.
 
     Attributes:
-        config: the run's configuration.
+        config: the run's configuration, with `data.answer_tokens` if there are validation records.
         tokenizer: the student's tokenizer, saved with the best model.
         collator: turns records into padded batches of the student's tokens.
         train: the training records.
         val: the validation records; empty without `data.val`.
-        sources: each teacher's connected KV source by name, in the order of the configuration.
-        model: student, calibrated alignments and losses.
+        sources: each teacher's connected KV source by name, in the order of the configuration; empty in the warm-up.
+        model: student, calibrated alignments and losses; without alignments in the warm-up.
         sample_order: this rank's micro-batches, by step.
         resumed: the checkpoint that the run resumes from; None for a new run.
         identity: the settings, teachers and data that must be the same when the run resumes.
+        finished: whether the run has ended before; it has no calibrated alignments then.
+        waiting: the sources that nothing is asked for until the warm-up has ended.
+        maps: the map that each teacher applies, by the teacher's name; empty if they apply none.
+        lost: what to do about teachers that do not answer; None where each must answer, as in calibration.
     """
 
     config: TrainConfig
@@ -73,48 +87,96 @@ class TrainingContext:
     sample_order: SampleOrder
     resumed: Checkpoint | None
     identity: dict[str, Any]
+    finished: bool = False
+    waiting: Mapping[str, KVSource] = dataclasses.field(default_factory=dict)
+    maps: Mapping[str, KVMap] = dataclasses.field(default_factory=dict)
+    lost: LostTeachers | None = None
 
-    def submit(self, records: Sequence[Record]) -> list[PendingKV]:
-        """Requests every teacher's K/V of a training batch, under `kv.control`, without waiting for them."""
-        samples = [record.sample() for record in records]
-        return [source.submit(samples) for source in self.sources.values()]
+    @property
+    def warming_up(self) -> bool:
+        """Whether the run trains on cross-entropy alone, before alignments are fitted."""
+        return bool(self.waiting)
 
-    def batch(
-        self, records: Sequence[Record], metrics: MetricAccumulator, pending: Sequence[PendingKV] | None = None
-    ) -> TrainBatch:
+    @property
+    def first_step(self) -> int:
+        """The step before which the optimiser starts anew: 0, or the end of the warm-up once that is over."""
+        return self.config.align.warmup_steps if self.sources else 0
+
+    @property
+    def connected(self) -> dict[str, KVSource]:
+        """The sources of all teachers."""
+        return {**self.sources, **self.waiting}
+
+    @property
+    def answer_tokens(self) -> int:
+        """Maximum number of tokens that the student generates in validation."""
+        limit = self.config.data.answer_tokens
+        assert limit is not None, "with_answer_tokens sets it if there are validation records"
+        return limit
+
+    def submit(self, records: Sequence[Record], *, control: bool) -> list[PendingKV]:
+        """Requests every teacher's K/V of a batch without waiting for them.
+
+        Args:
+            records: the batch.
+            control: under `kv.control`, as in training. Otherwise each record gets its own K/V.
+        """
+        formats = {teacher.name: reading_style(self.config, teacher) for teacher in self.config.teachers}
+        samples = {style: samples_of(self.config, records, style) for style in set(formats.values())}
+        return [
+            (source if control else source.without_control()).submit(samples[formats[name]])
+            for name, source in self.sources.items()
+        ]
+
+    def submitted(
+        self, batches: Iterable[Sequence[Record]], *, control: bool
+    ) -> Iterator[tuple[Sequence[Record], list[PendingKV]]]:
+        """Each batch with its requests, submitted to all teachers `kv.prefetch` batches before it is used."""
+        ahead: deque[tuple[Sequence[Record], list[PendingKV]]] = deque()
+        for records in batches:
+            ahead.append((records, self.submit(records, control=control)))
+            if len(ahead) > self.config.kv.prefetch:
+                yield ahead.popleft()
+        yield from ahead
+
+    def batch(self, records: Sequence[Record], metrics: MetricAccumulator, pending: Sequence[PendingKV]) -> TrainBatch:
         """Tokens and every teacher's K/V of the records, on this rank's device. Adds times and bytes to `metrics`.
 
         Args:
             records: the micro-batch.
             metrics: where to count what the teachers sent.
-            pending: what `submit` returned for the records. Without it K/V are fetched now, and each record gets its
-                own whatever `kv.control` says: so do alignment and validation.
+            pending: what `submit` returned for the records.
         """
-        if pending is None:
-            samples = [record.sample() for record in records]
-            pending = [source.without_control().submit(samples) for source in self.sources.values()]
         fills_latents = self.config.student.mode == "latent" and self.config.align.time == "none"
         slots = self.config.student.latents if fills_latents else None
         device = ds_engine.device()
         caches: list[BatchKV] = []
         for (name, source), requested in zip(self.sources.items(), pending, strict=True):
             began = time.monotonic()
-            results = requested.result()
+            on_missing = self.config.kv.on_missing
+            if self.lost is None:
+                results = requested.result()
+            else:
+                results, on_missing = self.lost.results(name, requested, records)
             received = time.monotonic()
-            kv, sums = decode_and_pad(name, results, source.info, source.plan, slots, self.config.kv.on_missing)
+            kv, sums = decode_and_pad(name, results, source.info, source.plan, slots, on_missing)
             caches.append(kv.to(device))
             sums.seconds.update(stall=received - began, decode=time.monotonic() - received)
             metrics.add_teacher(name, sums)
-        return TrainBatch(self.collator(records).to(device), tuple(caches))
+        if self.lost is not None:
+            self.lost.check()
+        tokens = self.collator(records)
+        metrics.add_text(tokens.text_mask_BT)
+        return TrainBatch(tokens.to(device), tuple(caches))
 
     def flush(self) -> None:
         """Puts everything recorded so far on disk."""
-        for source in self.sources.values():
+        for source in self.connected.values():
             source.flush()
 
     def close(self) -> None:
         """Ends every source's threads, connections and files."""
-        for source in self.sources.values():
+        for source in self.connected.values():
             source.close()
 
 
@@ -125,112 +187,121 @@ def build_context(config: TrainConfig, rank: int, world_size: int) -> TrainingCo
         ConfigError: a path or a setting cannot be used.
         TeacherError: a teacher cannot be reached or refuses the plan.
     """
-    train = load_records(config.data.train)
-    val = load_records(config.data.val, config.data.val_samples) if config.data.val else []
+    if rank == 0 and (warning := config.kv.selection.warning):
+        logger.warning("kv.selection: %s", warning)
+    if rank == 0 and (warning := shared_endpoint_warning(config)):
+        logger.warning("teachers: %s", warning)
+    columns = config.data.columns.names()
+    train = load_records(config.data.train, columns=columns)
+    val = load_records(config.data.val, config.data.val_samples, columns) if config.data.val else []
     sample_order = SampleOrder(config.run, len(train), rank, world_size)
-    lm, tokenizer = _load_student(config.student)
-    student = _with_latents(lm, config)
+    if config.teachers and config.align.warmup_steps >= sample_order.steps:
+        raise FieldError("align.warmup_steps", f"must be below the run's number of steps ({sample_order.steps})")
+    lm, tokenizer = load_student(config.student, config.run.seed, partitioned=is_partitioned_at_load(config))
+    chat, system_prompt = config.data.format == "chat", config.data.system_prompt or ""
+    blocks = step_blocks(config)
+    collator = Collator(tokenizer, config.data.max_tokens, chat=chat, system_prompt=system_prompt, step_blocks=blocks)
+    splits = survey(config, collator, train, val)
+    config = with_answer_tokens(config, splits)
+    check_lengths(config, lm, splits)
+    # The collator decides which token ends a text.
+    set_special_tokens(lm, tokenizer)
     with ExitStack() as undo:
-        sources, aligners = _connect(config, lm, rank, world_size, undo)
-        weights = {teacher.name: teacher.weight for teacher in config.teachers}
-        model = DistillModel(student, aligners, weights, config).to(ds_engine.device())
-        identity = _identity(config, len(train), sources)
-        resumed = _resume(config, identity, rank)
-        collator = Collator(tokenizer, config.data.max_tokens)
+        student = _geometry(lm)
+        connect = partial(connect_teacher, config, student, rank, world_size, undo)
+        sources = {one.name: connect(one, map_of_store(config, student, one)) for one in config.teachers}
+        identity = run_identity(config, len(train), sources)
+        finished = _is_finished(config, rank)
+        resumed = None if finished else _resume(config, identity, rank)
+        if config.data.sort_by_length:
+            sample_order.sort_by(splits[0].lengths(), resumed.state["round_size"] if resumed else None)
+        log_padding(sample_order, splits[0])
+        maps: dict[str, KVMap] = {}
+        if config.align.basis_rank is not None and not finished:
+            chosen = sample_order.first(config.align.calibration_samples)
+            maps = teacher_bases(config, student, sources, resumed, collator, [train[at] for at in chosen])
+        elif map_setting(config) is not None and not finished:
+            maps = known_maps(config, student, resumed)
+        use_maps(config, sources, maps, connect)
+        cold = config.align.warmup_steps > 0 and (resumed is None or resumed.state["warming_up"])
+        asked, waiting = ({}, sources) if cold and not finished else (sources, {})
         context = TrainingContext(
-            config, tokenizer, collator, train, val, sources, model, sample_order, resumed, identity
+            config,
+            tokenizer,
+            collator,
+            train,
+            val,
+            asked,
+            _model(config, lm, asked),
+            sample_order,
+            resumed,
+            identity,
+            finished,
+            waiting,
+            maps,
+            LostTeachers(config.kv, len(config.teachers)),
         )
-        if sources:
-            _align(context, rank, world_size)
+        if asked and not finished:
+            context = align(context, fetched)
         undo.pop_all()
     return context
 
 
-def _load_student(settings: StudentConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    lm, tokenizer = load_pretrained(settings.path, settings.dtype, "student.path")
-    kv_projections(lm)  # Raises if the student's K/V cannot be captured.
-    if settings.gradient_checkpointing:
-        lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    return lm, tokenizer
+def end_warmup(context: TrainingContext, saved: Checkpoint, fetch: FetchFrom) -> TrainingContext:
+    """The context for the rest of the run: the warmed student with all losses, and alignments fitted to it.
 
+    It is the same as if the run resumed from the checkpoint that ends the warm-up.
 
-def _with_latents(lm: PreTrainedModel, config: TrainConfig) -> LatentStudent:
-    settings = config.student
-    latent = settings.mode == "latent"
-    reasoning = load_reasoning(lm, Path(settings.path), settings.latents, settings.passes) if latent else None
-    if reasoning is None:
-        reasoning = new_reasoning(lm, settings.latents, settings.passes, config.run.seed)
-    # Parameters that never get a gradient would stop ZeRO from reducing the others.
-    reasoning.requires_grad_(latent)
-    return LatentStudent(lm, reasoning.to(lm.dtype))
-
-
-def _connect(
-    config: TrainConfig, lm: PreTrainedModel, rank: int, world_size: int, undo: ExitStack
-) -> tuple[dict[str, KVSource], list[Aligner]]:
-    """Connects to every teacher, and makes its alignment, not calibrated yet. `undo` closes the sources.
-
-    Raises:
-        TeacherRefusedError: a teacher does not offer the selector.
+    Args:
+        context: of the warm-up. Its model is not usable afterwards.
+        saved: the checkpoint that ends the warm-up.
+        fetch: fetches batches for calibration.
     """
+    for parameter in context.model.parameters():
+        parameter.data = parameter.data.new_empty(0)  # Frees the memory for the next model.
+    config = context.config
+    lm, _ = load_student(config.student, config.run.seed, partitioned=is_partitioned_at_load(config))
+    set_special_tokens(lm, context.tokenizer)
+    model = _model(config, lm, context.waiting)
+    after = dataclasses.replace(context, sources=context.waiting, waiting={}, model=model, resumed=saved)
+    return align(after, fetch)
+
+
+def _geometry(lm: PreTrainedModel) -> KVGeometry:
     projections = kv_projections(lm)
     heads = int(getattr(lm.config, "num_key_value_heads", None) or lm.config.num_attention_heads)
-    geometry = KVGeometry(len(projections), heads, projections[0].head_dim)
-    settings = config.align.model_dump(exclude={"time", "calibration_samples"})
-
-    def plan(info: TeacherInfo) -> KVPlan:
-        return plan_for(
-            geometry,
-            KVGeometry(info.layers, info.kv_heads, info.head_dim),
-            selection=config.kv.selection,
-            codec=config.kv.codec,
-            layer_map=config.align.layer_map,
-            head_adapter=config.align.head_adapter,
-        )
-
-    sources: dict[str, KVSource] = {}
-    aligners: list[Aligner] = []
-    for teacher in config.teachers:
-        source = sources[teacher.name] = build_source(teacher, config.kv, plan, rank, world_size)
-        undo.callback(source.close)
-        info, selector = source.info, config.kv.selection.selector
-        if selector not in info.selectors:
-            offered = ", ".join(info.selectors)
-            raise TeacherRefusedError(teacher.name, f"offers the selectors {offered}, not '{selector}'")
-        if rank == 0:
-            shape = f"{info.layers} layers, {info.kv_heads} KV heads of {info.head_dim}"
-            logger.info("teacher '%s': %s, %s", teacher.name, info.model, shape)
-        own_geometry = KVGeometry(info.layers, info.kv_heads, info.head_dim)
-        aligners.append(Aligner(own_geometry, geometry, **settings).to(ds_engine.device()))
-    return sources, aligners
+    return KVGeometry(len(projections), heads, projections[0].head_dim)
 
 
-def _identity(config: TrainConfig, count: int, sources: Mapping[str, KVSource]) -> dict[str, Any]:
-    """What must not change when a run resumes. `kv.mode` may: online, offline and record give the same run."""
-    settings = config.model_dump(mode="json", include={"student", "align", "fuse", "loss", "optim"})
-    run = config.run.model_dump(mode="json", include={"seed", "steps", "epochs", "global_batch"})
-    plans = {
-        name: [source.info.weights_digest, source.info.tokenizer_fingerprint, source.plan.digest()]
-        for name, source in sources.items()
-    }
-    weights = {teacher.name: teacher.weight for teacher in config.teachers}
-    # The path alone does not identify the model: an earlier stage may have been trained again.
-    settings["student"]["weights"] = [
-        content_digest(path) for path in sorted(Path(config.student.path).glob("*.safetensors"))
-    ]
-    data = [count, content_digest(config.data.train)]
-    return settings | {"run": run, "teachers": plans, "weights": weights, "control": config.kv.control, "data": data}
+def _model(config: TrainConfig, lm: PreTrainedModel, sources: Mapping[str, KVSource]) -> DistillModel:
+    """The student with an alignment with each teacher, not calibrated yet."""
+    geometry = _geometry(lm)
+    aligners = [aligner_for(config, geometry, source) for source in sources.values()]
+    weights = {teacher.name: teacher.weight for teacher in config.teachers if teacher.name in sources}
+    return DistillModel(with_latents(lm, config), aligners, weights, config).to(ds_engine.device())
+
+
+def _is_finished(config: TrainConfig, rank: int) -> bool:
+    """Whether rank 0 sees a finished run in the output directory. A run that starts over removes its mark."""
+    directory = config.run.output_dir
+    if rank == 0 and config.run.resume == "never":
+        finished_run.forget(directory)
+    found = torch.tensor(int(rank == 0 and finished_run.is_finished(directory)), device=ds_engine.device())
+    dist.broadcast(found, 0)
+    return bool(found)
 
 
 def _resume(config: TrainConfig, identity: dict[str, Any], rank: int) -> Checkpoint | None:
-    """The checkpoint to resume from: the newest that rank 0 sees, checked on every rank."""
+    """The checkpoint to resume from: the newest that rank 0 finds intact. Every rank checks that it is of this run."""
     directory = config.run.output_dir / "checkpoints"
     if config.run.resume == "never":
         if rank == 0:
             checkpoint.forget(directory)
         dist.barrier()
         return None
-    newest = checkpoint.latest(directory) if rank == 0 else None
+    newest: Checkpoint | None = None
+    with shared_failure():
+        newest = checkpoint.newest_intact(directory) if rank == 0 else None
     step = torch.tensor(newest.step if newest else -1, device=ds_engine.device())
     dist.broadcast(step, 0)
     if int(step) < 0:
@@ -242,47 +313,3 @@ def _resume(config: TrainConfig, identity: dict[str, Any], rank: int) -> Checkpo
     if found is not None and rank == 0:
         logger.info("resuming from %s", found.path)
     return found
-
-
-def _align(context: TrainingContext, rank: int, world_size: int) -> None:
-    """Calibrates the alignments, or loads them from the checkpoint that the run resumes from."""
-    if context.resumed is not None:
-        context.model.load_frozen(context.resumed.frozen())
-        return
-    config = context.config
-    indices = context.sample_order.first(config.align.calibration_samples)
-    numbers = [rank + world_size * position for position in range(len(indices))]
-    records = [context.train[index] for index in indices]
-    calibrate(
-        context.model,
-        records,
-        numbers,
-        lambda chosen: context.batch(chosen, MetricAccumulator()),
-        config.run.micro_batch,
-        fail_together,
-    )
-    if config.loss.kv_weight == "auto":
-        _set_kv_weight(context, records, rank)
-    if rank == 0:
-        for name, report in context.model.report().items():
-            explained = "; ".join(f"{kind} {_by_layer(by)}" for kind, by in report["explained_variance"].items())
-            logger.info("alignment with '%s': explained variance by layer: %s", name, explained)
-        config.run.output_dir.mkdir(parents=True, exist_ok=True)
-        AlignmentReport(context.model.report()).write(config.run.output_dir)
-
-
-def _by_layer(values: Sequence[float | None]) -> str:
-    return " ".join("?" if value is None else f"{value:.2f}" for value in values)
-
-
-def _set_kv_weight(context: TrainingContext, records: Sequence[Record], rank: int) -> None:
-    """Sets `loss.kv_weight: auto` from the gradients of the first micro-batches."""
-    size = context.config.run.micro_batch
-    chosen = [records[start : start + size] for start in range(0, len(records) - size + 1, size)][:KV_WEIGHT_BATCHES]
-    batches: list[TrainBatch] = []
-    with shared_failure():
-        batches = [context.batch(part, MetricAccumulator(), context.submit(part)) for part in chosen]
-    weight = auto_kv_weight(context.model, batches, context.config.loss.kv_gradient_ratio, dist.all_reduce)
-    context.model.set_kv_weight(weight)
-    if rank == 0:
-        logger.info("loss.kv_weight auto: %.4g", weight)

@@ -17,9 +17,15 @@ from align.token_layout import at_student_tokens, at_teacher_slots
 from data.collate import StudentBatch
 from kvcore.types import TENSORS, BatchKV, Tensor
 from student_trainer.config import TrainConfig
-from student_trainer.model.latent import AnswerReading, LatentStudent, TextReading
-from student_trainer.model.losses import codi_loss, cross_entropy, error_by_layer_and_head, kv_distance
-from student_trainer.model.router_loss import router_loss
+from student_trainer.model.latent import AnswerReading, ContinuationReading, LatentStudent, TextReading
+from student_trainer.model.losses import (
+    codi_loss,
+    error_by_layer_and_head,
+    error_by_slot,
+    kv_distance,
+    mean_over_tokens,
+)
+from student_trainer.model.router_loss import reasoning_and_answer, router_loss
 from student_trainer.model.teacher_weights import AlignedTeacher, Fusion
 
 
@@ -81,20 +87,22 @@ class DistillModel(nn.Module):
         self._judge: list[LatentStudent] = []
         if self.fusion is not None and self.fusion.learns:
             self._judge = [_frozen_copy(student, checkpointing=config.student.gradient_checkpointing)]
-        self._time = None if config.align.time == "none" else TimeAligner(config.align.time)
+        self._time = None if config.align.time == "none" else TimeAligner()
         self._frozen: dict[str, Tensor] = {}
         self._align_seconds = 0.0
 
     def forward(self, batch: TrainBatch) -> dict[str, Tensor]:
         """Scalar losses: `loss`, which is minimised, and its parts. `kv_loss` is 1.0 for predicting the mean.
 
-        In evaluation also `kv_error_KLH`: `kv_loss` by tensor, layer and head, if there is a single target.
+        In evaluation, if there is a single target, also `kv_error_KLH`: `kv_loss` by tensor, layer and head. In latent
+        mode also that of each latent, `kv_error_BM`, and which latents have a target, `kv_target_BM`.
         """
         losses = self._latent_losses(batch) if self._latent else self._token_losses(batch)
         weights = {
             "kv_objective": self.kv_weight,
             "codi_loss": self._loss.codi_weight,
-            "routing/router_loss": self._config.fuse.router_loss_weight,
+            "step_ce": self._loss.step_ce_weight,
+            "routing/router_loss": 1.0,
             "routing/entropy_reg": 1.0,
         }
         losses["loss"] = losses["ce_loss"]
@@ -105,41 +113,47 @@ class DistillModel(nn.Module):
 
     def _latent_losses(self, batch: TrainBatch) -> dict[str, Tensor]:
         tokens, codi = batch.tokens, self._loss.codi_weight > 0 and self.training
-        answer = self.student.read_answer(
-            tokens.prompt_ids_BP,
-            tokens.prompt_mask_BP,
-            tokens.answer_ids_BA,
-            tokens.answer_mask_BA,
-            all_layers=codi,
-        )
-        answer_ce = cross_entropy(answer.logits_BAV, tokens.answer_ids_BA, tokens.answer_mask_BA)
+        prompt = self.student.read_prompt(tokens.prompt_ids_BP, tokens.prompt_mask_BP, all_layers=codi)
+        thought = self.student.think(prompt)
+        answer = self.student.read_answer(thought, tokens.answer_ids_BA, tokens.answer_mask_BA, all_layers=codi)
+        answer_ce = self._cross_entropy(answer.hidden_BAE, tokens.answer_ids_BA, tokens.answer_mask_BA)
         losses = {"answer_ce": answer_ce, "ce_loss": answer_ce}
-        text = None
+        if self._loss.step_ce_weight > 0:
+            losses["step_ce"] = self._cross_entropy(answer.before_latents_BME, tokens.step_ids_BM, tokens.step_mask_BM)
         if self._loss.reasoning_ce_weight > 0 and self.training:
-            text = self.student.read_text(tokens.text_ids_BT, tokens.text_mask_BT, all_layers=codi)
-            losses["reasoning_ce"] = _next_token_loss(text.logits_BTV, tokens)
+            ids_BR, mask_BR = tokens.continuation_ids_BR, tokens.continuation_mask_BR
+            text = self.student.read_continuation(prompt, ids_BR, mask_BR, all_layers=codi)
+            losses["reasoning_ce"] = self._cross_entropy(text.hidden_BRE, ids_BR, mask_BR)
             losses["ce_loss"] = answer_ce + self._loss.reasoning_ce_weight * losses["reasoning_ce"]
             if codi:
                 losses["codi_loss"] = _codi_loss(answer, text, tokens)
         if not batch.teachers:
             return losses
-        own = _StudentKV(answer.k_BLHMD, answer.v_BLHMD, answer.prompt_state_BE)
+        own = _StudentKV(answer.k_BLHMD, answer.v_BLHMD, prompt.last_state_BE)
         if self.fusion is not None and self.fusion.compares:
             with torch.no_grad():
-                text = text or self.student.read_text(tokens.text_ids_BT, tokens.text_mask_BT, predict=False)
-            own = replace(own, text=text)
+                own = replace(own, text=self.student.read_text(tokens.text_ids_BT, tokens.text_mask_BT))
         return losses | self._kv_losses(batch, own)
 
     def _token_losses(self, batch: TrainBatch) -> dict[str, Tensor]:
         tokens = batch.tokens
         text = self.student.read_text(tokens.text_ids_BT, tokens.text_mask_BT)
-        losses = {"ce_loss": _next_token_loss(text.logits_BTV, tokens)}
+        target_BT = tokens.text_target_BT[:, 1:]
+        loss_BT = self.student.cross_entropy(text.hidden_BTE[:, :-1], tokens.text_ids_BT[:, 1:], target_BT)
+        _, answer_BT = reasoning_and_answer(tokens)
+        losses = {
+            "ce_loss": mean_over_tokens(loss_BT, target_BT),
+            "answer_ce": mean_over_tokens(loss_BT.detach(), answer_BT[:, 1:]),
+        }
         if not batch.teachers:
             return losses
         prompt_end_B = tokens.prompt_mask_BP.sum(dim=1) - 1
         rows_B = torch.arange(len(prompt_end_B), device=prompt_end_B.device)
         own = _StudentKV(text.k_BLHTD, text.v_BLHTD, text.hidden_BTE[rows_B, prompt_end_B])
         return losses | self._kv_losses(batch, own)
+
+    def _cross_entropy(self, hidden_BTE: Tensor, targets_BT: Tensor, mask_BT: Tensor) -> Tensor:
+        return mean_over_tokens(self.student.cross_entropy(hidden_BTE, targets_BT, mask_BT), mask_BT)
 
     def _kv_losses(self, batch: TrainBatch, own: _StudentKV) -> dict[str, Tensor]:
         if self.fusion is None:
@@ -173,7 +187,7 @@ class DistillModel(nn.Module):
     def _compare(
         self, own: _StudentKV, aligner: Aligner, target: AlignedTeacher, scale_LK: Tensor, variance_LK: Tensor
     ) -> dict[str, Tensor]:
-        mask_BM, objectives, errors_LH = target.mask_BM, [], []
+        mask_BM, objectives, errors_LH, errors_BM = target.mask_BM, [], [], []
         sides = ((own.k_BLHMD, target.k_BLHMD), (own.v_BLHMD, target.v_BLHMD))
         for tensor, (own_BLHMD, target_BLHMD), scale_L, variance_L in zip(
             TENSORS, sides, scale_LK.float().T, variance_LK.float().T, strict=True
@@ -181,9 +195,15 @@ class DistillModel(nn.Module):
             view_BLHMD = aligner.student_view(own_BLHMD, tensor)
             objectives.append(kv_distance(view_BLHMD, target_BLHMD, scale_L, mask_BM, self._loss.kv_loss))
             errors_LH.append(error_by_layer_and_head(view_BLHMD, target_BLHMD, variance_L, mask_BM))
+            if self._latent and not self.training:
+                errors_BM.append(error_by_slot(view_BLHMD, target_BLHMD, variance_L, mask_BM))
         error_KLH = torch.stack(errors_LH)
         losses = {"kv_objective": torch.stack(objectives).mean(), "kv_loss": error_KLH.mean()}
-        return losses if self.training else losses | {"kv_error_KLH": error_KLH}
+        if not self.training:
+            losses["kv_error_KLH"] = error_KLH
+        if errors_BM:
+            losses |= {"kv_error_BM": torch.stack(errors_BM).mean(dim=0), "kv_target_BM": mask_BM}
+        return losses
 
     def _at_student_tokens(self, batch: TrainBatch) -> Sequence[BatchKV]:
         """The teachers' K/V: unchanged in latent mode, at the student's tokens in token mode."""
@@ -310,17 +330,13 @@ def _frozen_copy(student: LatentStudent, *, checkpointing: bool) -> LatentStuden
     return judge.train(checkpointing)
 
 
-def _next_token_loss(logits_BTV: Tensor, tokens: StudentBatch) -> Tensor:
-    return cross_entropy(logits_BTV, tokens.text_ids_BT[:, 1:], tokens.text_target_BT[:, 1:])
-
-
-def _codi_loss(answer: AnswerReading, text: TextReading, tokens: StudentBatch) -> Tensor:
+def _codi_loss(answer: AnswerReading, text: ContinuationReading, tokens: StudentBatch) -> Tensor:
     """CODI: the state before the answer after latents, against the same student's state after the reasoning as text."""
     assert answer.before_answer_BSE is not None
-    assert text.states_BSTE is not None
-    first_answer_B = tokens.text_mask_BT.sum(dim=1) - tokens.answer_mask_BA.sum(dim=1)
+    assert text.states_BSRE is not None
+    first_answer_B = tokens.continuation_mask_BR.sum(dim=1) - tokens.answer_mask_BA.sum(dim=1)
     rows_B = torch.arange(len(first_answer_B), device=first_answer_B.device)
-    return codi_loss(answer.before_answer_BSE, text.states_BSTE[rows_B, :, first_answer_B - 1])
+    return codi_loss(answer.before_answer_BSE, text.states_BSRE[rows_B, :, first_answer_B])
 
 
 _PROMPT, _REASONING, _ANSWER = range(3)

@@ -8,26 +8,36 @@ The first inputs are embeddings of their own; the student's vocabulary does not 
 
 from __future__ import annotations
 
-import json
+import math
+import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import nn
 from torch.nn import functional
 
 from kvcore.errors import ConfigError, FieldError
-from kvcore.files import write_json
+from kvcore.models.files import model_config, weight_files
+from kvcore.models.latent_folder import CODE, LATENT_PREFIX, LATENT_WEIGHTS, is_latent, make_latent
 from kvcore.types import Tensor
 from student_trainer.model.capture import capture_kv
+from student_trainer.model.kept_prompt import KeptPrompt, PromptRecorder, let_layers_checkpoint_with_cache
+from student_trainer.model.lm_head import logits_of, token_cross_entropy
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import Cache, PreTrainedModel
 
-LATENT_WEIGHTS = "latent.safetensors"
-LATENT_CONFIG = "latent_config.json"
+# What transformers runs to load a latent student.
+HUB_CODE = Path(__file__).with_name(f"{CODE}.py")
+# Beside the weights of latent students of versions without their own model class.
+_OLD_CONFIG = "latent_config.json"
+# Tokens whose embeddings set the scale of the first inputs.
+_SCALE_TOKENS = 4096
 
 
 class LatentReasoning(nn.Module):
@@ -53,34 +63,82 @@ class LatentReasoning(nn.Module):
 
 
 @dataclass(frozen=True, slots=True)
-class AnswerReading:
-    """One pass over prompt, latents and answer.
+class ReadPrompt:
+    """A batch of prompts after one pass over them.
 
-    `logits_BAV` predict each answer token. `k_BLHMD`, `v_BLHMD`: of the latents in the last pass. `prompt_state_BE`:
-    the last hidden state of the prompt's last token. `before_answer_BSE`: every layer's state of the last latent, None
-    unless requested.
+    `prompt_BPE`, `mask_BP`: the input embeddings and their mask. `kept`: keys and values, which later passes read.
+    `last_state_BE`: the last layer's state of the last token. `states_BSE`: every layer's, None unless requested.
     """
 
-    logits_BAV: Tensor
+    prompt_BPE: Tensor
+    mask_BP: Tensor
+    kept: KeptPrompt
+    last_state_BE: Tensor
+    states_BSE: Tensor | None
+
+    def rows(self, indices: Sequence[int]) -> ReadPrompt:
+        """The same of some samples, which may repeat."""
+        states_BSE = None if self.states_BSE is None else self.states_BSE[indices]
+        tensors = (self.prompt_BPE[indices], self.mask_BP[indices])
+        return ReadPrompt(*tensors, self.kept.rows(indices), self.last_state_BE[indices], states_BSE)
+
+
+@dataclass(frozen=True, slots=True)
+class Thought:
+    """A batch of prompts and the latents after the last pass."""
+
+    prompt: ReadPrompt
+    latents_BME: Tensor
+
+    def inputs(self) -> Tensor:
+        """Input embeddings [B,P+M,E] of prompt and latents."""
+        return torch.cat([self.prompt.prompt_BPE, self.latents_BME], dim=1)
+
+    def mask(self) -> Tensor:
+        """The mask [B,P+M] of prompt and latents."""
+        return functional.pad(self.prompt.mask_BP, (0, self.latents_BME.shape[1]), value=True)
+
+    def rows(self, indices: Sequence[int]) -> Thought:
+        """The same of some samples, which may repeat."""
+        return Thought(self.prompt.rows(indices), self.latents_BME[indices])
+
+
+@dataclass(frozen=True, slots=True)
+class AnswerReading:
+    """One pass over latents and answer.
+
+    `hidden_BAE`: the last layer's states that predict each answer token. `before_latents_BME`: those one position
+    before each latent, from which the head reads what the student would write in the latent's place. `k_BLHMD`,
+    `v_BLHMD`: of the latents in the last pass. `before_answer_BSE`: every layer's state of the last latent, None unless
+    requested.
+    """
+
+    hidden_BAE: Tensor
+    before_latents_BME: Tensor
     k_BLHMD: Tensor
     v_BLHMD: Tensor
-    prompt_state_BE: Tensor
     before_answer_BSE: Tensor | None
 
 
 @dataclass(frozen=True, slots=True)
-class TextReading:
-    """One pass over text.
+class ContinuationReading:
+    """One pass over text that follows a prompt, without latents between them.
 
-    `logits_BTV` predict tokens 1..T-1, empty unless requested. `hidden_BTE`: of the last layer. `states_BSTE`: of every
-    layer, None unless requested.
+    `hidden_BRE`: the last layer's states that predict each token. `states_BSRE`: every layer's states of the same
+    positions, None unless requested.
     """
 
-    logits_BTV: Tensor
+    hidden_BRE: Tensor
+    states_BSRE: Tensor | None
+
+
+@dataclass(frozen=True, slots=True)
+class TextReading:
+    """One pass over whole text. `hidden_BTE`: of the last layer."""
+
     k_BLHTD: Tensor
     v_BLHTD: Tensor
     hidden_BTE: Tensor
-    states_BSTE: Tensor | None
 
 
 class LatentStudent(nn.Module):
@@ -90,160 +148,141 @@ class LatentStudent(nn.Module):
         super().__init__()
         self.lm = lm
         self.reasoning = reasoning
+        let_layers_checkpoint_with_cache(lm)
 
-    def think(self, prompt_ids_BP: Tensor, prompt_mask_BP: Tensor) -> tuple[Tensor, Tensor]:
-        """Computes the latents of a batch of prompts.
+    def read_prompt(self, ids_BP: Tensor, mask_BP: Tensor, *, all_layers: bool = False) -> ReadPrompt:
+        """Reads left-padded prompts. `all_layers`: return every layer's state of the last token."""
+        prompt_BPE = self.embed(ids_BP)
+        recorder = PromptRecorder()
+        hidden_BPE, layers = self._hidden(prompt_BPE, mask_BP, recorder, all_layers=all_layers)
+        states_BSE = torch.stack([layer[:, -1] for layer in layers], dim=1) if layers else None
+        return ReadPrompt(prompt_BPE, mask_BP, recorder.kept(), hidden_BPE[:, -1], states_BSE)
 
-        Returns:
-            inputs [B,P+M,E] (prompt, latents) and their mask.
-        """
-        prompt_BPE = self.embed(prompt_ids_BP)
-        positions_M = torch.arange(self.reasoning.latents, device=prompt_ids_BP.device)
-        latents_BME = self.reasoning.first_inputs(positions_M).expand(len(prompt_BPE), -1, -1)
-        mask_BT = functional.pad(prompt_mask_BP, (0, self.reasoning.latents), value=True)
-        before_first = prompt_BPE.shape[1] - 1
+    def think(self, prompt: ReadPrompt) -> Thought:
+        """Computes the latents of a batch of prompts."""
+        positions_M = torch.arange(self.reasoning.latents, device=prompt.mask_BP.device)
+        thought = Thought(prompt, self.reasoning.first_inputs(positions_M).expand(len(prompt.mask_BP), -1, -1))
         for _ in range(self.reasoning.passes):
-            hidden_BTE, _ = self._hidden(torch.cat([prompt_BPE, latents_BME], dim=1), mask_BT)
-            latents_BME = self.reasoning.projection(hidden_BTE[:, before_first:-1])
-        return torch.cat([prompt_BPE, latents_BME], dim=1), mask_BT
+            hidden_BME, _ = self._hidden(thought.latents_BME, thought.mask(), prompt.kept)
+            before_BME = torch.cat([prompt.last_state_BE[:, None], hidden_BME[:, :-1]], dim=1)
+            thought = Thought(prompt, self.reasoning.projection(before_BME))
+        return thought
 
     def read_answer(
-        self,
-        prompt_ids_BP: Tensor,
-        prompt_mask_BP: Tensor,
-        answer_ids_BA: Tensor,
-        answer_mask_BA: Tensor,
-        *,
-        all_layers: bool = False,
+        self, thought: Thought, ids_BA: Tensor, mask_BA: Tensor, *, all_layers: bool = False
     ) -> AnswerReading:
-        """Computes the latents, then reads the answer. `all_layers`: keep every layer's state before the answer."""
-        inputs_BTE, mask_BT = self.think(prompt_ids_BP, prompt_mask_BP)
-        end = inputs_BTE.shape[1]
-        inputs_BTE = torch.cat([inputs_BTE, self.embed(answer_ids_BA[:, :-1])], dim=1)
-        mask_BT = torch.cat([mask_BT, answer_mask_BA[:, :-1]], dim=1)
+        """Reads the answer after the latents. `all_layers`: return every layer's state before the answer."""
+        latents = thought.latents_BME.shape[1]
+        inputs_BTE = torch.cat([thought.latents_BME, self.embed(ids_BA[:, :-1])], dim=1)
+        mask_BT = torch.cat([thought.mask(), mask_BA[:, :-1]], dim=1)
         with capture_kv(self.lm) as capture:
-            hidden_BTE, layers = self._hidden(inputs_BTE, mask_BT, all_layers=all_layers)
-        start = end - self.reasoning.latents
-        k_BLHMD, v_BLHMD = capture.columns(start, end)
-        return AnswerReading(
-            self._logits(hidden_BTE[:, end - 1 :]),
-            k_BLHMD,
-            v_BLHMD,
-            hidden_BTE[:, start - 1],
-            torch.stack([layer[:, end - 1] for layer in layers], dim=1) if layers else None,
-        )
+            hidden_BTE, layers = self._hidden(inputs_BTE, mask_BT, thought.prompt.kept, all_layers=all_layers)
+        k_BLHMD, v_BLHMD = capture.columns(0, latents)
+        before_BSE = torch.stack([layer[:, latents - 1] for layer in layers], dim=1) if layers else None
+        before_BME = torch.cat([thought.prompt.last_state_BE[:, None], hidden_BTE[:, : latents - 1]], dim=1)
+        return AnswerReading(hidden_BTE[:, latents - 1 :], before_BME, k_BLHMD, v_BLHMD, before_BSE)
 
-    def read_text(
-        self, ids_BT: Tensor, mask_BT: Tensor, *, all_layers: bool = False, predict: bool = True
-    ) -> TextReading:
-        """Reads text like any language model.
+    def read_continuation(
+        self, prompt: ReadPrompt, ids_BR: Tensor, mask_BR: Tensor, *, all_layers: bool = False
+    ) -> ContinuationReading:
+        """Reads text straight after the prompt. `all_layers`: return every layer's states; `prompt` needs them too."""
+        mask_BT = torch.cat([prompt.mask_BP, mask_BR[:, :-1]], dim=1)
+        hidden_BRE, layers = self._hidden(self.embed(ids_BR[:, :-1]), mask_BT, prompt.kept, all_layers=all_layers)
+        hidden_BRE = torch.cat([prompt.last_state_BE[:, None], hidden_BRE], dim=1)
+        if not all_layers:
+            return ContinuationReading(hidden_BRE, None)
+        assert prompt.states_BSE is not None, "the prompt was read without every layer's states"
+        states_BSRE = torch.cat([prompt.states_BSE[:, :, None], torch.stack(layers, dim=1)], dim=2)
+        return ContinuationReading(hidden_BRE, states_BSRE)
 
-        `all_layers`: keep every layer's states. `predict`: compute logits, which are the largest tensor.
-        """
+    def read_text(self, ids_BT: Tensor, mask_BT: Tensor) -> TextReading:
+        """Reads text like any language model."""
         with capture_kv(self.lm) as capture:
-            hidden_BTE, layers = self._hidden(self.embed(ids_BT), mask_BT, all_layers=all_layers)
-        k_BLHTD, v_BLHTD = capture.columns(0, ids_BT.shape[1])
-        states_BSTE = torch.stack(layers, dim=1) if layers else None
-        logits_BTV = self._logits(hidden_BTE[:, : -1 if predict else 0])
-        return TextReading(logits_BTV, k_BLHTD, v_BLHTD, hidden_BTE, states_BSTE)
+            hidden_BTE, _ = self._hidden(self.embed(ids_BT), mask_BT)
+        return TextReading(*capture.columns(0, ids_BT.shape[1]), hidden_BTE)
 
-    def logits(self, inputs_BTE: Tensor, mask_BT: Tensor, first: int = 0) -> Tensor:
-        """Logits [B,T-first,V] of input embeddings, from position `first` on."""
-        hidden_BTE, _ = self._hidden(inputs_BTE, mask_BT)
-        return self._logits(hidden_BTE[:, first:])
+    def hidden(self, inputs_BTE: Tensor, mask_BT: Tensor) -> Tensor:
+        """The last layer's states [B,T,E] of input embeddings."""
+        return self._hidden(inputs_BTE, mask_BT)[0]
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Logits [...,V] of the last layer's states."""
+        return logits_of(self.lm, hidden)
+
+    def cross_entropy(self, hidden_BTE: Tensor, targets_BT: Tensor, mask_BT: Tensor) -> Tensor:
+        """Cross-entropy [B,T] of each target from the state that predicts it; 0 where masked out."""
+        return token_cross_entropy(self.lm, hidden_BTE, targets_BT, mask_BT)
 
     def embed(self, ids: Tensor) -> Tensor:
         """Input embeddings [...,E] of token ids."""
         return self.lm.get_input_embeddings()(ids)
 
-    def _logits(self, hidden: Tensor) -> Tensor:
-        head = self.lm.get_output_embeddings()
-        assert head is not None, "a causal language model has a head"
-        return head(hidden)
-
     def _hidden(
-        self, inputs_BTE: Tensor, mask_BT: Tensor, *, all_layers: bool = False
+        self, inputs_BTE: Tensor, mask_BT: Tensor, cache: Cache | None = None, *, all_layers: bool = False
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """Last hidden states [B,T,E], and every layer's output if requested."""
+        """Last hidden states of the inputs, and every layer's output if requested.
+
+        `mask_BT`: of the inputs and of what the cache holds before them.
+        """
         positions_BT = (mask_BT.long().cumsum(dim=1) - 1).clamp(min=0)
         output = self.lm.base_model(
             inputs_embeds=inputs_BTE,
             attention_mask=mask_BT.long(),
-            position_ids=positions_BT,
+            position_ids=positions_BT[:, -inputs_BTE.shape[1] :],
+            past_key_values=cache,
             use_cache=False,
             output_hidden_states=all_layers,
         )
         # The first one holds the embeddings.
         return output.last_hidden_state, tuple(output.hidden_states[1:]) if all_layers else ()
 
-    @torch.no_grad()
-    def generate(self, prompt_ids_BP: Tensor, prompt_mask_BP: Tensor, max_new_tokens: int, *, latent: bool) -> Tensor:
-        """Greedy continuation [B,max_new_tokens] after the latents (`latent`) or straight after the prompt.
-
-        Every call takes `max_new_tokens` steps, so that ranks that share parameters run the same passes. The caller
-        cuts the tokens at the first end of sequence.
-        """
-        if latent:
-            inputs_BTE, mask_BT = self.think(prompt_ids_BP, prompt_mask_BP)
-        else:
-            inputs_BTE, mask_BT = self.embed(prompt_ids_BP), prompt_mask_BP
-        cache = None
-        tokens: list[Tensor] = []
-        for _ in range(max_new_tokens):
-            positions_BT = (mask_BT.long().cumsum(dim=1) - 1).clamp(min=0)[:, -inputs_BTE.shape[1] :]
-            output = self.lm.base_model(
-                inputs_embeds=inputs_BTE,
-                attention_mask=mask_BT.long(),
-                position_ids=positions_BT,
-                past_key_values=cache,
-                use_cache=True,
-            )
-            cache = output.past_key_values
-            next_B = self._logits(output.last_hidden_state[:, -1]).argmax(dim=-1)
-            tokens.append(next_B)
-            inputs_BTE = self.embed(next_B[:, None])
-            mask_BT = functional.pad(mask_BT, (0, 1), value=True)
-        return torch.stack(tokens, dim=1)
-
 
 def new_reasoning(lm: PreTrainedModel, latents: int, passes: int, seed: int) -> LatentReasoning:
     """New latent parameters for a student, the same on every rank."""
-    weight: Tensor = lm.get_input_embeddings().weight  # pyright: ignore[reportAssignmentType]
+    table: Any = lm.get_input_embeddings()
+    rows, hidden = int(table.num_embeddings), int(table.embedding_dim)
+    # Some embeddings scale their rows, so the scale is that of their outputs.
+    ids = torch.arange(0, rows, math.ceil(rows / _SCALE_TOKENS), device=table.weight.device)
     # No devices: otherwise each rank would open a context on every GPU of its machine.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        rms = float(weight.detach().float().pow(2).mean().sqrt())
-        return LatentReasoning(int(weight.shape[1]), latents, passes, rms)
+        with torch.no_grad():
+            rms = float(table(ids).float().pow(2).mean().sqrt())
+        return LatentReasoning(hidden, latents, passes, rms)
 
 
 def save_reasoning(reasoning: LatentReasoning, tensors: dict[str, Tensor], directory: Path) -> None:
-    """Writes latent parameters next to a student's weights. `tensors`: the module's gathered state."""
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, directory / LATENT_WEIGHTS)
-    settings = {"latents": reasoning.latents, "passes": reasoning.passes}
-    write_json(directory / LATENT_CONFIG, settings)
+    """Adds latent parameters to the folder of a student's backbone, which becomes that of a latent student.
+
+    Args:
+        reasoning: the module.
+        tensors: its gathered state.
+        directory: where the backbone was saved.
+    """
+    weights = {f"{LATENT_PREFIX}{name}": tensor.contiguous() for name, tensor in tensors.items()}
+    save_file(weights, directory / LATENT_WEIGHTS, metadata={"format": "pt"})
+    shutil.copyfile(HUB_CODE, directory / HUB_CODE.name)
+    make_latent(directory, reasoning.latents, reasoning.passes)
 
 
 def load_reasoning(lm: PreTrainedModel, directory: Path, latents: int, passes: int) -> LatentReasoning | None:
-    """The latent parameters saved next to a student, or None.
+    """The latent parameters in the folder of a student, or None.
 
     Raises:
         ConfigError: they were saved for another number of latents.
     """
-    weights = directory / LATENT_WEIGHTS
-    if not weights.is_file():
+    saved = _saved_settings(directory, "student.path")
+    if saved is None:
         return None
-    saved = json.loads((directory / LATENT_CONFIG).read_text(encoding="utf-8"))
     if saved["latents"] != latents:
         raise ConfigError(
             f"student.latents: {directory} was trained with {saved['latents']}, the configuration says {latents}"
         )
-    reasoning = new_reasoning(lm, latents, passes, seed=0)
-    reasoning.load_state_dict(load_file(weights))
-    return reasoning
+    return _loaded(lm, directory, latents, passes)
 
 
 def saved_reasoning(lm: PreTrainedModel, directory: Path, field: str) -> LatentReasoning | None:
-    """The latent parameters saved next to a student, with the settings saved with them; None if there are none.
+    """The latent parameters in the folder of a student, with the settings saved with them; None if there are none.
 
     Args:
         lm: the student's language model.
@@ -251,14 +290,28 @@ def saved_reasoning(lm: PreTrainedModel, directory: Path, field: str) -> LatentR
         field: the field of `directory` that errors name.
 
     Raises:
-        FieldError: one of the two files is missing.
+        FieldError: the folder is incomplete.
     """
-    files = [directory / name for name in (LATENT_CONFIG, LATENT_WEIGHTS)]
-    present = [file.is_file() for file in files]
-    if not any(present):
-        return None
-    if not all(present):
-        missing = files[present.index(False)]
-        raise FieldError(field, f"{directory} is a latent student, but {missing.name} is missing")
-    settings = json.loads(files[0].read_text(encoding="utf-8"))
-    return load_reasoning(lm, directory, settings["latents"], settings["passes"])
+    saved = _saved_settings(directory, field)
+    return None if saved is None else _loaded(lm, directory, saved["latents"], saved["passes"])
+
+
+def _saved_settings(directory: Path, field: str) -> dict[str, int] | None:
+    tree = model_config(directory, str(directory), field)
+    if not is_latent(tree) and (directory / _OLD_CONFIG).is_file():
+        # Without its latents it would be another model.
+        raise FieldError(
+            field, f"{directory} is a latent student of an earlier version, which this one cannot read; train it again"
+        )
+    return {name: int(tree[name]) for name in ("latents", "passes")} if is_latent(tree) else None
+
+
+def _loaded(lm: PreTrainedModel, directory: Path, latents: int, passes: int) -> LatentReasoning:
+    tensors: dict[str, Tensor] = {}
+    for file in weight_files(directory):
+        with safe_open(file, framework="pt") as stored:
+            names = [name for name in stored.keys() if name.startswith(LATENT_PREFIX)]  # noqa: SIM118 - no dictionary
+            tensors |= {name.removeprefix(LATENT_PREFIX): stored.get_tensor(name) for name in names}
+    reasoning = new_reasoning(lm, latents, passes, seed=0)
+    reasoning.load_state_dict(tensors)
+    return reasoning

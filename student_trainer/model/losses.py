@@ -14,18 +14,15 @@ import torch
 from torch.nn import functional
 
 from kvcore.types import Tensor
-from student_trainer.config import KV_LOSSES
+from student_trainer.method_config import KV_LOSSES
 
 # Takes student and target [B,L,H,M,D], both in units of the target's deviation and 0 in empty slots, and the mask [B,M]
 # of slots with a target. Returns a scalar. The target has no gradient.
 KVLoss = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
-def cross_entropy(logits_BTV: Tensor, targets_BT: Tensor, mask_BT: Tensor) -> Tensor:
-    """Mean over samples of the mean cross-entropy of a sample's masked-in tokens (natural logarithm)."""
-    loss_BT = functional.cross_entropy(
-        logits_BTV.flatten(0, 1).float(), targets_BT.flatten(), reduction="none"
-    ).view_as(targets_BT)
+def mean_over_tokens(loss_BT: Tensor, mask_BT: Tensor) -> Tensor:
+    """Mean over samples of the mean of a sample's masked-in tokens. `loss_BT` must be finite where masked out."""
     counts_B = mask_BT.sum(dim=1).clamp(min=1)
     return ((loss_BT * mask_BT).sum(dim=1) / counts_B).mean()
 
@@ -82,9 +79,18 @@ def error_by_layer_and_head(student_BLHMD: Tensor, target_BLHMD: Tensor, varianc
     Its mean is the normalised error. Predicting the mean gives 1.0 on average over a layer's heads, and less for a head
     that varies less than the others.
     """
+    return _mean_over_slots(_error(student_BLHMD, target_BLHMD, variance_L, mask_BM), mask_BM)
+
+
+@torch.no_grad()
+def error_by_slot(student_BLHMD: Tensor, target_BLHMD: Tensor, variance_L: Tensor, mask_BM: Tensor) -> Tensor:
+    """The same error of each slot, [B,M]: the mean over layers and heads; 0 in empty slots."""
+    return _error(student_BLHMD, target_BLHMD, variance_L, mask_BM).mean(dim=(1, 2))
+
+
+def _error(student_BLHMD: Tensor, target_BLHMD: Tensor, variance_L: Tensor, mask_BM: Tensor) -> Tensor:
     student, target = _only_masked_in(student_BLHMD, mask_BM), _only_masked_in(target_BLHMD, mask_BM)
-    error_BLHM = (student - target).pow(2).mean(dim=-1) / variance_L[None, :, None, None]
-    return _mean_over_slots(error_BLHM, mask_BM)
+    return (student - target).pow(2).mean(dim=-1) / variance_L[None, :, None, None]
 
 
 def _at_least_fp32(x: Tensor) -> Tensor:

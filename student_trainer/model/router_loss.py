@@ -8,7 +8,7 @@ from data.collate import StudentBatch
 from kvcore.types import Tensor
 from student_trainer.model.injection import inject_kv
 from student_trainer.model.latent import LatentStudent
-from student_trainer.model.losses import cross_entropy
+from student_trainer.model.losses import mean_over_tokens
 
 
 def router_loss(
@@ -34,10 +34,9 @@ def router_loss(
     inputs_BTE = judge.embed(tokens.text_ids_BT).detach()
     # The block includes the backward pass, since gradient checkpointing runs the forward pass again in it.
     with torch.enable_grad(), inject_kv(judge.lm, k_leaf, v_leaf, mask_BT & reasoning_BT):
-        # Logits are the largest tensor, so they are computed only from the first answer token on.
-        first = int(answer_BT.any(dim=0).nonzero()[0])
-        logits_BTV = judge.logits(inputs_BTE, tokens.text_mask_BT, first - 1)[:, :-1]
-        loss = cross_entropy(logits_BTV, tokens.text_ids_BT[:, first:], answer_BT[:, first:])
+        hidden_BTE = judge.hidden(inputs_BTE, tokens.text_mask_BT)[:, :-1]
+        loss_BT = judge.cross_entropy(hidden_BTE, tokens.text_ids_BT[:, 1:], answer_BT[:, 1:])
+        loss = mean_over_tokens(loss_BT, answer_BT[:, 1:])
         # A backward pass through the judge would leave gradients on its parameters too.
         k_gradient, v_gradient = torch.autograd.grad(loss, (k_leaf, v_leaf))
     carrier = (k_BLHTD * k_gradient).sum() + (v_BLHTD * v_gradient).sum()

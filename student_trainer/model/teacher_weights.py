@@ -50,27 +50,17 @@ class Fusion(nn.Module):
         super().__init__()
         self.settings = settings
         self.names = tuple(fixed)
-        self.temperature = temperature(
-            0.0, settings.temperature, settings.temperature_decay, settings.temperature_floor
-        )
+        self.set_progress(0.0, 0.0)
         self._fixed_N = torch.tensor(list(fixed.values()))
         self.router: Router | None = None
         if settings.kind == "learnable":
-            layers = student.layers if settings.per_layer else None
             summary = 2 * student.layers * student.features
-            self.router = Router(
-                settings.router,
-                len(fixed),
-                prompt_width,
-                layers=layers,
-                width=settings.router_width,
-                summary_width=summary,
-            )
+            self.router = Router(settings.router, len(fixed), prompt_width, settings.router_width, summary)
 
     @property
     def compares(self) -> bool:
         """Whether weights depend on the student's K/V at the teachers' tokens."""
-        return self.settings.kind == "similarity"
+        return self.settings.kind == "similarity" and not self._warming_up
 
     @property
     def reads_kv(self) -> bool:
@@ -82,15 +72,16 @@ class Fusion(nn.Module):
         """Whether a router is trained."""
         return self.router is not None
 
-    def set_epoch(self, epoch: float) -> None:
-        """Sets the temperature of this epoch."""
+    def set_progress(self, epoch: float, done: float) -> None:
+        """Sets the temperature of this epoch, and whether similarity counts. `done`: the fraction of the steps."""
         settings = self.settings
+        self._warming_up = settings.kind == "similarity" and done < settings.warmup_ratio
         self.temperature = temperature(
-            epoch, settings.temperature, settings.temperature_decay, settings.temperature_floor
+            epoch, settings.temperature, settings.temperature_decay, settings.lowest_temperature
         )
 
     def weigh(self, teachers: Sequence[AlignedTeacher], prompt_state_BE: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Every sample's weights, [N] (fixed), [B,N] or [B,L,N], and the routing metrics (none if fixed).
+        """Every sample's weights, [N] (fixed) or [B,N], and the routing metrics (none if fixed).
 
         The metrics are each teacher's mean weight over the samples that have any K/V, and the entropy of the weights in
         nats, before `choose: top1`. `prompt_state_BE`: the student's state at the end of the prompt, for the router.
@@ -98,11 +89,14 @@ class Fusion(nn.Module):
         present_BN = torch.stack([teacher.mask_BM.any(dim=1) for teacher in teachers], dim=1)
         if self.settings.kind == "fixed":
             return self._fixed_N.to(present_BN.device), {}
-        logits = self._logits(teachers, prompt_state_BE)
-        soft = to_weights(logits, present_BN, self.temperature, "soft")
-        weights = to_weights(logits, present_BN, self.temperature, self.settings.choose)
-        per_sample_BN = weights.detach() if weights.dim() == 2 else weights.detach().mean(dim=1)
-        means_N = per_sample_BN.sum(dim=0) / present_BN.any(dim=1).sum().clamp(min=1)
+        if self._warming_up:
+            fixed_BN = self._fixed_N.to(present_BN.device).log().expand(present_BN.shape)
+            soft = weights = to_weights(fixed_BN, present_BN, 1.0)
+        else:
+            logits = self._logits(teachers, prompt_state_BE)
+            soft = to_weights(logits, present_BN, self.temperature, "soft")
+            weights = to_weights(logits, present_BN, self.temperature, self.settings.choose)
+        means_N = weights.detach().sum(dim=0) / present_BN.any(dim=1).sum().clamp(min=1)
         metrics = {f"routing/weights_mean/{name}": mean for name, mean in zip(self.names, means_N, strict=True)}
         return weights, metrics | {"routing/entropy": entropy(soft, present_BN)}
 
@@ -122,7 +116,7 @@ class Fusion(nn.Module):
         return self.router(prompt_state_BE.detach(), summary_BNF)
 
     def _similarities(self, teachers: Sequence[AlignedTeacher]) -> Tensor:
-        """[B,N], or [B,L,N] per layer: the mean over keys and values.
+        """[B,N]: the mean over keys and values.
 
         A teacher that shares no token with the student gets the lowest similarity of the others.
         """
@@ -140,10 +134,9 @@ class Fusion(nn.Module):
                 if own is not None and theirs is not None
             ]
             found.append(torch.stack(similarities).mean(dim=0))
-        sim_BLN = torch.cat(found, dim=2)
-        least_BL1 = sim_BLN.masked_fill(~compared_BN[:, None], torch.inf).amin(dim=2, keepdim=True)
-        sim_BLN = torch.where(compared_BN[:, None] | least_BL1.isinf(), sim_BLN, least_BL1)
-        return sim_BLN if self.settings.per_layer else sim_BLN.mean(dim=1)
+        sim_BN = torch.cat(found, dim=1)
+        least_B1 = sim_BN.masked_fill(~compared_BN, torch.inf).amin(dim=1, keepdim=True)
+        return torch.where(compared_BN | least_B1.isinf(), sim_BN, least_B1)
 
 
 def _summary(teacher: AlignedTeacher) -> Tensor:

@@ -4,17 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
-from kvcore.monitoring.html_page import figure, heading, page, paragraphs, table
+from kvcore.monitoring.html_page import figure, heading, page, paragraphs, stack, table
 from student_trainer.monitoring.alignment_pictures import (
     LOWEST_SHOWN,
+    NARROW,
+    WIDE,
+    Look,
     Report,
     draw_coverage,
     draw_explained,
     draw_layer_map,
     draw_similarity,
+    ratio,
 )
+from student_trainer.monitoring.chart_style import DARK, LIGHT
 
-_PICTURES: tuple[tuple[str, str, Callable[[Report], bytes | None]], ...] = (
+_Draw = Callable[[Report, Look], bytes | None]
+_PICTURES: tuple[tuple[str, str, _Draw], ...] = (
     (
         "explained variance by layer",
         (
@@ -37,26 +43,32 @@ _PICTURES: tuple[tuple[str, str, Callable[[Report], bytes | None]], ...] = (
     (
         "token coverage",
         (
-            "Tokens of the text, except the first ones (sinks). If a selection keeps only some tokens, most student "
-            "tokens have no counterpart."
+            "Tokens of the text, except the first ones (sinks), as the mean of all samples. If a selection keeps only "
+            "some of the teacher's tokens, most student tokens have no counterpart."
         ),
         draw_coverage,
     ),
 )
-_INTRODUCTION = (
-    "Measured on the calibration samples before the first step. The numbers are in alignment.json in this directory."
+_INTRODUCTION = "Measured on the calibration samples {when}. The numbers are in alignment.json in this directory."
+_OVERVIEW_HEADINGS = (
+    "teacher",
+    "keys explained",
+    "control",
+    "values explained",
+    "control",
+    "student tokens with a counterpart",
 )
-_OVERVIEW_HEADINGS = ("teacher", "keys explained", "control", "values explained", "control", "student tokens paired")
 
 
-def render_page(teachers: Mapping[str, Report]) -> str:
-    """Returns the whole page."""
+def render_page(teachers: Mapping[str, Report], step: int) -> str:
+    """Returns the whole page. `step`: the steps before the alignments were fitted."""
+    when = f"after step {step:,}" if step else "before the first step"
     return page(
         "kvdistill alignment",
         (
             heading("Alignment of the teachers' K/V with the student's", 1),
-            paragraphs([_INTRODUCTION]),
-            table(_OVERVIEW_HEADINGS, [_overview(name, report) for name, report in teachers.items()]),
+            paragraphs([_INTRODUCTION.format(when=when)]),
+            stack(_OVERVIEW_HEADINGS, [_overview(name, report) for name, report in teachers.items()]),
             *(_teacher(name, report) for name, report in teachers.items()),
         ),
     )
@@ -66,8 +78,7 @@ def _overview(name: str, report: Report) -> tuple[str, ...]:
     explained, control = report["explained_variance"], report["explained_variance_shuffled"]
     means = [_mean(part[tensor]) for tensor in ("k", "v") for part in (explained, control)]
     tokens = (report["coverage"] or {}).get("student_tokens")
-    paired = f"{tokens['paired'] / tokens['seen']:.1%}" if tokens and tokens["seen"] else "not measured"
-    return (name, *means, paired)
+    return (name, *means, ratio(tokens) if tokens and tokens["seen"] else "not measured")
 
 
 def _teacher(name: str, report: Report) -> str:
@@ -141,8 +152,10 @@ def _mean(values: Sequence[float | None]) -> str:
     return f"{sum(known) / len(known):.3f}" if known else "not measured"
 
 
-def _figure(name: str, title: str, caption: str, draw: Callable[[Report], bytes | None], report: Report) -> str:
-    picture = draw(report)
-    if picture is None:
+def _figure(name: str, title: str, caption: str, draw: _Draw, report: Report) -> str:
+    looks = [Look(theme, widest) for widest in (WIDE, NARROW) for theme in (LIGHT, DARK)]
+    drawn = [picture for look in looks if (picture := draw(report, look)) is not None]
+    if not drawn:
         return ""
-    return figure(f"{name}: {title}", picture, caption=caption)
+    light, dark, *narrow = drawn
+    return figure(f"{name}: {title}", light, dark, caption, narrow=(narrow[0], narrow[1]))

@@ -12,15 +12,16 @@ from kvcore.files import replace_file, write_json
 
 @dataclass(frozen=True, slots=True)
 class AlignmentReport:
-    """The alignments of a run: `Aligner.report()` by teacher name."""
+    """The alignments of a run: `Aligner.report()` by teacher name, and the steps before they were fitted."""
 
     teachers: Mapping[str, Mapping[str, Any]]
+    step: int = 0
 
     def write(self, directory: Path) -> list[Path]:
         """Writes alignment.json and alignment.html and returns their paths."""
         directory.mkdir(parents=True, exist_ok=True)
         paths = [directory / "alignment.json", directory / "alignment.html"]
-        write_json(paths[0], {"teachers": self.teachers})
+        write_json(paths[0], {"step": self.step, "teachers": self.teachers})
         replace_file(paths[1], self._page())
         return paths
 
@@ -28,4 +29,4 @@ class AlignmentReport:
         # Imported late, because it is slow and needed once per run.
         from student_trainer.monitoring.alignment_page import render_page  # noqa: PLC0415
 
-        return render_page(self.teachers)
+        return render_page(self.teachers, self.step)

@@ -12,6 +12,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from kvcore.monitoring import html_page
+from kvcore.monitoring.colours import DARK_SERIES, LIGHT_SERIES
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,19 +25,11 @@ class Theme:
     series: tuple[str, ...]
 
 
-LIGHT = Theme(
-    "#ffffff",
-    "#1b1f24",
-    "#c9d1d9",
-    ("#0b62a4", "#c8553d", "#1a936f", "#8456a8", "#b58900", "#8a8f98", "#c2498f", "#2aa1b3"),
-)
-DARK = Theme(
-    "#14181d",
-    "#e6edf3",
-    "#3d444d",
-    ("#5cb3ff", "#ff8a70", "#4fd1a1", "#c39bea", "#f0c95a", "#9aa4af", "#ff94d0", "#6ad7e8"),
-)
+LIGHT = Theme("#ffffff", "#1b1f24", "#c9d1d9", LIGHT_SERIES)
+DARK = Theme("#14181d", "#e6edf3", "#3d444d", DARK_SERIES)
 Fill = Callable[[Figure, Theme], None]
+# What to draw, and width and height in inches.
+Layout = tuple[Fill, tuple[float, float]]
 
 
 def draw(fill: Fill, theme: Theme, inches: tuple[float, float], kind: Literal["png", "svg"]) -> bytes:
@@ -54,10 +47,21 @@ def draw(fill: Fill, theme: Theme, inches: tuple[float, float], kind: Literal["p
         return rendered(figure, kind)
 
 
-def html_figure(title: str, fill: Fill, inches: tuple[float, float], caption: str = "") -> str:
-    """Draws a picture for an HTML page, for light and dark backgrounds."""
-    light, dark = (draw(fill, theme, inches, "svg") for theme in (LIGHT, DARK))
-    return html_page.figure(title, light, dark, caption)
+def html_figure(title: str, wide: Layout, caption: str = "", *, narrow: Layout | None = None) -> str:
+    """Draws a picture for an HTML page, for light and dark backgrounds.
+
+    Args:
+        title: for screen readers.
+        wide: the drawing function, and width and height in inches.
+        caption: shown below.
+        narrow: the same for narrow windows; as `wide` by default.
+    """
+
+    def both(layout: Layout) -> tuple[bytes, bytes]:
+        fill, inches = layout
+        return draw(fill, LIGHT, inches, "svg"), draw(fill, DARK, inches, "svg")
+
+    return html_page.figure(title, *both(wide), caption, narrow=None if narrow is None else both(narrow))
 
 
 def rendered(figure: Figure, kind: Literal["png", "svg"]) -> bytes:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from typing import TypeVar
 
 import torch.distributed as dist
@@ -16,8 +16,11 @@ logger = logging.getLogger(__name__)
 BatchT = TypeVar("BatchT")
 
 
-def show_progress(what: str, batches: Sequence[BatchT]) -> Iterator[BatchT]:
-    """Yields the batches while rank 0 shows how many are done. Long parts also go to the log if no terminal is used."""
+def show_progress(what: str, batches: Sequence[BatchT]) -> Generator[BatchT]:
+    """Yields the batches while rank 0 shows how many are done. Long parts also go to the log if no terminal is used.
+
+    Whoever stops before the last batch closes it.
+    """
     run = current_run.get()
     if run is None or dist.get_rank() != 0:
         yield from batches

@@ -23,12 +23,15 @@ PREFIX = "kvdistill_train_"
 # Logged metrics with a Prometheus metric of their own: its name and help text.
 FIGURES = {
     "train/lr": ("learning_rate", "The optimiser's learning rate."),
+    "train/kv_weight": ("kv_weight", "The weight of the KV loss."),
     "train/epoch": ("epoch", "Passes over the training samples begun, from 0."),
     "train/samples_per_second": ("samples_per_second", "Samples of all ranks per second, over the last logged steps."),
     "kv/stall_fraction": ("stall_ratio", "Share of time that ranks waited for teachers, over the last logged steps."),
     "kv/bytes_per_sample": ("sample_bytes", "Encoded K/V of all teachers for one sample."),
     "routing/entropy": ("routing_entropy_nats", "Entropy of the weights: log(teachers) if equal, 0 for one teacher."),
-    "val/loss": ("validation_loss", "The loss on validation samples."),
+    "val/ce_loss": ("validation_ce_loss", "The cross-entropy on validation samples, in nats per token."),
+    "val/answer_ce": ("validation_answer_ce", "The cross-entropy of the answers of validation samples."),
+    "val/loss": ("validation_loss", "The loss on validation samples, the weighted KV loss included."),
     "val/kv_loss": ("validation_kv_loss", "The normalised KV error on validation samples; 1 is predicting the mean."),
     "val/task_metrics/accuracy": ("validation_accuracy_ratio", "Share of validation samples answered exactly."),
 }
@@ -132,13 +135,14 @@ def _teachers(teachers: dict[str, TeacherView]) -> Iterator[Metric]:
         (_counter, "received_bytes_total", "Encoded K/V, all ranks.", each(lambda t: t.sums.encoded_bytes)),
         (_gauge, "staleness_seconds", "Time since it last answered rank 0.", health(lambda h: h.answered_s_ago)),
         (_counter, "switches_total", "Switches of rank 0 to another replica.", health(lambda h: h.switches)),
+        (_counter, "set_aside_total", "Replicas that refused or were another teacher.", health(lambda h: h.set_aside)),
         (_counter, "retries_total", "Requests that rank 0 repeated.", health(lambda h: h.retries)),
     ):
         yield make(f"teacher_{name}", text, values, "teacher")
     stages = {(name, stage): view.sums.seconds[stage] for name, view in teachers.items() for stage in STAGES}
     text = (
-        "Time by stage, summed over samples and ranks: queue, prefill, encode and network for each sample; decode and "
-        "stall (waiting) for each micro-batch."
+        "Time by stage, summed over micro-batches and ranks: queue, prefill, encode and network, in which a batch of "
+        "the teacher counts once; decode and stall (waiting)."
     )
     yield _counter("teacher_stage_seconds_total", text, stages, "teacher", "stage")
     endpoints = {

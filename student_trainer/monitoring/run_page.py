@@ -4,37 +4,41 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from fastapi import FastAPI
 from fastapi.responses import HTMLResponse, JSONResponse
 
-from kvcore.files import finite_or_null
-from kvcore.monitoring.html_page import charts, heading, paragraphs
-from kvcore.monitoring.line_chart import line_chart, number
-from kvcore.monitoring.live_page import HEADERS, facts, live_page, shares, stack, state, tiles
-from kvcore.monitoring.units import in_bytes, in_time
+from kvcore.files import finite_or_null, replace_file
+from kvcore.monitoring.charts import chart_block
+from kvcore.monitoring.html_page import heading, paragraphs, stack
+from kvcore.monitoring.live_page import (
+    HEADERS,
+    add_scripts,
+    facts,
+    live_page,
+    saved_page,
+    shares,
+    state,
+    tiles,
+)
+from kvcore.monitoring.units import in_bytes, in_time, number
 from student_trainer.config import TrainConfig
 from student_trainer.kv_sources.kv_batch import TEACHER_STAGES
-from student_trainer.monitoring.run_state import Phase, RunSnapshot, RunState, TeacherView
+from student_trainer.monitoring.run_charts import run_charts
+from student_trainer.monitoring.run_state import Phase, Prediction, RunSnapshot, RunState, TeacherView
 
+SAVED = "run.html"
+_LONGEST = 300  # Characters of a text in the table of answers.
 _LINKS = ("/state.json", "/metrics", "/healthz")
 _PHASES: Mapping[Phase, str] = {
-    "starting": "Starting: loading the student, connecting to teachers, fitting alignments",
+    "starting": "Loading the student, connecting to teachers, fitting alignments",
     "training": "Training",
     "validating": "Validating",
     "saving": "Saving a checkpoint",
-    "done": "Done",
-    "failed": "Failed; the log says why",
+    "done": "Finished",
+    "failed": "Failed",
 }
-_WEIGHT = "routing/weights_mean/"
-# Title, then label and metric of each curve.
-_CHARTS: Mapping[str, Mapping[str, str]] = {
-    "Loss": {"train": "train/loss", "cross-entropy": "train/ce_loss", "validation": "val/loss"},
-    "KV loss (1: predicting the mean)": {"train": "train/kv_loss", "validation": "val/kv_loss"},
-    "Share of time waiting for teachers": {"stall": "kv/stall_fraction"},
-}
-_ACCURACY = {"accuracy": "val/task_metrics/accuracy"}
 _TEACHERS = (
     "teacher",
     "replicas",
@@ -50,7 +54,8 @@ _STAGES = ("teacher", *(f"{stage} ms" for stage in TEACHER_STAGES), "decode ms",
 
 
 def add_live_page(app: FastAPI, config: TrainConfig, run: RunState) -> None:
-    """Adds `/` and `/state.json` over a run's state."""
+    """Adds `/`, its scripts, and `/state.json` over a run's state."""
+    add_scripts(app)
 
     @app.get("/", response_class=HTMLResponse)
     def page() -> HTMLResponse:
@@ -64,24 +69,35 @@ def add_live_page(app: FastAPI, config: TrainConfig, run: RunState) -> None:
 
 
 def render_page(config: TrainConfig, run: RunSnapshot) -> str:
-    """The page; every value is escaped."""
-    name = config.run.output_dir.name
-    return live_page(
-        f"{_percent(run)} {name} - kvdistill",
-        (
-            heading(name, 1),
-            paragraphs([_description(config)], "soft"),
-            state(_status(run), good=run.phase != "failed"),
-            f'<progress value="{run.step}" max="{max(run.steps, 1)}">{_percent(run)}</progress>',
-            tiles(_figures(run)),
-            charts(_curves(run)),
-            heading("Where the time goes"),
-            _time(run),
-            *_teachers(run),
-            heading("Settings"),
-            facts(_settings(config)),
-        ),
-        _LINKS,
+    """The live page; every value is escaped."""
+    return live_page(_title(config, run), _parts(config, run), _LINKS)
+
+
+def save_page(config: TrainConfig, run: RunSnapshot) -> None:
+    """Writes the page of a run that has ended to `run.html` in its directory."""
+    replace_file(config.run.output_dir / SAVED, saved_page(_title(config, run), _parts(config, run)))
+
+
+def _title(config: TrainConfig, run: RunSnapshot) -> str:
+    progress = "Failed:" if run.phase == "failed" else _percent(run)
+    return f"{progress} {config.run.output_dir.name} - kvdistill"
+
+
+def _parts(config: TrainConfig, run: RunSnapshot) -> tuple[str, ...]:
+    ended = f"The run has ended. {config.run.output_dir / SAVED} is this page as a file."
+    return (
+        heading(config.run.output_dir.name, 1),
+        paragraphs([_description(config)], "soft"),
+        state(_status(run), good=run.phase != "failed", ended=ended if run.phase in ("done", "failed") else ""),
+        f'<progress value="{run.step}" max="{max(run.steps, 1)}">{_percent(run)}</progress>',
+        tiles(_figures(run)),
+        chart_block(run_charts(run, [teacher.name for teacher in config.teachers]), run.events),
+        *_predictions(run.predictions),
+        heading("Where the time goes"),
+        _time(run),
+        *_teachers(run),
+        heading("Settings"),
+        facts(_settings(config)),
     )
 
 
@@ -96,6 +112,10 @@ def _description(config: TrainConfig) -> str:
 
 
 def _status(run: RunSnapshot) -> str:
+    if run.phase == "failed":
+        return f"Failed at step {run.step:,}: {run.problem}"
+    if run.phase == "done":
+        return f"Finished after {in_time(time.time() - run.started_at)}"
     doing = f" ({run.doing})" if run.doing else ""
     status = f"{_PHASES[run.phase]}{doing}, running for {in_time(time.time() - run.started_at)}"
     if run.last_step_at is None:
@@ -105,15 +125,19 @@ def _status(run: RunSnapshot) -> str:
 
 def _figures(run: RunSnapshot) -> list[tuple[str, str, str]]:
     found = [("step", f"{run.step:,}", f"of {run.steps:,}")] if run.steps else []
-    if run.eta_seconds is not None:
+    if run.eta_seconds is not None and run.phase not in ("done", "failed"):
         found.append(("time left", in_time(run.eta_seconds), "at the average pace"))
     for label, figure, note in (
-        ("loss", "train/loss", "training"),
+        ("cross-entropy", "train/ce_loss", "training"),
+        ("loss", "train/loss", "training; with the weighted KV loss"),
         ("KV loss", "train/kv_loss", "good below 0.5; check above 1.5"),
+        ("KV weight", "train/kv_weight", "of the KV objective in the loss"),
         ("samples/s", "train/samples_per_second", "of all ranks"),
     ):
         if figure in run.scalars:
             found.append((label, number(run.scalars[figure]), note))
+    if "val/perplexity" in run.scalars:
+        found.append(("perplexity", number(run.scalars["val/perplexity"]), "last validation"))
     if "val/task_metrics/accuracy" in run.scalars:
         found.append(("accuracy", f"{run.scalars['val/task_metrics/accuracy']:.1%}", "last validation"))
     if "kv/stall_fraction" in run.scalars:
@@ -124,14 +148,17 @@ def _figures(run: RunSnapshot) -> list[tuple[str, str, str]]:
     return found
 
 
-def _curves(run: RunSnapshot) -> list[str]:
-    def found(curves: Mapping[str, str]) -> dict[str, list[tuple[int, float]]]:
-        return {label: run.history[figure] for label, figure in curves.items() if figure in run.history}
+def _predictions(predictions: Sequence[Prediction]) -> tuple[str, ...]:
+    if not predictions:
+        return ()
+    rows = (
+        (_cut(one.prompt), _cut(one.expected), _cut(one.answer), "yes" if one.correct else "no") for one in predictions
+    )
+    return heading("Answers in the last validation"), stack(("prompt", "expected", "answer", "correct"), rows)
 
-    weights = {name.removeprefix(_WEIGHT): name for name in run.history if name.startswith(_WEIGHT)}
-    drawn = [(title, found(curves), None) for title, curves in _CHARTS.items()]
-    of_one = [("Routing weights", found(weights), 1.0), ("Validation accuracy", found(_ACCURACY), 1.0)]
-    return [line_chart(title, curves, top) for title, curves, top in (*drawn, *of_one) if curves]
+
+def _cut(text: str) -> str:
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}…"
 
 
 def _time(run: RunSnapshot) -> str:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field, fields
 from typing import Literal
 
+from kvcore.monitoring.charts import Event, EventKind
 from student_trainer.kv_sources import KVSource, SourceHealth
 from student_trainer.kv_sources.kv_batch import TEACHER_STAGES, TeacherSums
 
@@ -20,6 +21,7 @@ BOTTLENECKS = ("queue", "prefill", "encode", "network", "store", "decode", "alig
 OWN_STAGES = ("stall", "decode", "align", "train")
 # Points kept per curve. Beyond it every other point is dropped, so that memory does not grow with the run.
 MAX_POINTS = 2000
+_SWITCHES = "kv/switches/"
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,12 +37,22 @@ class TeacherView:
     health: SourceHealth | None
 
 
+@dataclass(frozen=True, slots=True)
+class Prediction:
+    """What the student answered to one sample of the last validation."""
+
+    prompt: str
+    expected: str
+    answer: str
+    correct: bool
+
+
 @dataclass(slots=True)
 class RunProgress:
     """How far a run is. Times are Unix seconds.
 
     `doing`: the current part of the phase and its progress. `samples`: of all ranks since this process started.
-    `bottleneck`: one of `BOTTLENECKS` for the last logged steps.
+    `bottleneck`: one of `BOTTLENECKS` for the last logged steps. `problem`: what ended a run that failed.
     """
 
     phase: Phase = "starting"
@@ -51,6 +63,7 @@ class RunProgress:
     started_at: float = field(default_factory=time.time)
     last_step_at: float | None = None
     bottleneck: str | None = None
+    problem: str | None = None
 
 
 @dataclass(slots=True, kw_only=True)
@@ -58,7 +71,8 @@ class RunSnapshot(RunProgress):
     """The run at one moment.
 
     `eta_seconds`: until the last step at the average pace, None before the first step. `scalars`, `history`: the last
-    value, and (step, value) pairs, of every logged metric. `busy_seconds`: rank 0's time by `OWN_STAGES`.
+    value, and (step, value) pairs, of every logged metric. `busy_seconds`: rank 0's time by `OWN_STAGES`. `events`: of
+    this process.
     """
 
     eta_seconds: float | None
@@ -66,6 +80,8 @@ class RunSnapshot(RunProgress):
     history: dict[str, list[tuple[int, float]]]
     teachers: dict[str, TeacherView]
     busy_seconds: dict[str, float]
+    events: list[Event]
+    predictions: list[Prediction]
 
 
 @dataclass(slots=True)
@@ -81,6 +97,8 @@ class RunState(RunProgress):
     _scalars: dict[str, float] = field(default_factory=dict)
     _history: dict[str, list[tuple[int, float]]] = field(default_factory=dict)
     _busy: dict[str, float] = field(default_factory=lambda: dict.fromkeys(OWN_STAGES, 0.0))
+    _events: list[Event] = field(default_factory=list)
+    _predictions: list[Prediction] = field(default_factory=list)
     _sums: dict[str, TeacherSums] = field(default_factory=dict)
     _sources: dict[str, KVSource] = field(default_factory=dict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
@@ -119,12 +137,28 @@ class RunState(RunProgress):
         """
         with self._lock:
             if not earlier_process:
+                self._note_failovers(step, metrics)
                 self._scalars |= metrics
             for name, value in metrics.items():
                 points = self._history.setdefault(name, [])
                 points.append((step, value))
                 if len(points) > MAX_POINTS:
                     del points[1::2]
+
+    def _note_failovers(self, step: int, metrics: Mapping[str, float]) -> None:
+        for name, count in metrics.items():
+            if name.startswith(_SWITCHES) and count > self._scalars.get(name, 0):
+                self._events.append(Event(step, "failover", f"failover of {name.removeprefix(_SWITCHES)}"))
+
+    def note(self, kind: EventKind, text: str) -> None:
+        """Marks an event after the current step."""
+        with self._lock:
+            self._events.append(Event(self.step, kind, text))
+
+    def validated(self, predictions: Sequence[Prediction]) -> None:
+        """Keeps samples of the last validation."""
+        with self._lock:
+            self._predictions = list(predictions)
 
     def account(self, seconds: float, stages: Mapping[str, float], by_teacher: Mapping[str, TeacherSums]) -> None:
         """Adds rank 0's time, in total and by stage, and what each teacher sent to all ranks."""
@@ -165,6 +199,8 @@ class RunState(RunProgress):
                 history={name: list(points) for name, points in self._history.items()},
                 teachers=teachers,
                 busy_seconds=dict(self._busy),
+                events=list(self._events),
+                predictions=list(self._predictions),
             )
 
 

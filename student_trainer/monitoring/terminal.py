@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
@@ -13,17 +13,19 @@ from rich.table import Table
 from rich.text import Text
 
 from kvcore.monitoring.progress import logs_above
-from kvcore.monitoring.units import in_bytes, in_time
+from kvcore.monitoring.units import in_bytes, in_time, number
 from student_trainer.monitoring.run_state import RunSnapshot, RunState, TeacherView
 
 REFRESHES_PER_SECOND = 2
-_METRICS = (
-    ("loss", "train/loss", "{:.4f}"),
-    ("ce", "train/ce_loss", "{:.4f}"),
-    ("KV loss", "train/kv_loss", "{:.4f}"),
-    ("accuracy", "val/task_metrics/accuracy", "{:.1%}"),
-    ("stall", "kv/stall_fraction", "{:.0%}"),
-    ("samples/s", "train/samples_per_second", "{:,.0f}"),
+_METRICS: tuple[tuple[str, str, Callable[[float], str]], ...] = (
+    ("ce_loss", "train/ce_loss", "{:.4f}".format),
+    ("kv_loss", "train/kv_loss", "{:.4f}".format),
+    ("loss", "train/loss", "{:.4f}".format),
+    ("kv_weight", "train/kv_weight", number),
+    ("val/ce_loss", "val/ce_loss", "{:.4f}".format),
+    ("accuracy", "val/task_metrics/accuracy", "{:.1%}".format),
+    ("stall", "kv/stall_fraction", "{:.0%}".format),
+    ("samples/s", "train/samples_per_second", number),
 )
 
 
@@ -69,7 +71,7 @@ def _progress(run: RunSnapshot, name: str) -> Table:
 
 
 def _metrics(run: RunSnapshot) -> Text:
-    shown = [f"{label} {form.format(run.scalars[name])}" for label, name, form in _METRICS if name in run.scalars]
+    shown = [f"{label} {form(run.scalars[name])}" for label, name, form in _METRICS if name in run.scalars]
     return Text("  ".join([*shown, *([f"bottleneck {run.bottleneck}"] if run.bottleneck else [])]))
 
 

@@ -15,6 +15,7 @@ from typing import Literal, Protocol
 
 from kvcore.errors import KVDistillError
 from kvcore.plan import ImportancePool, KVPlan, SamplingParams, SelectionSpan
+from kvcore.tensors.kv_map import KVMap
 from kvcore.tensors.selectors.random import sample_seed
 from kvcore.types import Sample, TeacherInfo, Tensor
 
@@ -43,10 +44,11 @@ class TokenizedSample:
 
 @dataclass(frozen=True, slots=True)
 class PlannedSample:
-    """A tokenized sample and the plan of its caller."""
+    """A tokenized sample and the plan of its caller. `kv_map`: the map that the plan names."""
 
     tokens: TokenizedSample
     plan: KVPlan
+    kv_map: KVMap | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,12 +173,20 @@ class EngineLostError(KVDistillError):
 class TeacherEngine(Protocol):
     """A frozen teacher model: tokenizes samples, computes their K/V under a plan, and generates text.
 
-    The server calls `run` and `generate` from one thread, one batch at a time, and `tokenize` from another.
+    The server calls `run` and `generate` from one thread at a time, one batch at a time, and `tokenize` from another.
     """
 
     @property
     def info(self) -> TeacherInfo:
         """Identity, geometry and limits of the teacher, as `Describe` returns them."""
+        ...
+
+    @property
+    def small_batch_tokens(self) -> int | None:
+        """Padded tokens up to which a larger batch takes hardly longer; None if the engine does not pad its batches.
+
+        The server puts samples of similar length into one batch, unless the engine does not pad.
+        """
         ...
 
     def tokenize(self, sample: Sample) -> TokenizedSample:
@@ -191,7 +201,8 @@ class TeacherEngine(Protocol):
         """Compute the K/V of a batch, execute each sample's plan on the model's device, and emit layer by layer.
 
         Args:
-            batch: samples that passed `check_plan` and `check_sample`; their plans may differ.
+            batch: samples that passed `check_plan` and `check_sample`; their plans may differ. If
+                `info.max_map_bytes` is above 0, plans may name maps.
             emit: receives each layer of each sample once, in ascending order per sample.
             fail: called at most once per sample; nothing more is emitted for a sample that failed.
             wanted: the engine may drop a row for which this returns False, without a call of `emit` or `fail`.

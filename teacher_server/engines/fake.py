@@ -14,7 +14,7 @@ import torch
 from kvcore.errors import FieldError
 from kvcore.plan import CODECS, SELECTORS, SamplingParams
 from kvcore.tensors.selectors.random import sample_seed
-from kvcore.types import Sample, TeacherInfo, Tensor
+from kvcore.types import Chat, Sample, TeacherInfo, Tensor
 from teacher_server.config import ServeConfig
 from teacher_server.engines.base import (
     Emit,
@@ -96,6 +96,12 @@ class ByteReader:
         data = text.encode()
         return [BOS, *data], [-1, *range(1, len(data) + 1)]
 
+    def read_chat(self, text: str, chat: Chat, field: str) -> tuple[list[int], list[int]]:
+        """See `TextReader.read_chat`: there is no template."""
+        raise FieldError(
+            field, f"the engine 'fake' has no chat template; got {len(chat.turns)} turns of {len(text)} characters"
+        )
+
     def byte_ends(self, token_ids: Sequence[int]) -> list[int]:
         """See `TextReader.byte_ends`."""
         ends: list[int] = []
@@ -129,12 +135,18 @@ class FakeEngine:
             max_frame_bytes=config.max_frame_bytes,
             selectors=tuple(SELECTORS),
             codecs=tuple(CODECS),
+            max_map_bytes=config.max_map_bytes,
         )
 
     @property
     def info(self) -> TeacherInfo:
         """See `TeacherEngine.info`."""
         return self._info
+
+    @property
+    def small_batch_tokens(self) -> int | None:
+        """See `TeacherEngine.small_batch_tokens`: padding takes no time."""
+        return None
 
     def tokenize(self, sample: Sample) -> TokenizedSample:
         """See `TeacherEngine.tokenize`."""

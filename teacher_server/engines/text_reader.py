@@ -7,7 +7,7 @@ from typing import Protocol, get_args
 
 from kvcore.errors import FieldError
 from kvcore.plan import SpanKind
-from kvcore.types import Sample, Span
+from kvcore.types import Chat, Sample, Span
 from teacher_server.engines.base import SPAN_KINDS, TokenizedSample
 
 NO_SPAN = -1
@@ -28,6 +28,10 @@ class TextReader(Protocol):
         """Token ids with the model's special tokens, and byte ends as in `kvcore.types.EncodedSampleKV`."""
         ...
 
+    def read_chat(self, text: str, chat: Chat, field: str) -> tuple[list[int], list[int]]:
+        """Like `read`, in the model's chat template, whose tokens have no byte end. `field` is for errors."""
+        ...
+
     def byte_ends(self, token_ids: Sequence[int]) -> list[int]:
         """Byte ends of token ids in the text that they decode to; all -1 if they do not encode back to the same ids."""
         ...
@@ -42,6 +46,8 @@ def read_sample(sample: Sample, reader: TextReader, max_tokens: int) -> Tokenize
     field = f"samples[{sample.id}]"
     if (sample.text is None) == (sample.token_ids is None):
         raise FieldError(field, "needs exactly one of text and token_ids")
+    if sample.chat is not None and sample.text is None:
+        raise FieldError(f"{field}.chat", "a chat template needs text, but the sample has token_ids")
     if sample.text is not None:
         return _read_text(sample, sample.text, reader, max_tokens, field)
     assert sample.token_ids is not None
@@ -55,14 +61,16 @@ def _read_text(sample: Sample, text: str, reader: TextReader, max_tokens: int, f
         text.encode()
     except UnicodeEncodeError as error:
         raise FieldError(f"{field}.text", f"character {error.start} is a lone surrogate: not valid text") from error
-    if len(text) > max_tokens * MAX_CHARACTERS_PER_TOKEN:
+    characters = len(text) + (len(sample.chat.system_prompt) if sample.chat else 0)
+    if characters > max_tokens * MAX_CHARACTERS_PER_TOKEN:
         raise FieldError(
             f"{field}.text",
-            f"has {len(text)} characters; this teacher takes at most {max_tokens} tokens (max_sample_tokens) of "
+            f"has {characters} characters; this teacher takes at most {max_tokens} tokens (max_sample_tokens) of "
             f"{MAX_CHARACTERS_PER_TOKEN} characters",
         )
     spans = _checked_spans(sample.spans, len(text), "characters", field)
-    token_ids, byte_ends = reader.read(text)
+    chat = sample.chat
+    token_ids, byte_ends = reader.read(text) if chat is None else reader.read_chat(text, chat, f"{field}.chat")
     if not token_ids:
         raise FieldError(f"{field}.text", "has no tokens")
     _check_length(len(token_ids), max_tokens, f"{field}.text")

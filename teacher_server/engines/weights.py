@@ -1,4 +1,4 @@
-"""Finds a model's files and computes the digest of its weights."""
+"""Computes the digest of a model's weights."""
 
 from __future__ import annotations
 
@@ -10,59 +10,15 @@ from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
-from huggingface_hub import snapshot_download
-
-from kvcore.errors import FieldError
 from kvcore.files import replace_file
+from kvcore.models.files import weight_files
 
 logger = logging.getLogger(__name__)
 
-INDEX = "model.safetensors.index.json"
-SINGLE = "model.safetensors"
 # The digests of smaller files are not cached.
 CACHE_FROM_BYTES = 256 << 20
-
-_PATTERNS = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
-_OTHER_COPIES = ["original/*", "consolidated*", "onnx/*"]
-
-
-def model_directory(model: str, revision: str | None, with_code: bool) -> Path:
-    """The directory of a model: the given path, or the hub's files in the local cache, downloaded if missing.
-
-    Raises:
-        FieldError: neither a directory nor a hub id that can be downloaded.
-    """
-    path = Path(model).expanduser()
-    if path.is_dir():
-        if revision is not None:
-            raise FieldError("revision", f"got '{revision}', but {model} is a directory, which has no revisions")
-        return path
-    patterns = [*_PATTERNS, "*.py"] if with_code else _PATTERNS
-    try:
-        return Path(snapshot_download(model, revision=revision, allow_patterns=patterns, ignore_patterns=_OTHER_COPIES))
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise FieldError("model", f"'{model}' is not a directory, and the hub cannot provide it: {reason}") from error
-
-
-def weight_files(directory: Path) -> list[Path]:
-    """The safetensors files that make up the model, sorted.
-
-    Raises:
-        FieldError: there are none, or a file of the index is missing.
-    """
-    index = directory / INDEX
-    if index.is_file():
-        weight_map = cast("dict[str, str]", json.loads(index.read_text(encoding="utf-8"))["weight_map"])
-        files = [directory / name for name in sorted(set(weight_map.values()))]
-    else:
-        files = [directory / SINGLE]
-    for file in files:
-        if not file.is_file():
-            raise FieldError("model", f"{file} is missing; kvdistill loads weights from safetensors files only")
-    return files
 
 
 def weights_digest(directory: Path, config: Mapping[str, Any], loaded_as: str) -> str:

@@ -123,6 +123,11 @@ class Activity:
         if len(self._problems) > MAX_PROBLEMS:
             del self._problems[next(iter(self._problems))]
 
+    @property
+    def sent_bytes(self) -> int:
+        """Bytes of K/V sent since the start."""
+        return self._ended_bytes + sum(call.sent_bytes for call in self._open)
+
     def sample(self, tokens: float) -> None:
         """Record the totals since the start; called every few seconds.
 
@@ -130,7 +135,7 @@ class Activity:
             tokens: total of the tokens that went through the model.
         """
         now = time.monotonic()
-        self._totals.append((now, tokens, self._ended_bytes + sum(call.sent_bytes for call in self._open)))
+        self._totals.append((now, tokens, self.sent_bytes))
         while now - self._totals[0][0] > WINDOW_SECONDS and len(self._totals) > 2:
             self._totals.popleft()
 

@@ -8,7 +8,7 @@ from fastapi import FastAPI, Response
 from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse
 from prometheus_client import CONTENT_TYPE_LATEST
 
-from kvcore.monitoring.live_page import HEADERS
+from kvcore.monitoring.live_page import HEADERS, add_scripts
 from teacher_server.monitoring.status_page import render_page
 from teacher_server.state import ServerState
 
@@ -21,6 +21,8 @@ def build_app(state: ServerState, grpc_problem: Callable[[], Awaitable[str | Non
         grpc_problem: probes the gRPC server; returns why it does not answer, or None.
     """
     app = FastAPI(title="kvdistill teacher server", docs_url=None, redoc_url=None)
+
+    add_scripts(app)
 
     @app.get("/healthz", response_class=PlainTextResponse)
     async def healthz() -> str:
@@ -48,6 +50,6 @@ def build_app(state: ServerState, grpc_problem: Callable[[], Awaitable[str | Non
     @app.get("/", response_class=HTMLResponse)
     async def page() -> HTMLResponse:
         """The status page: the content of `/info` as HTML."""
-        return HTMLResponse(render_page(state.describe()), headers=HEADERS)
+        return HTMLResponse(render_page(state.describe(), state.history.curves()), headers=HEADERS)
 
     return app

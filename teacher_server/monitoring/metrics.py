@@ -29,6 +29,8 @@ class Metrics:
         self.request_tokens = counter("request_tokens_total", tokens_help, ("method", "code"))
         self.samples = counter("samples_total", "Finished samples, by their own status.", ("status",))
         self.tokens = counter("tokens_total", "Tokens that went through the model, without padding.")
+        padding_help = "Padding that went through the model beside these tokens."
+        self.padding_tokens = counter("padding_tokens_total", padding_help)
         self.cached_tokens = counter("cached_tokens_total", "Tokens that the engine found in its prefix cache.")
         self.generated_tokens = counter("written_tokens_total", "Tokens that the teacher generated (Generate).")
         self.sent_bytes = counter("sent_bytes_total", "Bytes of frames sent, headers included.", ("codec",))

@@ -23,11 +23,11 @@ def traced(call: Call, service: str, headers: Iterable[tuple[str, str | bytes]])
 
     Args:
         call: its record, filled in while it runs.
-        service: full name followed by a slash.
+        service: full name.
         headers: the call's metadata.
     """
-    attributes = {"rpc.system": "grpc", "rpc.service": service.rstrip("/"), "rpc.method": call.method}
-    with tracing.span(f"{service}{call.method}", SpanKind.SERVER, attributes, headers) as span:
+    attributes = {"rpc.system": "grpc", "rpc.service": service, "rpc.method": call.method}
+    with tracing.span(f"{service}/{call.method}", SpanKind.SERVER, attributes, headers) as span:
         try:
             yield
         finally:

@@ -1,4 +1,4 @@
-"""The HTML status page of a teacher server: readiness, load, open requests, callers, errors, teacher and limits."""
+"""The HTML page of a teacher server: readiness, load, open requests, callers, errors, teacher and limits."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ from datetime import UTC, datetime
 from typing import Any
 from urllib.parse import unquote
 
-from kvcore.monitoring.html_page import heading, paragraphs
-from kvcore.monitoring.live_page import facts, live_page, stack, state, tiles
+from kvcore.monitoring.charts import Chart, Points, chart_block
+from kvcore.monitoring.html_page import heading, paragraphs, stack
+from kvcore.monitoring.live_page import facts, live_page, state, tiles
 from kvcore.monitoring.units import in_bytes, in_time
 
 _LINKS = ("/info", "/metrics", "/healthz", "/readyz")
@@ -17,8 +18,8 @@ _CALLED = ("from", "requests", "samples", "sent", "last")
 _FAILED = ("last", "times", "status", "problem", "latest from")
 
 
-def render_page(info: Mapping[str, Any]) -> str:
-    """Render the page from `ServerState.describe()`; every value is escaped."""
+def render_page(info: Mapping[str, Any], history: Mapping[str, Points]) -> str:
+    """Render the page from `ServerState.describe()` and `LoadHistory.curves()`; every value is escaped."""
     readiness = "Ready" if info["ready"] else f"Not ready: {info['not_ready_reason']}"
     return live_page(
         f"{info['name']} - kvdistill teacher",
@@ -27,6 +28,7 @@ def render_page(info: Mapping[str, Any]) -> str:
             paragraphs([_geometry(info["teacher"])], "soft") if info["teacher"] else "",
             state(f"{readiness}, up for {in_time(info['uptime_seconds'])}", good=info["ready"]),
             tiles(_figures(info)),
+            chart_block(_charts(history), time=True),
             heading("Open requests"),
             _table(_CONNECTED, _connected(info["connections"]), "No request is open."),
             heading("Callers in the last minute"),
@@ -34,7 +36,8 @@ def render_page(info: Mapping[str, Any]) -> str:
             heading("Recent errors"),
             _table(_FAILED, _failed(info["recent_errors"]), "No errors since the start."),
             heading("Teacher"),
-            facts(_named(info["teacher"])) if info["teacher"] else paragraphs(["Not loaded."]),
+            facts({"path": info["model_path"], **_named(info["teacher"] or {})}),
+            "" if info["teacher"] else paragraphs(["Not loaded."]),
             heading("Limits"),
             facts(_named({**info["limits"], "grpc_port": info["grpc_port"], "http_port": info["http_port"]})),
         ),
@@ -56,6 +59,16 @@ def _figures(info: Mapping[str, Any]) -> list[tuple[str, str, str]]:
         ("requests open", f"{load['open_streams']}", f"of at most {limits['max_streams']}"),
         ("samples waiting", f"{load['queued_samples']:,}", "for the model"),
         ("tokens queued", f"{load['queued_tokens']:,}", f"of at most {limits['max_queued_tokens']:,}"),
+    ]
+
+
+def _charts(history: Mapping[str, Points]) -> list[Chart]:
+    megabytes = [(time, value / 1e6) for time, value in history["bytes_per_second"]]
+    return [
+        Chart("Tokens per second", {"tokens/s": history["tokens_per_second"]}),
+        Chart("Sent per second", {"sent": megabytes}, "MB/s"),
+        Chart("Open requests", {"open": history["open_requests"]}),
+        Chart("Queued tokens", {"queued": history["queued_tokens"]}),
     ]
 
 

@@ -1,4 +1,4 @@
-"""What happens to a request between the gRPC port and the engine.
+"""The handling of a request between the gRPC port and the engine.
 
 The life of a `StreamKV` request:
 

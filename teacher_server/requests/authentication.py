@@ -11,6 +11,8 @@ import grpc
 from kvcore.errors import FieldError, KVDistillError
 from teacher_server.config import ServeConfig
 
+MIN_TOKEN_BYTES = 16
+
 
 class UnauthenticatedError(KVDistillError):
     """The caller did not present the server's token."""
@@ -32,13 +34,17 @@ def read_token(config: ServeConfig) -> bytes | None:
     """The token that callers must present; None if no token is required.
 
     Raises:
-        FieldError: the file cannot be read, or is empty.
+        FieldError: the file cannot be read, or the token is too short.
     """
     if config.token_file is None:
         return None
     token = _content(config.token_file, "token_file").strip()
-    if not token:
-        raise FieldError("token_file", f"{config.token_file} is empty")
+    if len(token) < MIN_TOKEN_BYTES:
+        raise FieldError(
+            "token_file",
+            f"the token in {config.token_file} has {len(token)} characters; at least {MIN_TOKEN_BYTES} are needed: "
+            "create one with openssl rand -hex 32",
+        )
     return token
 
 

@@ -19,12 +19,15 @@ from teacher_server.monitoring.logs import LineLimit, log_event
 from teacher_server.monitoring.metrics import Metrics
 from teacher_server.monitoring.request_tracing import traced
 from teacher_server.requests.authentication import UnauthenticatedError, check_token
+from teacher_server.requests.map_store import UnknownMapError
+from teacher_server.requests.service_interceptor import Handler, ServiceInterceptor, with_request_stream
 from teacher_server.sample_queue import BusyError
 from teacher_server.state import NotReadyError
 
 log = logging.getLogger(__name__)
 
 PUSHBACK = "grpc-retry-pushback-ms"
+MAX_DETAILS_BYTES = 1024
 _LOGGED = ("method", "peer", "code", "problem", "samples", "failed_samples", "tokens", "frames", "sent_bytes")
 Method = Callable[[grpc.aio.ServicerContext], Awaitable[Any]]
 
@@ -42,6 +45,7 @@ _CODES: tuple[tuple[type[Exception], grpc.StatusCode], ...] = (
     (FieldError, grpc.StatusCode.INVALID_ARGUMENT),
     (UnauthenticatedError, grpc.StatusCode.UNAUTHENTICATED),
     (NotReadyError, grpc.StatusCode.UNAVAILABLE),
+    (UnknownMapError, grpc.StatusCode.NOT_FOUND),
     (KVDistillError, grpc.StatusCode.FAILED_PRECONDITION),
 )
 
@@ -49,20 +53,28 @@ _CODES: tuple[tuple[type[Exception], grpc.StatusCode], ...] = (
 def status_of(error: Exception) -> Status:
     """Map an error to a status. Callers see only an id of an unexpected error; the log has its traceback."""
     if isinstance(error, BusyError):
-        return Status(grpc.StatusCode.RESOURCE_EXHAUSTED, str(error), ((PUSHBACK, str(error.retry_ms)),))
+        return Status(grpc.StatusCode.RESOURCE_EXHAUSTED, _details(error), ((PUSHBACK, str(error.retry_ms)),))
     if isinstance(error, TimeoutError):
         return Status(
             grpc.StatusCode.DEADLINE_EXCEEDED, "the request ran longer than this server's max_request_seconds"
         )
     for kind, code in _CODES:
         if isinstance(error, kind):
-            return Status(code, str(error))
+            return Status(code, _details(error))
     error_id = uuid.uuid4().hex[:12]
     log_event(log, "internal_error", level=logging.ERROR, error=error, error_id=error_id)
     return Status(grpc.StatusCode.INTERNAL, f"internal error {error_id}; the server's log has the details")
 
 
-class CallInterceptor(grpc.aio.ServerInterceptor):
+def _details(error: Exception) -> str:
+    """The message, cut to a size that every client accepts in trailing metadata, where a byte may take three."""
+    data = str(error).encode(errors="replace")
+    if len(data) <= MAX_DETAILS_BYTES:
+        return data.decode()
+    return f"{data[:MAX_DETAILS_BYTES].decode(errors='ignore')} ..."
+
+
+class CallInterceptor(ServiceInterceptor):
     """Wraps the methods of one service.
 
     Args:
@@ -72,35 +84,22 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
     """
 
     def __init__(self, service: str, metrics: Metrics, activity: Activity, token: bytes | None = None) -> None:
-        self._prefix = f"/{service}/"
+        super().__init__({service: self._handler})
+        self._service = service
         self._metrics = metrics
         self._activity = activity
         self._token = token
         self._line_limit = LineLimit(log, "calls_not_logged")
 
-    async def intercept_service(
-        self,
-        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler[Any, Any] | None]],
-        handler_call_details: grpc.HandlerCallDetails,
-    ) -> grpc.RpcMethodHandler[Any, Any] | None:
-        """Called by gRPC for every call."""
-        handler = await continuation(handler_call_details)
-        path = handler_call_details.method
-        if handler is None or not path.startswith(self._prefix):
-            return handler
-        streams = handler.response_streaming
-        make = grpc.stream_stream_rpc_method_handler if streams else grpc.stream_unary_rpc_method_handler
-        method = cast("Method", handler.stream_stream if streams else handler.stream_unary)
-        return make(
-            self._wrap(method, path.removeprefix(self._prefix)),
-            request_deserializer=handler.request_deserializer,
-            response_serializer=handler.response_serializer,
-        )
+    def _handler(self, path: str, handler: Any) -> Handler:
+        method = cast("Method", handler.stream_stream if handler.response_streaming else handler.stream_unary)
+        wrapped = self._wrap(method, path.rpartition("/")[2])
+        return with_request_stream(handler, wrapped, handler.request_deserializer)
 
     def _wrap(self, method: Method, name: str) -> Callable[[object, grpc.aio.ServicerContext], Awaitable[Any]]:
         async def wrapped(_requests: object, context: grpc.aio.ServicerContext) -> Any:
             call, metadata = Call(name, context.peer()), context.invocation_metadata() or ()
-            with self._activity.during(call), traced(call, self._prefix[1:], metadata):
+            with self._activity.during(call), traced(call, self._service, metadata):
                 try:
                     check_token(self._token, metadata)
                     return await method(context)

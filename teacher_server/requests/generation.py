@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Sequence
-from concurrent.futures import Executor
 
 import grpc
 
 from kvcore.errors import FieldError
 from kvcore.monitoring import tracing
 from kvcore.plan import KVPlan, SamplingParams
+from kvcore.tensors.kv_map import KVMap
 from kvcore.wire.completion import Completion, completed_sample
 from teacher_server.engines.base import GeneratedText, PlannedSample, SampleFailure, TokenizedSample
+from teacher_server.fair_share import Caller
 from teacher_server.monitoring.request_tracing import add_generation
 from teacher_server.plan_execution import check_sample, encoded_bytes
 from teacher_server.requests.answer_stream import AnswerStream
+from teacher_server.requests.work_thread import WorkThread
 from teacher_server.sample_queue import ClientStream, Job
 from teacher_server.state import Backend
 
@@ -24,39 +26,39 @@ class Generation:
     """The samples of one `Generate` request, from prompts to K/V. Used on the event loop's thread only.
 
     Args:
-        plan, sampling: of the request.
+        plan, kv_map, sampling: of the request; the map is the plan's.
         backend: the teacher.
         answer: receives completions, K/V and failures.
-        tokenizing: the tokenizer's thread.
+        caller: of the request.
+        work: the tokenizer's thread.
         count_tokens: called with the numbers of generated tokens, and of tokens in completed samples.
     """
 
     def __init__(
         self,
         plan: KVPlan,
+        kv_map: KVMap | None,
         sampling: SamplingParams,
         backend: Backend,
         answer: AnswerStream,
-        tokenizing: Executor,
+        caller: Caller,
+        work: WorkThread,
         count_tokens: Callable[[int, int], None],
     ) -> None:
-        self._plan = plan
+        self._plan, self._map = plan, kv_map
         self._sampling = sampling
         self._backend = backend
         self._answer = answer
-        self._tokenizing = tokenizing
+        self._caller = caller
+        self._work = work
         self._count_tokens = count_tokens
-        self._prompts = ClientStream(answer, self._on_generated)
-        self.samples = ClientStream(answer)
+        self._prompts = ClientStream(answer, self._on_generated, caller)
+        self.samples = ClientStream(answer, caller=caller)
         self._tasks: set[asyncio.Task[None]] = set()
         self._span = tracing.current()
 
-    def admit(self, prompts: Sequence[TokenizedSample | FieldError]) -> None:
-        """Queue the prompts that are valid.
-
-        Raises:
-            BusyError: the queue has no room for them.
-        """
+    def queue(self, prompts: Sequence[TokenizedSample | FieldError]) -> None:
+        """Queue the prompts that are valid."""
         # The engine does not use the marker. Without it, requests that differ in the marker alone share batches.
         sampling = self._sampling.model_copy(update={"answer_marker": ""})
         jobs = [
@@ -65,8 +67,7 @@ class Generation:
             for index, tokens in enumerate(prompts)
             if not isinstance(tokens, FieldError)
         ]
-        if jobs:
-            self._backend.scheduler.queue.admit(self._prompts, jobs)
+        self._backend.scheduler.queue.extend(self._prompts, jobs)
 
     def close(self) -> None:
         """Leave the queue; outcomes that the engine still computes are discarded."""
@@ -97,7 +98,8 @@ class Generation:
         def complete() -> list[tuple[Completion | None, Job | str]]:
             return [self._complete(job, outcome, seconds) for job, outcome in zip(jobs, outcomes, strict=True)]
 
-        completed = await asyncio.get_running_loop().run_in_executor(self._tokenizing, complete)
+        size = sum(len(outcome.text) for outcome in outcomes if isinstance(outcome, GeneratedText))
+        completed = await self._work.run(self._caller, id(jobs), size, complete)
         samples: list[Job] = []
         for job, (completion, sample) in zip(jobs, completed, strict=True):
             if completion is not None:
@@ -126,7 +128,7 @@ class Generation:
         except FieldError as error:
             return completion, self._explain(completion, error)
         nbytes = encoded_bytes(self._plan, tokens, engine.info)
-        return completion, Job(self.samples, prompt.index, PlannedSample(tokens, self._plan), nbytes)
+        return completion, Job(self.samples, prompt.index, PlannedSample(tokens, self._plan, self._map), nbytes)
 
     def _explain(self, completion: Completion, error: FieldError) -> str:
         marker = self._sampling.answer_marker

@@ -6,7 +6,7 @@ All of it runs in the tokenizer's thread, because its time grows with the reques
 from __future__ import annotations
 
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Generic, TypeVar, cast
@@ -26,6 +26,11 @@ from teacher_server.requests.request_size import check_size, size_limits
 
 RequestT = TypeVar("RequestT", pb.KVRequest, pb.GenerateRequest)
 MessageT = TypeVar("MessageT", pb.KVRequest, pb.GenerateRequest, pb.Sample)
+SampleCheck = Callable[[TokenizedSample], None]
+
+# Other callers wait at most for the tokenizing of this much text, or of one longer sample.
+PART_BYTES = 1 << 16
+_BYTES_PER_ID = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +95,7 @@ def read_query(request: ParsedRequest[Any], info: TeacherInfo) -> KVQuery:
         # Parsing holds the interpreter lock: other threads can run between two samples.
         sample = sample_from_proto(_parsed(bytes(data), pb.Sample, field), field)
         if seen.setdefault(sample.id, index) != index:
-            raise FieldError(f"{field}.id", f"'{sample.id}' is the id of samples.{seen[sample.id]} too")
+            raise FieldError(f"{field}.id", f"'{sample.id}' is already the id of samples.{seen[sample.id]}")
         samples.append(sample)
     return KVQuery(request.head.request_id or uuid.uuid4().hex, plan, samples)
 
@@ -110,25 +115,43 @@ def read_generate_query(request: ParsedRequest[pb.GenerateRequest], info: Teache
         )
     selection = query.plan.selection
     if (selection.span == "answer" or needs_importance(selection)) and not sampling.answer_marker:
-        raise FieldError("sampling.answer_marker", "is empty, and the plan needs to know which tokens are the answer")
+        raise FieldError(
+            "sampling.answer_marker",
+            "is empty, but the plan selects tokens by the answer; set the text after which the answer begins",
+        )
     for index, sample in enumerate(query.samples):
         if sample.token_ids is not None:
             raise FieldError(f"samples.{index}.token_ids", "a prompt to generate from must be text")
+        if sample.chat is not None:
+            raise FieldError(f"samples.{index}.chat", "Generate reads prompts as they are, without a chat template")
         for at, span in enumerate(sample.spans):
             if span.kind != "prompt":
                 raise FieldError(f"samples.{index}.spans.{at}.kind", f"must be prompt (got {span.kind})")
     return KVQuery(query.request_id, query.plan, query.samples, sampling)
 
 
-def tokenize(engine: TeacherEngine, query: KVQuery) -> list[TokenizedSample | FieldError]:
-    """Tokenize every sample; returns the error of a sample that is not valid or that the plan cannot be executed on."""
-    return _tokenize_each(engine, query.samples, partial(check_sample, plan=query.plan))
+def parts_of(samples: Sequence[Sample]) -> Iterator[tuple[int, list[Sample]]]:
+    """The samples in parts of about `PART_BYTES`, at least one sample each, with the size of each part."""
+    part: list[Sample] = []
+    size = 0
+    for sample in samples:
+        part.append(sample)
+        size += len(sample.text or "") + _BYTES_PER_ID * len(sample.token_ids or ())
+        if size >= PART_BYTES:
+            yield size, part
+            part, size = [], 0
+    if part:
+        yield size, part
 
 
-def tokenize_prompts(engine: TeacherEngine, query: KVQuery) -> list[TokenizedSample | FieldError]:
-    """Tokenize every prompt; returns the error of a prompt that is not valid or leaves no room for `max_new_tokens`."""
-    assert query.sampling is not None
-    new, limit = query.sampling.max_new_tokens, engine.info.max_sample_tokens
+def sample_check(query: KVQuery, limit: int) -> SampleCheck:
+    """What to check of a query's tokenized samples: that the plan can be executed on them.
+
+    For prompts to generate from: that `max_new_tokens` more have room within the teacher's `limit`.
+    """
+    if query.sampling is None:
+        return partial(check_sample, plan=query.plan)
+    new = query.sampling.max_new_tokens
 
     def check_room(tokens: TokenizedSample) -> None:
         count = len(tokens.token_ids)
@@ -139,12 +162,13 @@ def tokenize_prompts(engine: TeacherEngine, query: KVQuery) -> list[TokenizedSam
                 f"takes at most {limit} (max_sample_tokens)",
             )
 
-    return _tokenize_each(engine, query.samples, check_room)
+    return check_room
 
 
-def _tokenize_each(
-    engine: TeacherEngine, samples: Sequence[Sample], check: Callable[[TokenizedSample], None]
+def tokenize(
+    engine: TeacherEngine, samples: Sequence[Sample], check: SampleCheck
 ) -> list[TokenizedSample | FieldError]:
+    """Tokenize samples; returns the error of a sample that is not valid or does not pass `check`."""
     outcomes: list[TokenizedSample | FieldError] = []
     for sample in samples:
         try:

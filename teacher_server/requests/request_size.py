@@ -17,6 +17,8 @@ from kvcore.types import TeacherInfo
 MAX_ID_LENGTH = 256
 MAX_NAME_LENGTH = 64
 MAX_SPANS = 3  # one of each kind
+MAX_TURNS = 64
+MAX_ROLE_LENGTH = 16
 MAX_STOPS = 16
 MAX_STOP_LENGTH = 256
 MAX_TOKEN_IDS = 1 << 20
@@ -51,6 +53,7 @@ def size_limits(info: TeacherInfo) -> SizeLimits:
             "KVRequest.samples": samples,
             "GenerateRequest.samples": samples,
             "Sample.spans": MAX_SPANS,
+            "Chat.turns": MAX_TURNS,
             "Plan.layers": info.layers,
             "Sampling.stop": MAX_STOPS,
             # A sample that exceeds max_sample_tokens fails alone; one that exceeds this limit fails the request.
@@ -60,8 +63,10 @@ def size_limits(info: TeacherInfo) -> SizeLimits:
             "KVRequest.request_id": MAX_ID_LENGTH,
             "GenerateRequest.request_id": MAX_ID_LENGTH,
             "Sample.id": MAX_ID_LENGTH,
+            "Turn.role": MAX_ROLE_LENGTH,
             "Selection.selector": MAX_NAME_LENGTH,
             "Codec.name": MAX_NAME_LENGTH,
+            "PlanMap.digest": MAX_NAME_LENGTH,
             "Sampling.stop": MAX_STOP_LENGTH,
             "Sampling.answer_marker": MAX_STOP_LENGTH,
         },
@@ -127,8 +132,10 @@ class _Scan:
             if field.message_type.name == "Sample":
                 self.samples.append(field_range)
             self.message(field.message_type, field_range.start, field_range.end, f"{path}.")
-        elif key in self._limits.characters:
-            self._check_characters(field_range, self._limits.characters[key], path)
+        elif field.type == FieldDescriptor.TYPE_STRING:
+            if key in self._limits.characters:
+                self._check_characters(field_range, self._limits.characters[key], path)
+            self._check_utf8(field_range, path)
         return added
 
     def _count_varints(self, field_range: ByteRange, limit: int, path: str) -> int:
@@ -144,6 +151,12 @@ class _Scan:
         characters = len(self._data[field_range.start : field_range.end].translate(None, _CONTINUATIONS))
         if characters > limit:
             raise FieldError(path, f"has {characters} characters; the limit is {limit}")
+
+    def _check_utf8(self, field_range: ByteRange, path: str) -> None:
+        try:
+            self._data[field_range.start : field_range.end].decode()
+        except UnicodeDecodeError as error:
+            raise FieldError(path, f"is not valid UTF-8 at byte {error.start}") from error
 
     def _fields(self, at: int, end: int) -> Iterator[tuple[int, ByteRange]]:
         """Number and byte range of each field."""

@@ -3,37 +3,46 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import Awaitable, Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import TypeVar
 
 import grpc
 import grpc.aio
 
 from kvcore.errors import FieldError
+from kvcore.tensors.kv_map import KVMap
 from kvcore.types import TeacherInfo
 from kvcore.wire.frames import FrameWriter
 from kvcore.wire.messages import TEACHER_METADATA, info_to_proto, teacher_metadata
 from protos import kv_cache_pb2 as pb
-from teacher_server.engines.base import PlannedSample, TokenizedSample
+from teacher_server.engines.base import PlannedSample, TeacherEngine, TokenizedSample
+from teacher_server.fair_share import Caller, caller_of
 from teacher_server.monitoring.activity import Call, current_call
+from teacher_server.monitoring.logs import log_event
 from teacher_server.plan_execution import encoded_bytes
 from teacher_server.requests.answer_stream import AnswerStream
-from teacher_server.requests.connection_limits import read_request
+from teacher_server.requests.connection_limits import read_message, read_request
 from teacher_server.requests.generation import Generation
+from teacher_server.requests.map_store import receive_map
 from teacher_server.requests.request_parsing import (
     KVQuery,
     ParsedRequest,
     RequestT,
     parse_request,
+    parts_of,
     read_generate_query,
     read_query,
+    sample_check,
     tokenize,
-    tokenize_prompts,
 )
-from teacher_server.sample_queue import ClientStream, Job
+from teacher_server.requests.work_thread import WorkThread
+from teacher_server.sample_queue import ClientStream, Job, Reservation
 from teacher_server.state import Backend, ServerState
+
+log = logging.getLogger(__name__)
 
 SERVICE = pb.DESCRIPTOR.services_by_name["TeacherKV"].full_name
 
@@ -42,16 +51,18 @@ ResultT = TypeVar("ResultT")
 
 
 class TeacherKVService:
-    """The methods Describe, StreamKV and Generate of one server."""
+    """The methods Describe, StreamKV, Generate and LoadMap of one server."""
 
     def __init__(self, state: ServerState) -> None:
         self._state = state
-        # One thread: tokenizers release the GIL for long texts, but not all of them are thread-safe.
-        self._tokenizing = ThreadPoolExecutor(1, thread_name_prefix="tokenizer")
+        self._work = WorkThread()
+        # Of the requests so far, the self-test first. An average that follows the latest ones.
+        self._bytes_per_token = 0.0
+        self._warnings: set[str] = set()
 
     def close(self) -> None:
         """End the tokenizer's thread."""
-        self._tokenizing.shutdown(wait=False, cancel_futures=True)
+        self._work.close()
 
     def handler(self) -> grpc.GenericRpcHandler:
         """The service's handler for gRPC. Frames are bytes already and need no serializer.
@@ -68,6 +79,9 @@ class TeacherKVService:
                 ),
                 "StreamKV": grpc.stream_stream_rpc_method_handler(self.stream_kv),
                 "Generate": grpc.stream_stream_rpc_method_handler(self.generate),
+                "LoadMap": grpc.stream_unary_rpc_method_handler(
+                    self.load_map, response_serializer=pb.LoadMapResponse.SerializeToString
+                ),
             },
         )
 
@@ -81,32 +95,59 @@ class TeacherKVService:
 
     async def stream_kv(self, context: grpc.aio.ServicerContext) -> None:
         """Answer a request for K/V. `call_interceptor.status_of` maps its errors."""
-        with self._state.open_stream():
+        with self._state.open_stream(_caller()):
             async with asyncio.timeout(self._state.config.max_request_seconds):
-                request = await self._receive(context, pb.KVRequest)
-                query = await self._in_thread(read_query, request, self._info)
-                await self.answer(query, self._sender(context))
+                data = await read_request(context)
+                with self._reserve(len(data)) as reserved:
+                    request = await self._parse(data, pb.KVRequest)
+                    query = await self._in_thread(len(data), read_query, request, self._info)
+                    await self.answer(query, reserved, self._sender(context))
 
     async def generate(self, context: grpc.aio.ServicerContext) -> None:
         """Answer a request to generate. `call_interceptor.status_of` maps its errors."""
-        with self._state.open_stream():
+        with self._state.open_stream(_caller()):
             async with asyncio.timeout(self._state.config.max_request_seconds):
-                request = await self._receive(context, pb.GenerateRequest)
-                query = await self._in_thread(read_generate_query, request, self._info)
-                await self._answer_generate(query, self._sender(context))
+                data = await read_request(context)
+                with self._reserve(len(data)) as reserved:
+                    request = await self._parse(data, pb.GenerateRequest)
+                    query = await self._in_thread(len(data), read_generate_query, request, self._info)
+                    await self._answer_generate(query, reserved, self._sender(context))
+
+    async def load_map(self, context: grpc.aio.ServicerContext) -> pb.LoadMapResponse:
+        """Receive a map that plans can name. `call_interceptor.status_of` maps its errors."""
+        with self._state.open_stream(_caller()):
+            async with asyncio.timeout(self._state.config.max_request_seconds):
+                await receive_map(partial(read_message, context), self._state.maps, self._info)
+        return pb.LoadMapResponse()
 
     @property
     def _info(self) -> TeacherInfo:
         return self._state.loaded().engine.info
 
-    async def _receive(self, context: grpc.aio.ServicerContext, kind: type[RequestT]) -> ParsedRequest[RequestT]:
-        request = await self._in_thread(parse_request, await read_request(context), kind, self._info)
+    def _reserve(self, nbytes: int) -> Reservation:
+        """Reserve room for a request by its size, before it is parsed and tokenized.
+
+        Raises:
+            BusyError: the queue has no room for it.
+        """
+        tokens = round(nbytes / self._bytes_per_token) if self._bytes_per_token else nbytes
+        return self._state.loaded().scheduler.queue.reserve(_caller(), nbytes, tokens)
+
+    async def _parse(self, data: bytes, kind: type[RequestT]) -> ParsedRequest[RequestT]:
+        request = await self._in_thread(len(data), parse_request, data, kind, self._info)
         current_call().request_id = request.head.request_id
         return request
 
-    async def _in_thread(self, function: Callable[..., ResultT], *arguments: object) -> ResultT:
+    async def _in_thread(self, nbytes: int, function: Callable[..., ResultT], *arguments: object) -> ResultT:
         """Run work whose time grows with the request, without blocking the event loop."""
-        return await asyncio.get_running_loop().run_in_executor(self._tokenizing, function, *arguments)
+        return await self._work.run(_caller(), id(current_call()), nbytes, function, *arguments)
+
+    async def _tokenize(self, query: KVQuery, engine: TeacherEngine) -> list[TokenizedSample | FieldError]:
+        check = sample_check(query, engine.info.max_sample_tokens)
+        outcomes: list[TokenizedSample | FieldError] = []
+        for size, part in parts_of(query.samples):
+            outcomes += await self._in_thread(size, tokenize, engine, part, check)
+        return outcomes
 
     def _sender(self, context: grpc.aio.ServicerContext) -> Send:
         metadata = ((TEACHER_METADATA, teacher_metadata(self._info)),)
@@ -120,48 +161,60 @@ class TeacherKVService:
 
         return send
 
-    async def answer(self, query: KVQuery, send: Send) -> None:
-        """Run a query and send its frames.
+    async def answer(self, query: KVQuery, reserved: Reservation, send: Send) -> None:
+        """Run a query, which takes its room in the queue, and send its frames.
 
         Raises:
-            BusyError: the queue has no room for its samples.
+            UnknownMapError: the server does not hold the plan's map.
         """
-        backend, call, answer = await self._open(query)
-        stream = ClientStream(answer)
-        samples, jobs = await self._in_thread(_tokenize_to_jobs, stream, query, backend)
+        kv_map = self._state.maps.named_by(query.plan)
+        backend, call, answer = await self._open(query, reserved.nbytes)
+        stream = ClientStream(answer, caller=reserved.caller)
+        samples = await self._tokenize(query, backend.engine)
+        jobs = await self._in_thread(reserved.nbytes, _to_jobs, stream, query, samples, backend.engine.info, kv_map)
         call.tokens = sum(job.tokens for job in jobs)
+        if jobs and len(jobs) == len(samples):
+            measured = reserved.nbytes / call.tokens
+            self._bytes_per_token += (measured - self._bytes_per_token) / (8 if self._bytes_per_token else 1)
         try:
-            if jobs:
-                backend.scheduler.queue.admit(stream, jobs)
+            backend.scheduler.queue.resize(reserved, 0)
+            backend.scheduler.queue.extend(stream, jobs)
             _refuse_invalid(samples, answer)
             await _send_frames(answer, stream, backend, call, send)
         finally:
             backend.scheduler.queue.remove(stream)
 
-    async def _answer_generate(self, query: KVQuery, send: Send) -> None:
+    async def _answer_generate(self, query: KVQuery, reserved: Reservation, send: Send) -> None:
         """Generate from a query's prompts, run the completed samples, and send all frames.
 
         Raises:
             BusyError: the queue has no room for its prompts.
+            UnknownMapError: the server does not hold the plan's map.
         """
         assert query.sampling is not None
-        backend, call, answer = await self._open(query)
-        prompts = await self._in_thread(tokenize_prompts, backend.engine, query)
+        kv_map = self._state.maps.named_by(query.plan)
+        reserved.add(query.sampling.max_new_tokens * len(query.samples))
+        backend, call, answer = await self._open(query, reserved.nbytes)
+        prompts = await self._tokenize(query, backend.engine)
 
         def count_tokens(generated: int, in_samples: int) -> None:
             call.generated_tokens += generated
             call.tokens += in_samples
 
-        generation = Generation(query.plan, query.sampling, backend, answer, self._tokenizing, count_tokens)
+        generation = Generation(
+            query.plan, kv_map, query.sampling, backend, answer, reserved.caller, self._work, count_tokens
+        )
         try:
-            generation.admit(prompts)
+            backend.scheduler.queue.resize(reserved, 0)
+            generation.queue(prompts)
             _refuse_invalid(prompts, answer)
             await _send_frames(answer, generation.samples, backend, call, send)
         finally:
             generation.close()
 
-    async def _open(self, query: KVQuery) -> tuple[Backend, Call, AnswerStream]:
+    async def _open(self, query: KVQuery, nbytes: int) -> tuple[Backend, Call, AnswerStream]:
         """Returns the backend that answers a query, the call's log record, and the stream of its frames."""
+        self._warn_once(query.plan.selection.warning)
         backend, call, metric = self._state.loaded(), current_call(), self._state.metrics.samples
         call.request_id, call.codec, call.samples = query.request_id, query.plan.codec.name, len(query.samples)
 
@@ -169,21 +222,32 @@ class TeacherKVService:
             metric.labels(status).inc()
             call.failed_samples += status != "ok"
 
-        keys = await self._in_thread(query.sample_keys, backend.engine.info)
+        keys = await self._in_thread(nbytes, query.sample_keys, backend.engine.info)
         writer = FrameWriter(query.request_id, query.plan, keys, self._state.config.max_frame_bytes)
         return backend, call, AnswerStream(writer, len(query.samples), count_sample)
 
+    def _warn_once(self, warning: str | None) -> None:
+        if warning is not None and warning not in self._warnings:
+            self._warnings.add(warning)
+            log_event(log, "plan_warning", level=logging.WARNING, problem=warning)
 
-def _tokenize_to_jobs(
-    stream: ClientStream, query: KVQuery, backend: Backend
-) -> tuple[list[TokenizedSample | FieldError], list[Job]]:
-    samples = tokenize(backend.engine, query)
-    jobs = [
-        Job(stream, index, PlannedSample(tokens, query.plan), encoded_bytes(query.plan, tokens, backend.engine.info))
+
+def _caller() -> Caller:
+    return caller_of(current_call().peer)
+
+
+def _to_jobs(
+    stream: ClientStream,
+    query: KVQuery,
+    samples: Sequence[TokenizedSample | FieldError],
+    info: TeacherInfo,
+    kv_map: KVMap | None,
+) -> list[Job]:
+    return [
+        Job(stream, index, PlannedSample(tokens, query.plan, kv_map), encoded_bytes(query.plan, tokens, info))
         for index, tokens in enumerate(samples)
         if not isinstance(tokens, FieldError)
     ]
-    return samples, jobs
 
 
 def _refuse_invalid(samples: Sequence[TokenizedSample | FieldError], answer: AnswerStream) -> None:

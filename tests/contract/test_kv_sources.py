@@ -15,6 +15,7 @@ from student_trainer.config import KVConfig, TeacherConfig
 from student_trainer.kv_sources import build_source
 from student_trainer.kv_sources.base import KVSource
 from student_trainer.kv_sources.failover import FailoverSource
+from student_trainer.kv_sources.kept import Kept
 from student_trainer.kv_sources.offline import OfflineSource
 from student_trainer.kv_sources.prefetch import Prefetch
 from student_trainer.kv_sources.record import Record
@@ -22,6 +23,7 @@ from student_trainer.kv_sources.remote import RemoteSource
 from student_trainer.kv_sources.shuffled import ShuffledControl
 from tests.support.kv_fakes import INFO, PLAN, MemorySource, kv_of, same_result, samples
 from tests.support.scripted_teacher import ScriptedTeacher
+from tests.support.servers import wait_until
 
 MISSING = "s5"
 SAMPLES = samples(20)
@@ -83,6 +85,7 @@ SOURCES: dict[str, Build] = {
     "remote": Bench.connected_remote,
     "failover": Bench.failover,
     "prefetch": lambda _: Prefetch(MemorySource(missing=[MISSING]), depth=2),
+    "kept": lambda _: Kept(MemorySource(missing=[MISSING]), most_bytes=10_000),
     "offline": lambda bench: OfflineSource(bench.recorded(), lambda _: PLAN),
     "record": lambda bench: Record(MemorySource(missing=[MISSING]), bench.directory, "rank0", merges_index=True),
     "resumed record": Bench.half_recorded,
@@ -169,6 +172,18 @@ def test_source_can_be_closed_twice_with_pending_batches(source):
     source.close()
     source.close()
     assert not [thread for thread in threading.enumerate() if thread.name == "kv-prefetch"]
+
+
+def test_validation_prefetches_beside_the_batches_that_training_has_requested(bench, teachers):
+    for teacher in teachers:
+        teacher.requests.clear()
+    source = bench.built(prefetch=2)
+    in_training = [source.submit(SAMPLES[at : at + 1]) for at in (0, 1)]
+    in_validation = [source.submit(SAMPLES[at : at + 1]) for at in (2, 3, 4)]
+    wait_until(lambda: sum(len(teacher.requests) for teacher in teachers) == 4)
+    for pending in in_validation + in_training:
+        pending.result()
+    source.close()
 
 
 def test_shuffled_control_gives_each_sample_the_kv_of_another(bench, caplog):

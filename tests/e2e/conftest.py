@@ -17,8 +17,9 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
 
 @pytest.fixture(scope="module")
 def endpoints(world: World) -> Iterator[Endpoints]:
+    """Two servers that run each sample alone, so that the K/V do not depend on when requests arrive."""
     with (
-        running_teacher(world.teachers["ada"], world.directory / "ada.log") as ada,
-        running_teacher(world.teachers["ben"], world.directory / "ben.log") as ben,
+        running_teacher(world.teachers["ada"], world.directory / "ada.log", max_batch_tokens=1) as ada,
+        running_teacher(world.teachers["ben"], world.directory / "ben.log", max_batch_tokens=1) as ben,
     ):
         yield {"ada": [ada.endpoint], "ben": [ben.endpoint]}

@@ -128,11 +128,11 @@ def test_three_stages_train_on_the_prepared_data(stages: Path) -> None:
     for stage in STAGES:
         assert metrics(stages / stage, "train/loss").keys() == {1, 2}
         assert metrics(stages / stage, "routing/weights_mean/Qwen2.5-14B").keys() == {1, 2}
-        assert (stages / stage / "best_model" / "model.safetensors").is_file()
+        assert (stages / stage / "best_model" / "latent.safetensors").is_file()
 
 
 def test_minimal_training_command_trains(minimal_run: Path) -> None:
-    assert (minimal_run / "best_model" / "model.safetensors").is_file()
+    assert (minimal_run / "best_model" / "latent.safetensors").is_file()
     assert metrics(minimal_run, "val/task_metrics/accuracy")
 
 
@@ -154,8 +154,8 @@ def test_a_report_shows_every_stage(report: Path) -> None:
 
 
 def test_tensorboard_shows_the_curves_that_the_guide_reads(curves: list[str]) -> None:
-    assert {"val/kv_loss", "train/kv_loss", "val/task_metrics/accuracy"} <= {*curves}
-    assert {"routing/entropy", "kv/stall_fraction", "routing/weights_mean/Qwen2.5-7B"} <= {*curves}
+    assert {"val/kv_loss", "train/kv_loss", "val/task_metrics"} <= {*curves}
+    assert {"routing/entropy", "kv/stall_fraction", "routing/weights_mean"} <= {*curves}
 
 
 def test_a_sweep_lists_its_runs(listed: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import subprocess
 import sys
@@ -26,7 +27,7 @@ from tests.support.servers import (
     token_samples,
     wait_until,
 )
-from tests.support.training import make_world
+from tests.support.training import World, make_world
 
 pytestmark = pytest.mark.slow
 
@@ -34,6 +35,10 @@ NAME = "<b>qwen</b><script>alert(1)</script>"
 LOOKS: list[tuple[tuple[int, int], Scheme]] = [
     (size, scheme) for size in (PHONE, DESKTOP) for scheme in ("light", "dark")
 ]
+# The number of charts that reach into the next one.
+TOO_WIDE = """[...document.querySelectorAll("figure.chart")].filter(
+  (figure) => figure.querySelector("canvas").getBoundingClientRect().right > figure.getBoundingClientRect().right + 1
+).length"""
 PLAN = KVPlan(layers=(0, 1), selection=Selection(selector="full", span="all"), codec=CodecSpec(name="int8"))
 
 
@@ -43,6 +48,7 @@ class Training:
 
     process: subprocess.Popen[bytes]
     url: str
+    saved: Path
 
     def step(self) -> int:
         return httpx.get(f"{self.url}state.json").json()["step"]
@@ -62,23 +68,34 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TeacherProcess
 
 
 @pytest.fixture(scope="module")
-def training(teacher: TeacherProcess, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Training]:
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    return make_world(tmp_path_factory.mktemp("world"))
+
+
+@pytest.fixture(scope="module")
+def training(world: World, teacher: TeacherProcess) -> Iterator[Training]:
     """A run that outlasts the tests, with a replica that does not answer and HTML in its name."""
-    world = make_world(tmp_path_factory.mktemp("world"))
     endpoints = {"ada": ["127.0.0.1:1", teacher.endpoint], "ben": [teacher.endpoint]}
-    long = {"output_dir": str(world.directory / "<i>night"), "steps": 100_000, "eval_every": 5}
-    config = world.config("night", endpoints, run=long, align={"calibration_samples": 16})
-    path, log = world.directory / "run.yaml", world.directory / "log"
+    with running_training(world, endpoints, "<i>night", 100_000) as training:
+        # Requests take time from the training process.
+        wait_until(lambda: training.step() > 5, 100, every_s=0.5)
+        yield training
+
+
+@contextlib.contextmanager
+def running_training(world: World, endpoints: dict[str, list[str]], name: str, steps: int) -> Iterator[Training]:
+    """A run inside the block, which starts when its page can be read."""
+    output = world.directory / name
+    run = {"output_dir": str(output), "steps": steps, "eval_every": 5}
+    config = world.config("night", endpoints, run=run, align={"calibration_samples": 16})
+    path, log = world.directory / "run.yaml", world.directory / f"{name}.log"
     path.write_text(yaml.safe_dump({**config, "monitor": {"port": 0}}), encoding="utf-8")
     command = [sys.executable, "-m", "kvdistill", "train", "--config", str(path)]
     with log.open("wb") as out:
         process = subprocess.Popen(command, cwd=REPOSITORY, stdout=out, stderr=out)
     try:
         wait_until(lambda: "monitor: " in log.read_text(encoding="utf-8") or process.poll() is not None)
-        url = address(log)
-        training = Training(process, url)
-        wait_until(lambda: training.step() > 5)
-        yield training
+        yield Training(process, address(log), output / "run.html")
     finally:
         process.kill()
         process.wait()
@@ -125,7 +142,7 @@ def test_teacher_page_shows_the_model_the_open_calls_and_the_errors(browser: Bro
         assert "INVALID_ARGUMENT (Describe)" not in page_text
         assert "INVALID_ARGUMENT (StreamKV)" in page_text
         assert_no_defects(page)
-        assert page.page.locator("main b, main script").count() == 0
+        assert page.page.locator("main b:not(.key b), main script:not([type='application/json'])").count() == 0
         open_stream.cancel()
 
 
@@ -163,14 +180,62 @@ def test_page_of_a_run_updates_and_shows_when_the_run_has_ended(browser: Browser
         for part in ("of 100,000", "time left", "KV loss", "stall", "accuracy", "bottleneck", "1 of 2 up", "1 of 1 up"):
             assert part in page_text, part
         assert "127.0.0.1:1 does not answer" in page_text
-        titles = page.page.locator("figure h3").all_inner_texts()
-        assert titles[:2] == ["Loss", "KV loss (1: predicting the mean)"]
-        assert "Routing weights" in titles
-        assert page.page.locator("figure polyline").count() >= 7
+        titles = [title.strip() for title in page.page.locator("figure h3").all_inner_texts()]
+        assert titles[:4] == ["Cross-entropy", "KV loss", "Validation accuracy", "Routing weights"]
+        assert {"Learning rate", "Memory of rank 0"} <= {*titles}
+        assert page.page.locator("figure canvas").count() == len(titles)
+        assert "Answers in the last validation" in page_text
+        has_values_under_the_pointer(page)
         updates_in_place(page, f"main.querySelector('progress').value > {training.step()}")
         assert_no_defects(page)
-        assert page.page.locator("main i:not(.key i)").count() == 0
+        assert page.page.locator("main i:not(.key i, .mark i)").count() == 0
         training.process.send_signal(signal.SIGTERM)
+        page.page.wait_for_selector("main [data-ended]")
+        assert "told to stop" in page.page.inner_text(".state")
+        page.page.wait_for_selector("#stale:not([hidden])")
+        assert page.page.inner_text("#stale").startswith("The run has ended. ")
+        assert training.process.wait(60) == 143
+    with shown(browser, training.saved.as_uri()) as page:
+        assert "told to stop" in page.page.inner_text(".state.bad")
+        assert page.page.locator("figure canvas").count() == len(titles)
+        has_values_under_the_pointer(page)
+        assert_no_defects(page)
+
+
+def test_an_open_page_shows_that_the_run_has_finished(browser: Browser, world: World, teacher: TeacherProcess) -> None:
+    endpoints = {"ada": [teacher.endpoint], "ben": [teacher.endpoint]}
+    with running_training(world, endpoints, "short", 8) as training, shown(browser, training.url) as page:
+        page.page.wait_for_selector("main [data-ended]", timeout=100_000)
+        for part in ("Finished after 0:0", "8 of 8", "accuracy", "Answers in the last validation"):
+            assert part in page.texts(), part
+        page.page.wait_for_selector("#stale:not([hidden])")
+        assert page.page.inner_text("#stale").startswith("The run has ended. ")
+        assert training.process.wait(60) == 0
+        assert training.saved.is_file()
+
+
+def test_a_page_of_a_process_that_was_killed_says_since_when_it_does_not_answer(
+    browser: Browser, tmp_path: Path
+) -> None:
+    with (
+        running_teacher("fake:layers=3", tmp_path / "log", engine="fake", name="ada") as teacher,
+        shown(browser, teacher.url("/")) as page,
+    ):
+        teacher.process.kill()
         page.page.wait_for_selector("#stale:not([hidden])")
         assert page.page.inner_text("#stale").startswith("No answer since ")
-        assert training.process.wait(60) == 1
+        assert page.page.locator("body.old .state").count() == 1, "the last state is not shown as the present one"
+
+
+def has_values_under_the_pointer(page: Shown) -> None:
+    """Check that all charts show the step under the pointer, and that the charts can be logarithmic and smoothed."""
+    page.set_appearance(DESKTOP, "light")
+    page.page.locator(".u-over").first.scroll_into_view_if_needed()
+    page.page.locator(".u-over").first.hover()
+    page.page.wait_for_function("document.querySelector('.at').textContent.startsWith('step ')")
+    assert page.page.locator(".chart .key b").first.inner_text()
+    page.page.locator(".controls input").check()
+    page.page.locator(".controls select").select_option("0.9")
+    assert page.page.evaluate(TOO_WIDE) == 0
+    page.page.locator(".controls select").select_option("0")
+    page.page.locator(".controls input").uncheck()

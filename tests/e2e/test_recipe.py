@@ -62,7 +62,15 @@ def test_job_records_a_store_and_the_training_command_uses_it(world: World, tmp_
     flags = f"""--student_model {world.student} --teacher_models {teachers} --fixed_weights 0.25,0.75 --bf16 false
         --dataset_name {world.directory} --gradient_accumulation_steps 2 --kv_mode offline --kv_loss_weight 1.0
         --kv_store {recorded}/kv_store --output_dir {replayed}""".split()
-    run([sys.executable, "experiments/train_multi_teacher_kv.py", *flags, *TINY.split()], tmp_path / "replay.log")
+    output = run(
+        [sys.executable, "experiments/train_multi_teacher_kv.py", *flags, *TINY.split()], tmp_path / "replay.log"
+    )
+    log = (replayed / "logs" / "train.log").read_text(encoding="utf-8")
+    for text in (output, log):
+        assert "monitor: http://127.0.0.1:" in text
+        last = text.rstrip().splitlines()[-1]
+        assert "done: best validation: accuracy " in last
+        assert f'next: kvdistill generate {replayed}/best_model "QUESTION"' in last
     assert_same_losses(recorded, replayed, 2e-4)
 
 

@@ -22,6 +22,7 @@ SILENCE_SECONDS = 30
 PLAN = KVPlan(layers=(0,), selection=Selection(span="all"))
 
 
+@pytest.mark.nightly
 def test_the_server_accepts_client_pings_during_a_silent_call(tmp_path: Path) -> None:
     pinging = [("grpc.keepalive_time_ms", 5000), ("grpc.http2.max_pings_without_data", 0)]
     # The self-test takes 7 s, this sample 30 s.

@@ -72,7 +72,7 @@ def test_three_stages_train_on_prepared_data(guide: Checkout, cluster: SlurmClus
     for stage in STAGES:
         trained = guide.directory / "outputs" / "three_stage_routing" / stage
         assert metrics(trained, "routing/weights_mean/Qwen2.5-14B").keys() == {1, STEPS}
-        assert (trained / "best_model" / "model.safetensors").is_file()
+        assert (trained / "best_model" / "latent.safetensors").is_file()
 
 
 def test_three_large_teachers_have_the_scripts_weights(guide: Checkout, cluster: SlurmCluster) -> None:

@@ -85,11 +85,13 @@ def test_ranks_train_with_three_teachers_on_three_other_nodes(
         assert f"teacher {name} on {node} (cpu)\n" in printed(tmp_path)
     logs = tmp_path / "logs" / f"large_scale_multi_teacher-{job}"
     assert [line.partition("=")[0] for line in (logs / "endpoints.txt").read_text().splitlines()] == [*world.teachers]
+    # Servers that use TLS and a token were reached, so the ranks had the job's certificate and token.
+    assert f"the servers use TLS and a token: {logs}/access\n" in printed(tmp_path)
     for name, weight in zip(world.teachers, (0.5, 0.3, 0.2), strict=True):
         # The job stopped its server with SIGTERM.
         assert '"drained"' in (logs / f"serve_{name}.log").read_text(encoding="utf-8")
         assert metrics(tmp_path / "out", f"routing/weights_mean/{name}")[3] == pytest.approx(weight)
-    assert (tmp_path / "out" / "best_model" / "model.safetensors").is_file()
+    assert (tmp_path / "out" / "best_model" / "latent.safetensors").is_file()
 
 
 def test_three_stages_run_in_order(cluster: SlurmCluster, world: World, tmp_path: Path) -> None:
@@ -132,15 +134,20 @@ def test_requeued_job_resumes_at_the_saved_step(cluster: SlurmCluster, world: Wo
 
     def reaches(step: int) -> None:
         path = tmp_path / "out" / "metrics.jsonl"
-        enough = lambda: path.is_file() and max(metrics(tmp_path / "out", "train/loss"), default=0) >= step  # noqa: E731
-        wait_until(enough, JOB_SECONDS)
+        cluster.wait_while_running(
+            job,
+            lambda: path.is_file() and max(metrics(tmp_path / "out", "train/loss"), default=0) >= step,
+            JOB_SECONDS,
+            lambda: printed(tmp_path),
+        )
 
     def run_again(restarts: int) -> int:
-        """Wait until the job is requeued, let it start at once, and return the step of its checkpoint."""
+        """Wait until the job is requeued, let it start soon, and return the step of its checkpoint."""
         wait_until(lambda: cluster.shown(job)["Restarts"] == str(restarts), JOB_SECONDS)
         wait_until(lambda: cluster.shown(job)["JobState"] == "PENDING", JOB_SECONDS)
         saved = max(int(path.name.rpartition("-")[2]) for path in (tmp_path / "out" / "checkpoints").glob("step-*"))
-        cluster.call("scontrol", "update", f"JobId={job}", "StartTime=now")
+        # Within a second of its end, SLURM takes the new start for the old job and fails it ("credential revoked").
+        cluster.call("scontrol", "update", f"JobId={job}", "StartTime=now+5")
         return saved
 
     reaches(3)

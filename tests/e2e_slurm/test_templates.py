@@ -95,6 +95,7 @@ def test_hetjob_trains_with_teachers_on_two_components(cluster: SlurmCluster, wo
     shown = cluster.wait(job, JOB_SECONDS)
     assert shown["JobState"] == "COMPLETED", output(tmp_path, job)
     assert re.search(r"serving ada on n3;[^\n]*\n.*serving ben on n4;", output(tmp_path, job))
+    assert "the servers use TLS and a token: " in output(tmp_path, job)
     assert metrics(tmp_path / "out", "train/loss").keys() == set(range(1, STEPS + 1))
     assert metrics(tmp_path / "out", "routing/weights_mean/ben").keys() == set(range(1, STEPS + 1))
     for name in world.teachers:
@@ -117,9 +118,13 @@ def test_student_trains_with_replicas_that_other_jobs_published(
     assert cluster.wait(student, JOB_SECONDS)["JobState"] == "COMPLETED", output(tmp_path, student)
     assert re.search(r"teachers: ada=[\d.]+:\d+,[\d.]+:\d+\n", output(tmp_path, student))
     assert metrics(tmp_path / "out", "train/loss").keys() == set(range(1, STEPS + 1))
+    access = tmp_path / "endpoints" / "access"
+    assert sorted(path.name for path in access.iterdir()) == sorted(["token", *(path.name for path in published)])
     for job, path in zip(teachers, published, strict=True):
+        assert "the servers use TLS and a token: " in output(tmp_path, job)
         end_teacher(cluster, tmp_path, job)
         assert not path.exists()
+        assert not (access / path.name).exists()
         log = tmp_path / "logs" / f"kvdistill-teacher-{job}" / "serve_ada.log"
         assert '"drained"' in log.read_text(encoding="utf-8")
 
@@ -163,7 +168,10 @@ def test_two_node_teacher_starts_ray_on_both_nodes_and_its_server_on_the_first(
     port = 20000 + job
     ray_flags = "--block --disable-usage-stats {} --node-ip-address=127.0.0.1 --num-gpus=8"
     assert (logs / "ray_0.log").read_text() == f"start {ray_flags.format(f'--head --port={port}')}\n"
-    assert (logs / "ray_1.log").read_text() == f"start {ray_flags.format(f'--address=127.0.0.1:{port}')}\n"
+    worker = logs / "ray_1.log"
+    # The server does not wait for the second node here.
+    wait_until(lambda: worker.is_file() and worker.read_text().endswith("\n"))
+    assert worker.read_text() == f"start {ray_flags.format(f'--address=127.0.0.1:{port}')}\n"
     served = (logs / "serve_large.log").read_text(encoding="utf-8")
     for argument in (
         f"'--worker-address', '127.0.0.1:{port + 1}'",

@@ -129,7 +129,7 @@ def test_completions_are_those_of_the_model(client: TeacherClient, model: Path) 
 def test_tls_and_token_can_be_arguments(tmp_path: Path) -> None:
     cert, key = certificate(tmp_path / "tls")
     token = tmp_path / "token"
-    token.write_text("a-long-secret", encoding="utf-8")
+    token.write_text("a-long-secret-for-tests", encoding="utf-8")
     secrets = {"tls_cert": cert, "tls_key": key, "token_file": token}
     with running_teacher(FAKE, tmp_path / "server.log", engine="fake", **secrets) as server:
         with TeacherClient(server.endpoint, tls_ca=cert, token_file=token) as client:
@@ -141,7 +141,7 @@ def test_tls_and_token_can_be_arguments(tmp_path: Path) -> None:
 
 
 def test_client_needs_no_package_of_the_extra_train(server: TeacherProcess) -> None:
-    extra = ("datasets", "deepspeed", "lm_eval", "matplotlib", "tensorboard")
+    extra = ("datasets", "deepspeed", "lm_eval", "matplotlib", "peft", "tensorboard")
     hide = f"import sys\nfor name in {extra}: sys.modules[name] = None\n"
     use = f"from kvdistill import TeacherClient\nprint(TeacherClient({server.endpoint!r}).fetch({TEXTS}).mask_BM.sum())"
     done = subprocess.run(

@@ -34,7 +34,7 @@ from teacher_server.engines import load_engine
 from teacher_server.engines.base import LayerResult, PlannedSample, SampleFailure, TeacherEngine
 from tests.support.tiny_models import Family, save_tiny_model, tiny_spec
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.nightly]
 
 
 def chains() -> tuple[Record, ...]:

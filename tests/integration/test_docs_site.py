@@ -16,7 +16,7 @@ from scripts.docs_site import with_site_links
 from tests.support.servers import REPOSITORY
 
 OUTSIDE_DOCS = (
-    *("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "LICENSE", "mkdocs.yml"),
+    *("README.md", "CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md", "LICENSE", "mkdocs.yml"),
     *("scripts/docs_site.py", "scripts/draw_pictures.py"),
 )
 

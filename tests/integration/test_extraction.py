@@ -24,7 +24,7 @@ from transformers import AutoTokenizer
 
 from extraction import command, finish
 from extraction import extract as run
-from kvcore.command_line import EXIT_FAILED, EXIT_USAGE
+from kvcore.errors import EXIT_FAILED, EXIT_USAGE
 from kvcore.store.kv_store import KVStoreReader
 from tests.support.extraction import ExtractionWorld, assert_same_kv, load_pt, make_world
 from tests.support.reference_kv import load_reference, reference_kv
@@ -262,6 +262,7 @@ def test_skipped_samples_are_logged_and_listed(
     ]
 
 
+@pytest.mark.nightly
 def test_printed_command_trains_from_the_store_without_teachers(
     world: ExtractionWorld, extract: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

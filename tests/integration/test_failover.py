@@ -112,7 +112,7 @@ def test_another_replica_answers_the_remaining_samples_of_a_lost_replica(serve, 
         results = running.result(timeout=60)
     assert counted(source) == (1, 1)
     source.close()
-    (still_missing,) = (int(found) for found in re.findall(r"(\d+) samples still to be answered", caplog.text))
+    (still_missing,) = (int(found) for found in re.findall(r"(\d+) samples are still to be fetched", caplog.text))
     assert 0 < still_missing < 12
     assert streams(other) == [still_missing]
     assert same(results, undisturbed(other, 12))
@@ -129,7 +129,7 @@ def test_a_lost_teacher_is_reported_by_name_after_patience_s(serve):
     source.close()
     message = str(caught.value)
     assert re.match(r"teacher 'math': no endpoint answered for [12]\.\d s \(127\.0\.0\.1:\d+: UNAVAILABLE: ", message)
-    assert only.endpoint in message
+    assert message.count(only.endpoint) == 1
     assert "start the run again" in message
 
 

@@ -86,7 +86,7 @@ def test_after_a_crash_the_server_still_requires_tls_and_a_token(
 ) -> None:
     cert, key = certificate(tmp_path / "tls")
     token = tmp_path / "token"
-    token.write_text("a-long-secret", encoding="utf-8")
+    token.write_text("a-long-secret-for-tests", encoding="utf-8")
     monkeypatch.setenv(TLS_CA, str(cert))
     monkeypatch.setenv(TOKEN_FILE, str(token))
     options = {"engine": "fake", "tls_cert": cert, "tls_key": key, "token_file": token}

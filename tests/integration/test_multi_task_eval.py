@@ -120,9 +120,11 @@ def test_missing_dataset_fails_and_writes_nothing(
 
 
 @pytest.mark.parametrize("latent", [True, False])
-def test_local_task_scores_the_answers_of_the_model(latent: bool, stage: Path, tmp_path: Path) -> None:
+def test_local_task_scores_the_answers_of_the_model(
+    latent: bool, stage: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     path = stage / "best_model" if latent else save_tiny_model(tmp_path / "plain", tiny_spec("qwen2", layers=1))
-    model = load_model(str(path), "auto", "cpu", 4)
+    model: Any = load_model(str(path), "auto", "cpu", 4)
     assert isinstance(model, LatentLM) == latent
     settings = {"until": ["Question:"], "do_sample": False, "max_gen_toks": 6}
     written = model.generate_until([_Request(prompt, settings) for prompt in PROMPTS], disable_tqdm=True)
@@ -149,6 +151,24 @@ def test_local_task_scores_the_answers_of_the_model(latent: bool, stage: Path, t
     assert "val" not in results
     lines = (tmp_path / "out" / "scores" / "sums.jsonl").read_text(encoding="utf-8").splitlines()
     assert [json.loads(line)["output"] for line in lines] == written
+    unfinished = sum(not json.loads(line)["finished"] for line in lines)
+    assert unfinished
+    assert results["sums"]["unfinished_answers"] == unfinished / 4
+    assert f"{25 * unfinished:.1f} % of the answers were cut off before their end" in caplog.text
+    assert results["choices"]["unfinished_answers"] == 0.0
+
+
+def test_task_that_needs_beam_search_is_refused_before_the_model_is_loaded(tmp_path: Path) -> None:
+    (tmp_path / "sums.jsonl").write_text(json.dumps({"prompt": "2+2", "gold": "4"}) + "\n", encoding="utf-8")
+    for beams in (1, 4):
+        task = TASK.format(path=tmp_path / "sums.jsonl").replace("max_gen_toks: 6", f"num_beams: {beams}")
+        (tmp_path / "sums.yaml").write_text(task, encoding="utf-8")
+        settings = EvalSettings(
+            model_path="nowhere", eval_datasets=("sums",), tasks_dir=tmp_path, output_file=tmp_path / "out.json"
+        )
+        problem = "'nowhere' is not a directory" if beams == 1 else "sums: its task sets num_beams=4 for generation"
+        with pytest.raises(ConfigError, match=problem):
+            evaluate(settings)
 
 
 def test_validation_results_are_kept_only_for_the_same_model(validated: Path, copies: Path, tmp_path: Path) -> None:

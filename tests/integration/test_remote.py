@@ -124,6 +124,15 @@ def test_a_server_that_stays_full_raises_after_patience_s(teacher):
     remote.close()
 
 
+def test_a_full_server_without_a_pushback_is_asked_a_few_times_a_second_at_most(teacher):
+    remote = connect(teacher, patience_s=1.0)
+    teacher.script = busy(100_000, pushback_ms="0")
+    with pytest.raises(TeacherUnavailableError, match="still full"):
+        remote.fetch(SAMPLES)
+    assert 2 <= len(teacher.requests) <= 20
+    remote.close()
+
+
 @pytest.mark.parametrize("pushback_ms", ["-1", "soon"])
 def test_a_full_server_with_a_negative_pushback_is_not_retried(teacher, source, pushback_ms):
     teacher.script = busy(1, pushback_ms)
@@ -139,6 +148,13 @@ def test_a_refusal_keeps_the_servers_message(teacher, source, code):
         source.fetch(SAMPLES)
     assert str(caught.value) == f"teacher 'math': {teacher.endpoint} refused: plan.layers: 9 is above the last layer 2"
     assert len(teacher.requests) == 1
+
+
+def test_control_characters_of_a_server_never_reach_a_message(teacher, source):
+    teacher.script = refuse(grpc.StatusCode.INVALID_ARGUMENT, "plan: \x1b[2J\nall is well")
+    with pytest.raises(TeacherRefusedError) as caught:
+        source.fetch(SAMPLES)
+    assert str(caught.value).isprintable()
 
 
 @pytest.mark.parametrize("code", [grpc.StatusCode.INTERNAL, grpc.StatusCode.UNKNOWN, grpc.StatusCode.ABORTED])
@@ -241,7 +257,7 @@ def test_an_endpoint_that_is_not_a_teacher_server_is_refused(teacher, monkeypatc
 def test_an_invalid_description_is_refused(teacher):
     teacher.info = dataclasses.replace(INFO, layers=0)
     remote = RemoteSource("math", teacher.endpoint, lambda _: PLAN)
-    with pytest.raises(TeacherRefusedError, match="describes itself wrongly: layers"):
+    with pytest.raises(TeacherRefusedError, match="sent an invalid description of itself: layers"):
         remote.connect()
     remote.close()
 

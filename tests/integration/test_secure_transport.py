@@ -17,10 +17,11 @@ from student_trainer.kv_sources.remote import RemoteSource
 from student_trainer.launching.local_teachers import LocalTeachers
 from student_trainer.launching.transport_variables import TLS_CA, TOKEN_FILE
 from teacher_server.config import ServeConfig
+from teacher_server.requests.authentication import read_token
 from tests.support.certificates import certificate
 from tests.support.servers import TeacherProcess, running_teacher
 
-SECRET = "a-long-secret"
+SECRET = "a-long-secret-for-tests"
 PLAN = KVPlan(layers=(0,), selection=Selection(span="all"))
 
 
@@ -100,6 +101,30 @@ def test_a_token_requires_tls(files: dict[str, Path], monkeypatch: pytest.Monkey
         ServeConfig(model="fake:", engine="fake", token_file=files["token"])
     with pytest.raises(ValueError, match="tls_key: set both tls_cert and tls_key, or neither"):
         ServeConfig(model="fake:", engine="fake", tls_cert=files["cert"])
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "10.0.0.7", "teacher.example"])
+def test_a_server_beyond_loopback_needs_tls_and_a_token_or_insecure(files: dict[str, Path], host: str) -> None:
+    plain = {"model": "fake:", "engine": "fake", "grpc_host": host}
+    tls = {"tls_cert": files["cert"], "tls_key": files["key"]}
+    for refused_options in (plain, {**plain, **tls}):
+        with pytest.raises(ValueError, match=f"grpc_host: '{host}' lets other machines use the teacher; set tls_cert"):
+            ServeConfig.model_validate(refused_options)
+    ServeConfig.model_validate({**plain, **tls, "token_file": files["token"]})
+    ServeConfig.model_validate({**plain, "insecure": True})
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "127.0.0.2", "::1", "localhost"])
+def test_a_server_on_loopback_needs_neither(host: str) -> None:
+    ServeConfig(model="fake:", engine="fake", grpc_host=host)
+
+
+def test_a_short_token_is_refused(files: dict[str, Path], tmp_path: Path) -> None:
+    short = tmp_path / "token"
+    short.write_text("fifteen-letters\n", encoding="ascii")
+    config = ServeConfig(model="fake:", engine="fake", tls_cert=files["cert"], tls_key=files["key"], token_file=short)
+    with pytest.raises(FieldError, match=r"token_file: the token in .* has 15 characters; at least 16 are needed"):
+        read_token(config)
 
 
 def test_a_missing_file_raises_with_its_name(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

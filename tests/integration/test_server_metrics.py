@@ -8,7 +8,9 @@ import grpc
 from prometheus_client.parser import text_string_to_metric_families
 
 from kvcore.plan import CodecSpec, KVPlan, Selection
+from kvcore.types import EncodedSampleKV
 from tests.support.servers import TeacherClient, refused, running_teacher, token_samples
+from tests.support.tiny_models import save_tiny_model, tiny_spec
 
 ALL = Selection(selector="full", span="all")
 NAME = 'a "quoted" name'
@@ -54,3 +56,17 @@ def test_metrics_count_calls_samples_tokens_bytes_and_times(tmp_path: Path) -> N
     teacher = [key for key in found if key[0] == "kvdistill_teacher_info"]
     assert len(teacher) == 1
     assert {NAME, "fake", "fp32"} < set(teacher[0])
+
+
+def test_padding_is_counted_and_samples_of_similar_length_share_a_batch(tmp_path: Path) -> None:
+    lengths = (100, 40, 98, 41)
+    samples = [token_samples(1, tokens, prefix=f"{tokens}-")[0] for tokens in lengths]
+    model = save_tiny_model(tmp_path / "model", tiny_spec("llama"))
+    with running_teacher(model, tmp_path / "log") as server, TeacherClient(server.endpoint) as client:
+        outcomes = client.fetch(KVPlan(layers=(0, 2), selection=ALL, codec=CodecSpec(name="raw")), samples)
+        text = server.get("/metrics").text
+    found = {sample.name: sample.value for family in text_string_to_metric_families(text) for sample in family.samples}
+    assert found["kvdistill_padding_tokens_total"] == (100 - 98) + (41 - 40)
+    assert found["kvdistill_batch_samples_count"] == 1 + 2  # the self-test and two batches
+    # Results keep the order of the request.
+    assert [len(outcome.token_ids_T) for outcome in outcomes if isinstance(outcome, EncodedSampleKV)] == list(lengths)

@@ -364,6 +364,6 @@ def test_http_serves_probes_metrics_and_an_escaped_page(fake: TeacherProcess) ->
     assert 'kvdistill_requests_total{code="OK",method="StreamKV"}' in metrics
     assert "kvdistill_batch_samples_bucket" in metrics
     page = fake.get("/").text
-    assert page.count("<script") == 1
+    assert page.count("<script") == 4, "the data of the charts and three scripts"
     assert "&lt;script&gt;" in page
     assert "http://" not in page

@@ -24,7 +24,7 @@ from teacher_server.config import ServeConfig
 from teacher_server.engines.base import LayerOutput, LayerSink, TeacherEngine, TokenizedSample
 from teacher_server.engines.fake import FakeEngine, FakeFaults, FakeModel
 from tests.support.server_in_thread import CONFIG, ServerInThread
-from tests.support.servers import TeacherClient, refused, wait_until
+from tests.support.servers import TeacherClient, refused, token_samples, wait_until
 
 PLAN = KVPlan(layers=(0, 1), selection=Selection(selector="full", span="all"), codec=CodecSpec(name="raw"))
 
@@ -197,6 +197,22 @@ def test_the_server_is_not_ready_while_its_engine_is_broken(
         assert isinstance(client.fetch(PLAN, samples("c"))[0], EncodedSampleKV)
 
 
+def test_a_plan_with_a_warning_is_logged_once(
+    start: Callable[..., ServerInThread], caplog: pytest.LogCaptureFixture
+) -> None:
+    server = start(lambda config: FakeEngine(config, FakeModel(layers=2)))
+    server.wait_ready()
+    plans = [
+        KVPlan(layers=(0, 1), selection=Selection(selector=selector, budget=2, span="all"))
+        for selector in ("right", "keydiff", "keydiff")
+    ]
+    with TeacherClient(server.endpoint) as client:
+        for plan in plans:
+            client.fetch(plan, samples("a"))
+    (logged,) = [record for record in caplog.records if record.message == "plan_warning"]
+    assert "'keydiff' keeps few informative tokens" in getattr(logged, "fields", {})["problem"]
+
+
 def test_an_unexpected_error_shows_an_id_without_internals(
     start: Callable[..., ServerInThread], caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -280,11 +296,11 @@ def test_streams_that_share_a_batch_get_their_own_samples(start: Callable[..., S
 def test_a_full_queue_returns_a_retry_time_and_cancelling_makes_room(
     start: Callable[..., ServerInThread],
 ) -> None:
-    server, engine = start_gated(start, max_queued_tokens=12, max_batch_tokens=8)
+    server, engine = start_gated(start, max_queued_tokens=1500, max_batch_tokens=800)
     with TeacherClient(server.endpoint) as client:
-        first = client.call(PLAN, samples("a", "b", "c"))
-        wait_until(lambda: load_of(server) == {"open_streams": 1, "queued_samples": 1, "queued_tokens": 12})
-        full = client.call(PLAN, samples("d"))
+        first = client.call(PLAN, token_samples(3, 400))
+        wait_until(lambda: load_of(server) == {"open_streams": 1, "queued_samples": 1, "queued_tokens": 1200})
+        full = client.call(PLAN, token_samples(1, 400))
         refusal = refused(lambda: list(full))
         # gRPC's retry policy does not retry a call that received anything, even initial metadata.
         assert not full.initial_metadata()
@@ -292,9 +308,9 @@ def test_a_full_queue_returns_a_retry_time_and_cancelling_makes_room(
         assert (refusal.pushback_ms or 0) >= 50
         first.cancel()
         # The running sample counts until the engine has finished it; the waiting ones are removed.
-        wait_until(lambda: load_of(server) == {"open_streams": 0, "queued_samples": 0, "queued_tokens": 8})
-        second = client.call(PLAN, samples("d"))
-        wait_until(lambda: load_of(server)["queued_tokens"] == 12)
+        wait_until(lambda: load_of(server) == {"open_streams": 0, "queued_samples": 0, "queued_tokens": 800})
+        second = client.call(PLAN, token_samples(1, 400))
+        wait_until(lambda: load_of(server)["queued_tokens"] == 1200)
         engine.gate.set()
         assert len(list(second)) > 0
         assert dict(second.initial_metadata())[TEACHER_METADATA] == teacher_metadata(client.info)
@@ -331,3 +347,29 @@ def test_calls_beyond_max_streams_get_a_retry_time(start: Callable[..., ServerIn
         assert refusal.pushback_ms == 200
         engine.gate.set()
         assert len(list(first)) > 0
+
+
+class SlowlyClosedEngine(FakeEngine):
+    """Needs a while to free its model."""
+
+    def __init__(self, config: ServeConfig) -> None:
+        super().__init__(config, FakeModel(layers=2))
+        self.closing, self.may_close = threading.Event(), threading.Event()
+
+    def close(self) -> None:
+        self.closing.set()
+        assert self.may_close.wait(60)
+
+
+def test_liveness_answers_until_the_engine_is_closed(start: Callable[..., ServerInThread]) -> None:
+    engine = SlowlyClosedEngine(CONFIG)
+    server = start(lambda _config: engine)
+    server.wait_ready()
+    server.request_stop()
+    assert engine.closing.wait(30)
+    try:
+        assert server.get("/healthz").status_code == 200
+        assert server.get("/readyz").status_code == 503
+    finally:
+        engine.may_close.set()
+    assert server.ended.result(30) is True

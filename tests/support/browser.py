@@ -44,9 +44,20 @@ _CONTRASTS = """() => {
 }"""
 
 _LEGENDS = """() => [...document.querySelectorAll(".key i")].filter((key) => {
-  const drawn = (key.closest("figure") ?? document).querySelectorAll("polyline, .shares div");
-  const colours = [...drawn].map((one) => getComputedStyle(one)).flatMap((one) => [one.stroke, one.backgroundColor]);
-  return !colours.includes(getComputedStyle(key).borderTopColor);
+  const canvas = key.closest("figure")?.querySelector("canvas");
+  const channels = getComputedStyle(key).borderTopColor.match(/\\d+/g).map(Number);
+  if (!canvas) {
+    const parts = [...document.querySelectorAll(".shares div")].map((part) => getComputedStyle(part).backgroundColor);
+    return !parts.includes(getComputedStyle(key).borderTopColor);
+  }
+  const copy = Object.assign(document.createElement("canvas"), { width: canvas.width, height: canvas.height });
+  const context = copy.getContext("2d", { willReadFrequently: true });
+  context.drawImage(canvas, 0, 0);
+  const { data } = context.getImageData(0, 0, canvas.width, canvas.height);
+  for (let at = 0; at < data.length; at += 4) {
+    if (data[at + 3] > 128 && channels.every((value, place) => Math.abs(value - data[at + place]) < 24)) return false;
+  }
+  return true;
 }).length"""
 
 

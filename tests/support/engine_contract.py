@@ -14,7 +14,7 @@ import torch
 from kvcore.errors import FieldError
 from kvcore.plan import CodecSpec, KVPlan, Selection
 from kvcore.tensors.codec import decode
-from kvcore.types import Sample, Span, Tensor
+from kvcore.types import TENSORS, Sample, Span, Tensor
 from teacher_server.engines.base import (
     SPAN_KINDS,
     LayerResult,
@@ -23,6 +23,7 @@ from teacher_server.engines.base import (
     TeacherEngine,
     TokenizedSample,
 )
+from tests.support.kv_maps import naive_mapped, random_map
 
 RAW = CodecSpec(name="raw")
 EVERYTHING = KVPlan(layers=(0, 1, 2), selection=Selection(selector="full", span="all"), codec=RAW)
@@ -156,6 +157,32 @@ def test_plans_of_all_kinds_share_a_batch(engine: TeacherEngine) -> None:
                     close(tensor[head], expected) if plan.codec.name == "raw" else torch.testing.assert_close(
                         tensor[head], expected, atol=0.02 * float(expected.abs().max()), rtol=0
                     )
+
+
+@pytest.mark.parametrize("scope", ["layer", "sample"])
+@pytest.mark.parametrize("selector", ["full", "right", "r_kv", "r_kv_centred", "uniform", "random", "keydiff"])
+def test_a_map_is_applied_to_what_the_plan_selects(engine: TeacherEngine, selector: str, scope: str) -> None:
+    info, batch = engine.info, read_batch(engine)[:3]
+    assert info.max_map_bytes > 0
+    selection = Selection.model_validate(
+        {"selector": selector, "scope": scope, "budget": 0 if selector == "full" else 4}
+    )
+    unmapped = KVPlan(layers=(0, 2), selection=selection, codec=RAW)
+    kv_map = random_map(unmapped.layers, info.kv_heads * info.head_dim, heads=2, head_dim=3)
+    mapped = unmapped.with_map(kv_map.named)
+    outcome = Outcome()
+    planned = [*(PlannedSample(tokens, mapped, kv_map) for tokens in batch)]
+    planned += [PlannedSample(tokens, unmapped) for tokens in batch]
+    engine.run(planned, outcome.results.append, outcome.failures.append, lambda _row: True)
+    assert not outcome.failures
+    for row in range(len(batch)):
+        whole = outcome.of(row + len(batch))
+        for (result, place), (other, at) in zip(outcome.of(row), whole, strict=True):
+            assert (result.layer, result.positions[place].tolist()) == (other.layer, other.positions[at].tolist())
+            for kind in TENSORS:
+                expected = naive_mapped(kv_map, other.parts[f"{kind}.data"][at], result.layer, kind)
+                found = result.parts[f"{kind}.data"][place].double()
+                torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
 
 def test_a_sample_over_its_error_budget_fails_alone(engine: TeacherEngine) -> None:

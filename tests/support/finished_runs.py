@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ STEPS = (10, 20, 30)
 def validation(accuracy: float, by_dataset: Mapping[str, float], layers: int) -> dict[str, float]:
     """The metrics of one validation. `by_dataset` gives the weight of ada per dataset; ben has the rest."""
     found = {"val/loss": 2 - accuracy, "val/kv_loss": 1 - accuracy, "val/task_metrics/accuracy": accuracy}
+    found |= {"val/ce_loss": 1.5 - accuracy, "val/perplexity": math.exp(1.5 - accuracy)}
     for tensor, base in (("k", 0.2), ("v", 0.4)):
         found |= {f"val/kv_loss/{tensor}/layer{layer}": base + layer / 100 for layer in range(layers)}
     for dataset, weight in by_dataset.items():
@@ -39,7 +41,8 @@ def write_run(
     lines: list[dict[str, float]] = []
     for step, accuracy in zip(STEPS, accuracies, strict=True):
         weights = {f"routing/weights_mean/{teacher}": 0.5 for teacher in TEACHERS}
-        lines.append({"step": step, "train/loss": 2 - accuracy, "train/kv_loss": 1 - accuracy, **weights})
+        losses = {"train/loss": 2 - accuracy, "train/ce_loss": 1.25 - accuracy, "train/kv_loss": 1 - accuracy}
+        lines.append({"step": step, **losses, **weights})
         lines.append({"step": step, **validation(accuracy, by_dataset or {}, layers)})
     (folder / "metrics.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines), encoding="utf-8")
     best = max(accuracies)

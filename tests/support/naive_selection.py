@@ -25,6 +25,12 @@ def r_kv_scores(keys: Sequence[Sequence[float]], importance: Sequence[float], we
     return [weight * i + (1 - weight) * r for i, r in zip(importance, redundancy, strict=True)]
 
 
+def centred(keys: Sequence[Sequence[float]]) -> list[list[float]]:
+    """The keys without their mean; keys [N][D]."""
+    mean = [sum(column) / len(keys) for column in zip(*keys, strict=True)]
+    return [[x - m for x, m in zip(key, mean, strict=True)] for key in keys]
+
+
 def keydiff_scores(keys: Sequence[Sequence[float]]) -> list[float]:
     """The negative cosine of each key with the mean of the normalised keys; keys [N][D]."""
     units = []

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -23,7 +23,6 @@ class PlainEngine(Engine):
         self._optimizer = torch.optim.AdamW(
             [p for _, p in self.trained_parameters()],
             lr=config.optim.lr,
-            betas=config.optim.betas,
             weight_decay=config.optim.weight_decay,
         )
 
@@ -60,9 +59,9 @@ class PlainEngine(Engine):
         state = self._optimizer.state
         return {f"{name}/{m}": state[p][m].clone() for name, p in self.trained_parameters() for m in MOMENTS}
 
-    def restore(self, weights: dict[str, Tensor], moments: dict[str, Tensor], steps: int) -> None:
+    def restore(self, weight: Callable[[str], Tensor], moment: Callable[[str], Tensor], steps: int) -> None:
         for name, parameter in self.trained_parameters():
-            parameter.data.copy_(weights[name])
+            parameter.data.copy_(weight(name))
             self._optimizer.state[parameter] = {"step": torch.tensor(float(steps))} | {
-                m: moments[f"{name}/{m}"].clone() for m in MOMENTS
+                m: moment(f"{name}/{m}") for m in MOMENTS
             }

@@ -11,16 +11,21 @@ from tests.support.kv_fakes import INFO, PLAN, kv_of
 
 
 class ScriptedReplica:
-    """Answers at most `answers_left` samples, then fails with `error` until `answers_left` is set again."""
+    """Answers at most `answers_left` samples, then fails with `error` until `answers_left` is set again.
+
+    While it is not `up`, connections fail with `connect_error`.
+    """
 
     def __init__(self, endpoint: str, info: TeacherInfo = INFO) -> None:
         self.endpoint = endpoint
         self.plan = PLAN
         self.retries = 0
+        self.waits_when_busy = True
         self.info = info
         self.up = True
         self.answers_left: int | None = None
         self.error: Exception = TeacherUnavailableError("math", "UNAVAILABLE: connection reset")
+        self.connect_error: Exception = TeacherUnavailableError("math", "UNAVAILABLE: connection refused")
         self.asked: list[list[str]] = []
         self.connects = 0
         self.closed = False
@@ -28,7 +33,7 @@ class ScriptedReplica:
     def connect(self) -> TeacherInfo:
         self.connects += 1
         if not self.up:
-            raise TeacherUnavailableError("math", "UNAVAILABLE: connection refused")
+            raise self.connect_error
         return self.info
 
     def fetch_into(self, samples: Sequence[Sample], received: dict[str, KVResult]) -> None:

@@ -236,9 +236,9 @@ def health(endpoint: str, service: str = "kvcache.v1.TeacherKV") -> int:
         return check(health_pb2.HealthCheckRequest(service=service), timeout=10).status
 
 
-def wait_until(condition: Callable[[], bool], seconds: float = 60.0) -> None:
+def wait_until(condition: Callable[[], bool], seconds: float = 60.0, every_s: float = 0.02) -> None:
     """Poll until a condition holds that another process or thread will meet."""
     give_up_at = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < give_up_at, "it did not come to that"
-        time.sleep(0.02)
+        time.sleep(every_s)

@@ -10,7 +10,7 @@ import socket
 import stat
 import subprocess
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Self
 
@@ -130,6 +130,18 @@ class SlurmCluster:
             assert time.monotonic() < until, shown
             time.sleep(0.5)
         return shown
+
+    def wait_while_running(
+        self, job: int, condition: Callable[[], bool], seconds: float, output: Callable[[], str]
+    ) -> None:
+        """Wait until the job meets a condition. Fail with its output if it ends first, or after these seconds."""
+        until = time.monotonic() + seconds
+        while not condition():
+            shown = self.shown(job)
+            # A job that ended may have met the condition since it was asked.
+            late = shown["JobState"] in OVER or time.monotonic() > until
+            assert condition() or not late, (shown, output())
+            time.sleep(0.05)
 
     def _start(self) -> None:
         directory, host = self.directory, socket.gethostname().partition(".")[0]

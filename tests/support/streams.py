@@ -31,6 +31,7 @@ INFO = TeacherInfo(
     max_sample_tokens=64,
     max_samples_per_request=64,
     max_frame_bytes=1 << 20,
+    max_map_bytes=1 << 24,
     selectors=("full", "right"),
     codecs=("raw", "bf16", "int8"),
 )

@@ -41,7 +41,13 @@ TEXTS = {
 
 
 def byte_level(
-    pattern: str, normalizer: Any = None, *, trim: bool = False, bos: bool = False, prefix_space: bool = False
+    pattern: str,
+    normalizer: Any = None,
+    *,
+    trim: bool = False,
+    bos: bool = False,
+    eos: bool = False,
+    prefix_space: bool = False,
 ) -> PreTrainedTokenizerFast:
     """A byte-level BPE like those of Qwen2 and Llama-3; `trim` trims offsets as Llama-3 and GPT-NeoX do."""
     tokenizer = Tokenizer(BPE())
@@ -52,8 +58,9 @@ def byte_level(
     special = ["<|begin|>", "<|end|>", "<｜User｜>"]
     _train(tokenizer, special, CORPUS, initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
     post: list[processors.PostProcessor] = [processors.ByteLevel(trim_offsets=trim, add_prefix_space=prefix_space)]
-    if bos:
-        post.append(processors.TemplateProcessing(single="<|begin|> $A", special_tokens=[("<|begin|>", 0)]))
+    if bos or eos:
+        single = " ".join(["<|begin|>"] * bos + ["$A"] + ["<|end|>"] * eos)
+        post.append(processors.TemplateProcessing(single=single, special_tokens=[("<|begin|>", 0), ("<|end|>", 1)]))
     tokenizer.post_processor = processors.Sequence(post)
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<|begin|>", eos_token="<|end|>")
 

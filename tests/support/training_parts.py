@@ -20,6 +20,7 @@ from kvcore.config import parse
 from kvcore.tensors.offsets import read_text
 from kvcore.types import BatchKV
 from student_trainer.config import LossConfig, TrainConfig
+from student_trainer.loop.calibrate import Fetch
 from student_trainer.model.distill_model import DistillModel, TrainBatch
 from student_trainer.model.latent import LatentStudent, new_reasoning
 from tests.support.tiny_models import build_model, build_tokenizer, tiny_spec
@@ -57,14 +58,16 @@ def aligner_of(
     return Aligner(TEACHERS[teacher], STUDENT, direction=direction, head_adapter=head_adapter, layer_map=layer_map)
 
 
-def train_config(mode: str = "latent", **sections: dict[str, Any]) -> TrainConfig:
-    """A configuration with paths that do not exist; `sections` are merged one level deep."""
+def train_config(mode: str = "latent", teachers: Sequence[str] = (), **sections: dict[str, Any]) -> TrainConfig:
+    """A configuration with paths and endpoints that do not exist; `sections` are merged one level deep."""
     tree: dict[str, Any] = {
         "student": {"path": "tiny", "mode": mode, "latents": LATENTS, "passes": PASSES},
         "kv": {"selection": {"selector": "right", "budget": LATENTS}},
         "data": {"train": "none.jsonl", "val": "none.jsonl"},
         "run": {"output_dir": "none", "steps": 1},
     }
+    if teachers:
+        tree["teachers"] = [{"name": name, "endpoints": ["127.0.0.1:1"]} for name in teachers]
     for section, values in sections.items():
         tree[section] = {**tree.get(section, {}), **values}
     return parse(tree, TrainConfig)
@@ -77,7 +80,7 @@ def distill_model(
     direction: str = "to_student",
     student: LatentStudent | None = None,
     loss: LossConfig | None = None,
-    **sections: dict[str, Any],
+    **sections: Any,
 ) -> DistillModel:
     """A model with one alignment per teacher in `weights`, not calibrated; `sections` as in `train_config`."""
     align = {"direction": direction} | sections.pop("align", {})
@@ -125,3 +128,8 @@ def train_batch(model: DistillModel, records: Sequence[Record], slots: int | Non
     asked = {name: len(aligner.layers_needed) for name, aligner in zip(model.weights, model.aligners, strict=True)}
     caches = (teacher_kv(name, records, slots, layers) for name, layers in asked.items())
     return TrainBatch(collator()(records), tuple(caches))
+
+
+def fetch_for(model: DistillModel, slots: int | None = LATENTS) -> Fetch:
+    """Fetches batches like `train_batch`, for calibration and validation."""
+    return lambda batches: (train_batch(model, records, slots) for records in batches)

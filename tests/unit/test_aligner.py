@@ -33,7 +33,7 @@ from tests.support.alignment_parts import (
 
 @pytest.mark.parametrize("teacher", [TEACHER, MIXING])
 def test_to_student_recovers_the_true_map(teacher: KVGeometry) -> None:
-    aligner = Aligner(teacher, STUDENT)
+    aligner = Aligner(teacher, STUDENT, layer_map="ratio")
     assert aligner.mapper.mixes_layers == (teacher is MIXING)
     aligner, kv, read = calibrated(aligner)
     targets = aligner.targets(kv)
@@ -58,7 +58,7 @@ def test_identity_between_equal_models_returns_the_kv_unchanged() -> None:
 
 
 def test_to_teacher_maps_the_student_with_gradient_and_keeps_the_target() -> None:
-    aligner, kv, read = calibrated(Aligner(MIXING, STUDENT, direction="to_teacher"))
+    aligner, kv, read = calibrated(Aligner(MIXING, STUDENT, layer_map="ratio", direction="to_teacher"))
     target = aligner.targets(kv)[0]
     np.testing.assert_allclose(
         paired_rows(kv, target, 0), paired_rows(kv, naive_layer_mix(aligner, kv.k_BLHMD), 0), atol=1e-6
@@ -107,7 +107,7 @@ def test_state_round_trips_through_safetensors(direction: str, tmp_path: Path) -
 
 
 def test_report_is_valid_json_with_settings_and_measurements() -> None:
-    aligner, _, _ = calibrated(Aligner(MIXING, STUDENT), noise=1.0)
+    aligner, _, _ = calibrated(Aligner(MIXING, STUDENT, layer_map="ratio"), noise=1.0)
     report = json.loads(json.dumps(aligner.report(), allow_nan=False))
     assert report["direction"] == "to_student"
     assert report["head_adapter"] == "ridge"
@@ -270,19 +270,21 @@ def test_frozen_adapter_has_no_parameters_and_passes_the_students_gradient(adapt
 
 def test_mean_is_the_per_feature_mean_of_the_targets() -> None:
     for direction in ("to_student", "to_teacher"):
-        aligner, kv, _ = calibrated(Aligner(MIXING, STUDENT, direction=direction), noise=1.0)
+        aligner, kv, _ = calibrated(Aligner(MIXING, STUDENT, layer_map="ratio", direction=direction), noise=1.0)
         for tensor, target in zip(TENSORS, aligner.targets(kv), strict=True):
             mean_LHD = aligner.mean(tensor)
             assert mean_LHD.shape == (target.shape[1], target.shape[2], target.shape[4])
             np.testing.assert_allclose(mean_LHD.flatten(1), paired_rows(kv, target, 0).mean(axis=0), atol=1e-4)
 
 
-def test_warning_names_layers_below_min_explained_variance(caplog: pytest.LogCaptureFixture) -> None:
-    aligner, _, _ = calibrated(Aligner(TEACHER, STUDENT, min_explained_variance=0.999999), noise=0.1)
+def test_warning_names_layers_that_the_teacher_explains_poorly(caplog: pytest.LogCaptureFixture) -> None:
+    poor, _, _ = calibrated(Aligner(TEACHER, STUDENT), noise=100.0)
+    good, _, _ = calibrated(Aligner(TEACHER, STUDENT), noise=0.1)
     with caplog.at_level(logging.WARNING):
-        aligner.warn_if_poor(name="ada")
+        good.warn_if_poor("ada")
+        assert not caplog.text
+        poor.warn_if_poor("ada")
     assert "ada" in caplog.text
-    assert "layers 0 (" in caplog.text
-    caplog.clear()
-    aligner.warn_if_poor(0.5)
-    assert not caplog.text
+    assert "less than 0.20 of the variance of keys in layers 0 (" in caplog.text
+    assert "align.warmup_steps" in caplog.text
+    assert "align.direction to_teacher" in caplog.text

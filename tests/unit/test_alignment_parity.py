@@ -74,7 +74,7 @@ def random_case(teacher: KVGeometry, student: KVGeometry, seed: int) -> tuple[Ba
     ends = torch.randint(1, 4, (samples, slots), generator=generator).cumsum(dim=1)
     own_ends = torch.randint(0, 3, (samples, tokens), generator=generator).cumsum(dim=1) + 1
     own_ends[:, 3] = -1
-    layers = len(Aligner(teacher, student).layers_needed)
+    layers = len(Aligner(teacher, student, layer_map="ratio").layers_needed)
     kv = BatchKV(normal(teacher, layers, slots), normal(teacher, layers, slots), mask, ends[:, None, None])
     read = StudentRead(normal(student, student.layers, tokens), normal(student, student.layers, tokens), own_ends)
     return kv, read
@@ -94,7 +94,7 @@ def test_alignment_matches_naive_fp64_reference(
     teacher: KVGeometry, student: KVGeometry, sinks: int, seed: int
 ) -> None:
     kv, read = random_case(teacher, student, seed)
-    aligner = calibrate_on(Aligner(teacher, student, sink_tokens=sinks), kv, read)
+    aligner = calibrate_on(Aligner(teacher, student, layer_map="ratio", sink_tokens=sinks), kv, read)
     pairs = naive_pairs(kv, read, sinks)
     out = np.array([b % 5 == 4 for b, _, _ in pairs])
     assert aligner.report()["rows"] == {"fit": int((~out).sum()), "held_out": int(out.sum())}

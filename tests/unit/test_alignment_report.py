@@ -21,6 +21,7 @@ import student_trainer.monitoring.alignment_report
 from align.aligner import Aligner
 from align.head_dim_adapter import KVGeometry
 from kvcore.types import TENSORS
+from student_trainer.monitoring.alignment_pictures import ratio
 from student_trainer.monitoring.alignment_report import AlignmentReport
 from tests.support.alignment_parts import MIXING, STUDENT, TEACHER, calibrate_on, calibrated, teacher_batch
 
@@ -47,14 +48,15 @@ class Page(HTMLParser):
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         named = dict(attrs)
-        self.loads += [value or "" for name, value in attrs if name in {"href", "srcset", "data", "action"}]
+        addresses = [value or "" for name, value in attrs if name in {"href", "srcset", "data", "action"}]
+        self.loads += [address for address in addresses if not address.startswith("data:image/png;base64,")]
         if tag == "img":
             kind, _, content = (named["src"] or "").partition(",")
             assert kind == "data:image/png;base64"
             self.images[named["alt"] or ""] = imread(io.BytesIO(base64.b64decode(content, validate=True)))
         elif named.get("src"):
             self.loads.append(named["src"] or "")
-        if tag not in {"img", "meta", "!doctype"}:
+        if tag not in {"img", "source", "meta", "!doctype"}:
             self.open.append(tag)
 
     def handle_endtag(self, tag: str) -> None:
@@ -74,7 +76,7 @@ def write_page(teachers: dict[str, Any], directory: Path) -> Page:
 
 @pytest.fixture(scope="module")
 def ridge() -> dict[str, Any]:
-    return calibrated(Aligner(MIXING, STUDENT), noise=1.0)[0].report()
+    return calibrated(Aligner(MIXING, STUDENT, layer_map="ratio"), noise=1.0)[0].report()
 
 
 @pytest.fixture(scope="module")
@@ -90,10 +92,10 @@ def twin() -> dict[str, Any]:
 
 
 def test_report_has_settings_and_measurements() -> None:
-    aligner, _, _ = calibrated(Aligner(MIXING, STUDENT), noise=1.0)
+    aligner, _, _ = calibrated(Aligner(MIXING, STUDENT, layer_map="ratio"), noise=1.0)
     report = json.loads(json.dumps(aligner.report(), allow_nan=False))
     assert (report["direction"], report["head_adapter"], report["layer_strategy"]) == ("to_student", "ridge", "ratio")
-    assert (report["tokens"], report["sink_tokens"], report["min_explained_variance"]) == ("boundary", 1, 0.2)
+    assert (report["tokens"], report["sink_tokens"]) == ("boundary", 1)
     assert report["teacher"] == {"layers": 4, "heads": 2, "head_dim": 4}
     assert report["student"] == {"layers": 3, "heads": 3, "head_dim": 2}
     assert report["layer_map"] == {"0": [[0, 1.0]], "1": [[1, 0.5], [2, 0.5]], "2": [[3, 1.0]]}
@@ -137,7 +139,7 @@ def test_report_has_current_weights_of_learned_map() -> None:
 def test_json_has_the_report_of_every_teacher(tmp_path: Path, ridge: dict[str, Any], twin: dict[str, Any]) -> None:
     write_page({"ada": ridge, "ben": twin}, tmp_path)
     text = (tmp_path / "alignment.json").read_text(encoding="utf-8")
-    assert json.loads(text) == {"teachers": {"ada": ridge, "ben": twin}}
+    assert json.loads(text) == {"step": 0, "teachers": {"ada": ridge, "ben": twin}}
     assert sorted(path.name for path in tmp_path.iterdir()) == ["alignment.html", "alignment.json"]
 
 
@@ -165,8 +167,27 @@ def test_page_shows_explained_variance_and_its_control(tmp_path: Path, ridge: di
             for value in ridge[name][tensor]:
                 assert f"{value:.3f}" in page.cells
     seen, paired = (ridge["coverage"]["student_tokens"][key] for key in ("seen", "paired"))
-    assert f"{paired / seen:.1%}" in page.cells
+    assert ratio({"seen": seen, "paired": paired}) in page.cells
     assert "0.500 of 1, 0.500 of 2" in page.cells
+
+
+@pytest.mark.parametrize(
+    ("paired", "seen", "shown"),
+    [(1536, 6656, "3 of 13"), (500, 500, "all"), (0, 10, "fewer than 1 of 20"), (1, 1000, "fewer than 1 of 20")],
+)
+def test_share_of_tokens_is_shown_in_small_numbers(paired: int, seen: int, shown: str) -> None:
+    assert ratio({"paired": paired, "seen": seen}) == shown
+
+
+def test_page_has_pictures_for_dark_and_for_narrow_windows(tmp_path: Path, ridge: dict[str, Any]) -> None:
+    write_page({"ada": ridge}, tmp_path)
+    text = (tmp_path / "alignment.html").read_text(encoding="utf-8")
+    sources = re.findall(r'<source media="([^"]+)" srcset="data:image/png;base64,([^"]+)">', text)
+    assert len(sources) == 9, "three for each of three pictures"
+    for media, content in sources:
+        image = imread(io.BytesIO(base64.b64decode(content)))
+        assert (image[0, 0, :3].mean() < 0.2) == ("dark" in media)
+        assert image.shape[1] <= (620 if "max-width" in media else 1120)
 
 
 def coloured(image: np.ndarray, more: int, less: int) -> int:
@@ -222,9 +243,9 @@ def test_second_write_replaces_the_report(tmp_path: Path, ridge: dict[str, Any],
 
 
 def test_nan_is_written_as_null(tmp_path: Path, twin: dict[str, Any]) -> None:
-    AlignmentReport({"ada": {**twin, "min_explained_variance": math.nan}}).write(tmp_path)
+    AlignmentReport({"ada": {**twin, "sink_tokens": math.nan}}).write(tmp_path)
     saved = json.loads((tmp_path / "alignment.json").read_text(encoding="utf-8"))
-    assert saved["teachers"]["ada"]["min_explained_variance"] is None
+    assert saved["teachers"]["ada"]["sink_tokens"] is None
 
 
 def test_matplotlib_is_not_imported_before_a_report_is_written() -> None:

@@ -9,13 +9,15 @@ import pytest
 import torch
 
 from kvcore.plan import CodecSpec, KVPlan, Selection
-from teacher_server.engines.base import LayerResult, SampleFailure
+from kvcore.types import Sample
+from teacher_server.engines.base import LayerResult, PlannedSample, SampleFailure, TokenizedSample
 from teacher_server.engines.vllm import batch_progress
 from teacher_server.engines.vllm.assembly import Assembly
 from teacher_server.engines.vllm.batch_progress import BatchProgress, Ended
 from teacher_server.engines.vllm.message_queue import FailureMessage, LayerMessage
 
 PLAN = KVPlan(layers=(0, 1), selection=Selection(span="all"), codec=CodecSpec(name="raw"))
+PLANNED = PlannedSample(TokenizedSample(Sample("s"), (), (), ()), PLAN)
 
 
 @dataclass
@@ -27,7 +29,7 @@ class Batch:
     aborted: list[int] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.assembly = Assembly(["a", "b"], [PLAN, PLAN], kv_heads=1)
+        self.assembly = Assembly(["a", "b"], [PLANNED, PLANNED], kv_heads=1)
         abort = {row: lambda row=row: self.aborted.append(row) for row in range(2)}
         self.progress = BatchProgress(self.assembly, self.results.append, self.failures.append, abort)
 

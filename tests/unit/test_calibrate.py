@@ -3,16 +3,26 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import pytest
 import torch
 
 from data.records import Record
 from kvcore.errors import FieldError, KVDistillError, TeacherRefusedError
+from student_trainer.loop import calibrate as calibrate_module
 from student_trainer.loop.calibrate import calibrate
 from student_trainer.model.distill_model import DistillModel, TrainBatch
-from tests.support.training_parts import RECORDS, aligner_of, distill_model, one_rank, train_batch
+from tests.support.training_parts import (
+    RECORDS,
+    STUDENT,
+    TEACHERS,
+    aligner_of,
+    distill_model,
+    fetch_for,
+    one_rank,
+    train_batch,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -25,9 +35,9 @@ def no_failure(failure: KVDistillError | None) -> None:
     assert failure is None
 
 
-def calibrated(model: DistillModel, micro_batch: int = 8, count: int = 40) -> DistillModel:
+def calibrated(model: DistillModel, micro_batch: int = 8, count: int = 40, settled_within: float = 0.0) -> DistillModel:
     records = RECORDS[:count]
-    calibrate(model, records, range(count), lambda chosen: train_batch(model, chosen, None), micro_batch, no_failure)
+    calibrate(model, records, range(count), fetch_for(model, None), micro_batch, no_failure, settled_within)
     return model
 
 
@@ -63,17 +73,12 @@ def test_without_fusion_the_first_teachers_scale_is_kept() -> None:
 
 def test_fit_does_not_depend_on_batch_size() -> None:
     one, other = (calibrated(distill_model({"ada": 1.0, "ben": 1.0}), micro_batch) for micro_batch in (40, 7))
-    assert one.frozen_state().keys() == other.frozen_state().keys()
-    for name, tensor in one.frozen_state().items():
-        # The pairs of the control depend on the batches.
-        if name.endswith("/shuffled_LK"):
-            continue
-        torch.testing.assert_close(other.frozen_state()[name], tensor, rtol=1e-3, atol=1e-4, equal_nan=True, msg=name)
+    assert_same_frozen_state(one, other)
 
 
 def test_held_out_samples_are_chosen_by_global_index() -> None:
     model = distill_model({"ada": 1.0})
-    calibrate(model, RECORDS[:5], [4, 9, 1, 2, 14], lambda chosen: train_batch(model, chosen, None), 2, no_failure)
+    calibrate(model, RECORDS[:5], [4, 9, 1, 2, 14], fetch_for(model, None), 2, no_failure)
     by_number = {"fit": 0, "held_out": 0}
     for record, number in zip(RECORDS[:5], [4, 9, 1, 2, 14], strict=True):
         batch = train_batch(model, [record], None)
@@ -97,7 +102,7 @@ def test_teacher_failure_is_shared_before_the_next_collective() -> None:
     lost = TeacherRefusedError("ada", "no")
     shared: list[KVDistillError | None] = []
 
-    def batcher(_records: Sequence[Record]) -> TrainBatch:
+    def fetch(_batches: Iterable[Sequence[Record]]) -> Iterator[TrainBatch]:
         raise lost
 
     def fail_together(failure: KVDistillError | None) -> None:
@@ -105,9 +110,77 @@ def test_teacher_failure_is_shared_before_the_next_collective() -> None:
         raise lost
 
     with pytest.raises(TeacherRefusedError):
-        calibrate(model, RECORDS[:8], range(8), batcher, 4, fail_together)
+        calibrate(model, RECORDS[:8], range(8), fetch, 4, fail_together)
     assert shared == [lost]
     assert not model.frozen_state()
+
+
+@pytest.fixture
+def _looking_often(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Look at the explained variance after every 8 samples."""
+    monkeypatch.setattr(calibrate_module, "FEWEST_BETWEEN", 8)
+
+
+def assert_same_frozen_state(one: DistillModel, other: DistillModel) -> None:
+    """The control is not compared: its pairs depend on the batches."""
+    assert one.frozen_state().keys() == other.frozen_state().keys()
+    for name, tensor in one.frozen_state().items():
+        if not name.endswith("/shuffled_LK"):
+            torch.testing.assert_close(
+                other.frozen_state()[name], tensor, rtol=1e-3, atol=1e-4, equal_nan=True, msg=name
+            )
+
+
+@pytest.mark.usefixtures("_looking_often")
+@pytest.mark.parametrize("head_adapter", ["ridge", "identity"])
+def test_calibration_stops_when_nothing_changes_any_more(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, head_adapter: str
+) -> None:
+    """Every look sees the same samples again, so that the second one finds no change."""
+    again = RECORDS[:8] * 5
+
+    # A teacher with the student's heads.
+    monkeypatch.setitem(TEACHERS, "cay", STUDENT)
+
+    def model() -> DistillModel:
+        align = {"head_adapter": head_adapter}
+        return distill_model({"ada": 1.0, "ben": 1.0} if head_adapter == "ridge" else {"cay": 1.0}, align=align)
+
+    settled, whole = model(), model()
+    read: list[str] = []
+
+    def fetch(batches: Iterable[Sequence[Record]]) -> Iterator[TrainBatch]:
+        for chosen in batches:
+            read.extend(record.id for record in chosen)
+            yield train_batch(settled, chosen, None)
+
+    with caplog.at_level(logging.INFO):
+        calibrate(settled, again, [i % 8 for i in range(40)], fetch, 4, no_failure, settled_within=1e-9)
+    assert "alignment settled after 16 of 40 samples" in caplog.messages
+    assert len(read) == 16 * (2 if settled.fusion is not None else 1), "the scale is of the same samples"
+    calibrate(whole, again[:16], [i % 8 for i in range(16)], fetch_for(whole, None), 4, no_failure)
+    assert_same_frozen_state(settled, whole)
+
+
+@pytest.mark.usefixtures("_looking_often")
+def test_calibration_reads_every_sample_while_the_explained_variance_changes(caplog: pytest.LogCaptureFixture) -> None:
+    once = calibrated(distill_model({"ada": 1.0, "ben": 1.0}), micro_batch=40)
+    with caplog.at_level(logging.INFO):
+        often = calibrated(distill_model({"ada": 1.0, "ben": 1.0}), settled_within=1e-9)
+    assert "settled" not in caplog.text
+    assert_same_frozen_state(once, often)
+
+
+def test_few_samples_are_looked_at_once() -> None:
+    together: list[None] = []
+
+    def fail_together(failure: KVDistillError | None) -> None:
+        together.append(no_failure(failure))
+
+    model = distill_model({"ada": 1.0})
+    calibrate(model, RECORDS[:40], range(40), fetch_for(model, None), 8, fail_together, settled_within=1e9)
+    assert len(together) == 1
+    assert model.report()["ada"]["rows"] == calibrated(distill_model({"ada": 1.0})).report()["ada"]["rows"]
 
 
 @pytest.mark.parametrize("teachers", [{"ada": 1.0}, {"ada": 1.0, "ben": 1.0}])
@@ -119,15 +192,16 @@ def test_layer_map_and_fusion_each_add_one_pass_over_the_samples(layer_map: str,
     read: list[str] = []
     together: list[None] = []
 
-    def batcher(chosen: Sequence[Record]) -> TrainBatch:
-        read.extend(record.id for record in chosen)
-        return train_batch(model, chosen, None)
+    def fetch(batches: Iterable[Sequence[Record]]) -> Iterator[TrainBatch]:
+        for chosen in batches:
+            read.extend(record.id for record in chosen)
+            yield train_batch(model, chosen, None)
 
     def fail_together(failure: KVDistillError | None) -> None:
         assert failure is None
         together.append(failure)
 
-    calibrate(model, RECORDS[:40], range(40), batcher, 16, fail_together)
+    calibrate(model, RECORDS[:40], range(40), fetch, 16, fail_together)
     assert read == [record.id for record in RECORDS[:40]] * passes
     assert len(together) == passes
     assert not any(aligner.needs_layer_pass for aligner in model.aligners)
@@ -150,11 +224,12 @@ def test_failure_in_second_pass_is_shared() -> None:
     shared: list[KVDistillError | None] = []
     read: list[int] = []
 
-    def batcher(chosen: Sequence[Record]) -> TrainBatch:
-        read.append(len(chosen))
-        if len(read) > 5:
-            raise lost
-        return train_batch(model, chosen, None)
+    def fetch(batches: Iterable[Sequence[Record]]) -> Iterator[TrainBatch]:
+        for chosen in batches:
+            read.append(len(chosen))
+            if len(read) > 5:
+                raise lost
+            yield train_batch(model, chosen, None)
 
     def fail_together(failure: KVDistillError | None) -> None:
         shared.append(failure)
@@ -162,7 +237,7 @@ def test_failure_in_second_pass_is_shared() -> None:
             raise failure
 
     with pytest.raises(TeacherRefusedError):
-        calibrate(model, RECORDS[:40], range(40), batcher, 8, fail_together)
+        calibrate(model, RECORDS[:40], range(40), fetch, 8, fail_together)
     assert shared == [None, lost]
     assert not model.frozen_state()
 

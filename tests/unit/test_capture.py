@@ -67,11 +67,10 @@ def test_gradients_reach_all_parameters_that_the_keys_and_values_depend_on() -> 
 
 
 # This warning is ignored because only the deprecated name exists in all supported versions of transformers.
-@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable`:FutureWarning")
 def test_gradient_checkpointing_does_not_change_the_gradient() -> None:
     plain = model_of("qwen3").train()
     checkpointed: Any = model_of("qwen3").train()
-    checkpointed.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    checkpointed.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
     runs: list[int] = []
     checkpointed.model.layers[0].input_layernorm.register_forward_hook(lambda *_: runs.append(1))
     ours, theirs = gradients(checkpointed), gradients(plain)
@@ -81,10 +80,9 @@ def test_gradient_checkpointing_does_not_change_the_gradient() -> None:
         torch.testing.assert_close(ours[name], gradient)
 
 
-@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable`:FutureWarning")
 def test_reentrant_checkpointing_is_refused() -> None:
     model: Any = model_of("qwen3").train()
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
+    model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": True})
     model.enable_input_require_grads()
     with pytest.raises(AssertionError, match="no gradient"):
         captured(model)

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 from grpc._cython import cygrpc
 
-from kvcore.wire.channel_arguments import client_arguments, server_arguments
+from kvcore.wire.channel_arguments import DIRECT, client_arguments, server_arguments
 
-ARGUMENTS = [*server_arguments(1, 1), *client_arguments(1, 1.0)]
+ARGUMENTS = [*server_arguments(1, 1), *client_arguments(1, 1.0), DIRECT]
 
 
 @pytest.mark.parametrize("name", sorted({name for name, _ in ARGUMENTS}))

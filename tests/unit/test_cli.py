@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from kvcore import early_checks
 from kvcore.errors import TeacherUnavailableError
 from kvdistill.cli import main
 from teacher_server.config import ServeConfig
@@ -30,6 +31,14 @@ def call(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
     return int(ended.value.code or 0)
 
 
+def write_run(directory: Path) -> Path:
+    """A configuration whose student and data pass the checks before torch is imported."""
+    (directory / "train.jsonl").touch()
+    config = directory / "run.yaml"
+    config.write_text(MINIMAL_RUN.replace("train.jsonl", str(directory / "train.jsonl")), encoding="utf-8")
+    return config
+
+
 def replace_import(monkeypatch: pytest.MonkeyPatch, module: str, function: str, stand_in: Any) -> None:
     """Replaces a function in the module that a command imports, so that no heavy package is loaded."""
     made = ModuleType(module)
@@ -44,7 +53,9 @@ def test_cli_does_not_import_heavy_packages() -> None:
     assert not HEAVY & set(loaded)
 
 
-@pytest.mark.parametrize("command", ["serve", "train", "plan", "doctor", "inspect", "demo", "report", "sweep"])
+@pytest.mark.parametrize(
+    "command", ["serve", "train", "plan", "doctor", "inspect", "generate", "think", "demo", "report", "sweep"]
+)
 def test_help_of_each_command_shows_examples(
     command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -68,6 +79,8 @@ def test_serve_without_flags_uses_config_defaults(monkeypatch: pytest.MonkeyPatc
 def test_serve_flags_reach_the_configuration(monkeypatch: pytest.MonkeyPatch) -> None:
     served: list[ServeConfig] = []
     replace_import(monkeypatch, "teacher_server.app", "run", served.append)
+    monkeypatch.setattr(early_checks, "why_no_gpu", lambda: None)
+    monkeypatch.setattr(early_checks, "missing", lambda _extra: [])
     flags = "--model m --engine hf --dtype bf16 --device cuda:1 --load-in-8bit --grpc-port 50051 --http-port 8001"
     assert call(monkeypatch, "serve", *flags.split(), "--drain-seconds", "2.5", "--max-sample-tokens", "100") == 0
     assert served == [
@@ -113,8 +126,7 @@ def test_unknown_engine_is_refused_with_the_choices(
 def test_train_passes_file_and_overrides_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     started: list[tuple[Path, list[str]]] = []
     replace_import(monkeypatch, "student_trainer.loop.trainer", "main", lambda *arguments: started.append(arguments))
-    config = tmp_path / "run.yaml"
-    config.write_text(MINIMAL_RUN, encoding="utf-8")
+    config = write_run(tmp_path)
     assert call(monkeypatch, "train", "--config", str(config), "--set", "run.steps=5", "--set", "run.seed=1") == 0
     assert started == [(config, ["run.steps=5", "run.seed=1"])]
 
@@ -147,7 +159,7 @@ def test_missing_configuration_file_is_named(
 ) -> None:
     assert call(monkeypatch, "train", "--config", "nowhere.yaml") == 2
     error = capsys.readouterr().err
-    hint = "kvdistill's repository has some to start from, in configs/"
+    hint = "the folder configs/ of kvdistill's repository has examples"
     assert error == f"kvdistill: nowhere.yaml: no such configuration file; {hint}\n"
 
 
@@ -160,9 +172,7 @@ def test_lost_teacher_exits_with_1_and_names_the_rank(
     replace_import(monkeypatch, "student_trainer.loop.trainer", "main", lose_teacher)
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "1")
-    config = tmp_path / "run.yaml"
-    config.write_text(MINIMAL_RUN, encoding="utf-8")
-    assert call(monkeypatch, "train", "--config", str(config)) == 1
+    assert call(monkeypatch, "train", "--config", str(write_run(tmp_path))) == 1
     assert capsys.readouterr().err == (
         "kvdistill: rank 1: teacher 'qwen': no endpoint answers; "
         "next: kvdistill doctor --teacher HOST:PORT checks an endpoint\n"
@@ -174,9 +184,7 @@ def test_unexpected_exception_keeps_its_traceback(tmp_path: Path, monkeypatch: p
         raise ZeroDivisionError
 
     replace_import(monkeypatch, "student_trainer.loop.trainer", "main", raise_bug)
-    config = tmp_path / "run.yaml"
-    config.write_text(MINIMAL_RUN, encoding="utf-8")
-    monkeypatch.setattr(sys, "argv", ["kvdistill", "train", "--config", str(config)])
+    monkeypatch.setattr(sys, "argv", ["kvdistill", "train", "--config", str(write_run(tmp_path))])
     with pytest.raises(ZeroDivisionError):
         main()
 
@@ -208,13 +216,13 @@ def test_report_and_sweep_options_are_passed_on(tmp_path: Path, monkeypatch: pyt
         monkeypatch, "kvdistill.sweep.run_sweep", "main", lambda *given, **how: started.append((*given, how))
     )
     assert call(monkeypatch, "report", "a", "b", "--output", str(tmp_path)) == 0
-    assert call(monkeypatch, "report", "a") == 0
+    assert call(monkeypatch, "report", "a", "--prompts", "val.jsonl") == 0
     assert call(monkeypatch, "sweep", "s.yaml", "--set", "seeds=[0]", "--task", "3") == 0
     assert call(monkeypatch, "sweep", "s.yaml", "--slurm") == 0
     how = {"slurm": False, "list_only": False, "table_only": False, "task": None}
     assert started == [
-        ([Path("a"), Path("b")], tmp_path),
-        ([Path("a")], Path("outputs/report")),
+        ([Path("a"), Path("b")], tmp_path, None),
+        ([Path("a")], Path("outputs/report"), Path("val.jsonl")),
         (Path("s.yaml"), ["seeds=[0]"], how | {"task": 3}),
         (Path("s.yaml"), [], how | {"slurm": True}),
     ]

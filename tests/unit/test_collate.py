@@ -74,6 +74,16 @@ def test_byte_ends_are_offsets_in_the_whole_text() -> None:
                 assert text[:end].endswith(token.encode()), (record.id, place)
 
 
+def test_continuation_is_the_text_after_the_prompt() -> None:
+    batch = collator()(RECORDS)
+    for row in range(len(RECORDS)):
+        text = batch.text_ids_BT[row][batch.text_mask_BT[row]].tolist()
+        prompt = batch.prompt_ids_BP[row][batch.prompt_mask_BP[row]].tolist()
+        rest = batch.continuation_ids_BR[row][batch.continuation_mask_BR[row]].tolist()
+        assert prompt + rest == text
+        assert len(rest) == int(batch.text_target_BT[row].sum())
+
+
 def test_prompt_tokens_are_equal_in_training_and_inference() -> None:
     maker = collator()
     batch = maker(RECORDS)
@@ -116,5 +126,5 @@ def test_batch_moves_to_device() -> None:
     moved = collator()(RECORDS).to(torch.device("meta"))
     assert moved.records == RECORDS
     tensors = [getattr(moved, field.name) for field in fields(moved) if field.name != "records"]
-    assert len(tensors) == 8
+    assert len(tensors) == 12
     assert all(tensor.is_meta for tensor in tensors)

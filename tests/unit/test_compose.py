@@ -5,7 +5,10 @@ from __future__ import annotations
 import ast
 import json
 import re
+import subprocess
+import threading
 import tomllib
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +41,18 @@ SERVICES: dict[str, dict[str, Any]] = PROJECT["services"]
 each_service = pytest.mark.parametrize("service", SERVICES.values(), ids=SERVICES)
 each_teacher = pytest.mark.parametrize("name", [*TEACHERS, *GPU_TEACHERS])
 each_student = pytest.mark.parametrize("name", STUDENTS)
+each_profile = pytest.mark.parametrize("profile", ["cpu", "gpu"])
+
+
+def active(profile: str) -> dict[str, dict[str, Any]]:
+    """The services that compose starts with this profile."""
+    return {name: service for name, service in SERVICES.items() if profile in service.get("profiles", [profile])}
+
+
+def network_name(name: str) -> str:
+    """The name under which the other services of the profile reach a service."""
+    networks = SERVICES[name].get("networks")
+    return networks["default"]["aliases"][0] if networks else name
 
 
 def seconds(duration: str) -> float:
@@ -53,7 +68,9 @@ def served_by(name: str) -> ServeConfig:
 
 def trained_by(name: str) -> TrainConfig:
     """The training configuration of a student's container, loaded from its file and --set as in `kvdistill train`."""
-    words = SERVICES[name]["command"]
+    assert SERVICES[name]["entrypoint"] == ["python", "-m", "student_trainer.launching.ranks", "2"]
+    program, *words = SERVICES[name]["command"]
+    assert program == "train"
     (config,) = [word.removeprefix("--config=/app/") for word in words if word.startswith("--config=")]
     changes = [word.removeprefix("--set=") for word in words if word.startswith("--set=")]
     return load_config(ROOT / config, changes, TrainConfig)
@@ -99,8 +116,8 @@ def test_teacher_health_check_uses_its_port(name):
     config, service = served_by(name), SERVICES[name]
     assert (config.grpc_host, config.http_host) == ("0.0.0.0", "0.0.0.0")
     assert [int(port.rpartition(":")[2]) for port in service["ports"]] == [config.grpc_port, config.http_port]
-    assert f"http://127.0.0.1:{config.http_port}/readyz" in service["healthcheck"]["test"][-1]
-    assert f"http://127.0.0.1:{config.http_port}/readyz" in DOCKERFILE
+    assert service["healthcheck"]["test"] == ["CMD", "healthy", str(config.http_port), "/readyz"]
+    assert f'CMD ["healthy", "{config.http_port}", "/readyz"]' in DOCKERFILE
 
 
 @each_teacher
@@ -126,7 +143,7 @@ def test_student_uses_its_monitor_port_and_volumes(name):
     mounts = [mount.split(":")[1] for mount in service["volumes"]]
     assert config.monitor.host == "0.0.0.0"
     assert [int(port.rpartition(":")[2]) for port in service["ports"]] == [config.monitor.port]
-    assert f"http://127.0.0.1:{config.monitor.port}/healthz" in service["healthcheck"]["test"][-1]
+    assert service["healthcheck"]["test"] == ["CMD", "healthy", str(config.monitor.port), "/healthz"]
     assert config.run.output_dir.is_relative_to("/outputs")
     assert "outputs:/outputs" in service["volumes"]
     assert config.data.val is not None
@@ -194,14 +211,58 @@ def test_teacher_does_not_import_packages_of_the_train_extra():
 def test_only_trainer_image_installs_the_train_extra(variant):
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]["optional-dependencies"]
     trainer, teacher = (requirements(ROOT, image, variant) for image in ("trainer", "teacher"))
-    assert set(trainer) - set(teacher) == set(extras["train"])
+    assert set(extras["train"]) <= set(trainer)
+    assert set(trainer) - set(teacher) == set(extras["train"]) - set(extras["gpu"] if variant == "cuda" else ())
     assert (set(extras["gpu"]) <= set(teacher)) == (variant == "cuda")
     assert set(extras["otel"]) <= set(teacher)
     assert requirements(ROOT, "torch", variant)[0].startswith("torch==")
 
 
-def test_prometheus_scrapes_the_compose_services():
+@each_profile
+def test_prometheus_scrapes_exactly_the_servers_of_the_profile(profile):
     config = yaml.safe_load((ROOT / "deploy/prometheus/prometheus.yml").read_text("utf-8"))
-    targets = [t for job in config["scrape_configs"] for some in job["static_configs"] for t in some["targets"]]
-    ports = dict.fromkeys(TEACHERS, 8001) | {"student": 8010}
-    assert {f"{name}:{port}" for name, port in ports.items()} <= set(targets)
+    (job,) = config["scrape_configs"]
+    assert [some["files"] for some in job["file_sd_configs"]] == [["/targets/*.yml"]]
+    (service,) = [active(profile)[name] for name in active(profile) if name.startswith("prometheus")]
+    (folder,) = [mount.split(":")[0] for mount in service["volumes"] if mount.endswith(":/targets:ro")]
+    groups = [group for path in (ROOT / folder).glob("*.yml") for group in yaml.safe_load(path.read_text("utf-8"))]
+    scraped = {(group["labels"]["job"], target) for group in groups for target in group["targets"]}
+    teachers = [name for name in active(profile) if name.startswith("teacher")]
+    assert scraped == {("trainer", "student:8010"), *(("teacher", f"{network_name(name)}:8001") for name in teachers)}
+
+
+@each_profile
+def test_services_of_a_profile_share_no_port_and_no_network_name(profile):
+    services = active(profile)
+    ports = [port.rpartition(":")[0] for service in services.values() for port in service.get("ports", [])]
+    assert len(ports) == len(set(ports)) > 3
+    names = [network_name(name) for name in services]
+    assert len(names) == len(set(names))
+    assert {"prometheus", "grafana", "student", "teacher-a", "teacher-b-1"} <= set(names)
+    for service in services.values():
+        for name, condition in service.get("depends_on", {}).items():
+            assert name in services or condition.get("required") is False
+
+
+def test_the_profile_is_cpu_unless_another_is_given():
+    assert "COMPOSE_PROFILES=cpu" in (ROOT / ".env").read_text("utf-8").splitlines()
+    assert set(active("cpu")) & set(active("gpu")) == {"grafana"}
+
+
+@pytest.mark.parametrize(("status", "healthy"), [(200, True), (503, False)])
+def test_health_check_of_the_images_follows_the_status(status, healthy):
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(status if self.path == "/readyz" else 404)
+            self.end_headers()
+
+        def log_message(self, format, *args):  # noqa: A002 - the name of the base class
+            del format, args
+
+    server = HTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    check = [str(ROOT / "deploy/docker/healthy"), str(server.server_port), "/readyz"]
+    assert (subprocess.run(check, check=False).returncode == 0) == healthy
+    server.shutdown()
+    server.server_close()
+    assert subprocess.run(check, capture_output=True, check=False).returncode != 0

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
 import pytest
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from kvcore.config import StrictModel, apply_override, load_config
+from kvcore.config import Endpoint, FileName, StrictModel, apply_override, load_config, parse, read_yaml
 from kvcore.errors import ConfigError, FieldError
 
 
@@ -116,7 +116,12 @@ def test_override_creates_missing_sections():
         ("selector: rkv", [], "selector", "expected one of full, r_kv; got 'rkv'; did you mean 'r_kv'?"),
         ("selector: 3", [], "selector", "expected one of full, r_kv; got 3"),
         ("strength: aut", [], "strength", "expected a number or auto; got 'aut'; did you mean 'auto'?"),
-        ("note: x", ["note.deep=1"], "note", "is a plain value, so --set note.deep=1 cannot go below it"),
+        (
+            "note: x",
+            ["note.deep=1"],
+            "note",
+            "is a plain value without keys of its own, so --set note.deep=1 cannot set one",
+        ),
         ("note: x", ["note.deep.er=1"], "note", "is a plain value"),
     ],
 )
@@ -141,6 +146,94 @@ def test_file_without_a_mapping_raises_with_its_path(tmp_path, text, message):
     with pytest.raises(ConfigError, match=r"run\.yaml: ") as caught:
         load(tmp_path, text)
     assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        (b"train: {steps: 5}\nnote: x\ntrain: {steps: 6}\n", "line 3: the key 'train' is given twice, first in line 1"),
+        (b"train:\n  steps: 5\n  steps: 6\n", "line 3: the key 'steps' is given twice, first in line 2"),
+        (b"train: {steps: 5, steps: 5}\n", "line 1: the key 'steps' is given twice, first in line 1"),
+        ("ok: 1\nnote: caf\u00e9\n".encode("latin-1"), "line 2 is not valid UTF-8; save the file in UTF-8"),
+        ("note: x\n".encode("utf-16"), "line 1 is not valid UTF-8"),
+        (b"note: \x07\n", "not valid YAML"),
+        (b"note: 2020-13-45\n", "not valid YAML: month must be in 1..12"),
+        (b"a: " + b"[" * 5000, "nested too deeply"),
+        (b"a: 1\n\tb: 2", "line 2: while scanning for the next token, found character"),
+        (b"2020-01-01: x\n", "a key of the configuration is not text"),
+    ],
+)
+def test_files_with_double_keys_or_damaged_text_are_refused_in_one_line(tmp_path, content, problem):
+    path = tmp_path / "run.yaml"
+    path.write_bytes(content)
+    with pytest.raises(ConfigError) as caught:
+        load_config(path, [], Root)
+    assert problem in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_double_keys_in_an_override_are_refused(tmp_path):
+    with pytest.raises(ConfigError, match=r"--set train=.*the key 'steps' is given twice"):
+        load(tmp_path, "{}", "train={steps: 5, steps: 6}")
+
+
+def test_merged_keys_may_be_overridden(tmp_path):
+    text = "train: &base {steps: 5, resume: true}\nteachers: []\n"
+    tree = load(tmp_path, text)
+    assert tree.train.steps == 5
+    path = tmp_path / "merged.yaml"
+    path.write_text("a: &base {x: 1, y: 2}\nb: {<<: *base, x: 3}\n", encoding="utf-8")
+    assert read_yaml(path)["b"] == {"x": 3, "y": 2}
+
+
+def test_a_byte_order_mark_is_accepted(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_bytes(b"\xef\xbb\xbftrain: {steps: 5}\n")
+    assert load_config(path, [], Root).train.steps == 5
+
+
+def test_home_is_expanded_in_every_path(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert load(tmp_path, "output: ~/runs/one").output == tmp_path / "runs/one"
+    assert load_config(Path("~/run.yaml"), [], Root).output == tmp_path / "runs/one"
+
+
+class Agreeing(StrictModel):
+    low: int = 0
+    high: int = 1
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        if self.low > self.high:
+            raise ValueError(f"low: {self.low} is above high ({self.high})")
+        return self
+
+
+class Around(StrictModel):
+    pair: Agreeing = Agreeing()
+    server: Endpoint = "h:1"
+    name: FileName = "x"
+
+
+@pytest.mark.parametrize(
+    ("tree", "message"),
+    [
+        ({"pair": {"low": 2}}, "pair.low: 2 is above high (1)"),
+        ({"server": "host:70000"}, "server: a port is 1 to 65535 (got 'host:70000')"),
+        ({"server": "host:0"}, "server: a port is 1 to 65535 (got 'host:0')"),
+        ({"server": "host:" + "9" * 5000}, "server: a port is 1 to 65535 (got 'host:999"),
+        ({"server": "host"}, "server: expected HOST:PORT (got 'host')"),
+        ({"server": "http://host:1"}, "server: expected HOST:PORT (got 'http://host:1')"),
+        ({"server": "host :1"}, "server: expected HOST:PORT (got 'host :1')"),
+        ({"name": "../x"}, "name: expected a name of 1 to 64 letters, digits, '_', '-' and '.', and no '.' at the"),
+    ],
+)
+def test_messages_hold_fields_and_words_but_no_class_names_and_no_patterns(tree, message):
+    with pytest.raises(FieldError) as caught:
+        parse(tree, Around)
+    assert str(caught.value).startswith(message)
+    with pytest.raises(FieldError, match=r"^low: 3 is above high \(1\)$"):
+        parse({"low": 3}, Agreeing)
 
 
 def test_missing_file_raises_with_its_path(tmp_path):

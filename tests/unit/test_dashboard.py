@@ -133,11 +133,9 @@ def test_panels_do_not_overlap() -> None:
 def test_prometheus_and_grafana_settings_match_compose() -> None:
     compose = (ROOT / "docker-compose.yml").read_text(encoding="utf-8")
     services = yaml.safe_load(re.sub(r"\$\{\w+:?-([^}]*)\}", r"\1", compose))["services"]
-    jobs = {job["job_name"]: job["static_configs"] for job in load(PROMETHEUS / "prometheus.yml")["scrape_configs"]}
-    targets = {name: [one for group in groups for one in group["targets"]] for name, groups in jobs.items()}
-    teachers = {name for name in services if re.fullmatch(r"teacher-[ab](-\d)?", name)}
-    assert {target.split(":")[0] for target in targets["teacher"]} == teachers
-    for target in (*targets["teacher"], *targets["trainer"]):
+    groups = {group["labels"]["job"]: group["targets"] for group in load(PROMETHEUS / "targets/cpu/targets.yml")}
+    assert groups.keys() == {"teacher", "trainer"}
+    for target in (*groups["teacher"], *groups["trainer"]):
         host, port = target.split(":")
         assert any(published.endswith(f":{port}") for published in services[host]["ports"])
     provider = load(GRAFANA / "provisioning" / "dashboards" / "kvdistill.yml")["providers"][0]

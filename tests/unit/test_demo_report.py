@@ -16,6 +16,7 @@ from experiments.demo.demo_charts import draw_picture
 from experiments.demo.demo_config import ARMS, DemoPaths
 from experiments.demo.demo_page import render_page
 from experiments.demo.demo_report import HEADINGS, table_rows, text_table, verdict, write_report
+from experiments.demo.questions import WRITTEN, Asked, Inference, Way
 from experiments.demo.results import Arm, Replay, ResultError, Results
 from kvdistill.report.finished_runs import Run
 
@@ -29,6 +30,7 @@ REPORT_KEYS = {
     "teacher_tokens_per_second",
     "peak_memory_mb",
     "offline_matches_online",
+    "inference",
     "seconds",
 }
 
@@ -58,6 +60,11 @@ def results() -> Results:
         peak_memory_mb={"trainer_rank0": 700.0, "trainer_rank1": 690.0, "teacher_a": 610.0, "teacher_b": 605.0},
         replay=Replay(steps=64, largest_difference=0.0, same_steps=True),
         seconds={"data": 1.2, "kv_two_teachers seed 0": 80.0},
+        inference=Inference(
+            Path("runs/kv_two_teachers-seed0/best_model"),
+            [Asked("3 +4 x2 -5 +1 =", " 3", " 3", 6, " 0 0 2 3", 5)],
+            [Way("3 latent passes", 0.995, 8.0), Way(WRITTEN, 0.985, 7.5)],
+        ),
         stages_ms={"queue": 1.0, "prefill": 4.0, "encode": 2.0, "network": 3.0, "decode": 2.0, "stall": 1.5},
         facts={"Question": "3 +4 x2 -5 +1 ="},
     )
@@ -72,6 +79,8 @@ def test_report_json_has_the_documented_keys(results: Results, tmp_path: Path) -
     assert report["arms"]["kv_two_teachers"] == {"accuracy": [1.0, 0.99], "kv_loss": [0.12, 0.12]}
     assert report["arms"]["no_kv"]["kv_loss"] == [None, None]
     assert report["offline_matches_online"] is True
+    assert report["inference"]["forward_passes"] == {"latents": [6], WRITTEN: [5]}
+    assert report["inference"]["accuracy"] == {"3 latent passes": 0.995, WRITTEN: 0.985}
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == sorted(path.name for path in paths)
 
 
@@ -130,7 +139,7 @@ def test_page_is_self_contained_and_fits_phones_and_dark_screens(results: Result
     page = render_page(results, HEADINGS, table_rows(results), verdict(results))
     parser = ExternalLoads()
     parser.feed(page)
-    assert len(parser.addresses) == 10
+    assert len(parser.addresses) == 12
     assert all(address.startswith("data:image/svg+xml;base64,") for address in parser.addresses)
     assert not {"script", "link", "iframe"} & set(parser.tags)
     assert "@import" not in page
@@ -139,6 +148,7 @@ def test_page_is_self_contained_and_fits_phones_and_dark_screens(results: Result
     assert "prefers-color-scheme: dark" in page
     for name in ARMS:
         assert f"<td>{name}</td>" in page
+    assert "<td> 3</td><td>6</td><td> 0 0 2 3</td><td>5</td>" in page
 
 
 def test_page_escapes_text(results: Results) -> None:
@@ -185,15 +195,15 @@ def test_gather_arm_reads_all_seeds(tmp_path: Path) -> None:
         gather.gather_arm([paths.run("kv_one_teacher-seed2")])
 
 
-def test_stages_ms_is_per_request_and_teacher() -> None:
+def test_stages_ms_is_per_micro_batch_and_teacher() -> None:
     lines = [
         {"step": 20, "kv/prefill_s": 0.8, "kv/stall_s": 0.03},
         {"step": 20, "val/loss": 1.0},
         {"step": 40, "kv/prefill_s": 0.4, "kv/stall_s": 0.01},
     ]
-    found = gather.stages_ms(Run("run", Path(), lines), samples=30, teachers=2)
-    assert found == pytest.approx({"prefill": 10.0, "stall": 10.0})
-    assert gather.stages_ms(Run("run", Path(), [{"step": 1}]), samples=30, teachers=2) == {}
+    found = gather.stages_ms(Run("run", Path(), lines), teachers=2)
+    assert found == pytest.approx({"prefill": 300.0, "stall": 10.0})
+    assert gather.stages_ms(Run("run", Path(), [{"step": 1}]), teachers=2) == {}
 
 
 @pytest.mark.parametrize(

@@ -7,12 +7,13 @@ from dataclasses import replace
 import pytest
 import torch
 
+from benchmarks.whole_readings import answer_reading, naive_cross_entropy, text_logits
 from kvcore.types import TENSORS, BatchKV, Tensor
 from student_trainer.config import LossConfig
 from student_trainer.loop.calibrate import calibrate
 from student_trainer.model.distill_model import DistillModel, TrainBatch
-from student_trainer.model.losses import cross_entropy, error_by_layer_and_head, kv_distance
-from tests.support.training_parts import LATENTS, RECORDS, TEACHERS, distill_model, one_rank, train_batch
+from student_trainer.model.losses import error_by_layer_and_head, kv_distance
+from tests.support.training_parts import LATENTS, RECORDS, TEACHERS, distill_model, fetch_for, one_rank, train_batch
 
 BATCH = RECORDS[40:44]
 WEIGHTS = {"ada": 3.0, "ben": 1.0}
@@ -25,7 +26,7 @@ def model_of(
     """A model in training mode, calibrated on records that the tests do not use."""
     model = distill_model(weights, mode=mode, direction=direction, loss=loss)
     with one_rank():
-        calibrate(model, RECORDS[:40], range(40), lambda chosen: train_batch(model, chosen, None), 40, lambda _: None)
+        calibrate(model, RECORDS[:40], range(40), fetch_for(model, None), 40, lambda _: None)
     return model.train()
 
 
@@ -42,10 +43,9 @@ def without(kv: BatchKV, row: int, fill: float = 0.0) -> BatchKV:
 
 def latent_kv(model: DistillModel, batch: TrainBatch) -> tuple[Tensor, Tensor, Tensor]:
     tokens = batch.tokens
-    reading = model.student.read_answer(
-        tokens.prompt_ids_BP, tokens.prompt_mask_BP, tokens.answer_ids_BA, tokens.answer_mask_BA
-    )
-    return reading.logits_BAV, reading.k_BLHMD, reading.v_BLHMD
+    answers = (tokens.answer_ids_BA, tokens.answer_mask_BA)
+    hidden_BAE, k_BLHMD, v_BLHMD = answer_reading(model.student, tokens.prompt_ids_BP, tokens.prompt_mask_BP, *answers)
+    return model.student.logits(hidden_BAE), k_BLHMD, v_BLHMD
 
 
 def test_latent_loss_is_the_weighted_sum_of_its_terms() -> None:
@@ -53,9 +53,9 @@ def test_latent_loss_is_the_weighted_sum_of_its_terms() -> None:
     batch = train_batch(model, BATCH)
     tokens, (kv,), (aligner,) = batch.tokens, batch.teachers, model.aligners
     logits_BAV, k_BLHMD, v_BLHMD = latent_kv(model, batch)
-    logits_BTV = model.student.read_text(tokens.text_ids_BT, tokens.text_mask_BT).logits_BTV
-    answer = cross_entropy(logits_BAV, tokens.answer_ids_BA, tokens.answer_mask_BA)
-    reasoning = cross_entropy(logits_BTV, tokens.text_ids_BT[:, 1:], tokens.text_target_BT[:, 1:])
+    logits_BTV = text_logits(model.student, tokens)
+    answer = naive_cross_entropy(logits_BAV, tokens.answer_ids_BA, tokens.answer_mask_BA)
+    reasoning = naive_cross_entropy(logits_BTV, tokens.text_ids_BT[:, 1:], tokens.text_target_BT[:, 1:])
     sides = list(zip((k_BLHMD, v_BLHMD), aligner.targets(kv), TENSORS, strict=True))
     objective = sum(float(kv_distance(a, b, aligner.scale(t), kv.mask_BM, "mse").detach()) for a, b, t in sides) / 2
     error = sum(float(error_by_layer_and_head(a, b, aligner.variance(t), kv.mask_BM).mean()) for a, b, t in sides) / 2
@@ -78,11 +78,26 @@ def test_reasoning_has_no_loss_in_validation_or_with_weight_zero() -> None:
 
 
 def test_loss_without_teachers_is_the_cross_entropy() -> None:
-    for mode, names in (("latent", {"answer_ce", "reasoning_ce", "ce_loss", "loss"}), ("token", {"ce_loss", "loss"})):
+    for mode, names in (
+        ("latent", {"answer_ce", "reasoning_ce", "ce_loss", "loss"}),
+        ("token", {"answer_ce", "ce_loss", "loss"}),
+    ):
         model = distill_model({}, mode=mode).train()
         losses = losses_of(model, train_batch(model, BATCH))
         assert losses.keys() == names
         assert losses["loss"] == losses["ce_loss"]
+
+
+def test_token_mode_reports_the_cross_entropy_of_the_answer_alone() -> None:
+    model = distill_model({}, mode="token").train()
+    tokens = train_batch(model, BATCH).tokens
+    logits_BTV = text_logits(model.student, tokens)
+    answers = [len((record.prompt + record.reasoning).encode()) for record in BATCH]
+    # An answer's tokens end after the reasoning; the end of sequence has no end in the text.
+    ends_BT, inside_BT = tokens.text_byte_ends_BT[:, 1:], tokens.text_mask_BT[:, 1:]
+    answer_BT = inside_BT & ((ends_BT > torch.tensor(answers)[:, None]) | (ends_BT < 0))
+    expected = naive_cross_entropy(logits_BTV, tokens.text_ids_BT[:, 1:], answer_BT)
+    assert losses_of(model, train_batch(model, BATCH))["answer_ce"] == pytest.approx(float(expected.detach()), rel=1e-5)
 
 
 def test_to_student_fuses_teachers_with_normalised_weights() -> None:

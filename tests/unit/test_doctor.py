@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import shutil
 import socket
 import sys
 from pathlib import Path
 
 import pytest
 
+from data.records import Record, write_records
+from kvcore.config import parse
 from kvcore.errors import FieldError
 from kvdistill import doctor
 from kvdistill.cli import main
 from kvdistill.doctor import Check, checks, report
+from student_trainer.config import TrainConfig
+from tests.support.tiny_models import build_model, save_tiny_model, tiny_spec
 
 # Fast imports. The real imports are tested in tests/integration.
 QUICK = {"torch": "print('1.2.3')"}
@@ -101,16 +106,58 @@ def test_teachers_of_config_are_checked(
 
     monkeypatch.setattr(doctor, "_teacher", answer)
     run = tmp_path / "run.yaml"
+    train = tmp_path / "train.jsonl"
+    write_records(train, [Record(str(number), "Q?", " R", " A") for number in range(3)])
     run.write_text(
-        "student: {path: s}\nteachers: [{name: a, endpoints: ['n1:1', 'n2:2']}]\ndata: {train: t}\n"
-        "run: {output_dir: o, steps: 1}\n"
+        f"student: {{path: s}}\nteachers: [{{name: a, endpoints: ['n1:1', 'n2:2']}}]\ndata: {{train: {train}}}\n"
+        f"run: {{output_dir: {tmp_path / 'runs'}, steps: 1}}\n"
     )
-    monkeypatch.setattr(sys, "argv", ["kvdistill", "doctor", "--teacher", "n0:0", "--config", str(run)])
+    monkeypatch.setattr(sys, "argv", ["kvdistill", "doctor", "--teacher", "n0:9", "--config", str(run)])
     with pytest.raises(SystemExit) as ended:
         main()
     assert ended.value.code == 0
-    assert sorted(asked) == ["n0:0", "n1:1", "n2:2"]
-    assert "problem" not in capsys.readouterr().out
+    assert sorted(asked) == ["n0:9", "n1:1", "n2:2"]
+    shown = capsys.readouterr().out
+    assert "problem" not in shown
+    assert f"{train}: 3 records" in shown
+    assert f"GiB free for {tmp_path / 'runs'}" in shown
+
+
+def run_of(directory: Path, student: Path, **sections: dict[str, object]) -> TrainConfig:
+    tree = {
+        "student": {"path": str(student)},
+        "data": {"train": str(directory / "train.jsonl"), "val": str(directory / "val.jsonl")},
+        "run": {"output_dir": str(directory), "steps": 1},
+    }
+    return parse(tree | sections, TrainConfig)
+
+
+def test_student_and_data_of_a_run_are_checked(tmp_path: Path) -> None:
+    student = save_tiny_model(tmp_path / "student", tiny_spec("qwen2"))
+    write_records(tmp_path / "train.jsonl", [Record("a", "Q?", " R", " A")])
+    named = {check.name: check for check in checks([], None, run_of(tmp_path, student))}
+    size = sum(parameter.numel() for parameter in build_model(tiny_spec("qwen2")).parameters())
+    assert named["student"] == Check("student", "ok", f"{student}: qwen2, {size / 1e6:,.1f} million parameters")
+    assert named["data.train"].found.endswith("train.jsonl: 1 records")
+    assert (named["data.val"].state, named["disk"].state) == ("problem", "ok")
+    assert "no such data file" in named["data.val"].found
+    missing = {check.name: check for check in checks([], None, run_of(tmp_path, tmp_path / "none"))}
+    assert missing["student"].found == f"there is no directory '{tmp_path / 'none'}', and it is not a hub id"
+    hub = {check.name: check for check in checks([], None, run_of(tmp_path, Path("Qwen/Qwen2.5-1.5B")))}
+    assert hub["student"].state == "note"
+
+
+def test_disk_must_hold_the_checkpoints_of_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    student = save_tiny_model(tmp_path / "student", tiny_spec("qwen2"))
+    run = run_of(tmp_path, student, run={"output_dir": str(tmp_path), "steps": 1, "keep_checkpoints": 4})
+    size = sum(parameter.numel() for parameter in build_model(tiny_spec("qwen2")).parameters())
+    needed, usage = 5 * 12 * size, shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(doctor, "MIN_FREE_BYTES", 0)
+    for free, state in ((needed, "ok"), (needed - 1, "problem")):
+        monkeypatch.setattr(shutil, "disk_usage", lambda _path, free=free: usage._replace(free=free))
+        (disk,) = [check for check in checks([], None, run) if check.name == "disk"]
+        assert disk.state == state
+    assert disk.next_step.endswith("set run.output_dir to another folder")
 
 
 def test_report_shows_next_step_below_problem() -> None:

@@ -21,6 +21,7 @@ from transformers import (
 )
 
 from kvcore.errors import FieldError, UnsupportedModelError
+from kvcore.models import files
 from teacher_server.config import ServeConfig
 from teacher_server.engines import load_engine, weights
 from teacher_server.engines.hf.hf_attention import ATTENTION_NAME
@@ -82,19 +83,19 @@ def test_attention_with_unsupported_arguments_is_refused(tiny: Path) -> None:
 
 
 def without_tensor(directory: Path) -> None:
-    file = directory / weights.SINGLE
+    file = directory / files.SINGLE
     tensors = load_file(file)
     del tensors["model.layers.1.self_attn.k_proj.weight"]
     save_file(tensors, file, metadata={"format": "pt"})
 
 
 def truncated(directory: Path) -> None:
-    file = directory / weights.SINGLE
+    file = directory / files.SINGLE
     file.write_bytes(file.read_bytes()[:-100])
 
 
 def without_weights(directory: Path) -> None:
-    (directory / weights.SINGLE).unlink()
+    (directory / files.SINGLE).unlink()
 
 
 def without_config(directory: Path) -> None:
@@ -114,9 +115,9 @@ def garbled_tokenizer(directory: Path) -> None:
     ("damage", "reason"),
     [
         (without_tensor, "lacks 1 weights: model.layers.1.self_attn.k_proj.weight"),
-        (truncated, "weights of .* cannot be loaded"),
+        (truncated, "model.safetensors is damaged or cut off"),
         (without_weights, "model.safetensors is missing"),
-        (without_config, "configuration of .* cannot be read"),
+        (without_config, "has no config.json, so it is not a transformers model; it has generation_config.json, "),
         (without_tokenizer, "has no tokenizer"),
         (garbled_tokenizer, "tokenizer of .* cannot be loaded"),
     ],
@@ -171,15 +172,15 @@ def test_the_digest_depends_only_on_weights_and_configuration(tiny: Path, tmp_pa
     assert digest(moved) != first
     (moved / "config.json").write_text(json.dumps(config), encoding="utf-8")
     assert digest(moved) == first
-    tensors = load_file(moved / weights.SINGLE)
+    tensors = load_file(moved / files.SINGLE)
     tensors["model.norm.weight"][0] += 1.0
-    save_file(tensors, moved / weights.SINGLE, metadata={"format": "pt"})
+    save_file(tensors, moved / files.SINGLE, metadata={"format": "pt"})
     assert digest(moved) != first
 
 
 def test_the_digest_covers_all_shards(tmp_path: Path) -> None:
     names = ["a.safetensors", "b.safetensors"]
-    (tmp_path / weights.INDEX).write_text(json.dumps({"weight_map": dict(enumerate(names))}), encoding="utf-8")
+    (tmp_path / files.INDEX).write_text(json.dumps({"weight_map": dict(enumerate(names))}), encoding="utf-8")
     for name in names:
         save_file({"x": torch.zeros(2)}, tmp_path / name)
     first = weights.weights_digest(tmp_path, {}, "fp32")
@@ -195,7 +196,7 @@ def test_the_digest_of_a_large_file_is_cached_until_it_changes(
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(weights, "CACHE_FROM_BYTES", 0)
-    file = tiny / weights.SINGLE
+    file = tiny / files.SINGLE
     first = weights.weights_digest(tiny, {}, "fp32")
     monkeypatch.setattr(weights, "_hash", lambda _: pytest.fail("hashed again"))
     assert weights.weights_digest(tiny, {}, "fp32") == first

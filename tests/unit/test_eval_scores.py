@@ -66,8 +66,17 @@ def test_entry_has_the_documented_keys() -> None:
     assert entry["score"] == 75.0
     assert entry["num_examples"] == 4
     assert entry["no_answer"] == 1
-    assert entry["ci95"][0] <= 75.0 <= entry["ci95"][1]
+    assert entry["ci95"] == pytest.approx([30.06, 95.44], abs=0.01), "Wilson's interval of 3 of 4"
     assert "subjects" not in entry
+
+
+def test_unfinished_answers_are_a_share() -> None:
+    lines = question_lines({"t": [generated(index, 1.0) for index in range(4)]}, "exact_match", "answer")
+    for line, finished in zip(lines, (True, False, True, True), strict=True):
+        line["finished"] = finished
+    assert dataset_entry("t", "exact_match", lines)["unfinished_answers"] == 0.25
+    chosen = question_lines({"t": [multiple_choice(-3.0, -1.5)]}, "acc", "none")
+    assert dataset_entry("t", "acc", chosen)["unfinished_answers"] == 0.0
 
 
 def test_subjects_are_reported_and_questions_weighted_equally() -> None:

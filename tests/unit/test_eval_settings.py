@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 
 from evaluation.config import BENCHMARKS, FLAGS
-from kvcore.errors import ConfigError, FieldError
+from evaluation.multi_task_eval import main
+from kvcore.errors import EXIT_USAGE, ConfigError, FieldError
+from tests.support.tiny_models import save_tiny_model, tiny_spec
 
 
 def read(*arguments: str):
@@ -35,8 +37,21 @@ def test_all_benchmarks_are_the_default() -> None:
 def test_default_output_is_next_to_the_model(tmp_path: Path) -> None:
     (tmp_path / "best_model").mkdir()
     assert read("--model_path", str(tmp_path / "best_model")).output == tmp_path / "eval_results.json"
-    with pytest.raises(FieldError, match="--output-file: is required"):
+    with pytest.raises(FieldError, match=r"--model_path: there is no directory 'Qwen/Qwen2.5-1.5B'; .* --output_file"):
         _ = read("--model_path", "Qwen/Qwen2.5-1.5B").output
+
+
+def test_results_that_cannot_be_written_are_refused_before_any_question(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TQDM_DISABLE", "1")
+    model = save_tiny_model(tmp_path / "model", tiny_spec("qwen2"))
+    capsys.readouterr()
+    flags = ["--model_path", str(model), "--output_file", str(model / "config.json/results.json"), "--device", "cpu"]
+    assert main(flags, "kvdistill eval") == EXIT_USAGE
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "--output_file: " in line
+    assert "config.json is a file; choose another directory" in line
 
 
 def test_errors_name_the_flag() -> None:

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from extraction.command import main
 from extraction.config import DEFAULT_BUDGET, FLAGS, ExtractConfig
-from kvcore.errors import ConfigError
+from kvcore.errors import EXIT_USAGE, ConfigError
 from kvcore.plan import Selection
 from tests.support.servers import REPOSITORY
 
@@ -111,6 +112,15 @@ def test_user_error_prints_one_line_and_exits_with_2(command: list[str]) -> None
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1
     assert "--nonsense: unknown flag" in done.stderr
+
+
+def test_an_output_that_cannot_be_written_is_refused_first(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").touch()
+    flags = ["--teacher_models", "/none", "--student_model", "/none", "--dataset_path", "/none"]
+    assert main([*flags, "--output_dir", str(tmp_path / "file/kv")], "kvdistill extract") == EXIT_USAGE
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "--output_dir: " in line
+    assert "/file is a file; choose another directory" in line
 
 
 def test_flags_are_checked_before_torch_is_imported() -> None:

@@ -8,9 +8,17 @@ from concurrent.futures import CancelledError, ThreadPoolExecutor
 
 import pytest
 
-from kvcore.errors import ProtocolError, TeacherMismatchError, TeacherRefusedError, TeacherUnavailableError
-from kvcore.types import Sample
-from student_trainer.kv_sources import failover
+from kvcore.errors import (
+    EndpointRefusedError,
+    FieldError,
+    ProtocolError,
+    TeacherBusyError,
+    TeacherMismatchError,
+    TeacherRefusedError,
+    TeacherUnavailableError,
+)
+from kvcore.types import MissingKV, Sample
+from student_trainer.kv_sources import replica
 from student_trainer.kv_sources.base import KVResult
 from student_trainer.kv_sources.failover import FailoverSource
 from tests.support.kv_fakes import INFO, PLAN, samples
@@ -21,8 +29,8 @@ Failure = Exception | None
 
 @pytest.fixture(autouse=True)
 def _short_backoff(monkeypatch):
-    monkeypatch.setattr(failover, "FIRST_BACKOFF_SECONDS", 0.01)
-    monkeypatch.setattr(failover, "LONGEST_BACKOFF_SECONDS", 0.04)
+    monkeypatch.setattr(replica, "FIRST_BACKOFF_SECONDS", 0.01)
+    monkeypatch.setattr(replica, "LONGEST_BACKOFF_SECONDS", 0.04)
 
 
 @pytest.fixture
@@ -119,7 +127,7 @@ def test_patience_restarts_when_a_failing_replica_answers_some_samples(a):
             a.answers_left = 1
 
     a.fetch_into = one_more
-    source = source_of(a, patience_s=0.1)
+    source = source_of(a, patience_s=2.0)
     assert ids(source.fetch(samples(8))) == [f"s{i}" for i in range(8)]
 
 
@@ -156,7 +164,7 @@ def test_a_replica_with_other_weights_is_refused_at_the_start(a):
         source_of(a, other).connect()
 
 
-def test_a_server_restarted_with_other_weights_is_refused(a, b):
+def test_a_server_restarted_with_other_weights_is_set_aside_while_another_one_serves(a, b, caplog):
     source = source_of(a, b)
     source.connect()
     a.answers_left = 0
@@ -164,9 +172,89 @@ def test_a_server_restarted_with_other_weights_is_refused(a, b):
     threading.Event().wait(0.05)
     a.info = dataclasses.replace(INFO, layers=7)
     a.answers_left, b.answers_left = None, 0
+    threading.Timer(0.1, setattr, (b, "answers_left", None)).start()
+    with caplog.at_level(logging.WARNING):
+        assert ids(source.fetch(samples(1))) == ["s0"]
+    assert a.asked == [[], ["s0"]], "nothing is requested from another teacher"
+    assert [one.problem is None for one in source.health().endpoints] == [False, True]
+    assert "7 layers" in (source.health().endpoints[0].problem or "")
+    assert source.set_aside == 1
+    assert (
+        len(
+            [
+                line
+                for line in caplog.messages
+                if "7 layers" in line and "is not used while another replica works" in line
+            ]
+        )
+        == 1
+    )
+
+
+def test_the_only_server_restarted_with_other_weights_is_refused(a):
+    source = source_of(a)
+    source.connect()
+    a.answers_left = 0
+    a.info = dataclasses.replace(INFO, layers=7)
     with pytest.raises(TeacherMismatchError, match="7 layers"):
         source.fetch(samples(1))
-    assert a.asked == [[], ["s0"]]
+
+
+def test_a_replica_for_which_no_plan_can_be_made_is_set_aside(a, b):
+    source = source_of(a, b)
+    source.connect()
+    a.answers_left = 0
+    source.fetch(samples(1))
+    threading.Event().wait(0.05)
+    a.answers_left, b.answers_left = None, 0
+    threading.Timer(0.1, setattr, (b, "answers_left", None)).start()
+
+    def connect() -> None:
+        raise FieldError("align.layer_map", "needs 12 layers")
+
+    a.connect = connect
+    assert ids(source.fetch(samples(1))) == ["s0"]
+    health = source.health()
+    assert (health.set_aside, health.endpoints[0].problem) == (1, "host-a:1: align.layer_map: needs 12 layers")
+
+
+REFUSED = EndpointRefusedError("math", "host-a:1 refused: this server requires a token")
+
+
+@pytest.mark.parametrize("when", ["connects", "is asked"])
+def test_a_replica_that_refuses_its_callers_is_set_aside_warned_of_and_counted(a, b, caplog, when):
+    if when == "connects":
+        a.connect_error, a.up = REFUSED, False
+    else:
+        a.error, a.answers_left = REFUSED, 0
+    source = source_of(a, b)
+    with caplog.at_level(logging.WARNING):
+        source.connect()
+        for _ in range(3):
+            assert ids(source.fetch(samples(2))) == ["s0", "s1"]
+    assert len([line for line in caplog.messages if "requires a token" in line]) == 1
+    health = source.health()
+    assert (health.set_aside, health.endpoints[1].problem) == (1, None)
+    assert health.endpoints[0].problem == "host-a:1 refused: this server requires a token"
+
+
+def test_endpoints_that_all_refuse_are_reported_at_once(a, b):
+    for one in (a, b):
+        one.connect_error = EndpointRefusedError("math", f"{one.endpoint} refused: Method not found")
+        one.up = False
+    source = source_of(a, b, patience_s=600.0)
+    with pytest.raises(EndpointRefusedError, match=r"host-a:1 refused: Method .*host-b:2 refused: Method"):
+        source.connect()
+    a.up = True
+    threading.Event().wait(0.02)
+    assert source.connect() == INFO, "a later call asks again"
+
+
+def test_a_refusing_replica_does_not_end_the_wait_for_one_that_is_down(a, b):
+    a.connect_error, a.up = REFUSED, False
+    b.up = False
+    threading.Timer(0.1, setattr, (b, "up", True)).start()
+    assert source_of(a, b).connect() == INFO
 
 
 def test_a_refusal_is_not_retried(a, b):
@@ -185,11 +273,132 @@ def test_damaged_bytes_of_one_replica_are_replaced_by_another(a, b):
 
 
 def test_damaged_bytes_from_every_replica_are_reported(a, b):
-    for replica in (a, b):
-        replica.answers_left = 0
-        replica.error = ProtocolError("xxh3 of frame 4 does not match")
+    for one in (a, b):
+        one.answers_left = 0
+        one.error = ProtocolError("xxh3 of frame 4 does not match")
     with pytest.raises(ProtocolError, match="xxh3 of frame 4"):
         source_of(a, b, patience_s=0.05).fetch(samples(3))
+
+
+def killed_by(sample_id: str, one: ScriptedReplica) -> ScriptedReplica:
+    """The replica, which each request with this sample ends before it answers that one; it restarts at once."""
+
+    def fetch_into(samples: Sequence[Sample], received: dict[str, KVResult]) -> None:
+        asked = [sample.id for sample in samples if sample.id not in received]
+        one.answers_left = asked.index(sample_id) if sample_id in asked else None
+        ScriptedReplica.fetch_into(one, samples, received)
+
+    one.fetch_into = fetch_into
+    return one
+
+
+def test_a_sample_on_which_all_servers_fail_is_requested_alone_once_and_is_then_missing(a, b):
+    c = ScriptedReplica("host-c:3")
+    source = source_of(*(killed_by("s2", one) for one in (a, b, c)))
+    results = source.fetch(samples(5))
+    assert ids(results) == ["s0", "s1", "s2", "s3", "s4"]
+    assert isinstance(results[2], MissingKV)
+    assert (
+        "2 endpoints failed on requests with it, and another one on a request with it alone (host-c:3: UNAVAILABLE"
+        in results[2].reason
+    )
+    assert not [result for place, result in enumerate(results) if place != 2 and isinstance(result, MissingKV)]
+    assert [asked for one in (a, b, c) for asked in one.asked if "s2" in asked] == [
+        ["s0", "s1", "s2", "s3", "s4"],
+        ["s2", "s3", "s4"],
+        ["s2"],
+    ]
+
+
+def test_the_only_sample_of_a_batch_that_no_server_survives_is_missing(a, b):
+    source = source_of(*(killed_by("s0", one) for one in (a, b)))
+    (result,) = source.fetch(samples(1))
+    assert isinstance(result, MissingKV)
+    assert sum(len(one.asked) for one in (a, b)) == 3
+
+
+def full(problem: str = "1048576 tokens wait already", wait_s: float = 0.0) -> TeacherBusyError:
+    return TeacherBusyError("math", problem, wait_s)
+
+
+def test_another_replica_is_tried_before_a_full_one_is_waited_for(a, b, caplog):
+    a.answers_left, a.error = 0, full(wait_s=600.0)
+    source = source_of(a, b)
+    with caplog.at_level(logging.WARNING):
+        assert ids(source.fetch(samples(3))) == ["s0", "s1", "s2"]
+    assert (a.asked, b.asked) == ([["s0", "s1", "s2"]], [["s0", "s1", "s2"]])
+    assert [one.problem for one in source.health().endpoints] == [None, None], "a full replica is not down"
+    assert caplog.messages == []
+
+
+def test_replicas_that_stay_full_are_reported_after_the_patience(a, b):
+    for one in (a, b):
+        one.answers_left, one.error = 0, full()
+    with pytest.raises(TeacherBusyError, match=r"still full after 0\.\d s \(host-a:1: 1048576 .*; host-b:2: 10"):
+        source_of(a, b, patience_s=0.3).fetch(samples(1))
+
+
+def test_a_full_replica_that_asks_for_no_delay_is_not_asked_all_the_time(a):
+    a.answers_left, a.error = 0, full(wait_s=0.0)
+    with pytest.raises(TeacherBusyError):
+        source_of(a, patience_s=1.0).fetch(samples(1))
+    assert 2 <= len(a.asked) <= 20
+
+
+def test_the_delay_before_a_full_server_is_asked_again_grows_and_differs_between_callers(monkeypatch):
+    monkeypatch.setattr(replica, "LONGEST_BACKOFF_SECONDS", 8.0)
+    delays = [[replica.busy_delay(0.0, refusals) for _ in range(200)] for refusals in range(12)]
+    assert all(0.05 <= delay <= 0.05 + 8.0 for row in delays for delay in row)
+    assert max(delays[0]) <= 0.1
+    assert max(delays[11]) > 4.0
+    assert all(len(set(row)) > 100 for row in delays)
+    assert all(replica.busy_delay(3.0, 0) >= 3.0 for _ in range(20)), "never earlier than the server asked for"
+
+
+def paced(one: ScriptedReplica, seconds: float) -> ScriptedReplica:
+    """The replica, which takes this long for each request."""
+
+    def fetch_into(samples: Sequence[Sample], received: dict[str, KVResult]) -> None:
+        threading.Event().wait(seconds)
+        ScriptedReplica.fetch_into(one, samples, received)
+
+    one.fetch_into = fetch_into
+    return one
+
+
+def test_a_replica_that_is_several_times_slower_is_left(a, b, caplog):
+    source = source_of(paced(a, 0.08), b)
+    source.connect()
+    with caplog.at_level(logging.WARNING):
+        for _ in range(8):
+            source.fetch(samples(1))
+    assert (len(a.asked), len(b.asked), source.switches) == (1 + 3, 5, 1)
+    assert "switched from host-a:1 to host-b:2 (0.08" in caplog.text
+
+
+def test_a_slower_replica_is_asked_once_to_measure_it_and_not_again(a, b):
+    source = source_of(a, paced(b, 0.08))
+    source.connect()
+    for _ in range(8):
+        source.fetch(samples(1))
+    assert (len(b.asked), source.switches) == (1, 0)
+
+
+def test_a_source_that_waits_once_fails_at_once_until_the_teacher_answers_again(a, b):
+    source = FailoverSource("math", [a, b], 0.3, waits_once=True)
+    source.connect()
+    a.up = b.up = False
+    a.answers_left = b.answers_left = 0
+    with pytest.raises(TeacherUnavailableError):
+        source.fetch(samples(1))
+    asked = a.connects + b.connects
+    for _ in range(20):
+        with pytest.raises(TeacherUnavailableError, match="no endpoint answered for"):
+            source.fetch(samples(1))
+    assert a.connects + b.connects <= asked + 4, "an endpoint is tried again only after its backoff"
+    a.up, a.answers_left = True, None
+    threading.Event().wait(0.05)
+    assert ids(source.fetch(samples(1))) == ["s0"]
 
 
 def test_close_ends_a_fetch_that_waits_for_the_teacher(a):

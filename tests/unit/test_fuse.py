@@ -15,25 +15,22 @@ from kvcore.errors import FieldError
 
 N, B, L, H, M, D = 3, 4, 2, 2, 5, 3  # axes that could be confused have different sizes
 SHAPE = (N, B, L, H, M, D)
-FORMS = {"one per teacher": (N,), "per sample": (B, N), "per layer": (B, L, N)}
+FORMS = {"one per teacher": (N,), "per sample": (B, N)}
 
 
 def naive(x: np.ndarray, mask: np.ndarray, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Loops over slots and layers; `weights` is [B,L,N]."""
+    """Loops over slots; `weights` is [B,N]."""
     teachers, batch, layers, heads, slots, dims = x.shape
     fused, present = np.zeros((batch, layers, heads, slots, dims)), np.zeros((batch, slots), dtype=bool)
     for b in range(batch):
         for m in range(slots):
-            for layer in range(layers):
-                weight = {n: weights[b, layer, n] for n in range(teachers) if mask[n, b, m]}
-                if not any(weight.values()):  # no teacher with weight in this layer: use the weights of all layers
-                    weight = {n: sum(weights[b, other, n] for other in range(layers)) for n in weight}
-                total = sum(weight.values())
-                if total == 0:
-                    continue
-                present[b, m] = True
-                for n, value in weight.items():
-                    fused[b, layer, :, m] += value / total * x[n, b, layer, :, m]
+            weight = {n: weights[b, n] for n in range(teachers) if mask[n, b, m]}
+            total = sum(weight.values())
+            if total == 0:
+                continue
+            present[b, m] = True
+            for n, value in weight.items():
+                fused[b, :, :, m] += value / total * x[n, b, :, :, m]
     return fused, present
 
 
@@ -51,14 +48,11 @@ def random_weights(seed: int, form: str, zeros: float = 0.0) -> torch.Tensor:
     return weights.masked_fill(torch.rand(FORMS[form], generator=generator) < zeros, 0.0)
 
 
-def by_layer(weights: torch.Tensor) -> np.ndarray:
-    full = {1: lambda w: w[None, None], 2: lambda w: w[:, None], 3: lambda w: w}[weights.dim()](weights)
-    return full.expand(B, L, N).double().numpy()
-
-
 def check_against_naive(x: torch.Tensor, mask: torch.Tensor, weights: torch.Tensor) -> None:
     fused, present = fuse(x, mask, weights)
-    expected, expected_present = naive(np.nan_to_num(x.double().numpy()), mask.numpy(), by_layer(weights))
+    expected, expected_present = naive(
+        np.nan_to_num(x.double().numpy()), mask.numpy(), weights.expand(B, N).double().numpy()
+    )
     assert np.array_equal(present.numpy(), expected_present)
     np.testing.assert_allclose(fused.numpy(), expected, rtol=0, atol=2e-6)
 
@@ -71,10 +65,10 @@ def test_target_is_the_weighted_mean_over_the_teachers_present(seed: int, densit
 
 
 @settings(max_examples=60)
-@given(st.integers(0, 9999), st.sampled_from(["per sample", "per layer"]), st.sampled_from([0.3, 0.6, 1.0]))
-def test_a_teacher_of_weight_0_counts_as_absent(seed: int, form: str, zeros: float) -> None:
+@given(st.integers(0, 9999), st.sampled_from([0.3, 0.6, 1.0]))
+def test_a_teacher_of_weight_0_counts_as_absent(seed: int, zeros: float) -> None:
     x, mask = keys_and_mask(seed)
-    check_against_naive(x, mask, random_weights(seed, form, zeros))
+    check_against_naive(x, mask, random_weights(seed, "per sample", zeros))
 
 
 @settings(max_examples=30)
@@ -86,15 +80,6 @@ def test_the_order_of_the_teachers_does_not_matter(seed: int, form: str, order: 
     other, other_present = fuse(x[order], mask[order], weights[..., order])
     assert torch.equal(other_present, present)
     torch.testing.assert_close(other, fused)
-
-
-def test_a_layer_whose_teacher_is_absent_uses_the_other_layers_weights() -> None:
-    x = torch.tensor([3.0, 7.0]).view(2, 1, 1, 1, 1, 1).expand(2, 1, 2, 1, 2, 1)
-    mask = torch.tensor([[[True, True]], [[True, False]]])
-    weights = torch.tensor([[[1.0, 0.0], [0.0, 1.0]]])  # layer 0 uses the first teacher, layer 1 the second
-    fused, present = fuse(x, mask, weights)
-    assert present.all()
-    assert fused[0, :, 0, :, 0].tolist() == [[3.0, 3.0], [7.0, 3.0]]
 
 
 def test_a_slot_filled_only_by_teachers_of_weight_0_is_masked() -> None:
@@ -111,7 +96,7 @@ def test_only_the_ratio_of_weights_matters() -> None:
     assert torch.equal(one, other)
 
 
-@pytest.mark.parametrize("weights", [torch.tensor([0.3]), torch.full((B, 1), 0.3), torch.full((B, L, 1), 1e-6)])
+@pytest.mark.parametrize("weights", [torch.tensor([0.3]), torch.full((B, 1), 1e-6)])
 def test_a_single_teacher_is_returned_exactly_for_any_weight(weights: torch.Tensor) -> None:
     x, _ = keys_and_mask(1, 1.0)
     fused, present = fuse(x[:1], torch.ones(1, B, M, dtype=torch.bool), weights)
@@ -193,7 +178,7 @@ def test_a_weight_near_0_counts_as_0_and_keeps_gradients_finite() -> None:
         [math.inf, 1.0, 1.0],
         [[1.0, 1.0, 1.0]],
         [[1.0, 1.0, -0.1]] * B,
-        [[[1.0, 1.0, 1.0]] * B] * L,
+        [[[1.0, 1.0, 1.0]] * L] * B,
     ],
 )
 def test_invalid_weights_are_refused(weights: list[float]) -> None:

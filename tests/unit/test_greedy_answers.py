@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 
 from data.records import Record
-from student_trainer.loop.greedy_answers import answer, is_correct, mean_over_ranks
+from student_trainer.loop.greedy_answers import answer, is_correct, mean_over_ranks, warn_of_unfinished
+from student_trainer.model.generation import Answer, TextEnd, after_latents, after_prompt, generate
 from student_trainer.model.latent import LatentStudent
-from tests.support.training_parts import RECORDS, TOKENIZER, collator, one_rank, tiny_student
+from tests.support.training_parts import PASSES, RECORDS, TOKENIZER, collator, one_rank, tiny_student
 
 CPU = torch.device("cpu")
 
@@ -36,36 +39,36 @@ def test_all_words_of_an_answer_are_compared() -> None:
     assert not is_correct("red door", record, latent=False)
 
 
-class Scripted(LatentStudent):
-    """A student that always generates the given token ids."""
-
-    def __init__(self, rows: list[list[int]]) -> None:
-        student = tiny_student()
-        super().__init__(student.lm, student.reasoning)
-        self.rows = rows
-
-    def generate(
-        self, prompt_ids_BP: torch.Tensor, prompt_mask_BP: torch.Tensor, max_new_tokens: int, *, latent: bool
-    ) -> torch.Tensor:
-        return torch.tensor(self.rows)
-
-
-def test_answers_stop_at_the_end_of_sequence_token() -> None:
-    ids = TOKENIZER(" 12")["input_ids"]
-    eos = TOKENIZER.eos_token_id
-    rows = [[*ids, eos, 77, 78], [eos, *ids, 77, 78], [*ids, 77, 78, 79]]
-    texts = answer(Scripted(rows), collator(), TOKENIZER, RECORDS[:3], len(rows[0]), CPU, latent=True)
-    assert texts == [" 12", "", TOKENIZER.decode(rows[2])]
+def first_tokens(student: LatentStudent, count: int, *, latent: bool) -> list[list[int]]:
+    """The greedy tokens after the prompts of the first records."""
+    ids_BP, mask_BP = collator().prompts([record.prompt for record in RECORDS[:3]])
+    start = after_latents(student, ids_BP, mask_BP) if latent else after_prompt(ids_BP, mask_BP)
+    return [row.ids for row in generate(student.lm, start, count, TextEnd(TOKENIZER, []))]
 
 
 @pytest.mark.parametrize("latent", [True, False])
-def test_answers_continue_the_training_prompts(latent: bool) -> None:
+def test_answers_stop_at_the_end_of_sequence_token(latent: bool) -> None:
     student = tiny_student().eval()
-    batch = collator()(RECORDS[:3])
-    tokens = student.generate(batch.prompt_ids_BP, batch.prompt_mask_BP, 4, latent=latent)
-    texts = answer(student, collator(), TOKENIZER, RECORDS[:3], 4, CPU, latent=latent)
-    cut = [row[: row.index(2)] if 2 in row else row for row in tokens.tolist()]
-    assert texts == [TOKENIZER.decode(row, skip_special_tokens=True) for row in cut]
+    ids = first_tokens(student, 6, latent=latent)
+    assert ids[0][2] not in ids[0][:2] + ids[1] + ids[2]
+    tokenizer = copy.deepcopy(TOKENIZER)
+    tokenizer.eos_token = tokenizer.convert_ids_to_tokens(ids[0][2])
+    answers = answer(student, collator(), tokenizer, RECORDS[:3], 6, CPU, latent=latent)
+    before = 1 + PASSES if latent else 0
+    assert answers == [
+        Answer(str(TOKENIZER.decode(ids[0][:2])), finished=True, forward_passes=before + 3),
+        *(Answer(str(TOKENIZER.decode(row)), finished=False, forward_passes=before + 6) for row in ids[1:]),
+    ]
+
+
+def test_many_unfinished_answers_are_warned_about(caplog: pytest.LogCaptureFixture) -> None:
+    with one_rank():
+        warn_of_unfinished(0.09, 32)
+        assert not caplog.messages
+        warn_of_unfinished(0.625, 32)
+    (message,) = caplog.messages
+    assert message.startswith("62 % of the validation answers have no end within 32 tokens")
+    assert "raise data.answer_tokens" in message
 
 
 def test_mean_over_ranks_divides_totals_by_the_count() -> None:

@@ -6,11 +6,13 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 
 from experiments.recipe.config import TRAIN_SAMPLES, VAL_SAMPLES, RecipeSettings
 from kvcore.flags import flags_of
 from tests.support.guide import CHINESE_PAGE, PAGE, blocks
 from tests.support.servers import REPOSITORY
+from tests.support.tiny_models import build_model, tiny_spec
 
 PAGES = (PAGE, CHINESE_PAGE)
 # Commands that users already have; each must be in a block of the page, unchanged.
@@ -94,7 +96,16 @@ def test_flag_tables_match_the_flags_and_defaults_of_the_command() -> None:
         for flag in re.findall(r"--\w+", flags):
             field = known[flag.replace("-", "_")]
             assert stated(default) == actual(field.get_default(), required=field.is_required(), flag=flag)
-    assert len(shown) == 39
+    assert len(shown) == 41
+
+
+def test_the_line_for_a_cache_of_transformers_5_works() -> None:
+    line = "outputs.past_key_values.layers[0].keys"
+    assert all(f"`{line}`" in page.read_text(encoding="utf-8") for page in PAGES)
+    outputs = build_model(tiny_spec("qwen2"))(torch.tensor([[3, 4, 5]]), use_cache=True)
+    assert eval(line).shape == (1, 2, 3, 16)
+    with pytest.raises(TypeError, match="'DynamicCache' object is not subscriptable"):
+        _ = outputs.past_key_values[0][0]
 
 
 def stated(cell: str) -> str:

@@ -26,11 +26,13 @@ from teacher_server.engines.vllm.message_queue import FailureMessage, LayerMessa
 from teacher_server.engines.vllm.worker_step import HeadShare, WorkerRow, WorkerStep, worker_row
 from teacher_server.plan_execution import execute
 from tests.support.engine_contract import Outcome
+from tests.support.kv_maps import naive_mapped, random_map
 
 LAYERS, HEADS, QUERY_HEADS, DIM = 3, 8, 16, 16
 RAW, INT8 = CodecSpec(name="raw"), CodecSpec(name="int8", group_size=4)
 SELECTORS = ("full", "right", "uniform", "random", "keydiff", "r_kv")
 SCALE = DIM**-0.5
+MAPS = {kv_map.named.digest: kv_map for kv_map in (random_map((0, 2), HEADS * DIM, seed=seed) for seed in range(2))}
 TOLERANCES = {"data": (1e-6, 1e-5), "codes": (1.0, 0.0), "scale": (0.0, 0.01)}
 # Samples with equal plans and lengths share messages.
 TEXTS = (("ask", "1+1=2, so", "2"), ("how", "3*3=9, so", "9"), ("why?", "because it is so", "so"), ("a", "b", "c"))
@@ -109,14 +111,14 @@ class Model:
 
 def one_process_outcome(model: Model, plans: Sequence[KVPlan]) -> Outcome:
     outcome = Outcome()
-    batch = [PlannedSample(tokens, plan) for tokens, plan in zip(samples(), plans, strict=True)]
+    batch = [planned(row, plan) for row, plan in enumerate(plans)]
     execute(model, batch, outcome.results.append, outcome.failures.append)
     return outcome
 
 
 def messages_of_rank(model: Model, share: HeadShare, plans: Sequence[KVPlan], layers: Sequence[int]) -> list[bytes]:
     """The messages of one rank for the layers of its pipeline stage."""
-    batch = [PlannedSample(tokens, plan) for tokens, plan in zip(samples(), plans, strict=True)]
+    batch = [planned(row, plan) for row, plan in enumerate(plans)]
     rows = [WorkerRow.unpack(worker_row(f"tag {row}", sample).pack()) for row, sample in enumerate(batch)]
     gathered = any(share.needs_others(plan) for plan in plans)
     step = WorkerStep(rows, [len(tokens.token_ids) for tokens in samples()], rope(), share, gathered=gathered)
@@ -143,8 +145,17 @@ def ranks_of(count: int) -> list[HeadShare]:
     return [HeadShare.of(rank, count, HEADS) for rank in range(count)]
 
 
+def planned(row: int, plan: KVPlan) -> PlannedSample:
+    return PlannedSample(samples()[row], plan, MAPS[plan.map.digest] if plan.map else None)
+
+
+def assembly_of(*plans: KVPlan) -> Assembly:
+    numbered = list(enumerate(plans))
+    return Assembly([f"tag {row}" for row, _ in numbered], [planned(row, plan) for row, plan in numbered], HEADS)
+
+
 def assemble(plans: Sequence[KVPlan], payloads: Sequence[bytes]) -> Outcome:
-    assembly, outcome = Assembly([f"tag {row}" for row in range(len(plans))], plans, HEADS), Outcome()
+    assembly, outcome = assembly_of(*plans), Outcome()
     for payload in payloads:
         results, failures = assembly.take(unpack(payload))
         outcome.results += results
@@ -179,6 +190,8 @@ def error_of(result: LayerResult, place: int, kind: str, plan: KVPlan, model: Mo
     index_HMD = result.positions[place].long()[..., None].expand(HEADS, -1, DIM)
     parts = {name[2:]: part[place] for name, part in result.parts.items() if name[0] == kind}
     exact = x_HTD.gather(1, index_HMD).double()
+    if plan.map is not None:
+        exact = naive_mapped(MAPS[plan.map.digest], exact, result.layer, "k" if kind == "k" else "v")
     decoded = decode(parts, "k" if kind == "k" else "v", plan.codec).double()
     return float((decoded - exact).norm() / exact.norm())
 
@@ -196,6 +209,30 @@ def test_assembled_ranks_equal_one_process(selector: str, scope: str, codec: Cod
         sent = [messages_of_rank(model, share, plans, range(LAYERS)) for share in ranks_of(ranks)]
         assert sum(map(bool, sent)) == min(ranks, HEADS), "copies of a head are sent once"
         assert_same(assemble(plans, list(itertools.chain(*sent))), expected, model, plans)
+
+
+@pytest.mark.parametrize("codec", [RAW, INT8], ids=["raw", "int8"])
+@pytest.mark.parametrize("selector", ["full", "r_kv", "keydiff"])
+def test_maps_are_applied_where_all_heads_meet(selector: str, codec: CodecSpec) -> None:
+    model, unmapped = Model.random(), plan_of(selector, "sample", codec)
+    first, second = (unmapped.with_map(kv_map.named) for kv_map in MAPS.values())
+    plans = [first, second, first, unmapped]
+    expected = one_process_outcome(model, plans)
+    for ranks in (1, 4, 16):
+        sent = [messages_of_rank(model, share, plans, range(LAYERS)) for share in ranks_of(ranks)]
+        found = assemble(plans, list(itertools.chain(*sent)))
+        assert not found.failures
+        assert_same(found, expected, model, plans)
+
+
+def test_a_mapped_sample_that_is_over_its_budget_fails_alone() -> None:
+    model, codec = Model.random(), INT8.model_copy(update={"max_relative_error": 1e-9})
+    mapped = plan_of("right", "sample", INT8).with_map(next(iter(MAPS.values())).named)
+    plans = [mapped, mapped.model_copy(update={"codec": codec}), mapped, mapped]
+    sent = [messages_of_rank(model, share, plans, range(LAYERS)) for share in ranks_of(4)]
+    found = assemble(plans, list(itertools.chain(*sent)))
+    assert [failure.index for failure in found.failures] == [1]
+    assert_same(found, one_process_outcome(model, plans), model, plans)
 
 
 @cache
@@ -310,10 +347,6 @@ def message(
     )
 
 
-def assembly_of(plan: KVPlan, rows: int = 1) -> Assembly:
-    return Assembly([f"tag {row}" for row in range(rows)], [plan] * rows, HEADS)
-
-
 FULL = KVPlan(layers=(0, 1, 2), selection=Selection(selector="full"), codec=RAW)
 
 
@@ -328,7 +361,7 @@ def test_layers_are_emitted_in_order() -> None:
 
 
 def test_samples_that_share_some_messages_get_their_layers_in_order() -> None:
-    assembly, both = assembly_of(FULL, rows=2), ["tag 0", "tag 1"]
+    assembly, both = assembly_of(FULL, FULL), ["tag 0", "tag 1"]
     half = HEADS // 2
     for held in (message(both, 1, 0, half), message(both, 1, half, half)):
         assert assembly.take(held) == ([], [])
@@ -357,7 +390,7 @@ def test_the_error_budget_applies_to_all_heads_together(
 
 def test_each_sample_of_a_message_has_its_own_budget() -> None:
     strict = FULL.model_copy(update={"codec": RAW.model_copy(update={"max_relative_error": 0.1})})
-    assembly = Assembly(["tag 0", "tag 1"], [FULL, strict], HEADS)
+    assembly = assembly_of(FULL, strict)
     results, failures = assembly.take(message(["tag 0", "tag 1"], 0, error=0.5))
     assert [result.indices for result in results] == [[0]]
     assert [failure.index for failure in failures] == [1]
@@ -374,7 +407,7 @@ def test_a_sample_over_budget_emits_no_other_layer_of_the_same_message() -> None
 
 
 def test_failure_messages_fail_only_their_samples_and_only_once() -> None:
-    assembly = assembly_of(FULL, rows=3)
+    assembly = assembly_of(FULL, FULL, FULL)
     failure = FailureMessage(["tag 1", "of another batch"], "no memory")
     assert [(f.index, f.problem) for f in assembly.take(failure)[1]] == [(1, "no memory")]
     assert assembly.take(failure) == ([], [])

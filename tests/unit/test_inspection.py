@@ -9,7 +9,11 @@ from pathlib import Path
 import pytest
 
 from kvcore.errors import ConfigError, StoreError
+from kvcore.plan import KVPlan
+from kvcore.store.kv_store import KVStoreWriter
+from kvcore.store.manifest import keep_map
 from kvdistill.inspection import inspect
+from tests.support.kv_maps import random_map
 from tests.support.stores import SENT, fill
 from tests.support.streams import INFO, PLAN
 
@@ -31,6 +35,15 @@ def test_store_shows_teacher_plan_and_sizes(tmp_path: Path) -> None:
     shards = list((tmp_path / "ada").glob("*.safetensors"))
     size = sum(path.stat().st_size for path in shards)
     assert field(shown, "on disk") == f"{size / 1000:.1f} kB in {len(shards)} shards"
+
+
+def test_store_shows_the_map_of_its_plan(tmp_path: Path) -> None:
+    kv_map = random_map((0, 2), INFO.kv_heads * INFO.head_dim)
+    keep_map(tmp_path, kv_map)
+    KVStoreWriter(tmp_path, INFO, KVPlan(layers=(0, 2), map=kv_map.named), "rank0").close()
+    shown = inspect(str(tmp_path))
+    assert field(shown, "map") == f"{kv_map.named.digest}, to 1 x 3"
+    assert field(shown, "on disk") == "0.0 kB in 0 shards", "a map is no shard"
 
 
 def test_store_shows_bytes_and_reduction(tmp_path: Path) -> None:
@@ -84,6 +97,13 @@ def test_pt_file_is_described_from_its_report(tmp_path: Path) -> None:
     assert field(shown, "samples").startswith("7 of 9; ")
     assert field(shown, "teacher") == "ada: 5 layers, 2 KV heads of 4"
     assert field(shown, "layers") == "3 of 5: 0, 2, 4"
+    assert inspect(str(tmp_path)) == shown
+
+
+def test_folder_of_an_extraction_into_a_store_shows_its_stores(tmp_path: Path) -> None:
+    fill(tmp_path / "train_kv" / "ada")
+    (tmp_path / "train_kv.report.json").write_text("{}")
+    assert field(inspect(str(tmp_path)), "store") == str(tmp_path / "train_kv" / "ada")
 
 
 def test_alignment_shows_explained_variance_by_student_layer(tmp_path: Path) -> None:

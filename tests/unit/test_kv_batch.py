@@ -98,6 +98,18 @@ def test_on_missing_fail_raises_with_teacher_sample_and_reason() -> None:
         assert part in str(caught.value)
 
 
+def test_each_batch_of_the_teacher_counts_once_with_its_slowest_sample() -> None:
+    results = results_for(5, (4,))
+    # Samples 0 and 2 were in one batch, 1 and 3 in the next, which waited for the first.
+    timings = ((0.5, 2.0, 0.25), (3.0, 1.0, 0.5), (1.0, 2.0, 0.125), (2.5, 1.0, 1.0))
+    for result, (queue, prefill, network) in zip(results, timings, strict=False):
+        assert isinstance(result, EncodedSampleKV)
+        result.timings = Timings(queue=queue, prefill=prefill, encode=0.5, network=network)
+    _, sums = decode_and_pad("ada", results, INFO, PLAN, None, "mask")
+    at_teacher = {"queue": 1.0 + 3.0, "prefill": 2.0 + 1.0, "encode": 0.5 + 0.5, "network": 0.25 + 1.0}
+    assert sums.seconds == at_teacher | {"decode": 0.0, "stall": 0.0}
+
+
 def test_bytes_tokens_and_seconds_are_summed_over_received_samples() -> None:
     results = results_for(3, (1,))
     for seconds, result in enumerate(results, start=1):

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvcore.types import Tensor
-from student_trainer.model.losses import error_by_layer_and_head, kv_distance
+from student_trainer.model.losses import error_by_layer_and_head, error_by_slot, kv_distance
 
 BATCH, LAYERS, HEADS, SLOTS, DIM = 4, 3, 2, 5, 4
 KINDS = ("mse", "smooth_l1", "cosine", "cka")
@@ -262,6 +262,22 @@ def test_reported_error_is_squared_error_over_variance_per_layer_and_head() -> N
         for head in range(HEADS):
             expected = naive_head(kv(1)[:, layer, head], kv(2)[:, layer, head], MASK_BM, variance**0.5, "mse")
             assert float(errors_LH[layer, head]) == pytest.approx(expected, rel=1e-5)
+
+
+def test_reported_error_of_a_slot_is_the_mean_over_layers_and_heads() -> None:
+    errors_BM = error_by_slot(with_nan(kv(1)).requires_grad_(), with_nan(kv(2)), SCALE_L, MASK_BM)
+    assert not errors_BM.requires_grad
+    student, target = kv(1, torch.float64), kv(2, torch.float64)
+    for sample in range(BATCH):
+        for slot in range(SLOTS):
+            squares = [
+                (x - y) ** 2 / variance
+                for layer, variance in enumerate(SCALE_L.tolist())
+                for head in range(HEADS)
+                for x, y in zip(*(side[sample, layer, head, slot].tolist() for side in (student, target)), strict=True)
+            ]
+            expected = sum(squares) / len(squares) if MASK_BM[sample, slot] else 0.0
+            assert float(errors_BM[sample, slot]) == pytest.approx(expected, rel=1e-5)
 
 
 def test_mean_of_the_reported_errors_matches_the_naive_loops() -> None:

@@ -14,7 +14,7 @@ from kvcore.types import Tensor
 from student_trainer.loop.calibrate import calibrate
 from student_trainer.loop.kv_weight import auto_kv_weight
 from student_trainer.model.distill_model import DistillModel
-from tests.support.training_parts import RECORDS, distill_model, one_rank, train_batch
+from tests.support.training_parts import RECORDS, distill_model, fetch_for, one_rank, train_batch
 
 Batch = tuple[float, float]
 
@@ -126,7 +126,7 @@ def test_norms_of_half_precision_gradients_do_not_overflow() -> None:
 def calibrated(mode: str, direction: str) -> DistillModel:
     model = distill_model({"ada": 1.0}, mode=mode, direction=direction)
     with one_rank():
-        calibrate(model, RECORDS[:40], range(40), lambda chosen: train_batch(model, chosen, None), 40, lambda _: None)
+        calibrate(model, RECORDS[:40], range(40), fetch_for(model, None), 40, lambda _: None)
     return model
 
 
@@ -143,7 +143,6 @@ def gradient_norm(model: DistillModel, loss: Tensor, other: Tensor) -> float:
 
 
 @pytest.mark.parametrize(("mode", "direction"), [("latent", "to_student"), ("token", "to_teacher")])
-@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable`:FutureWarning")
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_weight_of_the_trained_model_matches_its_gradient_norms(
     mode: str, direction: str, *, checkpointing: bool
@@ -156,7 +155,7 @@ def test_weight_of_the_trained_model_matches_its_gradient_norms(
         for a, b in (("ce_loss", "kv_objective"), ("kv_objective", "ce_loss"))
     )
     if checkpointing:
-        model.student.lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.student.lm.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
     assert auto_kv_weight(model.eval(), [batch, batch], 0.5, reduce_over_one_rank) == pytest.approx(
         0.5 * ce / kv, rel=1e-4
     )

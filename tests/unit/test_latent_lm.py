@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any, cast
 
@@ -12,13 +12,17 @@ import torch
 from lm_eval.api.instance import Instance
 from rich.console import Console
 
+from benchmarks.whole_readings import answer_reading, latents_of
 from data.collate import Collator
 from evaluation.latent_lm import LatentLM, NoLikelihoodError
 from evaluation.metered_lm import MeteredLM
 from evaluation.models import load_model
 from kvcore.errors import FieldError
-from student_trainer.model.latent import LATENT_CONFIG, LATENT_WEIGHTS, new_reasoning, save_reasoning
+from kvcore.models.latent_folder import LATENT_WEIGHTS
+from student_trainer.model.generation import TextEnd, after_latents, after_prompt, generate
+from student_trainer.model.latent import new_reasoning, save_reasoning
 from student_trainer.model.pretrained import load_pretrained
+from tests.support.chat_templates import TINY_CHATML, with_template
 from tests.support.tiny_models import save_tiny_model, tiny_spec
 
 LATENTS = 3
@@ -55,16 +59,32 @@ def pairs() -> list[Instance]:
     return [request("loglikelihood", prompt, choice) for prompt in PROMPTS for choice in CHOICES]
 
 
-def test_generation_equals_generate_of_the_student(model: LatentLM) -> None:
+def test_generation_continues_after_the_latents_of_each_prompt(model: LatentLM) -> None:
     generated = model.generate_until([generation(prompt, 6) for prompt in PROMPTS], disable_tqdm=True)
     collator = Collator(model.tokenizer, 512)
+    end = TextEnd(model.tokenizer, {model.eot_token_id})
     for prompt, text in zip(PROMPTS, generated, strict=True):
-        tokens_BA = model.student.generate(*collator.prompts([prompt]), 6, latent=True)
-        ids = tokens_BA[0].tolist()
-        end = ids.index(model.eot_token_id) if model.eot_token_id in ids else 6
-        assert text == model.tokenizer.decode(ids[:end], skip_special_tokens=True)
-    without = model.student.generate(*collator.prompts(PROMPTS[:1]), 6, latent=False)
-    assert generated[0] != model.tokenizer.decode(without[0], skip_special_tokens=True)
+        start = after_latents(model.student, *collator.prompts([prompt]))
+        assert text == end.answer(generate(model.student.lm, start, 6, end)[0]).text
+    without = generate(model.student.lm, after_prompt(*collator.prompts(PROMPTS[:1])), 6, end)
+    assert generated[0] != end.answer(without[0]).text
+
+
+@pytest.mark.parametrize("latent", [True, False])
+def test_a_chats_choice_follows_the_assistants_header_without_a_space(
+    directory: Path, tmp_path: Path, latent: bool
+) -> None:
+    if latent:
+        shutil.copytree(directory, tmp_path, dirs_exist_ok=True)
+    else:
+        save_tiny_model(tmp_path, tiny_spec("llama", layers=2, seed=3))
+    with_template(tmp_path, TINY_CHATML)
+    made = load_model(str(tmp_path), "fp32", "cpu", 2, "chat", "Be brief.")
+    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": PROMPTS[0]}]
+    rendered = made.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    prompt_ids, choice_ids = made._encode_pair(PROMPTS[0], " 9")
+    assert prompt_ids == made.tokenizer(rendered, add_special_tokens=False).input_ids
+    assert choice_ids == made.tokenizer("9", add_special_tokens=False).input_ids
 
 
 def test_generation_stops_at_the_tasks_stop_text(model: LatentLM) -> None:
@@ -82,18 +102,20 @@ def test_likelihood_is_conditioned_on_prompt_and_latents(model: LatentLM) -> Non
         ids = model.tokenizer.encode(choice, add_special_tokens=False)
         ids_A = torch.tensor(ids)
         with torch.no_grad():
-            reading = model.student.read_answer(
-                *collator.prompts([prompt]), ids_A[None], torch.ones(1, len(ids)).bool()
+            hidden_BAE, *_ = answer_reading(
+                model.student, *collator.prompts([prompt]), ids_A[None], torch.ones(1, len(ids)).bool()
             )
-        logs_AV = reading.logits_BAV[0].double().log_softmax(-1)
+            logs_AV = model.student.logits(hidden_BAE)[0].double().log_softmax(-1)
         assert likelihood == pytest.approx(float(logs_AV[torch.arange(len(ids)), ids_A].sum()), abs=1e-4)
         assert greedy == bool((logs_AV.argmax(-1) == ids_A).all())
 
 
 def test_greedy_generation_is_marked_greedy_by_likelihood(model: LatentLM) -> None:
-    inputs_BTE, mask_BT = model.student.think(*Collator(model.tokenizer, 512).prompts(PROMPTS[:1]))
+    ids_BP, mask_BP = Collator(model.tokenizer, 512).prompts(PROMPTS[:1])
     with torch.no_grad():
-        best = int(model.student.logits(inputs_BTE, mask_BT)[0, -1].argmax())
+        inputs_BTE = latents_of(model.student, ids_BP, mask_BP)
+        hidden_BTE = model.student.hidden(inputs_BTE, torch.ones(inputs_BTE.shape[:2]).bool())
+        best = int(model.student.logits(hidden_BTE[0, -1]).argmax())
     found = model._loglikelihood_tokens([(("", ""), model.tok_encode(PROMPTS[0]), [best])], disable_tqdm=True)
     assert found[0][1] is True
     assert -math.log(model.vocab_size) < found[0][0] < 0
@@ -136,6 +158,26 @@ def test_truncated_prompts_are_counted(model: LatentLM) -> None:
     assert metered.truncated == 2
 
 
+def test_prompts_with_an_unfinished_answer_are_noted(model: LatentLM) -> None:
+    metered = MeteredLM(model, "made-up", Console(force_terminal=False))
+    (whole,) = metered.generate_until([generation(PROMPTS[0], 8)])
+    assert metered.unfinished == {PROMPTS[0]}
+    metered = MeteredLM(model, "made-up", Console(force_terminal=False))
+    cut, _ = metered.generate_until([generation(PROMPTS[0], 8, (whole[2:4],)), generation(PROMPTS[1], 1)])
+    assert cut == whole[:2]
+    assert metered.unfinished == {PROMPTS[1]}
+
+
+def test_a_task_that_samples_gets_other_texts_of_the_same_prompt(model: LatentLM) -> None:
+    settings = {"until": [], "do_sample": True, "temperature": 1.0, "max_gen_toks": 6}
+    requests = [request("generate_until", PROMPTS[0], settings) for _ in range(4)]
+    assert len(set(model.generate_until(requests))) > 1
+    greedy = {**settings, "temperature": 0.0}
+    assert model.generate_until([request("generate_until", PROMPTS[0], greedy)]) == model.generate_until(
+        [generation(PROMPTS[0], 6)]
+    )
+
+
 def test_directory_without_latents_loads_plain_model(tmp_path: Path) -> None:
     made = load_model(str(save_tiny_model(tmp_path, tiny_spec("qwen2", layers=1))), "auto", "auto", 2)
     assert not isinstance(made, LatentLM)
@@ -144,11 +186,11 @@ def test_directory_without_latents_loads_plain_model(tmp_path: Path) -> None:
 
 
 def test_incomplete_latent_student_is_refused(directory: Path, tmp_path: Path) -> None:
-    save_tiny_model(tmp_path, tiny_spec("qwen2", layers=1))
-    (tmp_path / LATENT_CONFIG).write_text(json.dumps({"latents": 3, "passes": 2}), encoding="utf-8")
+    shutil.copytree(directory, tmp_path, dirs_exist_ok=True)
+    (tmp_path / LATENT_WEIGHTS).unlink()
     with pytest.raises(FieldError, match=f"{LATENT_WEIGHTS} is missing"):
         load_model(str(tmp_path), "auto", "cpu", 2)
-    with pytest.raises(FieldError, match="--model_path: cannot load"):
+    with pytest.raises(FieldError, match=r"--model_path: .* is not a directory"):
         load_model(str(tmp_path / "missing"), "auto", "cpu", 2)
     with pytest.raises(FieldError, match="'cuda:7' does not exist"):
         load_model(str(directory), "auto", "cuda:7", 2)

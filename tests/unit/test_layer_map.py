@@ -51,7 +51,7 @@ def naive_matrix(teacher_layers: int, student_layers: int) -> torch.Tensor:
 @settings(max_examples=15)
 @given(LAYERS, LAYERS)
 def test_ratio_interpolates_between_the_two_neighbouring_layers(teacher_layers: int, student_layers: int) -> None:
-    matrix = LayerMapper(teacher_layers, student_layers).matrix()
+    matrix = LayerMapper(teacher_layers, student_layers, "ratio").matrix()
     assert matrix.shape == (student_layers, teacher_layers)
     torch.testing.assert_close(matrix.double(), naive_matrix(teacher_layers, student_layers), rtol=0, atol=1e-6)
 
@@ -165,7 +165,7 @@ def test_uniform_last_and_skip_choose_different_layers() -> None:
 
 @given(LAYERS, st.integers(1, 30))
 def test_last_and_skip_equal_ratio_when_the_teacher_is_shallower(teacher_layers: int, more: int) -> None:
-    ratio = LayerMapper(teacher_layers, teacher_layers + more).get_mapping()
+    ratio = LayerMapper(teacher_layers, teacher_layers + more, "ratio").get_mapping()
     for strategy in ("last", "skip"):
         assert LayerMapper(teacher_layers, teacher_layers + more, strategy).get_mapping() == ratio
 
@@ -204,18 +204,18 @@ def test_invalid_similarities_are_refused() -> None:
     with pytest.raises(FieldError, match="student layer 1 with teacher layer 2"):
         mapper.fit_cka(unknown)
     assert not mapper.fitted
-    with pytest.raises(FieldError, match="'ratio'"):
+    with pytest.raises(FieldError, match="got 'uniform'"):
         LayerMapper(3, 2).fit_cka(torch.zeros(2, 3))
 
 
 def test_a_shallower_teacher_is_interpolated_between_its_layers() -> None:
-    assert LayerMapper(2, 4).get_mapping() == {
+    assert LayerMapper(2, 4, "ratio").get_mapping() == {
         0: [(0, 1.0)],
         1: [(0, pytest.approx(2 / 3)), (1, pytest.approx(1 / 3))],
         2: [(0, pytest.approx(1 / 3)), (1, pytest.approx(2 / 3))],
         3: [(1, 1.0)],
     }
-    assert LayerMapper(1, 3).get_mapping() == {s: [(0, 1.0)] for s in range(3)}
+    assert LayerMapper(1, 3, "ratio").get_mapping() == {s: [(0, 1.0)] for s in range(3)}
 
 
 def test_a_student_layer_exactly_at_a_teacher_layer_is_not_mixed() -> None:
@@ -223,7 +223,7 @@ def test_a_student_layer_exactly_at_a_teacher_layer_is_not_mixed() -> None:
     assert mapper.get_mapping() == {0: [(0, 1.0)], 1: [(2, 1.0)], 2: [(4, 1.0)], 3: [(6, 1.0)]}
     assert mapper.layers_needed == (0, 2, 4, 6)
     assert not mapper.mixes_layers
-    assert LayerMapper(6, 4).mixes_layers
+    assert LayerMapper(6, 4, "ratio").mixes_layers
 
 
 def test_changing_the_returned_mapping_does_not_change_the_mapper() -> None:

@@ -1,26 +1,22 @@
-"""Tests of the losses on logits and hidden states, compared with loops over elements in fp64."""
+"""Tests of the means over tokens and of the loss on hidden states, compared with loops over elements in fp64."""
 
 from __future__ import annotations
 
-import math
 import statistics
 
 import pytest
 import torch
 
 from kvcore.types import Tensor
-from student_trainer.model.losses import codi_loss, cross_entropy
+from student_trainer.model.losses import codi_loss, mean_over_tokens
 
 BATCH, TOKENS, STATES, WIDTH = 4, 5, 3, 6
 # One sample each: full, padded, with a gap, and with a single token.
 MASK_BT = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 0, 0, 0], [0, 1, 0, 1, 1], [0, 0, 1, 0, 0]], dtype=torch.bool)
 
 
-def logits_and_targets(seed: int) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    return 3 * torch.randn(BATCH, TOKENS, 7, generator=generator), torch.randint(
-        7, (BATCH, TOKENS), generator=generator
-    )
+def token_losses(seed: int) -> Tensor:
+    return 3 * torch.rand(BATCH, TOKENS, generator=torch.Generator().manual_seed(seed))
 
 
 def hidden(seed: int) -> Tensor:
@@ -30,37 +26,29 @@ def hidden(seed: int) -> Tensor:
     return x_BSE * torch.tensor([0.3, 1.0, 9.0])[:, None] + torch.arange(BATCH)[:, None, None]
 
 
-def test_cross_entropy_averages_within_a_sample_first() -> None:
-    logits, targets = logits_and_targets(3)
-    samples: list[float] = []
-    for b in range(BATCH):
-        tokens = [
-            math.log(sum(math.exp(x) for x in logits[b, t].tolist())) - float(logits[b, t, targets[b, t]])
-            for t in range(TOKENS)
-            if MASK_BT[b, t]
-        ]
-        samples.append(sum(tokens) / len(tokens))
-    assert float(cross_entropy(logits, targets, MASK_BT)) == pytest.approx(sum(samples) / BATCH, rel=1e-5)
+def test_mean_over_tokens_averages_within_a_sample_first() -> None:
+    loss_BT = token_losses(3)
+    samples = [statistics.mean(float(loss_BT[b, t]) for t in range(TOKENS) if MASK_BT[b, t]) for b in range(BATCH)]
+    assert float(mean_over_tokens(loss_BT, MASK_BT)) == pytest.approx(statistics.mean(samples), rel=1e-6)
 
 
-def test_cross_entropy_of_half_precision_logits_is_computed_in_fp32() -> None:
-    logits, targets = logits_and_targets(3)
-    halved = logits.bfloat16()
-    loss = cross_entropy(halved, targets, MASK_BT)
-    assert loss.dtype == torch.float32
-    assert loss == cross_entropy(halved.float(), targets, MASK_BT)
+def test_a_sample_without_tokens_adds_zero_to_the_mean() -> None:
+    mask_BT = MASK_BT.clone()
+    mask_BT[1] = False
+    loss_BT = token_losses(3)
+    expected = mean_over_tokens(loss_BT[[0, 2, 3]], MASK_BT[[0, 2, 3]]) * 3 / 4
+    torch.testing.assert_close(mean_over_tokens(loss_BT, mask_BT), expected)
 
 
 def test_mean_loss_of_two_half_batches_equals_that_of_the_batch() -> None:
-    logits, targets = logits_and_targets(3)
-    logits.requires_grad_()
+    loss_BT = token_losses(3).requires_grad_()
 
     def loss(rows: slice) -> Tensor:
-        return cross_entropy(logits[rows], targets[rows], MASK_BT[rows])
+        return mean_over_tokens(loss_BT[rows], MASK_BT[rows])
 
     whole, halves = loss(slice(None)), (loss(slice(0, 2)) + loss(slice(2, 4))) / 2
     torch.testing.assert_close(halves, whole)
-    torch.testing.assert_close(torch.autograd.grad(halves, logits), torch.autograd.grad(whole, logits))
+    torch.testing.assert_close(torch.autograd.grad(halves, loss_BT), torch.autograd.grad(whole, loss_BT))
 
 
 def naive_codi(student: Tensor, teacher: Tensor) -> float:

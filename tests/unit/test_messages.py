@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvcore.errors import FieldError, ProtocolError
-from kvcore.plan import CODECS, SELECTORS, CodecSpec, KVPlan, SamplingParams, Selection
-from kvcore.types import Sample, Span, TeacherInfo
+from kvcore.plan import CODECS, SELECTORS, CodecSpec, KVPlan, PlanMap, SamplingParams, Selection
+from kvcore.types import ROLES, Chat, Sample, Span, TeacherInfo, Turn
 from kvcore.wire.messages import (
     info_from_proto,
     info_to_proto,
@@ -53,11 +53,23 @@ codecs = st.builds(
     group_size=st.integers(1, 4096),
     max_relative_error=st.none() | st.floats(0, 1e300, exclude_min=True),
 )
+maps = st.builds(
+    PlanMap,
+    digest=st.text("0123456789abcdef", min_size=32, max_size=32),
+    heads=st.integers(1, INT32_MAX),
+    head_dim=st.integers(1, INT32_MAX),
+)
 plans = st.builds(
-    lambda layers, selection, codec: KVPlan(layers=tuple(sorted(layers)), selection=selection, codec=codec),
+    lambda layers, selection, codec, named: KVPlan(
+        layers=tuple(sorted(layers)),
+        selection=selection,
+        codec=codec,
+        map=None if selection.scope == "head" else named,
+    ),
     st.sets(st.integers(0, INT32_MAX), min_size=1, max_size=5),
     selections,
     codecs,
+    st.none() | maps,
 )
 
 
@@ -80,7 +92,7 @@ def test_fields_that_a_foreign_client_leaves_out_take_the_documented_defaults():
             codec=pb.Codec(name="int8"),
         )
     )
-    assert plan.selection.importance_weight == 0.1
+    assert plan.selection.importance_weight == 0.5
     assert plan.selection.importance_pool == "max"
     assert plan.selection.seed == 0
     assert plan.codec == CodecSpec(name="int8", group_size=64, max_relative_error=None)
@@ -92,7 +104,8 @@ def test_a_weight_of_zero_is_not_taken_for_a_missing_one():
 
 
 def bad_plan(**changes: Any) -> pb.Plan:
-    message = plan_to_proto(KVPlan(layers=(0, 2), selection=Selection(selector="r_kv", budget=3)))
+    named = PlanMap(digest="0a" * 16, heads=1, head_dim=4)
+    message = plan_to_proto(KVPlan(layers=(0, 2), selection=Selection(selector="r_kv", budget=3), map=named))
     for path, value in changes.items():
         *parents, name = path.split("__")
         target = message
@@ -139,6 +152,10 @@ def bad_plan(**changes: Any) -> pb.Plan:
         ({"codec__max_relative_error": 0.0}, "plan.codec.max_relative_error", "greater than 0 (got 0.0)"),
         ({"codec__max_relative_error": float("inf")}, "plan.codec.max_relative_error", "finite number (got inf)"),
         ({"codec": None}, "plan.codec.name", "expected one of raw, bf16, int8; got ''"),
+        ({"map__digest": "x" * 32}, "plan.map.digest", f"(got '{'x' * 32}')"),
+        ({"map__heads": 0}, "plan.map.heads", "greater than or equal to 1 (got 0)"),
+        ({"map__head_dim": -1}, "plan.map.head_dim", "greater than or equal to 1 (got -1)"),
+        ({"selection__scope": pb.SCOPE_HEAD}, "plan.map", "a map mixes heads"),
         ({"layers": []}, "plan.layers", "at least one"),
         ({"layers": [2, 0]}, "plan.layers", "ascending and without repeats; got [2, 0]"),
         ({"layers": [1, 1]}, "plan.layers", "ascending and without repeats; got [1, 1]"),
@@ -161,7 +178,13 @@ def samples(draw) -> Sample:
     cuts = sorted(draw(st.lists(st.integers(0, length), min_size=2, max_size=4)))
     kinds = draw(st.permutations(["prompt", "reasoning", "answer"]))
     spans = tuple(Span(kind, start, end) for kind, start, end in zip(kinds, cuts, cuts[1:], strict=False))
-    return Sample(draw(st.text("abc0", min_size=1)), text, token_ids, spans)
+    chat = None
+    if text is not None and draw(st.booleans()):
+        roles = draw(st.lists(st.sampled_from(ROLES[1:]), min_size=1, max_size=3))
+        ranges = iter(sorted(draw(st.lists(st.integers(0, length), min_size=6, max_size=6))))
+        turns = tuple(Turn(role, start, end) for role, start, end in zip(roles, ranges, ranges, strict=False))
+        chat = Chat(turns, draw(st.sampled_from(["", "é"])))
+    return Sample(draw(st.text("abc0", min_size=1)), text, token_ids, spans, chat)
 
 
 @given(samples())
@@ -176,6 +199,11 @@ def spans(*ranges: tuple[int, int, int]) -> pb.Sample:
     return pb.Sample(
         id="a", text="héllo", spans=[pb.Span(kind=cast("pb.SpanKind", k), start=s, end=e) for k, s, e in ranges]
     )
+
+
+def turns(*turns: tuple[str, int, int], **content: Any) -> pb.Sample:
+    chat = pb.Chat(turns=[pb.Turn(role=role, start=start, end=end) for role, start, end in turns])
+    return pb.Sample(id="a", chat=chat, **(content or {"text": "héllo"}))
 
 
 @pytest.mark.parametrize(
@@ -194,14 +222,36 @@ def spans(*ranges: tuple[int, int, int]) -> pb.Sample:
         (spans((1, 2, 6)), "samples.3.spans.0.end", "the length 5 (got 6)"),
         (spans((1, 2, 1)), "samples.3.spans.0.end", "the start 2"),
         (spans((1, 0, 3), (2, 2, 4)), "samples.3.spans.1", "[2, 4) overlaps spans.0 [0, 3)"),
+        (turns(), "samples.3.chat.turns", "is empty"),
+        (turns(("tool", 0, 1)), "samples.3.chat.turns.0.role", "user or assistant (got 'tool')"),
+        (turns(("user", 0, 1), ("system", 1, 2)), "samples.3.chat.turns.1.role", "(got 'system')"),
+        (turns(("user", 0, 6)), "samples.3.chat.turns.0", "the text's length 5 (got 0 to 6)"),
+        (turns(("user", 0, 3), ("user", 2, 4)), "samples.3.chat.turns.1", "the turn before, 3, and"),
+        (turns(("user", 3, 2)), "samples.3.chat.turns.0", "(got 3 to 2)"),
+        (turns(("user", 0, 1), token_ids=pb.TokenIds(ids=[1])), "samples.3.chat", "the sample has token_ids"),
     ],
-    ids=range(13),
+    ids=range(20),
 )
 def test_a_wrong_sample_is_refused_by_its_path(message, field, problem):
     with pytest.raises(FieldError) as caught:
         sample_from_proto(message, "samples.3")
     assert caught.value.field == field
     assert problem in caught.value.problem
+
+
+def test_a_key_depends_on_every_part_of_a_chat():
+    plan = KVPlan(layers=(0,))
+    chat = Chat((Turn("user", 0, 2),))
+    others = [
+        None,
+        Chat((Turn("user", 0, 3),)),
+        Chat((Turn("user", 1, 2),)),
+        Chat((Turn("system", 0, 2),)),
+        Chat((Turn("user", 0, 2), Turn("user", 2, 3))),
+        Chat((Turn("user", 0, 2),), "x"),
+    ]
+    keys = [Sample("a", text="hello", chat=each).key("w", plan) for each in (chat, *others)]
+    assert len(set(keys)) == len(keys)
 
 
 def test_text_that_utf8_cannot_carry_is_refused():
@@ -244,20 +294,61 @@ def test_a_teacher_without_a_size_is_refused(name):
         info_from_proto(info_to_proto(info))
 
 
+def test_a_teacher_that_knows_no_maps_takes_none():
+    assert info_from_proto(info_to_proto(dataclasses.replace(INFO, max_map_bytes=0))).max_map_bytes == 0
+    with pytest.raises(FieldError, match=r"^limits.max_map_bytes: must be at least 0 \(got -1\)$"):
+        info_from_proto(info_to_proto(dataclasses.replace(INFO, max_map_bytes=-1)))
+
+
 @pytest.mark.parametrize("name", ["weights_digest", "tokenizer_fingerprint"])
 def test_a_teacher_without_an_identity_is_refused(name):
     with pytest.raises(FieldError, match=f"^{name}: is empty"):
         info_from_proto(info_to_proto(dataclasses.replace(INFO, **{name: ""})))
 
 
+def sealed(message: pb.DescribeResponse) -> pb.DescribeResponse:
+    """The description with a hash that fits, as a hostile server sends it."""
+    message.ClearField("xxh3")
+    message.xxh3 = xxhash.xxh3_64_intdigest(message.SerializeToString())
+    return message
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        ({"layers": 50_000_000}, "layers: must be at most 4096 (got 50000000)"),
+        ({"kv_heads": INT32_MAX}, "kv_heads: must be at most 4096"),
+        ({"head_dim": INT32_MAX}, "head_dim: must be at most 65536"),
+        ({"max_frame_bytes": INT32_MAX}, f"limits.max_frame_bytes: must be at most {64 << 20}"),
+        ({"model": "\x1b[2J\nfake"}, "model: must have no control characters (got '\\x1b[2J\\nfake')"),
+        ({"engine": "hf\r"}, "engine: must have no control characters"),
+        ({"dtype": "\u202ebf16"}, "dtype: must have no control characters"),
+        ({"model": "m" * 5000}, "model: must have at most 1024 characters (got 5000)"),
+        ({"selectors": ("full",) * 1000}, "selectors: must be at most 256 (got 1000)"),
+        ({"codecs": ("raw", "\x00")}, "codecs: must have no control characters"),
+    ],
+)
+def test_a_hostile_description_is_refused_before_anything_is_made_of_it(changes, problem):
+    with pytest.raises(FieldError) as caught:
+        info_from_proto(info_to_proto(dataclasses.replace(INFO, **changes)))
+    assert str(caught.value).startswith(problem)
+    assert str(caught.value).isprintable()
+
+
+@pytest.mark.parametrize("text", ['{"a":' + "[" * 30_000, '{"a": ' + "9" * 6000 + "}"])
+def test_rope_parameters_that_python_cannot_read_are_refused(text):
+    message = info_to_proto(INFO)
+    message.rope_json = text
+    with pytest.raises(FieldError, match=r"^rope_json: is not valid JSON"):
+        info_from_proto(sealed(message))
+
+
 @pytest.mark.parametrize(("text", "problem"), [("", "not valid JSON"), ("{", "not valid JSON"), ("[1]", "JSON object")])
 def test_rope_parameters_that_are_no_object_are_refused(text, problem):
     message = info_to_proto(INFO)
     message.rope_json = text
-    message.ClearField("xxh3")
-    message.xxh3 = xxhash.xxh3_64_intdigest(message.SerializeToString())
     with pytest.raises(FieldError, match=f"^rope_json: .*{problem}"):
-        info_from_proto(message)
+        info_from_proto(sealed(message))
 
 
 stops = st.lists(st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=256), max_size=16).map(tuple)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -101,12 +103,75 @@ def test_only_rank_0_listens_and_only_with_a_port(
     assert state.phase == "done"
 
 
-def test_a_port_in_use_ends_the_run_before_it_starts(tmp_path: Path) -> None:
+def test_a_free_port_replaces_one_in_use(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        refused = pytest.raises(FieldError, match=rf"monitor.port: cannot listen on 127.0.0.1:{port}")
-        with refused, monitored(config(tmp_path, port), enabled=True):
-            pytest.fail("it went on")
+        with caplog.at_level("INFO"), monitored(config(tmp_path, port), enabled=True):
+            assert httpx.get(f"{url_in(caplog.messages)}healthz").text == "ok\n"
+    assert f"monitor.port: port {port} is in use; listening on a free port instead" in caplog.messages
+
+
+def test_an_address_of_another_machine_ends_the_run_before_it_starts(tmp_path: Path) -> None:
+    there = train_config(run={"output_dir": str(tmp_path)}, monitor={"host": "192.0.2.1", "port": 0})
+    refused = pytest.raises(FieldError, match=r"monitor.port: cannot listen on 192.0.2.1:0")
+    with refused, monitored(there, enabled=True):
+        pytest.fail("it went on")
+
+
+@pytest.mark.parametrize("path", ["", "metrics"])
+def test_an_open_page_and_prometheus_see_that_the_run_has_finished(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, path: str
+) -> None:
+    ended = {"": "Finished", "metrics": 'kvdistill_train_phase{phase="done"} 1.0'}[path]
+    assert last_answer(tmp_path, caplog, path).count(ended) == 1
+
+
+def test_an_open_page_sees_why_the_run_has_failed(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    assert "Failed at step 0: the disk is full" in last_answer(tmp_path, caplog, "", OSError("the disk is full"))
+
+
+def test_page_of_a_run_is_saved_at_its_end(tmp_path: Path) -> None:
+    saved = tmp_path / "outputs" / "night" / "run.html"
+    saved.parent.mkdir(parents=True)
+    full = OSError("the disk is full")
+    with contextlib.suppress(OSError), monitored(config(tmp_path, None), enabled=True) as state:
+        fill_state(state)
+        raise full
+    failed = saved.read_text(encoding="utf-8")
+    assert "Failed at step 11: the disk is full" in failed
+    with monitored(config(tmp_path, None), enabled=True) as state:
+        fill_state(state)
+    assert "Finished" in saved.read_text(encoding="utf-8")
+
+
+def test_a_command_that_is_refused_leaves_the_page_of_an_earlier_run(tmp_path: Path) -> None:
+    saved = tmp_path / "outputs" / "night" / "run.html"
+    saved.parent.mkdir(parents=True)
+    saved.write_text("earlier", encoding="utf-8")
+    with pytest.raises(FieldError), monitored(config(tmp_path, None), enabled=True):
+        raise FieldError("data.train", "is missing")
+    assert saved.read_text(encoding="utf-8") == "earlier"
+
+
+def last_answer(tmp_path: Path, caplog: pytest.LogCaptureFixture, path: str, error: OSError | None = None) -> str:
+    """What the last of several reads got: one during the run, and more until the server has stopped."""
+    answers: list[str] = []
+    raised = contextlib.nullcontext() if error is None else pytest.raises(OSError, match=str(error))
+    with caplog.at_level("INFO"), raised, monitored(config(tmp_path, 0), enabled=True):
+        url = url_in(caplog.messages) + path
+        answers.append(httpx.get(url).text)
+
+        def read_on() -> None:
+            with contextlib.suppress(httpx.HTTPError):
+                while True:
+                    answers.append(httpx.get(url).text)
+
+        reader = threading.Timer(0.5, read_on)
+        reader.start()
+        if error is not None:
+            raise error
+    reader.join()
+    return answers[-1]
 
 
 def test_the_port_is_released_after_the_run_and_after_an_error(

@@ -191,6 +191,17 @@ def test_missing_chinese_dataset_raises(tmp_path: Path) -> None:
         prepare(tmp_path)
 
 
+def test_all_missing_datasets_are_named(copies: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+    (tmp_path / "svamp.jsonl").write_text((copies / "svamp.jsonl").read_text(encoding="utf-8"), encoding="utf-8")
+    loader = MultiTaskReasoningDataset(["gsm8k", "svamp", "strategyqa"], use_extended=False, data_dir=tmp_path)
+    with pytest.raises(ConfigError) as caught:
+        loader.load_and_prepare()
+    first, *problems = str(caught.value).splitlines()
+    assert first == "3 of 4 datasets cannot be read:"
+    assert [problem.split("'")[1] for problem in problems] == ["math23k", "gsm8k", "strategyqa"]
+
+
 def test_command_writes_both_splits_and_the_report(copies: Path, tmp_path: Path) -> None:
     app = typer.Typer()
     app.command()(prepare_command)

@@ -8,12 +8,12 @@ import pytest
 
 from kvcore.config import parse
 from kvcore.errors import FieldError
-from kvcore.plan import CodecSpec, KVPlan, Selection
+from kvcore.plan import SELECTORS, CodecSpec, KVPlan, PlanMap, Selection, changed_selection
 
 WRITTEN_OUT = {
     "codec": {"max_relative_error": None, "group_size": 64, "name": "int8"},
     "selection": {
-        "importance_weight": 0.1,
+        "importance_weight": 0.5,
         "importance_pool": "max",
         "seed": 0,
         "scope": "sample",
@@ -33,12 +33,13 @@ def changed(path, value):
             "selector": "r_kv",
             "budget": 5,
             "span": "answer",
-            "scope": "head",
+            "scope": "sample",
             "importance_weight": 0.25,
             "importance_pool": "mean",
             "seed": 7,
         },
         "codec": {"name": "bf16", "group_size": 32, "max_relative_error": 0.5},
+        "map": {"digest": "ab" * 16, "heads": 2, "head_dim": 8},
     }
     node = tree
     *parents, last = path
@@ -62,7 +63,7 @@ def test_equal_plans_have_equal_digests_however_they_are_written():
 def test_a_digest_is_of_the_plan_as_compact_json_with_sorted_keys():
     canonical = (
         '{"codec":{"group_size":64,"max_relative_error":null,"name":"int8"},"layers":[0,2],'
-        '"selection":{"budget":0,"importance_pool":"max","importance_weight":0.1,"scope":"sample","seed":0,'
+        '"selection":{"budget":0,"importance_pool":"max","importance_weight":0.5,"scope":"sample","seed":0,'
         '"selector":"full","span":"reasoning"}}'
     )
     expected = hashlib.blake2b(canonical.encode(), digest_size=16).hexdigest()
@@ -83,6 +84,10 @@ CHANGES = [
     (("codec", "group_size"), 33),
     (("codec", "max_relative_error"), 0.4),
     (("codec", "max_relative_error"), None),
+    (("map",), None),
+    (("map", "digest"), "cd" * 16),
+    (("map", "heads"), 3),
+    (("map", "head_dim"), 9),
 ]
 
 
@@ -94,7 +99,8 @@ def test_any_field_that_changes_changes_the_digest():
 
 def test_every_field_of_a_plan_is_in_the_list_of_changes():
     covered = {path[-1] for path, _ in CHANGES}
-    fields = {*Selection.model_fields, *CodecSpec.model_fields, *KVPlan.model_fields} - {"selection", "codec"}
+    fields = {*Selection.model_fields, *CodecSpec.model_fields, *KVPlan.model_fields, *PlanMap.model_fields}
+    fields -= {"selection", "codec"}
     assert covered == fields
 
 
@@ -102,17 +108,17 @@ def test_every_field_of_a_plan_is_in_the_list_of_changes():
     ("tree", "field", "said"),
     [
         ({}, "layers", "required"),
-        ({"layers": []}, "KVPlan", "layers: expected at least one"),
-        ({"layers": [2, 1]}, "KVPlan", "ascending and without repeats; got [2, 1]"),
-        ({"layers": [1, 1]}, "KVPlan", "got [1, 1]"),
+        ({"layers": []}, "layers", "expected at least one"),
+        ({"layers": [2, 1]}, "layers", "ascending and without repeats; got [2, 1]"),
+        ({"layers": [1, 1]}, "layers", "got [1, 1]"),
         ({"layers": [-1]}, "layers.0", "greater than or equal to 0 (got -1)"),
         ({"layers": ["0"]}, "layers.0", "valid integer (got '0')"),
-        ({"layers": [0], "selection": {"budget": 3}}, "selection", "budget: the selector 'full' keeps all tokens"),
-        ({"layers": [0], "selection": {"selector": "r_kv"}}, "selection", "'r_kv' needs a budget of at least 1"),
+        ({"layers": [0], "selection": {"budget": 3}}, "selection.budget", "the selector 'full' keeps all tokens"),
+        ({"layers": [0], "selection": {"selector": "r_kv"}}, "selection.budget", "'r_kv' needs a budget of at least 1"),
         (
             {"layers": [0], "selection": {"selector": "best", "budget": 1}},
             "selection.selector",
-            "expected one of full, right, r_kv, uniform, random, keydiff; got 'best'",
+            "expected one of full, right, r_kv, r_kv_centred, uniform, random, keydiff; got 'best'",
         ),
         ({"layers": [0], "selection": {"budget": -1}}, "selection.budget", "greater than or equal to 0 (got -1)"),
         (
@@ -149,6 +155,21 @@ def test_every_field_of_a_plan_is_in_the_list_of_changes():
             "codec.max_relative_error",
             "greater than 0 (got 0.0)",
         ),
+        ({"layers": [0], "map": {"digest": "ab", "heads": 1, "head_dim": 4}}, "map.digest", "(got 'ab')"),
+        (
+            {"layers": [0], "map": {"digest": "ab" * 16, "heads": 0, "head_dim": 4}},
+            "map.heads",
+            "greater than or equal to 1 (got 0)",
+        ),
+        (
+            {
+                "layers": [0],
+                "selection": {"scope": "head"},
+                "map": {"digest": "ab" * 16, "heads": 1, "head_dim": 4},
+            },
+            "map",
+            "needs selection.scope 'layer' or 'sample'; got 'head'",
+        ),
         ({"layers": [0], "codec": {"groupsize": 8}}, "codec.groupsize", "unknown key; did you mean 'group_size'?"),
     ],
 )
@@ -163,3 +184,21 @@ def test_plans_cannot_be_changed():
     plan = KVPlan(layers=(0,))
     with pytest.raises(ValueError, match="frozen"):
         plan.layers = (1,)
+
+
+def test_only_keydiff_has_a_warning():
+    warned = {name: Selection(selector=name, budget=0 if name == "full" else 1).warning for name in SELECTORS}
+    assert [name for name, warning in warned.items() if warning] == ["keydiff"]
+    assert "keeps few informative tokens of real text" in str(warned["keydiff"])
+    assert "next: " in str(warned["keydiff"])
+
+
+def test_another_selector_keeps_the_options_that_it_reads():
+    base = Selection(selector="r_kv", budget=5, span="all", importance_weight=0.25, importance_pool="mean")
+    assert changed_selection(base, {"span": "answer"}) == base.model_dump() | {"span": "answer"}
+    kept = {"selector": "random", "budget": 5, "span": "all", "scope": "sample", "seed": 0}
+    assert changed_selection(base, {"selector": "random"}) == kept
+    weighted = {"importance_weight": 0.25, "importance_pool": "mean", "budget": 5, "span": "all", "scope": "sample"}
+    assert changed_selection(base, {"selector": "r_kv_centred"}) == {"selector": "r_kv_centred", **weighted}
+    assert changed_selection(base, {"selector": "full"}) == {"selector": "full", "span": "all", "scope": "sample"}
+    assert changed_selection(base, {"selector": "a_plug_in"}) == base.model_dump() | {"selector": "a_plug_in"}

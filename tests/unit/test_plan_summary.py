@@ -16,6 +16,7 @@ from tests.support.streams import INFO
 from tests.support.training import LATENTS, World, make_world
 
 NOWHERE = "127.0.0.1:1"
+RIGHT_RAW = {"selection": {"selector": "right", "budget": LATENTS}, "codec": {"name": "raw"}}
 
 
 @pytest.fixture(scope="module")
@@ -61,6 +62,49 @@ def test_wider_codec_needs_more_bytes_per_sample(world: World) -> None:
     assert sample(selection=selection, codec={"name": "raw"}) > 2 * sample(selection=selection)
 
 
+def test_bytes_of_each_number_of_components_are_shown_where_a_run_can_have_them(world: World) -> None:
+    assert "basis_rank" not in plan_text(config(world), models(world)), "fused teachers have no basis"
+    align = {"calibration_samples": 48, "direction": "to_teacher"}
+    shown = plan_text(config(world, align=align), models(world))
+    (table,) = (part for part in shown.split("\n\n") if part.startswith("per sample"))
+    assert table.splitlines()[0].split("  ")[-1].strip() == "basis_rank 16"
+    # Two layers of one head with 16 components: K has a scale per component, V one per token; and the positions.
+    sixteen = 2 * (2 * LATENTS * 16 + 2 * 16 + 2 * LATENTS) + 4 * LATENTS
+    for line in table.splitlines()[1:]:
+        assert line.split()[-2:] == [f"{sixteen / 1000:.1f}", "kB"], line
+    whole = rows(shown)
+    four = plan_text(config(world, align=align | {"basis_rank": 4}), models(world))
+    assert "components     4 of each layer" in four
+    assert "basis_rank 16  basis_rank 4\n" in four
+    size = 2 * (2 * LATENTS * 4 + 2 * 4 + 2 * LATENTS) + 4 * LATENTS
+    assert rows(four)["ada"][2:4] == rows(four)["ben"][2:4] == [f"{size / 1000:.1f}", "kB"]
+    assert whole["ada"][2:4] != rows(four)["ada"][2:4]
+    with pytest.raises(FieldError, match=r"align.basis_rank: got 33; the teacher has 32 features per layer"):
+        plan_text(config(world, align=align | {"basis_rank": 33}), models(world))
+
+
+def test_bytes_of_the_students_heads_are_shown_where_teachers_can_map_to_them(world: World) -> None:
+    shown = plan_text(config(world, kv=RIGHT_RAW), models(world))
+    (table,) = (part for part in shown.split("\n\n") if part.startswith("per sample"))
+    assert table.splitlines()[0].endswith("full cache  all heads  map_at teacher")
+    # Two layers of one head of 16, K and V in fp32, and the positions.
+    mapped = 2 * 2 * LATENTS * 16 * 4 + 4 * LATENTS
+    for line in table.splitlines()[1:]:
+        assert line.split()[-2:] == [f"{mapped / 1000:.1f}", "kB"], line
+    at_teacher = plan_text(config(world, kv=RIGHT_RAW, align={"map_at": "teacher"}), models(world))
+    assert "heads          the student's (align.map_at teacher)" in at_teacher
+    assert rows(at_teacher)["ada"][2:4] == rows(at_teacher)["ben"][2:4] == [f"{mapped / 1000:.1f}", "kB"]
+    assert rows(shown)["ada"][2:4] != rows(at_teacher)["ada"][2:4]
+    assert "map_at" not in plan_text(config(world, align={"layer_map": "cka"}), models(world))
+    with pytest.raises(FieldError, match=r"^align.map_at: .*align.layer_map 'ratio' mixes .* 4 layers for 3"):
+        plan_text(
+            config(
+                world, align={"map_at": "teacher", "layer_map": "ratio"}, student={"path": str(world.teachers["ada"])}
+            ),
+            models(world),
+        )
+
+
 def test_stages_with_equal_requests_are_shown_together(world: World) -> None:
     stages = [{"name": "first"}, {"name": "second"}, {"name": "third", "kv": {"codec": {"name": "bf16"}}}]
     shown = plan_text(config(world, stages=stages), models(world))
@@ -81,7 +125,9 @@ def test_offline_run_is_planned_from_its_store(world: World, tmp_path: Path) -> 
 
 
 def test_unreachable_server_error_names_teacher_model_flag(world: World) -> None:
-    with pytest.raises(TeacherUnavailableError, match=r"Without its server: --teacher-model ben=PATH_OR_HUB_ID"):
+    with pytest.raises(
+        TeacherUnavailableError, match=r"To plan without its server, add --teacher-model ben=PATH_OR_HUB_ID"
+    ):
         plan_text(config(world), models(world)[:1])
 
 

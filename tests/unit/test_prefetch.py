@@ -7,6 +7,7 @@ from concurrent.futures import CancelledError, ThreadPoolExecutor
 import pytest
 
 from kvcore.errors import KVDistillError, TeacherRefusedError
+from kvcore.types import EncodedSampleKV
 from student_trainer.kv_sources.prefetch import Prefetch
 from tests.support.kv_fakes import MemorySource, same_result, samples
 
@@ -51,6 +52,30 @@ def test_at_most_depth_batches_are_fetched_ahead_in_order(prefetch, inner):
     assert eventually(lambda: len(inner.fetched) == 3)
     time.sleep(0.05)
     assert inner.fetched == [ids("a"), ids("b"), ids("c")]
+
+
+def test_at_most_so_many_bytes_are_fetched_ahead(inner):
+    one_batch = sum(kv.nbytes for kv in MemorySource().fetch(samples(2, "a")) if isinstance(kv, EncodedSampleKV))
+    source = Prefetch(inner, depth=64, most_bytes=2 * one_batch)
+    pending = [source.submit(samples(2, name)) for name in "abcde"]
+    assert eventually(lambda: len(inner.fetched) == 2)
+    time.sleep(0.05)
+    assert inner.fetched == [ids("a"), ids("b")]
+    assert len(pending[4].result()) == 2, "a batch that a caller waits for is fetched all the same"
+    pending[0].result()
+    assert eventually(lambda: len(inner.fetched) == 4)
+    time.sleep(0.05)
+    assert inner.fetched == [ids("a"), ids("b"), ids("e"), ids("c")]
+    source.close()
+
+
+def test_a_batch_above_the_limit_is_fetched_alone(inner):
+    source = Prefetch(inner, depth=64, most_bytes=1)
+    pending = [source.submit(samples(2, name)) for name in "abc"]
+    for count, one in enumerate(pending, start=1):
+        assert len(one.result()) == 2
+        assert len(inner.fetched) <= count + 1
+    source.close()
 
 
 def test_submit_does_not_block_while_the_source_blocks(prefetch, inner):

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from kvcore.errors import NonFiniteError
 from kvcore.plan import ImportancePool, KVPlan, Selection
 from kvcore.tensors.select import select, select_sample
-from kvcore.tensors.selectors.r_kv import r_kv_scores
+from kvcore.tensors.selectors.r_kv import centred, r_kv_scores
 from kvcore.types import Sample, Span
 from teacher_server.config import ServeConfig
 from teacher_server.engines import load_engine
@@ -69,7 +69,8 @@ def test_head_scope_keeps_the_best_tokens_of_each_head(weight):
 
 def test_layer_scope_keeps_the_best_tokens_by_the_mean_over_heads():
     candidates_BN, k_BLHTD, importance_BLHT = random_batch(6)
-    positions = select(selection(scope="layer"), candidates_BN, k_BLHTD[:, 1], importance_BLHT[:, 1])
+    wanted = selection(scope="layer", importance_weight=0.1)
+    positions = select(wanted, candidates_BN, k_BLHTD[:, 1], importance_BLHT[:, 1])
     for item, candidates_N in enumerate(candidates_BN):
         scores = head_scores(candidates_N, k_BLHTD[item, 1], importance_BLHT[item, 1], 0.1)
         assert positions[item].tolist() == [naive.best(naive.mean_scores(scores), candidates_N.tolist(), 3)]
@@ -77,7 +78,8 @@ def test_layer_scope_keeps_the_best_tokens_by_the_mean_over_heads():
 
 def test_sample_scope_keeps_the_best_tokens_by_the_mean_over_layers_and_heads():
     candidates_BN, k_BLHTD, importance_BLHT = random_batch(6)
-    positions = select_sample(selection(scope="sample"), candidates_BN, k_BLHTD, importance_BLHT)
+    wanted = selection(scope="sample", importance_weight=0.1)
+    positions = select_sample(wanted, candidates_BN, k_BLHTD, importance_BLHT)
     for item, candidates_N in enumerate(candidates_BN):
         scores = [
             scores
@@ -85,6 +87,44 @@ def test_sample_scope_keeps_the_best_tokens_by_the_mean_over_layers_and_heads():
             for scores in head_scores(candidates_N, k_BLHTD[item, layer], importance_BLHT[item, layer], 0.1)
         ]
         assert positions[item].tolist() == [naive.best(naive.mean_scores(scores), candidates_N.tolist(), 3)]
+
+
+@pytest.mark.parametrize("scope", ["head", "layer", "sample"])
+@pytest.mark.parametrize("weight", [0.0, 0.02, 0.5, 1.0])
+def test_centred_keys_equal_the_formula_without_the_mean_key_of_each_head(scope, weight):
+    candidates_BN, k_BLHTD, importance_BLHT = random_batch(6)
+    # As in real models, the keys of a head have much in common.
+    k_BLHTD = k_BLHTD + 4.0 * torch.randn(1, LAYERS, k_BLHTD.shape[2], 1, k_BLHTD.shape[4])
+    wanted = Selection(selector="r_kv_centred", budget=3, scope=scope, importance_weight=weight)
+    if scope == "sample":
+        positions = select_sample(wanted, candidates_BN, k_BLHTD, importance_BLHT)
+    else:
+        positions = select(wanted, candidates_BN, k_BLHTD[:, 1], importance_BLHT[:, 1])
+    for item, candidates_N in enumerate(candidates_BN):
+        scores = [
+            naive.r_kv_scores(naive.centred(k_TD[candidates_N].double().tolist()), importance_T.tolist(), weight)
+            for layer in (range(LAYERS) if scope == "sample" else [1])
+            for k_TD, importance_T in zip(
+                k_BLHTD[item, layer], importance_BLHT[item, layer][:, candidates_N].double(), strict=True
+            )
+        ]
+        choosers = scores if scope == "head" else [naive.mean_scores(scores)]
+        assert positions[item].tolist() == [naive.best(one, candidates_N.tolist(), 3) for one in choosers]
+
+
+def test_a_common_part_of_all_keys_changes_only_scores_that_are_not_centred():
+    _, k_BLHTD, _ = random_batch(1)
+    k_BHTD = k_BLHTD[:, 0]
+    shifted_BHTD = k_BHTD + 10.0
+    same = r_kv_scores(centred(k_BHTD), None, 0.0)
+    torch.testing.assert_close(r_kv_scores(centred(shifted_BHTD), None, 0.0), same, rtol=1e-4, atol=1e-7)
+    spread = r_kv_scores(shifted_BHTD, None, 0.0).std(dim=-1) / r_kv_scores(k_BHTD, None, 0.0).std(dim=-1)
+    assert bool((spread < 0.2).all())
+
+
+def test_identical_keys_are_a_tie_when_centred():
+    wanted = Selection(selector="r_kv_centred", budget=2, scope="head", importance_weight=0.0)
+    assert select(wanted, arange(5), torch.full((1, 1, 5, 4), 0.1), None).tolist() == [[[0, 1]]]
 
 
 def test_redundant_tokens_are_dropped():

@@ -113,7 +113,7 @@ def test_figures_for_a_70b_teacher_follow_from_its_geometry() -> None:
     layers = len(LayerMapper(80, 28).layers_needed)
     sample = layers * layer_bytes(CodecSpec(), 8, 24, 128) + 24 * 4
     for figure in (
-        f"from the {layers} layers that a student of 28 layers",
+        f"A student of 28 layers needs only {layers} of the teacher's layers",
         f"{token:,} bytes per token",
         f"{token * text_tokens / 1e6:.0f} MB for a text of {text_tokens} tokens",
         f"{sample / 1e6:.2f} MB",

@@ -72,7 +72,7 @@ def test_training_phase_selects_the_fusion_strategy() -> None:
     router = config(fusion_strategy="learnable", router_type="gate", router_hidden_dim=8, entropy_reg_weight=0.05).fuse
     assert (router.router, router.router_width, router.entropy_weight) == ("gate", 8, 0.05)
     warm = config(fusion_strategy="similarity", similarity_metric="dot", temperature=0.7).fuse
-    assert (warm.metric, warm.temperature, warm.temperature_floor, warm.temperature_decay) == ("dot", 0.7, 0.7, 0.0)
+    assert (warm.metric, warm.temperature, warm.temperature_decay) == ("dot", 0.7, 0.0)
 
 
 def test_phase_all_gives_three_stages_in_the_guides_folders() -> None:

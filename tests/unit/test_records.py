@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 from data.records import Record, content_digest, epoch_order, load_records, write_records
 from kvcore.errors import ConfigError, FieldError
 
-GOOD = {"id": "a", "prompt": "1 +1 =", "reasoning": " 2", "answer": " 2"}
+GOOD: dict[str, Any] = {"id": "a", "prompt": "1 +1 =", "reasoning": " 2", "answer": " 2"}
 
 
 def write_lines(path: Path, *lines: str) -> Path:
@@ -62,6 +63,107 @@ def test_invalid_record_raises_with_file_line_and_field(tmp_path: Path, line: st
     assert f"{path}:2" in caught.value.field
     assert caught.value.field.endswith(field)
     assert problem in caught.value.problem
+
+
+OWN: dict[str, Any] = {"question": "1 +1 =", "rationale": " 2", "label": " 2", "source": 7}
+COLUMNS = {"prompt": "question", "reasoning": "rationale", "answer": "label"}
+
+
+def test_own_columns_are_read_from_lines_and_saved_datasets(tmp_path: Path) -> None:
+    write_lines(tmp_path / "own.jsonl", "", json.dumps(OWN), json.dumps({**OWN, "label": " 3"}))
+    Dataset.from_list([OWN, {**OWN, "label": " 3"}]).save_to_disk(tmp_path / "saved")
+    expected = [Record("", "1 +1 =", " 2", " 2"), Record("", "1 +1 =", " 2", " 3")]
+    for name, ids in (("own.jsonl", ["own.jsonl:2", "own.jsonl:3"]), ("saved", ["saved:1", "saved:2"])):
+        found = load_records(tmp_path / name, columns=COLUMNS)
+        assert found == [replace(record, id=given) for record, given in zip(expected, ids, strict=True)]
+
+
+def test_own_ids_and_datasets_are_kept(tmp_path: Path) -> None:
+    path = write_lines(tmp_path / "own.jsonl", json.dumps({**GOOD, "name": "x", "origin": "svamp"}))
+    assert load_records(path) == [Record(**GOOD)]
+    assert load_records(path, columns={"id": "name", "dataset": "origin"}) == [
+        Record(**{**GOOD, "id": "x"}, dataset="svamp")
+    ]
+
+
+def test_file_without_reasoning_is_read(tmp_path: Path) -> None:
+    bare = {name: text for name, text in GOOD.items() if name != "reasoning"}
+    path = write_lines(tmp_path / "bare.jsonl", json.dumps(bare), json.dumps({**bare, "id": "b"}))
+    assert [record.reasoning for record in load_records(path)] == ["", ""]
+    write_lines(path, json.dumps(bare), json.dumps({**GOOD, "id": "b"}))
+    with pytest.raises(FieldError, match=r"bare\.jsonl:2: reasoning: all records need the same columns"):
+        load_records(path)
+
+
+def test_unknown_column_lists_those_found_and_the_nearest(tmp_path: Path) -> None:
+    path = write_lines(tmp_path / "own.jsonl", json.dumps(OWN))
+    with pytest.raises(
+        FieldError, match=r"data\.columns\.answer: .*own\.jsonl:1 has no column 'lable'; it has"
+    ) as caught:
+        load_records(path, columns={**COLUMNS, "answer": "lable"})
+    assert caught.value.problem.endswith("the columns question, rationale, label, source; did you mean 'label'?")
+    with pytest.raises(FieldError, match=r"own\.jsonl:1: answer: missing.*question, .* data\.columns\.answer sets"):
+        load_records(path, columns={"prompt": "question"})
+    with pytest.raises(FieldError, match=r"own\.jsonl:1: id: missing"):
+        load_records(path)
+
+
+def test_value_of_an_own_column_is_checked(tmp_path: Path) -> None:
+    path = write_lines(tmp_path / "own.jsonl", json.dumps({**OWN, "label": 2}))
+    with pytest.raises(FieldError, match=r"own\.jsonl:1: label: expected a string, found int \(2\)"):
+        load_records(path, columns=COLUMNS)
+
+
+MESSAGES = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": "1 +1?"},
+    {"role": "assistant", "content": " 2 é"},
+    {"role": "user", "content": "2 +2?"},
+]
+
+
+def test_conversation_is_read_written_and_kept_as_turns(tmp_path: Path) -> None:
+    path = write_lines(tmp_path / "r.jsonl", json.dumps({**GOOD, "prompt": MESSAGES}))
+    Dataset.from_list([{**GOOD, "prompt": MESSAGES}]).save_to_disk(tmp_path / "saved")
+    (record,) = load_records(path)
+    assert record.prompt == "Be brief.\n1 +1?\n 2 é\n2 +2?"
+    assert record.turns == tuple((message["role"], message["content"]) for message in MESSAGES)
+    assert load_records(tmp_path / "saved") == [record]
+    write_records(tmp_path / "again.jsonl", [record])
+    assert load_records(tmp_path / "again.jsonl") == [record]
+    assert len({record, *load_records(path)}) == 1, "records have a hash"
+    contents = [(turn.role, record.text[turn.start : turn.end]) for turn in record.chat("ignored").turns]
+    assert contents == list(record.turns)
+    assert record.chat("ignored").system_prompt == ""
+
+
+@pytest.mark.parametrize(
+    ("messages", "field", "problem"),
+    [
+        ([], "prompt", "last message must have the role 'user'"),
+        (MESSAGES[:3], "prompt", "last message must have the role 'user'"),
+        ([MESSAGES[1], MESSAGES[0], MESSAGES[1]], "prompt.1.role", "must be the first"),
+        ([{"role": "tool", "content": "x"}], "prompt.0.role", "expected one of system, user, assistant; got 'tool'"),
+        ([{"role": "user"}], "prompt.0.content", "found NoneType"),
+        ([{"role": "user", "content": ""}], "prompt.0.content", "must not be empty"),
+        (["hi"], "prompt.0", "expected an object with role and content, found str"),
+    ],
+)
+def test_invalid_conversation_raises_with_its_message(
+    tmp_path: Path, messages: list[Any], field: str, problem: str
+) -> None:
+    path = write_lines(tmp_path / "bad.jsonl", json.dumps({**GOOD, "prompt": messages}))
+    with pytest.raises(FieldError) as caught:
+        load_records(path)
+    assert caught.value.field == f"{path}:1: {field}"
+    assert problem in caught.value.problem
+
+
+def test_a_byte_order_mark_is_accepted(tmp_path: Path) -> None:
+    path = tmp_path / "bom.jsonl"
+    write_records(path, [Record("a", "Q?", " R", " A"), Record("b", "Q?", " R", " B")])
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert [record.id for record in load_records(path)] == ["a", "b"]
 
 
 def test_invalid_utf8_raises_with_its_line(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import yaml
 from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 
 from kvcore.extras import EXTRAS
@@ -38,7 +39,7 @@ DISTRIBUTIONS = {
     "starlette": "fastapi",
 }
 # Imported only where an extra is installed.
-OPTIONAL = {"accelerate", "bitsandbytes", "vllm"}
+OPTIONAL = {"accelerate", "bitsandbytes", "mlflow", "vllm", "wandb"}
 
 
 def git(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -185,6 +186,15 @@ def test_every_required_package_is_pinned_at_the_installed_version() -> None:
         waiting += requirements_of(name)
         needed[name] = importlib.metadata.version(name).partition("+")[0]
     assert needed == {name: pins.get(name) for name in needed}
+
+
+def test_every_pinned_package_accepts_the_oldest_supported_python() -> None:
+    oldest = f"{PYPROJECT['project']['requires-python'].removeprefix('>=')}.0"
+    lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    pins = [Requirement(line) for line in lines if line and not line.startswith("#")]
+    needed = {pin.name: importlib.metadata.metadata(pin.name)["Requires-Python"] for pin in pins}
+    too_new = {name: needs for name, needs in needed.items() if needs and oldest not in SpecifierSet(needs)}
+    assert not too_new, f"Python {oldest} cannot install {too_new}"
 
 
 # ------------------------------------------------------------------------------- documentation

@@ -8,10 +8,10 @@ from hypothesis import strategies as st
 
 from kvcore.errors import FieldError
 from kvcore.plan import KVPlan, Selection
-from kvcore.types import Sample, Span
+from kvcore.types import Chat, Sample, Span, Turn
 from protos import kv_cache_pb2 as pb
 from teacher_server.requests.request_parsing import parse_request, read_generate_query, read_query
-from teacher_server.requests.request_size import MAX_SPANS, MAX_UNKNOWN_FIELDS
+from teacher_server.requests.request_size import MAX_SPANS, MAX_TURNS, MAX_UNKNOWN_FIELDS
 from tests.support.servers import kv_request
 from tests.support.streams import INFO
 
@@ -58,6 +58,14 @@ def test_unpacked_numbers_are_accepted() -> None:
 VALID = kv_request(PLAN, [TEXT]).SerializeToString()
 OVERSIZED_FIELDS: dict[str, tuple[bytes, str]] = {
     "spans": (field(3, b"\x22\x00" * (MAX_SPANS + 1)), "samples.1.spans: has more than 3 entries; the limit is 3"),
+    "turns": (
+        field(3, field(5, field(1, b"") * (MAX_TURNS + 1))),
+        "samples.1.chat.turns: has more than 64 entries; the limit is 64",
+    ),
+    "role": (
+        field(3, field(5, field(1, field(1, b"x" * 17)))),
+        "samples.1.chat.turns.0.role: has 17 characters; the limit is 16",
+    ),
     "samples": (
         b"\x1a\x00" * INFO.max_samples_per_request,
         f"samples: has more than {INFO.max_samples_per_request} entries; the limit is {INFO.max_samples_per_request}",
@@ -119,10 +127,17 @@ def test_oversized_sampling_is_refused_with_field_and_limit(sampling: bytes, pro
         parse_request(VALID + field(4, sampling), pb.GenerateRequest, INFO)
 
 
-def test_invalid_sample_message_is_refused_with_its_index() -> None:
+def test_text_that_is_not_utf8_is_refused_with_its_field() -> None:
     text = field(3, field(1, b"a") + field(2, b"\xff"))
-    with pytest.raises(FieldError, match=r"^samples\.1: is not a valid Sample"):
+    with pytest.raises(FieldError, match=r"^samples\.1\.text: is not valid UTF-8 at byte 0"):
         read_query(parse_request(VALID + text, pb.KVRequest, INFO), INFO)
+
+
+def test_generate_request_with_a_chat_is_refused() -> None:
+    prompt = kv_request(PLAN, [Sample("p", text="ab", chat=Chat((Turn("user", 0, 2),)))], "r").SerializeToString()
+    data = prompt + pb.GenerateRequest(sampling=pb.Sampling(max_new_tokens=2)).SerializeToString()
+    with pytest.raises(FieldError, match=r"samples\.0\.chat: Generate reads prompts as they are"):
+        read_generate_query(parse_request(data, pb.GenerateRequest, INFO), INFO)
 
 
 def test_generate_request_is_read_with_its_sampling() -> None:

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from align.token_layout import at_student_tokens
+from benchmarks.whole_readings import naive_cross_entropy, text_logits
 from fuse.similarity import Metric, teacher_similarity
 from kvcore.types import TENSORS, BatchKV, Tensor
 from student_trainer.config import LossConfig
@@ -16,22 +17,25 @@ from student_trainer.loop.calibrate import calibrate
 from student_trainer.model import distill_model as model_module
 from student_trainer.model import teacher_weights as fusion
 from student_trainer.model.distill_model import DistillModel, TrainBatch
-from student_trainer.model.losses import codi_loss, cross_entropy
+from student_trainer.model.losses import codi_loss
 from student_trainer.model.router_loss import router_loss
-from tests.support.training_parts import LATENTS, RECORDS, distill_model, one_rank, train_batch
+from tests.support.training_parts import LATENTS, RECORDS, distill_model, fetch_for, one_rank, train_batch
 
 # The last record has a longer answer, so that the texts of the others are padded.
 BATCH = (*RECORDS[40:43], replace(RECORDS[43], answer=RECORDS[43].answer + " or thereabouts"))
 BOTH = {"ada": 1.0, "ben": 1.0}
 KV_ALONE = LossConfig(reasoning_ce_weight=0.0, kv_weight=1.0)
+SIMILARITY = {"kind": "similarity", "warmup_ratio": 0.0}
 
 
-def model_of(mode: str = "latent", loss: LossConfig = KV_ALONE, **sections: Any) -> DistillModel:
+def model_of(
+    mode: str = "latent", loss: LossConfig = KV_ALONE, weights: dict[str, float] = BOTH, **sections: Any
+) -> DistillModel:
     """A model with two teachers, calibrated on records that no test reads."""
     torch.manual_seed(0)
-    model = distill_model(BOTH, mode=mode, loss=loss, **sections)
+    model = distill_model(weights, mode=mode, loss=loss, **sections)
     with one_rank():
-        calibrate(model, RECORDS[:40], range(40), lambda chosen: train_batch(model, chosen, None), 40, lambda _: None)
+        calibrate(model, RECORDS[:40], range(40), fetch_for(model, None), 40, lambda _: None)
     return model.train()
 
 
@@ -66,7 +70,7 @@ def gradients(model: DistillModel, loss: Tensor) -> dict[str, Tensor]:
 @pytest.mark.parametrize("mode", ["latent", "token"])
 @pytest.mark.parametrize("metric", ["cosine", "dot", "euclidean"])
 def test_similarity_gives_more_weight_to_the_teacher_without_noise(mode: str, metric: str) -> None:
-    model = model_of(mode, fuse={"kind": "similarity", "metric": metric, "temperature": 0.2, "temperature_floor": 0.1})
+    model = model_of(mode, fuse=SIMILARITY | {"metric": metric, "temperature": 0.2})
     batch = train_batch(model, BATCH, LATENTS if mode == "latent" else None)
     ada, ben = batch.teachers
     # The dot product grows with the noise, so it separates the teachers only if both tensors are noisy.
@@ -83,7 +87,7 @@ def test_similarity_gives_more_weight_to_the_teacher_without_noise(mode: str, me
 def test_similarity_compares_standardised_kv_at_tokens_with_equal_ends(
     mode: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = model_of(mode, fuse={"kind": "similarity"})
+    model = model_of(mode, fuse=SIMILARITY)
     batch = train_batch(model, BATCH, LATENTS if mode == "latent" else None)
     compared: list[tuple[Tensor, Tensor, Tensor]] = []
 
@@ -112,7 +116,7 @@ def test_similarity_compares_standardised_kv_at_tokens_with_equal_ends(
 
 
 def test_teacher_without_common_tokens_gets_the_lowest_similarity() -> None:
-    model = model_of(fuse={"kind": "similarity"})
+    model = model_of(fuse=SIMILARITY)
     batch = train_batch(model, BATCH)
     ada, ben = batch.teachers
     for pair in ((ada, noisy(ben)), (noisy(ada), ben)):
@@ -123,7 +127,7 @@ def test_teacher_without_common_tokens_gets_the_lowest_similarity() -> None:
 
 @pytest.mark.parametrize("kind", ["similarity", "learnable"])
 def test_absent_teacher_gets_no_weight_and_samples_without_kv_are_ignored(kind: str) -> None:
-    model = model_of(fuse={"kind": kind})
+    model = model_of(fuse={"kind": kind, "warmup_ratio": 0.0})
     batch = train_batch(model, BATCH)
     ada, ben = batch.teachers
     nothing = torch.zeros_like(ada.mask_BM)
@@ -162,8 +166,24 @@ def test_router_reads_the_last_prompt_state_and_the_mean_of_filled_slots(mode: s
             torch.testing.assert_close(summary_BNF[b, n], torch.cat(means), rtol=1e-4, atol=1e-4)
 
 
+def test_similarity_uses_the_fixed_weights_in_the_first_steps() -> None:
+    fuse = {"kind": "similarity", "choose": "top1", "warmup_ratio": 0.25}
+    model = model_of(weights={"ada": 3.0, "ben": 1.0}, fuse=fuse)
+    batch = train_batch(model, BATCH)
+    ada, ben = batch.teachers
+    assert model.fusion is not None
+    for step in (0, 4):
+        model.fusion.set_progress(0.0, step / 20)
+        assert weights_of(model, batch, noisy(ada), ben) == pytest.approx([0.75, 0.25])
+        absent = replace(ada, mask_BM=torch.zeros_like(ada.mask_BM))
+        assert weights_of(model, batch, absent, ben) == pytest.approx([0.0, 1.0])
+    model.fusion.set_progress(0.0, 5 / 20)
+    of_ada, of_ben = weights_of(model, batch, noisy(ada), ben)
+    assert of_ben > of_ada
+
+
 def test_similarity_weights_have_no_gradient() -> None:
-    model = model_of(fuse={"kind": "similarity"})
+    model = model_of(fuse=SIMILARITY)
     fused = model(train_batch(model, BATCH))
     assert not fused["routing/weights_mean/ada"].requires_grad
     assert not fused["routing/entropy"].requires_grad
@@ -190,7 +210,9 @@ def test_router_loss_is_the_answer_cross_entropy_with_gradients_to_the_injected_
     tokens = train_batch(model, BATCH).tokens
     text = model.student.read_text(tokens.text_ids_BT, tokens.text_mask_BT)
     answers = [answer_places(tokens.text_byte_ends_BT[row], tokens.text_mask_BT[row], row) for row in range(len(BATCH))]
-    expected = cross_entropy(text.logits_BTV, tokens.text_ids_BT[:, 1:], torch.tensor(answers)[:, 1:])
+    expected = naive_cross_entropy(
+        text_logits(model.student, tokens), tokens.text_ids_BT[:, 1:], torch.tensor(answers)[:, 1:]
+    )
     k_BLHTD, v_BLHTD = (x.detach().requires_grad_() for x in (text.k_BLHTD, text.v_BLHTD))
     every_BT = tokens.text_mask_BT
     loss = router_loss(model.student, tokens, k_BLHTD, v_BLHTD, every_BT)
@@ -290,12 +312,9 @@ def test_router_loss_reads_teacher_kv_at_tokens_with_equal_ends(mode: str, monke
 
 
 @pytest.mark.parametrize("choose", ["soft", "top1"])
-@pytest.mark.parametrize("per_layer", [False, True])
 @pytest.mark.parametrize("router", ["mlp", "gate", "attention"])
-def test_every_router_runs_per_layer_and_per_sample_with_soft_and_top1_weights(
-    router: str, per_layer: bool, choose: str
-) -> None:
-    model = model_of(fuse={"kind": "learnable", "router": router, "per_layer": per_layer, "choose": choose})
+def test_every_router_runs_with_soft_and_top1_weights(router: str, choose: str) -> None:
+    model = model_of(fuse={"kind": "learnable", "router": router, "choose": choose})
     losses = model(train_batch(model, BATCH))
     named = gradients(model, losses["loss"])
     assert any(name.startswith("fusion.router") for name in named)
@@ -306,14 +325,14 @@ def test_every_router_runs_per_layer_and_per_sample_with_soft_and_top1_weights(
 
 def test_loss_is_the_weighted_sum_of_its_parts() -> None:
     loss = LossConfig(kv_weight=3.0, reasoning_ce_weight=0.5, codi_weight=2.0)
-    model = model_of(loss=loss, fuse={"kind": "learnable", "router_loss_weight": 0.7, "entropy_weight": 0.05})
+    model = model_of(loss=loss, fuse={"kind": "learnable", "entropy_weight": 0.05})
     found = {name: float(value.detach()) for name, value in model(train_batch(model, BATCH)).items()}
     expected = (
         found["answer_ce"]
         + 0.5 * found["reasoning_ce"]
         + 3.0 * found["kv_objective"]
         + 2.0 * found["codi_loss"]
-        + 0.7 * found["routing/router_loss"]
+        + found["routing/router_loss"]
         - 0.05 * found["routing/entropy"]
     )
     assert found["loss"] == pytest.approx(expected, rel=1e-6)
@@ -324,25 +343,23 @@ def test_codi_loss_compares_the_last_states_before_the_answer() -> None:
     model = model_of(loss=LossConfig(codi_weight=1.0))
     batch = train_batch(model, BATCH)
     tokens = batch.tokens
-    answer = model.student.read_answer(
-        tokens.prompt_ids_BP, tokens.prompt_mask_BP, tokens.answer_ids_BA, tokens.answer_mask_BA, all_layers=True
-    )
-    text = model.student.read_text(tokens.text_ids_BT, tokens.text_mask_BT, all_layers=True)
+    thought = model.student.think(model.student.read_prompt(tokens.prompt_ids_BP, tokens.prompt_mask_BP))
+    answer = model.student.read_answer(thought, tokens.answer_ids_BA, tokens.answer_mask_BA, all_layers=True)
     assert answer.before_answer_BSE is not None
-    assert text.states_BSTE is not None
+    output = model.student.lm(tokens.text_ids_BT, attention_mask=tokens.text_mask_BT.long(), output_hidden_states=True)
+    states_BSTE = torch.stack(output.hidden_states[1:], dim=1)
     before: list[Tensor] = []
     for row, record in enumerate(BATCH):
         reasoning = len((record.prompt + record.reasoning).encode())
         last = tokens.text_byte_ends_BT[row].tolist().index(reasoning)
-        before.append(text.states_BSTE[row, :, last])
+        before.append(states_BSTE[row, :, last])
     expected = codi_loss(answer.before_answer_BSE, torch.stack(before))
     assert float(model(batch)["codi_loss"].detach()) == pytest.approx(float(expected.detach()), rel=1e-5)
 
 
-@pytest.mark.parametrize("method", ["linear", "nearest", "segment"])
-def test_slots_are_resampled_to_the_latents(method: str) -> None:
+def test_slots_are_resampled_to_the_latents() -> None:
     selection = {"selection": {"selector": "full", "span": "all"}}
-    model = model_of(align={"time": method}, kv=selection)
+    model = model_of(align={"time": "linear"}, kv=selection)
     plain = train_batch(model, BATCH, None)
     losses = model.eval()(plain)
     assert torch.isfinite(losses["kv_loss"])

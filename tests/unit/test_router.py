@@ -17,12 +17,11 @@ from kvcore.errors import FieldError
 N, B, L, E, F, WIDTH = 3, 64, 2, 6, 5, 16
 KINDS: tuple[RouterKind, ...] = get_args(RouterKind)
 every_kind = pytest.mark.parametrize("kind", KINDS)
-per_layer_or_not = pytest.mark.parametrize("layers", [None, L])
 
 
-def router(kind: RouterKind, layers: int | None = None, *, teachers: int = N) -> Router:
+def router(kind: RouterKind, teachers: int = N) -> Router:
     torch.manual_seed(0)
-    return Router(kind, teachers, E, layers, WIDTH, F)
+    return Router(kind, teachers, E, WIDTH, F)
 
 
 def inputs(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -31,15 +30,15 @@ def inputs(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.randn(B, E, generator=generator), summary
 
 
-def trained(kind: RouterKind, layers: int | None, wanted: torch.Tensor, steps: int = 60) -> tuple[Router, torch.Tensor]:
-    """A router fitted to `wanted` teachers, [B] or [B,L], and its accuracy on the same prompts."""
-    module, (prompt, summary) = router(kind, layers), inputs()
+def trained(kind: RouterKind, wanted: torch.Tensor, steps: int = 60) -> tuple[Router, float]:
+    """A router fitted to `wanted` teachers [B], and its accuracy on the same prompts."""
+    module, (prompt, summary) = router(kind), inputs()
     optimizer = torch.optim.Adam(module.parameters(), lr=0.05)
     for _ in range(steps):
         optimizer.zero_grad()
-        functional.cross_entropy(module(prompt, summary).flatten(0, -2), wanted.flatten()).backward()
+        functional.cross_entropy(module(prompt, summary), wanted).backward()
         optimizer.step()
-    return module, (module(prompt, summary).argmax(dim=-1) == wanted).float().mean(dim=0)
+    return module, float((module(prompt, summary).argmax(dim=-1) == wanted).float().mean())
 
 
 def randomised(module: Router) -> Router:
@@ -50,75 +49,66 @@ def randomised(module: Router) -> Router:
 
 
 @every_kind
-@per_layer_or_not
 @pytest.mark.parametrize("teachers", [1, N])
-def test_initial_weights_are_exactly_equal(kind: RouterKind, layers: int | None, teachers: int) -> None:
+def test_initial_weights_are_exactly_equal(kind: RouterKind, teachers: int) -> None:
     prompt, summary = inputs()
-    logits = router(kind, layers, teachers=teachers)(prompt, summary[:, :teachers])
-    assert logits.shape == ((B, L, teachers) if layers else (B, teachers))
+    logits = router(kind, teachers)(prompt, summary[:, :teachers])
+    assert logits.shape == (B, teachers)
     assert logits.dtype == torch.float32
     weights = to_weights(logits, torch.ones(B, teachers, dtype=torch.bool), 0.5)
     assert (weights == weights.flatten()[0]).all()
 
 
 @every_kind
-@per_layer_or_not
-def test_router_learns_the_best_teacher_for_a_prompt(kind: RouterKind, layers: int | None) -> None:
+def test_router_learns_the_best_teacher_for_a_prompt(kind: RouterKind) -> None:
     prompt, _ = inputs()
-    wanted = prompt[:, :N].argmax(dim=-1)
-    if layers:
-        wanted = torch.stack([wanted, (wanted + 1) % N], dim=1)  # a different teacher per layer
-    _, accuracy = trained(kind, layers, wanted)
-    assert accuracy.min() > 0.9
+    _, accuracy = trained(kind, prompt[:, :N].argmax(dim=-1))
+    assert accuracy > 0.9
 
 
 def test_only_the_mlp_learns_a_nonlinear_boundary() -> None:
     prompt, _ = inputs()
     wanted = (prompt[:, 0] * prompt[:, 1] > 0).long()
-    assert trained("mlp", None, wanted, steps=100)[1] > 0.95
-    assert trained("gate", None, wanted, steps=100)[1] < 0.85
+    assert trained("mlp", wanted, steps=100)[1] > 0.95
+    assert trained("gate", wanted, steps=100)[1] < 0.85
 
 
 @every_kind
 def test_every_parameter_is_trained(kind: RouterKind) -> None:
     prompt, _ = inputs()
-    module, _ = trained(kind, L, prompt[:, : N - 1].argmax(dim=-1)[:, None].expand(-1, L), steps=3)
-    start = dict(router(kind, L).named_parameters())
+    module, _ = trained(kind, prompt[:, : N - 1].argmax(dim=-1), steps=3)
+    start = dict(router(kind).named_parameters())
     untrained = [name for name, parameter in module.named_parameters() if torch.equal(parameter, start[name])]
     assert not untrained
 
 
 @every_kind
-@per_layer_or_not
-def test_samples_are_routed_independently(kind: RouterKind, layers: int | None) -> None:
-    module, (prompt, summary) = randomised(router(kind, layers)), inputs()
+def test_samples_are_routed_independently(kind: RouterKind) -> None:
+    module, (prompt, summary) = randomised(router(kind)), inputs()
     together = module(prompt, summary)
     alone = torch.cat([module(prompt[b : b + 1], summary[b : b + 1]) for b in range(B)])
     torch.testing.assert_close(together, alone)
 
 
-@pytest.mark.parametrize("layers", [None, L])
-def test_attention_scores_each_teacher_independently(layers: int | None) -> None:
-    module, (prompt, summary) = randomised(router("attention", layers)), inputs()
+def test_attention_scores_each_teacher_independently() -> None:
+    module, (prompt, summary) = randomised(router("attention")), inputs()
     logits, order = module(prompt, summary), [2, 0, 1]
     torch.testing.assert_close(module(prompt, summary[:, order]), logits[..., order])
     torch.testing.assert_close(module(prompt, summary[:, :2]), logits[..., :2])
 
 
-def test_attention_is_a_scaled_dot_product_per_layer() -> None:
-    module, (prompt, summary) = randomised(router("attention", L)).double(), inputs()
+def test_attention_is_a_scaled_dot_product() -> None:
+    module, (prompt, summary) = randomised(router("attention")).double(), inputs()
     weight = {name: parameter.detach().tolist() for name, parameter in module.named_parameters()}
     b, prompt_E = 3, prompt[3].tolist()
-    expected = torch.zeros(L, N, dtype=torch.float64)
-    for layer in range(L):
-        for n in range(N):
-            for w in range(WIDTH):
-                row = layer * WIDTH + w
-                query = weight["from_prompt.bias"][row]
-                query += sum(weight["from_prompt.weight"][row][e] * prompt_E[e] for e in range(E))
-                key = weight["key.bias"][w]
-                key += sum(weight["key.weight"][w][f] * float(summary[b, n, f]) for f in range(F))
-                expected[layer, n] += query * key / math.sqrt(WIDTH)
+    expected = torch.zeros(N, dtype=torch.float64)
+    for n in range(N):
+        for w in range(WIDTH):
+            query = weight["from_prompt.bias"][w]
+            query += sum(weight["from_prompt.weight"][w][e] * prompt_E[e] for e in range(E))
+            key = weight["key.bias"][w]
+            key += sum(weight["key.weight"][w][f] * float(summary[b, n, f]) for f in range(F))
+            expected[n] += query * key / math.sqrt(WIDTH)
     torch.testing.assert_close(module(prompt, summary)[b].double(), expected, rtol=1e-4, atol=1e-4)
 
 
@@ -131,12 +121,9 @@ def test_routers_without_attention_read_only_the_prompt(kind: RouterKind) -> Non
 
 
 @every_kind
-@per_layer_or_not
 @pytest.mark.parametrize("choose", get_args(Choose))
-def test_fused_target_trains_the_router_without_nan_from_empty_slots(
-    kind: RouterKind, layers: int | None, choose: Choose
-) -> None:
-    module, (prompt, summary) = randomised(router(kind, layers)), inputs()
+def test_fused_target_trains_the_router_without_nan_from_empty_slots(kind: RouterKind, choose: Choose) -> None:
+    module, (prompt, summary) = randomised(router(kind)), inputs()
     generator = torch.Generator().manual_seed(3)
     mask = torch.rand(N, B, 4, generator=generator) < 0.5
     mask[:, 0], mask[1, 1:9] = False, False  # a sample that no teacher has, and samples that one teacher lacks

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from html import unescape
 from typing import Any
 
@@ -13,8 +14,9 @@ from fastapi.testclient import TestClient
 
 from student_trainer.config import TrainConfig
 from student_trainer.kv_sources.kv_batch import STAGES, TeacherSums
+from student_trainer.monitoring.run_charts import run_charts
 from student_trainer.monitoring.run_page import add_live_page, render_page
-from student_trainer.monitoring.run_state import RunState
+from student_trainer.monitoring.run_state import Prediction, RunState
 from tests.support.begun_run import begun_run
 from tests.support.training_parts import train_config
 
@@ -39,6 +41,7 @@ def run() -> RunState:
 def words(page: str) -> str:
     """The text of a page without tags."""
     inside = page[page.index("<main>") : page.index("</main>")]
+    inside = re.sub("<script.*?</script>", "", inside)
     return " ".join(unescape("".join(f" {part.split('>', 1)[-1]}" for part in inside.split("<"))).split())
 
 
@@ -64,27 +67,70 @@ def test_page_shows_the_health_of_each_teacher(config: TrainConfig, run: RunStat
     assert "ben from the store - - - - 0 0 -" in shown
     assert "<b>ada</b>: dead:1 does not answer: UNAVAILABLE: connection refused" in shown
     assert "<b>ada</b> 1 10 1 1 1 1" in shown
-    assert "Routing weights" in shown
-    assert "<b>ada</b> 0.75 ben 0.25" in shown
+
+
+def test_charts_have_one_colour_per_teacher_in_the_order_of_the_configuration(run: RunState) -> None:
+    run.log(1, {"routing/weights_mean/ada": 0.75})
+    charts = {chart.title: chart for chart in run_charts(run.snapshot(), ["ben", "cai", "ada"])}
+    assert [*charts["Routing weights"].curves] == ["ben", "cai", "ada"]
+    assert charts["KV loss"].lines[1] == (1.0, "predicts the mean")
+
+
+def test_page_marks_best_models_checkpoints_and_failovers(config: TrainConfig, run: RunState) -> None:
+    run.note("checkpoint", "checkpoint")
+    run.stepped(2, 64)
+    run.note("best", "best validation so far")
+    run.log(3, {"kv/switches/ben": 0.0})
+    run.log(4, {"kv/switches/ben": 2.0})
+    run.log(5, {"kv/switches/ben": 2.0})
+    assert data_of(render_page(config, run.snapshot()))["events"] == [
+        {"step": 1, "kind": "checkpoint", "text": "checkpoint"},
+        {"step": 2, "kind": "best", "text": "best validation so far"},
+        {"step": 4, "kind": "failover", "text": "failover of ben"},
+    ]
+
+
+def test_page_shows_answers_of_the_last_validation(config: TrainConfig, run: RunState) -> None:
+    assert "Answers" not in words(render_page(config, run.snapshot()))
+    run.validated([Prediction("1 + 1 = <b>?", "2", "3" * 400, correct=False)])
+    shown = words(render_page(config, run.snapshot()))
+    assert f"Answers in the last validation prompt expected answer correct 1 + 1 = <b>? 2 {'3' * 300}… no" in shown
+
+
+def data_of(page: str) -> dict[str, Any]:
+    found = re.search(r'<script type="application/json">(.*?)</script>', page)
+    assert found
+    return json.loads(found[1])
 
 
 def test_names_are_escaped(config: TrainConfig, run: RunState) -> None:
     page = render_page(config, run.snapshot())
     assert "<b>" not in page
-    assert page.count("<script") == 1
+    assert page.count("<script") == 4, "the data of the charts and three scripts"
 
 
 def test_page_before_the_first_step_has_no_metrics(config: TrainConfig) -> None:
     shown = words(render_page(config, RunState().snapshot()))
-    assert "Starting" in shown
+    assert "Loading the student" in shown
     assert "No step yet." in shown
     assert "time left" not in shown
     assert "Teachers" not in shown
 
 
-def test_failed_run_is_marked(config: TrainConfig, run: RunState) -> None:
-    run.phase = "failed"
-    assert 'class="state bad"' in render_page(config, run.snapshot())
+def test_failed_run_is_marked_with_its_problem(config: TrainConfig, run: RunState) -> None:
+    run.phase, run.problem = "failed", "<b>ada</b> is gone"
+    page = render_page(config, run.snapshot())
+    assert 'class="state bad"' in page
+    assert "Failed at step 1: <b>ada</b> is gone" in words(page)
+    assert "<title>Failed: night" in page
+
+
+def test_finished_run_says_so_and_names_the_saved_page(config: TrainConfig, run: RunState) -> None:
+    run.phase = "done"
+    page = render_page(config, run.snapshot())
+    assert "Finished after 0:00:0" in words(page)
+    assert "time left" not in words(page)
+    assert 'data-ended="The run has ended. outputs/night&lt;script&gt;/run.html is this page as a file."' in page
 
 
 def test_state_json_has_the_whole_state_with_null_for_non_finite_values(config: TrainConfig, run: RunState) -> None:
@@ -102,4 +148,4 @@ def test_state_json_has_the_whole_state_with_null_for_non_finite_values(config: 
     assert state["teachers"]["<b>ada</b>"]["health"]["endpoints"][0]["problem"]
     policy = client.get("/").headers["content-security-policy"]
     assert "default-src 'none'" in policy
-    assert "script-src 'sha256-" in policy
+    assert "script-src 'self'" in policy

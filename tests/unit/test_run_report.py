@@ -113,10 +113,11 @@ def test_layers_are_sorted_by_number(tmp_path: Path) -> None:
 def test_table_has_every_dataset_and_marks_unknown_values(stages: Path) -> None:
     headings, rows = comparison(find_runs([stages]))
     assert headings[:4] == ["run", "val", "gsm8k_test", "average"]
-    assert rows[1][:5] == [STAGES[1], "60.0", "61.2 [58.5, 64.0]", "60.0", "0.400"]
+    assert headings[4:7] == ["cross-entropy", "perplexity", "KV loss"]
+    assert rows[1][:7] == [STAGES[1], "60.0 [31.3, 83.2]", "61.2 [58.5, 64.0]", "60.0", "0.900", "2.46", "0.400"]
     assert rows[0][2] == "-"
-    assert rows[0][5:] == ["30", "12.5", "3.4%", "23,456"]
-    assert rows[2][5:] == ["30, unfinished", "-", "-", "-"]
+    assert rows[0][7:] == ["30", "12.5", "3.4%", "23,456"]
+    assert rows[2][7:] == ["30, unfinished", "-", "-", "-"]
     assert markdown(["a", "b"], [["x|y", "1"]]) == "| a | b |\n| --- | --- |\n| x\\|y | 1 |\n"
 
 
@@ -125,6 +126,7 @@ def test_csv_has_every_value_in_its_own_column(stages: Path) -> None:
     assert [row["run"] for row in rows] == list(STAGES)
     second = rows[1]
     assert (float(second["gsm8k_test"]), float(second["gsm8k_test_low"])) == (61.25, 58.5)
+    assert (float(second["val_ce_loss"]), second["val_answer_ce"]) == (pytest.approx(0.9), "")
     assert (second["gsm8k_test_num_examples"], second["finished"], second["steps"]) == ("1319", "True", "30")
     assert rows[0]["gsm8k_test"] == ""
     assert (rows[2]["finished"], rows[2]["seconds"]) == ("False", "")
@@ -142,7 +144,7 @@ def test_report_writes_page_tables_and_pictures(stages: Path, capsys: pytest.Cap
     ]
     assert sorted(path.name for path in output.iterdir()) == sorted(path.name for path in paths)
     page = Page(paths[0].read_text(encoding="utf-8"))
-    assert len(page.addresses) == 2 * len(pngs)
+    assert len(page.addresses) == 4 * len(pngs), "light and dark, for wide and narrow windows"
     assert all(address.startswith("data:image/svg+xml;base64,") for address in page.addresses)
     assert {*STAGES, "61.2 [58.5, 64.0]"} <= set(page.words)
     for path in paths[3:]:
@@ -157,7 +159,7 @@ def test_report_writes_page_tables_and_pictures(stages: Path, capsys: pytest.Cap
 @pytest.mark.parametrize(
     ("name", "figure", "other"),
     [
-        ("learning_curves", '"train/loss": 1.4', '"train/loss": 0.4'),
+        ("learning_curves", '"val/ce_loss": 0.9', '"val/ce_loss": 0.4'),
         ("routing_weights", '"routing/weights_mean/ada": 0.5', '"routing/weights_mean/ada": 0.2'),
         ("routing_by_dataset", 'gsm8k/routing/weights_mean/ada": 0.9', 'gsm8k/routing/weights_mean/ada": 0.4'),
         ("kv_loss_by_layer", '"val/kv_loss/v/layer0": 0.4', '"val/kv_loss/v/layer0": 0.6'),
@@ -168,7 +170,7 @@ def test_pictures_depend_on_the_values(tmp_path: Path, name: str, figure: str, o
 
     def drawn() -> bytes:
         (picture,) = (picture for picture in pictures(find_runs([run]))[0] if picture.name == name)
-        return draw(picture.fill, LIGHT, picture.inches, "png")
+        return draw(picture.wide[0], LIGHT, picture.wide[1], "png")
 
     before = drawn()
     assert drawn() == before
@@ -177,6 +179,47 @@ def test_pictures_depend_on_the_values(tmp_path: Path, name: str, figure: str, o
     metrics.write_text(text.replace(figure, other), encoding="utf-8")
     assert figure in text
     assert drawn() != before
+
+
+def test_a_teacher_has_one_colour_in_all_pictures(tmp_path: Path) -> None:
+    first = write_run(tmp_path / "runs" / "a")
+    text = (first / "metrics.jsonl").read_text(encoding="utf-8").replace("weights_mean/ada", "weights_mean/cai")
+    (first / "metrics.jsonl").write_text(text, encoding="utf-8")
+    write_run(tmp_path / "runs" / "b", by_dataset={"gsm8k": 0.9})
+    colours: dict[str, set[str]] = {}
+    for picture in pictures(find_runs([tmp_path / "runs"]))[0]:
+        if picture.name.startswith("routing_"):
+            figure = Figure()
+            picture.wide[0](figure, LIGHT)
+            for line in figure.legends[0].get_lines():
+                colours.setdefault(str(line.get_label()), set()).add(str(line.get_color()))
+    assert {name: len(found) for name, found in colours.items()} == {"cai": 1, "ben": 1, "ada": 1}
+
+
+def test_a_run_has_one_colour_in_all_pictures(tmp_path: Path) -> None:
+    write_run(tmp_path / "runs" / "a", layers=0)
+    write_run(tmp_path / "runs" / "b")
+    colours: dict[str, str] = {}
+    for picture in pictures(find_runs([tmp_path / "runs"]))[0]:
+        figure = Figure()
+        picture.wide[0](figure, LIGHT)
+        for line in figure.legends[0].get_lines():
+            if line.get_label() == "b":
+                colours[picture.name] = str(line.get_color())
+    assert colours["learning_curves"] == colours["kv_loss_by_layer"] == LIGHT.series[1]
+
+
+def test_narrow_pictures_have_one_panel_above_the_other(tmp_path: Path) -> None:
+    picture = pictures(find_runs([write_run(tmp_path / "run")]))[0][0]
+    (_, wide), (fill, narrow) = picture.wide, picture.narrow
+    assert narrow[0] < wide[0] / 2
+    assert narrow[1] > 2 * wide[1]
+    figure = Figure()
+    fill(figure, LIGHT)
+    figure.draw_without_rendering()
+    left, bottom = zip(*((axes.get_position().x0, axes.get_position().y0) for axes in figure.axes[:3]), strict=True)
+    assert max(left) - min(left) < 0.1
+    assert list(bottom) == sorted(bottom, reverse=True)
 
 
 def test_missing_pictures_are_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -205,7 +248,7 @@ def test_more_runs_than_colours_are_distinguishable(tmp_path: Path) -> None:
     assert [picture.name for picture in drawn] == ["learning_curves", "routing_weights", "kv_loss_by_layer"]
     assert len(missing) == 1
     figure = Figure()
-    drawn[0].fill(figure, LIGHT)
+    drawn[0].wide[0](figure, LIGHT)
     (legend,) = figure.legends
     looks = {(line.get_color(), line.get_linestyle()) for line in legend.get_lines()}
     assert len(looks) == 10

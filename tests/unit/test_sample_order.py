@@ -7,12 +7,14 @@ from itertools import chain, product
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
+from data.records import epoch_order
 from kvcore.errors import FieldError
 from student_trainer.config import RunConfig
 from student_trainer.loop.greedy_answers import rank_batches
-from student_trainer.loop.sample_order import SampleOrder
+from student_trainer.loop.sample_order import SampleOrder, by_length, padding_share
 
 COUNT, GLOBAL_BATCH, STEPS = 10, 8, 6
 
@@ -26,9 +28,14 @@ def flat(lists: Iterable[list[int]]) -> list[int]:
     return list(chain.from_iterable(lists))
 
 
-def step_of_all_ranks(micro_batch: int, world_size: int, first_step: int = 0) -> list[list[int]]:
-    """The records of each step, ordered by micro-batch, rank and position."""
+def step_of_all_ranks(
+    micro_batch: int, world_size: int, first_step: int = 0, round_size: int | None = None
+) -> list[list[int]]:
+    """The records of each step by micro-batch, rank and position; sorted by length if a `round_size` is given."""
     ranks = [SampleOrder(run_config(micro_batch=micro_batch), COUNT, rank, world_size) for rank in range(world_size)]
+    for rank in ranks:
+        if round_size is not None:
+            rank.sort_by(LENGTHS, round_size)
     accumulation = GLOBAL_BATCH // (micro_batch * world_size)
     assert {sampling.accumulation for sampling in ranks} == {accumulation}
     by_rank = [list(sampling.micro_batches(first_step)) for sampling in ranks]
@@ -39,6 +46,7 @@ def step_of_all_ranks(micro_batch: int, world_size: int, first_step: int = 0) ->
 
 
 SHAPES = [(1, 1), (8, 1), (2, 2), (4, 2), (1, 4), (1, 8), (2, 4)]
+LENGTHS = np.array([30, 4, 17, 4, 90, 8, 25, 4, 61, 12])
 REFERENCE = step_of_all_ranks(8, 1)
 
 
@@ -51,6 +59,74 @@ def test_records_of_a_step_do_not_depend_on_ranks_or_micro_batches(micro_batch: 
 def test_order_can_resume_at_any_step(micro_batch: int, world_size: int) -> None:
     for first in range(STEPS + 1):
         assert step_of_all_ranks(micro_batch, world_size, first) == REFERENCE[first:]
+
+
+@pytest.mark.parametrize(("micro_batch", "world_size"), SHAPES)
+def test_sorted_order_can_resume_at_any_step_with_another_number_of_ranks(micro_batch: int, world_size: int) -> None:
+    for begun_with in (2, 4, 8):
+        reference = step_of_all_ranks(begun_with, 1, round_size=begun_with)
+        for first in range(STEPS + 1):
+            assert step_of_all_ranks(micro_batch, world_size, first, begun_with) == reference[first:]
+
+
+@pytest.mark.parametrize("round_size", [1, 2, 3, 4, 8, 16])
+@pytest.mark.parametrize("count", [1, 7, 10, 64, 101])
+def test_sorted_epochs_have_every_record_once(count: int, round_size: int) -> None:
+    lengths = np.random.default_rng(0).integers(1, 9, count)
+    run = run_config(steps=20 * count, global_batch=round_size, micro_batch=round_size)
+    order = SampleOrder(run, count, 0, 1)
+    order.sort_by(lengths)
+    stream = flat(order.micro_batches(0))
+    assert len(stream) == 20 * count * round_size
+    for start in range(0, len(stream) - count + 1, count):
+        assert sorted(stream[start : start + count]) == list(range(count))
+
+
+def test_ranks_read_records_of_similar_length_at_the_same_time() -> None:
+    count, micro_batch, world_size = 1000, 4, 3
+    lengths = np.random.default_rng(0).permutation(count)
+    run = run_config(epochs=3, steps=None, global_batch=48, micro_batch=micro_batch)
+    ranks = [SampleOrder(run, count, rank, world_size) for rank in range(world_size)]
+    for rank in ranks:
+        rank.sort_by(lengths)
+    rounds = [flat(batches) for batches in zip(*(rank.micro_batches(0) for rank in ranks), strict=True)]
+    spans = [int(np.ptp(lengths[indices])) for indices in rounds]
+    # 1000 is not a multiple of 12: one round of each epoch is random, the others are a 64th of a buffer.
+    assert np.percentile(spans, 95) < count / 8
+    means = np.array([lengths[indices].mean() for indices in rounds])
+    assert abs(np.corrcoef(means[:-1], means[1:])[0, 1]) < 0.3, "rounds of any length follow each other"
+    per_step = means.reshape(-1, 4).mean(axis=1)
+    assert per_step.std() < 0.7 * means.std(), "a global batch mixes short and long samples"
+
+
+def test_rounds_are_consecutive_in_their_sorted_buffer() -> None:
+    lengths = np.random.default_rng(1).integers(1, 50, 300)
+    order = np.array(epoch_order(300, 0, 0))
+    found = by_length(order, lengths, 4).tolist()
+    for start in range(0, 300, 256):
+        buffer = order[start : start + 256].tolist()
+        place = {record: at for at, record in enumerate(buffer)}
+        ranked = sorted(buffer, key=lambda record: (lengths[record], place[record]))
+        rounds = [ranked[at : at + 4] for at in range(0, len(ranked), 4)]
+        assert found[start : start + 256] == flat(sorted(rounds, key=lambda one: place[one[0]]))
+
+
+def test_records_of_equal_length_keep_their_random_order() -> None:
+    order = SampleOrder(run_config(micro_batch=8), COUNT, 0, 1)
+    order.sort_by(np.full(COUNT, 7))
+    assert list(order.micro_batches(0)) == REFERENCE
+
+
+def test_sorting_does_not_change_the_calibration_samples() -> None:
+    plain, by_lengths = SampleOrder(run_config(), COUNT, 0, 2), SampleOrder(run_config(), COUNT, 0, 2)
+    by_lengths.sort_by(LENGTHS)
+    assert by_lengths.first(7) == plain.first(7)
+
+
+def test_padding_share_counts_positions_without_a_token() -> None:
+    lengths = np.array([1, 4, 2, 2])
+    assert padding_share(lengths, [[0, 1], [2, 3]]) == pytest.approx(3 / 12)
+    assert padding_share(lengths, [[0, 2], [3, 3]]) == pytest.approx(1 / 8)
 
 
 def test_epochs_follow_without_a_gap_and_have_different_orders() -> None:

@@ -84,7 +84,7 @@ def test_ties_go_to_the_earlier_token(selector):
     assert select(wanted, arange(64), keys, None).tolist() == [[[0, 1, 2, 3, 40]] * HEADS]
 
 
-@pytest.mark.parametrize("selector", ["r_kv", "keydiff"])
+@pytest.mark.parametrize("selector", ["r_kv", "r_kv_centred", "keydiff"])
 @pytest.mark.parametrize("scope", ["head", "layer", "sample"])
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_non_finite_keys_raise_with_their_rows(selector, scope, bad):
@@ -96,8 +96,8 @@ def test_non_finite_keys_raise_with_their_rows(selector, scope, bad):
 
 
 def test_required_inputs_of_each_selector():
-    assert [name for name in SELECTORS if needs_keys(selection(name))] == ["r_kv", "keydiff"]
-    assert [name for name in SELECTORS if needs_importance(selection(name))] == ["r_kv"]
+    assert [name for name in SELECTORS if needs_keys(selection(name))] == ["r_kv", "r_kv_centred", "keydiff"]
+    assert [name for name in SELECTORS if needs_importance(selection(name))] == ["r_kv", "r_kv_centred"]
     assert [name for name in SELECTORS if needs_seeds(selection(name))] == ["random"]
     assert not needs_importance(selection("r_kv", importance_weight=0.0))
 

@@ -21,7 +21,7 @@ METRICS: tuple[Metric, ...] = get_args(Metric)
 def naive(student: np.ndarray, teacher: np.ndarray, mask: np.ndarray, metric: str) -> np.ndarray:
     """Similarity with `mask` [N,B,L,H,M], computed feature by feature."""
     teachers, batch, layers, heads, slots, dims = student.shape
-    out = np.zeros((batch, layers, teachers))
+    out = np.zeros((batch, teachers))
     for n in range(teachers):
         for b in range(batch):
             for layer in range(layers):
@@ -38,7 +38,7 @@ def naive(student: np.ndarray, teacher: np.ndarray, mask: np.ndarray, metric: st
                 if count == 0:
                     continue
                 value = {"dot": dot / count, "euclidean": -apart / count}
-                out[b, layer, n] = value[metric] if metric in value else dot / math.sqrt(own * theirs)
+                out[b, n] += (value[metric] if metric in value else dot / math.sqrt(own * theirs)) / layers
     return out
 
 
@@ -64,7 +64,7 @@ def full(mask: torch.Tensor) -> torch.Tensor:
 def test_similarity_uses_only_slots_that_both_have(metric: Metric, per_head: bool, seed: int, density: float) -> None:
     student, teacher, mask = case(seed, density, per_head=per_head)
     sim = teacher_similarity(student, teacher, mask, metric)
-    assert sim.shape == (B, L, N)
+    assert sim.shape == (B, N)
     expected = naive(student.numpy(), teacher.numpy(), full(mask).numpy(), metric)
     np.testing.assert_allclose(sim.numpy(), expected, rtol=2e-5, atol=2e-6)
 
@@ -80,8 +80,8 @@ def test_permuting_the_teachers_permutes_the_similarities(metric: Metric) -> Non
 def test_the_students_own_cache_has_the_maximum_similarity() -> None:
     student, _, mask = case(2, 1.0, per_head=False)
     best = {metric: teacher_similarity(student, student, mask, metric) for metric in METRICS}
-    torch.testing.assert_close(best["cosine"], torch.ones(B, L, N))
-    torch.testing.assert_close(best["dot"], student.square().mean(dim=(3, 4, 5)).movedim(0, -1))
+    torch.testing.assert_close(best["cosine"], torch.ones(B, N))
+    torch.testing.assert_close(best["dot"], student.square().mean(dim=(2, 3, 4, 5)).T)
     assert (best["euclidean"] == 0).all()
 
 

@@ -57,6 +57,30 @@ def test_network_figures_follow_from_layers_and_codec(model: str) -> None:
     ]
 
 
+# Layers, hidden size, intermediate size, query heads, KV heads, head dim, 10⁹ parameters.
+SHAPES = {
+    "Qwen2.5-0.5B": (24, 896, 4864, 14, 2, 64, 0.494),
+    "Qwen2.5-1.5B": (28, 1536, 8960, 12, 2, 128, 1.544),
+    "Llama-3.2-3B": (28, 3072, 8192, 24, 8, 128, 3.213),
+    "Qwen2.5-7B": (28, 3584, 18944, 28, 4, 128, 7.616),
+}
+GPUS = (8, 12, 16, 24, 40, 48, 80, 141)
+
+
+@pytest.mark.parametrize("student", SHAPES)
+def test_gpu_of_each_student_follows_from_the_listed_parts(student: str) -> None:
+    layers, hidden, inner, heads, kv_heads, dim, parameters = SHAPES[student]
+    q, kv, tokens = heads * dim, kv_heads * dim, 8 * 512
+    adapters = 128 * layers * (2 * (hidden + q) + 2 * (hidden + kv) + 3 * (hidden + inner)) / 1e9
+    activations = 2 * tokens * hidden * layers + 2 * 2 * tokens * (4 * hidden + q + 2 * kv + 3 * inner)
+    rest = activations / 1e9 + 3 * 4 * 2**25 / 1e9 + 1
+    states = (2 * parameters + 16 * adapters, 16 * parameters, (2 + 14 / 8) * parameters + 1.07)
+    for cell, expected in zip(table("student | LoRA, one GPU")[student], states, strict=True):
+        memory, gpu = cell.removesuffix(" GB").split(": ")
+        assert float(memory) == pytest.approx(expected + rest, abs=0.06)
+        assert int(gpu) == min(size for size in GPUS if size >= 1.1 * float(memory))
+
+
 @pytest.mark.parametrize("student", STUDENTS)
 def test_memory_per_rank_follows_the_zero_formulas(student: str) -> None:
     count, *shown = STUDENTS[student]

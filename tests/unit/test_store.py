@@ -14,7 +14,10 @@ import torch
 from kvcore.errors import FieldError, StoreError
 from kvcore.plan import CODECS, CodecSpec, KVPlan, Selection
 from kvcore.store.kv_store import KVStoreReader, KVStoreWriter, merge_index
+from kvcore.store.manifest import MAP_NAME, keep_map, stored_map
 from kvcore.types import EncodedSampleKV
+from tests.support.file_modes import modes, umask
+from tests.support.kv_maps import random_map
 from tests.support.stores import SENT, SMALL, assert_holds, fill
 from tests.support.streams import INFO, PLAN, assert_same, read_stream, sample_kv, stream
 
@@ -235,3 +238,57 @@ def test_damaged_index_is_ignored_with_a_warning(store, caplog):
         caplog.clear()
         assert_holds(store)
         assert "index.json: damaged" in caplog.text
+
+
+@pytest.mark.parametrize(("mask", "mode"), [(0o022, "644"), (0o007, "660"), (0o077, "600")])
+def test_all_files_have_the_mode_of_the_umask(mask: int, mode: str, tmp_path: Path) -> None:
+    with umask(mask):
+        fill(tmp_path / "store")
+    found = modes(tmp_path / "store")
+    assert sum(name.endswith(".safetensors") for name in found) > 1
+    assert set(found.values()) == {mode}, found
+
+
+# ---------------------------------------------------------------------------------------------------- maps
+
+
+KV_MAP = random_map(PLAN.layers, INFO.kv_heads * INFO.head_dim)
+WHOLE = KVPlan(layers=PLAN.layers, selection=Selection(selector="right", budget=3))
+MAPPED = WHOLE.with_map(KV_MAP.named)
+
+
+@pytest.fixture
+def mapped(tmp_path: Path) -> Path:
+    keep_map(tmp_path / "mapped", KV_MAP)
+    KVStoreWriter(tmp_path / "mapped", INFO, MAPPED, "rank0").close()
+    return tmp_path / "mapped"
+
+
+def test_a_store_keeps_the_map_that_its_plan_names(mapped: Path, store: Path) -> None:
+    kept = stored_map(mapped)
+    assert kept is not None
+    assert kept.named == KV_MAP.named
+    assert stored_map(store) is None
+
+
+def test_a_store_refuses_another_map_and_whole_heads(mapped: Path, tmp_path: Path) -> None:
+    KVStoreWriter(tmp_path, INFO, WHOLE, "rank0").close()
+    other = random_map(PLAN.layers, INFO.kv_heads * INFO.head_dim, seed=1).named
+    with pytest.raises(StoreError, match=f"another plan.map.digest: '{KV_MAP.named.digest}', not '{other.digest}'"):
+        KVStoreWriter(mapped, INFO, WHOLE.with_map(other), "rank0")
+    with pytest.raises(StoreError, match=r"another plan.map: \{.*\}, not None"):
+        KVStoreWriter(mapped, INFO, WHOLE, "rank0")
+    with pytest.raises(StoreError, match=r"another plan.map: None, not \{"):
+        KVStoreWriter(tmp_path, INFO, MAPPED, "rank0")
+
+
+def test_a_store_without_its_map_or_with_a_damaged_one_is_refused(mapped: Path) -> None:
+    path = mapped / MAP_NAME.format(digest=KV_MAP.named.digest)
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(StoreError, match=r"\.kvmap: damaged"):
+        stored_map(mapped)
+    path.unlink()
+    with pytest.raises(StoreError, match=r"\.kvmap: missing"):
+        stored_map(mapped)

@@ -11,7 +11,9 @@ import re
 import signal
 import time
 import tracemalloc
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -206,6 +208,53 @@ def test_store_of_another_format_is_refused(store):
     manifest.write_bytes(seal(content | {"format": 2}))
     with pytest.raises(StoreError, match=r"manifest\.json: store format 2, this version reads 1"):
         KVStoreReader(store)
+
+
+def reseal(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    """Changes the first object of a file and gives it a digest that fits."""
+    first, *rest = path.read_bytes().splitlines(keepends=True)
+    content = json.loads(first)
+    del content["check"]
+    change(content)
+    path.write_bytes(seal(content) + b"\n" * first.endswith(b"\n") + b"".join(rest))
+
+
+def read_all(store: Path) -> None:
+    with KVStoreReader(store) as reader:
+        for key in list(reader.keys()):
+            reader.get(key)
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("manifest.json", lambda c: c.update(plan={"layers": [2, 1]})),
+        ("manifest.json", lambda c: c.update(plan=[])),
+        ("manifest.json", lambda c: c["teacher"].pop("layers")),
+        ("manifest.json", lambda c: c.update(teacher=None)),
+        ("rank0.jsonl", lambda c: c["tensors"].pop("positions")),
+        ("rank0.jsonl", lambda c: c.update(tensors={})),
+        ("index.json", lambda c: c["samples"].update({SENT[0].key: ["rank0.jsonl", 0, -5]})),
+        ("index.json", lambda c: c["samples"].update({SENT[0].key: ["rank0.jsonl", -5, 10]})),
+        ("index.json", lambda c: c["samples"].update({SENT[0].key: ["rank0.jsonl", 0, 2**62]})),
+    ],
+    ids=range(9),
+)
+def test_files_with_a_digest_that_fits_and_impossible_content_are_store_errors(store, name, change):
+    write_index(store, build_index(store))
+    if name != "index.json":
+        (store / "index.json").unlink()
+    reseal(store / name, change)
+    with pytest.raises(StoreError) as caught:
+        read_all(store)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("change", [{"samples": 3}, {"shards": {"x": "y"}}], ids=["samples", "shards"])
+def test_an_index_that_no_version_wrote_is_not_used(store, change):
+    write_index(store, build_index(store))
+    reseal(store / "index.json", lambda content: content.update(change))
+    assert_holds(store)
 
 
 @pytest.mark.parametrize(

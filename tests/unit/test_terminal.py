@@ -35,7 +35,7 @@ def test_terminal_shows_progress_metrics_and_teachers(run: RunState) -> None:
     assert progress.split()[:2] == ["night", "training"]
     assert "step 1/10" in progress
     assert progress.rstrip().endswith("left")
-    assert figures == "loss 2.5000  KV loss 0.8750  stall 5%  bottleneck train"
+    assert figures == "kv_loss 0.8750  loss 2.5000  stall 5%  bottleneck train"
     assert ada.split("  ")[0] == "[bold]ada"
     for part in ("1 of 2 up", "3 samples missing", "0:00:00 ago", "2.0 MB", "dead:1: UNAVAILABLE: connection refused"):
         assert part in ada, part

@@ -136,7 +136,7 @@ def test_help_works_without_extras(plain: Environment, command: tuple[str, ...])
 def test_command_names_missing_extra(plain: Environment, arguments: tuple[str, ...]) -> None:
     ended = plain.run("kvdistill", *arguments)
     assert ended.returncode == 2
-    assert f"kvdistill {arguments[0]} needs datasets, deepspeed" in ended.stderr
+    assert f"kvdistill {arguments[0]} needs accelerate, datasets, deepspeed" in ended.stderr
     assert ended.stderr.endswith("not installed here: pip install 'kvdistill[train]'\n")
     assert ended.stderr.count("\n") == 1
 

@@ -2,6 +2,9 @@
 
 S = lambda*I + (1-lambda)*R for each token of each head; the M tokens with the highest S are kept. KaVa simplifies R-KV
 (arXiv 2505.24133): no window of recent tokens, no smoothing of the importance, no similarity threshold.
+
+`r_kv_centred` removes each head's mean key before the redundancy. On a real model, any two keys of a head have a cosine
+near .8, so that without this R is nearly the same for all tokens.
 """
 
 from __future__ import annotations
@@ -37,10 +40,22 @@ def redundancy(k_BHND: Tensor) -> Tensor:
     return torch.softmax(-mean_cosine_BHN, dim=-1)
 
 
+def centred(k_BHND: Tensor) -> Tensor:
+    """The keys in fp32 without each head's mean over the N candidates."""
+    return k_BHND.float() - k_BHND.float().mean(dim=-2, keepdim=True)
+
+
 def _best(candidates: Candidates, selection: Selection, slots: int) -> Tensor:
-    return candidates.best_places(
-        r_kv_scores(candidates.keys(), candidates.importance(), selection.importance_weight), slots
-    )
+    return _best_of(candidates, candidates.keys(), selection, slots)
+
+
+def _best_centred(candidates: Candidates, selection: Selection, slots: int) -> Tensor:
+    return _best_of(candidates, centred(candidates.keys()), selection, slots)
+
+
+def _best_of(candidates: Candidates, k_BHND: Tensor, selection: Selection, slots: int) -> Tensor:
+    return candidates.best_places(r_kv_scores(k_BHND, candidates.importance(), selection.importance_weight), slots)
 
 
 R_KV = TokenSelector(_best, reads_keys=True, reads_importance=True)
+R_KV_CENTRED = TokenSelector(_best_centred, reads_keys=True, reads_importance=True)

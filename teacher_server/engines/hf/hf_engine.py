@@ -4,30 +4,23 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    BitsAndBytesConfig,
-    PreTrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.import_utils import is_bitsandbytes_available
 from transformers.utils.logging import disable_progress_bar
 
-from kvcore.errors import FieldError, UnsupportedModelError
+from kvcore.errors import FieldError
 from kvcore.extras import needs
+from kvcore.models.context import context_length
+from kvcore.models.loading import ModelSource, check_vocabulary, find_model
 from kvcore.plan import CODECS, SELECTORS, SamplingParams
+from kvcore.tensors.chat import ChatTemplate
 from kvcore.tensors.offsets import fingerprint, read_text
-from kvcore.tensors.projections import KVProjection, kv_projections
-from kvcore.types import Sample, TeacherInfo
+from kvcore.tensors.projections import KVProjection, kv_projections, unsupported
+from kvcore.types import Chat, Sample, TeacherInfo, Tensor
 from teacher_server.config import ServeConfig
 from teacher_server.engines.base import (
     SPAN_KINDS,
@@ -42,6 +35,7 @@ from teacher_server.engines.base import (
     TokenizedSample,
     Wanted,
 )
+from teacher_server.engines.batch_check import check_same, short_and_long
 from teacher_server.engines.hf.hf_attention import (
     ATTENTION_NAME,
     AnswerRows,
@@ -50,9 +44,10 @@ from teacher_server.engines.hf.hf_attention import (
     answer_importance,
     tapped,
 )
+from teacher_server.engines.hf.hf_checks import exact_kv_heads
 from teacher_server.engines.hf.hf_generate import HFGenerator
 from teacher_server.engines.text_reader import read_sample
-from teacher_server.engines.weights import model_directory, weight_files, weights_digest
+from teacher_server.engines.weights import weights_digest
 from teacher_server.plan_execution import execute
 
 logger = logging.getLogger(__name__)
@@ -62,12 +57,10 @@ DTYPES: dict[DtypeName, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfl
 # The weights' type after bitsandbytes quantisation, by configuration field.
 QUANTISED = {"load_in_8bit": "int8", "load_in_4bit": "fp4"}
 
-# Attention arguments of some models that scaled-dot-product attention ignores.
-_INEXACT_ARGUMENTS = ("softcap", "s_aux", "position_bias")
-# Relative tolerance for the rounding of half-precision rotary embeddings; a transformed key or value differs far more.
-_SAME = 0.02
-
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tekken.json")
+# On a CPU the time per token is constant from about 100 tokens. On a GPU a pass of fewer tokens than this mostly waits
+# for the launches of kernels; the number is an estimate.
+SMALL_BATCH_TOKENS_CPU = 128
+SMALL_BATCH_TOKENS_GPU = 1024
 
 
 class _LastLayerReadError(Exception):
@@ -81,10 +74,19 @@ class HFReader:
         self.vocabulary = vocabulary
         self._tokenizer = tokenizer
         self._special = set(cast("list[int]", tokenizer.all_special_ids))
+        self._template: ChatTemplate | None = None
 
     def read(self, text: str) -> tuple[list[int], list[int]]:
         """See `TextReader.read`."""
         return read_text(self._tokenizer, text, add_special_tokens=True)
+
+    def read_chat(self, text: str, chat: Chat, field: str) -> tuple[list[int], list[int]]:
+        """See `TextReader.read_chat`."""
+        try:
+            self._template = self._template or ChatTemplate(self._tokenizer, field)
+            return self._template.read(text, chat)
+        except FieldError as error:
+            raise FieldError(field, error.problem) from error
 
     def byte_ends(self, token_ids: Sequence[int]) -> list[int]:
         """See `TextReader.byte_ends`: known if the decoded text encodes to the same token ids."""
@@ -118,24 +120,31 @@ class HFEngine:
         self._info = TeacherInfo(
             model=config.teacher_name,
             weights_digest=digest,
-            tokenizer_fingerprint=fingerprint(tokenizer),
+            tokenizer_fingerprint=fingerprint(tokenizer, with_template=True),
             layers=len(self._projections),
             kv_heads=kv_heads,
             head_dim=self._projections[0].head_dim,
             rope=dict(getattr(text_config, "rope_parameters", None) or {}),
             engine="hf",
             dtype=dtype,
-            max_sample_tokens=_max_sample_tokens(config.max_sample_tokens, text_config),
+            max_sample_tokens=_max_sample_tokens(config.max_sample_tokens, model.config),
             max_samples_per_request=config.max_samples_per_request,
             max_frame_bytes=config.max_frame_bytes,
             selectors=tuple(SELECTORS),
             codecs=tuple(CODECS),
+            max_map_bytes=config.max_map_bytes,
         )
+        self._check_left_padding()
 
     @property
     def info(self) -> TeacherInfo:
         """See `TeacherEngine.info`."""
         return self._info
+
+    @property
+    def small_batch_tokens(self) -> int | None:
+        """See `TeacherEngine.small_batch_tokens`."""
+        return SMALL_BATCH_TOKENS_GPU if self._embedding.weight.is_cuda else SMALL_BATCH_TOKENS_CPU
 
     def tokenize(self, sample: Sample) -> TokenizedSample:
         """See `TeacherEngine.tokenize`."""
@@ -200,11 +209,7 @@ class HFEngine:
         return AnswerRows.of(rows, self._embedding.weight.device)
 
     def _check_exact(self) -> int:
-        """Check on a few tokens that the captured keys and values are those of the attention; returns the KV heads.
-
-        The rotary embedding does not rotate the first position and changes no key's norm, except for one constant
-        factor of some RoPE scalings.
-        """
+        """Check what the attention of a few tokens reads; returns the number of KV heads."""
         taps: dict[int, LayerTap] = {}
         tokens = [place % self._reader.vocabulary for place in range(4)]
 
@@ -212,36 +217,25 @@ class HFEngine:
             taps[tap.layer] = tap
 
         self._forward([tokens], self._projections, receive)
-        name = type(self._base).__name__
-        if len(taps) != len(self._projections):
-            missing = sorted(set(range(len(self._projections))) - taps.keys())
-            raise UnsupportedModelError(f"{name}: layers {missing} do not attend with keys and values of their own")
-        for layer, tap in taps.items():
-            inexact = [argument for argument in _INEXACT_ARGUMENTS if tap.extras.get(argument) is not None]
-            if inexact:
-                raise UnsupportedModelError(f"{name}: layer {layer} attends with {', '.join(inexact)}: not supported")
-            if not _attended_as_read(tap):
-                raise UnsupportedModelError(
-                    f"{name}: layer {layer} changes its keys or values by more than a rotary embedding between their "
-                    "projection and the attention"
-                )
-        heads = {tap.k_BHTD.shape[1] for tap in taps.values()}
-        if len(heads) != 1:
-            raise UnsupportedModelError(f"{name}: its layers differ in key/value heads: {sorted(heads)}")
-        return heads.pop()
+        return exact_kv_heads(type(self._base).__name__, taps, len(self._projections))
 
+    def _check_left_padding(self) -> None:
+        """Check that keys and values of a prompt do not depend on a longer prompt beside it in a generation."""
+        if self._generator.can_generate:
+            short, long = short_and_long(self)
+            check_same(self._info, self._generation_kv([short]), self._generation_kv([short, long]), "left")
 
-def _attended_as_read(tap: LayerTap) -> bool:
-    if tap.attended_v_BHTD.shape != tap.v_BHTD.shape or tap.rotated_k_BHTD.shape != tap.k_BHTD.shape:
-        return False
-    read, attended = tap.k_BHTD.float(), tap.rotated_k_BHTD.float()
-    first, attended_first = read[:, :, 0], attended[:, :, 0]
-    factor = (first * attended_first).sum() / first.square().sum()
-    return (
-        torch.equal(tap.attended_v_BHTD, tap.v_BHTD)
-        and bool((attended_first - factor * first).norm() <= _SAME * attended_first.norm())
-        and torch.allclose(attended.norm(dim=-1), factor * read.norm(dim=-1), rtol=_SAME)
-    )
+    def _generation_kv(self, prompts: Sequence[TokenizedSample]) -> dict[int, tuple[Tensor, Tensor]]:
+        """The first prompt's keys and values when text is generated, by layer."""
+        found: dict[int, tuple[Tensor, Tensor]] = {}
+        tokens = len(prompts[0].prompt_ids)
+
+        def receive(tap: LayerTap) -> None:
+            found[tap.layer] = tap.k_BHTD[0, :, -tokens:], tap.v_BHTD[0, :, -tokens:]
+
+        with tapped(self._projections, receive):
+            self._generator.generate(prompts, SamplingParams(max_new_tokens=1), lambda _row: True)
+        return found
 
 
 def load(config: ServeConfig) -> HFEngine:
@@ -257,14 +251,14 @@ def load(config: ServeConfig) -> HFEngine:
         torch.set_num_threads(config.threads)
     device = _device(config.device)
     dtype = _dtype(config, device)
-    directory = model_directory(config.model, config.revision, config.trust_remote_code)
-    weight_files(directory)
-    tokenizer = _load_tokenizer(directory, config)
-    model = _load_model(directory, config, device, DTYPES[dtype])
+    source = _find(config)
+    model_config, tokenizer = source.config(), source.tokenizer()
+    model = source.causal_lm(model_config, head_optional=True, **_options(config, device, DTYPES[dtype]))
+    check_vocabulary(source, tokenizer, model)
     quantised = _quantised(config)
     loaded_as = f"{QUANTISED[quantised]} weights in {dtype}" if quantised else dtype
-    digest = weights_digest(directory, model.config.to_dict(), loaded_as)
-    engine = HFEngine(model, tokenizer, config, loaded_as, digest)
+    digest = weights_digest(source.directory, model.config.to_dict(), loaded_as)
+    engine = HFEngine(model.eval().requires_grad_(False), tokenizer, config, loaded_as, digest)
     logger.info("loaded %s on %s in %s", config.teacher_name, device, loaded_as)
     return engine
 
@@ -277,12 +271,17 @@ def load_first_layers(config: ServeConfig, layers: int, dtype: DtypeName) -> tup
     Raises:
         FieldError, UnsupportedModelError: as in `load`.
     """
-    directory = model_directory(config.model, config.revision, config.trust_remote_code)
-    weight_files(directory)
-    whole = _load_config(directory, config)
-    model = _load_model(directory, config, torch.device("cpu"), DTYPES[dtype], layers)
-    digest = weights_digest(directory, whole.to_dict(), dtype)
-    return HFEngine(model, _load_tokenizer(directory, config), config, dtype, digest), whole
+    source = _find(config)
+    whole, tokenizer = source.config(), source.tokenizer()
+    options = _options(config, torch.device("cpu"), DTYPES[dtype])
+    model = source.causal_lm(_first_layers(source.config(), layers), head_optional=True, all_layers=False, **options)
+    check_vocabulary(source, tokenizer, model)
+    digest = weights_digest(source.directory, whole.to_dict(), dtype)
+    return HFEngine(model.eval().requires_grad_(False), tokenizer, config, dtype, digest), whole
+
+
+def _find(config: ServeConfig) -> ModelSource:
+    return find_model(config.model, "model", revision=config.revision, trust_remote_code=config.trust_remote_code)
 
 
 def _device(name: str) -> torch.device:
@@ -310,33 +309,9 @@ def _quantised(config: ServeConfig) -> str | None:
     return next((field for field in QUANTISED if getattr(config, field)), None)
 
 
-def _load_tokenizer(directory: Path, config: ServeConfig) -> PreTrainedTokenizerBase:
-    # Without tokenizer files, transformers creates an empty tokenizer for some models.
-    if not any((directory / name).is_file() for name in TOKENIZER_FILES):
-        raise FieldError("model", f"'{config.model}' has no tokenizer: none of {', '.join(TOKENIZER_FILES)}")
-    try:
-        return AutoTokenizer.from_pretrained(directory, trust_remote_code=config.trust_remote_code)
-    except (OSError, ValueError, ImportError) as error:
-        raise FieldError("model", f"the tokenizer of '{config.model}' cannot be loaded: {error}") from error
-
-
-def _load_config(directory: Path, config: ServeConfig) -> PreTrainedConfig:
-    try:
-        return AutoConfig.from_pretrained(directory, trust_remote_code=config.trust_remote_code)
-    except (OSError, ValueError) as error:
-        raise FieldError("model", f"the configuration of '{config.model}' cannot be read: {error}") from error
-
-
-def _load_model(
-    directory: Path, config: ServeConfig, device: torch.device, dtype: torch.dtype, layers: int | None = None
-) -> PreTrainedModel:
-    options: dict[str, Any] = {
-        "trust_remote_code": config.trust_remote_code,
-        "attn_implementation": ATTENTION_NAME,
-        "dtype": dtype,
-        "use_safetensors": True,
-        "output_loading_info": True,
-    }
+def _options(config: ServeConfig, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
+    """How to load the model: arguments of transformers' `from_pretrained`."""
+    options: dict[str, Any] = {"attn_implementation": ATTENTION_NAME, "dtype": dtype}
     if device.type == "cuda":
         # Load straight to the GPU, so that the model need not fit into host memory.
         options["device_map"] = {"": device}
@@ -344,46 +319,30 @@ def _load_model(
         options["quantization_config"] = BitsAndBytesConfig(load_in_8bit=True)
     if config.load_in_4bit:
         options["quantization_config"] = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=dtype)
-    options["config"] = model_config = _load_config(directory, config)
-    if layers is not None:
-        text_config = model_config.get_text_config()
-        text_config.num_hidden_layers = min(layers, text_config.num_hidden_layers)
-        if getattr(text_config, "layer_types", None):
-            text_config.layer_types = text_config.layer_types[:layers]
-    try:
-        loaded = AutoModelForCausalLM.from_pretrained(directory, **options)
-    except ValueError as error:
-        raise UnsupportedModelError(f"'{config.model}': {error}") from error
-    except (OSError, SafetensorError, ImportError, RuntimeError) as error:
-        raise FieldError("model", f"the weights of '{config.model}' cannot be loaded: {error}") from error
-    model, report = cast("tuple[PreTrainedModel, dict[str, Any]]", loaded)
-    # transformers initialises weights that a checkpoint lacks with random values.
-    prefix = f"{model.base_model_prefix}."
-    missing = sorted(name for name in report["missing_keys"] if name.startswith(prefix))
-    if len(missing) < len(report["missing_keys"]):
-        # The head is missing and would be random: mark the model as unable to generate, as transformers does.
-        model.generation_config = None  # pyright: ignore[reportAttributeAccessIssue]
-    if missing:
-        raise FieldError("model", f"the checkpoint of '{config.model}' lacks {len(missing)} weights: {missing[0]}, ...")
-    return model.eval().requires_grad_(False)
+    return options
+
+
+def _first_layers(model_config: PreTrainedConfig, layers: int) -> PreTrainedConfig:
+    """Changes a configuration to that of the model's first layers."""
+    text_config = model_config.get_text_config()
+    text_config.num_hidden_layers = min(layers, text_config.num_hidden_layers)
+    if getattr(text_config, "layer_types", None):
+        text_config.layer_types = text_config.layer_types[:layers]
+    return model_config
 
 
 def _base_model(model: PreTrainedModel) -> PreTrainedModel:
     """The model without its head; logits are not needed."""
     base = model.base_model
     if base is model or not isinstance(base, PreTrainedModel):
-        raise UnsupportedModelError(f"{type(model).__name__} has no base model that runs without a head")
+        raise unsupported(type(model).__name__, "it has no base model that runs without a head")
     return base
 
 
-def _max_sample_tokens(requested: int | None, text_config: Any) -> int:
-    context = cast("int | None", getattr(text_config, "max_position_embeddings", None))
-    rope = cast("dict[str, Any]", getattr(text_config, "rope_parameters", None) or {})
-    if rope.get("rope_type") == "longrope":
-        # Beyond this length, the longest sample of a batch would change the rotary frequencies of all others.
-        context = int(rope["original_max_position_embeddings"])
+def _max_sample_tokens(requested: int | None, model_config: PreTrainedConfig) -> int:
+    context = context_length(model_config)
     if context is None and requested is None:
-        raise FieldError("max_sample_tokens", "the model states no context length, so this must be set")
-    if context is not None and requested is not None and requested > context:
-        raise FieldError("max_sample_tokens", f"got {requested}; the model takes at most {context} tokens")
-    return cast("int", requested or context)
+        raise FieldError("max_sample_tokens", "is required, because the model's configuration has no context length")
+    if context is not None and requested is not None and requested > context[0]:
+        raise FieldError("max_sample_tokens", f"got {requested}; the model takes at most {context[0]} tokens")
+    return requested or (context[0] if context else 0)

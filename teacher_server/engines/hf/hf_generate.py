@@ -39,6 +39,8 @@ _TOKENS_PER_CHARACTER = 4
 class HFGenerator:
     """Generates with a causal language model. Prompts are left-padded; padding is masked and shifts no position.
 
+    `can_generate`: whether the model has what it needs to generate.
+
     Args:
         model: with its head. Its `generation_config` is None if its checkpoint has no head or its class cannot
             generate; otherwise only its end tokens are used.
@@ -49,7 +51,7 @@ class HFGenerator:
         self._model = model
         # A copy, because the server uses the original in another thread and not all tokenizers are thread-safe.
         self._tokenizer = copy.deepcopy(tokenizer)
-        self._can_generate = model.generation_config is not None
+        self.can_generate = model.generation_config is not None
         self._ends = _end_tokens(model, tokenizer)
         model.generation_config = GenerationConfig()
 
@@ -57,7 +59,7 @@ class HFGenerator:
         self, prompts: Sequence[TokenizedSample], sampling: SamplingParams, wanted: Wanted
     ) -> list[GeneratedText | SampleFailure]:
         """See `TeacherEngine.generate`."""
-        if not self._can_generate:
+        if not self.can_generate:
             problem = (
                 "this teacher cannot generate: its checkpoint has no language-model head, or its class no generate()"
             )

@@ -10,9 +10,9 @@ import torch
 
 from kvcore.plan import KVPlan
 from kvcore.types import Tensor
-from teacher_server.engines.base import LayerResult, SampleFailure
+from teacher_server.engines.base import LayerResult, PlannedSample, SampleFailure
 from teacher_server.engines.vllm.message_queue import FailureMessage, LayerMessage, Message
-from teacher_server.plan_execution import error_budget_problems
+from teacher_server.plan_execution import error_budget_problems, map_result
 
 _Group = list[tuple[int, list[tuple[LayerMessage, int]]]]
 """Samples whose layer came in the same messages: each sample's row, and its pieces by ascending head."""
@@ -22,10 +22,14 @@ _Group = list[tuple[int, list[tuple[LayerMessage, int]]]]
 class _Row:
     """One sample. `pieces`: by layer and first head, a message and the sample's index in it."""
 
-    plan: KVPlan
+    planned: PlannedSample
     pieces: dict[int, dict[int, tuple[LayerMessage, int]]] = field(default_factory=dict)
     emitted: int = 0
     failed: bool = False
+
+    @property
+    def plan(self) -> KVPlan:
+        return self.planned.plan
 
     @property
     def open(self) -> bool:
@@ -37,13 +41,13 @@ class Assembly:
 
     Args:
         tags: the name of each sample's request.
-        plans: each sample's plan.
+        samples: the samples, with their plans and maps.
         kv_heads: of the whole model; a layer is complete when all heads have arrived.
     """
 
-    def __init__(self, tags: Sequence[str], plans: Sequence[KVPlan], kv_heads: int) -> None:
+    def __init__(self, tags: Sequence[str], samples: Sequence[PlannedSample], kv_heads: int) -> None:
         self._row_of = {tag: row for row, tag in enumerate(tags)}
-        self._rows = [_Row(plan) for plan in plans]
+        self._rows = [_Row(sample) for sample in samples]
         self._kv_heads = kv_heads
 
     def row_of(self, tag: str) -> int | None:
@@ -74,16 +78,18 @@ class Assembly:
             return [], [self._fail(row, message.problem) for row in rows]
         for row, place in rows.items():
             self._rows[row].pieces.setdefault(message.layer, {}).setdefault(message.heads_from, (message, place))
-        results = [self._assemble(group) for group in self._complete(rows)]
-        return self._within_budget(results)
+        assembled = [self._assemble(group) for group in self._complete(rows)]
+        results, failures = self._mapped(assembled)
+        results, over_budget = self._within_budget(results)
+        return results, failures + over_budget
 
     def _fail(self, row: int, problem: str) -> SampleFailure:
         self.drop(row)
         return SampleFailure(row, problem)
 
     def _complete(self, rows: Iterable[int]) -> list[_Group]:
-        """Layers that have all heads and are next in their sample's order, grouped by the messages that hold them."""
-        groups: dict[tuple[int, ...], _Group] = {}
+        """Layers with all heads that are next in their sample's order, grouped by plan and by their messages."""
+        groups: dict[tuple[KVPlan, tuple[int, ...]], _Group] = {}
         for row in rows:
             state = self._rows[row]
             while state.open:
@@ -93,7 +99,8 @@ class Assembly:
                 ordered = [pieces[first] for first in sorted(pieces)]
                 del state.pieces[state.plan.layers[state.emitted]]
                 state.emitted += 1
-                groups.setdefault(tuple(id(message) for message, _ in ordered), []).append((row, ordered))
+                messages = tuple(id(message) for message, _ in ordered)
+                groups.setdefault((state.plan, messages), []).append((row, ordered))
         return sorted(groups.values(), key=_layer_of)
 
     def _assemble(self, group: _Group) -> LayerResult:
@@ -111,6 +118,20 @@ class Assembly:
         assert scope == "head" or all(torch.equal(choice, positions) for choice in choices), "ranks chose differently"
         errors = {kind: _whole_error(kind, messages, places) for kind in first.relative_error}
         return LayerResult([row for row, _ in group], first.layer, parts, positions, errors)
+
+    def _mapped(self, results: Sequence[LayerResult]) -> tuple[list[LayerResult], list[SampleFailure]]:
+        """Apply the plans' maps, and encode as the plans ask; workers sent those samples in fp32."""
+        mapped: list[LayerResult] = []
+        failures: list[SampleFailure] = []
+        for result in results:
+            planned = self._rows[result.indices[0]].planned
+            found, problem = result, ""
+            if planned.kv_map is not None:
+                found, problem = map_result(result, planned.kv_map, planned.plan.codec)
+            lost = set(result.indices).difference(found.indices)
+            failures += [self._fail(row, problem) for row in sorted(lost) if not self._rows[row].failed]
+            mapped += [found] if found.indices else []
+        return mapped, failures
 
     def _within_budget(self, results: Sequence[LayerResult]) -> tuple[list[LayerResult], list[SampleFailure]]:
         failures: list[SampleFailure] = []

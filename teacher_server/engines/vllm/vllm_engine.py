@@ -130,6 +130,11 @@ class VLLMEngine:
         """See `TeacherEngine.info`."""
         return self._info
 
+    @property
+    def small_batch_tokens(self) -> int | None:
+        """See `TeacherEngine.small_batch_tokens`: vLLM does not pad."""
+        return None
+
     def tokenize(self, sample: Sample) -> TokenizedSample:
         """See `TeacherEngine.tokenize`."""
         return self._reference.tokenize_up_to(sample, self._info.max_sample_tokens)
@@ -141,7 +146,7 @@ class VLLMEngine:
             EngineLostError: vLLM's engine process ended.
         """
         tags = [f"kv-{next(self._numbers)}" for _ in batch]
-        assembly = Assembly(tags, [sample.plan for sample in batch], self._info.kv_heads)
+        assembly = Assembly(tags, batch, self._info.kv_heads)
         for row, sample in enumerate(batch):
             problem = self._cannot_execute(sample)
             if problem is not None:

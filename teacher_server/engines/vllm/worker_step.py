@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 
 from align.rope_scale import RoPEScaler
-from kvcore.plan import KVPlan
+from kvcore.plan import CodecSpec, KVPlan
 from kvcore.tensors.select import needs_importance, needs_keys, needs_seeds, select
 from teacher_server.engines.base import (
     SPAN_KINDS,
@@ -64,10 +64,13 @@ class WorkerRow:
 def worker_row(tag: str, sample: PlannedSample) -> WorkerRow:
     """Determine the tokens that a worker reads: the candidates, or the selected tokens if keys do not matter.
 
-    The server enforces the plan's error budget, because only it knows the error over all heads.
+    The server enforces the plan's error budget, because only it knows the error over all heads. It also applies the
+    plan's map, because only there all heads meet: workers send what is to be mapped in fp32.
     """
     codec = sample.plan.codec.model_copy(update={"max_relative_error": None})
-    row = plan_row(PlannedSample(sample.tokens, sample.plan.model_copy(update={"codec": codec})))
+    if sample.plan.map is not None:
+        codec = CodecSpec(name="raw")
+    row = plan_row(PlannedSample(sample.tokens, sample.plan.model_copy(update={"codec": codec, "map": None})))
     selection = row.plan.selection
     if needs_importance(selection):
         answer = SPAN_KINDS.index("answer")

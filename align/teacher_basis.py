@@ -1,0 +1,122 @@
+"""A basis of a teacher's own: the principal components of its K/V, layer by layer, separately for keys and values.
+
+In the direction `to_teacher` the targets are then r coordinates per token and layer instead of all heads. They belong
+to no student, and only they have to be sent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from align.head_dim_adapter import KVGeometry
+from align.layer_map import LayerMapper
+from align.linear_maps import RidgeStatistics
+from align.token_layout import slots_beyond_sinks
+from kvcore.errors import FieldError
+from kvcore.tensors.kv_map import LAYERS, KVMap
+from kvcore.types import TENSORS, BatchKV, Tensor
+
+FIELD = "align.basis_rank"
+
+
+def check_basis(rank: int, teacher: KVGeometry, student: KVGeometry, layer_map: str) -> None:
+    """Checks that a teacher has a basis of that rank, and that the layer map keeps its layers apart.
+
+    Raises:
+        FieldError: names the value and the limit.
+    """
+    if rank > teacher.features:
+        heads = f"{teacher.heads} KV heads x {teacher.head_dim}"
+        raise FieldError(FIELD, f"got {rank}; the teacher has {teacher.features} features per layer ({heads})")
+    if LayerMapper(teacher.layers, student.layers, layer_map).mixes_layers:
+        raise FieldError(
+            FIELD,
+            f"align.layer_map '{layer_map}' mixes layers of this teacher ({teacher.layers} for {student.layers} of the "
+            "student), and each layer has a basis of its own; use 'uniform'",
+        )
+
+
+def can_have_basis(teacher: KVGeometry, student: KVGeometry, layer_map: str, head_adapter: str) -> bool:
+    """Whether an alignment `to_teacher` with these settings can compare components of a basis."""
+    return (
+        head_adapter in ("ridge", "linear") and not LayerMapper(teacher.layers, student.layers, layer_map).mixes_layers
+    )
+
+
+class BasisStatistics:
+    """Sums over a teacher's K/V, from which its bases are computed. Memory: 16 L F^2 bytes.
+
+    Args:
+        layers: the plan's layers.
+        features: F, of one token and layer.
+        device: of the sums.
+    """
+
+    def __init__(self, layers: Sequence[int], features: int, device: torch.device | None = None) -> None:
+        self._layers = tuple(layers)
+        self._sums = [[RidgeStatistics(features, 0, device) for _ in layers] for _ in TENSORS]
+
+    @torch.no_grad()
+    def update(self, kv: BatchKV, text_byte_ends_BT: Tensor, sink_tokens: int) -> None:
+        """Adds a batch, without its attention sinks.
+
+        Args:
+            kv: the teacher's K/V in the plan's layers.
+            text_byte_ends_BT: byte ends of the student's tokens in the same texts, -1 in padding.
+            sink_tokens: how many first tokens of a text are left out.
+        """
+        mask_BM = slots_beyond_sinks(kv, text_byte_ends_BT, sink_tokens)
+        sample_N, slot_N = mask_BM.nonzero(as_tuple=True)
+        for sums, x_BLHMD in zip(self._sums, (kv.k_BLHMD, kv.v_BLHMD), strict=True):
+            x_NLF = x_BLHMD[sample_N, :, :, slot_N].flatten(2)
+            for layer, statistics in enumerate(sums):
+                statistics.update(x_NLF[:, layer], x_NLF[:, layer, :0])
+
+    def tensors(self) -> list[Tensor]:
+        """All sums; with several ranks, add them in place (all-reduce) before `basis`."""
+        return [tensor for sums in self._sums for statistics in sums for tensor in statistics.tensors()]
+
+    def check(self, rank: int) -> None:
+        """Checks that there are enough finite tokens for a basis of that rank.
+
+        Raises:
+            FieldError: too few tokens, or keys or values that are not finite.
+        """
+        count = int(self._sums[0][0].count)
+        if count <= rank:
+            raise FieldError(
+                FIELD, f"{rank} components need more than {rank} tokens; the calibration samples have {count}"
+            )
+        if not all(bool(tensor.isfinite().all()) for tensor in self.tensors()):
+            raise FieldError(FIELD, "keys or values of the calibration samples are NaN or infinite")
+
+    def basis(self, rank: int) -> tuple[KVMap, Tensor]:
+        """The bases of the first `rank` principal components.
+
+        Equal sums give bitwise equal bases on one machine: the largest entry of each component is positive.
+
+        Returns:
+            The map to the components' coordinates, as one head, on the CPU; and the share of the variance that it
+            keeps, [L,K].
+        """
+        tensors = {LAYERS: torch.tensor(self._layers, dtype=torch.int32)}
+        kept_KL: list[Tensor] = []
+        for kind, sums in zip(TENSORS, self._sums, strict=True):
+            parts = [_components(statistics, rank) for statistics in sums]
+            tensors[f"{kind}.centre"] = torch.stack([s.mean_x for s in sums]).float().cpu()
+            tensors[f"{kind}.weight"] = torch.stack([basis_FR for basis_FR, _ in parts])[:, :, None].float().cpu()
+            kept_KL.append(torch.stack([kept for _, kept in parts]))
+        return KVMap(tensors), torch.stack(kept_KL).T.cpu()
+
+
+def _components(statistics: RidgeStatistics, rank: int) -> tuple[Tensor, Tensor]:
+    """The first principal components [F,R], by falling variance, and their share of the variance."""
+    variance_F, basis_FF = torch.linalg.eigh(statistics.scatter_xx())
+    basis_FR = basis_FF.flip(1)[:, :rank]
+    largest_1R = basis_FR.abs().argmax(dim=0, keepdim=True)
+    basis_FR = basis_FR * basis_FR.gather(0, largest_1R).sign()
+    variance_F = variance_F.flip(0).clamp(min=0.0)
+    total = variance_F.sum().clamp(min=torch.finfo(torch.float64).tiny)
+    return basis_FR, variance_F[:rank].sum() / total

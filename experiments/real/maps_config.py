@@ -1,0 +1,64 @@
+"""The arms that compare maps between teacher and student on a real model. Does not import torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from experiments.demo.demo_config import Config
+from experiments.real import real_config
+from experiments.real.real_config import ArmName, RealPaths, Settings, arm_config
+
+# Fewer and shorter records, and fewer calibration samples, than in `make real`: there are more than twice as many runs.
+FULL = replace(real_config.FULL, train=500, max_tokens=96, calibration=32)
+QUICK = real_config.QUICK
+
+
+@dataclass(frozen=True, slots=True)
+class MapArm:
+    """One arm.
+
+    Attributes:
+        name: of the arm, also in the names of its runs.
+        shown: what the table calls it.
+        base: the arm of `make real` from which it differs only in `align`.
+        align: changes of the section `align`.
+    """
+
+    name: str
+    shown: str
+    base: ArmName = "kv"
+    align: dict[str, Any] = field(default_factory=dict)
+
+
+# Other arms are compared with this one.
+REFERENCE = "heads"
+ARMS: tuple[MapArm, ...] = (
+    MapArm("ce", "cross-entropy alone", "ce"),
+    MapArm(REFERENCE, "`to_teacher`, all heads"),
+    MapArm("basis16", "`to_teacher`, basis of rank 16", align={"basis_rank": 16}),
+    MapArm("shuffled16", "the same, K/V of other samples", "shuffled", {"basis_rank": 16}),
+    MapArm("basis64", "`to_teacher`, basis of rank 64", align={"basis_rank": 64}),
+    MapArm("to_student", "`to_student`, frozen ridge", align={"direction": "to_student", "head_adapter": "ridge"}),
+    MapArm("basis4", "`to_teacher`, basis of rank 4", align={"basis_rank": 4}),
+)
+
+
+def map_config(arm: MapArm, seed: int, settings: Settings, paths: RealPaths, port: int) -> Config:
+    """The configuration of one run. Arms with K/V differ only in the section `align` and the control."""
+    config = arm_config(arm.base, seed, settings, paths, port)
+    config["run"]["output_dir"] = str(paths.runs.run(run_name(arm, seed)))
+    if arm.align:
+        config["align"] |= arm.align
+    return config
+
+
+def planned(arms: Sequence[MapArm], seeds: Sequence[int]) -> Iterator[tuple[MapArm, int]]:
+    """The runs in their order: all arms of a seed before the next seed, so that an early end leaves whole seeds."""
+    return ((arm, seed) for seed in seeds for arm in arms)
+
+
+def run_name(arm: MapArm, seed: int) -> str:
+    """The name of one run."""
+    return f"{arm.name}-seed{seed}"

@@ -1,0 +1,139 @@
+"""Tests of the comparison of maps on a real model: the arms' configurations, the means, the table and the file."""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from experiments.real import maps_report
+from experiments.real.maps_config import ARMS, FULL, REFERENCE, MapArm, map_config, planned, run_name
+from experiments.real.real_config import RealPaths
+from experiments.real.real_results import RealRunResult
+from kvcore.config import parse
+from student_trainer.config import TrainConfig
+
+PATHS = RealPaths(Path("outputs/maps"), quick=False)
+
+
+def tree(arm: MapArm) -> dict[str, Any]:
+    config = parse(map_config(arm, 2, FULL, PATHS, 50051), TrainConfig).model_dump(mode="json")
+    assert config["run"].pop("output_dir") == f"outputs/maps/full/runs/{arm.name}-seed2"
+    return config
+
+
+def test_arms_with_a_teacher_differ_only_in_the_map_and_the_control() -> None:
+    trees = {arm.name: tree(arm) for arm in ARMS}
+    assert {name: one["kv"].pop("control") for name, one in trees.items() if name.startswith("shuffled")} == {
+        "shuffled16": "shuffled"
+    }
+    assert not trees["ce"]["teachers"]
+    changed = {
+        name: {field for field, value in one.pop("align").items() if value != trees[REFERENCE]["align"][field]}
+        for name, one in trees.items()
+        if name not in ("ce", REFERENCE)
+    }
+    assert changed == {
+        **{name: {"basis_rank"} for name in ("basis4", "basis16", "basis64", "shuffled16")},
+        "to_student": {"direction"},
+    }
+    trees[REFERENCE].pop("align")
+    for name, one in trees.items():
+        one["kv"].pop("control", None)
+        assert name == "ce" or one == trees[REFERENCE]
+        assert one["run"] == trees["ce"]["run"]
+        assert one["optim"] == trees["ce"]["optim"]
+
+
+def test_ranks_are_those_in_the_names() -> None:
+    ranks = {arm.name: tree(arm)["align"]["basis_rank"] for arm in ARMS if tree(arm)["align"]["basis_rank"]}
+    assert ranks == {"basis4": 4, "basis16": 16, "basis64": 64, "shuffled16": 16}
+
+
+def test_all_arms_of_a_seed_run_before_the_next_seed() -> None:
+    assert [run_name(arm, seed) for arm, seed in planned(ARMS[:2], (0, 3))] == [
+        "ce-seed0",
+        "heads-seed0",
+        "ce-seed3",
+        "heads-seed3",
+    ]
+
+
+def run(loss: float, sent: float | None = None, explained: tuple[float, ...] = ()) -> RealRunResult:
+    return RealRunResult(
+        name="",
+        held_out={"ce_loss": loss, "perplexity": math.exp(loss)},
+        explained={},
+        explained_after={"k": list(explained), "v": [value / 2 for value in explained]} if explained else {},
+        milliseconds={},
+        peak_memory_mb=1.0,
+        stall_fraction=None,
+        bytes_per_sample=sent,
+        cache_bytes_per_sample=None if sent is None else 12_000.0,
+        seconds=1.0,
+    )
+
+
+RUNS = {
+    "ce": [run(4.5), run(4.7), run(4.3)],
+    REFERENCE: [run(4.0, 1000.0, (1.0, 0.5)), run(4.3, 1200.0, (0.9, 0.4)), run(3.9, 800.0, (0.8, 0.6))],
+    "basis16": [run(4.1, 100.0, (0.9, 0.3)), run(4.2, 90.0, (0.9, 0.3)), run(4.1, 110.0, (0.9, 0.3))],
+}
+SHOWN = {name: name for name in RUNS}
+
+
+def test_differences_are_between_runs_of_the_same_seed() -> None:
+    arms = maps_report.summarise(SHOWN, RUNS)
+    found = arms["basis16"].minus_reference
+    assert found is not None
+    differences = [0.1, -0.1, 0.2]
+    assert found.value == pytest.approx(statistics.fmean(differences))
+    # 4.30265: Student's t with two degrees of freedom, 97.5 %.
+    assert found.half == pytest.approx(4.30265 * statistics.stdev(differences) / math.sqrt(3), rel=1e-5)
+    assert arms[REFERENCE].minus_reference is None
+    assert arms["ce"].cross_entropy.value == pytest.approx(4.5)
+    assert arms["ce"].perplexity.value == pytest.approx(statistics.fmean(map(math.exp, (4.5, 4.7, 4.3))))
+
+
+def test_bytes_and_explained_variance_are_means_over_seeds() -> None:
+    arms = maps_report.summarise(SHOWN, RUNS)
+    assert arms[REFERENCE].bytes_per_sample == pytest.approx(1000.0)
+    assert arms[REFERENCE].share_of_cache == pytest.approx(1 / 12)
+    assert arms[REFERENCE].explained == pytest.approx({"k": 0.7, "v": 0.35})
+    assert (arms["ce"].bytes_per_sample, arms["ce"].share_of_cache, arms["ce"].explained) == (None, None, {})
+
+
+def test_without_the_reference_there_are_no_differences() -> None:
+    arms = maps_report.summarise(SHOWN, {"ce": RUNS["ce"]})
+    assert arms["ce"].minus_reference is None
+
+
+def test_table_has_a_row_per_arm_with_each_seed() -> None:
+    lines = maps_report.table(maps_report.summarise(SHOWN, RUNS)).splitlines()
+    assert len(lines) == 5
+    assert lines[2] == (
+        "| ce | 90.0 / 109.9 / 73.7 | 91.2 | 4.500 / 4.700 / 4.300 | 4.500 ± 0.497 | +0.433 ± 0.143 | - | - | - |"
+    )
+    assert lines[3].endswith("| - | 1,000 | 1/12 | 0.70 / 0.35 |")
+    assert lines[4].endswith("| +0.067 ± 0.379 | 100 | 1/120 | 0.60 / 0.30 |")
+
+
+def test_one_seed_has_no_interval() -> None:
+    lines = maps_report.table(
+        maps_report.summarise(SHOWN, {name: runs[:1] for name, runs in RUNS.items()})
+    ).splitlines()
+    assert lines[2] == "| ce | 90.0 | 90.0 | 4.500 | 4.500 | +0.500 | - | - | - |"
+
+
+def test_report_writes_json_and_prints_the_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    results = maps_report.MapsResults((0, 1, 2), maps_report.summarise(SHOWN, RUNS), {}, {"steps": 30})
+    maps_report.write_report(results, tmp_path)
+    written = json.loads((tmp_path / "maps.json").read_text(encoding="utf-8"))
+    assert written["arms"]["basis16"]["minus_reference"]["value"] == pytest.approx(0.0667, abs=1e-4)
+    assert [one["held_out"]["ce_loss"] for one in written["arms"]["ce"]["runs"]] == [4.5, 4.7, 4.3]
+    assert written["settings"] == {"steps": 30}
+    assert maps_report.table(results.arms) in capsys.readouterr().out

@@ -1,0 +1,106 @@
+"""Bases of a teacher's own: they equal a naive PCA in fp64, and leave attention sinks out."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from align.head_dim_adapter import KVGeometry
+from align.teacher_basis import BasisStatistics, check_basis
+from kvcore.errors import FieldError
+from kvcore.types import TENSORS, BatchKV, Tensor
+
+B, L, H, M, D = 5, 2, 2, 12, 3
+FEATURES = H * D
+
+
+def batch(seed: int = 0, slots: int = M) -> BatchKV:
+    """K/V with a large constant offset, whose features have different variances and are correlated."""
+    generator = torch.Generator().manual_seed(seed)
+    mix_FF = torch.randn(FEATURES, FEATURES, generator=torch.Generator().manual_seed(99))
+
+    def draw(offset: float) -> Tensor:
+        x_BLMF = torch.randn(B, L, slots, FEATURES, generator=generator) * torch.logspace(0, -1.5, FEATURES)
+        return (x_BLMF @ mix_FF + offset).unflatten(3, (H, D)).transpose(2, 3)
+
+    mask_BM = torch.arange(slots) < torch.tensor([slots, slots - 1, slots, slots - 3, slots])[:, None]
+    ends_BLHM = torch.arange(1, slots + 1).expand(B, 1, 1, slots).masked_fill(~mask_BM[:, None, None], -1)
+    return BatchKV(draw(20.0), draw(-3.0), mask_BM, ends_BLHM)
+
+
+ENDS_BT = torch.arange(1, M + 1).expand(B, M)
+
+
+def rows(kv: BatchKV, kind: str, layer: int, skip: int) -> Tensor:
+    """The rows of one layer by loops, in fp64."""
+    x_BLHMD = kv.k_BLHMD if kind == "k" else kv.v_BLHMD
+    found = [
+        x_BLHMD[sample, layer, :, slot].flatten().double()
+        for sample in range(B)
+        for slot in range(skip, x_BLHMD.shape[3])
+        if kv.mask_BM[sample, slot]
+    ]
+    return torch.stack(found)
+
+
+@pytest.mark.parametrize("rank", [1, 3, FEATURES])
+@pytest.mark.parametrize("skip", [0, 1])
+def test_a_basis_equals_a_naive_pca(rank: int, skip: int) -> None:
+    parts = [batch(seed) for seed in range(3)]
+    sums = BasisStatistics((1, 4), FEATURES)
+    for kv in parts:
+        sums.update(kv, ENDS_BT, skip)
+    sums.check(rank)
+    kv_map, kept_LK = sums.basis(rank)
+    assert kv_map.layers == (1, 4)
+    assert (kv_map.named.heads, kv_map.named.head_dim) == (1, rank)
+    for column, kind in enumerate(TENSORS):
+        for layer in range(L):
+            x_NF = torch.cat([rows(kv, kind, layer, skip) for kv in parts])
+            centred_NF = x_NF - x_NF.mean(dim=0)
+            _, singular_F, axes_FF = torch.linalg.svd(centred_NF, full_matrices=False)
+            torch.testing.assert_close(
+                kv_map.tensors[f"{kind}.centre"][layer].double(), x_NF.mean(dim=0), rtol=1e-6, atol=1e-6
+            )
+            weight_FR = kv_map.tensors[f"{kind}.weight"][layer, :, 0].double()
+            for component in range(rank):
+                axis_F = axes_FF[component] * axes_FF[component][axes_FF[component].abs().argmax()].sign()
+                torch.testing.assert_close(weight_FR[:, component], axis_F, rtol=0, atol=1e-5)
+            kept = float(singular_F[:rank].square().sum() / singular_F.square().sum())
+            assert float(kept_LK[layer, column]) == pytest.approx(kept, abs=1e-9)
+    if rank == FEATURES:
+        assert kept_LK.flatten().tolist() == pytest.approx([1.0] * L * 2)
+
+
+def test_sums_of_ranks_add_up_and_equal_sums_give_equal_bases() -> None:
+    whole, halves = BasisStatistics((0, 1), FEATURES), [BasisStatistics((0, 1), FEATURES) for _ in range(2)]
+    for seed in range(4):
+        whole.update(batch(seed), ENDS_BT, 1)
+        halves[seed % 2].update(batch(seed), ENDS_BT, 1)
+    for mine, theirs in zip(halves[0].tensors(), halves[1].tensors(), strict=True):
+        mine.add_(theirs)
+    together, again = halves[0].basis(2)[0], halves[0].basis(2)[0]
+    assert together.named == again.named
+    for name, tensor in whole.basis(2)[0].tensors.items():
+        torch.testing.assert_close(together.tensors[name], tensor, rtol=0, atol=1e-6)
+
+
+def test_too_few_tokens_and_bad_numbers_are_refused() -> None:
+    sums = BasisStatistics((0, 1), FEATURES)
+    with pytest.raises(FieldError, match=r"^align.basis_rank: 4 components need more than 4 tokens.* have 0"):
+        sums.check(4)
+    kv = batch()
+    kv.v_BLHMD[2, 1, 0, 3, 1] = torch.nan
+    sums.update(kv, ENDS_BT, 0)
+    with pytest.raises(FieldError, match=r"^align.basis_rank: keys or values.* are NaN or infinite"):
+        sums.check(4)
+
+
+def test_a_rank_above_the_features_and_mixed_layers_are_refused() -> None:
+    teacher, student = KVGeometry(9, H, D), KVGeometry(4, 1, 8)
+    check_basis(FEATURES, teacher, student, "uniform")
+    with pytest.raises(FieldError, match=r"got 7; the teacher has 6 features per layer \(2 KV heads x 3\)"):
+        check_basis(FEATURES + 1, teacher, student, "uniform")
+    # With fewer layers than the student, `last` interpolates.
+    with pytest.raises(FieldError, match="'last' mixes layers of this teacher"):
+        check_basis(2, KVGeometry(3, H, D), student, "last")
