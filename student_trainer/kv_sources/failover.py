@@ -22,6 +22,7 @@ from kvcore.plan import KVPlan
 from kvcore.types import Sample, TeacherInfo
 from student_trainer.kv_sources.base import EndpointHealth, KVResult, KVSource, SourceHealth
 from student_trainer.kv_sources.ended_requests import EndedRequests
+from student_trainer.kv_sources.parity import ParityCheck
 from student_trainer.kv_sources.replica import PACES_NEEDED, Endpoint, EndpointError, Replica
 
 logger = logging.getLogger(__name__)
@@ -61,6 +62,7 @@ class FailoverSource(KVSource):
         self._current = self._endpoints[start % len(self._endpoints)]
         self._patience_s = patience_s
         self._waits_once = waits_once
+        self._parity = ParityCheck(teacher) if len(replicas) > 1 else None
         self._lost_since: float | None = None
         self._reference: tuple[str, TeacherInfo, KVPlan] | None = None
         self._repeated = 0
@@ -211,8 +213,13 @@ class FailoverSource(KVSource):
 
     def _verify(self, endpoint: Endpoint) -> None:
         """Connects if needed, and checks that the endpoint serves the same teacher as before and as the others."""
-        if endpoint.verified:
-            return
+        if not endpoint.verified:
+            self._check_identity(endpoint)
+        if self._parity is not None:
+            self._parity.check(endpoint)
+        endpoint.verified = True
+
+    def _check_identity(self, endpoint: Endpoint) -> None:
         try:
             info = endpoint.replica.connect()
         except FieldError as error:
@@ -229,7 +236,6 @@ class FailoverSource(KVSource):
                 f"{endpoint.name} serves {_identity(info)}, but {name} served {_identity(expected)}. The endpoints of "
                 "one teacher must be replicas of it: start them with the same model, or list them as two teachers",
             )
-        endpoint.verified = True
 
     def _failed(self, endpoint: Endpoint, error: EndpointError, missing: int) -> None:
         refused_before = endpoint.refuses

@@ -10,6 +10,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import CancelledError
+from contextlib import closing
 from typing import Any, ClassVar
 
 import grpc
@@ -37,6 +38,7 @@ from kvcore.wire.stream_reader import StreamReader
 from protos import kv_cache_pb2 as pb
 from student_trainer.kv_sources.base import KVResult, KVSource
 from student_trainer.kv_sources.channel import Transport, transport_from_environment, without_address
+from student_trainer.kv_sources.parity import SAMPLE, parity_plan
 from student_trainer.kv_sources.proxies import proxy_note
 from student_trainer.kv_sources.replica import busy_delay
 
@@ -199,6 +201,19 @@ class RemoteSource(KVSource):
         missing = {sample.id: sample for sample in samples if sample.id not in received}
         for chunk in _chunks(list(missing.values()), self.info.max_samples_per_request):
             self._fetch_chunk(chunk, received)
+
+    def parity_kv(self) -> KVResult:
+        """The K/V by which replicas are compared (`parity`), over a connection of its own.
+
+        Raises:
+            As `fetch`.
+        """
+        source = RemoteSource(
+            self._teacher, self.endpoint, parity_plan, self._timeout_s, self._patience_s, self._transport
+        )
+        with closing(source):
+            source.connect()
+            return source.fetch([SAMPLE])[0]
 
     def close(self) -> None:
         """Closes the connection and cancels a request in progress."""

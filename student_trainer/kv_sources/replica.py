@@ -53,6 +53,7 @@ class Replica(Protocol):
     def retries(self) -> int: ...  # noqa: D102
     def connect(self) -> TeacherInfo: ...  # noqa: D102
     def fetch_into(self, samples: Sequence[Sample], received: dict[str, KVResult], /) -> None: ...  # noqa: D102
+    def parity_kv(self) -> KVResult: ...  # noqa: D102
     def close(self) -> None: ...  # noqa: D102
 
 

@@ -47,7 +47,7 @@ def kv_of(sample: Sample, info: TeacherInfo = INFO, plan: KVPlan = PLAN) -> Enco
     seed = int.from_bytes(hashlib.blake2b(f"{sample.id}/{info.weights_digest}".encode(), digest_size=7).digest())
     generator = torch.Generator().manual_seed(seed)
     tokens = len(sample.token_ids)
-    slots = min(plan.selection.budget, tokens)
+    slots = min(plan.selection.budget or tokens, tokens)
     parts: dict[str, Tensor] = {}
     errors: dict[str, list[float]] = {}
     for kind in TENSORS:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from kvcore.errors import TeacherUnavailableError
 from kvcore.types import Sample, TeacherInfo
 from student_trainer.kv_sources.base import KVResult
+from student_trainer.kv_sources.parity import SAMPLE, parity_plan
 from tests.support.kv_fakes import INFO, PLAN, kv_of
 
 
@@ -27,7 +28,8 @@ class ScriptedReplica:
         self.error: Exception = TeacherUnavailableError("math", "UNAVAILABLE: connection reset")
         self.connect_error: Exception = TeacherUnavailableError("math", "UNAVAILABLE: connection refused")
         self.asked: list[list[str]] = []
-        self.connects = 0
+        self.connects = self.parity_checks = 0
+        self.kv_noise = 0.0
         self.closed = False
 
     def connect(self) -> TeacherInfo:
@@ -45,6 +47,12 @@ class ScriptedReplica:
             received[sample.id] = kv_of(sample, self.info)
             if self.answers_left is not None:
                 self.answers_left -= 1
+
+    def parity_kv(self) -> KVResult:
+        self.parity_checks += 1
+        kv = kv_of(SAMPLE, self.info, parity_plan(self.info))
+        kv.parts["k.data"] = kv.parts["k.data"] + self.kv_noise
+        return kv
 
     def close(self) -> None:
         self.closed = True

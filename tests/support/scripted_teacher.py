@@ -14,6 +14,7 @@ from kvcore.types import Sample, TeacherInfo, Timings
 from kvcore.wire import messages
 from kvcore.wire.frames import FrameWriter
 from protos import kv_cache_pb2 as pb
+from student_trainer.kv_sources.parity import SAMPLE as PARITY_SAMPLE
 from tests.support.kv_fakes import INFO, kv_of
 
 Script = Callable[[int, grpc.ServicerContext], None]
@@ -23,7 +24,8 @@ class ScriptedTeacher:
     """Answers one frame per sample. Before each frame `script(frames sent in this request, context)` runs.
 
     `failing`: ids of samples that end with the failure `failure_code`. `damage`: changes the bytes of each frame.
-    `frames_at_most`: every answer ends without an error after this number of frames.
+    `frames_at_most`: every answer ends without an error after this number of frames. `requests`: the ids of each
+    request for samples; comparisons of replicas are not counted.
     """
 
     def __init__(self, info: TeacherInfo = INFO, port: int = 0) -> None:
@@ -66,7 +68,8 @@ class ScriptedTeacher:
     def _stream(self, request: pb.KVRequest, context: Any) -> Iterator[bytes]:
         asked = [messages.sample_from_proto(sample) for sample in request.samples]
         plan = messages.plan_from_proto(request.plan)
-        self.requests.append([sample.id for sample in asked])
+        if asked[0].id != PARITY_SAMPLE.id:
+            self.requests.append([sample.id for sample in asked])
         keys = [sample.key(self.info.weights_digest, plan) for sample in asked]
         writer = FrameWriter(request.request_id, plan, keys, self.info.max_frame_bytes)
         context.send_initial_metadata(((messages.TEACHER_METADATA, messages.teacher_metadata(self.info)),))
