@@ -2,7 +2,8 @@
 
 A step is forward and backward pass of answer and reasoning cross-entropy and of a loss on the latents' K/V. The two
 sides take turns in one process, and the medians over the rounds are reported; peak memory is measured in a process for
-each side. Prints one JSON object as its last line.
+each side. `matrix_tflop` counts the floating-point operations of matrix products, so its ratio is the speed-up that a
+machine without other costs would show. Prints one JSON object as its last line.
 
 Examples:
   python -m benchmarks.latent_step
@@ -19,6 +20,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.peak_memory import peak_mib
@@ -107,6 +109,7 @@ def measure(shape: Shape, rounds: int) -> dict[str, object]:
             step()
             if number > 0:
                 seconds[side].append(time.perf_counter() - began)
+    tflop = {side: _tflop(step) for side, step in steps.items()}
     medians = {side: statistics.median(each) for side, each in seconds.items()}
     memory = {side: peak_mib(step_of, shape, side) for side in SIDES}
     both = all(memory.values())
@@ -115,9 +118,18 @@ def measure(shape: Shape, rounds: int) -> dict[str, object]:
         "rounds": rounds,
         "median_step_s": medians,
         "times_faster": statistics.median(a / k for a, k in zip(seconds["again"], seconds["kept"], strict=True)),
+        "matrix_tflop": tflop,
+        "fewer_matrix_products": tflop["again"] / tflop["kept"],
         "peak_mib": memory,
         "memory_share": memory["kept"] / memory["again"] if both else None,  # type: ignore[operator]
     }
+
+
+def _tflop(step: Callable[[], None]) -> float:
+    """10^12 floating-point operations of the matrix products of one step."""
+    with FlopCounterMode(display=False) as counter:
+        step()
+    return counter.get_total_flops() / 1e12
 
 
 def main() -> None:

@@ -29,7 +29,13 @@ SELECTORS = NameTable(
 CODECS = NameTable(
     "codec",
     "kvdistill.codecs",
-    {"raw": "kvcore.tensors.codec:RAW", "bf16": "kvcore.tensors.codec:BF16", "int8": "kvcore.tensors.codec:INT8"},
+    {
+        "raw": "kvcore.tensors.codec:RAW",
+        "bf16": "kvcore.tensors.codec:BF16",
+        "int8": "kvcore.tensors.codec:INT8",
+        "int6": "kvcore.tensors.packed_codec:INT6",
+        "int4": "kvcore.tensors.packed_codec:INT4",
+    },
 )
 Selector = Annotated[str, SELECTORS]
 CodecName = Annotated[str, CODECS]
@@ -103,7 +109,8 @@ class CodecSpec(StrictModel):
     """How K/V are encoded for transfer and storage."""
 
     name: CodecName = "int8"
-    """Codec: `raw` (fp32), `bf16`, or `int8` with one scale per group."""
+    """Codec: `raw` (fp32), `bf16`, or `int8`, `int6` and `int4` with one scale per group (docs/benchmarks.md has their
+    errors)."""
     group_size: Annotated[int, Field(ge=1, le=4096)] = 64
     """Number of elements that share a scale in quantising codecs."""
     max_relative_error: PositiveFloat | None = None

@@ -158,7 +158,7 @@ def plan_tokens(plan: KVPlan) -> str:
 def plan_codec(plan: KVPlan) -> str:
     """How a plan encodes K/V."""
     codec = plan.codec
-    groups = f" in groups of {codec.group_size}" if codec.name == "int8" else ""
+    groups = f" in groups of {codec.group_size}" if codec.name.startswith("int") else ""
     limit = "" if codec.max_relative_error is None else f", relative error at most {codec.max_relative_error:g}"
     return f"{codec.name}{groups}{limit}"
 

@@ -2,9 +2,9 @@
 
 Models, data and settings are those of `make real`, with shorter questions. All arms take equal steps with equal seeds:
 cross-entropy alone; `align.direction: to_teacher` with all heads, and with the first 64, 16 or 4 principal components
-of each layer (`align.basis_rank`); rank 16 with the K/V of other samples; and a frozen ridge map to the student. It
-prints a table and writes maps.json. Runs that have finished with the same settings, models and data are kept, so an
-interrupted command continues.
+of each layer (`align.basis_rank`); rank 16 with the K/V of other samples; a frozen ridge map to the student; and all
+heads and rank 16 in other codecs than int8. It prints a table and writes maps.json. Runs that have finished with the
+same settings, models and data are kept, so an interrupted command continues.
 
 Examples:
   python -m experiments.real.maps --seeds 0 1 2

@@ -22,14 +22,16 @@ class MapArm:
     Attributes:
         name: of the arm, also in the names of its runs.
         shown: what the table calls it.
-        base: the arm of `make real` from which it differs only in `align`.
+        base: the arm of `make real` from which it differs only in `align` and the codec.
         align: changes of the section `align`.
+        codec: name of the codec.
     """
 
     name: str
     shown: str
     base: ArmName = "kv"
     align: dict[str, Any] = field(default_factory=dict)
+    codec: str = "int8"
 
 
 # Other arms are compared with this one.
@@ -42,15 +44,21 @@ ARMS: tuple[MapArm, ...] = (
     MapArm("basis64", "`to_teacher`, basis of rank 64", align={"basis_rank": 64}),
     MapArm("to_student", "`to_student`, frozen ridge", align={"direction": "to_student", "head_adapter": "ridge"}),
     MapArm("basis4", "`to_teacher`, basis of rank 4", align={"basis_rank": 4}),
+    MapArm("raw", "`to_teacher`, all heads, `raw`", codec="raw"),
+    MapArm("int6", "`to_teacher`, all heads, `int6`", codec="int6"),
+    MapArm("int4", "`to_teacher`, all heads, `int4`", codec="int4"),
+    MapArm("basis16_int4", "`to_teacher`, basis of rank 16, `int4`", align={"basis_rank": 16}, codec="int4"),
 )
 
 
 def map_config(arm: MapArm, seed: int, settings: Settings, paths: RealPaths, port: int) -> Config:
-    """The configuration of one run. Arms with K/V differ only in the section `align` and the control."""
+    """The configuration of one run. Arms with K/V differ only in the section `align`, the codec and the control."""
     config = arm_config(arm.base, seed, settings, paths, port)
     config["run"]["output_dir"] = str(paths.runs.run(run_name(arm, seed)))
     if arm.align:
         config["align"] |= arm.align
+    if arm.codec != "int8":
+        config["kv"]["codec"] = {"name": arm.codec}
     return config
 
 

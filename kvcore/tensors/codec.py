@@ -1,5 +1,7 @@
 """Encodes K/V for the network and for stores: `raw` (fp32), `bf16`, `int8` (symmetric, bfloat16 scales).
 
+`int6` and `int4` are in packed_codec.py.
+
 In int8, keys have one scale per channel and group of `group_size` tokens, because keys have outlier channels; values
 have one scale per token and group of `group_size` channels. The last group may be shorter. Codes are computed with the
 rounded scale, so |decoded - x| <= scale / 2 for every element whose group has a normal scale (largest magnitude at
@@ -115,37 +117,41 @@ def _cast(dtype: torch.dtype) -> Codec:
 
 
 def _encode_int8(x_BHMD: Tensor, kind: TensorKind, group_size: int) -> dict[str, Tensor]:
-    dim = _group_dim(kind)
-    scale = (_group_max(x_BHMD, group_size, dim) / _LEVELS).to(torch.bfloat16)
+    dim = group_dim(kind)
+    scale = (group_max(x_BHMD, group_size, dim) / _LEVELS).to(torch.bfloat16)
     divisor = torch.where(scale == 0, 1.0, scale.float())
-    codes = x_BHMD / _per_element(divisor, x_BHMD.shape[dim], group_size, dim)
+    codes = x_BHMD / per_element(divisor, x_BHMD.shape[dim], group_size, dim)
     codes = codes.round_().clamp_(-_LEVELS, _LEVELS).to(torch.int8)
     return {"codes": codes.contiguous(), "scale": scale.contiguous()}
 
 
 def _decode_int8(parts: Mapping[str, Tensor], kind: TensorKind, group_size: int) -> Tensor:
-    dim = _group_dim(kind)
+    dim = group_dim(kind)
     codes, scale = parts["codes"], parts["scale"].float()
-    return codes.float().mul_(_per_element(scale, codes.shape[dim], group_size, dim))
+    return codes.float().mul_(per_element(scale, codes.shape[dim], group_size, dim))
 
 
 def _int8_layout(shape_HMD: tuple[int, int, int], kind: TensorKind, group_size: int) -> PartLayout:
-    heads, slots, head_dim = shape_HMD
-    groups = -(-shape_HMD[_group_dim(kind)] // group_size)
-    scale_shape = (heads, groups, head_dim) if kind == "k" else (heads, slots, groups)
-    return [("codes", torch.int8, shape_HMD), ("scale", torch.bfloat16, scale_shape)]
+    return [("codes", torch.int8, shape_HMD), ("scale", torch.bfloat16, scale_shape(shape_HMD, kind, group_size))]
 
 
 RAW, BF16 = _cast(torch.float32), _cast(torch.bfloat16)
 INT8 = Codec(_encode_int8, _decode_int8, _int8_layout)
 
 
-def _group_dim(kind: TensorKind) -> int:
+def group_dim(kind: TensorKind) -> int:
     """The dimension that is divided into groups: tokens for keys, channels for values."""
     return -2 if kind == "k" else -1
 
 
-def _group_max(x: Tensor, group_size: int, dim: int) -> Tensor:
+def scale_shape(shape_HMD: tuple[int, int, int], kind: TensorKind, group_size: int) -> tuple[int, int, int]:
+    """The shape of the scales of one layer of one sample: one per group, channel and head, or per token."""
+    heads, slots, head_dim = shape_HMD
+    groups = -(-shape_HMD[group_dim(kind)] // group_size)
+    return (heads, groups, head_dim) if kind == "k" else (heads, slots, groups)
+
+
+def group_max(x: Tensor, group_size: int, dim: int) -> Tensor:
     """The largest magnitude of each group along `dim`; the last group may be shorter."""
     size = x.shape[dim]
     group = max(1, min(group_size, size))
@@ -159,7 +165,7 @@ def _group_max(x: Tensor, group_size: int, dim: int) -> Tensor:
     return magnitude.reshape(shape).amax(dim=dim)
 
 
-def _per_element(scale: Tensor, size: int, group_size: int, dim: int) -> Tensor:
+def per_element(scale: Tensor, size: int, group_size: int, dim: int) -> Tensor:
     """Repeats each group's scale for its elements along `dim`; a single group broadcasts."""
     if scale.shape[dim] == 1:
         return scale

@@ -144,9 +144,9 @@ def test_every_field_of_a_plan_is_in_the_list_of_changes():
         ({"layers": [0], "selection": {"seed": -1}}, "selection.seed", "greater than or equal to 0 (got -1)"),
         ({"layers": [0], "selection": {"seed": 2**63}}, "selection.seed", f"less than {2**63} (got {2**63})"),
         (
-            {"layers": [0], "codec": {"name": "int4"}},
+            {"layers": [0], "codec": {"name": "int5"}},
             "codec.name",
-            "expected one of raw, bf16, int8; got 'int4'; did you mean 'int8'?",
+            "expected one of raw, bf16, int8, int6, int4; got 'int5'; did you mean 'int8'?",
         ),
         ({"layers": [0], "codec": {"group_size": 0}}, "codec.group_size", "greater than or equal to 1 (got 0)"),
         ({"layers": [0], "codec": {"group_size": 5000}}, "codec.group_size", "less than or equal to 4096 (got 5000)"),

@@ -26,7 +26,7 @@ def tree(arm: MapArm) -> dict[str, Any]:
     return config
 
 
-def test_arms_with_a_teacher_differ_only_in_the_map_and_the_control() -> None:
+def test_arms_with_a_teacher_differ_only_in_the_map_the_codec_and_the_control() -> None:
     trees = {arm.name: tree(arm) for arm in ARMS}
     assert {name: one["kv"].pop("control") for name, one in trees.items() if name.startswith("shuffled")} == {
         "shuffled16": "shuffled"
@@ -38,10 +38,18 @@ def test_arms_with_a_teacher_differ_only_in_the_map_and_the_control() -> None:
         if name not in ("ce", REFERENCE)
     }
     assert changed == {
-        **{name: {"basis_rank"} for name in ("basis4", "basis16", "basis64", "shuffled16")},
+        **{name: {"basis_rank"} for name in ("basis4", "basis16", "basis64", "shuffled16", "basis16_int4")},
         "to_student": {"direction"},
+        **{name: set() for name in ("raw", "int6", "int4")},
     }
     trees[REFERENCE].pop("align")
+    codecs = {name: one["kv"]["codec"].pop("name") for name, one in trees.items()}
+    assert {name: codec for name, codec in codecs.items() if codec != "int8"} == {
+        "raw": "raw",
+        "int6": "int6",
+        "int4": "int4",
+        "basis16_int4": "int4",
+    }
     for name, one in trees.items():
         one["kv"].pop("control", None)
         assert name == "ce" or one == trees[REFERENCE]
@@ -51,7 +59,7 @@ def test_arms_with_a_teacher_differ_only_in_the_map_and_the_control() -> None:
 
 def test_ranks_are_those_in_the_names() -> None:
     ranks = {arm.name: tree(arm)["align"]["basis_rank"] for arm in ARMS if tree(arm)["align"]["basis_rank"]}
-    assert ranks == {"basis4": 4, "basis16": 16, "basis64": 64, "shuffled16": 16}
+    assert ranks == {"basis4": 4, "basis16": 16, "basis64": 64, "shuffled16": 16, "basis16_int4": 16}
 
 
 def test_all_arms_of_a_seed_run_before_the_next_seed() -> None:
