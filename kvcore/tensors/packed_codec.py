@@ -13,7 +13,8 @@ Apart from rounding in fp32, |decoded - x| <= scale / 2 for every element whose 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -41,7 +42,7 @@ class PackedInts:
         return self.bits * self.per_word // 8
 
     def packed_size(self, codes: int) -> int:
-        """Bytes of so many codes in a row."""
+        """Bytes of this number of codes in a row."""
         return -(-codes // self.per_word) * self.word_bytes
 
     def encode(self, x_BHMD: Tensor, kind: TensorKind, group_size: int) -> dict[str, Tensor]:
@@ -54,21 +55,21 @@ class PackedInts:
         scale = (group_max(x_BHMD, group_size, dim) / self.levels).to(torch.bfloat16)
         divisor = torch.where(scale == 0, 1.0, scale.float())
         codes = x_BHMD / per_element(divisor, x_BHMD.shape[dim], group_size, dim)
-        codes = codes.round_().clamp_(-self.levels, self.levels).add_(self.levels).to(torch.int32)
+        codes = codes.round_().clamp_(-self.levels, self.levels).add_(self.levels).to(torch.uint8)
         return {"codes": self._pack(codes, _packed_dim(kind)), "scale": scale.contiguous()} | parts
 
     def decode(self, parts: Mapping[str, Tensor], kind: TensorKind, group_size: int) -> Tensor:
         """See `Codec.decode`."""
         scale, packed_dim, dim = parts["scale"].float(), _packed_dim(kind), group_dim(kind)
         codes = self._unpack(parts["codes"], packed_dim, scale.shape[packed_dim])
-        x = (codes - self.levels).float().mul_(per_element(scale, codes.shape[dim], group_size, dim))
+        x = codes.float().sub_(self.levels).mul_(per_element(scale, codes.shape[dim], group_size, dim))
         return x.add_(parts["mean"].float()) if kind == "k" else x
 
     def layout(self, shape_HMD: tuple[int, int, int], kind: TensorKind, group_size: int) -> PartLayout:
         """See `Codec.layout`."""
         heads, _, head_dim = shape_HMD
-        packed = list(shape_HMD)
-        packed[_packed_dim(kind)] = self.packed_size(packed[_packed_dim(kind)])
+        packed, dim = list(shape_HMD), _packed_dim(kind)
+        packed[dim] = self.packed_size(packed[dim])
         parts: PartLayout = [
             ("codes", torch.uint8, tuple(packed)),
             ("scale", torch.bfloat16, scale_shape(shape_HMD, kind, group_size)),
@@ -76,21 +77,32 @@ class PackedInts:
         return [*parts, ("mean", torch.bfloat16, (heads, 1, head_dim))] if kind == "k" else parts
 
     def _pack(self, codes: Tensor, dim: int) -> Tensor:
-        codes = codes.transpose(dim, -1)
-        codes = _in_rows(functional.pad(codes, (0, -codes.shape[-1] % self.per_word)), self.per_word)
-        # The codes of a word do not overlap, so that their sum is the word.
-        word = (codes << self._shifts(codes.device)).sum(dim=-1, dtype=torch.int32)
-        packed = (word[..., None] >> _byte_shifts(self.word_bytes, codes.device)) & 0xFF
-        return packed.flatten(-2).to(torch.uint8).transpose(dim, -1).contiguous()
+        missing = -codes.shape[dim] % self.per_word
+        codes = functional.pad(codes, (0, missing) if dim == -1 else (0, 0, 0, missing))
+        by_code = _in_rows(codes, dim, self.per_word).unbind(dim)
+        packed = [
+            _any_of(_shifted(by_code[code], self.bits * code - 8 * byte) for code in self._codes_in(byte))
+            for byte in range(self.word_bytes)
+        ]
+        return torch.stack(packed, dim=dim).reshape(_with_size(codes, dim, self.packed_size(codes.shape[dim])))
 
     def _unpack(self, packed: Tensor, dim: int, size: int) -> Tensor:
-        packed = _in_rows(packed.transpose(dim, -1), self.word_bytes).to(torch.int32)
-        word = (packed << _byte_shifts(self.word_bytes, packed.device)).sum(dim=-1, dtype=torch.int32)
-        codes = (word[..., None] >> self._shifts(packed.device)) & (2**self.bits - 1)
-        return codes.flatten(-2)[..., :size].transpose(dim, -1)
+        by_byte = _in_rows(packed, dim, self.word_bytes).unbind(dim)
+        codes = [
+            _any_of(
+                _shifted(by_byte[byte], 8 * byte - self.bits * code)
+                for byte in range(self.word_bytes)
+                if code in self._codes_in(byte)
+            )
+            & (2**self.bits - 1)
+            for code in range(self.per_word)
+        ]
+        whole = packed.shape[dim] // self.word_bytes * self.per_word
+        return torch.stack(codes, dim=dim).reshape(_with_size(packed, dim, whole)).narrow(dim, 0, size)
 
-    def _shifts(self, device: torch.device) -> Tensor:
-        return self.bits * torch.arange(self.per_word, dtype=torch.int32, device=device)
+    def _codes_in(self, byte: int) -> range:
+        """The codes of a word that have bits in one of its bytes."""
+        return range(8 * byte // self.bits, -(-8 * (byte + 1) // self.bits))
 
 
 def _codec(ints: PackedInts) -> Codec:
@@ -100,18 +112,32 @@ def _codec(ints: PackedInts) -> Codec:
 INT6, INT4 = _codec(PackedInts(bits=6, per_word=4)), _codec(PackedInts(bits=4, per_word=2))
 
 
-def _in_rows(x: Tensor, size: int) -> Tensor:
-    """Divides the last dimension into rows of `size`."""
-    return x.reshape(*x.shape[:-1], x.shape[-1] // size, size)
+def _shifted(x: Tensor, bits: int) -> Tensor:
+    """Shifts uint8 to the left, or to the right if `bits` is negative. What leaves the byte is lost."""
+    return x << bits if bits >= 0 else x >> -bits
+
+
+def _any_of(parts: Iterable[Tensor]) -> Tensor:
+    """The bits that are set in any part."""
+    return functools.reduce(torch.bitwise_or, parts)
+
+
+def _in_rows(x: Tensor, dim: int, size: int) -> Tensor:
+    """Divides dimension `dim`, the last or the one before, into rows of `size`, which becomes dimension `dim`."""
+    at = x.ndim + dim
+    return x.reshape(*x.shape[:at], x.shape[at] // size, size, *x.shape[at + 1 :])
+
+
+def _with_size(x: Tensor, dim: int, size: int) -> list[int]:
+    """The shape of x with another size of one dimension."""
+    shape = list(x.shape)
+    shape[dim] = size
+    return shape
 
 
 def _packed_dim(kind: TensorKind) -> int:
     """The dimension along which codes are packed. It is not the one that is divided into groups."""
     return -1 if kind == "k" else -2
-
-
-def _byte_shifts(count: int, device: torch.device) -> Tensor:
-    return 8 * torch.arange(count, dtype=torch.int32, device=device)
 
 
 def _mean(x_BHMD: Tensor) -> Tensor:

@@ -71,7 +71,7 @@ def test_losses_are_those_of_a_run_that_maps_in_the_trainer(
     assert whole / 2 == 2 * LAYERS * layer_bytes(raw, 1, LATENTS, 16)
 
 
-@pytest.mark.parametrize(("codec", "warmup", "ranks"), [("raw", 0, 2), ("int8", 4, 1)], ids=["raw", "int8"])
+@pytest.mark.parametrize(("codec", "warmup", "ranks"), [("raw", 0, 2), ("int4", 4, 1)], ids=["raw", "int4"])
 def test_recording_and_offline_give_the_online_losses_and_the_store_keeps_the_map(
     world: World, endpoints: Endpoints, tmp_path: Path, codec: str, warmup: int, ranks: int
 ) -> None:
