@@ -16,7 +16,7 @@ from extraction.teachers import model_geometry
 from kvcore.errors import FieldError, TeacherUnavailableError
 from kvcore.models.backbone import read_tokenizer
 from kvcore.monitoring.units import in_bytes
-from kvcore.plan import KVPlan, PlanMap
+from kvcore.plan import CodecSpec, KVPlan, PlanMap
 from kvcore.store.manifest import read_manifest
 from kvcore.tensors.plan_size import kept_slots, sample_bytes
 from kvdistill.columns import in_columns
@@ -28,6 +28,8 @@ from student_trainer.config import TeacherConfig, TrainConfig
 MAX_COUNTED = 512
 # Numbers of principal components (`align.basis_rank`) whose bytes are shown beside those of all heads.
 RANKS = (256, 64, 16)
+# Codecs whose bytes are shown beside those of the run's codec.
+CODECS = ("int8", "int6", "int4")
 # Names of the choices that are shown: all heads, and the student's.
 WHOLE, MAPPED = "all heads", "map_at teacher"
 _PARTS = ("prompt", "reasoning", "answer")
@@ -55,7 +57,7 @@ class Lengths:
 class Demand:
     """What a run requests from one teacher. Bytes and tokens are means per sample; the cache is in half precision.
 
-    `bytes_by_choice`: for each choice of what the teacher sends that the run can make, by its name.
+    `bytes_by_choice`: for each codec, and each choice of what the teacher sends that the run can make, by their names.
     """
 
     teacher: str
@@ -64,7 +66,7 @@ class Demand:
     kept_tokens: float
     sample_bytes: float
     cache_bytes: float
-    bytes_by_choice: Mapping[str, float]
+    bytes_by_choice: Mapping[str, Mapping[str, float]]
 
 
 def plan_text(config: TrainConfig, models: Sequence[str]) -> str:
@@ -172,13 +174,15 @@ def _demand(teacher: str, student: KVGeometry, config: TrainConfig, geometry: KV
 
     choices = _choices(config, student, geometry)
 
-    def size(shape: tuple[int, int] | None) -> float:
+    def size(codec: CodecSpec, shape: tuple[int, int] | None) -> float:
         named = None if shape is None else PlanMap(digest="0" * 32, heads=shape[0], head_dim=shape[1])
-        return fmean(sample_bytes(plan.with_map(named), geometry.heads, geometry.head_dim, count) for count in slots)
+        sized = KVPlan(layers=plan.layers, selection=plan.selection, codec=codec, map=named)
+        return fmean(sample_bytes(sized, geometry.heads, geometry.head_dim, count) for count in slots)
 
-    by_choice = {name: size(shape) for name, shape in choices.items()}
+    codecs = [kv.codec, *(CodecSpec(name=name) for name in CODECS if name != kv.codec.name)]
+    by_choice = {codec.name: {name: size(codec, shape) for name, shape in choices.items()} for codec in codecs}
     cache = raw_token_bytes(geometry.layers, geometry.heads, geometry.head_dim) * lengths.text()
-    return Demand(teacher, geometry, plan, fmean(slots), by_choice[_chosen(config)], cache, by_choice)
+    return Demand(teacher, geometry, plan, fmean(slots), by_choice[kv.codec.name][_chosen(config)], cache, by_choice)
 
 
 def _choices(config: TrainConfig, student: KVGeometry, geometry: KVGeometry) -> dict[str, tuple[int, int] | None]:
@@ -229,20 +233,21 @@ def _table(config: TrainConfig, demands: Sequence[Demand], records: int) -> str:
     if len(demands) > 1:
         samples, caches = (sum(getattr(each, name) for each in demands) for name in ("sample_bytes", "cache_bytes"))
         rows.append(["all", "", *_sizes(samples, caches, batch, records)])
-    return "\n\n".join([in_columns(requests), *_choice_table(demands), in_columns(rows, right=True)])
+    return "\n\n".join([in_columns(requests), _choice_table(demands), in_columns(rows, right=True)])
 
 
-def _choice_table(demands: Sequence[Demand]) -> list[str]:
-    """A table of the bytes per sample by what the teachers send; none if there is no choice."""
-    names = list(dict.fromkeys(name for each in demands for name in each.bytes_by_choice))
-    if len(names) < 2:
-        return []
-    names.sort(key=lambda name: -max(each.bytes_by_choice.get(name, 0) for each in demands))
-    rows = [["per sample", "full cache", *names]]
+def _choice_table(demands: Sequence[Demand]) -> str:
+    """A table of the bytes per sample by codec and by what the teachers send."""
+    by_codec = demands[0].bytes_by_choice
+    most = {name: size for each in demands for name, size in next(iter(each.bytes_by_choice.values())).items()}
+    names = sorted(most, key=lambda name: -most[name])
+    rows = [["per sample", "full cache", "codec", *names]]
     for each in demands:
-        sizes = [each.cache_bytes, *(each.bytes_by_choice.get(name) for name in names)]
-        rows.append([each.teacher, *("-" if size is None else in_bytes(round(size)) for size in sizes)])
-    return [in_columns(rows, right=True)]
+        for codec in by_codec:
+            sizes = [each.bytes_by_choice[codec].get(name) for name in names]
+            shown = ["-" if size is None else in_bytes(round(size)) for size in sizes]
+            rows.append([each.teacher, in_bytes(round(each.cache_bytes)), codec, *shown])
+    return in_columns(rows, right=True)
 
 
 def _sizes(sample: float, cache: float, batch: int, records: int) -> list[str]:

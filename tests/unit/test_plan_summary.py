@@ -38,6 +38,13 @@ def rows(shown: str) -> dict[str, list[str]]:
     return {line.split()[0]: line.split() for line in shown.rpartition("\n\n")[2].splitlines()}
 
 
+def lines_of(table: str, codec: str) -> list[str]:
+    """The lines of one codec in the table of choices."""
+    found = [line for line in table.splitlines() if codec in line.split()]
+    assert len(found) == 2, "one for each teacher"
+    return found
+
+
 def test_plan_shows_layers_tokens_and_bytes_from_model_configurations(world: World) -> None:
     shown = plan_text(config(world), models(world))
     assert "layers of ada  2 of 3: 0, 2" in shown
@@ -70,8 +77,12 @@ def test_bytes_of_each_number_of_components_are_shown_where_a_run_can_have_them(
     assert table.splitlines()[0].split("  ")[-1].strip() == "basis_rank 16"
     # Two layers of one head with 16 components: K has a scale per component, V one per token; and the positions.
     sixteen = 2 * (2 * LATENTS * 16 + 2 * 16 + 2 * LATENTS) + 4 * LATENTS
-    for line in table.splitlines()[1:]:
+    for line in lines_of(table, "int8"):
         assert line.split()[-2:] == [f"{sixteen / 1000:.1f}", "kB"], line
+    # int4 packs two codes of keys along components and of values along tokens, and sends a mean per component of K.
+    packed = 2 * (LATENTS * 8 + -(-LATENTS // 2) * 16 + 2 * 16 + 2 * LATENTS + 2 * 16) + 4 * LATENTS
+    for line in lines_of(table, "int4"):
+        assert line.split()[-2:] == [f"{packed / 1000:.1f}", "kB"], line
     whole = rows(shown)
     four = plan_text(config(world, align=align | {"basis_rank": 4}), models(world))
     assert "components     4 of each layer" in four
@@ -86,10 +97,10 @@ def test_bytes_of_each_number_of_components_are_shown_where_a_run_can_have_them(
 def test_bytes_of_the_students_heads_are_shown_where_teachers_can_map_to_them(world: World) -> None:
     shown = plan_text(config(world, kv=RIGHT_RAW), models(world))
     (table,) = (part for part in shown.split("\n\n") if part.startswith("per sample"))
-    assert table.splitlines()[0].endswith("full cache  all heads  map_at teacher")
+    assert table.splitlines()[0].endswith("full cache  codec  all heads  map_at teacher")
     # Two layers of one head of 16, K and V in fp32, and the positions.
     mapped = 2 * 2 * LATENTS * 16 * 4 + 4 * LATENTS
-    for line in table.splitlines()[1:]:
+    for line in lines_of(table, "raw"):
         assert line.split()[-2:] == [f"{mapped / 1000:.1f}", "kB"], line
     at_teacher = plan_text(config(world, kv=RIGHT_RAW, align={"map_at": "teacher"}), models(world))
     assert "heads          the student's (align.map_at teacher)" in at_teacher
