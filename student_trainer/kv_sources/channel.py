@@ -11,6 +11,7 @@ from pathlib import Path
 import grpc
 
 from kvcore.errors import FieldError
+from kvcore.watched_files import WatchedFiles
 from kvcore.wire.channel_arguments import DIRECT, THROUGH_PROXY
 from student_trainer.kv_sources.proxies import uses_proxy
 from student_trainer.launching.transport_variables import TLS_CA, TOKEN_FILE
@@ -41,7 +42,7 @@ class Transport:
         """
         options = [*options, THROUGH_PROXY if uses_proxy(endpoint) else DIRECT]
         ca_name, token_name = self.names
-        token = self._token()
+        token = _TokenHeader(Path(self.token_file).expanduser(), token_name) if self.token_file else None
         if not self.tls_ca:
             if token is not None:
                 problem = f"a token is only sent over TLS; set {ca_name} to the servers' certificate"
@@ -49,17 +50,25 @@ class Transport:
             return grpc.insecure_channel(endpoint, options=options)
         credentials = grpc.ssl_channel_credentials(_content(self.tls_ca, ca_name))
         if token is not None:
-            caller = grpc.access_token_call_credentials(token)
+            caller = grpc.metadata_call_credentials(token)
             credentials = grpc.composite_channel_credentials(credentials, caller)
         return grpc.secure_channel(endpoint, credentials, options=options)
 
-    def _token(self) -> str | None:
-        if not self.token_file:
-            return None
-        name = self.names[1]
-        token = _content(self.token_file, name).decode(errors="replace").strip()
+
+class _TokenHeader(grpc.AuthMetadataPlugin):
+    """Adds the token of a file to every call, also after the file has changed."""
+
+    def __init__(self, path: Path, name: str) -> None:
+        self._path, self._name = path, name
+        self._token = WatchedFiles((path,), self._read)
+
+    def __call__(self, _context: grpc.AuthMetadataContext, callback: grpc.AuthMetadataPluginCallback) -> None:
+        callback((("authorization", f"Bearer {self._token.current()}"),), None)
+
+    def _read(self) -> str:
+        token = _content(self._path, self._name).decode(errors="replace").strip()
         if not token or not token.isascii():
-            raise FieldError(name, f"{self.token_file} holds no token of ASCII characters")
+            raise FieldError(self._name, f"{self._path} holds no token of ASCII characters")
         return token
 
 

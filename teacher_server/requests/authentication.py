@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import hmac
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import grpc
 
 from kvcore.errors import FieldError, KVDistillError
+from kvcore.watched_files import WatchedFiles
 from teacher_server.config import ServeConfig
 
 MIN_TOKEN_BYTES = 16
@@ -19,37 +20,60 @@ class UnauthenticatedError(KVDistillError):
 
 
 def server_credentials(config: ServeConfig) -> grpc.ServerCredentials | None:
-    """The server's certificate and key; None if it serves without TLS.
+    """The server's certificate and key; None if it serves without TLS. New connections use files that have changed.
 
     Raises:
         FieldError: a file cannot be read.
     """
     if config.tls_cert is None or config.tls_key is None:
         return None
-    pair = (_content(config.tls_key, "tls_key"), _content(config.tls_cert, "tls_cert"))
-    return grpc.ssl_server_credentials([pair])
+    key, cert = config.tls_key, config.tls_cert
+
+    def read() -> grpc.ServerCertificateConfiguration:
+        pair = (_content(key, "tls_key"), _content(cert, "tls_cert"))
+        return grpc.ssl_server_certificate_configuration([pair])
+
+    files = WatchedFiles((key, cert), read)
+    used = files.current()
+
+    def changed() -> grpc.ServerCertificateConfiguration | None:
+        nonlocal used
+        before, used = used, files.current()
+        return None if used is before else used
+
+    # gRPC takes None for no change, which its type stubs do not say.
+    return grpc.dynamic_ssl_server_credentials(used, changed)  # pyright: ignore[reportArgumentType]
 
 
-def read_token(config: ServeConfig) -> bytes | None:
-    """The token that callers must present; None if no token is required.
+def token_source(config: ServeConfig) -> Callable[[], bytes] | None:
+    """Returns the token that callers must present, also after its file has changed; None if no token is required.
 
     Raises:
         FieldError: the file cannot be read, or the token is too short.
     """
     if config.token_file is None:
         return None
-    token = _content(config.token_file, "token_file").strip()
+    path = config.token_file
+    return WatchedFiles((path,), lambda: _read_token(path)).current
+
+
+def _read_token(path: Path) -> bytes:
+    token = _content(path, "token_file").strip()
     if len(token) < MIN_TOKEN_BYTES:
         raise FieldError(
             "token_file",
-            f"the token in {config.token_file} has {len(token)} characters; at least {MIN_TOKEN_BYTES} are needed: "
+            f"the token in {path} has {len(token)} characters; at least {MIN_TOKEN_BYTES} are needed: "
             "create one with openssl rand -hex 32",
         )
     return token
 
 
-def check_token(token: bytes | None, metadata: Iterable[tuple[str, str | bytes]]) -> None:
+def check_token(token: Callable[[], bytes] | None, metadata: Iterable[tuple[str, str | bytes]]) -> None:
     """Refuse a caller without the token. The comparison takes constant time.
+
+    Args:
+        token: returns the token; None if no token is required.
+        metadata: of the call.
 
     Raises:
         UnauthenticatedError: the token is missing or wrong.
@@ -58,7 +82,7 @@ def check_token(token: bytes | None, metadata: Iterable[tuple[str, str | bytes]]
         return
     header = dict(metadata).get("authorization", "")
     given = header if isinstance(header, bytes) else header.encode()
-    if not hmac.compare_digest(given, b"Bearer " + token):
+    if not hmac.compare_digest(given, b"Bearer " + token()):
         raise UnauthenticatedError(
             "this server requires a token (KVDISTILL_TOKEN_FILE); the call had none or a wrong one"
         )

@@ -80,10 +80,12 @@ class CallInterceptor(ServiceInterceptor):
     Args:
         service: full name of the service; calls of other services pass through.
         metrics, activity: of the server.
-        token: the token that callers must present; None if no token is required.
+        token: returns the token that callers must present; None if no token is required.
     """
 
-    def __init__(self, service: str, metrics: Metrics, activity: Activity, token: bytes | None = None) -> None:
+    def __init__(
+        self, service: str, metrics: Metrics, activity: Activity, token: Callable[[], bytes] | None = None
+    ) -> None:
         super().__init__({service: self._handler})
         self._service = service
         self._metrics = metrics

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
@@ -17,7 +18,7 @@ from student_trainer.kv_sources.remote import RemoteSource
 from student_trainer.launching.local_teachers import LocalTeachers
 from student_trainer.launching.transport_variables import TLS_CA, TOKEN_FILE
 from teacher_server.config import ServeConfig
-from teacher_server.requests.authentication import read_token
+from teacher_server.requests.authentication import token_source
 from tests.support.certificates import certificate
 from tests.support.servers import TeacherProcess, running_teacher
 
@@ -82,6 +83,54 @@ def test_a_client_refuses_a_server_that_it_cannot_verify(
         ask(teacher)
 
 
+def test_a_changed_token_is_used_by_server_and_clients_without_a_restart(
+    files: dict[str, Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    token, old = tmp_path / "token", tmp_path / "old"
+    for path in (token, old):
+        path.write_text(SECRET, encoding="utf-8")
+    monkeypatch.setenv(TLS_CA, str(files["cert"]))
+    secrets = {"tls_cert": files["cert"], "tls_key": files["key"], "token_file": token}
+    with running_teacher("fake:layers=2", tmp_path / "log", engine="fake", **secrets) as running:
+        monkeypatch.setenv(TOKEN_FILE, str(token))
+        with closing(RemoteSource("a", running.endpoint, lambda _info: PLAN)) as source:
+            source.connect()
+            token.write_text("another-long-secret", encoding="utf-8")
+            (answer,) = source.fetch([Sample("s", text="1 + 2 = 3")])
+            assert isinstance(answer, EncodedSampleKV)
+        monkeypatch.setenv(TOKEN_FILE, str(old))
+        with pytest.raises(TeacherRefusedError, match="requires a token"):
+            ask(running)
+        # A token that is being written does not shut out the callers.
+        token.write_text("", encoding="utf-8")
+        monkeypatch.setenv(TOKEN_FILE, str(tmp_path / "another"))
+        (tmp_path / "another").write_text("another-long-secret", encoding="utf-8")
+        ask(running)
+
+
+def test_new_connections_use_a_changed_certificate(
+    files: dict[str, Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    cert, key = tmp_path / "tls.crt", tmp_path / "tls.key"
+    shutil.copy(files["cert"], cert)
+    shutil.copy(files["key"], key)
+    new_cert, new_key = certificate(tmp_path / "new")
+    monkeypatch.setenv(TLS_CA, str(files["cert"]))
+    with running_teacher("fake:layers=2", tmp_path / "log", engine="fake", tls_cert=cert, tls_key=key) as running:
+        with closing(RemoteSource("a", running.endpoint, lambda _info: PLAN)) as source:
+            source.connect()
+            shutil.copy(new_key, key)
+            shutil.copy(new_cert, cert)
+            monkeypatch.setenv(TLS_CA, str(new_cert))
+            ask(running)
+            # An open connection continues.
+            (answer,) = source.fetch([Sample("s", text="1 + 2 = 3")])
+            assert isinstance(answer, EncodedSampleKV)
+        monkeypatch.setenv(TLS_CA, str(files["cert"]))
+        with pytest.raises(TeacherUnavailableError):
+            ask(running)
+
+
 def test_probes_need_no_token(teacher: TeacherProcess, files: dict[str, Path]) -> None:
     with grpc.secure_channel(teacher.endpoint, grpc.ssl_channel_credentials(files["cert"].read_bytes())) as channel:
         check = channel.unary_unary(
@@ -124,7 +173,7 @@ def test_a_short_token_is_refused(files: dict[str, Path], tmp_path: Path) -> Non
     short.write_text("fifteen-letters\n", encoding="ascii")
     config = ServeConfig(model="fake:", engine="fake", tls_cert=files["cert"], tls_key=files["key"], token_file=short)
     with pytest.raises(FieldError, match=r"token_file: the token in .* has 15 characters; at least 16 are needed"):
-        read_token(config)
+        token_source(config)
 
 
 def test_a_missing_file_raises_with_its_name(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

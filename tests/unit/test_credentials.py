@@ -17,7 +17,7 @@ from student_trainer.launching.hosts import LocalHost
 from student_trainer.launching.job import Job
 from student_trainer.launching.transport_variables import TLS_CA, TOKEN_FILE
 from teacher_server.config import FLAGS
-from teacher_server.requests.authentication import read_token, server_credentials
+from teacher_server.requests.authentication import server_credentials, token_source
 
 
 @pytest.fixture(autouse=True)
@@ -43,7 +43,9 @@ def test_servers_take_the_files_and_others_cannot_read_the_secrets(tmp_path: Pat
     flags = ["--model", "fake:", "--engine", "fake", "--grpc-host", "0.0.0.0", *made.server_flags]
     config = FLAGS.read(flags, "serve")
     assert server_credentials(config) is not None
-    assert len(read_token(config) or b"") == 64
+    token = token_source(config)
+    assert token is not None
+    assert len(token()) == 64
     assert [mode(path) for path in (tmp_path / "access", made.key, made.token)] == [0o700, 0o600, 0o600]
     shown = subprocess.run(
         ["openssl", "x509", "-in", made.certificate, "-noout", "-text"], check=True, capture_output=True, text=True
