@@ -19,7 +19,7 @@ from kvcore.errors import FieldError, KVDistillError
 from kvcore.wire.channel_arguments import DIRECT, server_arguments
 from teacher_server.config import MIB
 from teacher_server.monitoring.logs import log_event
-from teacher_server.requests.authentication import server_credentials, token_source
+from teacher_server.requests.authentication import certificate_files, server_credentials, token_source
 from teacher_server.requests.call_interceptor import CallInterceptor
 from teacher_server.requests.connection_limits import OpenServicesInterceptor, max_calls, max_streams
 from teacher_server.requests.service import SERVICE, TeacherKVService
@@ -53,7 +53,7 @@ class GrpcServer:
 
     def __init__(self, state: ServerState, service: TeacherKVService, health: health_aio.HealthServicer) -> None:
         self._state, self._service, self._health = state, service, health
-        self._credentials = server_credentials(state.config)
+        self._certificate = certificate_files(state.config)
         self._interceptor = CallInterceptor(SERVICE, state.metrics, state.activity, token_source(state.config))
         self._crashes: list[float] = []
         self._draining: dict[grpc.aio.Server, asyncio.Task[None]] = {}
@@ -157,9 +157,9 @@ class GrpcServer:
         host = f"[{config.grpc_host}]" if ":" in config.grpc_host else config.grpc_host
         address = f"{host}:{self._state.grpc_port or config.grpc_port}"
         try:
-            if self._credentials is None:
+            if self._certificate is None:
                 return server.add_insecure_port(address)
-            return server.add_secure_port(address, self._credentials)
+            return server.add_secure_port(address, server_credentials(self._certificate))
         except RuntimeError as error:
-            field = "grpc_port" if self._credentials is None else "tls_cert"
+            field = "grpc_port" if self._certificate is None else "tls_cert"
             raise FieldError(field, f"cannot listen on {address}: {error}") from error

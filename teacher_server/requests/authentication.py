@@ -19,8 +19,11 @@ class UnauthenticatedError(KVDistillError):
     """The caller did not present the server's token."""
 
 
-def server_credentials(config: ServeConfig) -> grpc.ServerCredentials | None:
-    """The server's certificate and key; None if it serves without TLS. New connections use files that have changed.
+CertificateFiles = WatchedFiles[grpc.ServerCertificateConfiguration]
+
+
+def certificate_files(config: ServeConfig) -> CertificateFiles | None:
+    """The server's certificate and key; None if it serves without TLS.
 
     Raises:
         FieldError: a file cannot be read.
@@ -33,7 +36,11 @@ def server_credentials(config: ServeConfig) -> grpc.ServerCredentials | None:
         pair = (_content(key, "tls_key"), _content(cert, "tls_cert"))
         return grpc.ssl_server_certificate_configuration([pair])
 
-    files = WatchedFiles((key, cert), read)
+    return WatchedFiles((key, cert), read)
+
+
+def server_credentials(files: CertificateFiles) -> grpc.ServerCredentials:
+    """Credentials for one server, whose new connections use changed files. Another server needs its own."""
     used = files.current()
 
     def changed() -> grpc.ServerCertificateConfiguration | None:

@@ -17,7 +17,7 @@ from student_trainer.launching.hosts import LocalHost
 from student_trainer.launching.job import Job
 from student_trainer.launching.transport_variables import TLS_CA, TOKEN_FILE
 from teacher_server.config import FLAGS
-from teacher_server.requests.authentication import server_credentials, token_source
+from teacher_server.requests.authentication import certificate_files, token_source
 
 
 @pytest.fixture(autouse=True)
@@ -42,7 +42,7 @@ def test_servers_take_the_files_and_others_cannot_read_the_secrets(tmp_path: Pat
     made = create_credentials(tmp_path / "access", ["127.0.0.1", "node-1"])
     flags = ["--model", "fake:", "--engine", "fake", "--grpc-host", "0.0.0.0", *made.server_flags]
     config = FLAGS.read(flags, "serve")
-    assert server_credentials(config) is not None
+    assert certificate_files(config) is not None
     token = token_source(config)
     assert token is not None
     assert len(token()) == 64
