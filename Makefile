@@ -12,7 +12,7 @@ WITH_REAL = PYTHONPATH=$(CURDIR)/.real
 MUTMUT = PYTHONPATH=$(CURDIR)/.mutmut $(VENV)/bin/python .mutmut/bin/mutmut
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo real test test-slow test-nightly test-wheel test-slurm test-deploy test-vllm test-real chaos nightly mutants mutant lint format proto docs site clean
+.PHONY: help setup demo real test test-slow test-nightly test-wheel test-slurm test-deploy test-vllm test-real test-random chaos nightly mutants mutant lint format proto docs site clean
 
 help: ## Show this help
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -60,7 +60,10 @@ test-real: setup ## Test `make real --quick`; skipped if the model's package or 
 chaos: setup ## Train under random faults, and compare every loss with a calm run (about 10 minutes)
 	@$(VENV)/bin/python -m tests.chaos $(CHAOS_ARGS)
 
-nightly: test-nightly chaos mutants ## Run the checks that take too long for every commit
+test-random: setup ## Run the unit and contract tests with inputs that are drawn anew
+	@HYPOTHESIS_PROFILE=random $(CHECKS) unit contract
+
+nightly: test-nightly test-random chaos mutants ## Run the checks that take too long for every commit
 
 mutants: .mutmut ## Mutate the numerical code and list mutants that no test detects; FILE=align/layer_map.py for one file
 	@$(if $(FILE),:,rm -rf mutants)

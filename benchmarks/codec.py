@@ -3,8 +3,8 @@
 A server reads the texts and sends all layers in fp32. Then each codec encodes and decodes each text's K/V layer by
 layer. Bytes are relative to bf16. An error is the norm of the difference over a norm: that of the K/V (`error`), or of
 what varies in them, without the mean of each layer's channels over all tokens (`error_of_varying`). Both are means over
-the layers. Speeds are MB of bf16 input per
-second; encoding includes measuring its error. Prints one JSON object as its last line.
+the layers. Speeds are MB of bf16 input per second; encoding includes measuring its error. Prints one JSON object as its
+last line.
 
 Examples:
   python -m benchmarks.codec --model outputs/real/models/teacher --data outputs/real/full/data/val.jsonl

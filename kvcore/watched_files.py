@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Generic, TypeVar
@@ -12,8 +13,12 @@ from kvcore.errors import FieldError
 
 logger = logging.getLogger(__name__)
 
+# Seconds between two looks at the files.
+LOOK_SECONDS = 1.0
+
 T = TypeVar("T")
-_Signature = tuple[tuple[int, int, int] | None, ...]
+# Times of the last change of content and of the file itself (its mode, its name), size and number.
+_Signature = tuple[tuple[int, int, int, int] | None, ...]
 
 
 class WatchedFiles(Generic[T]):
@@ -29,12 +34,20 @@ class WatchedFiles(Generic[T]):
     def __init__(self, paths: Sequence[Path], read: Callable[[], T]) -> None:
         self._paths, self._read = tuple(paths), read
         self._lock = threading.Lock()
-        self._signature = self._stat()
+        self._signature, self._looked_at = self._stat(), time.monotonic()
         self._result = read()
 
-    def current(self) -> T:
-        """The result for the newest valid content. Costs one `stat` per file if nothing has changed."""
+    def current(self, *, at_once: bool = False) -> T:
+        """The result for the newest valid content.
+
+        Args:
+            at_once: look at the files even if that was done within the last second.
+        """
         with self._lock:
+            now = time.monotonic()
+            if not at_once and now < self._looked_at + LOOK_SECONDS:
+                return self._result
+            self._looked_at = now
             signature = self._stat()
             if signature != self._signature:
                 self._signature = signature
@@ -47,11 +60,11 @@ class WatchedFiles(Generic[T]):
             return self._result
 
     def _stat(self) -> _Signature:
-        found: list[tuple[int, int, int] | None] = []
+        found: list[tuple[int, int, int, int] | None] = []
         for path in self._paths:
             try:
                 stat = path.stat()
-                found.append((stat.st_mtime_ns, stat.st_size, stat.st_ino))
+                found.append((stat.st_mtime_ns, stat.st_ctime_ns, stat.st_size, stat.st_ino))
             except OSError:
                 found.append(None)
         return tuple(found)

@@ -179,7 +179,7 @@ def _demand(teacher: str, student: KVGeometry, config: TrainConfig, geometry: KV
         sized = KVPlan(layers=plan.layers, selection=plan.selection, codec=codec, map=named)
         return fmean(sample_bytes(sized, geometry.heads, geometry.head_dim, count) for count in slots)
 
-    codecs = [kv.codec, *(CodecSpec(name=name) for name in CODECS if name != kv.codec.name)]
+    codecs = [kv.codec, *(kv.codec.model_copy(update={"name": name}) for name in CODECS if name != kv.codec.name)]
     by_choice = {codec.name: {name: size(codec, shape) for name, shape in choices.items()} for codec in codecs}
     cache = raw_token_bytes(geometry.layers, geometry.heads, geometry.head_dim) * lengths.text()
     return Demand(teacher, geometry, plan, fmean(slots), by_choice[kv.codec.name][_chosen(config)], cache, by_choice)

@@ -19,7 +19,7 @@ from kvcore.errors import FieldError, KVDistillError
 from kvcore.wire.channel_arguments import DIRECT, server_arguments
 from teacher_server.config import MIB
 from teacher_server.monitoring.logs import log_event
-from teacher_server.requests.authentication import certificate_files, server_credentials, token_source
+from teacher_server.requests.authentication import certificate_files, read_tokens, server_credentials
 from teacher_server.requests.call_interceptor import CallInterceptor
 from teacher_server.requests.connection_limits import OpenServicesInterceptor, max_calls, max_streams
 from teacher_server.requests.service import SERVICE, TeacherKVService
@@ -54,7 +54,7 @@ class GrpcServer:
     def __init__(self, state: ServerState, service: TeacherKVService, health: health_aio.HealthServicer) -> None:
         self._state, self._service, self._health = state, service, health
         self._certificate = certificate_files(state.config)
-        self._interceptor = CallInterceptor(SERVICE, state.metrics, state.activity, token_source(state.config))
+        self._interceptor = CallInterceptor(SERVICE, state.metrics, state.activity, read_tokens(state.config))
         self._crashes: list[float] = []
         self._draining: dict[grpc.aio.Server, asyncio.Task[None]] = {}
         self._server: grpc.aio.Server | None = None

@@ -36,6 +36,8 @@ _HEADER_TAG = b"\x0a"
 _BODY_TAG = b"\x12"
 _HEADER_XXH3_TAG = b"\x19"
 _VARINT, _FIXED64, _LENGTH_DELIMITED, _FIXED32 = 0, 1, 2, 5
+# Most bytes of a tag or a size, and of a number.
+_UINT32_BYTES, _UINT64_BYTES = 5, 10
 
 
 def pack_frame(header: Mapping[str, Any], body: bytes) -> bytes:
@@ -64,7 +66,9 @@ def unpack_frame(data: bytes) -> tuple[dict[str, Any], memoryview]:
     wire_types = {_HEADER_FIELD: _LENGTH_DELIMITED, _BODY_FIELD: _LENGTH_DELIMITED, _HEADER_XXH3_FIELD: _FIXED64}
     at = 0
     while at < len(view):
-        tag, at = _read_varint(view, at)
+        tag, at = _read_varint(view, at, _UINT32_BYTES)
+        if tag >= 1 << 32:
+            raise ProtocolError(f"frame is not a protobuf message: a field number above 2^29 before byte {at}")
         number, wire_type = tag >> 3, tag & 7
         if number == 0:
             raise ProtocolError(f"frame is not a protobuf message: field number 0 at byte {at}")
@@ -96,9 +100,9 @@ def _varint(value: int) -> bytes:
     return bytes(out)
 
 
-def _read_varint(view: memoryview, at: int) -> tuple[int, int]:
+def _read_varint(view: memoryview, at: int, most_bytes: int) -> tuple[int, int]:
     value = 0
-    for shift in range(0, 70, 7):
+    for shift in range(0, 7 * most_bytes, 7):
         if at >= len(view):
             raise ProtocolError(f"frame is truncated at byte {at}: inside a number")
         byte = view[at]
@@ -106,15 +110,15 @@ def _read_varint(view: memoryview, at: int) -> tuple[int, int]:
         value |= (byte & 0x7F) << shift
         if byte < 0x80:
             return value, at
-    raise ProtocolError(f"frame is not a protobuf message: a number of more than 10 bytes before byte {at}")
+    raise ProtocolError(f"frame is not a protobuf message: a number of more than {most_bytes} bytes before byte {at}")
 
 
 def _field_extent(view: memoryview, at: int, wire_type: int) -> tuple[int, int]:
     """Returns where a field's content starts and ends."""
     if wire_type == _VARINT:
-        return at, _read_varint(view, at)[1]
+        return at, _read_varint(view, at, _UINT64_BYTES)[1]
     if wire_type == _LENGTH_DELIMITED:
-        size, at = _read_varint(view, at)
+        size, at = _read_varint(view, at, _UINT32_BYTES)
     elif wire_type == _FIXED64:
         size = 8
     elif wire_type == _FIXED32:

@@ -10,7 +10,6 @@ import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import CancelledError
-from contextlib import closing
 from typing import Any, ClassVar
 
 import grpc
@@ -38,7 +37,7 @@ from kvcore.wire.stream_reader import StreamReader
 from protos import kv_cache_pb2 as pb
 from student_trainer.kv_sources.base import KVResult, KVSource
 from student_trainer.kv_sources.channel import Transport, transport_from_environment, without_address
-from student_trainer.kv_sources.parity import SAMPLE, parity_plan
+from student_trainer.kv_sources.parity import parity_plan, parity_sample
 from student_trainer.kv_sources.proxies import proxy_note
 from student_trainer.kv_sources.replica import busy_delay
 
@@ -203,17 +202,24 @@ class RemoteSource(KVSource):
             self._fetch_chunk(chunk, received)
 
     def parity_kv(self) -> KVResult:
-        """The K/V by which replicas are compared (`parity`), over a connection of its own.
+        """The K/V by which replicas are compared (`parity`). Fails at once if the server is full.
 
         Raises:
-            As `fetch`.
+            TeacherBusyError: the server is full.
+            TeacherUnavailableError: the endpoint does not answer.
+            ProtocolError: damaged bytes.
         """
-        source = RemoteSource(
-            self._teacher, self.endpoint, parity_plan, self._timeout_s, self._patience_s, self._transport
-        )
-        with closing(source):
-            source.connect()
-            return source.fetch([SAMPLE])[0]
+        plan, sample, request_id = parity_plan(self.info), parity_sample(self.info), uuid.uuid4().hex
+        sent = [messages.sample_to_proto(sample)]
+        request = pb.KVRequest(request_id=request_id, plan=messages.plan_to_proto(plan), samples=sent)
+        received: dict[str, KVResult] = {}
+        try:
+            self._exchange(request, StreamReader(request_id, plan, [sample], self.info), [sample], received, set())
+        except _BusyError as busy:
+            raise TeacherBusyError(self._teacher, f"its queue is full ({busy})", busy.wait_s) from busy
+        if sample.id not in received:
+            raise self._unavailable("could not compute the K/V by which replicas are compared")
+        return received[sample.id]
 
     def close(self) -> None:
         """Closes the connection and cancels a request in progress."""
@@ -250,6 +256,16 @@ class RemoteSource(KVSource):
     def _stream(self, samples: Sequence[Sample], received: dict[str, KVResult], failed_once: set[str]) -> None:
         """Sends one request. Adds each complete sample to `received`; a first transient failure to `failed_once`."""
         request, reader = self._request(uuid.uuid4().hex, samples)
+        self._exchange(request, reader, samples, received, failed_once)
+
+    def _exchange(
+        self,
+        request: Message,
+        reader: StreamReader,
+        samples: Sequence[Sample],
+        received: dict[str, KVResult],
+        failed_once: set[str],
+    ) -> None:
         started = time.monotonic()
         try:
             call = self._call(request, timeout=self._timeout_s, metadata=tracing.headers())

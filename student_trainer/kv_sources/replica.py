@@ -72,12 +72,14 @@ def busy_delay(asked_s: float, refusals: int) -> float:
 class Endpoint:
     """One replica and its health. Times are monotonic seconds.
 
-    `verified`: it serves the teacher that the others serve, as of the last connection. `failures`, `refusals`: how
-    often it failed, or was full, since it last answered. `paces`: seconds per sample of its last requests.
+    `verified`: it serves the teacher that the others serve, as of the last connection. `compared_at`: when its K/V were
+    compared. `failures`, `refusals`: how often it failed, or was full, since it last answered. `paces`: seconds per
+    sample of its last requests.
     """
 
     replica: Replica
     verified: bool = False
+    compared_at: float = -math.inf
     failures: int = 0
     refusals: int = 0
     failed_at: float = -math.inf

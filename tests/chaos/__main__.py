@@ -3,7 +3,8 @@
 Two teachers with two replicas each, real servers behind TCP proxies, and two ranks. After the first checkpoint, faults
 come at random times: replicas are killed, stopped, drained, made unreachable or slow, serve other weights, or have bits
 flipped on their connections; the trainer is killed or its disk is full. A trainer that ended is started again. Prints
-each fault, and one JSON object as its last line. The exit code is 1 if any loss differs.
+each fault, and one JSON object as its last line: the losses that differ, the number of faults, and how often a replica
+with other weights was set aside. The exit code is 1 if any loss differs.
 
 Examples:
   python -m tests.chaos
@@ -29,7 +30,7 @@ from typing import Any
 from student_trainer.launching.processes import free_port
 from student_trainer.loop.checkpoint import latest
 from student_trainer.loop.finished_run import is_finished
-from tests.chaos.faults import REPLICA_FAULTS, TRAINER_FAULTS, Fault, Replica
+from tests.chaos.faults import REPLICA_FAULTS, TRAINER_FAULTS, Fault, Replica, kill_trainer
 from tests.chaos.tcp_proxy import TcpProxy
 from tests.support.tiny_models import save_tiny_model, tiny_spec
 from tests.support.training import LOSSES, World, make_world, metrics, start_cli
@@ -49,6 +50,15 @@ WRONG_MODELS = {
 
 
 @dataclass
+class Active:
+    """A fault that has begun. `ends_at` is None while its server starts."""
+
+    fault: Fault
+    seconds: float
+    ends_at: float | None
+
+
+@dataclass
 class Chaos:
     """Random faults during one run of `kvdistill train`."""
 
@@ -58,7 +68,7 @@ class Chaos:
     seed: int
     starts: int = 0
     faults: Counter[str] = field(default_factory=Counter[str])
-    _active: dict[Replica, tuple[float, Fault]] = field(default_factory=dict[Replica, tuple[float, Fault]])
+    _active: dict[Replica, Active] = field(default_factory=dict[Replica, "Active"])
     _starting: set[Replica] = field(default_factory=set[Replica])
 
     def __post_init__(self) -> None:
@@ -83,10 +93,15 @@ class Chaos:
                 if time.monotonic() > next_fault_at and latest(self.output / "checkpoints"):
                     self._next_fault(trainer)
                     next_fault_at = time.monotonic() + self._random.uniform(*PAUSES)
-            assert trainer.wait(60) == 0, "the run ended with an error after it had finished"
+            trainer.wait(60)
         finally:
-            trainer.kill()
+            kill_trainer(trainer)
             self._end_faults(at_once=True)
+
+    def set_aside(self) -> int:
+        """How often a trainer stopped using a replica that served other weights."""
+        logs = [path.read_text(encoding="utf-8") for path in self.directory.glob("start-*/run.log")]
+        return sum(log.count("it is not used while another replica works") for log in logs)
 
     def _start_trainer(self) -> subprocess.Popen[bytes]:
         self.starts += 1
@@ -110,14 +125,16 @@ class Chaos:
         self._say(f"{replica.name}: {fault.name}, for {seconds:.1f} s")
         self.faults[fault.name] += 1
         fault.begin(replica)
-        self._active[replica] = time.monotonic() + seconds, fault
+        self._active[replica] = Active(fault, seconds, None if fault.starts else time.monotonic() + seconds)
 
     def _end_faults(self, *, at_once: bool = False) -> None:
-        for replica, (ends_at, fault) in list(self._active.items()):
-            if at_once or time.monotonic() > ends_at:
+        for replica, active in list(self._active.items()):
+            if active.ends_at is None and replica.is_ready():
+                active.ends_at = time.monotonic() + active.seconds
+            if at_once or (active.ends_at is not None and time.monotonic() > active.ends_at):
                 del self._active[replica]
                 starts = replica.starts
-                fault.end(replica)
+                active.fault.end(replica)
                 if replica.starts > starts:
                     self._starting.add(replica)
         self._starting = {replica for replica in self._starting if not replica.is_ready()}
@@ -138,6 +155,7 @@ def differing_steps(calm: Path, chaotic: Path) -> list[str]:
     found: list[str] = []
     for name in (*LOSSES, "val/ce_loss", "val/kv_loss"):
         ours, theirs = metrics(calm, name), metrics(chaotic, name)
+        assert ours, f"the calm run has no {name}"
         found += [f"{name} at {step}" for step in ours.keys() | theirs.keys() if ours.get(step) != theirs.get(step)]
     return sorted(found)
 
@@ -181,6 +199,7 @@ def run_seed(directory: Path, steps: int, seed: int) -> dict[str, Any]:
             "differing": differing_steps(calm, chaotic),
             "final_loss": metrics(chaotic, "train/loss")[steps],
             "trainer_starts": chaos.starts,
+            "replicas_set_aside": chaos.set_aside(),
             "bits_flipped": sum(replica.proxy.flips for replica in replicas),
             "faults": dict(chaos.faults),
             "seconds": {"calm": round(calm_seconds), "chaotic": round(time.monotonic() - began)},

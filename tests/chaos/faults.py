@@ -6,6 +6,7 @@ import resource
 import signal
 import subprocess
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -64,12 +65,17 @@ class Replica:
 
 @dataclass(frozen=True)
 class Fault:
-    """`begin` and `end` take the replica. `weight`: how often it is chosen, relative to the others."""
+    """`begin` and `end` take the replica.
+
+    `weight`: how often it is chosen, relative to the others. `starts`: it begins with a server that starts, and lasts
+    from when that is ready.
+    """
 
     name: str
     begin: Callable[[Replica], None]
     end: Callable[[Replica], None]
     weight: int = 2
+    starts: bool = False
 
 
 def _set_mode(mode: Mode) -> Callable[[Replica], None]:
@@ -116,20 +122,22 @@ REPLICA_FAULTS = (
     Fault("connections cut", lambda replica: replica.proxy.cut(), lambda _: None, weight=3),
     Fault("bits flip in both directions", _set_mode(Mode.FLIP), _flip_no_more, weight=4),
     Fault("slow", _set_mode(Mode.SLOW), _pass_again),
-    Fault("serves other weights", _lie, _tell_the_truth),
+    Fault("serves other weights", _lie, _tell_the_truth, starts=True),
 )
 
 
 def kill_trainer(trainer: subprocess.Popen[bytes]) -> None:
     """kill -9 of the launcher and all ranks."""
     for process in _family(trainer):
-        process.kill()
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
 
 
 def fill_disk(trainer: subprocess.Popen[bytes]) -> None:
     """Let every later write of a long file fail, as on a full disk."""
     for process in _family(trainer):
-        resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (_FULL_DISK_BYTES, resource.RLIM_INFINITY))
+        with suppress(ProcessLookupError):
+            resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (_FULL_DISK_BYTES, resource.RLIM_INFINITY))
 
 
 TRAINER_FAULTS = (("trainer: killed", kill_trainer), ("trainer: its disk is full", fill_disk))

@@ -85,14 +85,9 @@ class TcpProxy:
             return
         both = (writer, onward_writer)
         self._writers.update(both)
-        with contextlib.suppress(OSError):
-            await asyncio.wait(
-                [
-                    asyncio.create_task(self._forward(reader, onward_writer)),
-                    asyncio.create_task(self._forward(onward_reader, writer)),
-                ],
-                return_when=asyncio.FIRST_COMPLETED,
-            )
+        both_ways = (self._forward(reader, onward_writer), self._forward(onward_reader, writer))
+        tasks = [asyncio.create_task(one_way) for one_way in both_ways]
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
         for each in both:
             each.transport.abort()
         self._writers.difference_update(both)

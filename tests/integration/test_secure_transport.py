@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import shutil
+import time
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 
 import grpc
 import pytest
 from grpc_health.v1 import health_pb2
 
+from kvcore import watched_files
 from kvcore.errors import FieldError, TeacherRefusedError, TeacherUnavailableError
 from kvcore.plan import KVPlan, Selection
 from kvcore.types import EncodedSampleKV, Sample
@@ -18,9 +20,9 @@ from student_trainer.kv_sources.remote import RemoteSource
 from student_trainer.launching.local_teachers import LocalTeachers
 from student_trainer.launching.transport_variables import TLS_CA, TOKEN_FILE
 from teacher_server.config import ServeConfig
-from teacher_server.requests.authentication import token_source
+from teacher_server.requests.authentication import read_tokens
 from tests.support.certificates import certificate
-from tests.support.servers import TeacherProcess, running_teacher
+from tests.support.servers import TeacherProcess, running_teacher, wait_until
 
 SECRET = "a-long-secret-for-tests"
 PLAN = KVPlan(layers=(0,), selection=Selection(span="all"))
@@ -86,9 +88,9 @@ def test_a_client_refuses_a_server_that_it_cannot_verify(
 def test_a_changed_token_is_used_by_server_and_clients_without_a_restart(
     files: dict[str, Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    token, old = tmp_path / "token", tmp_path / "old"
-    for path in (token, old):
-        path.write_text(SECRET, encoding="utf-8")
+    token, old, new = (tmp_path / name for name in ("token", "old", "new"))
+    for path, text in ((token, SECRET), (old, SECRET), (new, "another-long-secret")):
+        path.write_text(text, encoding="utf-8")
     monkeypatch.setenv(TLS_CA, str(files["cert"]))
     secrets = {"tls_cert": files["cert"], "tls_key": files["key"], "token_file": token}
     with running_teacher("fake:layers=2", tmp_path / "log", engine="fake", **secrets) as running:
@@ -96,16 +98,28 @@ def test_a_changed_token_is_used_by_server_and_clients_without_a_restart(
         with closing(RemoteSource("a", running.endpoint, lambda _info: PLAN)) as source:
             source.connect()
             token.write_text("another-long-secret", encoding="utf-8")
-            (answer,) = source.fetch([Sample("s", text="1 + 2 = 3")])
-            assert isinstance(answer, EncodedSampleKV)
-        monkeypatch.setenv(TOKEN_FILE, str(old))
-        with pytest.raises(TeacherRefusedError, match="requires a token"):
+            # Before and after the client has noticed the change.
+            for number in range(2):
+                (answer,) = source.fetch([Sample(f"s{number}", text="1 + 2 = 3")])
+                assert isinstance(answer, EncodedSampleKV)
+                time.sleep(watched_files.LOOK_SECONDS)
+        for path in (new, old):
+            monkeypatch.setenv(TOKEN_FILE, str(path))
             ask(running)
         # A token that is being written does not shut out the callers.
         token.write_text("", encoding="utf-8")
-        monkeypatch.setenv(TOKEN_FILE, str(tmp_path / "another"))
-        (tmp_path / "another").write_text("another-long-secret", encoding="utf-8")
+        monkeypatch.setenv(TOKEN_FILE, str(new))
         ask(running)
+        monkeypatch.setenv(TOKEN_FILE, str(files["wrong"]))
+        with pytest.raises(TeacherRefusedError, match="requires a token"):
+            ask(running)
+
+
+def reconnected(teacher: TeacherProcess) -> str:
+    """The server's log after a new connection."""
+    with suppress(TeacherUnavailableError):
+        ask(teacher)
+    return teacher.log_path.read_text(encoding="utf-8")
 
 
 def test_new_connections_use_a_changed_certificate(
@@ -120,7 +134,10 @@ def test_new_connections_use_a_changed_certificate(
         with closing(RemoteSource("a", running.endpoint, lambda _info: PLAN)) as source:
             source.connect()
             shutil.copy(new_key, key)
+            # A key without its certificate is not used.
+            wait_until(lambda: "are not a certificate and its key" in reconnected(running))
             shutil.copy(new_cert, cert)
+            wait_until(lambda: reconnected(running).count("read again after a change") == 1)
             monkeypatch.setenv(TLS_CA, str(new_cert))
             ask(running)
             # An open connection continues.
@@ -173,7 +190,7 @@ def test_a_short_token_is_refused(files: dict[str, Path], tmp_path: Path) -> Non
     short.write_text("fifteen-letters\n", encoding="ascii")
     config = ServeConfig(model="fake:", engine="fake", tls_cert=files["cert"], tls_key=files["key"], token_file=short)
     with pytest.raises(FieldError, match=r"token_file: the token in .* has 15 characters; at least 16 are needed"):
-        token_source(config)
+        read_tokens(config)
 
 
 def test_a_missing_file_raises_with_its_name(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -5,16 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from kvcore.errors import TeacherUnavailableError
-from kvcore.types import Sample, TeacherInfo
+from kvcore.types import MissingKV, Sample, TeacherInfo
 from student_trainer.kv_sources.base import KVResult
-from student_trainer.kv_sources.parity import SAMPLE, parity_plan
+from student_trainer.kv_sources.parity import parity_plan, parity_sample
 from tests.support.kv_fakes import INFO, PLAN, kv_of
 
 
 class ScriptedReplica:
     """Answers at most `answers_left` samples, then fails with `error` until `answers_left` is set again.
 
-    While it is not `up`, connections fail with `connect_error`.
+    While it is not `up`, connections fail with `connect_error`. `kv_noise` is added to the values by which replicas are
+    compared; `parity` is returned or raised instead of them.
     """
 
     def __init__(self, endpoint: str, info: TeacherInfo = INFO) -> None:
@@ -30,6 +31,7 @@ class ScriptedReplica:
         self.asked: list[list[str]] = []
         self.connects = self.parity_checks = 0
         self.kv_noise = 0.0
+        self.parity: MissingKV | Exception | None = None
         self.closed = False
 
     def connect(self) -> TeacherInfo:
@@ -50,8 +52,12 @@ class ScriptedReplica:
 
     def parity_kv(self) -> KVResult:
         self.parity_checks += 1
-        kv = kv_of(SAMPLE, self.info, parity_plan(self.info))
-        kv.parts["k.data"] = kv.parts["k.data"] + self.kv_noise
+        if self.parity is not None:
+            if isinstance(self.parity, Exception):
+                raise self.parity
+            return self.parity
+        kv = kv_of(parity_sample(self.info), self.info, parity_plan(self.info))
+        kv.parts["v.data"] = kv.parts["v.data"] + self.kv_noise
         return kv
 
     def close(self) -> None:

@@ -14,7 +14,7 @@ from kvcore.types import Sample, TeacherInfo, Timings
 from kvcore.wire import messages
 from kvcore.wire.frames import FrameWriter
 from protos import kv_cache_pb2 as pb
-from student_trainer.kv_sources.parity import SAMPLE as PARITY_SAMPLE
+from student_trainer.kv_sources.parity import parity_sample
 from tests.support.kv_fakes import INFO, kv_of
 
 Script = Callable[[int, grpc.ServicerContext], None]
@@ -68,7 +68,7 @@ class ScriptedTeacher:
     def _stream(self, request: pb.KVRequest, context: Any) -> Iterator[bytes]:
         asked = [messages.sample_from_proto(sample) for sample in request.samples]
         plan = messages.plan_from_proto(request.plan)
-        if asked[0].id != PARITY_SAMPLE.id:
+        if asked[0].id != parity_sample(self.info).id:
             self.requests.append([sample.id for sample in asked])
         keys = [sample.key(self.info.weights_digest, plan) for sample in asked]
         writer = FrameWriter(request.request_id, plan, keys, self.info.max_frame_bytes)

@@ -17,7 +17,7 @@ from student_trainer.launching.hosts import LocalHost
 from student_trainer.launching.job import Job
 from student_trainer.launching.transport_variables import TLS_CA, TOKEN_FILE
 from teacher_server.config import FLAGS
-from teacher_server.requests.authentication import certificate_files, token_source
+from teacher_server.requests.authentication import certificate_files, read_tokens
 
 
 @pytest.fixture(autouse=True)
@@ -43,9 +43,9 @@ def test_servers_take_the_files_and_others_cannot_read_the_secrets(tmp_path: Pat
     flags = ["--model", "fake:", "--engine", "fake", "--grpc-host", "0.0.0.0", *made.server_flags]
     config = FLAGS.read(flags, "serve")
     assert certificate_files(config) is not None
-    token = token_source(config)
-    assert token is not None
-    assert len(token()) == 64
+    tokens = read_tokens(config)
+    assert tokens is not None
+    assert tokens.accept(made.token.read_bytes().strip())
     assert [mode(path) for path in (tmp_path / "access", made.key, made.token)] == [0o700, 0o600, 0o600]
     shown = subprocess.run(
         ["openssl", "x509", "-in", made.certificate, "-noout", "-text"], check=True, capture_output=True, text=True

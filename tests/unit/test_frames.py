@@ -10,7 +10,7 @@ import msgpack
 import pytest
 import torch
 import xxhash
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from kvcore.errors import ProtocolError
@@ -101,6 +101,9 @@ def test_reordered_repeated_and_unknown_fields_are_read_as_by_protobuf(fields, h
 
 
 @given(st.binary(max_size=80), st.binary(max_size=80))
+@example(b"", b"\x80\x80\x80\x80\x10\x00\x08\x00")  # A tag above 2^32.
+@example(b"", b"\x88\x80\x80\x80\x80\x00\x01")  # A tag of six bytes.
+@example(b"", b"\x22\x81\x80\x80\x80\x80\x00x")  # A size of six bytes.
 def test_arbitrary_bytes_are_refused_or_read_as_by_protobuf(before, after):
     data = before + protobuf_frame({"seq": 1}, b"body") + after
     try:
@@ -139,7 +142,7 @@ def test_a_flipped_bit_is_refused_or_leaves_the_header_unchanged(header, body):
         (field(1, 2, msgpack.packb({})), "does not match its xxh3"),
         (protobuf_frame({}, b"")[:-1] + b"\0", "does not match its xxh3"),
         (field(0, 2, b""), "field number 0"),
-        (b"\x0a" + b"\xff" * 10 + b"\x01", "more than 10 bytes"),
+        (b"\x0a" + b"\xff" * 10 + b"\x01", "more than 5 bytes"),
         (with_header_hash(field(1, 2, b"\xc1")), "not valid MessagePack"),
         (with_header_hash(field(1, 2, b"\x80\x80")), "not valid MessagePack"),
         (with_header_hash(field(1, 2, b"\xa1\xff")), "not valid MessagePack"),

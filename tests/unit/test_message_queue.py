@@ -20,6 +20,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvcore.errors import ProtocolError
+from kvcore.tensors.codec import PART_DTYPES
 from teacher_server.engines.vllm import message_queue as handover
 from teacher_server.engines.vllm.message_queue import (
     Address,
@@ -35,7 +36,7 @@ from teacher_server.engines.vllm.message_queue import (
 
 KEY = secrets.token_bytes(32)
 PLENTY = 1 << 24
-DTYPES = (torch.float32, torch.bfloat16, torch.int8)
+DTYPES = PART_DTYPES
 PATIENCE = 10.0
 
 
@@ -43,7 +44,7 @@ def layer(number: int = 0, tags: tuple[str, ...] = ("a", "b"), slots: int = 3) -
     generator = torch.Generator().manual_seed(number)
     # Not contiguous, like a slice of a larger tensor.
     parts = {
-        str(dtype): torch.randint(-99, 99, (len(tags), 2, 4, slots), generator=generator).to(dtype).transpose(2, 3)
+        str(dtype): torch.randint(0, 99, (len(tags), 2, 4, slots), generator=generator).to(dtype).transpose(2, 3)
         for dtype in DTYPES
     }
     positions = torch.arange(len(tags) * slots, dtype=torch.int32).view(len(tags), 1, slots)

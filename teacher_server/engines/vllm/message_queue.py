@@ -20,7 +20,9 @@ import msgpack
 import torch
 
 from kvcore.errors import ProtocolError
+from kvcore.tensors.codec import PART_DTYPES
 from kvcore.types import Tensor
+from kvcore.wire.frames import dtype_name
 
 log = logging.getLogger(__name__)
 
@@ -28,9 +30,7 @@ MAX_MESSAGE_BYTES = 1 << 30
 # Workers that may connect at the same time.
 BACKLOG = 128
 CLOSING_SECONDS = 5.0
-_DTYPES = {
-    str(dtype).removeprefix("torch."): dtype for dtype in (torch.float32, torch.bfloat16, torch.int8, torch.int32)
-}
+_DTYPES = {dtype_name(dtype): dtype for dtype in PART_DTYPES}
 
 Address = str | tuple[str, int]
 
@@ -80,8 +80,7 @@ def pack(message: Message) -> bytes:
     if isinstance(message, LayerMessage):
         tensors = {**header.pop("parts"), "positions": header.pop("positions")}
         header["tensors"] = [
-            [name, str(tensor.dtype).removeprefix("torch."), list(tensor.shape), _bytes_of(tensor)]
-            for name, tensor in tensors.items()
+            [name, dtype_name(tensor.dtype), list(tensor.shape), _bytes_of(tensor)] for name, tensor in tensors.items()
         ]
     payload = cast("bytes", msgpack.packb(header))
     if len(payload) > MAX_MESSAGE_BYTES:
