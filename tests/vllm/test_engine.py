@@ -81,7 +81,7 @@ def test_selections_match_transformers(pair: Pair, selector: str, scope: str) ->
         {"selector": selector, "budget": 7, "scope": scope, "span": "all" if scope == "head" else "reasoning"}
     )
     samples = [sample_of(length, 100 + length) for length in (31, 64, 97, 250)]
-    for codec in (RAW, CodecSpec(name="int8", group_size=4)):
+    for codec in (RAW, CodecSpec(name="int8", group_size=4), CodecSpec(name="int4", group_size=4)):
         assert_equal_on_both(pair, samples, KVPlan(layers=(0, 2), selection=selection, codec=codec))
 
 
