@@ -52,19 +52,19 @@ def server(collector: Collector, tmp_path_factory: pytest.TempPathFactory) -> It
 
 
 @contextlib.contextmanager
-def traced_alone(collector: Collector, method: str) -> Iterator[None]:
-    """Trace this process inside the block, then wait for the server's span of the only call."""
+def traced_alone(collector: Collector, method: str, calls: int = 1) -> Iterator[None]:
+    """Trace this process inside the block, then wait for the server's spans of all calls."""
     collector.spans.clear()
     stop = tracing.start("kvdistill-trainer", "rank0")
     try:
         yield
     finally:
         stop()
-    wait_until(lambda: bool(collector.named(f"kvcache.v1.TeacherKV/{method}", "SERVER")))
+    wait_until(lambda: len(collector.named(f"kvcache.v1.TeacherKV/{method}", "SERVER")) == calls)
 
 
 def fetch(server: TeacherProcess, plan_maker: PlanFactory = plan_for) -> None:
-    """Fetch with two replicas, the first of them dead."""
+    """Fetch with two replicas, the first of them dead. One more call compares the replicas."""
     endpoints = [f"127.0.0.1:{free_port()}", server.endpoint]
     source = FailoverSource("ada", [RemoteSource("ada", one, plan_maker) for one in endpoints], patience_s=10.0)
     with contextlib.closing(source):
@@ -78,7 +78,7 @@ def only(spans: list[ReceivedSpan]) -> ReceivedSpan:
 
 
 def test_a_sample_is_traced_from_the_trainer_through_the_server(collector: Collector, server: TeacherProcess) -> None:
-    with traced_alone(collector, "StreamKV"):
+    with traced_alone(collector, "StreamKV", calls=2):
         fetch(server)
     top = next(span for span in collector.named("kv.fetch") if span.attributes["kvdistill.sample_ids"] == IDS)
     assert (top.service, top.instance, top.parent) == ("kvdistill-trainer", "rank0", "")
@@ -103,9 +103,9 @@ def test_a_sample_is_traced_from_the_trainer_through_the_server(collector: Colle
 
 
 def test_a_refusal_is_an_error_in_the_spans_of_trainer_and_server(collector: Collector, server: TeacherProcess) -> None:
-    with traced_alone(collector, "StreamKV"), pytest.raises(TeacherRefusedError):
+    with traced_alone(collector, "StreamKV", calls=2), pytest.raises(TeacherRefusedError):
         fetch(server, unknown_layer)
-    answer = only(collector.named(STREAM, "SERVER"))
+    answer = only([span for span in collector.named(STREAM, "SERVER") if span.error])
     assert answer.attributes["rpc.grpc.status_code"] == 3
     assert answer.error is not None
     assert answer.error.startswith("INVALID_ARGUMENT: plan.layers")
