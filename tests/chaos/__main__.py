@@ -35,6 +35,7 @@ from tests.chaos.tcp_proxy import TcpProxy
 from tests.support.tiny_models import save_tiny_model, tiny_spec
 from tests.support.training import LOSSES, World, make_world, metrics, start_cli
 
+METRICS = "metrics.jsonl"
 RANKS = 2
 REPLICAS = 2
 POLL_SECONDS = 0.1
@@ -105,12 +106,18 @@ class Chaos:
 
     def _start_trainer(self) -> subprocess.Popen[bytes]:
         self.starts += 1
+        self._bytes_at_start = self._metrics_bytes()
         directory = self.directory / f"start-{self.starts}"
         directory.mkdir()
         return start_cli(self.config, RANKS, directory)[0]
 
+    def _metrics_bytes(self) -> int:
+        """Grows with each step. A trainer that has not taken any since its start is left alone, or none would end."""
+        path = self.output / METRICS
+        return path.stat().st_size if path.is_file() else 0
+
     def _next_fault(self, trainer: subprocess.Popen[bytes]) -> None:
-        if self._random.random() < TRAINER_SHARE:
+        if self._random.random() < TRAINER_SHARE and self._metrics_bytes() > self._bytes_at_start:
             name, apply = self._random.choice(TRAINER_FAULTS)
             self._say(name)
             self.faults[name] += 1
