@@ -57,7 +57,7 @@ test-real: setup ## Test `make real --quick`; skipped if the model's package or 
 	-@$(MAKE) --no-print-directory .real
 	@$(WITH_REAL) $(CHECKS) real
 
-chaos: setup ## Train under random faults, and compare every loss with a calm run (about 10 minutes)
+chaos: setup ## Train under random faults, and compare every loss with a calm run (about 12 minutes)
 	@$(VENV)/bin/python -m tests.chaos $(CHAOS_ARGS)
 
 test-random: setup ## Run the unit and contract tests with inputs that are drawn anew

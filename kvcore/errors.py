@@ -112,7 +112,7 @@ class EndpointRefusedError(TeacherRefusedError):
 
 
 class TeacherMismatchError(TeacherError):
-    """An endpoint serves other weights, another tokenizer or another geometry than the teacher's other replicas."""
+    """An endpoint serves other weights, tokenizer, geometry or K/V than the teacher's other replicas."""
 
     next_step = "compare the endpoints with kvdistill inspect HOST:PORT"
 

@@ -116,13 +116,18 @@ def _cast(dtype: torch.dtype) -> Codec:
     )
 
 
-def _encode_int8(x_BHMD: Tensor, kind: TensorKind, group_size: int) -> dict[str, Tensor]:
+def quantise(x_BHMD: Tensor, kind: TensorKind, group_size: int, levels: int) -> tuple[Tensor, Tensor]:
+    """Codes from -levels to levels, in fp32, and the scale of each group in bfloat16."""
     dim = group_dim(kind)
-    scale = (group_max(x_BHMD, group_size, dim) / _LEVELS).to(torch.bfloat16)
+    scale = (_group_max(x_BHMD, group_size, dim) / levels).to(torch.bfloat16)
     divisor = torch.where(scale == 0, 1.0, scale.float())
     codes = x_BHMD / per_element(divisor, x_BHMD.shape[dim], group_size, dim)
-    codes = codes.round_().clamp_(-_LEVELS, _LEVELS).to(torch.int8)
-    return {"codes": codes.contiguous(), "scale": scale.contiguous()}
+    return codes.round_().clamp_(-levels, levels), scale.contiguous()
+
+
+def _encode_int8(x_BHMD: Tensor, kind: TensorKind, group_size: int) -> dict[str, Tensor]:
+    codes, scale = quantise(x_BHMD, kind, group_size, _LEVELS)
+    return {"codes": codes.to(torch.int8).contiguous(), "scale": scale}
 
 
 def _decode_int8(parts: Mapping[str, Tensor], kind: TensorKind, group_size: int) -> Tensor:
@@ -151,7 +156,7 @@ def scale_shape(shape_HMD: tuple[int, int, int], kind: TensorKind, group_size: i
     return (heads, groups, head_dim) if kind == "k" else (heads, slots, groups)
 
 
-def group_max(x: Tensor, group_size: int, dim: int) -> Tensor:
+def _group_max(x: Tensor, group_size: int, dim: int) -> Tensor:
     """The largest magnitude of each group along `dim`; the last group may be shorter."""
     size = x.shape[dim]
     group = max(1, min(group_size, size))

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional
 
-from kvcore.tensors.codec import Codec, PartLayout, group_dim, group_max, per_element, scale_shape
+from kvcore.tensors.codec import Codec, PartLayout, group_dim, per_element, quantise, scale_shape
 from kvcore.types import Tensor, TensorKind
 
 
@@ -51,12 +51,9 @@ class PackedInts:
         if kind == "k":
             parts["mean"] = _mean(x_BHMD).to(torch.bfloat16)
             x_BHMD = x_BHMD - parts["mean"].float()
-        dim = group_dim(kind)
-        scale = (group_max(x_BHMD, group_size, dim) / self.levels).to(torch.bfloat16)
-        divisor = torch.where(scale == 0, 1.0, scale.float())
-        codes = x_BHMD / per_element(divisor, x_BHMD.shape[dim], group_size, dim)
-        codes = codes.round_().clamp_(-self.levels, self.levels).add_(self.levels).to(torch.uint8)
-        return {"codes": self._pack(codes, _packed_dim(kind)), "scale": scale.contiguous()} | parts
+        codes, scale = quantise(x_BHMD, kind, group_size, self.levels)
+        packed = self._pack(codes.add_(self.levels).to(torch.uint8), _packed_dim(kind))
+        return {"codes": packed, "scale": scale} | parts
 
     def decode(self, parts: Mapping[str, Tensor], kind: TensorKind, group_size: int) -> Tensor:
         """See `Codec.decode`."""
