@@ -60,6 +60,12 @@ _LEGENDS = """() => [...document.querySelectorAll(".key i")].filter((key) => {
   return true;
 }).length"""
 
+# Charts follow the width of the window in a ResizeObserver, which runs when the next frame is drawn.
+_DRAWN_AT = """async ([width, height]) => {
+  for (let frame = 0; frame < 2; frame += 1) await new Promise(requestAnimationFrame);
+  return innerWidth === width && innerHeight === height;
+}"""
+
 
 @dataclass
 class Shown:
@@ -102,9 +108,10 @@ class Shown:
         return [url for url in self.fetched if not url.startswith("data:") and urlsplit(url).netloc != own]
 
     def set_appearance(self, size: tuple[int, int], scheme: Scheme) -> None:
-        """Set the size of the window and the preferred colour scheme."""
+        """Set the size of the window and the preferred colour scheme, and wait until the page is drawn with them."""
         self.page.set_viewport_size({"width": size[0], "height": size[1]})
         self.page.emulate_media(color_scheme=scheme)
+        self.page.wait_for_function(_DRAWN_AT, arg=list(size))
 
 
 @contextlib.contextmanager
