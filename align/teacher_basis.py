@@ -15,7 +15,8 @@ from align.layer_map import LayerMapper
 from align.linear_maps import RidgeStatistics
 from align.token_layout import slots_beyond_sinks
 from kvcore.errors import FieldError
-from kvcore.tensors.kv_map import LAYERS, KVMap
+from kvcore.tensors.entropy_coding import spread_class
+from kvcore.tensors.kv_map import LAYERS, WHOLE, KVMap
 from kvcore.types import TENSORS, BatchKV, Tensor
 
 FIELD = "align.basis_rank"
@@ -109,6 +110,56 @@ class BasisStatistics:
             tensors[f"{kind}.weight"] = torch.stack([basis_FR for basis_FR, _ in parts])[:, :, None].float().cpu()
             kept_KL.append(torch.stack([kept for _, kept in parts]))
         return KVMap(tensors), torch.stack(kept_KL).T.cpu()
+
+    def coded(self, kv_map: KVMap, quality: float, whole: tuple[int, int] | None) -> KVMap:
+        """The map of a `basis` for the codec `pca`.
+
+        All components of a layer's keys, or of its values, have the same step, so that the error is the smallest for
+        its bytes (reverse water-filling).
+
+        Args:
+            kv_map: what `basis` returned.
+            quality: the error that the codec aims at, relative to the norm of the components' standard deviations.
+            whole: KV heads and head dimension of the teacher, for a map from which clients restore whole heads.
+        """
+        tensors = dict(kv_map.tensors)
+        for kind, sums in zip(TENSORS, self._sums, strict=True):
+            weight_LFHD = tensors[f"{kind}.weight"]
+            spreads = [_spreads(one, weight_FHD) for one, weight_FHD in zip(sums, weight_LFHD, strict=True)]
+            steps = [_step(spread_R, quality) for spread_R in spreads]
+            step_L = torch.tensor(steps, dtype=torch.float32)
+            classes = [
+                [spread_class(spread / step) for spread in spread_R.tolist()]
+                for spread_R, step in zip(spreads, steps, strict=True)
+            ]
+            tensors[f"{kind}.weight"] = weight_LFHD / step_L[:, None, None, None]
+            tensors[f"{kind}.step"] = step_L
+            tensors[f"{kind}.class"] = torch.tensor(classes, dtype=torch.uint8)[:, None]
+        if whole is not None:
+            tensors[WHOLE] = torch.tensor(whole, dtype=torch.int32)
+        return KVMap(tensors)
+
+
+def _spreads(statistics: RidgeStatistics, weight_FHD: Tensor) -> Tensor:
+    """The standard deviation of each component: [R], fp64."""
+    weight_FR = weight_FHD.flatten(1).to(statistics.count.device, torch.float64)
+    variance_R = (weight_FR * (statistics.scatter_xx() @ weight_FR)).sum(dim=0) / statistics.count
+    return variance_R.clamp(min=0.0).sqrt().cpu()
+
+
+def _step(spread_R: Tensor, quality: float) -> float:
+    """The step with which rounding gives an error of `quality` times the norm of the spreads.
+
+    A component is off by its variance if the step leaves it at zero, and by step^2 / 12 otherwise.
+    """
+    variance_R = spread_R.square()
+    allowed = quality**2 * float(variance_R.sum())
+    low, high = 0.0, float((12 * variance_R.max()).sqrt())
+    for _ in range(60):
+        step = (low + high) / 2
+        error = float(variance_R.clamp(max=step**2 / 12).sum())
+        low, high = (step, high) if error < allowed else (low, step)
+    return low or 1.0
 
 
 def _components(statistics: RidgeStatistics, rank: int) -> tuple[Tensor, Tensor]:

@@ -35,8 +35,11 @@ CODECS = NameTable(
         "int8": "kvcore.tensors.codec:INT8",
         "int6": "kvcore.tensors.packed_codec:INT6",
         "int4": "kvcore.tensors.packed_codec:INT4",
+        "pca": "kvcore.tensors.codec:PCA",
     },
 )
+# The codec of coded maps (kvcore/tensors/kv_map.py).
+CODED = "pca"
 Selector = Annotated[str, SELECTORS]
 CodecName = Annotated[str, CODECS]
 SpanKind = Literal["prompt", "reasoning", "answer"]
@@ -109,12 +112,41 @@ class CodecSpec(StrictModel):
     """How K/V are encoded for transfer and storage."""
 
     name: CodecName = "int8"
-    """Codec: `raw` (fp32), `bf16`, or `int8`, `int6` and `int4` with one scale per group (docs/benchmarks.md has their
-    errors)."""
+    """Codec: `raw` (fp32), `bf16`; `int8`, `int6` and `int4` with one scale per group; or `pca`: principal components
+    of each layer, rounded and entropy-coded, for which `quality` is set. docs/benchmarks.md has their errors."""
     group_size: Annotated[int, Field(ge=1, le=4096)] = 64
     """Number of elements that share a scale in quantising codecs."""
     max_relative_error: PositiveFloat | None = None
     """Largest relative error accepted for a layer. A sample above it fails. No limit by default."""
+
+
+class CodecConfig(CodecSpec):
+    """How K/V are encoded, as a run sets it."""
+
+    quality: Annotated[float, Field(gt=0.0, lt=1.0)] | None = None
+    """For `pca`: the relative error of what varies in each layer's keys and in its values. The bytes follow from it.
+    Defaults to 0.1."""
+
+    @property
+    def target_error(self) -> float:
+        """The relative error that the codec `pca` aims at."""
+        return 0.1 if self.quality is None else self.quality
+
+    @property
+    def spec(self) -> CodecSpec:
+        """The codec as a plan names it. The map of `pca` has its quality."""
+        return CodecSpec(**self.model_dump(exclude={"quality"}))
+
+    @property
+    def unmapped(self) -> CodecSpec:
+        """How K/V are encoded as long as there is no map: `pca` needs one."""
+        return CodecSpec(name="bf16") if self.name == CODED else self.spec
+
+    @model_validator(mode="after")
+    def _quality_has_its_codec(self) -> Self:
+        if self.quality is not None and self.name != CODED:
+            raise ValueError(f"quality: only the codec '{CODED}' has a quality; got the codec '{self.name}'")
+        return self
 
 
 class PlanMap(StrictModel):
@@ -126,6 +158,8 @@ class PlanMap(StrictModel):
     """Heads of the mapped K/V."""
     head_dim: PositiveInt
     """Head dimension of the mapped K/V."""
+    restores: bool = False
+    """Whether the client undoes the map after decoding, as the codec `pca` does with whole K/V."""
 
 
 class KVPlan(StrictModel):
@@ -150,6 +184,12 @@ class KVPlan(StrictModel):
         return self
 
     @model_validator(mode="after")
+    def _codec_has_its_map(self) -> Self:
+        if self.codec.name == CODED and self.map is None:
+            raise ValueError(f"map: the codec '{CODED}' needs a coded map of the teacher, as kvdistill calibrate makes")
+        return self
+
+    @model_validator(mode="after")
     def _layers_ascend(self) -> Self:
         if not self.layers or list(self.layers) != sorted(set(self.layers)):
             raise ValueError(f"layers: expected at least one, ascending and without repeats; got {list(self.layers)}")
@@ -163,13 +203,22 @@ class KVPlan(StrictModel):
         """Heads and head dimension of what a teacher of this geometry sends."""
         return (kv_heads, head_dim) if self.map is None else (self.map.heads, self.map.head_dim)
 
-    def with_map(self, named: PlanMap | None) -> KVPlan:
-        """The same plan with this map, or without one.
+    def decoded_shape(self, kv_heads: int, head_dim: int) -> tuple[int, int]:
+        """Heads and head dimension of what a client has after decoding."""
+        whole = self.map is None or self.map.restores
+        return (kv_heads, head_dim) if whole else self.sent_shape(kv_heads, head_dim)
+
+    def with_map(self, named: PlanMap, codec: CodecSpec | None = None) -> KVPlan:
+        """The same plan with this map, and with another codec if one is given.
 
         Raises:
             ValueError: heads keep different tokens.
         """
-        return KVPlan(layers=self.layers, selection=self.selection, codec=self.codec, map=named)
+        return KVPlan(layers=self.layers, selection=self.selection, codec=codec or self.codec, map=named)
+
+    def without_map(self, codec: CodecSpec) -> KVPlan:
+        """The plan for the K/V to which a map is fitted, in this codec."""
+        return KVPlan(layers=self.layers, selection=self.selection, codec=codec)
 
 
 class SamplingParams(StrictModel):
@@ -200,5 +249,7 @@ def _digest(model: KVPlan | SamplingParams) -> str:
     fields = model.model_dump(mode="json")
     if fields.get("map", model) is None:
         del fields["map"]  # A plan without a map has the key that it had before there were maps.
+    elif "map" in fields and not fields["map"]["restores"]:
+        del fields["map"]["restores"]
     canonical = json.dumps(fields, sort_keys=True, separators=(",", ":"))
     return hashlib.blake2b(canonical.encode(), digest_size=16).hexdigest()

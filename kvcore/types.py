@@ -10,11 +10,14 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 
 from kvcore.plan import CodecSpec, KVPlan, SamplingParams, SpanKind
+
+if TYPE_CHECKING:
+    from kvcore.tensors.kv_map import KVMap
 
 Tensor = torch.Tensor
 TensorKind = Literal["k", "v"]
@@ -129,7 +132,8 @@ class EncodedSampleKV:
     [L,H,M,...] in the order of `layers`; every slot holds a token. `positions` is int32 [L,H,M], [L,1,M] or [1,1,M],
     depending on the plan's scope: ascending indices into the teacher's tokens. `byte_ends_T`: how many bytes of the
     sample's UTF-8 text have been read after each teacher token; -1 if that is unknown because the token ends inside a
-    character, or if the token stands for no text.
+    character, or if the token stands for no text. `kv_map` decodes the codec `pca`, whose `parts` are packed
+    (`kvcore.wire.packed_rows`).
     """
 
     sample_id: str
@@ -142,6 +146,7 @@ class EncodedSampleKV:
     byte_ends_T: Tensor
     relative_error: dict[str, list[float]]
     timings: Timings = field(default_factory=Timings)
+    kv_map: KVMap | None = None
 
     @property
     def slots(self) -> int:

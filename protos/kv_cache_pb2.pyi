@@ -199,14 +199,16 @@ class Plan(_message.Message):
     def __init__(self, layers: _Optional[_Iterable[int]] = ..., selection: _Optional[_Union[Selection, _Mapping]] = ..., codec: _Optional[_Union[Codec, _Mapping]] = ..., map: _Optional[_Union[PlanMap, _Mapping]] = ...) -> None: ...
 
 class PlanMap(_message.Message):
-    __slots__ = ("digest", "heads", "head_dim")
+    __slots__ = ("digest", "heads", "head_dim", "restores")
     DIGEST_FIELD_NUMBER: _ClassVar[int]
     HEADS_FIELD_NUMBER: _ClassVar[int]
     HEAD_DIM_FIELD_NUMBER: _ClassVar[int]
+    RESTORES_FIELD_NUMBER: _ClassVar[int]
     digest: str
     heads: int
     head_dim: int
-    def __init__(self, digest: _Optional[str] = ..., heads: _Optional[int] = ..., head_dim: _Optional[int] = ...) -> None: ...
+    restores: bool
+    def __init__(self, digest: _Optional[str] = ..., heads: _Optional[int] = ..., head_dim: _Optional[int] = ..., restores: _Optional[bool] = ...) -> None: ...
 
 class Selection(_message.Message):
     __slots__ = ("selector", "budget", "span", "scope", "importance_weight", "importance_pool", "seed")

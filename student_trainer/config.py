@@ -24,7 +24,7 @@ from kvcore.config import (
     parse,
 )
 from kvcore.errors import FieldError
-from kvcore.plan import CodecSpec, Selection, changed_selection
+from kvcore.plan import CodecConfig, Selection, changed_selection
 from student_trainer.config_checks import (
     check_basis,
     check_map_at,
@@ -110,7 +110,7 @@ class KVConfig(StrictModel):
     selection: Selection = DEFAULT_SELECTION
     """The tokens that teachers send. Keys that you leave out keep their defaults, except the options of selectors that
     you did not choose."""
-    codec: CodecSpec = CodecSpec()
+    codec: CodecConfig = CodecConfig()
     """How K/V are encoded for transfer and storage."""
     prefetch: Annotated[int, Field(ge=0, le=64)] = 4
     """Number of batches that are fetched ahead in training, calibration and validation. Fewer batches are fetched ahead

@@ -8,7 +8,7 @@ from data.reasoning_steps import StepBlocks
 from kvcore.early_checks import check_data, check_model, check_output
 from kvcore.errors import FieldError
 from kvcore.extras import missing, needs
-from kvcore.plan import Selection
+from kvcore.plan import CODED, Selection
 
 if TYPE_CHECKING:
     from student_trainer.config import TrainConfig
@@ -124,6 +124,11 @@ def check_map_at(config: TrainConfig) -> None:
     align = config.align
     if align.map_at == "trainer":
         return
+    if config.kv.codec.name == CODED:
+        raise ValueError(
+            f"align.map_at: the codec '{CODED}' needs each teacher's own components, but 'teacher' has them send K/V "
+            "in the student's shape; use 'trainer', or another codec"
+        )
     reasons = {
         "linear": "align.head_adapter 'linear' trains here, and a teacher would need its weights after every step",
         "identity": "align.head_adapter 'identity' has no map to apply",

@@ -17,7 +17,7 @@ from typing import Self
 import torch
 
 from kvcore.errors import FieldError, StoreError
-from kvcore.plan import KVPlan
+from kvcore.plan import CODED, KVPlan
 from kvcore.store.journal import (
     JOURNAL_SUFFIX,
     JournalWriter,
@@ -27,7 +27,7 @@ from kvcore.store.journal import (
     parse_line,
     write_index,
 )
-from kvcore.store.manifest import Manifest, claim, read_manifest
+from kvcore.store.manifest import Manifest, claim, read_manifest, stored_map
 from kvcore.store.shards import ShardFiles, write_shard
 from kvcore.types import EncodedSampleKV, TeacherInfo, Tensor
 
@@ -177,6 +177,7 @@ class KVStoreReader:
     def __init__(self, directory: Path) -> None:
         self._directory = directory
         self._manifest = read_manifest(directory)
+        self._map = stored_map(directory) if self._manifest.plan.codec.name == CODED else None
         index = load_index(directory)
         self._positions = index.samples
         for shard, size in index.shards.items():
@@ -232,6 +233,7 @@ class KVStoreReader:
             token_ids_T=token_ids_T,
             byte_ends_T=byte_ends_T,
             relative_error=entry.relative_error,
+            kv_map=self._map,
         )
 
     def entries(self) -> Iterator[SampleEntry]:

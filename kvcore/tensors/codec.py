@@ -1,6 +1,6 @@
 """Encodes K/V for the network and for stores: `raw` (fp32), `bf16`, `int8` (symmetric, bfloat16 scales).
 
-`int6` and `int4` are in packed_codec.py.
+`int6` and `int4` are in packed_codec.py. `pca` rounds what a coded map (kv_map.py) makes of K/V.
 
 In int8, keys have one scale per channel and group of `group_size` tokens, because keys have outlier channels; values
 have one scale per token and group of `group_size` channels. The last group may be shorter. Codes are computed with the
@@ -20,14 +20,17 @@ from torch.nn import functional
 
 from kvcore.errors import NonFiniteError
 from kvcore.plan import CODECS, CodecSpec
+from kvcore.tensors.kv_map import KVMap
+from kvcore.tensors.packed_sample import unpacked
 from kvcore.types import TENSORS, BatchKV, EncodedSampleKV, Tensor, TensorKind
 
 PartLayout = list[tuple[str, torch.dtype, tuple[int, ...]]]
 
 # The dtypes that parts may have.
-PART_DTYPES = (torch.uint8, torch.int8, torch.int32, torch.float16, torch.bfloat16, torch.float32)
+PART_DTYPES = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.float16, torch.bfloat16, torch.float32)
 
 _LEVELS = 127
+_INT16_MAX = 2**15 - 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +92,9 @@ def decode_batch(samples: Sequence[EncodedSampleKV]) -> BatchKV:
     `byte_ends_BLHM` is int64, -1 in slots without a token.
     """
     assert samples, "a batch holds at least one sample"
+    kv_map = samples[0].kv_map
+    if kv_map is not None:
+        samples = [unpacked(sample) for sample in samples]
     first = samples[0]
     assert all((s.codec, s.layers, s.parts.keys()) == (first.codec, first.layers, first.parts.keys()) for s in samples)
     rows_by_slots: dict[int, list[int]] = {}
@@ -96,8 +102,8 @@ def decode_batch(samples: Sequence[EncodedSampleKV]) -> BatchKV:
         rows_by_slots.setdefault(sample.slots, []).append(row)
     slots_B = torch.tensor([sample.slots for sample in samples])
     return BatchKV(
-        k_BLHMD=_decode_kind(samples, rows_by_slots, "k"),
-        v_BLHMD=_decode_kind(samples, rows_by_slots, "v"),
+        k_BLHMD=_decode_kind(samples, rows_by_slots, "k", kv_map),
+        v_BLHMD=_decode_kind(samples, rows_by_slots, "v", kv_map),
         mask_BM=torch.arange(max(rows_by_slots)) < slots_B[:, None],
         byte_ends_BLHM=_byte_ends(samples, rows_by_slots),
     )
@@ -140,6 +146,16 @@ def _int8_layout(shape_HMD: tuple[int, int, int], kind: TensorKind, group_size: 
     return [("codes", torch.int8, shape_HMD), ("scale", torch.bfloat16, scale_shape(shape_HMD, kind, group_size))]
 
 
+def _rounded(x_BHMD: Tensor) -> dict[str, Tensor]:
+    """The nearest whole numbers of 16 bits."""
+    return {"codes": x_BHMD.round().clamp_(-_INT16_MAX, _INT16_MAX).to(torch.int16).contiguous()}
+
+
+PCA = Codec(
+    encode=lambda x_BHMD, _kind, _group_size: _rounded(x_BHMD),
+    decode=lambda parts, _kind, _group_size: parts["codes"].float(),
+    layout=lambda shape_HMD, _kind, _group_size: [("codes", torch.int16, shape_HMD)],
+)
 RAW, BF16 = _cast(torch.float32), _cast(torch.bfloat16)
 INT8 = Codec(_encode_int8, _decode_int8, _int8_layout)
 
@@ -188,12 +204,15 @@ def _relative_error(x_BHMD: Tensor, decoded_BHMD: Tensor) -> Tensor:
     return relative_B
 
 
-def _decode_kind(samples: Sequence[EncodedSampleKV], rows_by_slots: dict[int, list[int]], kind: TensorKind) -> Tensor:
+def _decode_kind(
+    samples: Sequence[EncodedSampleKV], rows_by_slots: dict[int, list[int]], kind: TensorKind, kv_map: KVMap | None
+) -> Tensor:
     names = [name.removeprefix(f"{kind}.") for name in samples[0].parts if name.startswith(f"{kind}.")]
     decoded: list[Tensor] = []
     for rows in rows_by_slots.values():
         parts = {name: torch.stack([samples[row].parts[f"{kind}.{name}"] for row in rows]) for name in names}
-        decoded.append(decode(parts, kind, samples[0].codec))
+        x_BLHMD = decode(parts, kind, samples[0].codec)
+        decoded.append(x_BLHMD if kv_map is None else kv_map.decoded(x_BLHMD, kind))
     return _pad_slots(decoded, rows_by_slots, dim=3, fill=0)
 
 

@@ -1,25 +1,34 @@
 """Linear maps that a teacher applies to the selected K/V before it encodes them.
 
 A map is a safetensors file, and its digest is the hash of the file's bytes. docs/protocol.md lists the tensors.
+
+A coded map is one for the codec `pca`: it leads to components in units of a step, which the codec rounds. It also says
+how widely each component varies, for entropy coding, and may say how clients get whole K/V back.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, cast
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 
 from kvcore.errors import FieldError
-from kvcore.plan import KVPlan, PlanMap
+from kvcore.plan import CODED, KVPlan, PlanMap
+from kvcore.tensors.entropy_coding import CLASSES
 from kvcore.types import TENSORS, TeacherInfo, Tensor, TensorKind
 
-LAYERS = "layers"
+LAYERS, WHOLE = "layers", "whole"
+# How far a restoring map may be from a rotation, relative to the size of a vector that it turns and turns back.
+_ROTATION_ERROR = 1e-3
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,6 +39,10 @@ class KVMap:
     fp32 for each of `k` and `v` the `centre` [L,F], the `weight` [L,F,H,D] and optionally the `bias` [L,H,D], where F
     are the teacher's features (its KV heads times its head dimension), and H and D the heads and the head dimension of
     y.
+
+    A coded map has in addition for each of `k` and `v` the `step` [L], fp32: a coordinate is y times its layer's step;
+    and the `class` [L,H,D], uint8, of each component (`entropy_coding.spread_class`). With `whole`, int32 [2], the KV
+    heads and the head dimension of the teacher, W times the step is a rotation, and `decoded` undoes the map.
     """
 
     tensors: Mapping[str, Tensor]
@@ -68,7 +81,17 @@ class KVMap:
     def named(self) -> PlanMap:
         """The map as a plan names it."""
         heads, head_dim = self.tensors["k.weight"].shape[2:]
-        return PlanMap(digest=map_digest(self.content()), heads=heads, head_dim=head_dim)
+        digest = map_digest(self.content())
+        return PlanMap(digest=digest, heads=heads, head_dim=head_dim, restores=WHOLE in self.tensors)
+
+    @property
+    def coded(self) -> bool:
+        """Whether the map is one for the codec `pca`."""
+        return "k.step" in self.tensors
+
+    def classes(self, at: int, kind: TensorKind) -> NDArray[np.uint8]:
+        """The spread classes of the components of the map's `at`-th layer."""
+        return self.tensors[f"{kind}.class"][at].flatten().numpy()
 
     def content(self) -> bytes:
         """The file: equal tensors give equal bytes."""
@@ -83,6 +106,33 @@ class KVMap:
         if (bias_LHD := self.tensors.get(f"{kind}.bias")) is not None:
             y_BMG = y_BMG + bias_LHD[at].flatten().to(x_BHMD.device)
         return y_BMG.view(*y_BMG.shape[:2], *weight_FHD.shape[1:]).transpose(1, 2)
+
+    def decoded(self, y_BLHMD: Tensor, kind: TensorKind) -> Tensor:
+        """What the rounded y of a coded map stand for: the coordinates, or whole K/V [B,L,H',M,D'] if it restores them.
+
+        Args:
+            y_BLHMD: of all layers of the map.
+            kind: keys or values.
+        """
+        step_L = self.tensors[f"{kind}.step"].to(y_BLHMD.device)
+        scaled_BLHMD = y_BLHMD * step_L[:, None, None, None]
+        if WHOLE not in self.tensors:
+            return scaled_BLHMD
+        centre_LF, weight_LFHD = (self.tensors[f"{kind}.{name}"].to(y_BLHMD.device) for name in ("centre", "weight"))
+        rotation_LFG = weight_LFHD.flatten(2) * step_L[:, None, None]
+        x_BLMF: Tensor = scaled_BLHMD.transpose(2, 3).flatten(3) @ rotation_LFG.transpose(1, 2) + centre_LF[:, None]
+        return x_BLMF.view(*x_BLMF.shape[:3], *_numbers(self.tensors[WHOLE])).transpose(2, 3)
+
+    def for_layers(self, layers: Sequence[int]) -> KVMap:
+        """The map for some of its layers, ascending.
+
+        Raises:
+            FieldError: the map lacks one of them.
+        """
+        if missing := sorted(set(layers) - set(self.layers)):
+            raise FieldError("map.layers", f"has no layer {missing[0]}, only {list(self.layers)}")
+        rows_L = torch.tensor([self.layers.index(layer) for layer in layers])
+        return KVMap({name: x if name == WHOLE else x[rows_L] for name, x in self.tensors.items()})
 
     def check_teacher(self, info: TeacherInfo) -> None:
         """Checks that a teacher has the layers and features that the map is for.
@@ -105,6 +155,9 @@ class KVMap:
         if plan.layers != self.layers:
             problem = f"the map {self.named.digest} is for the layers {list(self.layers)}, not {list(plan.layers)}"
             raise FieldError("plan.layers", problem)
+        if (plan.codec.name == CODED) != self.coded:
+            problem = "is coded, and needs the codec" if self.coded else "is not coded, so it cannot be used with"
+            raise FieldError("plan.codec", f"the map {self.named.digest} {problem} '{CODED}'; got '{plan.codec.name}'")
         if plan.map != self.named:
             raise FieldError("plan.map", f"expected the map's own digest and shape, {self.named}; got {plan.map}")
 
@@ -116,37 +169,78 @@ def map_digest(content: bytes) -> str:
 
 def _check(tensors: Mapping[str, Tensor]) -> None:
     """See `KVMap.read`."""
-    expected = [LAYERS, *(f"{kind}.{name}" for kind in TENSORS for name in ("centre", "weight"))]
-    optional = [f"{kind}.bias" for kind in TENSORS]
-    described = f"a map has the tensors {', '.join(expected)}, and optionally {', '.join(optional)}"
-    for name in expected:
-        if name not in tensors:
-            raise FieldError(f"map.{name}", f"is missing; {described}")
-    unknown = sorted(tensors.keys() - {*expected, *optional})
-    if unknown:
-        raise FieldError(f"map.{unknown[0]}", f"is unknown; {described}")
+    _check_names(tensors)
     layers = tensors[LAYERS]
     if layers.dtype != torch.int32 or layers.dim() != 1 or not layers.numel():
         raise FieldError("map.layers", f"expected int32 [L]; got {_described(layers)}")
     numbers = _numbers(layers)
     if numbers[0] < 0 or numbers != sorted(set(numbers)):
         raise FieldError("map.layers", f"expected layers of at least 0, ascending, without repeats; got {numbers}")
-    sizes: tuple[int, ...] | None = None
+    weight = tensors[f"{TENSORS[0]}.weight"]
+    sizes = tuple(weight.shape) if weight.dim() == 4 and weight.numel() else (len(numbers), 0, 0, 0)
     for kind in TENSORS:
-        centre, weight = tensors[f"{kind}.centre"], tensors[f"{kind}.weight"]
-        if sizes is None:
-            sizes = tuple(weight.shape) if weight.dim() == 4 and weight.numel() else (len(numbers), 0, 0, 0)
-        _check_tensor(f"{kind}.weight", weight, (len(numbers), *sizes[1:]))
-        _check_tensor(f"{kind}.centre", centre, (len(numbers), sizes[1]))
+        _check_tensor(f"{kind}.weight", tensors[f"{kind}.weight"], (len(numbers), *sizes[1:]))
+        _check_tensor(f"{kind}.centre", tensors[f"{kind}.centre"], (len(numbers), sizes[1]))
         if (bias := tensors.get(f"{kind}.bias")) is not None:
             _check_tensor(f"{kind}.bias", bias, (len(numbers), *sizes[2:]))
+        if f"{kind}.step" in tensors:
+            _check_coding(tensors, kind, (len(numbers), *sizes[2:]))
+    if WHOLE in tensors:
+        _check_rotations(tensors, sizes)
+
+
+def _check_names(tensors: Mapping[str, Tensor]) -> None:
+    expected = [LAYERS, *(f"{kind}.{name}" for kind in TENSORS for name in ("centre", "weight"))]
+    coding = [f"{kind}.{name}" for kind in TENSORS for name in ("step", "class")]
+    optional = [f"{kind}.bias" for kind in TENSORS]
+    described = (
+        f"a map has the tensors {', '.join(expected)}, and optionally {', '.join(optional)}; a coded one has also "
+        f"{', '.join(coding)}, and optionally {WHOLE}"
+    )
+    coded = not tensors.keys().isdisjoint([*coding, WHOLE])
+    for name in [*expected, *(coding if coded else [])]:
+        if name not in tensors:
+            raise FieldError(f"map.{name}", f"is missing; {described}")
+    unknown = sorted(tensors.keys() - {*expected, *optional, *coding, WHOLE})
+    if unknown:
+        raise FieldError(f"map.{unknown[0]}", f"is unknown; {described}")
+
+
+def _check_coding(tensors: Mapping[str, Tensor], kind: TensorKind, shape: tuple[int, ...]) -> None:
+    step_L, class_LHD = tensors[f"{kind}.step"], tensors[f"{kind}.class"]
+    _check_tensor(f"{kind}.step", step_L, shape[:1])
+    if not (step_L > 0).all():
+        raise FieldError(f"map.{kind}.step", f"must be above 0; got {float(step_L.min())}")
+    if class_LHD.dtype != torch.uint8 or tuple(class_LHD.shape) != shape:
+        raise FieldError(f"map.{kind}.class", f"expected uint8 {list(shape)}; got {_described(class_LHD)}")
+    if int(class_LHD.max()) >= CLASSES:
+        raise FieldError(f"map.{kind}.class", f"must be at most {CLASSES - 1}; got {int(class_LHD.max())}")
+
+
+def _check_rotations(tensors: Mapping[str, Tensor], sizes: tuple[int, ...]) -> None:
+    """Checks with random vectors that a restoring map turns whole heads, so that turning back restores them."""
+    whole = tensors[WHOLE]
+    if whole.dtype != torch.int32 or tuple(whole.shape) != (2,) or not (whole > 0).all():
+        raise FieldError(f"map.{WHOLE}", f"expected int32 [2] above 0; got {_described(whole)}")
+    if not math.prod(_numbers(whole)) == sizes[1] == math.prod(sizes[2:]):
+        shapes = f"{_numbers(whole)} for {sizes[1]} features and {math.prod(sizes[2:])} components"
+        raise FieldError(f"map.{WHOLE}", f"must have as many elements as features and components; got {shapes}")
+    probe_NF: Tensor = torch.randn(4, sizes[1], generator=torch.Generator().manual_seed(0))
+    for kind in TENSORS:
+        if f"{kind}.bias" in tensors:
+            raise FieldError(f"map.{kind}.bias", f"cannot be used with {WHOLE}")
+        rotation_LFG: Tensor = tensors[f"{kind}.weight"].flatten(2) * tensors[f"{kind}.step"][:, None, None]
+        error_LNF: Tensor = probe_NF @ rotation_LFG @ rotation_LFG.transpose(1, 2) - probe_NF
+        error = float(error_LNF.abs().max())
+        if not error <= _ROTATION_ERROR:
+            raise FieldError(f"map.{kind}.weight", f"is not a rotation, which {WHOLE} needs: off by {error:.1e}")
 
 
 def _check_tensor(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
     if tensor.dtype != torch.float32 or tuple(tensor.shape) != shape or not tensor.numel():
         expected = ", ".join(str(size) if size else "?" for size in shape)
         raise FieldError(f"map.{name}", f"expected float32 [{expected}]; got {_described(tensor)}")
-    finite_L: Any = tensor.isfinite().flatten(1).all(dim=1)
+    finite_L: Any = tensor.isfinite().reshape(len(tensor), -1).all(dim=1)
     if not finite_L.all():
         raise FieldError(f"map.{name}", f"is not finite at index {finite_L.tolist().index(False)} of its layers")
 

@@ -17,9 +17,11 @@ import torch
 import xxhash
 
 from kvcore.errors import ProtocolError
-from kvcore.plan import KVPlan
+from kvcore.plan import CODED, KVPlan
+from kvcore.tensors.kv_map import KVMap
 from kvcore.types import Sample, Tensor, Timings
 from kvcore.wire.completion import Completion
+from kvcore.wire.packed_rows import PackedRow, pack_rows
 
 PROTOCOL_VERSION = 1
 
@@ -143,6 +145,7 @@ class _OpenSample:
     layers: int = 0
     slots: int = 0
     hash: xxhash.xxh3_64 = field(default_factory=xxhash.xxh3_64)
+    codes_hash: xxhash.xxh3_64 = field(default_factory=xxhash.xxh3_64)
 
 
 class FrameWriter:
@@ -155,10 +158,15 @@ class FrameWriter:
         plan: the plan of the request.
         keys: `Sample.key` of each sample of the request, as the server read it; its records repeat it.
         max_body: the largest body of a frame in bytes; larger records are split.
+        kv_map: the plan's map. With the codec `pca`, layers are entropy-coded.
     """
 
-    def __init__(self, request_id: str, plan: KVPlan, keys: Sequence[str], max_body: int) -> None:
+    def __init__(
+        self, request_id: str, plan: KVPlan, keys: Sequence[str], max_body: int, kv_map: KVMap | None = None
+    ) -> None:
         assert max_body > 0
+        assert plan.codec.name != CODED or kv_map is not None, "the codec needs the plan's map"
+        self._map = kv_map if plan.codec.name == CODED else None
         self._request_id = request_id
         self._plan = plan
         self._keys = keys
@@ -234,7 +242,6 @@ class FrameWriter:
         slots = positions_BHM.shape[-1]
         assert slots > 0
         columns = [("positions", positions_BHM.to(torch.int32)), *sorted(parts.items())]
-        rows = np.concatenate([_bytes_of(column) for _, column in columns], axis=1)
         record: dict[str, Any] = {
             "kind": "layer",
             "indices": list(indices),
@@ -244,6 +251,10 @@ class FrameWriter:
             "parts": [[name, dtype_name(column.dtype), list(column.shape[1:])] for name, column in columns],
             "errors": {kind: list(errors) for kind, errors in relative_error.items()},
         }
+        if self._map is not None:
+            at = self._open[indices[0]].layers
+            return self._add_packed(record, pack_rows(self._plan, self._map, at, parts, positions_BHM))
+        rows = np.concatenate([_bytes_of(column) for _, column in columns], axis=1)
         flat = rows.reshape(-1).data
         row_bytes = rows.shape[1]
         for row, index in enumerate(indices):
@@ -268,6 +279,8 @@ class FrameWriter:
             "layers": opened.layers,
             "timings": {"queue": timings.queue, "prefill": timings.prefill, "encode": timings.encode},
         }
+        if self._map is not None:
+            record["codes_xxh3"] = opened.codes_hash.intdigest()
         return self._end_sample(record)
 
     def sample_failed(self, index: int, code: str, message: str) -> list[bytes]:
@@ -306,6 +319,33 @@ class FrameWriter:
                 "errors": {kind: values[done:end] for kind, values in errors.items()},
             }
             frames += self._add(piece, indices[done], flat[done * row_bytes : end * row_bytes])
+            done = end
+        return frames
+
+    def _add_packed(self, record: dict[str, Any], rows: Sequence[PackedRow]) -> list[bytes]:
+        """Distributes entropy-coded rows over frames, as many to a record as fit."""
+        frames: list[bytes] = []
+        done = 0
+        for index, row in zip(record["indices"], rows, strict=True):
+            opened = self._open[index]
+            opened.layers += 1
+            opened.slots = record["slots"]
+            opened.hash.update(row.row)
+            opened.codes_hash.update(row.codes)
+        while done < len(rows):
+            if self._used + len(rows[done].row) > self._max_body:
+                frames += self.flush()
+            end, size = done + 1, len(rows[done].row)
+            while end < len(rows) and self._used + size + len(rows[end].row) <= self._max_body:
+                size += len(rows[end].row)
+                end += 1
+            piece = {
+                **record,
+                "indices": record["indices"][done:end],
+                "errors": {kind: values[done:end] for kind, values in record["errors"].items()},
+                "packed": [list(row.sizes) for row in rows[done:end]],
+            }
+            frames += self._add(piece, record["indices"][done], memoryview(b"".join(row.row for row in rows[done:end])))
             done = end
         return frames
 

@@ -82,7 +82,9 @@ def plan_from_proto(proto: pb.Plan, field: str = "plan") -> KVPlan:
         "codec": codec,
     }
     if proto.HasField("map"):
-        tree["map"] = {"digest": proto.map.digest, "heads": proto.map.heads, "head_dim": proto.map.head_dim}
+        named = proto.map
+        tree["map"] = {"digest": named.digest, "heads": named.heads, "head_dim": named.head_dim}
+        tree["map"]["restores"] = named.restores
     try:
         return parse(tree, KVPlan)
     except FieldError as error:

@@ -42,22 +42,35 @@ class RowLayout:
 
 
 class Group:
-    """Samples that were sent together, with one array per part for all of them, so that a record is one copy."""
+    """Samples that were sent together, with one array per part for all of them, so that a record is one copy.
 
-    def __init__(self, layout: RowLayout, count: int, layers: int, shared_positions: bool) -> None:
+    Args:
+        layout: of their rows.
+        count: number of samples.
+        layers: number of the plan's layers.
+        shared_positions: whether all layers have the same positions.
+        packed: whether the parts are kept elsewhere, because they are entropy-coded.
+    """
+
+    def __init__(self, layout: RowLayout, count: int, layers: int, *, shared_positions: bool, packed: bool) -> None:
         self.layout = layout
-        self._arrays = [np.empty((count, layers, size), np.uint8) for size in layout.sizes]
+        self._parts = [] if packed else layout.parts
+        self._arrays = [] if packed else [np.empty((count, layers, size), np.uint8) for size in layout.sizes]
         self._shared_positions = shared_positions
         position_layers = 1 if shared_positions else layers
         self._positions_BLHM = np.empty((count, position_layers, layout.position_heads, layout.slots), np.int32)
         self._views: list[tuple[Tensor, ...]] = []
 
-    def put(self, where: slice | list[int], at: int, rows: NDArray[np.uint8], positions_BHM: NDArray[np.int32]) -> None:
-        """Copies the `at`-th layer of some of the samples into the arrays."""
+    def put(
+        self, where: slice | list[int], at: int, rows: NDArray[np.uint8] | None, positions_BHM: NDArray[np.int32]
+    ) -> None:
+        """Copies the `at`-th layer of some of the samples into the arrays; only its positions without rows."""
         if not (self._shared_positions and at):
             self._positions_BLHM[where, at] = positions_BHM
         elif (self._positions_BLHM[where, 0] != positions_BHM).any():
             raise ProtocolError("positions differ between the layers of a sample, but the plan's scope is 'sample'")
+        if rows is None:
+            return
         start = self.layout.position_bytes
         for array, size in zip(self._arrays, self.layout.sizes, strict=True):
             array[where, at] = rows[:, start : start + size]
@@ -68,10 +81,10 @@ class Group:
         if not self._views:
             self._views = [
                 _unstack(array, dtype, shape)
-                for array, (_, dtype, shape) in zip(self._arrays, self.layout.parts, strict=True)
+                for array, (_, dtype, shape) in zip(self._arrays, self._parts, strict=True)
             ]
             self._views.append(torch.unbind(torch.as_tensor(self._positions_BLHM)))
-        names = [name for name, _, _ in self.layout.parts]
+        names = [name for name, _, _ in self._parts]
         return {name: views[row] for name, views in zip(names, self._views, strict=False)}, self._views[-1][row]
 
 
@@ -82,9 +95,9 @@ def _unstack(array_BLX: NDArray[np.uint8], dtype: torch.dtype, shape: tuple[int,
 
 
 def store_rows(
-    places: Sequence[tuple[Group, int]], at: int, rows: NDArray[np.uint8], positions_BHM: NDArray[np.int32]
+    places: Sequence[tuple[Group, int]], at: int, rows: NDArray[np.uint8] | None, positions_BHM: NDArray[np.int32]
 ) -> None:
-    """Copies the rows of the `at`-th layer to each sample's group and row.
+    """Copies the rows of the `at`-th layer, or only its positions, to each sample's group and row.
 
     All samples belong to one group, unless the teacher groups them differently in different layers.
     """
@@ -94,7 +107,7 @@ def store_rows(
     for indices in members.values():
         where = _as_slice([places[index][1] for index in indices])
         picked = _as_slice(indices)
-        places[indices[0]][0].put(where, at, rows[picked], positions_BHM[picked])
+        places[indices[0]][0].put(where, at, None if rows is None else rows[picked], positions_BHM[picked])
 
 
 def _as_slice(indices: list[int]) -> slice | list[int]:

@@ -10,6 +10,7 @@ from typing import Any, cast
 import xxhash
 
 from kvcore.errors import ProtocolError
+from kvcore.tensors.packed_sample import PackedSample
 from kvcore.types import Sample, Tensor, Timings
 from kvcore.wire.sample_rows import Group
 
@@ -30,6 +31,7 @@ class SampleState:
     errors: dict[str, list[float]] = field(default_factory=dict[str, list[float]])
     incoming: Incoming | None = None
     group: Group = field(init=False)
+    packed: PackedSample = field(default_factory=PackedSample)
     token_ids_T: Tensor = field(init=False)
     byte_ends_T: Tensor = field(init=False)
 
@@ -52,6 +54,13 @@ class SampleState:
                 f"(sample key {record.get('key')!r}, expected '{self.key}')"
             )
 
+    def add_layer(self, row: memoryview, errors: dict[str, list[float]], place: int) -> None:
+        """Counts the next layer, with the bytes that were sent of it and its errors at `place` of its record."""
+        self.layers_done += 1
+        self.hash.update(row)
+        for kind, values in errors.items():
+            self.errors.setdefault(kind, []).append(values[place])
+
     def close(self) -> None:
         """Ends the sample and releases its memory."""
         self.done = True
@@ -59,6 +68,7 @@ class SampleState:
             del self.token_ids_T, self.byte_ends_T
         if self.layers_done:
             del self.group
+        self.packed = PackedSample()
 
 
 @dataclass(slots=True)

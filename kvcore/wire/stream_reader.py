@@ -10,12 +10,15 @@ from typing import Any, cast
 import numpy as np
 import torch
 import xxhash
+from numpy.typing import NDArray
 
 from kvcore.errors import ProtocolError
-from kvcore.plan import KVPlan, SamplingParams
+from kvcore.plan import CODED, KVPlan, SamplingParams
+from kvcore.tensors.kv_map import KVMap
 from kvcore.types import TENSORS, EncodedSampleKV, Sample, TeacherInfo
 from kvcore.wire.completion import Completion, completed_sample
 from kvcore.wire.frames import FAILURE_STATUSES, PROTOCOL_VERSION, unpack_frame
+from kvcore.wire.packed_rows import has_positions, packed_sizes
 from kvcore.wire.sample_rows import Group, RowLayout, store_rows
 from kvcore.wire.sample_state import (
     UINT64_MAX,
@@ -57,6 +60,7 @@ class StreamReader:
         samples: as sent in the request, in that order.
         info: the teacher's answer to `Describe`.
         sampling: as sent in a request to `Generate`.
+        kv_map: the plan's map.
     """
 
     def __init__(
@@ -66,9 +70,12 @@ class StreamReader:
         samples: Sequence[Sample],
         info: TeacherInfo,
         sampling: SamplingParams | None = None,
+        kv_map: KVMap | None = None,
     ) -> None:
         self._request_id = request_id
         self._plan = plan
+        self._map = kv_map
+        self._is_packed = plan.codec.name == CODED
         self._info = info
         self._states = [SampleState(sample, sample.key(info.weights_digest, plan, sampling)) for sample in samples]
         self._layouts: dict[int, RowLayout] = {}
@@ -205,7 +212,13 @@ class StreamReader:
         layout = self._layout(record, min(state.tokens for state in states))
         if at and any(state.group.layout is not layout for state in states):
             raise ProtocolError(f"sample '{states[0].sample.id}': layer {layer} has another number of slots")
-        accept = partial(self._accept_layer, states, layout, self._errors(record, len(states)))
+        errors = self._errors(record, len(states))
+        if self._is_packed:
+            head = layout.position_bytes if has_positions(self._plan, at) else 0
+            sizes = packed_sizes(record, len(states), max(layout.sizes))
+            accept = partial(self._accept_packed_layer, states, layout, errors, sizes)
+            return Incoming(len(states) * head + sum(map(sum, sizes)), states, accept)
+        accept = partial(self._accept_layer, states, layout, errors)
         return Incoming(len(states) * layout.row_bytes, states, accept)
 
     def _layout(self, record: dict[str, Any], tokens: int) -> RowLayout:
@@ -237,22 +250,49 @@ class StreamReader:
         at = states[0].layers_done
         rows = np.frombuffer(body, np.uint8).reshape(len(states), layout.row_bytes)
         positions_BHM = layout.positions(rows)
+        self._put(states, at, layout, rows, positions_BHM)
+        for row, state in enumerate(states):
+            state.add_layer(body[row * layout.row_bytes : (row + 1) * layout.row_bytes], errors, row)
+
+    def _accept_packed_layer(
+        self,
+        states: list[SampleState],
+        layout: RowLayout,
+        errors: dict[str, list[float]],
+        sizes: list[tuple[int, int]],
+        body: memoryview,
+    ) -> None:
+        at = states[0].layers_done
+        head = layout.position_bytes if has_positions(self._plan, at) else 0
+        ends = np.cumsum([head + sum(each) for each in sizes]).tolist()
+        rows = [body[start:end] for start, end in zip([0, *ends], ends, strict=False)]
+        if head:
+            heads = np.stack([np.frombuffer(row[:head], np.uint8) for row in rows])
+            self._put(states, at, layout, None, layout.positions(heads))
+        for row, state in enumerate(states):
+            state.packed.add(bytes(rows[row][head:]), sizes[row])
+            state.add_layer(rows[row], errors, row)
+
+    def _put(
+        self,
+        states: list[SampleState],
+        at: int,
+        layout: RowLayout,
+        rows: NDArray[np.uint8] | None,
+        positions_BHM: NDArray[np.int32],
+    ) -> None:
+        """Checks a layer's positions and keeps its rows."""
         tokens_B = np.array([state.tokens for state in states])
         if (positions_BHM[..., 0] < 0).any() or (positions_BHM[..., -1] >= tokens_B[:, None]).any():
             raise ProtocolError(f"layer {self._plan.layers[at]}: positions outside the sample")
         if (positions_BHM[..., 1:] <= positions_BHM[..., :-1]).any():
             raise ProtocolError(f"layer {self._plan.layers[at]}: positions are not ascending")
         if at == 0:
-            group = Group(layout, len(states), len(self._plan.layers), self._plan.selection.scope == "sample")
+            shared = self._plan.selection.scope == "sample"
+            group = Group(layout, len(states), len(self._plan.layers), shared_positions=shared, packed=self._is_packed)
             for row, state in enumerate(states):
                 state.group, state.row = group, row
-                state.errors = {kind: [] for kind in TENSORS}
         store_rows([(state.group, state.row) for state in states], at, rows, positions_BHM)
-        for row, state in enumerate(states):
-            state.layers_done += 1
-            state.hash.update(body[row * layout.row_bytes : (row + 1) * layout.row_bytes])
-            for kind, values in errors.items():
-                state.errors[kind].append(values[row])
 
     def _end_sample(self, record: dict[str, Any]) -> Result:
         index = record.get("index")
@@ -281,6 +321,8 @@ class StreamReader:
         if record.get("digest") != state.hash.intdigest():
             raise ProtocolError(f"sample '{sample.id}' does not match its digest")
         parts, positions = state.group.take(state.row)
+        if self._is_packed:
+            parts = state.packed.parts(whole_number(record, "codes_xxh3", 0, UINT64_MAX))
         return EncodedSampleKV(
             sample_id=sample.id,
             key=sample.key(self._info.weights_digest, plan),
@@ -292,6 +334,7 @@ class StreamReader:
             byte_ends_T=state.byte_ends_T,
             relative_error=state.errors,
             timings=timings_of(record.get("timings")),
+            kv_map=self._map if self._is_packed else None,
         )
 
     def _end(self, record: dict[str, Any]) -> None:
@@ -318,15 +361,21 @@ class CompletionReader(StreamReader):
     `completions` holds the texts received so far, by the sample's index in the request.
 
     Args:
-        request_id, plan, info: as for `StreamReader`.
+        request_id, plan, info, kv_map: as for `StreamReader`.
         samples: the prompts as sent in the request.
         sampling: as sent in the request.
     """
 
     def __init__(
-        self, request_id: str, plan: KVPlan, samples: Sequence[Sample], info: TeacherInfo, sampling: SamplingParams
+        self,
+        request_id: str,
+        plan: KVPlan,
+        samples: Sequence[Sample],
+        info: TeacherInfo,
+        sampling: SamplingParams,
+        kv_map: KVMap | None = None,
     ) -> None:
-        super().__init__(request_id, plan, samples, info, sampling)
+        super().__init__(request_id, plan, samples, info, sampling, kv_map)
         self.completions: dict[int, Completion] = {}
         self._sampling = sampling
 

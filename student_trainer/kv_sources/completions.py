@@ -92,7 +92,7 @@ class CompletionSource(RemoteSource):
             samples=[messages.sample_to_proto(sample) for sample in samples],
             sampling=messages.sampling_to_proto(self._sampling),
         )
-        reader = CompletionReader(request_id, self.plan, samples, self.info, self._sampling)
+        reader = CompletionReader(request_id, self.plan, samples, self.info, self._sampling, self._map)
         self._readers.append((samples, reader))
         return request, reader
 

@@ -98,7 +98,7 @@ def _stage_seconds(results: Sequence[EncodedSampleKV]) -> dict[str, float]:
 
 def _no_samples(info: TeacherInfo, plan: KVPlan) -> BatchKV:
     """A batch of no samples and one slot: every rank goes through the same steps, even if a teacher sent nothing."""
-    heads, head_dim = plan.sent_shape(info.kv_heads, info.head_dim)
+    heads, head_dim = plan.decoded_shape(info.kv_heads, info.head_dim)
     x_BLHMD = torch.zeros(0, len(plan.layers), heads, 1, head_dim)
     ends_BLHM = torch.zeros(0, 1, 1, 1, dtype=torch.long)
     return BatchKV(x_BLHMD, x_BLHMD, torch.zeros(0, 1, dtype=torch.bool), ends_BLHM)

@@ -296,7 +296,7 @@ class RemoteSource(KVSource):
         """A request, and the reader of its response stream."""
         sent = [messages.sample_to_proto(sample) for sample in samples]
         request = pb.KVRequest(request_id=request_id, plan=self._plan_message, samples=sent)
-        return request, StreamReader(request_id, self.plan, samples, self.info)
+        return request, StreamReader(request_id, self.plan, samples, self.info, kv_map=self._map)
 
     def _check_map(self) -> None:
         """Checks that the server takes the map."""

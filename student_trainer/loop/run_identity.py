@@ -8,6 +8,7 @@ from typing import Any, cast
 
 from data.records import content_digest
 from kvcore.config import parse
+from kvcore.plan import CODED
 from student_trainer.config import TrainConfig
 from student_trainer.kv_sources import KVSource
 
@@ -33,8 +34,8 @@ def run_identity(config: TrainConfig, records: int, sources: Mapping[str, KVSour
             "weights": source.info.weights_digest,
             "tokenizer": source.info.tokenizer_fingerprint,
             # A map is fitted in the run itself, so it may differ; `align.basis_rank` and `align.map_at` may not.
-            "plan_digest": source.plan.with_map(None).digest(),
-            "plan": source.plan.with_map(None).model_dump(mode="json"),
+            "plan_digest": source.plan.without_map(config.kv.codec.unmapped).digest(),
+            "plan": source.plan.without_map(config.kv.codec.unmapped).model_dump(mode="json"),
         }
         for name, source in sources.items()
     }
@@ -48,6 +49,8 @@ def run_identity(config: TrainConfig, records: int, sources: Mapping[str, KVSour
     )
     data |= {"records": records, "content": content_digest(config.data.train)}
     data["formats"] = [teacher.format or config.data.format for teacher in config.teachers]
+    if config.kv.codec.name == CODED:
+        settings["codec"] = config.kv.codec.model_dump(mode="json")
     return settings | {
         "run": run,
         "teachers": teachers,

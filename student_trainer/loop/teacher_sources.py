@@ -1,12 +1,13 @@
 """Connects a run to its teachers, and finds the map that each of them applies to its K/V.
 
-A map is a basis of the teacher's own (`align.basis_rank`), fitted here, or leads into the student's shape
-(`align.map_at`), fitted by calibration.
+A map is a basis of the teacher's own (`align.basis_rank`, and for the codec `pca`), fitted here, or leads into the
+student's shape (`align.map_at`), fitted by calibration.
 """
 
 from __future__ import annotations
 
 import logging
+import math
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -21,8 +22,8 @@ from align.teacher_plan import plan_for
 from data.collate import Collator
 from data.records import Record
 from kvcore.errors import FieldError, TeacherRefusedError
-from kvcore.plan import KVPlan
-from kvcore.store.manifest import MANIFEST_NAME, stored_map
+from kvcore.plan import CODED, KVPlan
+from kvcore.store.manifest import MANIFEST_NAME, read_manifest, stored_map
 from kvcore.tensors.kv_map import KVMap
 from kvcore.types import Sample, TeacherInfo, Tensor
 from student_trainer.config import TeacherConfig, TrainConfig
@@ -37,14 +38,21 @@ logger = logging.getLogger(__name__)
 
 
 # The settings that have teachers apply a map, and the values with which they apply none.
-_WITHOUT = {"align.basis_rank": "null", "align.map_at": "'trainer'"}
+_WITHOUT = {"align.basis_rank": "null", "align.map_at": "'trainer'", "kv.codec.name": "'int8'"}
 
 
 def map_setting(config: TrainConfig) -> str | None:
     """The setting that has each teacher apply a map; None if there is none."""
     if config.align.basis_rank is not None:
         return "align.basis_rank"
+    if config.kv.codec.name == CODED:
+        return "kv.codec.name"
     return "align.map_at" if config.align.map_at == "teacher" else None
+
+
+def fits_bases(config: TrainConfig) -> bool:
+    """Whether each teacher applies a basis of its own."""
+    return map_setting(config) in ("align.basis_rank", "kv.codec.name")
 
 
 def reading_style(config: TrainConfig, teacher: TeacherConfig) -> str:
@@ -86,11 +94,11 @@ def connect_teacher(
             geometry,
             theirs,
             selection=config.kv.selection,
-            codec=config.kv.codec,
+            codec=config.kv.codec.unmapped,
             layer_map=align.layer_map,
             head_adapter=align.head_adapter,
         )
-        return whole.with_map(kv_map.named) if kv_map else whole
+        return whole.with_map(kv_map.named, config.kv.codec.spec) if kv_map else whole
 
     # Whole K/V are only read to fit a map, and not recorded.
     setting = map_setting(config)
@@ -116,7 +124,7 @@ def aligner_for(config: TrainConfig, student: KVGeometry, source: KVSource) -> A
     settings = config.align.model_dump(include={"layer_map", "head_adapter", "tokens", "sink_tokens"})
     if config.align.map_at == "teacher" and source.plan.map is not None:
         settings["head_adapter"] = "mapped"
-    theirs = KVGeometry(source.info.layers, *source.plan.sent_shape(source.info.kv_heads, source.info.head_dim))
+    theirs = KVGeometry(source.info.layers, *source.plan.decoded_shape(source.info.kv_heads, source.info.head_dim))
     return Aligner(theirs, student, direction=config.direction, **settings).to(ds_engine.device())
 
 
@@ -171,21 +179,26 @@ def _fitted(
     collator: Collator,
 ) -> KVMap:
     """A teacher's basis, fitted to the whole K/V of all ranks' batches."""
-    device, info, rank = ds_engine.device(), source.info, config.align.basis_rank
-    assert rank is not None, "no basis is wanted"
-    sums = BasisStatistics(source.plan.layers, info.kv_heads * info.head_dim, device)
+    device, info, codec = ds_engine.device(), source.info, config.kv.codec
+    whole = (info.kv_heads, info.head_dim)
+    features = math.prod(whole)
+    rank = config.align.basis_rank or features
+    sums = BasisStatistics(source.plan.layers, features, device)
     with shared_failure():
         for records in show_progress(f"finding the basis of {name}", batches):
             kv, _ = decode_and_pad(name, asked.popleft().result(), info, source.plan, None, config.kv.on_missing)
             sums.update(kv.to(device), collator(records).text_byte_ends_BT.to(device), config.align.sink_tokens)
     for tensor in sums.tensors():
         dist.all_reduce(tensor)
-    sums.check(rank)
+    # Without `basis_rank` no component is left out, so their number needs no tokens.
+    sums.check(config.align.basis_rank or 1)
     kv_map, kept_LK = sums.basis(rank)
-    if dist.get_rank() == 0:
+    if dist.get_rank() == 0 and config.align.basis_rank is not None:
         keys, values = kept_LK.mean(dim=0).tolist()
         shares = f"{keys:.2f} of the keys' variance and {values:.2f} of the values'"
-        logger.info("teacher '%s': %d of %d components keep %s", name, rank, info.kv_heads * info.head_dim, shares)
+        logger.info("teacher '%s': %d of %d components keep %s", name, rank, features, shares)
+    if codec.name == CODED:
+        kv_map = sums.coded(kv_map, codec.target_error, None if config.align.basis_rank else whole)
     return from_rank_0(kv_map)
 
 
@@ -231,8 +244,11 @@ def map_of_store(config: TrainConfig, student: KVGeometry, teacher: TeacherConfi
     if found is None:
         problem = f"the store {directory} holds whole heads; use {_WITHOUT[setting]}, or record into another kv.store"
         raise FieldError(setting, problem)
+    if found.coded != (kv.codec.name == CODED) or (setting == "kv.codec.name" and not found.named.restores):
+        codec = read_manifest(directory).plan.codec.name
+        raise FieldError("kv.codec.name", f"got '{kv.codec.name}'; the store {directory} holds K/V in '{codec}'")
     wanted = (student.heads, student.head_dim) if rank is None else (1, rank)
-    if (found.named.heads, found.named.head_dim) != wanted:
+    if setting != "kv.codec.name" and (found.named.heads, found.named.head_dim) != wanted:
         given = f"the student has {student.heads} KV heads of {student.head_dim}" if rank is None else f"got {rank}"
         shape = f"{found.named.heads} heads of {found.named.head_dim}"
         raise FieldError(setting, f"{given}, and the store {directory} holds {shape}")

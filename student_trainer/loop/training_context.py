@@ -39,6 +39,7 @@ from student_trainer.loop.student_loading import check_lengths, is_partitioned_a
 from student_trainer.loop.teacher_sources import (
     aligner_for,
     connect_teacher,
+    fits_bases,
     known_maps,
     map_of_store,
     map_setting,
@@ -217,7 +218,7 @@ def build_context(config: TrainConfig, rank: int, world_size: int) -> TrainingCo
             sample_order.sort_by(splits[0].lengths(), resumed.state["round_size"] if resumed else None)
         log_padding(sample_order, splits[0])
         maps: dict[str, KVMap] = {}
-        if config.align.basis_rank is not None and not finished:
+        if fits_bases(config) and not finished:
             chosen = sample_order.first(config.align.calibration_samples)
             maps = teacher_bases(config, student, sources, resumed, collator, [train[at] for at in chosen])
         elif map_setting(config) is not None and not finished:

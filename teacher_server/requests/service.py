@@ -168,7 +168,7 @@ class TeacherKVService:
             UnknownMapError: the server does not hold the plan's map.
         """
         kv_map = self._state.maps.named_by(query.plan)
-        backend, call, answer = await self._open(query, reserved.nbytes)
+        backend, call, answer = await self._open(query, reserved.nbytes, kv_map)
         stream = ClientStream(answer, caller=reserved.caller)
         samples = await self._tokenize(query, backend.engine)
         jobs = await self._in_thread(reserved.nbytes, _to_jobs, stream, query, samples, backend.engine.info, kv_map)
@@ -194,7 +194,7 @@ class TeacherKVService:
         assert query.sampling is not None
         kv_map = self._state.maps.named_by(query.plan)
         reserved.add(query.sampling.max_new_tokens * len(query.samples))
-        backend, call, answer = await self._open(query, reserved.nbytes)
+        backend, call, answer = await self._open(query, reserved.nbytes, kv_map)
         prompts = await self._tokenize(query, backend.engine)
 
         def count_tokens(generated: int, in_samples: int) -> None:
@@ -212,7 +212,7 @@ class TeacherKVService:
         finally:
             generation.close()
 
-    async def _open(self, query: KVQuery, nbytes: int) -> tuple[Backend, Call, AnswerStream]:
+    async def _open(self, query: KVQuery, nbytes: int, kv_map: KVMap | None) -> tuple[Backend, Call, AnswerStream]:
         """Returns the backend that answers a query, the call's log record, and the stream of its frames."""
         self._warn_once(query.plan.selection.warning)
         backend, call, metric = self._state.loaded(), current_call(), self._state.metrics.samples
@@ -223,7 +223,7 @@ class TeacherKVService:
             call.failed_samples += status != "ok"
 
         keys = await self._in_thread(nbytes, query.sample_keys, backend.engine.info)
-        writer = FrameWriter(query.request_id, query.plan, keys, self._state.config.max_frame_bytes)
+        writer = FrameWriter(query.request_id, query.plan, keys, self._state.config.max_frame_bytes, kv_map)
         return backend, call, AnswerStream(writer, len(query.samples), count_sample)
 
     def _warn_once(self, warning: str | None) -> None:

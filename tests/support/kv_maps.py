@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from kvcore.tensors.entropy_coding import spread_class
 from kvcore.tensors.kv_map import KVMap
 from kvcore.types import TENSORS, Tensor, TensorKind
 
@@ -38,3 +39,21 @@ def naive_mapped(kv_map: KVMap, x_HMD: Tensor, layer: int, kind: TensorKind) -> 
                 terms = [(x - c) * row[head][d] for x, c, row in zip(features, centre, weight, strict=True)]
                 mapped[head, slot, d] = sum(terms) + float(constant[head, d])
     return mapped
+
+
+def coded_map(
+    layers: tuple[int, ...], heads: int, head_dim: int, *, restores: bool = True, step: float = 0.1, seed: int = 0
+) -> KVMap:
+    """A coded map of random rotations, for K/V of a spread of about 1."""
+    features = heads * head_dim
+    generator = torch.Generator().manual_seed(seed)
+    tensors: dict[str, Tensor] = {"layers": torch.tensor(layers, dtype=torch.int32)}
+    for kind in TENSORS:
+        turned_LFF, _ = torch.linalg.qr(torch.randn(len(layers), features, features, generator=generator))
+        tensors[f"{kind}.centre"] = torch.randn(len(layers), features, generator=generator)
+        tensors[f"{kind}.weight"] = (turned_LFF / step)[:, :, None].contiguous()
+        tensors[f"{kind}.step"] = torch.full((len(layers),), step)
+        tensors[f"{kind}.class"] = torch.full((len(layers), 1, features), spread_class(1 / step), dtype=torch.uint8)
+    if restores:
+        tensors["whole"] = torch.tensor([heads, head_dim], dtype=torch.int32)
+    return KVMap(tensors)

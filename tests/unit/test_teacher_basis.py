@@ -8,6 +8,8 @@ import torch
 from align.head_dim_adapter import KVGeometry
 from align.teacher_basis import BasisStatistics, check_basis
 from kvcore.errors import FieldError
+from kvcore.tensors.entropy_coding import spread_class
+from kvcore.tensors.kv_map import KVMap
 from kvcore.types import TENSORS, BatchKV, Tensor
 
 B, L, H, M, D = 5, 2, 2, 12, 3
@@ -104,3 +106,43 @@ def test_a_rank_above_the_features_and_mixed_layers_are_refused() -> None:
     # With fewer layers than the student, `last` interpolates.
     with pytest.raises(FieldError, match="'last' mixes layers of this teacher"):
         check_basis(2, KVGeometry(3, H, D), student, "last")
+
+
+@pytest.mark.parametrize("quality", [0.01, 0.1, 0.3])
+@pytest.mark.parametrize("whole", [(H, D), None])
+def test_a_coded_basis_aims_at_the_error_with_equal_steps(quality: float, whole: tuple[int, int] | None) -> None:
+    sums = BasisStatistics((1, 4), FEATURES)
+    parts = [batch(seed, slots=60) for seed in range(6)]
+    for kv in parts:
+        sums.update(kv, torch.arange(1, 61).expand(B, 60), 0)
+    rank = FEATURES if whole else 3
+    kv_map, _ = sums.basis(rank)
+    coded = KVMap.read(sums.coded(kv_map, quality, whole).content())
+    assert coded.coded
+    assert coded.named.restores == (whole is not None)
+    for kind in TENSORS:
+        codes, wanted = [], []
+        for at, layer in enumerate((1, 4)):
+            x_NF = torch.cat([rows(kv, kind, at, 0) for kv in parts])
+            y_NR = coded.apply(x_NF.float().view(1, -1, H, D).transpose(1, 2), layer, kind)[0, 0]
+            codes.append(y_NR.round())
+            basis_FR = kv_map.tensors[f"{kind}.weight"][at].flatten(1).double()
+            centred_NF = x_NF - x_NF.mean(dim=0)
+            wanted.append(centred_NF @ basis_FR if whole is None else x_NF)
+            varying = float((centred_NF @ basis_FR).norm())
+            decoded_BLHMD = coded.decoded(torch.stack([codes[-1]] * 2)[None, :, None], kind)
+            got_NF = decoded_BLHMD[0, at].transpose(0, 1).flatten(1).double()
+            assert float((got_NF - wanted[-1]).norm()) / varying == pytest.approx(quality, rel=0.25)
+            spreads = y_NR.double().std(dim=0).tolist()
+            classes = coded.classes(at, kind).tolist()
+            assert all(abs(spread_class(spread) - found) <= 1 for spread, found in zip(spreads, classes, strict=True))
+
+
+def test_a_layer_without_variance_is_restored_exactly() -> None:
+    kv = batch()
+    constant = BatchKV(kv.k_BLHMD * 0 + 5, kv.v_BLHMD * 0, kv.mask_BM, kv.byte_ends_BLHM)
+    sums = BasisStatistics((1, 4), FEATURES)
+    sums.update(constant, ENDS_BT, 0)
+    coded = sums.coded(sums.basis(FEATURES)[0], 0.1, (H, D))
+    y_BHMD = coded.apply(constant.k_BLHMD[:, 0], 1, "k").round()
+    assert coded.decoded(torch.stack([y_BHMD] * 2, dim=1), "k")[:, 0].allclose(constant.k_BLHMD[:, 0])

@@ -1,0 +1,136 @@
+"""Runs of one rank with the codec `pca`: maps, sources, decoded K/V, stores, and settings that conflict."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kvcore.errors import FieldError
+from kvcore.store.manifest import stored_map
+from kvcore.tensors.codec import decode_batch
+from kvcore.types import TENSORS, EncodedSampleKV, Tensor
+from student_trainer.loop.training_context import TrainingContext
+from tests.support.mapped_runs import both_serving, fetched, mapped_run
+from tests.support.training import World, make_world
+
+pytestmark = pytest.mark.usefixtures("one_rank")
+
+TO_TEACHER: dict[str, Any] = {"direction": "to_teacher"}
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    return make_world(tmp_path_factory.mktemp("world"))
+
+
+@pytest.fixture(scope="module")
+def teachers() -> Iterator[dict[str, list[str]]]:
+    with both_serving() as endpoints:
+        yield endpoints
+
+
+def codec(quality: float) -> dict[str, Any]:
+    return {"codec": {"name": "pca", "quality": quality}}
+
+
+def both(samples: list[EncodedSampleKV]) -> list[Tensor]:
+    kv = decode_batch(samples)
+    return [kv.k_BLHMD, kv.v_BLHMD]
+
+
+def relative_errors(found: list[EncodedSampleKV], expected: list[EncodedSampleKV]) -> list[float]:
+    """Of all keys and of all values, over what varies in them."""
+    errors: list[float] = []
+    for x_BLHMD, exact_BLHMD in zip(both(found), both(expected), strict=True):
+        varying_BLHMD = exact_BLHMD - exact_BLHMD.mean(dim=(0, 3), keepdim=True)
+        errors.append(float((x_BLHMD - exact_BLHMD).norm() / varying_BLHMD.norm()))
+    return errors
+
+
+@pytest.mark.parametrize("quality", [0.02, 0.2])
+def test_whole_heads_come_back_within_about_the_quality(
+    world: World, teachers: dict[str, list[str]], quality: float
+) -> None:
+    whole = mapped_run(world, teachers, "whole", TO_TEACHER)
+    coded = mapped_run(world, teachers, f"coded{quality}", TO_TEACHER, **codec(quality))
+    for name, aligner, before in zip(("ada", "ben"), coded.model.aligners, whole.model.aligners, strict=True):
+        assert aligner.teacher == before.teacher
+        assert coded.maps[name].coded
+        sent = fetched(coded, name)
+        assert all(error == pytest.approx(quality, rel=0.5) for error in relative_errors(sent, fetched(whole, name)))
+        for sample in sent:
+            for kind in TENSORS:
+                assert max(sample.relative_error[kind]) < 3 * quality
+    for context in (whole, coded):
+        context.close()
+
+
+def test_components_of_a_basis_can_be_coded(world: World, teachers: dict[str, list[str]]) -> None:
+    align = TO_TEACHER | {"basis_rank": 3}
+    plain = mapped_run(world, teachers, "components", align)
+    coded = mapped_run(world, teachers, "coded_components", align, **codec(0.05))
+    for name, aligner in zip(("ada", "ben"), coded.model.aligners, strict=True):
+        assert (aligner.teacher.heads, aligner.teacher.head_dim) == (1, 3)
+        sent = fetched(coded, name)
+        assert all(error < 0.1 for error in relative_errors(sent, fetched(plain, name)))
+        assert sum(sample.nbytes for sample in sent) < sum(sample.nbytes for sample in fetched(plain, name)) / 2
+    for context in (plain, coded):
+        context.close()
+
+
+def test_a_recording_is_read_back_exactly_without_teachers(
+    world: World, teachers: dict[str, list[str]], tmp_path: Path
+) -> None:
+    store = str(tmp_path / "store")
+    record = mapped_run(world, teachers, "record", TO_TEACHER, mode="record", store=store, **codec(0.05))
+    sent = {name: fetched(record, name) for name in teachers}
+    record.close()
+    offline = mapped_run(world, teachers, "offline", TO_TEACHER, mode="offline", store=store, **codec(0.05))
+    for name, expected in sent.items():
+        found = fetched(offline, name)
+        for mine, theirs in zip(both(found), both(expected), strict=True):
+            assert mine.equal(theirs)
+        assert [one.parts["packed"].equal(other.parts["packed"]) for one, other in zip(found, expected, strict=True)]
+        kept = stored_map(tmp_path / "store" / name)
+        assert kept is not None
+        assert kept.named == offline.maps[name].named
+    offline.close()
+    with pytest.raises(FieldError, match=r"kv.codec.name.*'int8'.*holds K/V in 'pca'"):
+        mapped_run(
+            world,
+            teachers,
+            "other",
+            TO_TEACHER | {"basis_rank": 3},
+            mode="offline",
+            store=store,
+            codec={"name": "int8"},
+        )
+
+
+def built_with(world: World, teachers: dict[str, list[str]], align: dict[str, Any], kv: dict[str, Any]) -> None:
+    context: TrainingContext = mapped_run(world, teachers, "refused", align, **kv)
+    context.close()
+
+
+@pytest.mark.parametrize(
+    ("align", "kv", "problem"),
+    [
+        ({"direction": "to_student", "map_at": "teacher"}, codec(0.1), "align.map_at: the codec 'pca' needs"),
+        (TO_TEACHER, {"codec": {"name": "int8", "quality": 0.1}}, "only the codec 'pca' has a quality"),
+        (TO_TEACHER, {"codec": {"name": "pca", "quality": 0.0}}, "quality"),
+        (TO_TEACHER, {"codec": {"name": "pca", "quality": 1.0}}, "quality"),
+        (
+            TO_TEACHER | {"head_adapter": "linear"},
+            codec(0.1) | {"selection": {"selector": "keydiff", "budget": 3, "scope": "head"}},
+            "scope",
+        ),
+    ],
+)
+def test_settings_that_conflict_are_refused_by_name(
+    world: World, teachers: dict[str, list[str]], align: dict[str, Any], kv: dict[str, Any], problem: str
+) -> None:
+    with pytest.raises((FieldError, ValueError), match=problem):
+        built_with(world, teachers, align, kv)

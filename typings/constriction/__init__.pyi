@@ -1,0 +1,1 @@
+from constriction import stream as stream
