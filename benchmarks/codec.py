@@ -3,8 +3,9 @@
 A server reads the texts and sends all layers in fp32. Then each codec encodes and decodes each text's K/V layer by
 layer. Bytes are relative to bf16. An error is the norm of the difference over a norm: that of the K/V (`error`), or of
 what varies in them, without the mean of each layer's channels over all tokens (`error_of_varying`). Both are means over
-the layers. Speeds are MB of bf16 input per second; encoding includes measuring its error. Prints one JSON object as its
-last line.
+the layers. Speeds are MB of bf16 input per second; encoding includes measuring its error. The maps of `pca` are fitted
+to other texts than those that are measured, for some qualities, and for equal errors of keys and values. Prints one
+JSON object as its last line.
 
 Examples:
   python -m benchmarks.codec --model outputs/real/models/teacher --data outputs/real/full/data/val.jsonl
@@ -16,6 +17,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Sequence
@@ -23,17 +25,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
+from align.teacher_basis import BasisStatistics
 from benchmarks.served import ENVIRONMENT
 from data.records import load_records
-from kvcore.plan import CodecSpec
-from kvcore.tensors.codec import decode, encode, layer_bytes
-from kvcore.types import TENSORS, Tensor, TensorKind
+from kvcore.plan import CODED, CodecSpec
+from kvcore.tensors.codec import decode, encode
+from kvcore.tensors.entropy_coding import decode_codes, encode_codes
+from kvcore.tensors.kv_map import KVMap
+from kvcore.types import TENSORS, BatchKV, Tensor, TensorKind
 from kvdistill.client import TeacherClient
 from student_trainer.launching.local_teachers import LocalTeachers
 
 TEXTS_PER_REQUEST = 4
+QUALITIES = (0.02, 0.05, 0.1, 0.2, 0.4)
+# Errors of the codec `pca` over the norm of keys and of values.
+EQUAL_ERRORS = (0.01, 0.03, 0.05)
 SPECS = (
     CodecSpec(name="bf16"),
     CodecSpec(name="int8"),
@@ -91,6 +100,48 @@ def measure(texts: Texts, spec: CodecSpec) -> dict[str, float]:
         square_L += (decoded_LHMD - x_LHMD).double().square().flatten(1).sum(dim=1)
         sent += sum(part.numel() * part.element_size() for layer in layers for part in layer.parts.values())
         elements += x_LHMD.numel()
+    return figures(texts, square_L, sent, elements, encode_s, decode_s)
+
+
+def fitted(calibration: Sequence[Texts]) -> tuple[BasisStatistics, KVMap]:
+    """The statistics of the K/V of texts, and all their principal components."""
+    layers, heads, _, head_dim = calibration[0].x_LHMD[0].shape
+    sums = BasisStatistics(range(layers), heads * head_dim)
+    for k_LHMD, v_LHMD in zip(calibration[0].x_LHMD, calibration[1].x_LHMD, strict=True):
+        ends_M = torch.arange(1, k_LHMD.shape[2] + 1)
+        mask_BM = torch.ones(1, len(ends_M), dtype=torch.bool)
+        sums.update(BatchKV(k_LHMD[None], v_LHMD[None], mask_BM, ends_M.expand(1, 1, 1, -1)), ends_M[None], 1)
+    return sums, sums.basis(heads * head_dim)[0]
+
+
+def measure_coded(texts: Texts, kv_map: KVMap) -> dict[str, float]:
+    """Bytes, errors and speeds of the codec `pca` for keys or for values."""
+    encode_s = decode_s = sent = elements = 0.0
+    square_L = torch.zeros_like(texts.norm_L)
+    spec, kind = CodecSpec(name=CODED), texts.kind
+    for x_LHMD in texts.x_LHMD:
+        began = time.perf_counter()
+        coded: list[bytes] = []
+        for layer, x_HMD in enumerate(x_LHMD):
+            codes_BHMD = encode(kv_map.apply(x_HMD[None], layer, kind), kind, spec).parts["codes"]
+            coded.append(encode_codes(codes_BHMD[0, 0].numpy(), kv_map.classes(layer, kind)))
+        encode_s += time.perf_counter() - began
+        began = time.perf_counter()
+        slots = x_LHMD.shape[2]
+        codes = [decode_codes(each, slots, kv_map.classes(layer, kind)) for layer, each in enumerate(coded)]
+        y_LHMD = torch.as_tensor(np.stack(codes)).float()[:, None]
+        decoded_LHMD = kv_map.decoded(y_LHMD[None], kind)[0]
+        decode_s += time.perf_counter() - began
+        square_L += (decoded_LHMD - x_LHMD).double().square().flatten(1).sum(dim=1)
+        sent += sum(map(len, coded))
+        elements += x_LHMD.numel()
+    return figures(texts, square_L, sent, elements, encode_s, decode_s)
+
+
+def figures(
+    texts: Texts, square_L: Tensor, sent: float, elements: float, encode_s: float, decode_s: float
+) -> dict[str, float]:
+    """The figures of one codec from its sums over all texts."""
     return {
         "smaller_than_bf16": 2 * elements / sent,
         "error": float((square_L.sqrt() / texts.norm_L).mean()),
@@ -105,20 +156,42 @@ def medians(rounds: Sequence[dict[str, float]]) -> dict[str, float]:
     return {name: float(f"{statistics.median(each[name] for each in rounds):.4g}") for name in rounds[0]}
 
 
-def run(model: str, texts: Sequence[str], tokens: int, rounds: int) -> dict[str, Any]:
+def coded_maps(both: Sequence[Texts], calibration: Sequence[Texts]) -> dict[str, tuple[KVMap, KVMap]]:
+    """The maps of `pca` for keys and values, by the name of their setting."""
+    sums, kv_map = fitted(calibration)
+    _, heads, _, head_dim = both[0].x_LHMD[0].shape
+
+    def coded(quality: float) -> KVMap:
+        return sums.coded(kv_map, quality, (heads, head_dim))
+
+    found = {f"pca, quality {quality:g}": (coded(quality), coded(quality)) for quality in QUALITIES}
+    for error in EQUAL_ERRORS:
+        ratios = [float((texts.norm_L / texts.varying_norm_L).mean()) for texts in calibration]
+        found[f"pca, error {error:g} of both"] = coded(error * ratios[0]), coded(error * ratios[1])
+    return found
+
+
+def run(model: str, texts: Sequence[str], calibration: Sequence[str], tokens: int, rounds: int) -> dict[str, Any]:
     """All codecs, in turn in each round; the first round is not counted."""
     torch.set_num_threads(1)
     both = read_kv(model, texts, tokens)
-    _, heads, _, head_dim = both[0].x_LHMD[0].shape
+    maps = coded_maps(both, read_kv(model, calibration, tokens))
     slots = [x_LHMD.shape[2] for x_LHMD in both[0].x_LHMD]
-    whole = 4 * heads * head_dim * sum(slots)
+    measured: dict[str, list[list[dict[str, float]]]] = {}
+    for number in range(rounds + 1):
+        for spec in SPECS:
+            each = [measure(kv, spec) for kv in both]
+            measured.setdefault(f"{spec.name}, groups of {spec.group_size}", []).append(each)
+        for name, kv_maps in maps.items():
+            each = [measure_coded(kv, kv_map) for kv, kv_map in zip(both, kv_maps, strict=True)]
+            measured.setdefault(name, []).append(each)
+        print(f"round {number} of {rounds}", file=sys.stderr)
     found: dict[str, dict[str, Any]] = {}
-    measured = [[[measure(kv, spec) for kv in both] for spec in SPECS] for _ in range(rounds + 1)][1:]
-    for number, spec in enumerate(SPECS):
-        by_kind = {kv.kind: medians([each[number][place] for each in measured]) for place, kv in enumerate(both)}
-        sent = sum(layer_bytes(spec, heads, each, head_dim) for each in slots)
-        found[f"{spec.name}, groups of {spec.group_size}"] = {"smaller_than_bf16": round(whole / sent, 3), **by_kind}
-    return {"texts": len(texts), "tokens": sum(slots), "codecs": found}
+    for name, rounds_of in measured.items():
+        by_kind = {kv.kind: medians([each[place] for each in rounds_of[1:]]) for place, kv in enumerate(both)}
+        smaller = len(both) / sum(1 / each["smaller_than_bf16"] for each in by_kind.values())
+        found[name] = {"smaller_than_bf16": round(smaller, 3), **by_kind}
+    return {"texts": len(texts), "calibration_texts": len(calibration), "tokens": sum(slots), "codecs": found}
 
 
 def main() -> None:
@@ -129,9 +202,14 @@ def main() -> None:
     parser.add_argument("--texts", type=int, default=32, help="number of records to read; default: %(default)s")
     parser.add_argument("--tokens", type=int, default=0, help="the last tokens of each text; all by default")
     parser.add_argument("--rounds", type=int, default=5, help="default: %(default)s")
+    parser.add_argument("--calibration", type=int, default=64, help="number of other records; default: %(default)s")
     given = parser.parse_args()
-    texts = [record.text for record in load_records(given.data)[: given.texts]]
-    print(json.dumps({"benchmark": "codec", **run(given.model, texts, given.tokens, given.rounds)}))
+    records = load_records(given.data)
+    if len(records) < given.texts + 1:
+        parser.error(f"--data: has {len(records)} records; --texts {given.texts} needs more, for the calibration")
+    texts = [record.text for record in records[: given.texts + given.calibration]]
+    found = run(given.model, texts[: given.texts], texts[given.texts :], given.tokens, given.rounds)
+    print(json.dumps({"benchmark": "codec", **found}))
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ class MapArm:
         base: the arm of `make real` from which it differs only in `align` and the codec.
         align: changes of the section `align`.
         codec: name of the codec.
+        quality: of the codec `pca`.
     """
 
     name: str
@@ -32,6 +33,7 @@ class MapArm:
     base: ArmName = "kv"
     align: dict[str, Any] = field(default_factory=dict)
     codec: str = "int8"
+    quality: float | None = None
 
 
 # Other arms are compared with this one.
@@ -48,6 +50,16 @@ ARMS: tuple[MapArm, ...] = (
     MapArm("int6", "`to_teacher`, all heads, `int6`", codec="int6"),
     MapArm("int4", "`to_teacher`, all heads, `int4`", codec="int4"),
     MapArm("basis16_int4", "`to_teacher`, basis of rank 16, `int4`", align={"basis_rank": 16}, codec="int4"),
+    MapArm("pca10", "`to_teacher`, all heads, `pca` of quality 0.1", codec="pca", quality=0.1),
+    MapArm("pca20", "`to_teacher`, all heads, `pca` of quality 0.2", codec="pca", quality=0.2),
+    MapArm("pca40", "`to_teacher`, all heads, `pca` of quality 0.4", codec="pca", quality=0.4),
+    MapArm(
+        "basis16_pca20",
+        "`to_teacher`, basis of rank 16, `pca` of quality 0.2",
+        align={"basis_rank": 16},
+        codec="pca",
+        quality=0.2,
+    ),
 )
 
 
@@ -58,7 +70,7 @@ def map_config(arm: MapArm, seed: int, settings: Settings, paths: RealPaths, por
     if arm.align:
         config["align"] |= arm.align
     if arm.codec != "int8":
-        config["kv"]["codec"] = {"name": arm.codec}
+        config["kv"]["codec"] = {"name": arm.codec} | ({} if arm.quality is None else {"quality": arm.quality})
     return config
 
 
