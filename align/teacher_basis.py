@@ -68,7 +68,11 @@ class BasisStatistics:
             text_byte_ends_BT: byte ends of the student's tokens in the same texts, -1 in padding.
             sink_tokens: how many first tokens of a text are left out.
         """
-        mask_BM = slots_beyond_sinks(kv, text_byte_ends_BT, sink_tokens)
+        self.add(kv, slots_beyond_sinks(kv, text_byte_ends_BT, sink_tokens))
+
+    @torch.no_grad()
+    def add(self, kv: BatchKV, mask_BM: Tensor) -> None:
+        """Adds the K/V in the slots of a mask."""
         sample_N, slot_N = mask_BM.nonzero(as_tuple=True)
         for sums, x_BLHMD in zip(self._sums, (kv.k_BLHMD, kv.v_BLHMD), strict=True):
             x_NLF = x_BLHMD[sample_N, :, :, slot_N].flatten(2)

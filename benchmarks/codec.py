@@ -110,7 +110,8 @@ def fitted(calibration: Sequence[Texts]) -> tuple[BasisStatistics, KVMap]:
     for k_LHMD, v_LHMD in zip(calibration[0].x_LHMD, calibration[1].x_LHMD, strict=True):
         ends_M = torch.arange(1, k_LHMD.shape[2] + 1)
         mask_BM = torch.ones(1, len(ends_M), dtype=torch.bool)
-        sums.update(BatchKV(k_LHMD[None], v_LHMD[None], mask_BM, ends_M.expand(1, 1, 1, -1)), ends_M[None], 1)
+        mask_BM[:, 0] = False  # The first token is an attention sink.
+        sums.add(BatchKV(k_LHMD[None], v_LHMD[None], mask_BM, ends_M.expand(1, 1, 1, -1)), mask_BM)
     return sums, sums.basis(heads * head_dim)[0]
 
 

@@ -15,6 +15,7 @@ from kvcore.errors import EXIT_FAILED, ConfigError, FieldError
 from kvcore.extras import require
 from kvcore.flags import FlagSet
 from kvcore.typer_help import Command, Group
+from kvdistill.calibrate_command import CALIBRATE_EXAMPLES, calibrate
 from kvdistill.forwarded import SETTINGS, forwarding_command
 from kvdistill.generation_settings import GenerationSettings, LoadingSettings
 from kvdistill.sharing_commands import EXPORT_EXAMPLES, PUSH_EXAMPLES, export, push
@@ -250,6 +251,9 @@ def doctor(
     found = checks(teacher or [], output, run)
     typer.echo(checks_report(found))
     raise typer.Exit(EXIT_FAILED if any(check.state == "problem" for check in found) else 0)
+
+
+app.command(cls=Command, epilog=CALIBRATE_EXAMPLES)(calibrate)
 
 
 @app.command("inspect", cls=Command, epilog=INSPECT_EXAMPLES)

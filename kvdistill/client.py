@@ -12,8 +12,9 @@ import torch
 
 from kvcore.config import parse
 from kvcore.errors import EndpointRefusedError, FieldError, TeacherError, TeacherRefusedError, TeacherUnavailableError
-from kvcore.plan import KVPlan, SamplingParams, Scope, Selection, SelectionSpan
+from kvcore.plan import CODED, KVPlan, SamplingParams, Scope, Selection, SelectionSpan
 from kvcore.tensors.codec import decode_batch
+from kvcore.tensors.kv_map import KVMap, read_calibration
 from kvcore.types import EncodedSampleKV, MissingKV, Sample, TeacherInfo, Tensor
 from kvcore.wire.completion import Completion
 from kvdistill.describe import every_layer
@@ -36,6 +37,7 @@ class PlanSettings(TypedDict, total=False):
     span: SelectionSpan
     scope: Scope
     codec: str
+    calibration: str | Path | None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -89,6 +91,8 @@ class TeacherClient:
         given = tls_ca is not None or token_file is not None
         self._transport = Transport(tls_ca, token_file) if given else None
         self._source: FailoverSource | None = None
+        # The calibrations of the plans made here, by digest.
+        self._maps: dict[str, KVMap] = {}
 
     def __enter__(self) -> Self:
         return self
@@ -121,6 +125,7 @@ class TeacherClient:
         span: SelectionSpan = "all",
         scope: Scope = "sample",
         codec: str = "int8",
+        calibration: str | Path | None = None,
     ) -> KVPlan:
         """Makes a plan for this teacher.
 
@@ -131,13 +136,21 @@ class TeacherClient:
             span: part of the text from which tokens are selected. Use `all` for texts without spans.
             scope: whether each `head`, each `layer` or the whole `sample` selects its own tokens.
             codec: how K/V are encoded, such as `int8`, `bf16` or `raw` (exact); one of `info.codecs`.
+            calibration: file that `kvdistill calibrate` wrote for this teacher. It sets the codec `pca`.
 
         Raises:
-            FieldError: a setting is unknown or out of range.
+            FieldError: a setting is unknown or out of range, or the calibration does not fit the teacher or a layer.
+            ConfigError: the calibration cannot be read.
         """
-        wanted = range(self.info.layers) if layers is None else layers
-        selection = {"selector": selector, "budget": budget, "span": span, "scope": scope}
-        return parse({"layers": list(wanted), "selection": selection, "codec": {"name": codec}}, KVPlan)
+        wanted = list(range(self.info.layers) if layers is None else layers)
+        tree: dict[str, Any] = {"layers": wanted, "codec": {"name": codec}}
+        tree["selection"] = {"selector": selector, "budget": budget, "span": span, "scope": scope}
+        if calibration is None:
+            return parse(tree, KVPlan)
+        kv_map = read_calibration(Path(calibration)).for_layers(wanted)
+        kv_map.check_teacher(self.info)
+        self._maps[kv_map.named.digest] = kv_map
+        return parse(tree | {"codec": {"name": CODED}, "map": kv_map.named.model_dump()}, KVPlan)
 
     def fetch(
         self, texts: Sequence[str | Sample], plan: KVPlan | None = None, **settings: Unpack[PlanSettings]
@@ -213,8 +226,13 @@ class TeacherClient:
             return self._source
         self.close()
         plan_for = every_layer if plan is None else lambda _info: plan
+        kv_map = None
+        if plan is not None and plan.map is not None:
+            kv_map = self._maps.get(plan.map.digest)
+            if kv_map is None:
+                raise FieldError("plan", "names a map that this client does not have; make it with `client.plan`")
         remotes = [
-            RemoteSource(self._name, endpoint, plan_for, self._timeout_s, self._patience_s, self._transport)
+            RemoteSource(self._name, endpoint, plan_for, self._timeout_s, self._patience_s, self._transport, kv_map)
             for endpoint in self._endpoints
         ]
         source = FailoverSource(self._name, remotes, self._patience_s)

@@ -16,7 +16,7 @@ from extraction.teachers import model_geometry
 from kvcore.errors import FieldError, TeacherUnavailableError
 from kvcore.models.backbone import read_tokenizer
 from kvcore.monitoring.units import in_bytes
-from kvcore.plan import CodecSpec, KVPlan, PlanMap
+from kvcore.plan import CODED, CodecSpec, KVPlan, PlanMap
 from kvcore.store.manifest import read_manifest
 from kvcore.tensors.plan_size import kept_slots, sample_bytes
 from kvdistill.columns import in_columns
@@ -166,7 +166,7 @@ def _demand(teacher: str, student: KVGeometry, config: TrainConfig, geometry: KV
         student,
         geometry,
         selection=kv.selection,
-        codec=kv.codec,
+        codec=kv.codec.unmapped,
         layer_map=align.layer_map,
         head_adapter=align.head_adapter,
     )
@@ -179,10 +179,10 @@ def _demand(teacher: str, student: KVGeometry, config: TrainConfig, geometry: KV
         sized = KVPlan(layers=plan.layers, selection=plan.selection, codec=codec, map=named)
         return fmean(sample_bytes(sized, geometry.heads, geometry.head_dim, count) for count in slots)
 
-    codecs = [kv.codec, *(kv.codec.model_copy(update={"name": name}) for name in CODECS if name != kv.codec.name)]
+    codecs = [plan.codec, *(plan.codec.model_copy(update={"name": name}) for name in CODECS if name != plan.codec.name)]
     by_choice = {codec.name: {name: size(codec, shape) for name, shape in choices.items()} for codec in codecs}
     cache = raw_token_bytes(geometry.layers, geometry.heads, geometry.head_dim) * lengths.text()
-    return Demand(teacher, geometry, plan, fmean(slots), by_choice[kv.codec.name][_chosen(config)], cache, by_choice)
+    return Demand(teacher, geometry, plan, fmean(slots), by_choice[plan.codec.name][_chosen(config)], cache, by_choice)
 
 
 def _choices(config: TrainConfig, student: KVGeometry, geometry: KVGeometry) -> dict[str, tuple[int, int] | None]:
@@ -221,6 +221,9 @@ def _table(config: TrainConfig, demands: Sequence[Demand], records: int) -> str:
     """The requests of a run, and their bytes per sample, step and epoch, and on the network."""
     plan = demands[0].plan
     requests = [("tokens", plan_tokens(plan)), ("codec", plan_codec(plan))]
+    if config.kv.codec.name == CODED:
+        smaller = f"{CODED}: smaller than this table's bytes, which are those of {plan.codec.name}; kvdistill calibrate"
+        requests[-1] = ("codec", f"{smaller} measures how much")
     requests += [(f"layers of {each.teacher}", plan_layers(each.plan, each.geometry.layers)) for each in demands]
     requests += [] if config.align.basis_rank is None else [("components", f"{config.align.basis_rank} of each layer")]
     requests += [] if config.align.map_at == "trainer" else [("heads", "the student's (align.map_at teacher)")]

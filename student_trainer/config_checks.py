@@ -115,6 +115,31 @@ def check_basis(config: TrainConfig) -> None:
         )
 
 
+def check_calibrations(config: TrainConfig) -> None:
+    """Checks that calibrations are used with their codec, and not with a basis that the run fits.
+
+    Raises:
+        ValueError: begins with the name of a field that conflicts with another.
+    """
+    calibrated = [teacher.name for teacher in config.teachers if teacher.calibration is not None]
+    if not calibrated:
+        return
+    if config.kv.codec.name != CODED:
+        raise ValueError(
+            f"teachers: the calibration of '{calibrated[0]}' needs kv.codec.name '{CODED}'; got "
+            f"'{config.kv.codec.name}'"
+        )
+    if config.align.basis_rank is not None:
+        raise ValueError(
+            f"align.basis_rank: a run fits this basis itself, so the calibration of '{calibrated[0]}' would have no "
+            "effect; leave one of them out"
+        )
+    if config.kv.codec.quality is not None:
+        raise ValueError(
+            f"kv.codec.quality: the calibration of '{calibrated[0]}' has its own quality; leave kv.codec.quality out"
+        )
+
+
 def check_map_at(config: TrainConfig) -> None:
     """Checks that a map which the teachers are to apply is theirs to apply, and stays as it was fitted.
 

@@ -13,6 +13,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
@@ -21,7 +22,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 
-from kvcore.errors import FieldError
+from kvcore.errors import ConfigError, FieldError
 from kvcore.plan import CODED, KVPlan, PlanMap
 from kvcore.tensors.entropy_coding import CLASSES
 from kvcore.types import TENSORS, TeacherInfo, Tensor, TensorKind
@@ -160,6 +161,23 @@ class KVMap:
             raise FieldError("plan.codec", f"the map {self.named.digest} {problem} '{CODED}'; got '{plan.codec.name}'")
         if plan.map != self.named:
             raise FieldError("plan.map", f"expected the map's own digest and shape, {self.named}; got {plan.map}")
+
+
+def read_calibration(path: Path) -> KVMap:
+    """Reads what `kvdistill calibrate` wrote.
+
+    Raises:
+        ConfigError: the file cannot be read, is damaged, or holds no coded map.
+    """
+    try:
+        kv_map = KVMap.read(path.read_bytes())
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error
+    except FieldError as error:
+        raise ConfigError(f"{path}: {error}; make it anew with kvdistill calibrate") from error
+    if not kv_map.coded or WHOLE not in kv_map.tensors:
+        raise ConfigError(f"{path}: holds no calibration of the codec '{CODED}'; make one with kvdistill calibrate")
+    return kv_map
 
 
 def map_digest(content: bytes) -> str:

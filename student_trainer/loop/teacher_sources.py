@@ -24,7 +24,7 @@ from data.records import Record
 from kvcore.errors import FieldError, TeacherRefusedError
 from kvcore.plan import CODED, KVPlan
 from kvcore.store.manifest import MANIFEST_NAME, read_manifest, stored_map
-from kvcore.tensors.kv_map import KVMap
+from kvcore.tensors.kv_map import KVMap, read_calibration
 from kvcore.types import Sample, TeacherInfo, Tensor
 from student_trainer.config import TeacherConfig, TrainConfig
 from student_trainer.kv_sources import KVSource, PendingKV, build_source
@@ -145,12 +145,14 @@ def teacher_bases(
     collator: Collator,
     records: Sequence[Record],
 ) -> dict[str, KVMap]:
-    """Each teacher's basis: of the checkpoint that the run resumes from, of the store, or fitted to the records.
+    """Each teacher's basis, the same on every rank.
 
-    Every rank gets the same ones.
+    It is that of the checkpoint from which the run resumes, of the store, or of the teacher's calibration, or it is
+    fitted to the records.
 
     Raises:
-        FieldError: too few tokens to fit a basis to.
+        FieldError: too few tokens to fit a basis to, or a calibration of another teacher.
+        ConfigError: a calibration cannot be read.
     """
     if resumed is not None:
         return resumed.maps()
@@ -159,15 +161,28 @@ def teacher_bases(
     # All teachers that have to be asked work at the same time.
     asked: dict[str, deque[PendingKV]] = {}
     for teacher in config.teachers:
-        if sources[teacher.name].plan.map is None:
+        if sources[teacher.name].plan.map is None and teacher.calibration is None:
             read = (samples_of(config, part, reading_style(config, teacher)) for part in batches)
             asked[teacher.name] = deque(map(sources[teacher.name].without_control().submit, read))
     maps: dict[str, KVMap] = {}
     for teacher in config.teachers:
         name = teacher.name
-        kept = None if name in asked else map_of_store(config, student, teacher)
-        maps[name] = kept or _fitted(config, name, sources[name], asked[name], batches, collator)
+        if name in asked:
+            maps[name] = _fitted(config, name, sources[name], asked[name], batches, collator)
+        else:
+            maps[name] = map_of_store(config, student, teacher) or _calibrated(teacher, sources[name])
     return maps
+
+
+def _calibrated(teacher: TeacherConfig, source: KVSource) -> KVMap:
+    """The map of a teacher's calibration, for the layers of the run's plan."""
+    assert teacher.calibration is not None, "without a calibration, the basis is fitted"
+    try:
+        kv_map = read_calibration(teacher.calibration).for_layers(source.plan.layers)
+        kv_map.check_teacher(source.info)
+    except FieldError as error:
+        raise FieldError(f"teachers: '{teacher.name}': calibration", f"{teacher.calibration}: {error}") from error
+    return kv_map
 
 
 def _fitted(

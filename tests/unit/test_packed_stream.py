@@ -37,8 +37,8 @@ def sent_samples(plan: KVPlan) -> tuple[list[EncodedSampleKV], list[dict[str, Te
         whole = {kind: sample.parts[f"{kind}.data"] for kind in TENSORS}
         parts: dict[str, Tensor] = {}
         errors: dict[str, list[float]] = {}
-        for kind, x_LHMD in whole.items():
-            layers = zip(LAYERS, x_LHMD, strict=True)
+        for kind in TENSORS:
+            layers = zip(LAYERS, whole[kind], strict=True)
             coded = [encode(KV_MAP.apply(x_HMD[None], layer, kind), kind, plan.codec) for layer, x_HMD in layers]
             parts[f"{kind}.codes"] = torch.cat([each.parts["codes"] for each in coded])
             errors[kind] = [float(each.relative_error_B) for each in coded]

@@ -1,0 +1,161 @@
+"""`kvdistill calibrate`: fits the codec `pca` to a teacher's K/V, and measures it on other records."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from align.teacher_basis import BasisStatistics
+from kvcore.config import parse
+from kvcore.errors import FieldError
+from kvcore.files import replace_file
+from kvcore.monitoring.progress import Meter
+from kvcore.monitoring.units import in_bytes
+from kvcore.plan import CODED, CodecConfig, CodecSpec
+from kvcore.tensors.codec import encode
+from kvcore.tensors.entropy_coding import encode_codes
+from kvcore.tensors.kv_map import KVMap
+from kvcore.types import TENSORS, BatchKV, Sample, TeacherInfo
+from kvdistill.client import TeacherClient, TeacherKV
+from kvdistill.columns import in_columns
+from kvdistill.describe import raw_token_bytes
+
+# Qualities that are measured beside the one that is asked for.
+QUALITIES = (0.02, 0.05, 0.1, 0.2, 0.4)
+# One record of so many is measured, and the others are fitted to.
+MEASURED_SHARE = 8
+BATCH = 8
+# The first token is an attention sink, whose K/V are unlike all others.
+SINK_TOKENS = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Figures:
+    """What one quality costs: the bytes per token, and the errors of keys and values over what varies in them."""
+
+    quality: float
+    token_bytes: float
+    errors: tuple[float, float]
+
+
+@dataclass(frozen=True, slots=True)
+class Calibration:
+    """The map of the quality that was asked for, and figures of several on records that it was not fitted to."""
+
+    info: TeacherInfo
+    kv_map: KVMap
+    fitted_tokens: int
+    measured_tokens: int
+    figures: list[Figures]
+
+    def text(self, path: Path) -> str:
+        """A description for the terminal."""
+        info, layers = self.info, len(self.kv_map.layers)
+        raw = raw_token_bytes(layers, info.kv_heads, info.head_dim)
+        counts = f"fitted to {self.fitted_tokens:,} tokens, measured on {self.measured_tokens:,} others"
+        head = [
+            ("teacher", f"{info.model}, {layers} of {info.layers} layers, {info.kv_heads} KV heads of {info.head_dim}"),
+            ("calibration", counts),
+            ("written", f"{path}, {in_bytes(self.kv_map.nbytes)}"),
+        ]
+        rows = [["quality", "bytes per token", "smaller than bf16", "error of keys", "of values"]]
+        for each in self.figures:
+            ratio = f"{raw / each.token_bytes:.2f}x"
+            errors = [f"{error:.1%}" for error in each.errors]
+            rows.append([f"{each.quality:g}", f"{each.token_bytes:,.0f}", ratio, *errors])
+        next_step = f"Next: set kv.codec.name to '{CODED}', and the teacher's `calibration` to {path}."
+        return "\n\n".join([in_columns(head), in_columns(rows, right=True), next_step])
+
+
+def calibrate(
+    endpoints: str | Sequence[str],
+    texts: Sequence[str | Sample],
+    *,
+    quality: float | None = None,
+    layers: Sequence[int] | None = None,
+) -> Calibration:
+    """Fits the codec `pca` to a teacher's K/V of texts.
+
+    Args:
+        endpoints: host:port of the teacher's server, or of its replicas.
+        texts: one of eight is measured, the others are fitted to.
+        quality: the relative error that the codec aims at; 0.1 by default.
+        layers: of the teacher; all by default.
+
+    Raises:
+        FieldError: too few texts, or a quality that is not between 0 and 1.
+        TeacherError: the teacher does not answer, or refuses a text.
+    """
+    wanted = parse({"name": CODED, "quality": quality}, CodecConfig).target_error
+    if len(texts) < MEASURED_SHARE:
+        raise FieldError("texts", f"expected at least {MEASURED_SHARE} to fit and to measure; got {len(texts)}")
+    measured: list[BatchKV] = []
+    with TeacherClient(endpoints) as client:
+        info = client.info
+        chosen = tuple(range(info.layers)) if layers is None else tuple(layers)
+        sums = BasisStatistics(chosen, info.kv_heads * info.head_dim)
+        tokens = 0
+        for kv, is_measured in _read(client, texts, chosen):
+            if is_measured:
+                measured.append(kv)
+            else:
+                mask_BM = _beyond_sinks(kv)
+                sums.add(kv, mask_BM)
+                tokens += int(mask_BM.sum())
+    sums.check(1)
+    basis, _ = sums.basis(info.kv_heads * info.head_dim)
+    maps = {each: sums.coded(basis, each, (info.kv_heads, info.head_dim)) for each in sorted({*QUALITIES, wanted})}
+    figures = [_measured(each, kv_map, measured) for each, kv_map in maps.items()]
+    return Calibration(info, maps[wanted], tokens, sum(int(kv.mask_BM.sum()) for kv in measured), figures)
+
+
+def write_calibration(calibration: Calibration, path: Path) -> None:
+    """Writes the map to a file, for `teachers[].calibration` and `TeacherClient.fetch`."""
+    replace_file(path, calibration.kv_map.content())
+
+
+def _read(
+    client: TeacherClient, texts: Sequence[str | Sample], layers: tuple[int, ...]
+) -> Iterator[tuple[BatchKV, bool]]:
+    """The K/V of all tokens, in batches, and whether they are to be measured."""
+    parts = [(texts[::MEASURED_SHARE], True), ([x for at, x in enumerate(texts) if at % MEASURED_SHARE], False)]
+    with Meter({"calibrating": len(texts)}, brief=True) as meter:
+        for part, is_measured in parts:
+            for start in range(0, len(part), BATCH):
+                batch = part[start : start + BATCH]
+                yield _batch(client.fetch(batch, layers=layers, codec="bf16")), is_measured
+                meter.advance("calibrating", len(batch))
+
+
+def _batch(kv: TeacherKV) -> BatchKV:
+    return BatchKV(kv.k_BLHMD, kv.v_BLHMD, kv.mask_BM, kv.byte_ends_BLHM)
+
+
+def _beyond_sinks(kv: BatchKV) -> torch.Tensor:
+    mask_BM = kv.mask_BM.clone()
+    mask_BM[:, :SINK_TOKENS] = False
+    return mask_BM
+
+
+def _measured(quality: float, kv_map: KVMap, batches: Sequence[BatchKV]) -> Figures:
+    sent = tokens = 0
+    errors: list[float] = []
+    for kind in TENSORS:
+        square = norm = 0.0
+        for kv in batches:
+            x_BLHMD = kv.k_BLHMD if kind == "k" else kv.v_BLHMD
+            for row, slots in enumerate(kv.mask_BM.sum(dim=1).tolist()):
+                for at, layer in enumerate(kv_map.layers):
+                    y_BHMD = kv_map.apply(x_BLHMD[row : row + 1, at, :, :slots], layer, kind)
+                    codes_BHMD = encode(y_BHMD, kind, CodecSpec(name=CODED)).parts["codes"]
+                    sent += len(encode_codes(codes_BHMD[0].flatten(1).numpy(), kv_map.classes(at, kind)))
+                    step = float(kv_map.tensors[f"{kind}.step"][at])
+                    square += step**2 * float((codes_BHMD - y_BHMD).double().square().sum())
+                    norm += step**2 * float(y_BHMD.double().square().sum())
+                tokens += slots
+        errors.append(math.sqrt(square / norm) if norm else 0.0)
+    return Figures(quality, len(TENSORS) * sent / tokens, (errors[0], errors[1]))
