@@ -29,7 +29,7 @@ KV_LOSSES = NameTable(
 
 
 class AlignConfig(StrictModel):
-    """How a teacher's K/V are mapped to the student's geometry; docs/alignment.md has the formulas."""
+    """How a teacher's K/V are mapped to the student's geometry; docs/methods.md has the formulas."""
 
     direction: Literal["auto", "to_student", "to_teacher"] = "auto"
     """`to_student` maps the teacher's K/V into the student's space with a frozen map. `to_teacher` maps the student's
