@@ -151,7 +151,6 @@ def test_clock_counts_the_passes_of_steps_and_nothing_else() -> None:
     assert len(clock.times.ends) == len(clock.times.forward) == len(clock.times.backward) == 3
     assert set(clock.times.medians()) == {"forward", "backward", "optimizer"}
     assert len(clock.times.median_passes()) == 3
-    assert clock.times.median_step() > 0
 
 
 def result(name: str, perplexity: float, taught: bool) -> RealRunResult:

@@ -102,7 +102,8 @@ def test_variables_become_flags() -> None:
 
 
 def test_deploy_page_lists_every_variable_of_the_recipe() -> None:
-    rows = [line for line in (REPOSITORY / "docs" / "deploy.md").read_text(encoding="utf-8").splitlines() if "|" in line]
+    page = (REPOSITORY / "docs" / "deploy.md").read_text(encoding="utf-8")
+    rows = [line for line in page.splitlines() if "|" in line]
     listed = set(re.findall(r"`([A-Z][A-Z0-9_]+)`", "\n".join(rows)))
     assert set(VARIABLES) - listed == set()
 
