@@ -50,8 +50,8 @@ class ExtractConfig(StrictModel):
     output_name: FileName = "train_kv"
     """Name of the result in that directory."""
     format: Literal["pt", "store"] = "pt"
-    """`pt`: NAME.pt, a list that torch.load reads. `store`: NAME/TEACHER, which training reads with
-    `kv.mode: offline`."""
+    """Format of the result. `pt`: the file NAME.pt, a list for torch.load; `store`: one store per teacher,
+    NAME/TEACHER, for training with `kv.mode: offline`."""
 
     kv_compression: Literal["right", "r_kv", "full"] = "right"
     """Tokens that are kept. `right`: the last tokens of the span; `r_kv`: the tokens with the highest R-KV score
