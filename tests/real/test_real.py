@@ -1,4 +1,4 @@
-"""Tests that `make real REAL_ARGS=--quick` runs the whole pipeline on a real model, and continues after an interruption.
+"""Tests that `make real REAL_ARGS=--quick` runs the whole pipeline on a real model and continues after interruptions.
 
 They need the packages of requirements/real.txt, and GSM8K in KVDISTILL_DATA_DIR or in ../shared/data beside the
 checkout.
