@@ -107,7 +107,7 @@ class StepClock:
 
 
 def _now() -> float:
-    """The time once the device has done everything that was asked of it."""
+    """The time after the device has finished all submitted work."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     return time.perf_counter()
