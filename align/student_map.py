@@ -29,7 +29,7 @@ def check_student_map(teacher: KVGeometry, student: KVGeometry, layer_map: str) 
         layers = f"this teacher's {teacher.layers} layers for {student.layers} of the student"
         raise FieldError(
             FIELD,
-            f"a teacher maps each layer by itself, and align.layer_map '{layer_map}' mixes or shares {layers}; use "
+            f"a teacher maps each layer separately, but align.layer_map '{layer_map}' mixes or shares {layers}; use "
             "'trainer'",
         )
 

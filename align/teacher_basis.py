@@ -30,12 +30,12 @@ def check_basis(rank: int, teacher: KVGeometry, student: KVGeometry, layer_map: 
     """
     if rank > teacher.features:
         heads = f"{teacher.heads} KV heads x {teacher.head_dim}"
-        raise FieldError(FIELD, f"got {rank}; the teacher has {teacher.features} features per layer ({heads})")
+        raise FieldError(FIELD, f"got {rank}, but the teacher has only {teacher.features} features per layer ({heads})")
     if LayerMapper(teacher.layers, student.layers, layer_map).mixes_layers:
         raise FieldError(
             FIELD,
             f"align.layer_map '{layer_map}' mixes layers of this teacher ({teacher.layers} for {student.layers} of the "
-            "student), and each layer has a basis of its own; use 'uniform'",
+            "student), but each layer has its own basis; use 'uniform'",
         )
 
 

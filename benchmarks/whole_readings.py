@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch.nn.functional import cross_entropy, pad
 
-from data.collate import StudentBatch
 from kvcore.types import Tensor
 from student_trainer.model.capture import capture_kv
 from student_trainer.model.latent import LatentStudent
@@ -39,8 +38,3 @@ def answer_reading(
     with capture_kv(student.lm) as capture:
         hidden_BTE = student.hidden(torch.cat([inputs_BTE, student.embed(ids_BA[:, :-1])], dim=1), mask_BT)
     return hidden_BTE[:, end - 1 :], *capture.columns(start, end)
-
-
-def text_logits(student: LatentStudent, tokens: StudentBatch) -> Tensor:
-    """Logits that predict tokens 1 to T-1 of the texts."""
-    return student.logits(student.read_text(tokens.text_ids_BT, tokens.text_mask_BT).hidden_BTE[:, :-1])

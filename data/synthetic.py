@@ -28,8 +28,8 @@ class ChainTask:
     """A task: questions with `operations` steps, operands from 1 to `modulus` - 1, and `fillers` in each reasoning.
 
     Raises:
-        FieldError: the modulus is not a prime from 2 to 97; there are fewer than 2 operations, or so many that the
-            questions cannot be numbered; or the fillers are not from 0 to 64.
+        FieldError: the modulus is not a prime from 2 to 97, the number of operations is below 2 or gives too many
+            questions to number, or the fillers are not from 0 to 64.
     """
 
     modulus: int = 7

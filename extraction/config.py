@@ -50,8 +50,8 @@ class ExtractConfig(StrictModel):
     output_name: FileName = "train_kv"
     """Name of the result in that directory."""
     format: Literal["pt", "store"] = "pt"
-    """`pt`: NAME.pt, a list that torch.load reads. `store`: NAME/TEACHER, which training reads with
-    `kv.mode: offline`."""
+    """Format of the result. `pt`: the file NAME.pt, a list for torch.load; `store`: one store per teacher,
+    NAME/TEACHER, for training with `kv.mode: offline`."""
 
     kv_compression: Literal["right", "r_kv", "full"] = "right"
     """Tokens that are kept. `right`: the last tokens of the span; `r_kv`: the tokens with the highest R-KV score
@@ -67,7 +67,7 @@ class ExtractConfig(StrictModel):
     """Teacher layers that are kept. `all`: all layers; `student`: those that the student's layers map to. Defaults to
     `all` for pt and `student` for a store."""
     layer_map_strategy: Literal["ratio", "uniform", "last", "skip", "cka", "learned"] = "uniform"
-    """How student layers map to teacher layers with `layers: student`."""
+    """Map from student layers to teacher layers, which determines the layers that `layers: student` keeps."""
     codec: CodecName | None = None
     """How K/V are encoded: raw (fp32), bf16, int8, int6 or int4. Defaults to bf16 for pt and int8 for a store. A .pt
     file holds fp32 for raw, and bf16 otherwise."""
@@ -76,13 +76,13 @@ class ExtractConfig(StrictModel):
     """Running servers as NAME=HOST:PORT[,HOST:PORT], where NAME is the last part of the model; or @FILE with one per
     line."""
     device: Device = "auto"
-    """Device of servers that are started here: auto, cpu, cuda or cuda:N. Several GPUs are assigned in turn."""
+    """Device of servers that this command starts: auto, cpu, cuda or cuda:N. Several GPUs are assigned in turn."""
     dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    """Data type of the weights of servers that are started here. `auto` is bf16 on a GPU and fp32 on a CPU."""
+    """Data type of the weights of servers that this command starts. `auto` is bf16 on a GPU and fp32 on a CPU."""
     load_in_8bit: bool = False
-    """Quantise the weights of servers that are started here to 8 bits (bitsandbytes, needs a GPU)."""
+    """Quantise the weights of servers that this command starts to 8 bits (bitsandbytes, needs a GPU)."""
     batch_tokens: PositiveInt = 16384
-    """Maximum number of padded tokens in a request, and in a batch of servers that are started here."""
+    """Maximum number of padded tokens in a request, and in a batch of servers that this command starts."""
     request_timeout_s: PositiveFloat = 600.0
     """Deadline of a request in seconds."""
     patience_s: NonNegativeFloat = 60.0

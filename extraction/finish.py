@@ -248,7 +248,7 @@ def _log_result(config: ExtractConfig, written: int, samples: int, size: int, le
     result = config.pt_path if config.format == "pt" else config.store
     logger.info("%s: %d of %d samples, %s", result, written, samples, in_bytes(size))
     for reason, count in Counter(entry["reason"] for entry in left_out).most_common(5):
-        logger.warning("left out: %d samples: %s (full list in %s)", count, reason, config.report_path)
+        logger.warning("samples left out: %d; reason: %s (all are listed in %s)", count, reason, config.report_path)
     if config.format == "store":
         selection = config.selection.model_dump(mode="json", include={"selector", "budget", "span", "scope"})
         flags = [f"kv.selection.{name}={value}" for name, value in selection.items()]

@@ -86,7 +86,7 @@ def check_model(path: str, field: str, *, teacher: bool = False) -> None:
 
 
 def check_output(path: Path, field: str) -> None:
-    """Refuses a directory that cannot be made or written to. Leaves nothing behind.
+    """Refuses a directory that cannot be created or written to. Leaves no file.
 
     Raises:
         FieldError: names `field` and the path.

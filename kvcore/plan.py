@@ -63,7 +63,7 @@ class Selection(StrictModel):
     """Whether each `head`, each `layer` (all its heads together) or the whole `sample` selects its own tokens."""
     importance_weight: Fraction = 0.5
     """R-KV's lambda: the weight of importance against redundancy. With a real model, answers had a lower cross-entropy
-    with 0.5 and 1 than with 0.1. 0.1 is KaVa's value and suits texts with many fillers (docs/alignment.md)."""
+    with 0.5 and 1 than with 0.1. 0.1 is KaVa's value and suits texts with many fillers (docs/results.md)."""
     importance_pool: ImportancePool = "max"
     """How R-KV combines the scores of the query heads that share a KV head."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
@@ -75,8 +75,9 @@ class Selection(StrictModel):
         if self.selector != "keydiff":
             return None
         return (
-            "selector 'keydiff' keeps few informative tokens of real text: 2 % digits of a real model's reasoning that "
-            "had 30 %, no better than random tokens (docs/alignment.md); next: select with 'r_kv' or 'right'"
+            "selector 'keydiff' keeps few informative tokens of real text: 30 % of the tokens of a real model's "
+            "reasoning were digits, but only 2 % of those that it kept (docs/results.md); next: select with 'r_kv' or "
+            "'right'"
         )
 
     @model_validator(mode="after")

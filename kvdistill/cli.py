@@ -390,7 +390,7 @@ def report(
 
 @app.command(cls=Command, epilog=SWEEP_EXAMPLES)
 def sweep(
-    file: Annotated[Path, typer.Argument(help="YAML file of the sweep; docs/jobs.md describes it.")],
+    file: Annotated[Path, typer.Argument(help="YAML file of the sweep; docs/student.md describes it.")],
     overrides: Overrides = None,
     slurm: Annotated[bool, typer.Option("--slurm", help="Submit the remaining runs as a SLURM array.")] = False,
     list_only: Annotated[bool, typer.Option("--list", help="Only list the runs and their states.")] = False,

@@ -18,7 +18,7 @@
 #   sbatch --nodes=3 --export=ALL,TEACHER_MODELS="Qwen/Qwen2.5-7B meta-llama/Llama-3.1-8B" scripts/run_large_scale_multi_teacher.sh
 #   STUDENT=models/small TEACHER_MODELS="models/a models/b" scripts/run_large_scale_multi_teacher.sh --local
 #
-# Nodes, variables, requeueing: see scripts/run_three_stage_routing.sh and docs/jobs.md.
+# Nodes, variables, requeueing: see scripts/run_three_stage_routing.sh and docs/deploy.md.
 set -euo pipefail
 cd "${SLURM_SUBMIT_DIR:-$(dirname "${BASH_SOURCE[0]}")/..}"
 source scripts/job_environment.sh

@@ -21,7 +21,7 @@
 #   STUDENT=models/small TEACHERS="models/a models/b" scripts/run_three_stage_routing.sh --local
 #
 # Each teacher runs on its own node if there are enough nodes (one more than teachers); the ranks use the other nodes.
-# Every variable below can be set in the environment; docs/jobs.md lists the others. A comma ends a value inside --export,
+# Every variable below can be set in the environment; docs/deploy.md lists the others. A comma ends a value inside --export,
 # so separate weights by spaces there. Ten minutes before its time limit the job saves a checkpoint and requeues itself.
 # A requeued job continues from its checkpoint, also after scontrol requeue.
 set -euo pipefail

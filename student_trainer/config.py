@@ -258,7 +258,7 @@ class RunConfig(StrictModel):
     """Experiment trackers that also receive the metrics. Configure each by its own environment variables, and install
     the extra of the same name, as in `pip install 'kvdistill[wandb]'`."""
     resume: Literal["auto", "never"] = "auto"
-    """`auto` continues from the newest checkpoint in `output_dir`; `never` starts anew."""
+    """`auto` continues from the newest checkpoint in `output_dir`; `never` starts from the first step."""
 
     @model_validator(mode="after")
     def _parts_of_a_run_agree(self) -> Self:
@@ -340,7 +340,7 @@ class TrainConfig(StrictModel):
     monitor: MonitorConfig = MonitorConfig()
     """HTTP server for metrics."""
     stages: tuple[StageConfig, ...] = ()
-    """Consecutive runs, each of which starts from the best model of the one before."""
+    """Consecutive runs, each of which starts from the best model of the previous one."""
 
     def stage(self, index: int) -> TrainConfig:
         """The complete configuration of one stage.
@@ -377,7 +377,7 @@ class TrainConfig(StrictModel):
             raise ValueError(f"stages: names must differ, got {names}")
         if self.stages and self.data.val is None:
             raise ValueError(
-                "data.val: is required with stages, because each starts from the best model of the one before"
+                "data.val: is required with stages, because each starts from the best model of the previous one"
             )
         for index, stage in enumerate(self.stages):
             for field in ("output_dir", "resume"):

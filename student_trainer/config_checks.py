@@ -155,19 +155,19 @@ def check_map_at(config: TrainConfig) -> None:
             "in the student's shape; use 'trainer', or another codec"
         )
     reasons = {
-        "linear": "align.head_adapter 'linear' trains here, and a teacher would need its weights after every step",
+        "linear": "align.head_adapter 'linear' is trained, so a teacher would need its weights after every step",
         "identity": "align.head_adapter 'identity' has no map to apply",
-        "learned": "align.layer_map 'learned' trains here, and a teacher would need its weights after every step",
-        "cka": "align.layer_map 'cka' is found from all of a teacher's layers, after the plan has asked for them",
+        "learned": "align.layer_map 'learned' is trained, so a teacher would need its weights after every step",
+        "cka": "align.layer_map 'cka' needs the K/V of all layers, and a mapped plan has only some of them",
     }
     problem = reasons.get(align.head_adapter) or reasons.get(align.layer_map)
     if config.direction != "to_student":
         problem = (
-            "with align.direction 'to_teacher' it is the student's K/V that are mapped; set 'to_student', or "
-            "align.basis_rank to make the teachers send less"
+            "align.direction 'to_teacher' maps the student's K/V, not the teacher's; use 'to_student', or set "
+            "align.basis_rank so that teachers send less"
         )
     elif align.recalibrate_every:
-        problem = "align.recalibrate_every fits maps again to whole K/V, which are no longer sent; use 0"
+        problem = "align.recalibrate_every needs whole K/V to fit the maps again, but teachers send mapped K/V; use 0"
     if problem:
         raise ValueError(f"align.map_at: {problem}" + "; or use 'trainer'")
 
@@ -190,7 +190,7 @@ def check_selection(config: TrainConfig) -> None:
     selection, latents, align = config.kv.selection, config.student.latents, config.align
     if config.student.mode == "token" and selection.scope != "sample":
         raise ValueError(
-            "kv.selection.scope: token mode compares one token in all layers and heads, so it needs 'sample'; "
+            "kv.selection.scope: token mode compares the same token in all layers and heads, so use 'sample'; "
             f"got '{selection.scope}'"
         )
     if config.student.mode == "token" and align.time != "none":

@@ -29,7 +29,7 @@ KV_LOSSES = NameTable(
 
 
 class AlignConfig(StrictModel):
-    """How a teacher's K/V are mapped to the student's geometry; docs/alignment.md has the formulas."""
+    """How a teacher's K/V are mapped to the student's geometry; docs/methods.md has the formulas."""
 
     direction: Literal["auto", "to_student", "to_teacher"] = "auto"
     """`to_student` maps the teacher's K/V into the student's space with a frozen map. `to_teacher` maps the student's
@@ -51,12 +51,12 @@ class AlignConfig(StrictModel):
     (starts from ridge and is trained, with `to_student` by the router loss alone, because the KV loss would collapse
     its own target) or `identity` (same geometry)."""
     basis_rank: PositiveInt | None = None
-    """Teachers send only this many principal components of each layer's keys and of its values instead of all heads,
-    for `to_teacher`. The components are fitted on the calibration samples. All heads by default."""
+    """Number of principal components of keys, and of values, that teachers send per layer instead of all heads. Needs
+    `to_teacher`. The components are fitted on the calibration samples. By default teachers send all heads."""
     map_at: Literal["trainer", "teacher"] = "trainer"
-    """Who applies the frozen map of `to_student`. `teacher`: each teacher is sent its map after calibration, and sends
-    K/V in the student's heads and head dimension. It needs a map that stays as it was fitted, and a layer map with one
-    teacher layer for each student layer."""
+    """Where the frozen map of `to_student` is applied. `teacher`: each teacher receives its map after calibration and
+    sends K/V with the student's heads and head dimension. This needs a map that does not change after it was fitted,
+    and a layer map with one teacher layer for each student layer."""
     calibration_samples: PositiveInt = 512
     """Maximum number of training samples on which maps and the targets' scale are fitted."""
     settled_within: NonNegativeFloat = 0.01

@@ -77,7 +77,7 @@ def prepare(
 
 
 class _Fits:
-    """Whether a record is short enough; counts the records that were asked for."""
+    """Whether a record is short enough; counts the checked records."""
 
     def __init__(self, tokenizer: Path, max_tokens: int) -> None:
         from transformers import AutoTokenizer  # noqa: PLC0415 - slow to import

@@ -81,8 +81,8 @@ def costs(results: RealResults) -> Table:
 def verdict(results: RealResults) -> list[str]:
     """The results in sentences, as they are."""
     ce, kv, shuffled = (results.perplexities(arm) for arm in ("ce", "kv", "shuffled"))
-    ahead = sum(taught < plain for taught, plain in zip(kv, ce, strict=True))
-    behind = sum(wrong > max(others) for wrong, *others in zip(shuffled, ce, kv, strict=True))
+    lower = sum(taught < plain for taught, plain in zip(kv, ce, strict=True))
+    highest = sum(wrong > max(others) for wrong, *others in zip(shuffled, ce, kv, strict=True))
     seeds = len(results.seeds)
     codecs = ", ".join(f"{one['codec']} {max(max(row) for row in one['relative_KL']):.1e}" for one in results.served)
     scores = ", ".join(
@@ -91,11 +91,14 @@ def verdict(results: RealResults) -> list[str]:
         if isinstance(entry, dict)
     )
     same = "repeats" if results.replay.matches else "DOES NOT repeat"
-    order = f"K/V are ahead of cross-entropy alone in {ahead} of {seeds} seeds; K/V of other samples are behind both"
+    order = (
+        f"With K/V, the perplexity is lower than with cross-entropy alone in {lower} of {seeds} seeds; with K/V of "
+        f"other samples, it is the highest in {highest} of {seeds}"
+    )
     means = f"{_mean(ce):.1f} without a teacher, {_mean(kv):.1f} with its K/V"
     replay = f"over {results.replay.steps} steps the losses differ by at most {results.replay.largest_difference:.1e}"
     return [
-        f"{order} in {behind} of {seeds}. Mean perplexity: {means}, {_mean(shuffled):.1f} with K/V of other samples.",
+        f"{order}. Mean perplexity: {means}, {_mean(shuffled):.1f} with K/V of other samples.",
         f"Served K/V against transformers, largest relative difference of a layer: {codecs}.",
         f"The replay from the store {same} the recording: {replay}.",
         f"Evaluation of the first seed's `kv` student: {scores}.",

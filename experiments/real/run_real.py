@@ -1,4 +1,4 @@
-"""Runs the whole product on a real model and real data: `make real`, or `python -m experiments.real.run_real`.
+"""Runs the whole pipeline on a real model and real data: `make real`, or `python -m experiments.real.run_real`.
 
 The teacher is SmolLM2-135M-Instruct, served as in production; the student is the same model with every third layer;
 the data are short questions of GSM8K. Three arms train with equal steps and seeds: cross-entropy alone, K/V, and K/V of

@@ -5,7 +5,6 @@ The trainer logs how long it waits for K/V, decodes and aligns them. This adds f
 
 from __future__ import annotations
 
-import itertools
 import statistics
 import time
 from dataclasses import dataclass, field
@@ -43,10 +42,6 @@ class StepTimes:
     def median_passes(self) -> list[float]:
         """The median of each forward pass of the body within a step."""
         return [statistics.median(values) for values in zip(*_settled(self.passes), strict=False)]
-
-    def median_step(self) -> float:
-        """The median time from the end of one step to the end of the next."""
-        return statistics.median(_settled([after - before for before, after in itertools.pairwise(self.ends)]))
 
 
 def _settled(values: list[Any]) -> list[Any]:
@@ -112,7 +107,7 @@ class StepClock:
 
 
 def _now() -> float:
-    """The time once the device has done everything that was asked of it."""
+    """The time after the device has finished all submitted work."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     return time.perf_counter()

@@ -70,11 +70,11 @@ class RecipeSettings(StrictModel):
     """Running servers as NAME=HOST:PORT[,HOST:PORT], where NAME is the last part of the model; or @FILE with one per
     line. By default the command starts a server for each model on this machine, and stops it at the end."""
     teacher_device: Device = "auto"
-    """Device of servers that are started here: auto, cpu, cuda or cuda:N."""
+    """Device of servers that this command starts: auto, cpu, cuda or cuda:N."""
     load_in_8bit: Annotated[bool, Variable("LOAD_IN_8BIT")] = False
-    """Quantise the weights of servers that are started here to 8 bits (bitsandbytes, needs a GPU)."""
+    """Quantise the weights of servers that this command starts to 8 bits (bitsandbytes, needs a GPU)."""
     load_in_4bit: Annotated[bool, Variable("LOAD_IN_4BIT")] = False
-    """Quantise the weights of servers that are started here to 4 bits (bitsandbytes, needs a GPU)."""
+    """Quantise the weights of servers that this command starts to 4 bits (bitsandbytes, needs a GPU)."""
     bnb_4bit_compute_dtype: Annotated[Literal["bfloat16", "float16", "float32"], Variable("BNB_4BIT_COMPUTE_DTYPE")] = (
         "bfloat16"
     )

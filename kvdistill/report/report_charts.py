@@ -28,7 +28,7 @@ class Picture:
         name: of the file, without suffix.
         title: of the picture.
         caption: shown below.
-        layout: what to draw, for at most so many panels side by side.
+        layout: what to draw, given the largest number of panels side by side.
     """
 
     name: str

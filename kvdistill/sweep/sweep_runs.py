@@ -85,8 +85,8 @@ class SweepRun:
         state: dict[str, str] = json.loads(path.read_text(encoding="utf-8"))
         if state["training"] != self.training:
             raise ConfigError(
-                f"{self.directory} has a finished training with other settings; restore them, choose another "
-                "output_dir, or remove that folder"
+                f"{self.directory} has a finished training with other settings; restore the settings, choose "
+                "another output_dir, or remove that folder"
             )
         return state
 

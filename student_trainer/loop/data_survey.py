@@ -145,7 +145,7 @@ def _refuse_unreasoned(splits: Sequence[Split], config: TrainConfig) -> None:
     if found:
         raise FieldError(
             "kv.selection.span",
-            f"the plan selects tokens of the reasoning, but {found}; remove them, let a teacher write the "
+            f"the plan selects tokens of the reasoning, but {found}; remove them, let a teacher generate the "
             "reasoning (docs/teachers.md), or set kv.on_missing to mask",
         )
 

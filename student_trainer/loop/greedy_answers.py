@@ -72,8 +72,8 @@ def warn_of_unfinished(share: float, max_new_tokens: int) -> None:
     """Logs a warning on rank 0 if many answers were cut off, because they count as wrong."""
     if share >= _WARN_UNFINISHED and dist.get_rank() == 0:
         logger.warning(
-            "%.0f %% of the validation answers have no end within %d tokens, so they were cut off; raise "
-            "data.answer_tokens, unless the student has yet to learn where answers end",
+            "%.0f %% of the validation answers did not end within %d tokens and were cut off; raise "
+            "data.answer_tokens. Early in training, the student may not have learnt yet where answers end",
             100 * share,
             max_new_tokens,
         )

@@ -46,9 +46,8 @@ def auto_kv_weight(model: nn.Module, batches: Iterable[Any], ratio: float, reduc
         if not (math.isfinite(length) and length > 0):
             raise FieldError(
                 "loss.kv_weight",
-                f"'auto' needs gradients that are finite and above 0, but over the first micro-batches the {name}'s "
-                f"length is {length} in the parameters that both losses train: check the alignment and the data, or "
-                "set a number",
+                f"'auto' needs gradients that are finite and not 0, but the gradient of the {name} has the norm "
+                f"{length} over the first micro-batches; check the alignment and the data, or set a number",
             )
     return ratio * cross_entropy / kv
 

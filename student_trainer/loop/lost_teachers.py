@@ -50,7 +50,7 @@ class LostTeachers:
         return results, self._kv.on_missing
 
     def check(self) -> None:
-        """Called when all teachers were asked for a micro-batch.
+        """Called after a micro-batch was requested from all teachers.
 
         Raises:
             TeacherUnavailableError: too few teachers answer, or one has been lost for too long.

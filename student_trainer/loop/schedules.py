@@ -10,8 +10,8 @@ from student_trainer.config import LossConfig, OptimConfig
 def learning_rate(optim: OptimConfig, step: int, steps: int, first: int = 0) -> float:
     """The learning rate after `step` of `steps` steps: linear warm-up, then the schedule down to 0.
 
-    `first`: the step before which AdamW started anew, at the end of `align.warmup_steps`. The rate rises again from
-    there, because the first updates without moments are large.
+    `first`: the step before which AdamW started without moments, at the end of `align.warmup_steps`. The rate rises
+    again from there, because the first updates without moments are large.
     """
     warmup = round(optim.warmup_ratio * steps)
     rise = min(1.0, (step - first + 1) / warmup) if warmup else 1.0

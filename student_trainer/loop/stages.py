@@ -1,4 +1,4 @@
-"""Several runs in one command. Each starts from the best model of the one before; interrupted stages resume."""
+"""Several runs in one command. Each starts from the best model of the previous one; interrupted stages resume."""
 
 from __future__ import annotations
 

@@ -230,7 +230,7 @@ class Trainer:
         return self._fetched(self.context, ([train[index] for index in indices] for indices in chosen), control=True)
 
     def _end_warmup(self) -> None:
-        """Saves the warmed student and goes on like a run that resumes from it: with the KV loss, and new moments."""
+        """Saves the warmed student and continues like a run that resumes from it: with the KV loss, without moments."""
         if self.rank == 0:
             logger.info("step %d: the warm-up has ended; fitting alignments", self.step)
         self._save(warming_up=False)
@@ -309,7 +309,7 @@ class Trainer:
             if self.rank == 0:
                 logger.warning("checkpoint saved: %s; the same command resumes from step %d", path, self.step)
         if status == STOP:
-            raise StopRequestedError(f"told to stop at step {self.step}")
+            raise StopRequestedError(f"stopped by a signal at step {self.step}")
         raise failure or InterruptedRunError(f"another rank failed at step {self.step}")
 
     def _log(self, tracker: Tracker) -> None:

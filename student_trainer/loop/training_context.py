@@ -73,7 +73,7 @@ class TrainingContext:
         resumed: the checkpoint that the run resumes from; None for a new run.
         identity: the settings, teachers and data that must be the same when the run resumes.
         finished: whether the run has ended before; it has no calibrated alignments then.
-        waiting: the sources that nothing is asked for until the warm-up has ended.
+        waiting: the sources that get no requests until the warm-up has ended.
         maps: the map that each teacher applies, by the teacher's name; empty if they apply none.
         lost: what to do about teachers that do not answer; None where each must answer, as in calibration.
     """
@@ -100,7 +100,7 @@ class TrainingContext:
 
     @property
     def first_step(self) -> int:
-        """The step before which the optimiser starts anew: 0, or the end of the warm-up once that is over."""
+        """The step before which the optimiser starts without moments: 0, or the end of the warm-up after it."""
         return self.config.align.warmup_steps if self.sources else 0
 
     @property

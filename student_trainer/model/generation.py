@@ -202,7 +202,7 @@ def steps(
 ) -> Iterator[list[Row]]:
     """Generates one token per row and step, until all rows have ended or `max_new_tokens` steps are done.
 
-    Rows that have ended leave the batch, so that a long answer does not hold up the others.
+    Rows that have ended leave the batch, so that a long answer does not delay the others.
 
     Args:
         lm: the model, in evaluation mode.

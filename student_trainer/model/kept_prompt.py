@@ -30,7 +30,7 @@ class _Recorded(DynamicLayer):
 
 
 class _Kept(DynamicLayer):
-    """Puts kept keys and values in front of those that it is given, and stays as it is."""
+    """Puts the kept keys and values before new ones, and does not store the new ones."""
 
     def __init__(self, keys: Tensor, values: Tensor) -> None:
         super().__init__()

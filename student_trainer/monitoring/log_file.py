@@ -31,7 +31,7 @@ def kept_log(directory: Path) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        # Whoever started the command prints the error; this is for those who read the file.
+        # The caller prints the error; this line is for readers of the file.
         message = f"{type(error).__name__}: {error}"
         handler.handle(logger.makeRecord(logger.name, logging.ERROR, __file__, 0, message, (), None))
         raise

@@ -19,7 +19,7 @@ BatchT = TypeVar("BatchT")
 def show_progress(what: str, batches: Sequence[BatchT]) -> Generator[BatchT]:
     """Yields the batches while rank 0 shows how many are done. Long parts also go to the log if no terminal is used.
 
-    Whoever stops before the last batch closes it.
+    A caller that stops before the last batch must close the generator.
     """
     run = current_run.get()
     if run is None or dist.get_rank() != 0:

@@ -86,7 +86,7 @@ class RunSnapshot(RunProgress):
 
 @dataclass(slots=True)
 class RunState(RunProgress):
-    """The run as it goes on: written by the training thread, read by others through `snapshot`.
+    """The current state of a run. The training thread writes it, and others read it through `snapshot`.
 
     `on_terminal`: whether a terminal shows the run live.
     """
@@ -118,7 +118,7 @@ class RunState(RunProgress):
 
     @contextmanager
     def during(self, phase: Phase) -> Iterator[None]:
-        """Sets the phase inside the block, and restores the one before at its end, unless an error leaves the block."""
+        """Sets the phase inside the block, and restores the previous phase at its end, except after an error."""
         before, self.phase = self.phase, phase
         yield
         self.phase = before

@@ -1,7 +1,7 @@
 """Experiment trackers that get a run's metrics beside its own files: Weights & Biases and MLflow.
 
 Each is set up by its own environment variables, such as WANDB_PROJECT, WANDB_MODE and MLFLOW_TRACKING_URI. A run that
-resumes goes on with the tracker's run of the process before.
+resumes continues the same run of the tracker.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ class MlflowTracker:
 
         now = int(1000 * time.time())
         entries = [Metric(name, value, now, step) for name, value in metrics.items()]
-        # A server that does not answer must not hold up the ranks.
+        # A server that does not answer must not block the ranks.
         self._sent.append(self._client.log_batch(self.id, metrics=entries, synchronous=False))
 
     def close(self, *, failed: bool) -> None:

@@ -191,12 +191,12 @@ def test_page_of_a_run_updates_and_shows_when_the_run_has_ended(browser: Browser
         assert page.page.locator("main i:not(.key i, .mark i)").count() == 0
         training.process.send_signal(signal.SIGTERM)
         page.page.wait_for_selector("main [data-ended]")
-        assert "told to stop" in page.page.inner_text(".state")
+        assert "stopped by a signal" in page.page.inner_text(".state")
         page.page.wait_for_selector("#stale:not([hidden])")
         assert page.page.inner_text("#stale").startswith("The run has ended. ")
         assert training.process.wait(60) == 143
     with shown(browser, training.saved.as_uri()) as page:
-        assert "told to stop" in page.page.inner_text(".state.bad")
+        assert "stopped by a signal" in page.page.inner_text(".state.bad")
         assert page.page.locator("figure canvas").count() == len(titles)
         has_values_under_the_pointer(page)
         assert_no_defects(page)

@@ -112,5 +112,5 @@ def test_a_store_of_another_rank_or_of_whole_heads_is_refused_by_name(
 
 
 def test_a_rank_above_a_teachers_features_is_refused(world: World, teachers: dict[str, list[str]]) -> None:
-    with pytest.raises(FieldError, match=r"^align.basis_rank: got 7; the teacher has 6 features per layer"):
+    with pytest.raises(FieldError, match=r"^align.basis_rank: got 7, but the teacher has only 6 features per layer"):
         built(world, teachers, "too-many", 7)

@@ -250,7 +250,7 @@ def test_skipped_samples_are_logged_and_listed(
     assert not (tmp_path / "out" / "train_kv.pt").exists()
     nowhere = ["ada=127.0.0.1:1", "ben=127.0.0.1:1"]
     assert extract(dataset_path=dataset, on_missing="skip", teacher_endpoints=nowhere) == 0
-    assert "left out: 1 samples: longer than --max_length 2048" in capsys.readouterr().err
+    assert "samples left out: 1; reason: longer than --max_length 2048" in capsys.readouterr().err
     data = load_pt(tmp_path / "out" / "train_kv.pt")
     assert [entry["example_id"] for entry in data] == [lines[0]["id"], lines[3]["id"]]
     report = json.loads((tmp_path / "out" / "train_kv.report.json").read_text(encoding="utf-8"))

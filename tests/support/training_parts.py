@@ -13,12 +13,12 @@ from transformers import PreTrainedTokenizerFast
 
 from align.aligner import Aligner
 from align.head_dim_adapter import KVGeometry
-from data.collate import Collator
+from data.collate import Collator, StudentBatch
 from data.records import Record
 from data.synthetic import ChainTask, make_splits
 from kvcore.config import parse
 from kvcore.tensors.offsets import read_text
-from kvcore.types import BatchKV
+from kvcore.types import BatchKV, Tensor
 from student_trainer.config import LossConfig, TrainConfig
 from student_trainer.loop.calibrate import Fetch
 from student_trainer.model.distill_model import DistillModel, TrainBatch
@@ -133,3 +133,8 @@ def train_batch(model: DistillModel, records: Sequence[Record], slots: int | Non
 def fetch_for(model: DistillModel, slots: int | None = LATENTS) -> Fetch:
     """Fetches batches like `train_batch`, for calibration and validation."""
     return lambda batches: (train_batch(model, records, slots) for records in batches)
+
+
+def text_logits(student: LatentStudent, tokens: StudentBatch) -> Tensor:
+    """Logits that predict tokens 1 to T-1 of the texts."""
+    return student.logits(student.read_text(tokens.text_ids_BT, tokens.text_mask_BT).hidden_BTE[:, :-1])

@@ -7,13 +7,22 @@ from dataclasses import replace
 import pytest
 import torch
 
-from benchmarks.whole_readings import answer_reading, naive_cross_entropy, text_logits
+from benchmarks.whole_readings import answer_reading, naive_cross_entropy
 from kvcore.types import TENSORS, BatchKV, Tensor
 from student_trainer.config import LossConfig
 from student_trainer.loop.calibrate import calibrate
 from student_trainer.model.distill_model import DistillModel, TrainBatch
 from student_trainer.model.losses import error_by_layer_and_head, kv_distance
-from tests.support.training_parts import LATENTS, RECORDS, TEACHERS, distill_model, fetch_for, one_rank, train_batch
+from tests.support.training_parts import (
+    LATENTS,
+    RECORDS,
+    TEACHERS,
+    distill_model,
+    fetch_for,
+    one_rank,
+    text_logits,
+    train_batch,
+)
 
 BATCH = RECORDS[40:44]
 WEIGHTS = {"ada": 3.0, "ben": 1.0}

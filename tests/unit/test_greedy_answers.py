@@ -67,7 +67,7 @@ def test_many_unfinished_answers_are_warned_about(caplog: pytest.LogCaptureFixtu
         assert not caplog.messages
         warn_of_unfinished(0.625, 32)
     (message,) = caplog.messages
-    assert message.startswith("62 % of the validation answers have no end within 32 tokens")
+    assert message.startswith("62 % of the validation answers did not end within 32 tokens")
     assert "raise data.answer_tokens" in message
 
 

@@ -99,11 +99,11 @@ def test_the_model_is_not_changed(batches: list[Batch]) -> None:
 @pytest.mark.parametrize(
     ("batches", "who"),
     [
-        ([(1.0, 0.0)], "KV loss's length is 0.0"),
-        ([], "KV loss's length is 0.0"),
-        ([(1.0, 1.0), (1.0, math.nan)], "KV loss's length is nan"),
-        ([(0.0, 1.0)], "cross-entropy's length is 0.0"),
-        ([(math.inf, 1.0)], "cross-entropy's length is inf"),
+        ([(1.0, 0.0)], "the gradient of the KV loss has the norm 0.0"),
+        ([], "the gradient of the KV loss has the norm 0.0"),
+        ([(1.0, 1.0), (1.0, math.nan)], "the gradient of the KV loss has the norm nan"),
+        ([(0.0, 1.0)], "the gradient of the cross-entropy has the norm 0.0"),
+        ([(math.inf, 1.0)], "the gradient of the cross-entropy has the norm inf"),
     ],
 )
 def test_zero_or_infinite_gradients_are_refused_by_name(batches: Sequence[Batch], who: str) -> None:
@@ -114,7 +114,7 @@ def test_zero_or_infinite_gradients_are_refused_by_name(batches: Sequence[Batch]
 def test_a_kv_loss_without_gradient_for_the_student_is_refused() -> None:
     model = Linear()
     model.shared.requires_grad_(False)
-    with pytest.raises(FieldError, match=r"KV loss's length is 0\.0"):
+    with pytest.raises(FieldError, match=r"the gradient of the KV loss has the norm 0\.0"):
         auto_kv_weight(model, [(1.0, 1.0)], 1.0, reduce_over_one_rank)
 
 

@@ -90,7 +90,7 @@ def test_bytes_of_each_number_of_components_are_shown_where_a_run_can_have_them(
     size = 2 * (2 * LATENTS * 4 + 2 * 4 + 2 * LATENTS) + 4 * LATENTS
     assert rows(four)["ada"][2:4] == rows(four)["ben"][2:4] == [f"{size / 1000:.1f}", "kB"]
     assert whole["ada"][2:4] != rows(four)["ada"][2:4]
-    with pytest.raises(FieldError, match=r"align.basis_rank: got 33; the teacher has 32 features per layer"):
+    with pytest.raises(FieldError, match=r"align.basis_rank: got 33, but the teacher has only 32 features per layer"):
         plan_text(config(world, align=align | {"basis_rank": 33}), models(world))
 
 

@@ -151,7 +151,6 @@ def test_clock_counts_the_passes_of_steps_and_nothing_else() -> None:
     assert len(clock.times.ends) == len(clock.times.forward) == len(clock.times.backward) == 3
     assert set(clock.times.medians()) == {"forward", "backward", "optimizer"}
     assert len(clock.times.median_passes()) == 3
-    assert clock.times.median_step() > 0
 
 
 def result(name: str, perplexity: float, taught: bool) -> RealRunResult:
@@ -190,10 +189,11 @@ def results(ce: list[float], kv: list[float], shuffled: list[float]) -> RealResu
 def test_verdict_counts_seeds_whatever_the_outcome() -> None:
     good = real_report.verdict(results([84, 89], [70, 73], [172, 172]))
     assert good[0].startswith(
-        "K/V are ahead of cross-entropy alone in 2 of 2 seeds; K/V of other samples are behind both in 2"
+        "With K/V, the perplexity is lower than with cross-entropy alone in 2 of 2 seeds; with K/V of other samples, "
+        "it is the highest in 2 of 2"
     )
     bad = real_report.verdict(results([84, 60], [70, 73], [172, 71]))
-    assert "alone in 1 of 2 seeds; K/V of other samples are behind both in 1 of 2" in bad[0]
+    assert "alone in 1 of 2 seeds; with K/V of other samples, it is the highest in 1 of 2" in bad[0]
     assert "72.0 without a teacher, 71.5 with its K/V, 121.5 with K/V of other samples" in bad[0]
 
 

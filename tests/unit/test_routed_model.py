@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from align.token_layout import at_student_tokens
-from benchmarks.whole_readings import naive_cross_entropy, text_logits
+from benchmarks.whole_readings import naive_cross_entropy
 from fuse.similarity import Metric, teacher_similarity
 from kvcore.types import TENSORS, BatchKV, Tensor
 from student_trainer.config import LossConfig
@@ -19,7 +19,7 @@ from student_trainer.model import teacher_weights as fusion
 from student_trainer.model.distill_model import DistillModel, TrainBatch
 from student_trainer.model.losses import codi_loss
 from student_trainer.model.router_loss import router_loss
-from tests.support.training_parts import LATENTS, RECORDS, distill_model, fetch_for, one_rank, train_batch
+from tests.support.training_parts import LATENTS, RECORDS, distill_model, fetch_for, one_rank, text_logits, train_batch
 
 # The last record has a longer answer, so that the texts of the others are padded.
 BATCH = (*RECORDS[40:43], replace(RECORDS[43], answer=RECORDS[43].answer + " or thereabouts"))

@@ -101,7 +101,7 @@ def test_too_few_tokens_and_bad_numbers_are_refused() -> None:
 def test_a_rank_above_the_features_and_mixed_layers_are_refused() -> None:
     teacher, student = KVGeometry(9, H, D), KVGeometry(4, 1, 8)
     check_basis(FEATURES, teacher, student, "uniform")
-    with pytest.raises(FieldError, match=r"got 7; the teacher has 6 features per layer \(2 KV heads x 3\)"):
+    with pytest.raises(FieldError, match=r"got 7, but the teacher has only 6 features per layer \(2 KV heads x 3\)"):
         check_basis(FEATURES + 1, teacher, student, "uniform")
     # With fewer layers than the student, `last` interpolates.
     with pytest.raises(FieldError, match="'last' mixes layers of this teacher"):

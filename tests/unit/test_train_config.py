@@ -81,17 +81,17 @@ def test_resampling_accepts_any_number_of_slots(selection: dict[str, Any]) -> No
         ({"align": {"basis_rank": 4}, "teachers": TWO}, "align.basis_rank: .*got 'to_student'"),
         ({"align": {"basis_rank": 4, "head_adapter": "pool"}}, "align.basis_rank: .*'ridge' or 'linear'; got 'pool'"),
         ({"align": {"basis_rank": 4, "layer_map": "ratio"}}, "align.basis_rank: .*'ratio' mixes layers"),
-        ({"align": {"map_at": "teacher"}}, "align.map_at: with align.direction 'to_teacher' it is the student's K/V"),
-        ({"align": MAPPED | {"layer_map": "cka"}}, "align.map_at: align.layer_map 'cka' is found from all"),
+        ({"align": {"map_at": "teacher"}}, "align.map_at: align.direction 'to_teacher' maps the student's K/V"),
+        ({"align": MAPPED | {"layer_map": "cka"}}, "align.map_at: align.layer_map 'cka' needs the K/V of all layers"),
         ({"align": MAPPED | {"head_adapter": "identity"}}, "align.map_at: .*'identity' has no map to apply"),
-        ({"align": MAPPED | {"recalibrate_every": 2}}, "align.map_at: align.recalibrate_every fits maps again"),
+        ({"align": MAPPED | {"recalibrate_every": 2}}, "align.map_at: align.recalibrate_every needs whole K/V"),
         (
             {"align": MAPPED | {"head_adapter": "linear"}, "fuse": {"kind": "learnable"}},
-            "align.map_at: align.head_adapter 'linear' trains here.*or use 'trainer'",
+            "align.map_at: align.head_adapter 'linear' is trained.*or use 'trainer'",
         ),
         (
             {"align": MAPPED | {"layer_map": "learned"}, "fuse": {"kind": "learnable"}},
-            "align.map_at: align.layer_map 'learned' trains here",
+            "align.map_at: align.layer_map 'learned' is trained",
         ),
         (
             {"align": {"recalibrate_every": 1, "head_adapter": "identity"}},

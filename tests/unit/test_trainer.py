@@ -243,7 +243,7 @@ def test_teacher_lost_before_the_first_step_is_reported_by_name(tmp_path: Path, 
 def test_run_can_be_stopped_before_its_first_step(tmp_path: Path) -> None:
     trainer = trainer_in(tmp_path)
     trainer._ranks.stop_requested = True
-    with pytest.raises(StopRequestedError, match="told to stop at step 0"):
+    with pytest.raises(StopRequestedError, match="stopped by a signal at step 0"):
         trainer.train()
 
 
