@@ -11,13 +11,15 @@ from typing import Any
 import torch
 import xxhash
 
-from kvcore.plan import CodecSpec, KVPlan, Selection
+from kvcore.plan import CODECS, CODED, CodecSpec, KVPlan, Selection
 from kvcore.tensors.codec import encode
 from kvcore.types import TENSORS, EncodedSampleKV, Sample, TeacherInfo, Tensor, Timings
 from kvcore.wire.frames import FrameWriter, pack_frame, unpack_frame
 from kvcore.wire.stream_reader import RefusedSample, StreamReader
 
 REQUEST = "request-1"
+# The codecs that need no map. test_packed_stream.py has the one that does.
+UNMAPPED_CODECS = tuple(name for name in CODECS if name != CODED)
 INFO = TeacherInfo(
     model="fake",
     weights_digest="a1" * 16,

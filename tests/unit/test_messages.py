@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvcore.errors import FieldError, ProtocolError
-from kvcore.plan import CODECS, SELECTORS, CodecSpec, KVPlan, PlanMap, SamplingParams, Selection
+from kvcore.plan import CODECS, CODED, SELECTORS, CodecSpec, KVPlan, PlanMap, SamplingParams, Selection
 from kvcore.types import ROLES, Chat, Sample, Span, TeacherInfo, Turn
 from kvcore.wire.messages import (
     info_from_proto,
@@ -58,12 +58,13 @@ maps = st.builds(
     digest=st.text("0123456789abcdef", min_size=32, max_size=32),
     heads=st.integers(1, INT32_MAX),
     head_dim=st.integers(1, INT32_MAX),
+    restores=st.booleans(),
 )
 plans = st.builds(
     lambda layers, selection, codec, named: KVPlan(
         layers=tuple(sorted(layers)),
         selection=selection,
-        codec=codec,
+        codec=CodecSpec() if codec.name == CODED and (named is None or selection.scope == "head") else codec,
         map=None if selection.scope == "head" else named,
     ),
     st.sets(st.integers(0, INT32_MAX), min_size=1, max_size=5),
@@ -146,12 +147,12 @@ def bad_plan(**changes: Any) -> pb.Plan:
         ({"selection__importance_pool": 3}, "plan.selection.importance_pool", "(got 3)"),
         ({"selection__seed": 2**63}, "plan.selection.seed", f"less than {2**63} (got {2**63})"),
         ({"selection": None}, "plan.selection.span", "(got 0)"),
-        ({"codec__name": "zip"}, "plan.codec.name", "expected one of raw, bf16, int8, int6, int4; got 'zip'"),
+        ({"codec__name": "zip"}, "plan.codec.name", "expected one of raw, bf16, int8, int6, int4, pca; got 'zip'"),
         ({"codec__group_size": 0}, "plan.codec.group_size", "greater than or equal to 1 (got 0)"),
         ({"codec__group_size": 4097}, "plan.codec.group_size", "less than or equal to 4096 (got 4097)"),
         ({"codec__max_relative_error": 0.0}, "plan.codec.max_relative_error", "greater than 0 (got 0.0)"),
         ({"codec__max_relative_error": float("inf")}, "plan.codec.max_relative_error", "finite number (got inf)"),
-        ({"codec": None}, "plan.codec.name", "expected one of raw, bf16, int8, int6, int4; got ''"),
+        ({"codec": None}, "plan.codec.name", "expected one of raw, bf16, int8, int6, int4, pca; got ''"),
         ({"map__digest": "x" * 32}, "plan.map.digest", f"(got '{'x' * 32}')"),
         ({"map__heads": 0}, "plan.map.heads", "greater than or equal to 1 (got 0)"),
         ({"map__head_dim": -1}, "plan.map.head_dim", "greater than or equal to 1 (got -1)"),

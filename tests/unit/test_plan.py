@@ -88,6 +88,7 @@ CHANGES = [
     (("map", "digest"), "cd" * 16),
     (("map", "heads"), 3),
     (("map", "head_dim"), 9),
+    (("map", "restores"), True),
 ]
 
 
@@ -146,7 +147,7 @@ def test_every_field_of_a_plan_is_in_the_list_of_changes():
         (
             {"layers": [0], "codec": {"name": "int5"}},
             "codec.name",
-            "expected one of raw, bf16, int8, int6, int4; got 'int5'; did you mean 'int8'?",
+            "expected one of raw, bf16, int8, int6, int4, pca; got 'int5'; did you mean 'int8'?",
         ),
         ({"layers": [0], "codec": {"group_size": 0}}, "codec.group_size", "greater than or equal to 1 (got 0)"),
         ({"layers": [0], "codec": {"group_size": 5000}}, "codec.group_size", "less than or equal to 4096 (got 5000)"),

@@ -20,6 +20,10 @@ from student_trainer.config import TrainConfig
 PATHS = RealPaths(Path("outputs/maps"), quick=False)
 
 
+RANKS = {"basis4": 4, "basis16": 16, "basis64": 64, "shuffled16": 16, "basis16_int4": 16, "basis16_pca20": 16}
+QUALITIES = {"pca10": 0.1, "pca20": 0.2, "pca40": 0.4, "basis16_pca20": 0.2}
+
+
 def tree(arm: MapArm) -> dict[str, Any]:
     config = parse(map_config(arm, 2, FULL, PATHS, 50051), TrainConfig).model_dump(mode="json")
     assert config["run"].pop("output_dir") == f"outputs/maps/full/runs/{arm.name}-seed2"
@@ -38,9 +42,9 @@ def test_arms_with_a_teacher_differ_only_in_the_map_the_codec_and_the_control() 
         if name not in ("ce", REFERENCE)
     }
     assert changed == {
-        **{name: {"basis_rank"} for name in ("basis4", "basis16", "basis64", "shuffled16", "basis16_int4")},
+        **{name: {"basis_rank"} for name in RANKS},
         "to_student": {"direction"},
-        **{name: set() for name in ("raw", "int6", "int4")},
+        **{name: set() for name in ("raw", "int6", "int4", *QUALITIES) if name not in RANKS},
     }
     trees[REFERENCE].pop("align")
     codecs = {name: one["kv"]["codec"].pop("name") for name, one in trees.items()}
@@ -49,7 +53,11 @@ def test_arms_with_a_teacher_differ_only_in_the_map_the_codec_and_the_control() 
         "int6": "int6",
         "int4": "int4",
         "basis16_int4": "int4",
+        **dict.fromkeys(QUALITIES, "pca"),
     }
+    assert {name: one["kv"]["codec"].pop("quality") for name, one in trees.items() if name in QUALITIES} == QUALITIES
+    for name in trees.keys() - QUALITIES.keys():
+        assert trees[name]["kv"]["codec"].pop("quality") is None
     for name, one in trees.items():
         one["kv"].pop("control", None)
         assert name == "ce" or one == trees[REFERENCE]
@@ -59,7 +67,7 @@ def test_arms_with_a_teacher_differ_only_in_the_map_the_codec_and_the_control() 
 
 def test_ranks_are_those_in_the_names() -> None:
     ranks = {arm.name: tree(arm)["align"]["basis_rank"] for arm in ARMS if tree(arm)["align"]["basis_rank"]}
-    assert ranks == {"basis4": 4, "basis16": 16, "basis64": 64, "shuffled16": 16, "basis16_int4": 16}
+    assert ranks == RANKS
 
 
 def test_all_arms_of_a_seed_run_before_the_next_seed() -> None:
