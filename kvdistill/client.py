@@ -147,8 +147,9 @@ class TeacherClient:
         tree["selection"] = {"selector": selector, "budget": budget, "span": span, "scope": scope}
         if calibration is None:
             return parse(tree, KVPlan)
-        kv_map = read_calibration(Path(calibration)).for_layers(wanted)
-        kv_map.check_teacher(self.info)
+        whole = read_calibration(Path(calibration))
+        whole.check_teacher(self.info)
+        kv_map = whole.for_layers(wanted)
         self._maps[kv_map.named.digest] = kv_map
         return parse(tree | {"codec": {"name": CODED}, "map": kv_map.named.model_dump()}, KVPlan)
 

@@ -29,13 +29,16 @@ def run_identity(config: TrainConfig, records: int, sources: Mapping[str, KVSour
     """
     settings = config.model_dump(mode="json", include={"student", "align", "fuse", "loss", "optim"})
     run = config.run.model_dump(mode="json", include={"seed", "steps", "epochs", "global_batch"})
+    codec = config.kv.codec.spec.model_dump(mode="json")
+    if config.kv.codec.name == CODED:
+        codec["quality"] = config.kv.codec.target_error
     teachers = {
         name: {
             "weights": source.info.weights_digest,
             "tokenizer": source.info.tokenizer_fingerprint,
             # A map is fitted in the run itself, so it may differ; `align.basis_rank` and `align.map_at` may not.
             "plan_digest": source.plan.without_map(config.kv.codec.unmapped).digest(),
-            "plan": source.plan.without_map(config.kv.codec.unmapped).model_dump(mode="json"),
+            "plan": source.plan.without_map(config.kv.codec.unmapped).model_dump(mode="json") | {"codec": codec},
         }
         for name, source in sources.items()
     }
@@ -49,8 +52,6 @@ def run_identity(config: TrainConfig, records: int, sources: Mapping[str, KVSour
     )
     data |= {"records": records, "content": content_digest(config.data.train)}
     data["formats"] = [teacher.format or config.data.format for teacher in config.teachers]
-    if config.kv.codec.name == CODED:
-        settings["codec"] = config.kv.codec.model_dump(mode="json")
     return settings | {
         "run": run,
         "teachers": teachers,

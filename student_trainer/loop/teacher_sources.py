@@ -178,11 +178,11 @@ def _calibrated(teacher: TeacherConfig, source: KVSource) -> KVMap:
     """The map of a teacher's calibration, for the layers of the run's plan."""
     assert teacher.calibration is not None, "without a calibration, the basis is fitted"
     try:
-        kv_map = read_calibration(teacher.calibration).for_layers(source.plan.layers)
+        kv_map = read_calibration(teacher.calibration)
         kv_map.check_teacher(source.info)
+        return kv_map.for_layers(source.plan.layers)
     except FieldError as error:
         raise FieldError(f"teachers: '{teacher.name}': calibration", f"{teacher.calibration}: {error}") from error
-    return kv_map
 
 
 def _fitted(

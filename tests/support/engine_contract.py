@@ -23,7 +23,7 @@ from teacher_server.engines.base import (
     TeacherEngine,
     TokenizedSample,
 )
-from tests.support.kv_maps import naive_mapped, random_map
+from tests.support.kv_maps import coded_map, naive_mapped, random_map
 
 RAW = CodecSpec(name="raw")
 EVERYTHING = KVPlan(layers=(0, 1, 2), selection=Selection(selector="full", span="all"), codec=RAW)
@@ -183,6 +183,30 @@ def test_a_map_is_applied_to_what_the_plan_selects(engine: TeacherEngine, select
                 expected = naive_mapped(kv_map, other.parts[f"{kind}.data"][at], result.layer, kind)
                 found = result.parts[f"{kind}.data"][place].double()
                 torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("selector", ["full", "right", "r_kv"])
+def test_the_codec_pca_rounds_what_its_map_makes_of_the_plans_selection(engine: TeacherEngine, selector: str) -> None:
+    info, batch = engine.info, read_batch(engine)[:3]
+    selection = Selection.model_validate({"selector": selector, "budget": 0 if selector == "full" else 4})
+    unmapped = KVPlan(layers=(0, 2), selection=selection, codec=RAW)
+    kv_map = coded_map(unmapped.layers, info.kv_heads, info.head_dim, step=0.02)
+    coded = unmapped.with_map(kv_map.named, CodecSpec(name="pca"))
+    outcome = Outcome()
+    planned = [*(PlannedSample(tokens, coded, kv_map) for tokens in batch)]
+    planned += [PlannedSample(tokens, unmapped) for tokens in batch]
+    engine.run(planned, outcome.results.append, outcome.failures.append, lambda _row: True)
+    assert not outcome.failures
+    for row in range(len(batch)):
+        for (result, place), (other, at) in zip(outcome.of(row), outcome.of(row + len(batch)), strict=True):
+            assert result.positions[place].tolist() == other.positions[at].tolist()
+            for kind in TENSORS:
+                exact = naive_mapped(kv_map, other.parts[f"{kind}.data"][at], result.layer, kind)
+                codes = result.parts[f"{kind}.codes"][place]
+                assert codes.dtype == torch.int16
+                # Half a unit, and what fp32 loses of numbers of this size.
+                assert float((codes.double() - exact).abs().max()) <= 0.5 + 1e-4 * float(exact.abs().max())
+                assert 0 < result.relative_error[kind][place] < 0.1
 
 
 def test_a_sample_over_its_error_budget_fails_alone(engine: TeacherEngine) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 from kvcore.config import parse
@@ -37,12 +38,22 @@ def both_serving() -> Iterator[Endpoints]:
             server.stop()
 
 
-def mapped_run(world: World, teachers: Endpoints, name: str, align: dict[str, Any], **kv: Any) -> TrainingContext:
+def mapped_run(
+    world: World,
+    teachers: Endpoints,
+    name: str,
+    align: dict[str, Any],
+    *,
+    calibrations: Mapping[str, Path] | None = None,
+    **kv: Any,
+) -> TrainingContext:
     """The parts of a run that selects three tokens per sample and sends them as fp32."""
     settings = {"codec": {"name": "raw"}, "selection": {"selector": "keydiff", "budget": 3}} | kv
     tree = world.config(name, teachers, align={"calibration_samples": SAMPLES} | align, kv=settings)
     if kv.get("mode") == "offline":
         tree["teachers"] = [{"name": teacher} for teacher in teachers]
+    for teacher in tree["teachers"] if calibrations else []:
+        teacher["calibration"] = str(calibrations[teacher["name"]])
     return build_context(parse(tree, TrainConfig), 0, 1)
 
 

@@ -1,0 +1,162 @@
+"""`kvdistill calibrate` against a real server, and its file in the client and in a run."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import save
+from typer.testing import CliRunner
+
+from kvcore.errors import ConfigError, FieldError
+from kvcore.tensors.kv_map import KVMap, read_calibration
+from kvdistill import TeacherClient
+from kvdistill.calibration import calibrate
+from kvdistill.cli import app
+from tests.support.kv_maps import coded_map, random_map
+from tests.support.mapped_runs import MODELS, fetched, mapped_run, serving
+from tests.support.training import World, make_world
+
+pytestmark = pytest.mark.usefixtures("one_rank")
+
+TEXTS = [f"{number} + {number * 7 % 13} = {number + number * 7 % 13}, and so on for a while" for number in range(48)]
+TO_TEACHER: dict[str, Any] = {"direction": "to_teacher"}
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    return make_world(tmp_path_factory.mktemp("world"))
+
+
+@pytest.fixture(scope="module")
+def teachers() -> Iterator[dict[str, list[str]]]:
+    servers = {name: serving(model) for name, model in MODELS.items()}
+    yield {name: [server.endpoint] for name, server in servers.items()}
+    for server in servers.values():
+        server.stop()
+
+
+@pytest.fixture(scope="module")
+def calibrations(teachers: dict[str, list[str]], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    directory = tmp_path_factory.mktemp("calibrations")
+    found: dict[str, Path] = {}
+    for name, endpoints in teachers.items():
+        found[name] = directory / f"{name}.kvmap"
+        found[name].write_bytes(calibrate(endpoints, TEXTS, quality=0.05).kv_map.content())
+    return found
+
+
+def test_the_command_writes_a_file_and_shows_bytes_and_errors_that_fall_and_rise_with_the_quality(
+    world: World, teachers: dict[str, list[str]], tmp_path: Path
+) -> None:
+    output = tmp_path / "ada.kvmap"
+    arguments = [*teachers["ada"], "--data", str(world.train), "--output", str(output), "--quality", "0.3"]
+    result = CliRunner().invoke(app, ["calibrate", *arguments])
+    assert result.exit_code == 0, result.output
+    rows = re.findall(r"^(0\.\d+) +([\d,]+) +([\d.]+)x +([\d.]+)% +([\d.]+)%$", result.output, re.MULTILINE)
+    assert [float(row[0]) for row in rows] == [0.02, 0.05, 0.1, 0.2, 0.3, 0.4]
+    sizes = [int(row[1].replace(",", "")) for row in rows]
+    assert sizes == sorted(sizes, reverse=True)
+    for quality, _, _, *errors in rows:
+        assert all(float(error) / 100 == pytest.approx(float(quality), rel=0.6) for error in errors)
+    assert read_calibration(output).layers == (0, 1, 2, 3)
+    assert "kv.codec.name to 'pca'" in result.output
+
+
+def test_a_client_reads_with_a_calibration(teachers: dict[str, list[str]], calibrations: dict[str, Path]) -> None:
+    with TeacherClient(teachers["ada"]) as client:
+        exact = client.fetch(TEXTS[:4], layers=[1, 3], codec="raw")
+        kv = client.fetch(TEXTS[:4], layers=[1, 3], calibration=calibrations["ada"])
+        assert kv.plan.codec.name == "pca"
+        for found, expected in ((kv.k_BLHMD, exact.k_BLHMD), (kv.v_BLHMD, exact.v_BLHMD)):
+            assert found.shape == expected.shape
+            varying = float((expected - expected.mean(dim=(0, 3), keepdim=True)).norm())
+            assert float((found - expected).norm()) / varying < 0.1
+    with TeacherClient(teachers["ada"]) as other, pytest.raises(FieldError, match="this client does not have"):
+        other.fetch(TEXTS[:1], kv.plan)
+
+
+def test_a_run_uses_calibrations_instead_of_fitting(
+    world: World, teachers: dict[str, list[str]], calibrations: dict[str, Path]
+) -> None:
+    context = mapped_run(world, teachers, "calibrated", TO_TEACHER, calibrations=calibrations, codec={"name": "pca"})
+    for name, path in calibrations.items():
+        source = context.sources[name]
+        assert context.maps[name].named == read_calibration(path).for_layers(source.plan.layers).named
+        assert source.plan.map == context.maps[name].named
+        assert len(fetched(context, name)) == 4
+    context.close()
+
+
+@pytest.mark.parametrize(
+    ("given", "problem"),
+    [
+        ("other teacher", r"teachers: 'ada': calibration.*features; this teacher has"),
+        ("few layers", r"teachers: 'ada': calibration.*has no layer"),
+        ("missing", r"cannot be read"),
+        ("damaged", r"make it anew with kvdistill calibrate"),
+        ("no calibration", r"holds no calibration"),
+        ("components", r"holds no calibration"),
+    ],
+)
+def test_an_unusable_calibration_is_refused_with_its_path(
+    world: World,
+    teachers: dict[str, list[str]],
+    calibrations: dict[str, Path],
+    tmp_path: Path,
+    given: str,
+    problem: str,
+) -> None:
+    whole = read_calibration(calibrations["ada"])
+    contents = {
+        "other teacher": calibrations["ben"].read_bytes(),
+        "few layers": whole.for_layers([0]).content(),
+        "damaged": calibrations["ada"].read_bytes()[:-9],
+        "no calibration": random_map((0, 1, 2, 3), 16).content(),
+        "components": coded_map((0, 1, 2, 3), 2, 8, restores=False).content(),
+    }
+    path = tmp_path / "ada.kvmap"
+    if given in contents:
+        path.write_bytes(contents[given])
+    used = calibrations | {"ada": path}
+    with pytest.raises((ConfigError, FieldError), match=problem) as caught:
+        mapped_run(world, teachers, "refused", TO_TEACHER, calibrations=used, codec={"name": "pca"})
+    assert str(path) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("align", "codec", "problem"),
+    [
+        (TO_TEACHER, {"name": "int8"}, "the calibration of 'ada' needs kv.codec.name 'pca'; got 'int8'"),
+        (TO_TEACHER | {"basis_rank": 3}, {"name": "pca"}, "align.basis_rank"),
+        (TO_TEACHER, {"name": "pca", "quality": 0.1}, "kv.codec.quality"),
+    ],
+)
+def test_settings_that_a_calibration_excludes_are_refused(
+    world: World,
+    teachers: dict[str, list[str]],
+    calibrations: dict[str, Path],
+    align: dict[str, Any],
+    codec: dict[str, Any],
+    problem: str,
+) -> None:
+    with pytest.raises((FieldError, ValueError), match=problem):
+        mapped_run(world, teachers, "refused", align, calibrations=calibrations, codec=codec)
+
+
+def test_too_few_texts_are_refused(teachers: dict[str, list[str]]) -> None:
+    with pytest.raises(FieldError, match="at least 8"):
+        calibrate(teachers["ada"], TEXTS[:7])
+
+
+@pytest.mark.parametrize("name", ["k.weight", "v.step", "v.class", "whole"])
+def test_a_coded_map_with_a_changed_tensor_is_refused_by_its_name(name: str) -> None:
+    tensors = dict(coded_map((0, 2), 2, 4).tensors)
+    tensors[name] = tensors[name] * 3 if name != "v.step" else -tensors[name]
+    if name == "v.class":
+        tensors[name] = tensors[name] * 0 + 200
+    with pytest.raises(FieldError, match=rf"map\.{name}"):
+        KVMap.read(save(tensors))
