@@ -8,7 +8,7 @@ from typing import Any, cast
 
 from data.records import content_digest
 from kvcore.config import parse
-from kvcore.plan import CODED
+from kvcore.plan import CODED, CodecConfig, KVPlan
 from student_trainer.config import TrainConfig
 from student_trainer.kv_sources import KVSource
 
@@ -29,16 +29,11 @@ def run_identity(config: TrainConfig, records: int, sources: Mapping[str, KVSour
     """
     settings = config.model_dump(mode="json", include={"student", "align", "fuse", "loss", "optim"})
     run = config.run.model_dump(mode="json", include={"seed", "steps", "epochs", "global_batch"})
-    codec = config.kv.codec.spec.model_dump(mode="json")
-    if config.kv.codec.name == CODED:
-        codec["quality"] = config.kv.codec.target_error
     teachers = {
         name: {
             "weights": source.info.weights_digest,
             "tokenizer": source.info.tokenizer_fingerprint,
-            # A map is fitted in the run itself, so it may differ; `align.basis_rank` and `align.map_at` may not.
-            "plan_digest": source.plan.without_map(config.kv.codec.unmapped).digest(),
-            "plan": source.plan.without_map(config.kv.codec.unmapped).model_dump(mode="json") | {"codec": codec},
+            **_plan_identity(config.kv.codec, source.plan),
         }
         for name, source in sources.items()
     }
@@ -59,6 +54,16 @@ def run_identity(config: TrainConfig, records: int, sources: Mapping[str, KVSour
         "control": config.kv.control,
         "data": data,
     }
+
+
+def _plan_identity(codec: CodecConfig, plan: KVPlan) -> dict[str, Any]:
+    """What a plan asks for. A map is fitted in the run itself, so it may differ; the settings that fit it may not."""
+    asked = plan.without_map(codec.unmapped)
+    identity = {"plan_digest": asked.digest(), "plan": asked.model_dump(mode="json")}
+    if codec.name == CODED:
+        identity["plan_digest"] += f" {CODED} {codec.target_error}"
+        identity["plan"]["codec"] = codec.spec.model_dump(mode="json") | {"quality": codec.target_error}
+    return identity
 
 
 def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

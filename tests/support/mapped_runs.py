@@ -52,8 +52,9 @@ def mapped_run(
     tree = world.config(name, teachers, align={"calibration_samples": SAMPLES} | align, kv=settings)
     if kv.get("mode") == "offline":
         tree["teachers"] = [{"name": teacher} for teacher in teachers]
-    for teacher in tree["teachers"] if calibrations else []:
-        teacher["calibration"] = str(calibrations[teacher["name"]])
+    if calibrations is not None:
+        for teacher in tree["teachers"]:
+            teacher["calibration"] = str(calibrations[teacher["name"]])
     return build_context(parse(tree, TrainConfig), 0, 1)
 
 
