@@ -53,6 +53,8 @@ ARMS: tuple[MapArm, ...] = (
     MapArm("pca10", "`to_teacher`, all heads, `pca` of quality 0.1", codec="pca", quality=0.1),
     MapArm("pca20", "`to_teacher`, all heads, `pca` of quality 0.2", codec="pca", quality=0.2),
     MapArm("pca40", "`to_teacher`, all heads, `pca` of quality 0.4", codec="pca", quality=0.4),
+    MapArm("pca60", "`to_teacher`, all heads, `pca` of quality 0.6", codec="pca", quality=0.6),
+    MapArm("shuffled_pca40", "quality 0.4, K/V of other samples", "shuffled", codec="pca", quality=0.4),
     MapArm(
         "basis16_pca20",
         "`to_teacher`, basis of rank 16, `pca` of quality 0.2",

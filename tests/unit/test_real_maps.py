@@ -21,7 +21,7 @@ PATHS = RealPaths(Path("outputs/maps"), quick=False)
 
 
 RANKS = {"basis4": 4, "basis16": 16, "basis64": 64, "shuffled16": 16, "basis16_int4": 16, "basis16_pca20": 16}
-QUALITIES = {"pca10": 0.1, "pca20": 0.2, "pca40": 0.4, "basis16_pca20": 0.2}
+QUALITIES = {"pca10": 0.1, "pca20": 0.2, "pca40": 0.4, "pca60": 0.6, "shuffled_pca40": 0.4, "basis16_pca20": 0.2}
 
 
 def tree(arm: MapArm) -> dict[str, Any]:
