@@ -10,7 +10,7 @@ from pydantic import AfterValidator, Field, model_validator
 
 from kvcore.config import Device, FileName, NonNegativeFloat, PositiveFloat, PositiveInt, StrictModel, Text
 from kvcore.flags import FlagSet
-from kvcore.plan import CodecName, CodecSpec, Scope, Selection, SelectionSpan
+from kvcore.plan import CODED, CodecName, CodecSpec, Scope, Selection, SelectionSpan
 
 DEFAULT_BUDGET = 24
 
@@ -93,6 +93,15 @@ class ExtractConfig(StrictModel):
 
     shard: Annotated[str, AfterValidator(_shard)] = "1/1"
     """I/N: this process is worker I of N, counted from 1. All workers need the same other flags."""
+
+    @model_validator(mode="after")
+    def _codec_needs_no_map(self) -> Self:
+        if self.codec == CODED:
+            raise ValueError(
+                f"codec: '{CODED}' needs a KV map, which an extraction does not have; use another codec, or record a "
+                "store in training (kv.mode record)"
+            )
+        return self
 
     @property
     def selection(self) -> Selection:

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from kvcore.plan import CodecSpec, KVPlan, SamplingParams, Selection
     from kvcore.types import Sample, Span, TeacherInfo
     from kvcore.wire.completion import Completion
+    from kvdistill.calibration import Calibration, calibrate
     from kvdistill.client import TeacherClient, TeacherKV
     from kvdistill.student import Student, load_student
     from kvdistill.training import TrainResult, load_config, train
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Aligner",
+    "Calibration",
     "CodecSpec",
     "Completion",
     "ConfigError",
@@ -74,6 +76,7 @@ __all__ = [
     "TrainResult",
     "UnsupportedModelError",
     "__version__",
+    "calibrate",
     "fuse",
     "load_config",
     "load_student",
@@ -93,6 +96,7 @@ _MODULES = {
     "kvcore.plan": ("CodecSpec", "KVPlan", "SamplingParams", "Selection"),
     "kvcore.types": ("Sample", "Span", "TeacherInfo"),
     "kvcore.wire.completion": ("Completion",),
+    "kvdistill.calibration": ("Calibration", "calibrate"),
     "kvdistill.client": ("TeacherClient", "TeacherKV"),
     "kvdistill.student": ("Student", "load_student"),
     "kvdistill.training": ("TrainResult", "load_config", "train"),

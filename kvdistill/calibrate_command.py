@@ -27,16 +27,15 @@ def calibrate(
     samples: Annotated[int, typer.Option(min=8, help="Maximum number of records that are read.")] = 256,
     layers: Annotated[str | None, typer.Option(help="Teacher layers, such as 0,9,18. All by default.")] = None,
 ) -> None:
-    """Fit the codec `pca` to a teacher's K/V, show its bytes and errors by quality, and write it to a file."""
+    """Fit the KV map of the codec `pca` to a teacher, show bytes and errors by quality, and write the map to a file."""
     chosen = None if layers is None else _layers(layers)
     check_output(output.parent, "--output")
     from data.records import load_records  # noqa: PLC0415 - slow to import
     from kvdistill.calibration import calibrate as run  # noqa: PLC0415 - torch is slow to import
-    from kvdistill.calibration import write_calibration  # noqa: PLC0415
 
     records = load_records(data, samples)
     found = run(teacher, [record.text for record in records], quality=quality, layers=chosen)
-    write_calibration(found, output)
+    found.write(output)
     typer.echo(found.text(output))
 
 

@@ -52,6 +52,14 @@ class Calibration:
     measured_tokens: int
     figures: list[Figures]
 
+    def write(self, path: str | Path) -> None:
+        """Writes the map to a file, for `teachers[].kv_map` and `TeacherClient.fetch`.
+
+        Raises:
+            OSError: the file cannot be written.
+        """
+        replace_file(Path(path), self.kv_map.content())
+
     def text(self, path: Path) -> str:
         """A description for the terminal."""
         info, layers = self.info, len(self.kv_map.layers)
@@ -67,7 +75,7 @@ class Calibration:
             ratio = f"{raw / each.token_bytes:.2f}x"
             errors = [f"{error:.1%}" for error in each.errors]
             rows.append([f"{each.quality:g}", f"{each.token_bytes:,.0f}", ratio, *errors])
-        next_step = f"Next: set kv.codec.name to '{CODED}', and the teacher's `calibration` to {path}."
+        next_step = f"Next: set kv.codec.name to '{CODED}', and the teacher's `kv_map` to {path}."
         return "\n\n".join([in_columns(head), in_columns(rows, right=True), next_step])
 
 
@@ -111,11 +119,6 @@ def calibrate(
     maps = {each: sums.coded(basis, each, (info.kv_heads, info.head_dim)) for each in sorted({*QUALITIES, wanted})}
     figures = [_measured(each, kv_map, measured) for each, kv_map in maps.items()]
     return Calibration(info, maps[wanted], tokens, sum(int(kv.mask_BM.sum()) for kv in measured), figures)
-
-
-def write_calibration(calibration: Calibration, path: Path) -> None:
-    """Writes the map to a file, for `teachers[].calibration` and `TeacherClient.fetch`."""
-    replace_file(path, calibration.kv_map.content())
 
 
 def _read(

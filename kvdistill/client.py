@@ -14,7 +14,7 @@ from kvcore.config import parse
 from kvcore.errors import EndpointRefusedError, FieldError, TeacherError, TeacherRefusedError, TeacherUnavailableError
 from kvcore.plan import CODED, KVPlan, SamplingParams, Scope, Selection, SelectionSpan
 from kvcore.tensors.codec import decode_batch
-from kvcore.tensors.kv_map import KVMap, read_calibration
+from kvcore.tensors.kv_map import KVMap, read_coded_map
 from kvcore.types import EncodedSampleKV, MissingKV, Sample, TeacherInfo, Tensor
 from kvcore.wire.completion import Completion
 from kvdistill.describe import every_layer
@@ -37,7 +37,7 @@ class PlanSettings(TypedDict, total=False):
     span: SelectionSpan
     scope: Scope
     codec: str
-    calibration: str | Path | None
+    kv_map: str | Path | None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -91,7 +91,7 @@ class TeacherClient:
         given = tls_ca is not None or token_file is not None
         self._transport = Transport(tls_ca, token_file) if given else None
         self._source: FailoverSource | None = None
-        # The calibrations of the plans made here, by digest.
+        # The maps of the plans made here, by digest.
         self._maps: dict[str, KVMap] = {}
 
     def __enter__(self) -> Self:
@@ -125,7 +125,7 @@ class TeacherClient:
         span: SelectionSpan = "all",
         scope: Scope = "sample",
         codec: str = "int8",
-        calibration: str | Path | None = None,
+        kv_map: str | Path | None = None,
     ) -> KVPlan:
         """Makes a plan for this teacher.
 
@@ -136,22 +136,22 @@ class TeacherClient:
             span: part of the text from which tokens are selected. Use `all` for texts without spans.
             scope: whether each `head`, each `layer` or the whole `sample` selects its own tokens.
             codec: how K/V are encoded, such as `int8`, `bf16` or `raw` (exact); one of `info.codecs`.
-            calibration: file that `kvdistill calibrate` wrote for this teacher. It sets the codec `pca`.
+            kv_map: file that `kvdistill calibrate` wrote for this teacher. It sets the codec `pca`.
 
         Raises:
-            FieldError: a setting is unknown or out of range, or the calibration does not fit the teacher or a layer.
-            ConfigError: the calibration cannot be read.
+            FieldError: a setting is unknown or out of range, or the map does not fit the teacher or a layer.
+            ConfigError: the map cannot be read.
         """
         wanted = list(range(self.info.layers) if layers is None else layers)
         tree: dict[str, Any] = {"layers": wanted, "codec": {"name": codec}}
         tree["selection"] = {"selector": selector, "budget": budget, "span": span, "scope": scope}
-        if calibration is None:
+        if kv_map is None:
             return parse(tree, KVPlan)
-        whole = read_calibration(Path(calibration))
+        whole = read_coded_map(Path(kv_map))
         whole.check_teacher(self.info)
-        kv_map = whole.for_layers(wanted)
-        self._maps[kv_map.named.digest] = kv_map
-        return parse(tree | {"codec": {"name": CODED}, "map": kv_map.named.model_dump()}, KVPlan)
+        chosen = whole.for_layers(wanted)
+        self._maps[chosen.named.digest] = chosen
+        return parse(tree | {"codec": {"name": CODED}, "map": chosen.named.model_dump()}, KVPlan)
 
     def fetch(
         self, texts: Sequence[str | Sample], plan: KVPlan | None = None, **settings: Unpack[PlanSettings]

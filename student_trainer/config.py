@@ -27,7 +27,7 @@ from kvcore.errors import FieldError
 from kvcore.plan import CodecConfig, Selection, changed_selection
 from student_trainer.config_checks import (
     check_basis,
-    check_calibrations,
+    check_kv_maps,
     check_map_at,
     check_refits,
     check_selection,
@@ -92,7 +92,7 @@ class TeacherConfig(StrictModel):
     format: Literal["plain", "chat"] | None = None
     """How the teacher reads samples: as text, or in its own chat template. The default is the student's
     `data.format`."""
-    calibration: Path | None = None
+    kv_map: Path | None = None
     """File that `kvdistill calibrate` wrote for this teacher, for `kv.codec.name: pca`. By default each run fits the
     codec to its calibration samples."""
 
@@ -409,7 +409,7 @@ class TrainConfig(StrictModel):
             check_trained_maps(self)
             check_refits(self)
             check_basis(self)
-            check_calibrations(self)
+            check_kv_maps(self)
             check_map_at(self)
         check_step_blocks(self)
         if self.loss.codi_weight > 0 and (self.student.mode != "latent" or self.loss.reasoning_ce_weight == 0):

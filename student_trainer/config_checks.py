@@ -115,29 +115,22 @@ def check_basis(config: TrainConfig) -> None:
         )
 
 
-def check_calibrations(config: TrainConfig) -> None:
-    """Checks that calibrations are used with their codec, and not with a basis that the run fits.
+def check_kv_maps(config: TrainConfig) -> None:
+    """Checks that the KV maps of teachers are used with their codec, and not with a basis that the run fits.
 
     Raises:
         ValueError: begins with the name of a field that conflicts with another.
     """
-    calibrated = [teacher.name for teacher in config.teachers if teacher.calibration is not None]
-    if not calibrated:
+    given = [teacher.name for teacher in config.teachers if teacher.kv_map is not None]
+    if not given:
         return
+    where = f"the kv_map of teacher '{given[0]}'"
     if config.kv.codec.name != CODED:
-        raise ValueError(
-            f"teachers: the calibration of '{calibrated[0]}' needs kv.codec.name '{CODED}'; got "
-            f"'{config.kv.codec.name}'"
-        )
+        raise ValueError(f"teachers: {where} needs kv.codec.name '{CODED}'; got '{config.kv.codec.name}'")
     if config.align.basis_rank is not None:
-        raise ValueError(
-            f"align.basis_rank: a run fits this basis itself, so the calibration of '{calibrated[0]}' would have no "
-            "effect; leave one of them out"
-        )
+        raise ValueError(f"align.basis_rank: the run fits this basis itself, without {where}; leave one of them out")
     if config.kv.codec.quality is not None:
-        raise ValueError(
-            f"kv.codec.quality: the calibration of '{calibrated[0]}' has its own quality; leave kv.codec.quality out"
-        )
+        raise ValueError(f"kv.codec.quality: {where} has its own quality; leave kv.codec.quality out")
 
 
 def check_map_at(config: TrainConfig) -> None:

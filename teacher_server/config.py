@@ -100,8 +100,8 @@ class ServeConfig(StrictModel):
     max_frame_bytes: Annotated[int, Field(ge=4096, le=64 * MIB)] = MIB
     """Maximum size of a frame's body in bytes."""
     max_map_bytes: Annotated[int, Field(ge=1)] = 512 * MIB
-    """Host memory in bytes for the maps that callers load (`align.basis_rank` and `align.map_at` of runs). It also
-    limits the size of one map."""
+    """Host memory in bytes for the maps that callers load (`align.basis_rank`, `align.map_at` and the codec `pca` of
+    runs). It also limits the size of one map."""
     stream_window_bytes: Annotated[int, Field(ge=65536)] = 64 * MIB
     """Maximum number of bytes that a stream buffers for a slow reader."""
     max_unsent_bytes: Annotated[int, Field(ge=65536)] = 1024 * MIB

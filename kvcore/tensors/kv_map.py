@@ -163,8 +163,8 @@ class KVMap:
             raise FieldError("plan.map", f"expected the map's own digest and shape, {self.named}; got {plan.map}")
 
 
-def read_calibration(path: Path) -> KVMap:
-    """Reads what `kvdistill calibrate` wrote.
+def read_coded_map(path: Path) -> KVMap:
+    """Reads the KV map of the codec `pca` that `kvdistill calibrate` wrote.
 
     Raises:
         ConfigError: the file cannot be read, is damaged, or holds no coded map.
@@ -176,7 +176,7 @@ def read_calibration(path: Path) -> KVMap:
     except FieldError as error:
         raise ConfigError(f"{path}: {error}; make it anew with kvdistill calibrate") from error
     if not kv_map.coded or WHOLE not in kv_map.tensors:
-        raise ConfigError(f"{path}: holds no calibration of the codec '{CODED}'; make one with kvdistill calibrate")
+        raise ConfigError(f"{path}: holds no KV map of the codec '{CODED}'; make one with kvdistill calibrate")
     return kv_map
 
 

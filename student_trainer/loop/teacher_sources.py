@@ -24,7 +24,7 @@ from data.records import Record
 from kvcore.errors import FieldError, TeacherRefusedError
 from kvcore.plan import CODED, KVPlan
 from kvcore.store.manifest import MANIFEST_NAME, read_manifest, stored_map
-from kvcore.tensors.kv_map import KVMap, read_calibration
+from kvcore.tensors.kv_map import KVMap, read_coded_map
 from kvcore.types import Sample, TeacherInfo, Tensor
 from student_trainer.config import TeacherConfig, TrainConfig
 from student_trainer.kv_sources import KVSource, PendingKV, build_source
@@ -147,12 +147,12 @@ def teacher_bases(
 ) -> dict[str, KVMap]:
     """Each teacher's basis, the same on every rank.
 
-    It is that of the checkpoint from which the run resumes, of the store, or of the teacher's calibration, or it is
-    fitted to the records.
+    It is that of the checkpoint from which the run resumes, of the store, or of the teacher's `kv_map`, or it is fitted
+    to the records.
 
     Raises:
-        FieldError: too few tokens to fit a basis to, or a calibration of another teacher.
-        ConfigError: a calibration cannot be read.
+        FieldError: too few tokens to fit a basis to, or a map of another teacher.
+        ConfigError: a `kv_map` cannot be read.
     """
     if resumed is not None:
         return resumed.maps()
@@ -161,7 +161,7 @@ def teacher_bases(
     # All teachers that have to be asked work at the same time.
     asked: dict[str, deque[PendingKV]] = {}
     for teacher in config.teachers:
-        if sources[teacher.name].plan.map is None and teacher.calibration is None:
+        if sources[teacher.name].plan.map is None and teacher.kv_map is None:
             read = (samples_of(config, part, reading_style(config, teacher)) for part in batches)
             asked[teacher.name] = deque(map(sources[teacher.name].without_control().submit, read))
     maps: dict[str, KVMap] = {}
@@ -170,19 +170,19 @@ def teacher_bases(
         if name in asked:
             maps[name] = _fitted(config, name, sources[name], asked[name], batches, collator)
         else:
-            maps[name] = map_of_store(config, student, teacher) or _calibrated(teacher, sources[name])
+            maps[name] = map_of_store(config, student, teacher) or _given_map(teacher, sources[name])
     return maps
 
 
-def _calibrated(teacher: TeacherConfig, source: KVSource) -> KVMap:
-    """The map of a teacher's calibration, for the layers of the run's plan."""
-    assert teacher.calibration is not None, "without a calibration, the basis is fitted"
+def _given_map(teacher: TeacherConfig, source: KVSource) -> KVMap:
+    """The `kv_map` of a teacher, for the layers of the run's plan."""
+    assert teacher.kv_map is not None, "without a map, the basis is fitted"
     try:
-        kv_map = read_calibration(teacher.calibration)
+        kv_map = read_coded_map(teacher.kv_map)
         kv_map.check_teacher(source.info)
         return kv_map.for_layers(source.plan.layers)
     except FieldError as error:
-        raise FieldError(f"teachers: '{teacher.name}': calibration", f"{teacher.calibration}: {error}") from error
+        raise FieldError(f"teachers: '{teacher.name}': kv_map", f"{teacher.kv_map}: {error}") from error
 
 
 def _fitted(

@@ -12,7 +12,7 @@ from safetensors.torch import save
 from typer.testing import CliRunner
 
 from kvcore.errors import ConfigError, FieldError
-from kvcore.tensors.kv_map import KVMap, read_calibration
+from kvcore.tensors.kv_map import KVMap, read_coded_map
 from kvdistill import TeacherClient
 from kvdistill.calibration import calibrate
 from kvdistill.cli import app
@@ -40,8 +40,8 @@ def teachers() -> Iterator[dict[str, list[str]]]:
 
 
 @pytest.fixture(scope="module")
-def calibrations(teachers: dict[str, list[str]], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    directory = tmp_path_factory.mktemp("calibrations")
+def kv_maps(teachers: dict[str, list[str]], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    directory = tmp_path_factory.mktemp("kv_maps")
     found: dict[str, Path] = {}
     for name, endpoints in teachers.items():
         found[name] = directory / f"{name}.kvmap"
@@ -62,14 +62,14 @@ def test_the_command_writes_a_file_and_shows_bytes_and_errors_that_fall_and_rise
     assert sizes == sorted(sizes, reverse=True)
     for quality, _, _, *errors in rows:
         assert all(float(error) / 100 == pytest.approx(float(quality), rel=0.6) for error in errors)
-    assert read_calibration(output).layers == (0, 1, 2, 3)
+    assert read_coded_map(output).layers == (0, 1, 2, 3)
     assert "kv.codec.name to 'pca'" in result.output
 
 
-def test_a_client_reads_with_a_calibration(teachers: dict[str, list[str]], calibrations: dict[str, Path]) -> None:
+def test_a_client_reads_with_a_kv_map(teachers: dict[str, list[str]], kv_maps: dict[str, Path]) -> None:
     with TeacherClient(teachers["ada"]) as client:
         exact = client.fetch(TEXTS[:4], layers=[1, 3], codec="raw")
-        kv = client.fetch(TEXTS[:4], layers=[1, 3], calibration=calibrations["ada"])
+        kv = client.fetch(TEXTS[:4], layers=[1, 3], kv_map=kv_maps["ada"])
         assert kv.plan.codec.name == "pca"
         for found, expected in ((kv.k_BLHMD, exact.k_BLHMD), (kv.v_BLHMD, exact.v_BLHMD)):
             assert found.shape == expected.shape
@@ -79,13 +79,13 @@ def test_a_client_reads_with_a_calibration(teachers: dict[str, list[str]], calib
         other.fetch(TEXTS[:1], kv.plan)
 
 
-def test_a_run_uses_calibrations_instead_of_fitting(
-    world: World, teachers: dict[str, list[str]], calibrations: dict[str, Path]
+def test_a_run_uses_kv_maps_instead_of_fitting(
+    world: World, teachers: dict[str, list[str]], kv_maps: dict[str, Path]
 ) -> None:
-    context = mapped_run(world, teachers, "calibrated", TO_TEACHER, calibrations=calibrations, codec={"name": "pca"})
-    for name, path in calibrations.items():
+    context = mapped_run(world, teachers, "calibrated", TO_TEACHER, kv_maps=kv_maps, codec={"name": "pca"})
+    for name, path in kv_maps.items():
         source = context.sources[name]
-        assert context.maps[name].named == read_calibration(path).for_layers(source.plan.layers).named
+        assert context.maps[name].named == read_coded_map(path).for_layers(source.plan.layers).named
         assert source.plan.map == context.maps[name].named
         assert len(fetched(context, name)) == 4
     context.close()
@@ -94,57 +94,57 @@ def test_a_run_uses_calibrations_instead_of_fitting(
 @pytest.mark.parametrize(
     ("given", "problem"),
     [
-        ("other teacher", r"teachers: 'ada': calibration.*features; this teacher has"),
-        ("few layers", r"teachers: 'ada': calibration.*has no layer"),
+        ("other teacher", r"teachers: 'ada': kv_map.*features; this teacher has"),
+        ("few layers", r"teachers: 'ada': kv_map.*has no layer"),
         ("missing", r"cannot be read"),
         ("damaged", r"make it anew with kvdistill calibrate"),
-        ("no calibration", r"holds no calibration"),
-        ("components", r"holds no calibration"),
+        ("not coded", r"holds no KV map"),
+        ("components", r"holds no KV map"),
     ],
 )
-def test_an_unusable_calibration_is_refused_with_its_path(
+def test_an_unusable_kv_map_is_refused_with_its_path(
     world: World,
     teachers: dict[str, list[str]],
-    calibrations: dict[str, Path],
+    kv_maps: dict[str, Path],
     tmp_path: Path,
     given: str,
     problem: str,
 ) -> None:
-    whole = read_calibration(calibrations["ada"])
+    whole = read_coded_map(kv_maps["ada"])
     contents = {
-        "other teacher": calibrations["ben"].read_bytes(),
+        "other teacher": kv_maps["ben"].read_bytes(),
         "few layers": whole.for_layers([0]).content(),
-        "damaged": calibrations["ada"].read_bytes()[:-9],
-        "no calibration": random_map((0, 1, 2, 3), 16).content(),
+        "damaged": kv_maps["ada"].read_bytes()[:-9],
+        "not coded": random_map((0, 1, 2, 3), 16).content(),
         "components": coded_map((0, 1, 2, 3), 2, 8, restores=False).content(),
     }
     path = tmp_path / "ada.kvmap"
     if given in contents:
         path.write_bytes(contents[given])
-    used = calibrations | {"ada": path}
+    used = kv_maps | {"ada": path}
     with pytest.raises((ConfigError, FieldError), match=problem) as caught:
-        mapped_run(world, teachers, "refused", TO_TEACHER, calibrations=used, codec={"name": "pca"})
+        mapped_run(world, teachers, "refused", TO_TEACHER, kv_maps=used, codec={"name": "pca"})
     assert str(path) in str(caught.value)
 
 
 @pytest.mark.parametrize(
     ("align", "codec", "problem"),
     [
-        (TO_TEACHER, {"name": "int8"}, "the calibration of 'ada' needs kv.codec.name 'pca'; got 'int8'"),
+        (TO_TEACHER, {"name": "int8"}, "the kv_map of teacher 'ada' needs kv.codec.name 'pca'; got 'int8'"),
         (TO_TEACHER | {"basis_rank": 3}, {"name": "pca"}, "align.basis_rank"),
         (TO_TEACHER, {"name": "pca", "quality": 0.1}, "kv.codec.quality"),
     ],
 )
-def test_settings_that_a_calibration_excludes_are_refused(
+def test_settings_that_a_kv_map_excludes_are_refused(
     world: World,
     teachers: dict[str, list[str]],
-    calibrations: dict[str, Path],
+    kv_maps: dict[str, Path],
     align: dict[str, Any],
     codec: dict[str, Any],
     problem: str,
 ) -> None:
     with pytest.raises((FieldError, ValueError), match=problem):
-        mapped_run(world, teachers, "refused", align, calibrations=calibrations, codec=codec)
+        mapped_run(world, teachers, "refused", align, kv_maps=kv_maps, codec=codec)
 
 
 def test_too_few_texts_are_refused(teachers: dict[str, list[str]]) -> None:

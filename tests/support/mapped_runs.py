@@ -44,7 +44,7 @@ def mapped_run(
     name: str,
     align: dict[str, Any],
     *,
-    calibrations: Mapping[str, Path] | None = None,
+    kv_maps: Mapping[str, Path] | None = None,
     **kv: Any,
 ) -> TrainingContext:
     """The parts of a run that selects three tokens per sample and sends them as fp32."""
@@ -52,9 +52,9 @@ def mapped_run(
     tree = world.config(name, teachers, align={"calibration_samples": SAMPLES} | align, kv=settings)
     if kv.get("mode") == "offline":
         tree["teachers"] = [{"name": teacher} for teacher in teachers]
-    if calibrations is not None:
+    if kv_maps is not None:
         for teacher in tree["teachers"]:
-            teacher["calibration"] = str(calibrations[teacher["name"]])
+            teacher["kv_map"] = str(kv_maps[teacher["name"]])
     return build_context(parse(tree, TrainConfig), 0, 1)
 
 

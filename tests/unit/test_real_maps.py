@@ -33,7 +33,8 @@ def tree(arm: MapArm) -> dict[str, Any]:
 def test_arms_with_a_teacher_differ_only_in_the_map_the_codec_and_the_control() -> None:
     trees = {arm.name: tree(arm) for arm in ARMS}
     assert {name: one["kv"].pop("control") for name, one in trees.items() if name.startswith("shuffled")} == {
-        "shuffled16": "shuffled"
+        "shuffled16": "shuffled",
+        "shuffled_pca40": "shuffled",
     }
     assert not trees["ce"]["teachers"]
     changed = {
