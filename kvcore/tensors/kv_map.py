@@ -157,8 +157,9 @@ class KVMap:
             problem = f"the map {self.named.digest} is for the layers {list(self.layers)}, not {list(plan.layers)}"
             raise FieldError("plan.layers", problem)
         if (plan.codec.name == CODED) != self.coded:
-            problem = "is coded, and needs the codec" if self.coded else "is not coded, so it cannot be used with"
-            raise FieldError("plan.codec", f"the map {self.named.digest} {problem} '{CODED}'; got '{plan.codec.name}'")
+            wanted = "is coded, and needs the codec" if self.coded else "is not coded, so it cannot be used with"
+            got = f"; got '{plan.codec.name}'" if self.coded else ""
+            raise FieldError("plan.codec", f"the map {self.named.digest} {wanted} '{CODED}'{got}")
         if plan.map != self.named:
             raise FieldError("plan.map", f"expected the map's own digest and shape, {self.named}; got {plan.map}")
 

@@ -11,11 +11,11 @@ import torch
 from safetensors.torch import save
 
 from kvcore.errors import FieldError
-from kvcore.plan import KVPlan, PlanMap, Selection
+from kvcore.plan import CodecSpec, KVPlan, PlanMap, Selection
 from kvcore.tensors.kv_map import KVMap, map_digest
 from kvcore.types import TENSORS, Tensor
 from tests.support.kv_fakes import INFO
-from tests.support.kv_maps import naive_mapped, random_map
+from tests.support.kv_maps import coded_map, naive_mapped, random_map
 
 Tensors = dict[str, Tensor]
 FEATURES = INFO.kv_heads * INFO.head_dim
@@ -122,6 +122,31 @@ def test_a_plan_must_ask_for_the_maps_layers_and_shape() -> None:
         kv_map.check_plan(plan.model_copy(update={"layers": (0, 1)}))
     with pytest.raises(FieldError, match=r"^plan.map: expected the map's own digest and shape.*head_dim=4"):
         kv_map.check_plan(plan.with_map(kv_map.named.model_copy(update={"head_dim": 4})))
+
+
+def test_coded_maps_and_their_codec_need_each_other() -> None:
+    coded = coded_map((0, 2), INFO.kv_heads, INFO.head_dim)
+    plan = KVPlan(layers=(0, 2), map=coded.named, codec=CodecSpec(name="pca"))
+    coded.check_plan(plan)
+    with pytest.raises(FieldError, match=r"^plan.codec: the map .* is coded, and needs the codec 'pca'; got 'int8'"):
+        coded.check_plan(plan.with_map(coded.named, CodecSpec()))
+    plain = random_map((0, 2), FEATURES)
+    with pytest.raises(FieldError, match=r"^plan.codec: the map .* is not coded, so it cannot be used with 'pca'"):
+        plain.check_plan(plan.with_map(plain.named))
+    with pytest.raises(ValueError, match="'pca' needs a coded map"):
+        KVPlan(layers=(0, 2), codec=CodecSpec(name="pca"))
+
+
+def test_layers_of_a_map_are_chosen_by_their_numbers() -> None:
+    coded = coded_map((0, 2, 5), INFO.kv_heads, INFO.head_dim)
+    chosen = coded.for_layers([0, 5])
+    assert chosen.layers == (0, 5)
+    x_BHMD = torch.randn(1, INFO.kv_heads, 3, INFO.head_dim)
+    assert chosen.apply(x_BHMD, 5, "v").equal(coded.apply(x_BHMD, 5, "v"))
+    assert chosen.classes(1, "k").tolist() == coded.classes(2, "k").tolist()
+    assert KVMap.read(chosen.content()).named == chosen.named
+    with pytest.raises(FieldError, match=r"has no layer 3, only \[0, 2, 5\]"):
+        coded.for_layers([0, 3])
 
 
 def test_heads_that_keep_different_tokens_cannot_be_mapped() -> None:
