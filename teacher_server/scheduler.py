@@ -8,10 +8,13 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import replace
 from functools import partial
 
-from kvcore.plan import SamplingParams
+from kvcore.plan import CODED, SamplingParams
 from kvcore.types import Timings
+from kvcore.wire.packed_rows import pack_rows
 from teacher_server.batch_lengths import padding
 from teacher_server.engines.base import ExecutionTimings, GeneratedText, LayerResult, SampleFailure, TeacherEngine
 from teacher_server.monitoring.logs import log_event
@@ -41,12 +44,15 @@ class Scheduler:
         self._loop = asyncio.get_running_loop()
         # A daemon thread: a model that hangs must not keep a stopping process alive.
         self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
+        # Entropy coding takes too long for the event loop, and the engine's thread has the next layer to compute.
+        self._packer = ThreadPoolExecutor(1, thread_name_prefix="packing")
         self._thread.start()
 
     def close(self, timeout_s: float) -> bool:
         """End the engine's thread; returns False if a batch still runs after `timeout_s`."""
         self.queue.close()
         self._thread.join(timeout_s)
+        self._packer.shutdown(wait=False)
         return not self._thread.is_alive()
 
     def _work(self) -> None:
@@ -64,13 +70,34 @@ class Scheduler:
         self._post(finish)
 
     def _prefill(self, batch: list[Job]) -> Callable[[], None]:
-        timings = self._engine.run(
-            [job.planned for job in batch],
-            lambda result: self._post(self._deliver_layer, batch, result),
-            lambda failure: self._post(self._fail_one, batch, failure),
-            lambda row: not batch[row].stream.gone,
-        )
+        packing: list[Future[None]] = []
+
+        def emit(result: LayerResult) -> None:
+            if batch[result.indices[0]].planned.plan.codec.name == CODED:
+                packing.append(self._packer.submit(self._pack_and_deliver, batch, result))
+            else:
+                self._post(self._deliver_layer, batch, result)
+
+        try:
+            timings = self._engine.run(
+                [job.planned for job in batch],
+                emit,
+                lambda failure: self._post(self._fail_one, batch, failure),
+                lambda row: not batch[row].stream.gone,
+            )
+        finally:
+            # Nothing may be delivered after the end of the batch.
+            wait(packing)
+        for each in packing:
+            each.result()
         return partial(self._finish, batch, timings)
+
+    def _pack_and_deliver(self, batch: list[Job], result: LayerResult) -> None:
+        planned = batch[result.indices[0]].planned
+        assert planned.kv_map is not None, "the codec comes with its map"
+        at = planned.plan.layers.index(result.layer)
+        packed = pack_rows(planned.plan, planned.kv_map, at, result.parts, result.positions)
+        self._post(self._deliver_layer, batch, replace(result, packed=packed))
 
     def _generate(self, batch: list[Job], sampling: SamplingParams) -> Callable[[], None]:
         started = time.perf_counter()

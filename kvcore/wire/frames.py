@@ -229,6 +229,7 @@ class FrameWriter:
         parts: Mapping[str, Tensor],
         positions_BHM: Tensor,
         relative_error: Mapping[str, Sequence[float]],
+        packed: Sequence[PackedRow] | None = None,
     ) -> list[bytes]:
         """Writes one layer of several samples with the same number of slots; far cheaper than one call per sample.
 
@@ -238,6 +239,7 @@ class FrameWriter:
             parts: `k.codes`, `v.scale`, ... on the CPU, each [B, ...].
             positions_BHM: int32 [B,H|1,M].
             relative_error: for `k` and `v`, one number per sample.
+            packed: the rows of the codec `pca`, if they have been made before.
         """
         slots = positions_BHM.shape[-1]
         assert slots > 0
@@ -252,8 +254,9 @@ class FrameWriter:
             "errors": {kind: list(errors) for kind, errors in relative_error.items()},
         }
         if self._map is not None:
-            at = self._open[indices[0]].layers
-            return self._add_packed(record, pack_rows(self._plan, self._map, at, parts, positions_BHM))
+            if packed is None:
+                packed = pack_rows(self._plan, self._map, self._open[indices[0]].layers, parts, positions_BHM)
+            return self._add_packed(record, packed)
         rows = np.concatenate([_bytes_of(column) for _, column in columns], axis=1)
         flat = rows.reshape(-1).data
         row_bytes = rows.shape[1]

@@ -18,6 +18,7 @@ from kvcore.plan import ImportancePool, KVPlan, SamplingParams, SelectionSpan
 from kvcore.tensors.kv_map import KVMap
 from kvcore.tensors.selectors.random import sample_seed
 from kvcore.types import Sample, TeacherInfo, Tensor
+from kvcore.wire.packed_rows import PackedRow
 
 SPAN_KINDS: tuple[SelectionSpan, ...] = ("prompt", "reasoning", "answer")
 
@@ -92,7 +93,7 @@ class LayerResult:
     `indices`: rows of the batch; the leading dimension b of every tensor follows them. `parts`: encoded tensors by wire
     name (`k.codes`, `v.scale`, ...). `positions`: [b,H,M] or [b,1,M] int32. `relative_error`: by kind, one value per
     row. `norms`: the Frobenius norms that the errors are relative to, by kind, one value per row; only if the result
-    holds a part of the model's KV heads.
+    holds a part of the model's KV heads. `packed`: the entropy-coded rows of the codec `pca`, as soon as there are any.
     """
 
     indices: list[int]
@@ -101,6 +102,7 @@ class LayerResult:
     positions: Tensor
     relative_error: dict[str, list[float]]
     norms: dict[str, list[float]] = field(default_factory=dict)
+    packed: Sequence[PackedRow] = ()
 
     def subset(self, places: Sequence[int]) -> LayerResult:
         """The result of some samples, given by their index in `indices`."""
@@ -113,6 +115,7 @@ class LayerResult:
             self.positions[list(places)],
             {kind: [values[place] for place in places] for kind, values in self.relative_error.items()},
             {kind: [values[place] for place in places] for kind, values in self.norms.items()},
+            [self.packed[place] for place in places] if self.packed else (),
         )
 
     def only(self, rows: Collection[int]) -> LayerResult:

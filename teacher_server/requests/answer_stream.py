@@ -84,7 +84,11 @@ class AnswerStream:
             self._open(job)
         own = result.subset(rows)
         indices = [job.index for job in jobs]
-        self._put(self._writer.layer_batch(indices, own.layer, own.parts, own.positions, own.relative_error))
+        self._put(
+            self._writer.layer_batch(
+                indices, own.layer, own.parts, own.positions, own.relative_error, packed=own.packed or None
+            )
+        )
         self._flush_soon()
 
     def on_batch_end(self, done: Sequence[Job], timings: Sequence[Timings], releases: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,11 @@ import pytest
 from kvcore.errors import FieldError
 from kvcore.store.manifest import stored_map
 from kvcore.tensors.codec import decode_batch
-from kvcore.types import TENSORS, EncodedSampleKV, Tensor
+from kvcore.types import TENSORS, EncodedSampleKV, MissingKV, Tensor
+from kvcore.wire import frames
+from kvcore.wire.packed_rows import pack_rows
 from student_trainer.loop.training_context import TrainingContext
+from teacher_server import scheduler
 from tests.support.mapped_runs import both_serving, fetched, mapped_run
 from tests.support.training import World, make_world
 
@@ -108,6 +112,33 @@ def test_a_recording_is_read_back_exactly_without_teachers(
             store=store,
             codec={"name": "int8"},
         )
+
+
+def test_codes_are_packed_outside_the_event_loop_and_a_failure_there_fails_the_batch_alone(
+    world: World, teachers: dict[str, list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    context = mapped_run(world, teachers, "packed", TO_TEACHER, **codec(0.1))
+    threads: set[str] = set()
+    fails = [False]
+
+    def recorded(*arguments: Any) -> Any:
+        threads.add(threading.current_thread().name)
+        if fails[0]:
+            raise RuntimeError("a fault of the test")
+        return pack_rows(*arguments)
+
+    monkeypatch.setattr(scheduler, "pack_rows", recorded)
+    monkeypatch.setattr(frames, "pack_rows", recorded)
+    expected = both(fetched(context, "ada"))
+    assert {name.rpartition("_")[0] for name in threads} == {"packing"}
+    fails[0] = True
+    (refused,) = context.sources["ada"].fetch([context.train[5].sample()])
+    assert isinstance(refused, MissingKV)
+    assert "INTERNAL" in refused.reason
+    fails[0] = False
+    for found, before in zip(both(fetched(context, "ada")), expected, strict=True):
+        assert found.equal(before)
+    context.close()
 
 
 def built_with(world: World, teachers: dict[str, list[str]], align: dict[str, Any], kv: dict[str, Any]) -> None:
