@@ -8,7 +8,7 @@ to other texts than those that are measured, for some qualities, and for equal e
 JSON object as its last line.
 
 Examples:
-  python -m benchmarks.codec --model outputs/real/models/teacher --data outputs/real/full/data/val.jsonl
+  python -m benchmarks.codec --model outputs/real/models/teacher --data val.jsonl --calibration-data train.jsonl
   python -m benchmarks.codec --model HuggingFaceTB/SmolLM2-135M-Instruct --data val.jsonl --tokens 24
 """
 
@@ -203,13 +203,19 @@ def main() -> None:
     parser.add_argument("--texts", type=int, default=32, help="number of records to read; default: %(default)s")
     parser.add_argument("--tokens", type=int, default=0, help="the last tokens of each text; all by default")
     parser.add_argument("--rounds", type=int, default=5, help="default: %(default)s")
-    parser.add_argument("--calibration", type=int, default=64, help="number of other records; default: %(default)s")
+    parser.add_argument(
+        "--calibration-data",
+        type=Path,
+        help="records to fit pca to; by default those of --data after the measured ones",
+    )
+    parser.add_argument("--calibration", type=int, default=64, help="number of these records; default: %(default)s")
     given = parser.parse_args()
     records = load_records(given.data)
-    if len(records) < given.texts + 1:
-        parser.error(f"--data: has {len(records)} records; --texts {given.texts} needs more, for the calibration")
-    texts = [record.text for record in records[: given.texts + given.calibration]]
-    found = run(given.model, texts[: given.texts], texts[given.texts :], given.tokens, given.rounds)
+    others = records[given.texts :] if given.calibration_data is None else load_records(given.calibration_data)
+    if not others:
+        parser.error(f"--data: all of its {len(records)} records are measured; set --calibration-data or fewer --texts")
+    texts, calibration = ([record.text for record in part] for part in (records[: given.texts], others))
+    found = run(given.model, texts, calibration[: given.calibration], given.tokens, given.rounds)
     print(json.dumps({"benchmark": "codec", **found}))
 
 
