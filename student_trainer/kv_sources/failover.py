@@ -188,9 +188,7 @@ class FailoverSource(KVSource):
             give_up_at = math.inf if lost_since is None else lost_since + self._patience_s
             if self._lost_since is not None and self._waits_once:
                 give_up_at = now
-            first = self._endpoints.index(self._current)
-            in_turn = self._endpoints[first:] + self._endpoints[:first]
-            ready = [endpoint for endpoint in in_turn if endpoint.retry_at <= now]
+            ready = [endpoint for endpoint in self._in_turn() if endpoint.retry_at <= now]
             untried = any(lost_since is not None and endpoint.failed_at < lost_since for endpoint in ready)
             if now >= give_up_at and not (untried or (ready and lost_since is None)):
                 self._lost_since = self._lost_since or lost_since or now
@@ -205,11 +203,17 @@ class FailoverSource(KVSource):
     def _faster_or_unmeasured(self) -> Endpoint | None:
         """Another replica to ask, if the current one is several times slower, or its speed is not known yet."""
         current = self._current
-        others = [one for one in self._endpoints if one.ready and one is not current]
+        # In turn from its own replica: otherwise all ranks would measure the first replica at the same time.
+        others = [one for one in self._in_turn() if one.ready and one is not current]
         if not others or not current.ready or len(current.paces) < PACES_NEEDED:
             return None
         other = next((one for one in others if not one.paces), min(others, key=lambda one: one.pace))
         return other if not other.paces or current.is_slower_than(other) else None
+
+    def _in_turn(self) -> list[Endpoint]:
+        """All endpoints, from the current one on."""
+        first = self._endpoints.index(self._current)
+        return self._endpoints[first:] + self._endpoints[:first]
 
     def _verify(self, endpoint: Endpoint) -> None:
         """Connects if needed, and checks that the endpoint serves the same teacher as before and as the others."""

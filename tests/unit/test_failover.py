@@ -384,6 +384,19 @@ def test_a_slower_replica_is_asked_once_to_measure_it_and_not_again(a, b):
     assert (len(b.asked), source.switches) == (1, 0)
 
 
+def test_ranks_measure_different_replicas_at_a_time():
+    replicas = [ScriptedReplica(f"host-{number}:1") for number in range(3)]
+    ranks = [source_of(*replicas, start=rank) for rank in range(3)]
+    for source in ranks:
+        source.connect()
+    for number in range(5):
+        for one in replicas:
+            one.asked.clear()
+        for source in ranks:
+            source.fetch(samples(1))
+        assert [len(one.asked) for one in replicas] == [1, 1, 1], f"request {number} of each rank"
+
+
 def test_a_source_that_waits_once_fails_at_once_until_the_teacher_answers_again(a, b):
     source = FailoverSource("math", [a, b], 0.3, waits_once=True)
     source.connect()
