@@ -1,8 +1,18 @@
-"""Compares the transport cost of frames with identity serialisers and with protobuf objects, over loopback.
+"""Compares what it costs to send the same frames to another process of this machine in different ways.
 
-Prints one JSON object as its last line. A server process streams frames of equal size; this process reads them. The two
-arms take turns, and medians over the rounds are reported: MB/s at the client, and CPU seconds of client and server per
-GB.
+Prints one JSON object as its last line. A server process streams frames of equal size; this process reads them, and
+reads every byte once. The arms take turns, and medians over the rounds are reported: MB/s at the client, and CPU
+seconds of client and server per GB.
+
+- `identity`: what kvdistill does: gRPC on loopback, and frames whose bytes pass through without protobuf objects.
+- `identity_unix`: the same on a unix socket.
+- `protobuf`: gRPC on loopback with protobuf objects.
+- `shared_memory`: bodies in memory that both processes see, and their places over gRPC on a unix socket. The server
+  copies a body into the memory, and the client reads it there without a copy: the least that shared memory can cost.
+- `flight`: Arrow Flight on loopback.
+- `socket`: a plain TCP socket on loopback.
+
+`ratios` are medians of the ratios within a round: CPU of `identity` over that of another arm.
 
 Examples:
   python -m benchmarks.transport
@@ -17,26 +27,20 @@ import os
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import grpc
 import psutil
-from grpc.experimental import ChannelOptions
 
-from kvcore.wire.frames import pack_frame, unpack_frame
-from protos import kv_cache_pb2 as pb
+from benchmarks import transport_arms as arms
 
-ARMS = ("identity", "protobuf")
-HEADER = {"v": 1, "request": "0" * 32, "seq": 0, "xxh3": 0, "records": [{"kind": "more", "index": 0}]}
-HEADER_ALLOWANCE = 1 << 20
+# Linux keeps files of this folder in memory.
+IN_MEMORY = Path("/dev/shm")  # noqa: S108  the folder in it has a random name and is this user's alone
 ROOT = Path(__file__).resolve().parent.parent
-
-ReadFrame = Callable[[bytes], int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,65 +51,35 @@ class Round:
     cpu_s_per_gb: float
 
 
-def serve(frame_bytes: int) -> None:
-    """Serves both arms until standard input closes; prints the port as the first line."""
+def serve(frame_bytes: int, folder: Path) -> None:
+    """Serves all arms until standard input closes; prints their addresses as the first line."""
     body = os.urandom(frame_bytes)
-
-    def identity(request: bytes, _context: grpc.ServicerContext) -> Iterator[bytes]:
-        for _ in range(int(request)):
-            yield pack_frame(HEADER, body)
-
-    def protobuf(request: bytes, _context: grpc.ServicerContext) -> Iterator[pb.KVFrame]:
-        header = unpack_frame_header()
-        for _ in range(int(request)):
-            yield pb.KVFrame(header=header, body=body)
-
-    server = grpc.server(ThreadPoolExecutor(2))
-    handlers = {
-        "identity": grpc.unary_stream_rpc_method_handler(identity),
-        "protobuf": grpc.unary_stream_rpc_method_handler(protobuf, response_serializer=pb.KVFrame.SerializeToString),
-    }
-    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("bench", handlers),))
-    port = server.add_insecure_port("127.0.0.1:0")
-    server.start()
-    sys.stdout.write(f"{port}\n")
-    sys.stdout.flush()
-    sys.stdin.read()
+    server, addresses = arms.serve_grpc(body, folder)
+    with arms.FlightServer(body) as flight_server:
+        addresses |= arms.serve_socket(body) | {"flight": flight_server.port}
+        sys.stdout.write(json.dumps(addresses) + "\n")
+        sys.stdout.flush()
+        sys.stdin.read()
     server.stop(None).wait()
 
 
-def unpack_frame_header() -> bytes:
-    """The serialised header of every frame."""
-    return pb.KVFrame.FromString(pack_frame(HEADER, b"")).header
-
-
 @contextmanager
-def server_process(frame_bytes: int) -> Iterator[tuple[psutil.Process, int]]:
-    """Runs the server in a separate process; yields it and its port."""
-    command = [sys.executable, "-m", "benchmarks.transport", "--serve", "--frame-bytes", str(frame_bytes)]
+def server_process(frame_bytes: int, folder: str) -> Iterator[tuple[psutil.Process, arms.Addresses]]:
+    """Runs the server in a separate process; yields it and its addresses."""
+    flags = ["--serve", folder, "--frame-bytes", str(frame_bytes)]
+    command = [sys.executable, "-m", "benchmarks.transport", *flags]
     with subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
-        yield psutil.Process(process.pid), int(process.stdout.readline())
+        yield psutil.Process(process.pid), json.loads(process.stdout.readline())
 
 
-def read_identity(data: bytes) -> int:
-    """Reads a frame as the student does: the body is a view of the received bytes."""
-    return len(unpack_frame(data)[1])
-
-
-def read_protobuf(data: bytes) -> int:
-    """Reads a frame as a generated client does."""
-    return len(pb.KVFrame.FromString(data).body)
-
-
-def measure(arm: str, channel: grpc.Channel, server: psutil.Process, frames: int) -> Round:
+def measure(read: arms.ReadFrames, server: psutil.Process, frames: int, frame_bytes: int) -> Round:
     """Measures one stream of `frames` frames."""
-    read: ReadFrame = read_identity if arm == "identity" else read_protobuf
-    call = channel.unary_stream(f"/bench/{arm}")
     cpu_before = cpu_seconds(server)
     started = time.perf_counter()
-    size = sum(read(data) for data in call(str(frames).encode()))
+    size = read(frames)
     elapsed = time.perf_counter() - started
+    assert size == frames * frame_bytes, f"{size} bytes arrived"
     return Round(size / 1e6 / elapsed, (cpu_seconds(server) - cpu_before) / (size / 1e9))
 
 
@@ -116,29 +90,40 @@ def cpu_seconds(server: psutil.Process) -> float:
 
 
 def run(frame_bytes: int, megabytes: int, rounds: int) -> dict[str, object]:
-    """Measures both arms in turn; the first round is warm-up."""
+    """Measures all arms in turn; the first round is warm-up."""
     frames = max(1, megabytes * 1_000_000 // frame_bytes)
-    measured: dict[str, list[Round]] = {arm: [] for arm in ARMS}
-    options = [
-        ("grpc.max_receive_message_length", frame_bytes + HEADER_ALLOWANCE),
-        (ChannelOptions.SingleThreadedUnaryStream, 1),
-    ]
+    measured: dict[str, list[Round]] = {}
     with (
-        server_process(frame_bytes) as (server, port),
-        grpc.insecure_channel(f"127.0.0.1:{port}", options=options) as channel,
+        tempfile.TemporaryDirectory(dir=IN_MEMORY if IN_MEMORY.is_dir() else None) as folder,
+        server_process(frame_bytes, folder) as (server, addresses),
+        arms.readers(addresses, frame_bytes) as readers,
     ):
-        for _ in range(rounds + 1):
-            for arm in ARMS:
-                measured[arm].append(measure(arm, channel, server, frames))
+        for number in range(rounds + 1):
+            for arm, read in readers.items():
+                one = measure(read, server, frames, frame_bytes)
+                if number:
+                    measured.setdefault(arm, []).append(one)
     return {
+        "benchmark": "transport",
         "frame_bytes": frame_bytes,
         "megabytes_per_round": round(frames * frame_bytes / 1e6, 1),
         "rounds": rounds,
-        **{arm: medians(results[1:]) for arm, results in measured.items()},
+        **{arm: medians(results) for arm, results in measured.items()},
+        "ratios": {
+            f"identity_over_{arm}": ratio(measured["identity"], results)
+            for arm, results in measured.items()
+            if arm != "identity"
+        },
     }
 
 
-def medians(results: list[Round]) -> dict[str, float]:
+def ratio(some: Sequence[Round], others: Sequence[Round]) -> float:
+    """The median ratio of CPU time within a round."""
+    pairs = zip(some, others, strict=True)
+    return round(statistics.median(one.cpu_s_per_gb / other.cpu_s_per_gb for one, other in pairs), 3)
+
+
+def medians(results: Sequence[Round]) -> dict[str, float]:
     """The medians of one arm."""
     return {
         "megabytes_per_s": round(statistics.median(result.megabytes_per_s for result in results), 1),
@@ -152,10 +137,10 @@ def main() -> None:
     parser.add_argument("--frame-bytes", type=int, default=1 << 20, help="bytes of a frame's body")
     parser.add_argument("--megabytes", type=int, default=256, help="payload per round")
     parser.add_argument("--rounds", type=int, default=5, help="number of measured rounds")
-    parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--serve", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.serve:
-        serve(arguments.frame_bytes)
+        serve(arguments.frame_bytes, arguments.serve)
         return
     sys.stdout.write(json.dumps(run(arguments.frame_bytes, arguments.megabytes, arguments.rounds)) + "\n")
 
