@@ -5,6 +5,7 @@ VLLM_VENV ?= .venv-vllm
 DEMO_ARGS ?=
 REAL_ARGS ?=
 CHAOS_ARGS ?=
+BENCH_ARGS ?=
 CHECKS = $(VENV)/bin/python scripts/run_checks.py
 # The packages of a real model are installed outside $(VENV), too.
 WITH_REAL = PYTHONPATH=$(CURDIR)/.real
@@ -12,7 +13,7 @@ WITH_REAL = PYTHONPATH=$(CURDIR)/.real
 MUTMUT = PYTHONPATH=$(CURDIR)/.mutmut $(VENV)/bin/python .mutmut/bin/mutmut
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo real test test-slow test-nightly test-wheel test-slurm test-deploy test-vllm test-real test-random chaos nightly mutants mutant lint format proto docs site clean
+.PHONY: help setup demo real test test-slow test-nightly test-wheel test-slurm test-deploy test-vllm test-real test-random chaos bench nightly mutants mutant lint format proto docs site clean
 
 help: ## Show this help
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -59,6 +60,9 @@ test-real: setup ## Test `make real REAL_ARGS=--quick`; skipped if the model's p
 
 chaos: setup ## Train under random faults, and compare every loss with a calm run (about 12 minutes)
 	@$(VENV)/bin/python -m tests.chaos $(CHAOS_ARGS)
+
+bench: setup ## Run all benchmarks that need no GPU, and write docs/benchmarks.md (at most 20 minutes on 2 quiet cores)
+	@$(VENV)/bin/python -m benchmarks.all $(BENCH_ARGS)
 
 test-random: setup ## Run the unit and contract tests with inputs that are drawn anew
 	@HYPOTHESIS_PROFILE=random $(CHECKS) unit contract

@@ -106,7 +106,8 @@ def batches_of(rank: int, sizes: Sizes) -> list[list[Sample]]:
     """The batches of one rank. Each rank has samples of its own, as in data-parallel training."""
 
     def sample(number: int) -> Sample:
-        token_ids = tuple((number * 31 + place * 7 + rank) % 250 for place in range(sizes.tokens))
+        own = (rank, number // 250, number % 250)
+        token_ids = (*own, *((number + place * 7) % 250 for place in range(sizes.tokens - len(own))))
         return Sample(f"rank{rank}-{number}", token_ids=token_ids)
 
     numbers = [range(start, start + sizes.samples) for start in range(0, sizes.batches * sizes.samples, sizes.samples)]
