@@ -138,7 +138,7 @@ class TeacherServer:
             config.max_unsent_bytes,
             engine.small_batch_tokens,
         )
-        scheduler = Scheduler(engine, queue, self.state.metrics, self._on_engine_error)
+        scheduler = Scheduler(engine, queue, self.state.metrics, self._on_engine_error, config.cache_bytes)
         self.state.backend = Backend(engine, scheduler)
         self.state.phase_problem = "the self-test is running"
         await self_test(self._service, queue, engine.info)

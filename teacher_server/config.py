@@ -9,7 +9,17 @@ from typing import Annotated, ClassVar, Literal, Self
 from pydantic import Field, model_validator
 
 from kvcore import early_checks
-from kvcore.config import Device, Endpoint, NonNegativeFloat, Port, PositiveFloat, PositiveInt, StrictModel, Text
+from kvcore.config import (
+    Device,
+    Endpoint,
+    NonNegativeFloat,
+    NonNegativeInt,
+    Port,
+    PositiveFloat,
+    PositiveInt,
+    StrictModel,
+    Text,
+)
 from kvcore.flags import FlagSet
 from kvcore.plugins import NameTable
 
@@ -102,6 +112,11 @@ class ServeConfig(StrictModel):
     max_map_bytes: Annotated[int, Field(ge=1)] = 512 * MIB
     """Host memory in bytes for the maps that callers load (`align.basis_rank`, `align.map_at` and the codec `pca` of
     runs). It also limits the size of one map."""
+    cache_bytes: NonNegativeInt = 0
+    """Host memory in bytes for the encoded K/V of recent samples. A sample of at least 32 tokens that is requested
+    again with the same plan is then sent without the model, as in later epochs and by other runs of a sweep. It pays if
+    all samples of an epoch fit (`kvdistill plan` shows their bytes), or those that several runs read at about the same
+    time. 0 keeps nothing."""
     stream_window_bytes: Annotated[int, Field(ge=65536)] = 64 * MIB
     """Maximum number of bytes that a stream buffers for a slow reader."""
     max_unsent_bytes: Annotated[int, Field(ge=65536)] = 1024 * MIB

@@ -19,6 +19,7 @@ from teacher_server.batch_lengths import padding
 from teacher_server.engines.base import ExecutionTimings, GeneratedText, LayerResult, SampleFailure, TeacherEngine
 from teacher_server.monitoring.logs import log_event
 from teacher_server.monitoring.metrics import Metrics
+from teacher_server.result_cache import CachedRuns
 from teacher_server.sample_queue import ClientStream, Job, SampleQueue
 
 log = logging.getLogger(__name__)
@@ -32,13 +33,20 @@ class Scheduler:
         queue: where batches come from.
         metrics: of the server.
         on_engine_error: called on the event loop with what the engine raised on a batch.
+        cache_bytes: memory for the results of recent samples; 0 keeps none.
     """
 
     def __init__(
-        self, engine: TeacherEngine, queue: SampleQueue, metrics: Metrics, on_engine_error: Callable[[Exception], None]
+        self,
+        engine: TeacherEngine,
+        queue: SampleQueue,
+        metrics: Metrics,
+        on_engine_error: Callable[[Exception], None],
+        cache_bytes: int = 0,
     ) -> None:
         self.queue = queue
         self._engine = engine
+        self._runs = CachedRuns(engine, cache_bytes, metrics)
         self._metrics = metrics
         self._on_engine_error = on_engine_error
         self._loop = asyncio.get_running_loop()
@@ -79,7 +87,7 @@ class Scheduler:
                 self._post(self._deliver_layer, batch, result)
 
         try:
-            timings = self._engine.run(
+            timings = self._runs.run(
                 [job.planned for job in batch],
                 emit,
                 lambda failure: self._post(self._fail_one, batch, failure),
@@ -127,13 +135,15 @@ class Scheduler:
         _notify(job.stream, job.stream.sink.refuse, job.index, "FAILED_PRECONDITION", failure.problem)
 
     def _finish(self, batch: list[Job], timings: ExecutionTimings) -> None:
-        metrics, tokens = self._metrics, sum(job.tokens for job in batch)
+        metrics, computed = self._metrics, [job for row, job in enumerate(batch) if row not in timings.reused]
+        tokens = sum(job.tokens for job in computed)
         metrics.cached_tokens.inc(timings.cached_tokens)
-        metrics.batch_tokens.observe(tokens)
-        metrics.batch_samples.observe(len(batch))
+        if computed:
+            metrics.batch_tokens.observe(tokens)
+            metrics.batch_samples.observe(len(computed))
         metrics.model_seconds.inc(timings.prefill_s)
         metrics.encode_seconds.inc(timings.encode_s)
-        self._count_batch(batch, tokens)
+        self._count_batch(batch, computed, tokens)
         for stream, jobs in _by_stream(batch).items():
             done = [job for job in jobs if not job.failed]
             spent = [Timings(job.waited, timings.prefill_s, timings.encode_s) for job in done]
@@ -145,7 +155,7 @@ class Scheduler:
         generated = sum(outcome.tokens for outcome in outcomes if isinstance(outcome, GeneratedText))
         self._metrics.generated_tokens.inc(generated)
         self._metrics.generation_seconds.inc(seconds)
-        self._count_batch(batch, sum(len(job.planned.tokens.token_ids) for job in batch) + generated)
+        self._count_batch(batch, batch, sum(len(job.planned.tokens.token_ids) for job in batch) + generated)
         outcome_of = dict(zip(batch, outcomes, strict=True))
         for stream, jobs in _by_stream(batch).items():
             assert stream.on_generated is not None
@@ -166,10 +176,10 @@ class Scheduler:
             _notify(stream, stream.sink.on_batch_end, [], [], sum(job.nbytes for job in jobs))
         self._on_engine_error(error)
 
-    def _count_batch(self, batch: Sequence[Job], tokens: int) -> None:
+    def _count_batch(self, batch: Sequence[Job], computed: Sequence[Job], tokens: int) -> None:
         self._metrics.tokens.inc(tokens)
-        if self._engine.small_batch_tokens is not None:
-            self._metrics.padding_tokens.inc(padding([len(job.planned.tokens.token_ids) for job in batch]))
+        if self._engine.small_batch_tokens is not None and computed:
+            self._metrics.padding_tokens.inc(padding([len(job.planned.tokens.token_ids) for job in computed]))
         for job in batch:
             self._metrics.queue_wait.observe(job.waited)
 

@@ -133,11 +133,15 @@ class SampleFailure:
 
 @dataclass(frozen=True, slots=True)
 class ExecutionTimings:
-    """Seconds that a batch spent in the model, and in selecting, encoding and copying; tokens from a prefix cache."""
+    """Seconds that a batch spent in the model, and in selecting, encoding and copying; tokens from a prefix cache.
+
+    `reused`: rows that the model did not compute, because the server had their results (`result_cache`).
+    """
 
     prefill_s: float
     encode_s: float
     cached_tokens: int = 0
+    reused: frozenset[int] = frozenset()
 
 
 Emit = Callable[[LayerResult], None]

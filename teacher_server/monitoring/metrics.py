@@ -32,6 +32,9 @@ class Metrics:
         padding_help = "Padding that went through the model beside these tokens."
         self.padding_tokens = counter("padding_tokens_total", padding_help)
         self.cached_tokens = counter("cached_tokens_total", "Tokens that the engine found in its prefix cache.")
+        self.cache_hits = counter("cache_hits_total", "Samples that were sent without the model (cache_bytes).")
+        self.cache_misses = counter("cache_misses_total", "Samples that were computed, and not found (cache_bytes).")
+        self.cache_bytes = gauge("cache_bytes", "Memory of the results of recent samples.")
         self.generated_tokens = counter("written_tokens_total", "Tokens that the teacher generated (Generate).")
         self.sent_bytes = counter("sent_bytes_total", "Bytes of frames sent, headers included.", ("codec",))
         self.model_seconds = counter("prefill_seconds_total", "Time batches spent in the model.")
