@@ -85,6 +85,13 @@ BENCHMARKS = (
     Benchmark("transport", "Transports", tables.transport, (), ("--rounds", "1", "--megabytes", "16")),
     Benchmark("scale", "Replicas, ranks and teachers", tables.scale, (), ("--quick",)),
     Benchmark(
+        "result_cache",
+        "A second epoch from the server's cache",
+        tables.result_cache,
+        ("--rounds", "3"),
+        ("--rounds", "1", "--requests", "2"),
+    ),
+    Benchmark(
         "codec",
         "Codecs",
         tables.codec,

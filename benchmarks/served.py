@@ -55,13 +55,16 @@ class ServedTeacher:
 
 
 @contextlib.contextmanager
-def served_teacher(model: str, log_dir: Path, device: str, dtype: str) -> Iterator[ServedTeacher]:
-    """Context manager that runs a server."""
-    servers = LocalTeachers({"teacher": model}, log_dir, device=device, dtype=dtype, environment=ENVIRONMENT)
+def served_teacher(model: str, log_dir: Path, device: str, dtype: str, **options: object) -> Iterator[ServedTeacher]:
+    """Context manager that runs a server. `options`: further flags of `kvdistill serve`."""
+    running = set(psutil.Process().children())
+    servers = LocalTeachers(
+        {"teacher": model}, log_dir, device=device, dtype=dtype, options=options, environment=ENVIRONMENT
+    )
     with servers as endpoints:
-        (process,) = psutil.Process().children()
-        options = [("grpc.max_receive_message_length", MAX_MESSAGE_BYTES)]
-        with grpc.insecure_channel(endpoints["teacher"], options=options) as channel:
+        (process,) = set(psutil.Process().children()) - running
+        limits = [("grpc.max_receive_message_length", MAX_MESSAGE_BYTES)]
+        with grpc.insecure_channel(endpoints["teacher"], options=limits) as channel:
             yield ServedTeacher(process, describe(endpoints["teacher"]), channel)
 
 

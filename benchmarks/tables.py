@@ -70,6 +70,17 @@ def scale(result: Result) -> str:
     return table(headers, rows) + "\n" + table(("ratio of samples/s", "value"), ratios)
 
 
+def result_cache(result: Result) -> str:
+    """One row for each epoch."""
+    names = {"without": "without a cache", "first": "with a cache, first epoch", "second": "second epoch"}
+    rows = [
+        [what, result[name]["samples_per_s"], result[name]["server_cpu_ms_per_sample"]] for name, what in names.items()
+    ]
+    ratios = [[f"`{name}`", result[name]] for name in ("second_over_first", "first_over_without")]
+    headers = ("epoch", "samples/s", "CPU of the server per sample, ms")
+    return table(headers, rows) + "\n" + table(("ratio of samples/s", "value"), ratios)
+
+
 def codec(result: Result) -> str:
     """One row for each codec."""
     rows: list[list[object]] = []
