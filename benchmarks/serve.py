@@ -4,7 +4,8 @@ Prints one JSON object as its last line. Every round sends the same requests wit
 reported. For the built-in tiny model, `overhead_cpu_ms` is the server's CPU time per request minus the model's forward
 pass, which is measured in this process after the server has ended. `batches` compares batches of samples of similar
 length with batches in order of arrival, on lengths as in GSM8K: those of --texts, or of gsm8k.jsonl in the folder
-KVDISTILL_DATA_DIR, or drawn from a similar distribution.
+KVDISTILL_DATA_DIR, or drawn from a similar distribution. `overlap` compares the service with the bare model, and one
+request at a time with two (`serve_overlap`).
 
 Examples:
   python -m benchmarks.serve
@@ -30,7 +31,7 @@ from typing import Any
 import psutil
 import torch
 
-from benchmarks import serve_batches
+from benchmarks import serve_batches, serve_overlap
 from benchmarks.served import ServedTeacher, save_random_qwen2, served_teacher
 from data.synthetic import ChainTask
 from kvcore.plan import CodecName, CodecSpec, KVPlan, Selection
@@ -40,6 +41,8 @@ from teacher_server.config import ServeConfig
 from teacher_server.engines.hf import hf_engine as hf
 
 CODECS: tuple[CodecName, ...] = ("int8", "raw")
+# In each arm of a round of `serve_overlap`.
+OVERLAP_REQUESTS = 4
 TINY = {
     "num_hidden_layers": 3,
     "hidden_size": 64,
@@ -167,6 +170,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         batches = serve_batches.compare(
             larger, arguments.device, arguments.dtype, arguments.rounds, gsm8k_file(arguments.texts)
         )
+        overlap = serve_overlap.measure(Path(scratch) / "overlap", arguments.rounds, OVERLAP_REQUESTS)
         if arguments.model is None and arguments.budget:
             alone_ms = model_cpu_ms(model, requests)
             for result in results.values():
@@ -179,6 +183,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         "server_memory_mb": round(memory_mb, 1),
         **results,
         "batches": batches,
+        "overlap": overlap,
         "int8_bytes_over_raw": round(results["int8"]["bytes_per_sample"] / results["raw"]["bytes_per_sample"], 4),
     }
 

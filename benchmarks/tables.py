@@ -44,7 +44,12 @@ def serve(result: Result) -> str:
         [what, batches[way]["tokens_per_s"], batches[way]["padding_share"], batches[way]["samples_per_batch"]]
         for way, what in ways.items()
     ]
-    return served + "\n" + table(("batches", "tokens/s", "padding share", "samples per batch"), rows)
+    by_length = table(("batches", "tokens/s", "padding share", "samples per batch"), rows)
+    overlap = result["overlap"]
+    rates = [[f"tokens/s, {name}", value] for name, value in overlap["tokens_per_s"].items()]
+    rates += [[f"`{name}`", overlap[name]] for name in ("service_over_bare", "two_over_one")]
+    rates += [[f"share of encoding, `{name}`", value] for name, value in overlap["encode_share"].items()]
+    return "\n".join([served, by_length, table(("bare model, one and two requests at a time", "value"), rates)])
 
 
 def transport(result: Result) -> str:
