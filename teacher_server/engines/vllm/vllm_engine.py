@@ -18,7 +18,7 @@ import queue
 import secrets
 import tempfile
 import threading
-from collections.abc import Coroutine, Iterator, Sequence
+from collections.abc import Collection, Coroutine, Iterator, Sequence
 from concurrent.futures import Future
 from concurrent.futures import wait as wait_for
 from dataclasses import fields, replace
@@ -61,6 +61,7 @@ from teacher_server.engines.hf.hf_generate import INCOMPLETE
 from teacher_server.engines.vllm.assembly import Assembly
 from teacher_server.engines.vllm.batch_progress import BatchProgress, Ended
 from teacher_server.engines.vllm.message_queue import Address, Message, MessageReceiver
+from teacher_server.engines.vllm.run_events import Events, RunEvents
 from teacher_server.engines.vllm.vllm_connector import PARAMETER, KVDistillConnector
 from teacher_server.engines.vllm.vllm_self_test import REFERENCE_LAYERS, check_against
 from teacher_server.engines.vllm.vllm_settings import check_supported, engine_arguments, longest_sample
@@ -92,7 +93,7 @@ class VLLMEngine:
         self._reference = reference
         self._info = info
         self._pipeline = config.pipeline_parallel_size
-        self._events: queue.SimpleQueue[Message | Ended] = queue.SimpleQueue()
+        self._events = RunEvents()
         self._worker_lost = threading.Event()
         self._numbers = itertools.count()
         self._scratch = tempfile.TemporaryDirectory(prefix="kvdistill-")
@@ -102,7 +103,7 @@ class VLLMEngine:
             host, _, port = config.worker_address.rpartition(":")
             listen = host, int(port)
         try:
-            self._receiver = MessageReceiver(listen, key, self._events.put, self._worker_lost.set)
+            self._receiver = MessageReceiver(listen, key, self._events.deliver, self._worker_lost.set)
         except OSError as error:
             raise FieldError("worker_address", f"cannot listen on {listen}: {error.strerror or error}") from error
         self._loop = asyncio.new_event_loop()
@@ -152,13 +153,21 @@ class VLLMEngine:
             if problem is not None:
                 assembly.drop(row)
                 fail(SampleFailure(row, problem))
-        requests = {row: self._on_loop(self._prefill(tags[row], batch[row])) for row in assembly.open_rows()}
-        progress = BatchProgress(assembly, emit, fail, {row: request.cancel for row, request in requests.items()})
+        with self._events.of_run(tags) as events:
+            requests = {row: self._on_loop(self._prefill(tags[row], batch[row])) for row in assembly.open_rows()}
+            progress = BatchProgress(assembly, emit, fail, {row: request.cancel for row, request in requests.items()})
+            self._follow(progress, requests.values(), events, wanted)
+        return progress.timings()
+
+    def _follow(
+        self, progress: BatchProgress, requests: Collection[Future[None]], events: Events, wanted: Wanted
+    ) -> None:
+        """Passes the events of a batch on until it has ended."""
         try:
             while progress.runs:
                 self.check()
                 progress.give_up(wanted)
-                for event in self._next_events():
+                for event in _next_events(events):
                     if isinstance(event, Ended):
                         if event.problem is not None:
                             # A dead engine refuses every request: raise EngineLostError instead of failing the sample.
@@ -167,9 +176,8 @@ class VLLMEngine:
                     else:
                         progress.on_message(event)
         finally:
-            for request in requests.values():
+            for request in requests:
                 request.cancel()
-        return progress.timings()
 
     def prefill_alone(self, batch: Sequence[TokenizedSample]) -> None:
         """Prefill prompts without plans, to measure the cost of vLLM alone; for benchmarks."""
@@ -246,7 +254,7 @@ class VLLMEngine:
             ended = Ended(tag, None, output.num_cached_tokens or 0)
         except Exception as error:  # noqa: BLE001  any error of vLLM on a request fails that sample alone
             ended = Ended(tag, f"vLLM refused the sample: {type(error).__name__}: {error}")
-        self._events.put(ended)
+        self._events.deliver(ended)
 
     async def _generate(self, tokens: TokenizedSample, sampling: SamplingParams) -> GeneratedText:
         parameters = VLLMSamplingParams(
@@ -271,11 +279,12 @@ class VLLMEngine:
             pass
         return output
 
-    def _next_events(self) -> Iterator[Message | Ended]:
-        with contextlib.suppress(queue.Empty):
-            yield self._events.get(timeout=POLL_SECONDS)
-            while True:
-                yield self._events.get_nowait()
+
+def _next_events(events: Events) -> Iterator[Message | Ended]:
+    with contextlib.suppress(queue.Empty):
+        yield events.get(timeout=POLL_SECONDS)
+        while True:
+            yield events.get_nowait()
 
 
 def _outcome(row: int, request: Future[GeneratedText]) -> GeneratedText | SampleFailure:
