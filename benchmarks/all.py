@@ -274,8 +274,8 @@ def _from_root(argument: str) -> str:
     return str(path.relative_to(ROOT)) if path.is_absolute() and path.is_relative_to(ROOT) else argument
 
 
-def write_section(page: Path, content: str) -> None:
-    """Replaces what is between the markers of a page.
+def around_section(page: Path) -> tuple[str, str]:
+    """What is before and after the markers of a page.
 
     Raises:
         FieldError: the page does not have the two markers once, in this order.
@@ -285,6 +285,16 @@ def write_section(page: Path, content: str) -> None:
     _, end, after = rest.partition(END)
     if not begin or not end or BEGIN in rest or END in after:
         raise FieldError("page", f"{page} needs the lines {BEGIN} and {END}, once each, in this order")
+    return before, after
+
+
+def write_section(page: Path, content: str) -> None:
+    """Replaces what is between the markers of a page.
+
+    Raises:
+        FieldError: as `around_section`.
+    """
+    before, after = around_section(page)
     page.write_text(f"{before}{BEGIN}\n\n{content.strip()}\n\n{END}{after}", encoding="utf-8")
 
 
@@ -303,6 +313,8 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="the smallest sizes, to check the scripts")
     given = parser.parse_args()
     page = given.page or (None if given.quick else PAGE)
+    if page is not None:
+        around_section(page)  # now, and not after many minutes
     results = Results.read(given.output / "results.json")
     chosen = [benchmark for benchmark in BENCHMARKS if benchmark.name in given.only]
     failures = run_all(chosen, results, quick=given.quick, resume=given.resume)

@@ -116,6 +116,17 @@ def test_a_page_without_its_two_markers_is_refused_and_unchanged(tmp_path: Path,
     assert page.read_text(encoding="utf-8") == text
 
 
+def test_a_page_without_markers_is_refused_before_anything_runs(
+    scripts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "page.md").write_text("# Title\n", encoding="utf-8")
+    monkeypatch.setattr(bench, "BENCHMARKS", (stand_in("good", "7"),))
+    monkeypatch.setattr("sys.argv", ["all", "--output", str(tmp_path), "--page", str(tmp_path / "page.md")])
+    with pytest.raises(FieldError, match="needs the lines"):
+        bench.main()
+    assert runs(scripts) == 0
+
+
 @pytest.mark.parametrize("content", ["{", "[]"])
 def test_another_file_in_place_of_the_results_is_refused(tmp_path: Path, content: str) -> None:
     (tmp_path / "results.json").write_text(content, encoding="utf-8")
