@@ -4,6 +4,9 @@ Batches of random tokens run through one engine in turns, without a plan and wit
 cache. `cost` is the additional CPU time of all processes, relative to running without a plan (negative: noise).
 `first_layer_share` is the share of a single prompt's prefill after which the first encoded layer arrived in the server
 process.
+
+`in_flight` sends several small batches at a time: tokens/s by their number, and the median ratio to one at a time
+within a round.
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -48,6 +52,9 @@ SELECTIONS = {
     "full_int8": (Selection(selector="full", span="all"), CodecSpec(name="int8")),
 }
 SINGLE_PROMPTS = 5
+# Batches at a time, and their sizes: small ones, between which vLLM would wait longest.
+IN_FLIGHT = (1, 2, 4)
+SHORT_BATCHES, SHORT_TOKENS = 8, 100
 
 
 @dataclass(slots=True)
@@ -110,6 +117,28 @@ def stream(engine: VLLMEngine, batch: Sequence[TokenizedSample], plan: KVPlan) -
     return first[0], timings.prefill_s
 
 
+def in_flight(engine: VLLMEngine, plan: KVPlan, samples: int, rounds: int) -> dict[str, Any]:
+    """Runs small batches one at a time and several at a time, in turns; the first round is warm-up."""
+    batches = Batches(engine, SHORT_TOKENS)
+    seconds: dict[int, list[float]] = {count: [] for count in IN_FLIGHT}
+    for number in range(rounds + 1):
+        for count in IN_FLIGHT if number % 2 else reversed(IN_FLIGHT):
+            asked = [batches.next(samples) for _ in range(SHORT_BATCHES)]
+            with ThreadPoolExecutor(count) as pool:
+                started = time.perf_counter()
+                for _ in pool.map(lambda batch: stream(engine, batch, plan), asked):
+                    pass
+                seconds[count] += [time.perf_counter() - started] * bool(number)
+    tokens = SHORT_BATCHES * samples * SHORT_TOKENS
+    return {
+        str(count): {
+            "tokens_per_s": round(tokens / statistics.median(each), 1),
+            "over_one": round(statistics.median(a / b for a, b in zip(seconds[1], each, strict=True)), 3),
+        }
+        for count, each in seconds.items()
+    }
+
+
 def _pass(engine: VLLMEngine, batches: Batches, samples: int, plan: KVPlan | None) -> None:
     batch = batches.next(samples)
     if plan is None:
@@ -151,6 +180,8 @@ def _measure(engine: VLLMEngine, samples: int, arguments: argparse.Namespace) ->
         for name in names[number % len(names) :] + names[: number % len(names)]:
             measured(partial(_pass, engine, batches, samples, plans.get(name)), trial[name])
         sys.stderr.write(f"{number} {json.dumps({name: round(one.wall[-1], 3) for name, one in trial.items()})}\n")
+    several = in_flight(engine, plans["right_24_int8"], samples, arguments.rounds)
+    sys.stderr.write(f"in flight {json.dumps(several)}\n")
     singles = [stream(engine, batches.next(1), plans["right_24_int8"]) for _ in range(SINGLE_PROMPTS + 1)][1:]
     return {
         "layers": len(layers),
@@ -158,6 +189,7 @@ def _measure(engine: VLLMEngine, samples: int, arguments: argparse.Namespace) ->
         "tokens": arguments.tokens,
         "rounds": arguments.rounds,
         **{name: _medians(one, spent["alone"], samples * arguments.tokens) for name, one in spent.items()},
+        "in_flight": several,
         "first_layer_share": round(statistics.median(first / prefill for first, prefill in singles), 4),
         "first_layer_ms": round(1e3 * statistics.median(first for first, _ in singles), 2),
         "prefill_ms": round(1e3 * statistics.median(prefill for _, prefill in singles), 2),
