@@ -6,6 +6,7 @@ and map), and of the sample's content. A server never changes its weights, and i
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
@@ -113,7 +114,7 @@ class _Computed:
 class CachedRuns:
     """Runs batches on an engine. What is kept is not computed again, and equal samples of a batch are computed once.
 
-    Used in the engine's thread only.
+    Any thread may call `run`. What one call computes is not computed by another one at the same time.
 
     Args:
         engine: computes what is not kept.
@@ -126,38 +127,55 @@ class CachedRuns:
         self._metrics = metrics
         self._cache = ResultCache(max_bytes)
         self._max_bytes = max_bytes
+        self._changed = threading.Condition()
+        self._in_flight: set[str] = set()
 
     def run(self, batch: Sequence[PlannedSample], emit: Emit, fail: Fail, wanted: Wanted) -> ExecutionTimings:
         """See `TeacherEngine.run`. The timings name the rows that were not computed."""
         if not self._max_bytes:
             return self._engine.run(batch, emit, fail, wanted)
-        kept, computed = self._divide(batch)
-        reused = {row for _, rows in kept for row in rows} | {row for one in computed for row in one.rows[1:]}
-        self._metrics.cache_hits.inc(len(reused))
-        self._metrics.cache_misses.inc(sum(one.key is not None for one in computed))
-        _emit_kept(batch, kept, emit)
-        timings = self._compute(computed, emit, fail, wanted) if computed else ExecutionTimings(0.0, 0.0)
+        left, timings = list(range(len(batch))), ExecutionTimings(0.0, 0.0)
+        while left:
+            kept, computed, left = self._claim(batch, left)
+            reused = {row for _, rows in kept for row in rows} | {row for one in computed for row in one.rows[1:]}
+            self._metrics.cache_hits.inc(len(reused))
+            self._metrics.cache_misses.inc(sum(one.key is not None for one in computed))
+            timings = replace(timings, reused=timings.reused | reused)
+            _emit_kept(batch, kept, emit)
+            if computed:
+                timings = _sum(timings, self._compute(computed, emit, fail, wanted))
         self._metrics.cache_bytes.set(self._cache.nbytes)
-        return replace(timings, reused=frozenset(reused))
+        return timings
 
-    def _divide(self, batch: Sequence[PlannedSample]) -> tuple[list[tuple[KeptResult, list[int]]], list[_Computed]]:
-        """The kept results with their rows, and what is to be computed."""
-        rows_of: dict[str, list[int]] = {}
+    def _claim(
+        self, batch: Sequence[PlannedSample], rows: Sequence[int]
+    ) -> tuple[list[tuple[KeptResult, list[int]]], list[_Computed], list[int]]:
+        """The kept results with their rows, what this call is to compute, and the rows that another call computes.
+
+        Waits while all rows are computed by other calls.
+        """
         computed: list[_Computed] = []
-        for row, sample in enumerate(batch):
+        rows_of: dict[str, list[int]] = {}
+        for row in rows:
+            sample = batch[row]
             if len(sample.tokens.token_ids) < LEAST_TOKENS:
                 computed.append(_Computed(sample, [row], None))
             else:
                 key = sample.tokens.sample.key(self._engine.info.weights_digest, sample.plan)
                 rows_of.setdefault(key, []).append(row)
         kept: list[tuple[KeptResult, list[int]]] = []
-        for key, rows in rows_of.items():
-            entry = self._cache.get(key)
-            if entry is None:
-                computed.append(_Computed(batch[rows[0]], rows, key))
-            else:
-                kept.append((entry, rows))
-        return kept, computed
+        with self._changed:
+            self._changed.wait_for(lambda: computed or not self._in_flight.issuperset(rows_of))
+            elsewhere = self._in_flight & rows_of.keys()
+            for key in rows_of.keys() - elsewhere:
+                entry = self._cache.get(key)
+                if entry is None:
+                    computed.append(_Computed(batch[rows_of[key][0]], rows_of[key], key))
+                    self._in_flight.add(key)
+                else:
+                    kept.append((entry, rows_of[key]))
+        computed.sort(key=lambda one: one.rows[0])
+        return kept, computed, sorted(row for key in elsewhere for row in rows_of[key])
 
     def _compute(self, computed: Sequence[_Computed], emit: Emit, fail: Fail, wanted: Wanted) -> ExecutionTimings:
         def emit_to_all(result: LayerResult) -> None:
@@ -179,15 +197,32 @@ class CachedRuns:
             return self._engine.run([one.sample for one in computed], emit_to_all, fail_all, any_wanted)
         except Exception:
             # The self-test that follows must reach the engine, and what a broken engine computed is not to be trusted.
-            self._cache.clear()
+            with self._changed:
+                self._cache.clear()
             raise
+        finally:
+            with self._changed:
+                self._in_flight.difference_update(one.key for one in computed if one.key is not None)
+                self._changed.notify_all()
 
     def _take(self, one: _Computed, result: LayerResult, place: int) -> None:
         one.layers.append((result, place))
         if len(one.layers) == len(one.sample.plan.layers):
             assert one.key is not None
-            self._cache.add(one.key, KeptResult.of(one.layers))
+            entry = KeptResult.of(one.layers)
             one.layers.clear()
+            with self._changed:
+                self._cache.add(one.key, entry)
+
+
+def _sum(some: ExecutionTimings, more: ExecutionTimings) -> ExecutionTimings:
+    """The timings of both, with the reused rows of the first."""
+    return ExecutionTimings(
+        some.prefill_s + more.prefill_s,
+        some.encode_s + more.encode_s,
+        some.cached_tokens + more.cached_tokens,
+        some.reused,
+    )
 
 
 def _emit_kept(batch: Sequence[PlannedSample], kept: Sequence[tuple[KeptResult, list[int]]], emit: Emit) -> None:

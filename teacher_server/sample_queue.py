@@ -167,6 +167,7 @@ class SampleQueue:
         self._tokens = 0
         self._unsent = 0
         self._ready = 0
+        self._running = 0
         self._tokens_per_second = 0.0
         self._closed = False
 
@@ -230,17 +231,20 @@ class SampleQueue:
                 return []
             batch = self._next_batch()
             self._ready -= len(batch)
+            self._running += 1
         now = time.perf_counter()
         for job in batch:
             job.waited = now - job.ready_at
         return batch
 
     def done(self, batch: Sequence[Job], seconds: float) -> None:
-        """Record that a batch left the engine after `seconds`."""
+        """Record that a batch that was taken left the engine after `seconds`."""
         tokens = sum(job.tokens for job in batch)
         with self._changed:
             self._tokens -= tokens
-            rate = tokens / max(seconds, 1e-6)
+            # Batches that run at the same time share the engine.
+            rate = tokens * self._running / max(seconds, 1e-6)
+            self._running -= 1
             self._tokens_per_second = rate if not self._tokens_per_second else (self._tokens_per_second + rate) / 2
             self._refill()
 
@@ -307,7 +311,7 @@ class SampleQueue:
                 self._waiting.append(stream)
                 open_windows.append(stream)
         if self._rotation:
-            self._changed.notify()
+            self._changed.notify_all()
 
     def _fits_window(self, stream: ClientStream) -> bool:
         nbytes, free = stream.pending[0].nbytes, self._max_unsent_bytes - self._unsent

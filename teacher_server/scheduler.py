@@ -1,4 +1,4 @@
-"""The scheduler: runs batches of all callers' samples in the engine's thread; results go to the event loop."""
+"""The scheduler: runs batches of all callers' samples in the engine's threads; results go to the event loop."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ log = logging.getLogger(__name__)
 
 
 class Scheduler:
-    """The engine's thread. Create it on the event loop's thread; callbacks run there.
+    """The engine's threads, one for each concurrent batch. Create it on the event loop's thread; callbacks run there.
 
     Args:
-        engine: `run` and `generate` are called from this scheduler's thread only.
+        engine: `run` and `generate` are called from this scheduler's threads only.
         queue: where batches come from.
         metrics: of the server.
         on_engine_error: called on the event loop with what the engine raised on a batch.
@@ -50,18 +50,23 @@ class Scheduler:
         self._metrics = metrics
         self._on_engine_error = on_engine_error
         self._loop = asyncio.get_running_loop()
-        # A daemon thread: a model that hangs must not keep a stopping process alive.
-        self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
-        # Entropy coding takes too long for the event loop, and the engine's thread has the next layer to compute.
+        # Entropy coding takes too long for the event loop, and the engine's threads have the next layer to compute.
         self._packer = ThreadPoolExecutor(1, thread_name_prefix="packing")
-        self._thread.start()
+        # Daemon threads: a model that hangs must not keep a stopping process alive.
+        self._threads = [
+            threading.Thread(target=self._work, name="engine", daemon=True) for _ in range(engine.concurrent_batches)
+        ]
+        for thread in self._threads:
+            thread.start()
 
     def close(self, timeout_s: float) -> bool:
-        """End the engine's thread; returns False if a batch still runs after `timeout_s`."""
+        """End the engine's threads; returns False if a batch still runs after `timeout_s`."""
         self.queue.close()
-        self._thread.join(timeout_s)
+        give_up_at = time.monotonic() + timeout_s
+        for thread in self._threads:
+            thread.join(max(0.0, give_up_at - time.monotonic()))
         self._packer.shutdown(wait=False)
-        return not self._thread.is_alive()
+        return not any(thread.is_alive() for thread in self._threads)
 
     def _work(self) -> None:
         while batch := self.queue.take():

@@ -180,7 +180,8 @@ class EngineLostError(KVDistillError):
 class TeacherEngine(Protocol):
     """A frozen teacher model: tokenizes samples, computes their K/V under a plan, and generates text.
 
-    The server calls `run` and `generate` from one thread at a time, one batch at a time, and `tokenize` from another.
+    The server calls `run` and `generate` from `concurrent_batches` threads, each with one batch at a time, and
+    `tokenize` from another.
     """
 
     @property
@@ -194,6 +195,11 @@ class TeacherEngine(Protocol):
 
         The server puts samples of similar length into one batch, unless the engine does not pad.
         """
+        ...
+
+    @property
+    def concurrent_batches(self) -> int:
+        """Batches that the server runs at the same time. 1, unless the engine itself shares the model between them."""
         ...
 
     def tokenize(self, sample: Sample) -> TokenizedSample:

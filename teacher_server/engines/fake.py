@@ -148,6 +148,11 @@ class FakeEngine:
         """See `TeacherEngine.small_batch_tokens`: padding takes no time."""
         return None
 
+    @property
+    def concurrent_batches(self) -> int:
+        """See `TeacherEngine.concurrent_batches`."""
+        return 1
+
     def tokenize(self, sample: Sample) -> TokenizedSample:
         """See `TeacherEngine.tokenize`."""
         return read_sample(sample, self._reader, self._info.max_sample_tokens)

@@ -49,11 +49,13 @@ class GatedEngine(FakeEngine):
         super().__init__(config, FakeModel(layers=2))
         self.gate = threading.Event()
         self.largest_batch = 0
+        self.begun: list[str] = []
 
     def prefill(
         self, batch: Sequence[TokenizedSample], layers: Sequence[int], with_importance: bool, sink: LayerSink
     ) -> None:
         self.largest_batch = max(self.largest_batch, len(batch))
+        self.begun.append(batch[0].sample.id)
 
         def gated(output: LayerOutput) -> None:
             if output.layer > 0 and batch[0].sample.id != "self-test":
@@ -61,6 +63,14 @@ class GatedEngine(FakeEngine):
             sink(output)
 
         super().prefill(batch, layers, with_importance, gated)
+
+
+class SharedEngine(GatedEngine):
+    """Runs two batches at the same time."""
+
+    @property
+    def concurrent_batches(self) -> int:
+        return 2
 
 
 class BreakableEngine(FakeEngine):
@@ -373,3 +383,23 @@ def test_liveness_answers_until_the_engine_is_closed(start: Callable[..., Server
     finally:
         engine.may_close.set()
     assert server.ended.result(30) is True
+
+
+@pytest.mark.parametrize(("engine_of", "at_once"), [(GatedEngine, 1), (SharedEngine, 2)])
+def test_as_many_batches_run_at_the_same_time_as_the_engine_takes(
+    start: Callable[..., ServerInThread], engine_of: type[GatedEngine], at_once: int
+) -> None:
+    engine = engine_of(CONFIG)
+    config = CONFIG.model_copy(update={"max_batch_tokens": 20})
+    engine.gate.set()
+    server = start(lambda _config: engine, config)
+    server.wait_ready()
+    engine.gate.clear()
+    engine.begun.clear()
+    with ThreadPoolExecutor(3) as pool, TeacherClient(server.endpoint) as client:
+        asked = [pool.submit(client.fetch, PLAN, token_samples(1, 20, prefix=name)) for name in "abc"]
+        wait_until(lambda: len(engine.begun) == at_once and server.server.state.load()["queued_samples"] == 3 - at_once)
+        assert len(engine.begun) == at_once
+        engine.gate.set()
+        assert all(isinstance(one.result()[0], EncodedSampleKV) for one in asked)
+    assert len(engine.begun) == 3

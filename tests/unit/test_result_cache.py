@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
@@ -24,6 +26,7 @@ from teacher_server.engines.base import (
 from teacher_server.engines.fake import FakeEngine, FakeFaults, FakeModel
 from teacher_server.monitoring.metrics import Metrics
 from teacher_server.result_cache import ENTRY_BYTES, LEAST_TOKENS, CachedRuns, KeptResult, ResultCache
+from tests.support.servers import wait_until
 
 PLAN = KVPlan(layers=(0, 2), selection=Selection(selector="right", budget=8, span="all"), codec=CodecSpec(name="int4"))
 CONFIG = ServeConfig(model="fake:layers=3", engine="fake")
@@ -209,6 +212,70 @@ def test_a_sample_is_computed_while_one_of_its_callers_waits() -> None:
     assert 2 not in found
     assert set(server.run([batch[2]])) == {0}
     assert server.engine.batches == [["s0", "s1"], ["s1"]]
+
+
+class GatedEngine(CountingEngine):
+    """Waits for its gate when it has begun a batch."""
+
+    def __init__(self) -> None:
+        super().__init__(FakeFaults(fail=frozenset({"bad"})))
+        self.begun, self.gate = threading.Event(), threading.Event()
+
+    def run(self, batch: Sequence[PlannedSample], emit: Emit, fail: Fail, wanted: Wanted) -> ExecutionTimings:
+        self.begun.set()
+        assert self.gate.wait(20)
+        return super().run(batch, emit, fail, wanted)
+
+
+class GatedServer(Server):
+    """`CachedRuns` around a gated engine, whose batches run in threads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.engine = self.gated = GatedEngine()
+        self.runs = CachedRuns(self.engine, ROOM, self.metrics)
+        self.pool = ThreadPoolExecutor(2)
+
+    def start(self, batch: Sequence[PlannedSample]) -> Future[dict[int, list[tuple[int, dict[str, Any]]]]]:
+        """Starts a batch; returns when the engine has begun it, or when it waits for another one."""
+        self.gated.begun.clear()
+        started = self.pool.submit(self.run, batch)
+        wait_until(lambda: self.gated.begun.is_set() or bool(self.runs._changed._waiters))  # type: ignore[attr-defined]
+        return started
+
+
+def test_a_sample_that_another_batch_computes_is_not_computed_twice() -> None:
+    server = GatedServer()
+    first = server.start(server.planned([sample_of(0), sample_of(1)]))
+    second = server.start(server.planned([sample_of(1, name="twin")]))
+    assert not second.done()
+    server.gated.gate.set()
+    assert second.result(20)[0] == first.result(20)[1]
+    assert server.engine.batches == [["s0", "s1"]]
+    assert (server.count("hits_total"), server.count("misses_total")) == (1, 2)
+
+
+@pytest.mark.parametrize("tokens", [LEAST_TOKENS - 1, LEAST_TOKENS])
+def test_a_batch_computes_its_other_samples_while_another_one_computes_the_first(tokens: int) -> None:
+    server = GatedServer()
+    first = server.start(server.planned([sample_of(0)]))
+    second = server.start(server.planned([sample_of(0, name="twin"), sample_of(2, tokens)]))
+    assert server.gated.begun.is_set()
+    server.gated.gate.set()
+    found = second.result(20)
+    assert (found[0], set(found)) == (first.result(20)[0], {0, 1})
+    assert sorted(server.engine.batches) == [["s0"], ["s2"]]
+
+
+def test_a_sample_is_computed_if_the_batch_that_it_waited_for_failed() -> None:
+    server = GatedServer()
+    first = server.start(server.planned([sample_of(0), sample_of(7, name="bad")]))
+    second = server.start(server.planned([sample_of(0, name="twin")]))
+    server.gated.gate.set()
+    with pytest.raises(RuntimeError, match="injected fault"):
+        first.result(20)
+    assert set(second.result(20)) == {0}
+    assert server.engine.batches == [["s0", "bad"], ["twin"]]
 
 
 def entry(size: int) -> KeptResult:

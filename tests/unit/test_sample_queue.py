@@ -15,6 +15,7 @@ from kvcore.types import Sample
 from teacher_server.engines.base import PlannedSample, TokenizedSample
 from teacher_server.fair_share import Caller
 from teacher_server.sample_queue import BusyError, ClientStream, Job, SampleQueue, Sink
+from tests.support.servers import wait_until
 
 PLAN = KVPlan(layers=(0,))
 NO_SINK = cast("Sink", None)
@@ -61,6 +62,32 @@ def admit(queue: SampleQueue, stream: ClientStream, jobs: Sequence[Job]) -> None
 
 def indices(batch: Sequence[Job], stream: ClientStream) -> list[int]:
     return [job.index for job in batch if job.stream is stream]
+
+
+def test_all_threads_that_wait_get_a_batch() -> None:
+    queue = queue_of(max_batch_tokens=4)
+    taken: list[list[Job]] = []
+    threads = [threading.Thread(target=lambda: taken.append(queue.take()), daemon=True) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    wait_until(lambda: len(queue._changed._waiters) == 3)  # type: ignore[attr-defined]
+    admit(queue, *stream_of([4] * 3))
+    for thread in threads:
+        thread.join(20)
+    assert sorted(job.index for batch in taken for job in batch) == [0, 1, 2]
+
+
+def test_batches_that_run_at_the_same_time_share_the_engines_speed() -> None:
+    queue = queue_of(max_tokens=200, max_batch_tokens=100)
+    stream, jobs = stream_of([100, 100])
+    admit(queue, stream, jobs)
+    for batch in (queue.take(), queue.take()):
+        queue.done(batch, seconds=0.4)
+    admit(queue, *stream_of([200]))
+    with pytest.raises(BusyError) as refused:
+        queue.reserve(ONE, nbytes=1000, tokens=100)
+    # Two batches of 100 tokens in 0.4 s, and then one: 500 and 250 tokens per second.
+    assert refused.value.retry_ms == int(1000 * 100 / 375)
 
 
 def test_streams_take_turns_and_keep_their_own_order() -> None:

@@ -146,6 +146,11 @@ class HFEngine:
         """See `TeacherEngine.small_batch_tokens`."""
         return SMALL_BATCH_TOKENS_GPU if self._embedding.weight.is_cuda else SMALL_BATCH_TOKENS_CPU
 
+    @property
+    def concurrent_batches(self) -> int:
+        """See `TeacherEngine.concurrent_batches`."""
+        return 1
+
     def tokenize(self, sample: Sample) -> TokenizedSample:
         """See `TeacherEngine.tokenize`."""
         return self.tokenize_up_to(sample, self._info.max_sample_tokens)

@@ -75,6 +75,8 @@ KNOWN_RELEASE = "0.32."
 SENDER_BYTES = 2 << 30
 SHUTDOWN_SECONDS = 30.0
 POLL_SECONDS = 0.1
+# While the layers of one batch are assembled and sent, vLLM computes the other one.
+CONCURRENT_BATCHES = 2
 
 ResultT = TypeVar("ResultT")
 
@@ -135,6 +137,11 @@ class VLLMEngine:
     def small_batch_tokens(self) -> int | None:
         """See `TeacherEngine.small_batch_tokens`: vLLM does not pad."""
         return None
+
+    @property
+    def concurrent_batches(self) -> int:
+        """See `TeacherEngine.concurrent_batches`: vLLM schedules the requests of all of them."""
+        return CONCURRENT_BATCHES
 
     def tokenize(self, sample: Sample) -> TokenizedSample:
         """See `TeacherEngine.tokenize`."""
