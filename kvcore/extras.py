@@ -16,6 +16,7 @@ EXTRAS: dict[str, tuple[str, ...]] = {
         "matplotlib",
         "pandas",
         "peft",
+        "pyarrow",
         "scipy",
         "tabulate",
         "tensorboard",
