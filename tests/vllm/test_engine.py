@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from prometheus_client import REGISTRY
@@ -35,13 +36,16 @@ def sample_of(length: int, seed: int, name: str = "") -> Sample:
     return Sample(name or f"{length}-{seed}", token_ids=token_ids, spans=spans)
 
 
-def assert_equal_on_both(pair: Pair, samples: list[Sample], plan: KVPlan) -> None:
-    """Check that selections match nearly everywhere, and that keys and values there match to 1e-4."""
+def assert_equal_on_both(pair: Pair, samples: list[Sample], plan: KVPlan, found: Outcome | None = None) -> None:
+    """Check that selections match nearly everywhere, and that keys and values there match to 1e-4.
+
+    `found`: what vLLM returned; by default it runs now.
+    """
     same = layers = 0
     tokens = [pair.hf.tokenize(sample) for sample in samples]
     assert tokens == [pair.vllm.tokenize(sample) for sample in samples]
     expected = run_plans(pair.hf, [(one, plan) for one in tokens])
-    found = run_plans(pair.vllm, [(one, plan) for one in tokens])
+    found = found or run_plans(pair.vllm, [(one, plan) for one in tokens])
     assert not expected.failures
     assert not found.failures
     for row in range(len(samples)):
@@ -126,6 +130,21 @@ def test_preempted_requests_match_transformers(pairs: Callable[[str], Pair]) -> 
         selection = Selection.model_validate({"selector": selector, "budget": budget, "span": "all"})
         assert_equal_on_both(pair, samples, KVPlan(layers=(0, 1, 2), selection=selection, codec=RAW))
     assert counted("num_preemptions") > before
+
+
+def test_batches_that_run_at_the_same_time_match_transformers(pair: Pair) -> None:
+    assert pair.vllm.concurrent_batches > 1
+    batches = [[sample_of(20 + 30 * number, 100 * each + number) for number in range(6)] for each in range(4)]
+    short = KVPlan(layers=(1,), selection=Selection(selector="right", budget=5, span="all"), codec=RAW)
+    plans = [EVERYTHING, short] * 2
+
+    def run(samples: list[Sample], plan: KVPlan) -> Outcome:
+        return run_plans(pair.vllm, [(pair.vllm.tokenize(sample), plan) for sample in samples])
+
+    with ThreadPoolExecutor(len(batches)) as pool:
+        found = list(pool.map(run, batches, plans))
+    for samples, plan, outcome in zip(batches, plans, found, strict=True):
+        assert_equal_on_both(pair, samples, plan, outcome)
 
 
 def test_a_cancelled_sample_ends_and_the_others_continue(pair: Pair) -> None:
