@@ -26,6 +26,7 @@ from teacher_server.engines.base import (
 from teacher_server.engines.fake import FakeEngine, FakeFaults, FakeModel
 from teacher_server.monitoring.metrics import Metrics
 from teacher_server.result_cache import ENTRY_BYTES, LEAST_TOKENS, CachedRuns, KeptResult, ResultCache
+from tests.support.kv_maps import coded_map
 from tests.support.servers import wait_until
 
 PLAN = KVPlan(layers=(0, 2), selection=Selection(selector="right", budget=8, span="all"), codec=CodecSpec(name="int4"))
@@ -111,6 +112,19 @@ def test_a_sample_that_is_asked_again_is_sent_without_the_engine_and_with_the_sa
     assert server.timings.reused == {0, 2}
     assert (server.count("hits_total"), server.count("misses_total")) == (2, 4)
     assert again[1] == Server().run(server.planned([sample_of(9)], plan))[0]
+
+
+def test_mapped_samples_are_kept_for_their_map_alone() -> None:
+    server = Server()
+    batches: list[list[PlannedSample]] = []
+    for seed in (0, 1):
+        kv_map = coded_map(PLAN.layers, heads=2, head_dim=16, seed=seed)
+        plan = PLAN.with_map(kv_map.named, CodecSpec(name="pca"))
+        batches.append([replace(one, kv_map=kv_map) for one in server.planned([sample_of(0), sample_of(1)], plan)])
+    first, other = (server.run(batch) for batch in batches)
+    assert first != other
+    assert [server.run(batch) for batch in batches] == [first, other]
+    assert server.engine.batches == [["s0", "s1"]] * 2
 
 
 def test_samples_of_different_plans_and_lengths_of_a_batch_are_kept_apart() -> None:
