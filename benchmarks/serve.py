@@ -4,8 +4,8 @@ Prints one JSON object as its last line. Every round sends the same requests wit
 reported. For the built-in tiny model, `overhead_cpu_ms` is the server's CPU time per request minus the model's forward
 pass, which is measured in this process after the server has ended. `batches` compares batches of samples of similar
 length with batches in order of arrival, on lengths as in GSM8K: those of --texts, or of gsm8k.jsonl in the folder
-KVDISTILL_DATA_DIR, or drawn from a similar distribution. `overlap` compares the service with the bare model, and one
-request at a time with two (`serve_overlap`).
+KVDISTILL_DATA_DIR, or drawn from a similar distribution. Without --model, `overlap` compares the service with
+the bare model, and one request at a time with two, on a CPU (`serve_overlap`).
 
 Examples:
   python -m benchmarks.serve
@@ -170,7 +170,9 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         batches = serve_batches.compare(
             larger, arguments.device, arguments.dtype, arguments.rounds, gsm8k_file(arguments.texts)
         )
-        overlap = serve_overlap.measure(Path(scratch) / "overlap", arguments.rounds, OVERLAP_REQUESTS)
+        overlap = None
+        if arguments.model is None:
+            overlap = serve_overlap.measure(Path(scratch) / "overlap", arguments.rounds, OVERLAP_REQUESTS)
         if arguments.model is None and arguments.budget:
             alone_ms = model_cpu_ms(model, requests)
             for result in results.values():

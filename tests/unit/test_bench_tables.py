@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from benchmarks import scale, tables
+from benchmarks import scale, serve_overlap, tables
 from benchmarks.scale import Arm, Measured, Sizes
 from benchmarks.transport import Round, ratio
 
@@ -59,6 +59,29 @@ def test_ranks_never_ask_for_the_same_sample() -> None:
 def test_cpu_of_transports_is_compared_within_a_round() -> None:
     some, others = [Round(1.0, 1.0), Round(1.0, 4.0), Round(1.0, 9.0)], [Round(1.0, 0.5), Round(1.0, 2.0)] * 2
     assert ratio(some, others[:3]) == 2.0
+
+
+def test_the_service_is_compared_with_the_bare_model_within_a_round() -> None:
+    # The machine is half as fast in the second round.
+    seconds = {"bare": [0.9, 1.8, 0.8], "one": [1.0, 2.0, 1.0], "two": [0.8, 1.6, 0.9]}
+    found = serve_overlap.figures(seconds, {"plan": [0.1, 0.3, 0.2]}, tokens=100)
+    assert (found["service_over_bare"], found["two_over_one"]) == (0.9, 1.25)
+    assert found["tokens_per_s"] == {"bare": 111.1, "one": 100.0, "two": 111.1}
+    assert found["encode_share"] == {"plan": 0.2}
+
+
+def test_batches_of_the_overlap_have_no_sample_twice() -> None:
+    asked = [sample for samples in serve_overlap.batches(32) for sample in samples]
+    assert len({sample.token_ids for sample in asked}) == len(asked) == 32 * serve_overlap.SAMPLES
+    assert {len(sample.token_ids or ()) for sample in asked} == {serve_overlap.TOKENS}
+
+
+def test_the_table_of_the_cache_has_its_epochs_and_ratios() -> None:
+    epoch = {"samples_per_s": 70.0, "server_cpu_ms_per_sample": 12.0}
+    found = {"without": epoch, "first": epoch, "second": {**epoch, "samples_per_s": 560.0}}
+    lines = tables.result_cache({**found, "second_over_first": 8.0, "first_over_without": 1.0}).splitlines()
+    assert "| second epoch | 560 | 12 |" in lines
+    assert "| `second_over_first` | 8 |" in lines
 
 
 @pytest.mark.parametrize("arm", scale.ARMS)
