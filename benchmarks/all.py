@@ -52,7 +52,7 @@ class Benchmark:
     """A benchmark of this folder.
 
     `arguments`: so that all benchmarks together take at most 20 minutes. `quick`: the smallest useful sizes. `needs`:
-    files without which it is left out.
+    files without which it is left out. `one_thread`: of OpenMP, as the servers that it is compared with have.
     """
 
     name: str
@@ -61,10 +61,16 @@ class Benchmark:
     arguments: tuple[str, ...] = ()
     quick: tuple[str, ...] = ()
     needs: tuple[Path, ...] = ()
+    one_thread: bool = False
 
     def given(self, quick: bool) -> tuple[str, ...]:
         """Its arguments."""
         return self.quick if quick else self.arguments
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """Its variables beside those of this process."""
+        return {"OMP_NUM_THREADS": "1"} if self.one_thread else {}
 
     def missing(self) -> list[Path]:
         """The files that it needs and that are not there."""
@@ -81,6 +87,7 @@ BENCHMARKS = (
         tables.serve,
         ("--rounds", "3"),
         ("--rounds", "1", "--requests", "2", "--samples", "4"),
+        one_thread=True,
     ),
     Benchmark("transport", "Transports", tables.transport, (), ("--rounds", "1", "--megabytes", "16")),
     Benchmark("scale", "Replicas, ranks and teachers", tables.scale, (), ("--quick",)),
@@ -176,7 +183,14 @@ def run_one(benchmark: Benchmark, arguments: Sequence[str], log: Path) -> Result
     try:
         with log.open("w", encoding="utf-8") as messages:
             ended = subprocess.run(
-                command, cwd=ROOT, stdout=subprocess.PIPE, stderr=messages, text=True, check=False, timeout=MOST_SECONDS
+                command,
+                cwd=ROOT,
+                env={**os.environ, **benchmark.environment},
+                stdout=subprocess.PIPE,
+                stderr=messages,
+                text=True,
+                check=False,
+                timeout=MOST_SECONDS,
             )
     except subprocess.TimeoutExpired as error:
         raise BenchmarkFailedError(
@@ -257,7 +271,8 @@ def section(benchmarks: Sequence[Benchmark], found: Mapping[str, Result]) -> str
     parts.append(tables.table(headers, rows))
     for benchmark in shown:
         arguments = found[benchmark.name]["arguments"]
-        command = " ".join(["python -m", f"benchmarks.{benchmark.name}", *map(_from_root, arguments)])
+        variables = [f"{name}={value}" for name, value in benchmark.environment.items()]
+        command = " ".join([*variables, "python -m", f"benchmarks.{benchmark.name}", *map(_from_root, arguments)])
         parts.append(f"### {benchmark.title}\n")
         parts.append(f"`{command}`\n")
         parts.append(benchmark.tables(found[benchmark.name]["result"]))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -87,6 +88,20 @@ def test_resuming_runs_again_what_had_other_arguments(scripts: Path, tmp_path: P
         assert runs(scripts) == count
     assert bench.run_all([stand_in("good", "2")], results, quick=False, resume=False) == []
     assert runs(scripts) == 3
+
+
+@pytest.mark.parametrize(("one_thread", "expected"), [(True, 1), (False, 3)])
+def test_a_benchmark_of_one_thread_gets_and_shows_its_variable(
+    scripts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, one_thread: bool, expected: int
+) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    source = "import os\nprint('{\"n\": %s}' % os.environ['OMP_NUM_THREADS'])\n"
+    (scripts / "threads.py").write_text(source, encoding="utf-8")
+    chosen, results = [replace(stand_in("threads"), one_thread=one_thread)], Results.read(tmp_path / "results.json")
+    assert bench.run_all(chosen, results, quick=False, resume=False) == []
+    assert results.found["threads"]["result"] == {"n": expected}
+    shown = "`OMP_NUM_THREADS=1 python -m benchmarks.threads`" in bench.section(chosen, results.found)
+    assert shown is one_thread
 
 
 def test_a_benchmark_without_its_files_is_left_out(
