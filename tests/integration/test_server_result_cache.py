@@ -94,9 +94,9 @@ def test_callers_that_ask_for_the_same_samples_at_the_same_time_share_one_comput
 def test_a_kept_answer_is_the_computed_one(server: ServerInThread) -> None:
     without = ServerInThread(lambda _config: FakeEngine(CONFIG, FakeModel(layers=2)))
     try:
+        for one in (server, without):
+            one.wait_ready()
         with TeacherClient(server.endpoint) as client, TeacherClient(without.endpoint) as other:
-            for one in (server, without):
-                one.wait_ready()
             samples = [*token_samples(2, 40), *token_samples(2, 50, prefix="longer")]
             first, kept = (contents(client.fetch(PLAN, samples)) for _ in range(2))
             assert first == kept == contents(other.fetch(PLAN, samples))
