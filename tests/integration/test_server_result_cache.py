@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 
 import pytest
 import torch
@@ -12,8 +13,10 @@ import torch
 from kvcore.plan import CodecSpec, KVPlan, Selection
 from kvcore.types import EncodedSampleKV
 from kvcore.wire.stream_reader import RefusedSample
+from student_trainer.kv_sources.remote import RemoteSource
 from teacher_server.engines.base import LayerSink, TokenizedSample
 from teacher_server.engines.fake import FakeEngine, FakeModel
+from tests.support.kv_maps import coded_map
 from tests.support.server_in_thread import CONFIG, ServerInThread
 from tests.support.servers import Outcome, TeacherClient, token_samples, wait_until
 
@@ -102,6 +105,23 @@ def test_a_kept_answer_is_the_computed_one(server: ServerInThread) -> None:
             assert first == kept == contents(other.fetch(PLAN, samples))
     finally:
         without.stop()
+
+
+def test_a_kept_answer_in_the_codec_pca_is_the_computed_one(server: ServerInThread, engine: WaitingEngine) -> None:
+    server.wait_ready()
+    kv_map = coded_map(PLAN.layers, engine.info.kv_heads, engine.info.head_dim)
+    plan = PLAN.with_map(kv_map.named, CodecSpec(name="pca"))
+    with closing(RemoteSource("a", server.endpoint, lambda _info: plan, kv_map=kv_map)) as source:
+        source.connect()
+        engine.computed.clear()
+        first, kept = (source.fetch(token_samples(3, 40)) for _ in range(2))
+    assert engine.computed == ["n0", "n1", "n2"]
+    for one, other in zip(first, kept, strict=True):
+        assert isinstance(one, EncodedSampleKV)
+        assert isinstance(other, EncodedSampleKV)
+        assert one.parts.keys() == other.parts.keys()
+        assert all(torch.equal(part, other.parts[name]) for name, part in one.parts.items())
+        assert (one.key, one.relative_error) == (other.key, other.relative_error)
 
 
 def test_the_self_test_of_a_broken_engine_is_not_answered_from_the_cache(
