@@ -79,6 +79,7 @@ class Benchmark:
 
 _TEACHER, _STUDENT = REAL / "models" / "teacher", REAL / "models" / "student"
 _TRAIN, _VAL = (REAL / "full" / "data" / f"{split}.jsonl" for split in ("train", "val"))
+_CODEC = ("--model", str(_TEACHER), "--data", str(_VAL), "--calibration-data", str(_TRAIN))
 
 BENCHMARKS = (
     Benchmark(
@@ -102,9 +103,9 @@ BENCHMARKS = (
         "codec",
         "Codecs",
         tables.codec,
-        ("--model", str(_TEACHER), "--data", str(_VAL)),
-        ("--model", str(_TEACHER), "--data", str(_VAL), "--texts", "2", "--rounds", "1"),
-        needs=(_TEACHER, _VAL),
+        _CODEC,
+        (*_CODEC, "--texts", "2", "--calibration", "8", "--rounds", "1"),
+        needs=(_TEACHER, _TRAIN, _VAL),
     ),
     Benchmark("train_step", "A training step (smaller models)", tables.train_step, ("--quick",), ("--quick",)),
     Benchmark(
