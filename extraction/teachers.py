@@ -17,7 +17,7 @@ from extraction.dataset import Items
 from extraction.survey import Survey, stored_bytes
 from kvcore.errors import FieldError, TeacherRefusedError
 from kvcore.models.backbone import read_config
-from kvcore.plan import KVPlan
+from kvcore.plan import CodecConfig, KVPlan
 from kvcore.store.kv_store import KVStoreReader, KVStoreWriter
 from kvcore.store.manifest import MANIFEST_NAME
 from kvcore.tensors.plan_size import kept_slots
@@ -109,7 +109,7 @@ class Teacher:
         self._batch_tokens = config.batch_tokens
         kv = KVConfig(
             selection=config.selection,
-            codec=config.codec_spec,
+            codec=CodecConfig(name=config.codec_spec.name),
             prefetch=PREFETCH,
             request_timeout_s=config.request_timeout_s,
             patience_s=config.patience_s,
