@@ -75,6 +75,7 @@ def test_booleans_are_true_or_false(given: list[str], value: bool) -> None:
         (["--shard", "4/3"], "I from 1 to N"),
         (["--shard", "one"], "--shard: "),
         (["--kv_compression", "full", "--kv_budget", "3"], "takes no budget; got 3"),
+        (["--codec", "pca"], "'pca' needs a KV map"),
         (["--scope", "head"], "selects the same tokens everywhere"),
         (["--output_name", "../x"], "--output_name: "),
         (["--load_in_8bit", "true", "--teacher_endpoints", "t1=h:1"], "load_in_8bit: running servers have loaded"),
