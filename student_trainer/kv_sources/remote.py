@@ -8,8 +8,7 @@ import operator
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import CancelledError
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import grpc
@@ -20,11 +19,9 @@ from opentelemetry.trace import SpanKind
 from kvcore.errors import (
     EndpointRefusedError,
     FieldError,
-    KVDistillError,
     ProtocolError,
     TeacherBusyError,
     TeacherRefusedError,
-    TeacherUnavailableError,
 )
 from kvcore.monitoring import tracing
 from kvcore.plan import KVPlan
@@ -36,53 +33,24 @@ from kvcore.wire.channel_arguments import client_arguments
 from kvcore.wire.stream_reader import StreamReader
 from protos import kv_cache_pb2 as pb
 from student_trainer.kv_sources.base import KVResult, KVSource
-from student_trainer.kv_sources.channel import Transport, transport_from_environment, without_address
+from student_trainer.kv_sources.call_errors import BusyError, CallErrors, UnknownMapError
+from student_trainer.kv_sources.channel import Transport, transport_from_environment
 from student_trainer.kv_sources.parity import parity_plan, parity_sample
-from student_trainer.kv_sources.proxies import proxy_note
 from student_trainer.kv_sources.replica import busy_delay
+from student_trainer.kv_sources.request_sizes import chunks_of
 
 logger = logging.getLogger(__name__)
 
 PlanFactory = Callable[[TeacherInfo], KVPlan]
 
 DESCRIBE_TIMEOUT_S = 5.0
-DEFAULT_PUSHBACK_S = 0.5
 # Room for a frame's header: at most 1024 records of a few hundred bytes.
 HEADER_ALLOWANCE_BYTES = 1 << 20
 DEFAULT_RECEIVE_BYTES = 4 << 20
-# Below gRPC servers' default limit of 4 MiB; a single sample may still be larger.
-REQUEST_BYTES = 3 << 20
 # Size of the pieces in which a map is sent.
 MAP_PIECE_BYTES = 1 << 20
-# Samples that an error names.
-MAX_IDS_NAMED = 5
-
-_REFUSALS = {
-    grpc.StatusCode.INVALID_ARGUMENT,
-    grpc.StatusCode.FAILED_PRECONDITION,
-    grpc.StatusCode.OUT_OF_RANGE,
-}
-# Statuses about the endpoint, not about the request: another replica may serve it.
-_ENDPOINT_REFUSALS = {
-    grpc.StatusCode.UNIMPLEMENTED,
-    grpc.StatusCode.PERMISSION_DENIED,
-    grpc.StatusCode.UNAUTHENTICATED,
-}
-
 # Statuses of single samples that are not caused by the sample itself.
 _TRANSIENT_FAILURES = {"INTERNAL", "UNAVAILABLE", "RESOURCE_EXHAUSTED", "ABORTED", "DEADLINE_EXCEEDED", "UNKNOWN"}
-
-
-class _BusyError(Exception):
-    """The teacher's queue is full. `wait_s`: the delay before a retry that it asks for."""
-
-    def __init__(self, wait_s: float, details: str) -> None:
-        super().__init__(details)
-        self.wait_s = wait_s
-
-
-class _UnknownMapError(Exception):
-    """The server does not hold the map that the plan names."""
 
 
 class RemoteSource(KVSource):
@@ -127,6 +95,7 @@ class RemoteSource(KVSource):
         self._plan: KVPlan | None = None
         self._plan_message: pb.Plan | None = None
         self._closed = threading.Event()
+        self._errors = CallErrors(teacher, endpoint, self._closed, knows_map=kv_map is not None)
         self._open_channel(DEFAULT_RECEIVE_BYTES)
 
     @property
@@ -159,9 +128,9 @@ class RemoteSource(KVSource):
                 pb.DescribeRequest(), timeout=timeout_s, wait_for_ready=wait_s > 0, metadata=tracing.headers()
             )
         except grpc.RpcError as error:
-            raise self._mapped(error) from error
+            raise self._errors.of_status(error) from error
         except ValueError as error:
-            raise self._closed_error() from error
+            raise self._errors.closed() from error
         try:
             info = messages.info_from_proto(response)
         except FieldError as error:
@@ -169,7 +138,7 @@ class RemoteSource(KVSource):
                 self._teacher, f"{self.endpoint} sent an invalid description of itself: {error}"
             ) from error
         except ProtocolError as error:
-            raise self._damage(error) from error
+            raise self._errors.damage(error) from error
         self._info, self._plan = info, self._plan_for(info)
         self._check_map()
         self._plan_message = messages.plan_to_proto(self._plan)
@@ -198,7 +167,7 @@ class RemoteSource(KVSource):
             As `fetch`.
         """
         missing = {sample.id: sample for sample in samples if sample.id not in received}
-        for chunk in _chunks(list(missing.values()), self.info.max_samples_per_request):
+        for chunk in chunks_of(list(missing.values()), self.info.max_samples_per_request):
             self._fetch_chunk(chunk, received)
 
     def parity_kv(self) -> KVResult:
@@ -215,10 +184,10 @@ class RemoteSource(KVSource):
         received: dict[str, KVResult] = {}
         try:
             self._exchange(request, StreamReader(request_id, plan, [sample], self.info), [sample], received, set())
-        except _BusyError as busy:
+        except BusyError as busy:
             raise TeacherBusyError(self._teacher, f"its queue is full ({busy})", busy.wait_s) from busy
         if sample.id not in received:
-            raise self._unavailable("could not compute the K/V by which replicas are compared")
+            raise self._errors.unavailable("could not compute the K/V by which replicas are compared")
         return received[sample.id]
 
     def close(self) -> None:
@@ -239,15 +208,15 @@ class RemoteSource(KVSource):
             try:
                 with tracing.span(f"kvcache.v1.TeacherKV/{self._METHOD}", SpanKind.CLIENT, self._attributes(requested)):
                     self._stream(requested, received, failed_once)
-            except _BusyError as busy:
+            except BusyError as busy:
                 self._wait_for_room(busy, give_up_at)
-            except _UnknownMapError as error:
+            except UnknownMapError as error:
                 if sent_map:
-                    raise self._unavailable(f"does not keep the map that it was sent: {error}") from error
+                    raise self._errors.unavailable(f"does not keep the map that it was sent: {error}") from error
                 sent_map = self._send_map(give_up_at)
             except ProtocolError as error:
                 if damaged:
-                    raise self._damage(error, requested) from error
+                    raise self._errors.damage(error, requested) from error
                 damaged = True
                 logger.warning("teacher '%s' at %s: %s; retrying once", self._teacher, self.endpoint, error)
             if any(sample.id not in received for sample in requested):
@@ -270,7 +239,7 @@ class RemoteSource(KVSource):
         try:
             call = self._call(request, timeout=self._timeout_s, metadata=tracing.headers())
         except ValueError as error:
-            raise self._closed_error() from error
+            raise self._errors.closed() from error
         try:
             for number, data in enumerate(call):
                 if number == 0:
@@ -288,7 +257,7 @@ class RemoteSource(KVSource):
                         received[sample_id] = MissingKV(sample_id, f"{outcome.code}: {printable(outcome.message)}")
             reader.finish()
         except grpc.RpcError as error:
-            raise self._mapped(error) from error
+            raise self._errors.of_status(error) from error
         finally:
             call.cancel()
 
@@ -323,12 +292,12 @@ class RemoteSource(KVSource):
             try:
                 self._load_map(itertools.chain([first], pieces), timeout=self._timeout_s, metadata=tracing.headers())
             except grpc.RpcError as error:
-                mapped = self._mapped(error)
-                if not isinstance(mapped, _BusyError):
+                mapped = self._errors.of_status(error)
+                if not isinstance(mapped, BusyError):
                     raise mapped from error
                 self._wait_for_room(mapped, give_up_at)
             except ValueError as error:
-                raise self._closed_error() from error
+                raise self._errors.closed() from error
             else:
                 return True
 
@@ -350,15 +319,15 @@ class RemoteSource(KVSource):
         if teacher is None:
             raise ProtocolError("the response does not name its teacher")
         if teacher != messages.teacher_metadata(self.info):
-            raise self._unavailable("another teacher answers at this endpoint than before")
+            raise self._errors.unavailable("another teacher answers at this endpoint than before")
 
-    def _wait_for_room(self, busy: _BusyError, give_up_at: float) -> None:
+    def _wait_for_room(self, busy: BusyError, give_up_at: float) -> None:
         if not self.waits_when_busy:
             raise TeacherBusyError(self._teacher, f"its queue is full ({busy})", busy.wait_s) from busy
         wait_s = busy_delay(busy.wait_s, self._busy_in_a_row)
         self._busy_in_a_row += 1
         if time.monotonic() + wait_s > give_up_at:
-            raise self._unavailable(f"still full after {self._patience_s:g} s ({busy})") from busy
+            raise self._errors.unavailable(f"still full after {self._patience_s:g} s ({busy})") from busy
         self._closed.wait(wait_s)
 
     def _open_channel(self, receive_bytes: int) -> None:
@@ -379,62 +348,6 @@ class RemoteSource(KVSource):
         self._call = self._channel.unary_stream(
             f"/kvcache.v1.TeacherKV/{self._METHOD}", request_serializer=operator.methodcaller("SerializeToString")
         )
-
-    def _mapped(self, error: Any) -> KVDistillError | _BusyError | _UnknownMapError | CancelledError:
-        """Maps a gRPC status to an error. `error` is a grpc.RpcError that is also a grpc.Call."""
-        code, details = error.code(), without_address(printable(error.details() or "no details"))
-        if self._closed.is_set():
-            return self._closed_error()
-        if code in _ENDPOINT_REFUSALS:
-            return EndpointRefusedError(self._teacher, f"{self.endpoint} refused: {details}")
-        if code in _REFUSALS:
-            return TeacherRefusedError(self._teacher, f"{self.endpoint} refused: {details}")
-        if code is grpc.StatusCode.NOT_FOUND and self._map is not None:
-            return _UnknownMapError(details)
-        if code is grpc.StatusCode.RESOURCE_EXHAUSTED:
-            return self._exhausted(details, dict(error.trailing_metadata() or ()))
-        note = proxy_note(self.endpoint) if code is grpc.StatusCode.UNAVAILABLE else ""
-        return self._unavailable(f"{code.name}: {details}{note}")
-
-    def _exhausted(self, details: str, trailers: dict[str, Any]) -> KVDistillError | _BusyError:
-        pushback = trailers.get("grpc-retry-pushback-ms")
-        if pushback is None and "larger than max" in details:
-            return TeacherRefusedError(self._teacher, f"{self.endpoint}: a message was too large: {details}")
-        try:
-            wait_s = DEFAULT_PUSHBACK_S if pushback is None else int(pushback) / 1000
-        except ValueError:
-            wait_s = -1.0
-        # In gRPC's retry design a negative or malformed pushback means: do not retry.
-        return _BusyError(wait_s, details) if wait_s >= 0 else self._unavailable(f"full: {details}")
-
-    def _damage(self, error: ProtocolError, requested: Sequence[Sample] = ()) -> ProtocolError:
-        """Adds the endpoint and the requested samples to the error."""
-        ids = ", ".join(f"'{sample.id}'" for sample in requested[:MAX_IDS_NAMED])
-        more = f" and {len(requested) - MAX_IDS_NAMED} more" if len(requested) > MAX_IDS_NAMED else ""
-        request = f" (request for the samples {ids}{more})" if requested else ""
-        return ProtocolError(f"teacher '{self._teacher}' at {self.endpoint}: {error}{request}")
-
-    def _unavailable(self, problem: str) -> TeacherUnavailableError:
-        return TeacherUnavailableError(self._teacher, problem)
-
-    def _closed_error(self) -> CancelledError:
-        return CancelledError(f"teacher '{self._teacher}': the source was closed")
-
-
-def _chunks(samples: Sequence[Sample], max_samples: int) -> Iterator[list[Sample]]:
-    """Splits samples into requests of at most `max_samples` and about `REQUEST_BYTES`."""
-    chunk: list[Sample] = []
-    size = 0
-    for sample in samples:
-        # A character takes at most 4 bytes in UTF-8, a token id below 2^35 at most 5 as a varint.
-        bytes_at_most = 4 * len(sample.text or "") + 5 * len(sample.token_ids or ())
-        if chunk and (len(chunk) == max_samples or size + bytes_at_most > REQUEST_BYTES):
-            yield chunk
-            chunk, size = [], 0
-        chunk.append(sample)
-        size += bytes_at_most
-    if chunk:
-        yield chunk
 
 
 def _with_network_time(kv: EncodedSampleKV, elapsed_s: float) -> EncodedSampleKV:

@@ -69,7 +69,7 @@ def test_a_fetch_is_split_by_the_servers_limit_of_samples_per_request(teacher, s
 
 
 def test_a_fetch_is_split_into_requests_below_the_grpc_size_limit(teacher, source, monkeypatch):
-    monkeypatch.setattr("student_trainer.kv_sources.remote.REQUEST_BYTES", 70)
+    monkeypatch.setattr("student_trainer.kv_sources.request_sizes.REQUEST_BYTES", 70)
     assert all_right(source.fetch(SAMPLES))
     assert [len(ids) for ids in teacher.requests] == [2, 1, 1, 2]
 
