@@ -123,6 +123,9 @@ class KVConfig(StrictModel):
     """Deadline of a request in seconds."""
     patience_s: NonNegativeFloat = 30.0
     """Seconds a teacher may be unreachable before it counts as lost."""
+    hedge: bool = True
+    """Ask another replica for the same samples if an answer takes longer than 95 % of the last ones, and use what
+    arrives first. This costs the teachers a few percent more work, and avoids waiting for a slow replica."""
     on_missing: Literal["fail", "mask"] = "fail"
     """What to do with a sample if a teacher cannot return its K/V. `fail`: end the run; `mask`: keep its cross-entropy,
     leave it out of the KV loss, count it and log it."""

@@ -81,7 +81,8 @@ def _failover(
         RemoteSource(teacher.name, endpoint, plan_for, kv.request_timeout_s, kv.patience_s, kv_map=kv_map)
         for endpoint in teacher.endpoints
     ]
-    failover = FailoverSource(teacher.name, remotes, kv.patience_s, start, waits_once=kv.on_lost == "mask")
+    waits_once = kv.on_lost == "mask"
+    failover = FailoverSource(teacher.name, remotes, kv.patience_s, start, waits_once=waits_once, hedge=kv.hedge)
     undo.callback(failover.close)
     info = failover.connect()
     logger.info("teacher '%s': %s at %s", teacher.name, info.model, ", ".join(teacher.endpoints))

@@ -26,7 +26,8 @@ class SourceHealth:
 
     `current`: the endpoint in use. `answered_s_ago`: seconds since the teacher last completed a request, None if it
     never did. `switches`: changes of endpoint. `retries`: repeated requests. `set_aside`: how often an endpoint refused
-    its callers or served another teacher, while another one served.
+    its callers or served another teacher, while another one served. `hedges`: how often a second replica was asked
+    because the first one took unusually long.
     """
 
     current: str
@@ -35,6 +36,7 @@ class SourceHealth:
     switches: int
     retries: int
     set_aside: int = 0
+    hedges: int = 0
 
 
 @dataclass(frozen=True, slots=True)

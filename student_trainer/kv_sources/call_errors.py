@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import CancelledError
 from typing import Any
 
@@ -56,18 +55,18 @@ class CallErrors:
     Args:
         teacher: the teacher's name in the configuration.
         endpoint: host:port.
-        closed: set when the source was closed; calls then fail for that reason.
+        ended: whether the source was closed or its fetch cancelled; calls then fail for that reason.
         knows_map: whether the client can send the map that its plan names.
     """
 
-    def __init__(self, teacher: str, endpoint: str, closed: threading.Event, *, knows_map: bool) -> None:
+    def __init__(self, teacher: str, endpoint: str, ended: Callable[[], bool], *, knows_map: bool) -> None:
         self._teacher, self._endpoint = teacher, endpoint
-        self._closed, self._knows_map = closed, knows_map
+        self._ended, self._knows_map = ended, knows_map
 
     def of_status(self, error: Any) -> KVDistillError | BusyError | UnknownMapError | CancelledError:
         """Maps a gRPC status to an error. `error` is a grpc.RpcError that is also a grpc.Call."""
         code, details = error.code(), without_address(printable(error.details() or "no details"))
-        if self._closed.is_set():
+        if self._ended():
             return self.closed()
         if code in _ENDPOINT_REFUSALS:
             return EndpointRefusedError(self._teacher, f"{self._endpoint} refused: {details}")
@@ -92,7 +91,7 @@ class CallErrors:
         return TeacherUnavailableError(self._teacher, problem)
 
     def closed(self) -> CancelledError:
-        """The source was closed."""
+        """The source was closed, or its fetch was cancelled."""
         return CancelledError(f"teacher '{self._teacher}': the source was closed")
 
     def _exhausted(self, details: str, trailers: dict[str, Any]) -> KVDistillError | BusyError:

@@ -22,8 +22,10 @@ from kvcore.plan import KVPlan
 from kvcore.types import Sample, TeacherInfo
 from student_trainer.kv_sources.base import EndpointHealth, KVResult, KVSource, SourceHealth
 from student_trainer.kv_sources.ended_requests import EndedRequests
+from student_trainer.kv_sources.hedge import Hedge, RecentTimes
 from student_trainer.kv_sources.parity import ParityCheck
-from student_trainer.kv_sources.replica import PACES_NEEDED, Endpoint, EndpointError, Replica
+from student_trainer.kv_sources.replica import MOST_OVERTAKEN, PACES_NEEDED, Endpoint, EndpointError, Replica
+from student_trainer.kv_sources.retry_budget import RetryBudget
 
 logger = logging.getLogger(__name__)
 
@@ -33,8 +35,10 @@ class FailoverSource(KVSource):
 
     Every sample comes from a single replica. Replicas must serve the same teacher, which is checked at every
     connection. An endpoint that fails, refuses its callers or serves another teacher is set aside while another one
-    answers. It is not retried for 0.5 s, doubling up to 8 s. If its queue is full, the others are tried before it is
-    waited for. Each replica is measured once, and one that is several times slower than another is left.
+    answers. It is not retried for a random part of 0.5 s, doubling up to 8 s. If its queue is full, the others are
+    tried before it is waited for. Each replica is measured, again every 5 minutes, and one that is several times slower
+    than another is left. If an answer takes longer than 95 % of the ones before, another replica is asked for the same
+    samples, and the first answer counts. `RetryBudget` limits repeated requests.
 
     Args:
         teacher: the teacher's name in the configuration.
@@ -42,6 +46,7 @@ class FailoverSource(KVSource):
         patience_s: seconds without an answer, from the first failure on, after which the teacher counts as lost.
         start: index of the first replica, modulo their number; ranks start at different ones to share the load.
         waits_once: once the teacher is lost, later fetches fail at once until a replica answers again.
+        hedge: whether another replica is asked for samples whose answer takes unusually long.
     """
 
     def __init__(
@@ -52,16 +57,20 @@ class FailoverSource(KVSource):
         start: int = 0,
         *,
         waits_once: bool = False,
+        hedge: bool = True,
     ) -> None:
         assert replicas, "a teacher without endpoints"
-        self.switches = self.set_aside = 0
+        self.switches = self.set_aside = self.hedges = 0
         self._teacher = teacher
         self._endpoints = [Endpoint(replica) for replica in replicas]
+        self._budget = RetryBudget(len(replicas))
         for replica in replicas:
             replica.waits_when_busy = False
+            replica.budget = self._budget
         self._current = self._endpoints[start % len(self._endpoints)]
         self._patience_s = patience_s
         self._waits_once = waits_once
+        self._times = RecentTimes() if hedge and len(replicas) > 1 else None
         self._parity = ParityCheck(teacher) if len(replicas) > 1 else None
         self._lost_since: float | None = None
         self._reference: tuple[str, TeacherInfo, KVPlan] | None = None
@@ -114,6 +123,7 @@ class FailoverSource(KVSource):
             switches=self.switches,
             retries=self.retries,
             set_aside=self.set_aside,
+            hedges=self.hedges,
         )
 
     def fetch(self, samples: Sequence[Sample]) -> list[KVResult]:
@@ -135,15 +145,17 @@ class FailoverSource(KVSource):
         ids = {sample.id for sample in samples}
         lost_since: float | None = None
         ended = EndedRequests(self._teacher)
+        self._budget.note_request()
         while True:
             endpoint = self._next_endpoint(lost_since)
             if lost_since is not None:
+                self._budget.spend()
                 self._repeated += 1
             before = len(received)
             requested = ended.next_request(samples, received)
             try:
                 self._verify(endpoint)
-                self._fetch_from(endpoint, requested, received, ended)
+                self._fetch_from(endpoint, requested, received, ended, may_hedge=lost_since is None)
             except (TeacherUnavailableError, ProtocolError, EndpointRefusedError, TeacherMismatchError) as error:
                 self._failed(endpoint, error, missing=len(ids) - len(received))
                 ended.give_up(samples, received)
@@ -158,18 +170,72 @@ class FailoverSource(KVSource):
                 return [received[sample.id] for sample in samples]
 
     def _fetch_from(
-        self, endpoint: Endpoint, requested: Sequence[Sample], received: dict[str, KVResult], ended: EndedRequests
+        self,
+        endpoint: Endpoint,
+        requested: Sequence[Sample],
+        received: dict[str, KVResult],
+        ended: EndedRequests,
+        *,
+        may_hedge: bool,
     ) -> None:
         began = time.monotonic()
+        hedge = self._begin_hedge(endpoint, requested, received) if may_hedge and requested else None
+        overtaken = False
         try:
             endpoint.replica.fetch_into(requested, received)
+        except CancelledError:
+            overtaken = hedge is not None and hedge.won
+            if not overtaken:
+                raise
         except TeacherBusyError:
             raise
         except TeacherUnavailableError as error:
             ended.note(requested, received, endpoint.name, error)
             raise
+        finally:
+            if hedge is not None:
+                hedge.end()
+                self._take(hedge, received, ended)
         if requested:
-            endpoint.paces.append((time.monotonic() - began) / len(requested))
+            self._measure(endpoint, time.monotonic() - began, len(requested), hedge if overtaken else None)
+
+    def _begin_hedge(
+        self, endpoint: Endpoint, requested: Sequence[Sample], received: dict[str, KVResult]
+    ) -> Hedge | None:
+        delay_s = None if self._times is None else self._times.hedge_delay(len(requested))
+        others = [one for one in self._endpoints if one.ready and one is not endpoint]
+        if delay_s is None or not others:
+            return None
+        other = min(others, key=lambda one: one.pace)
+        return Hedge(endpoint, other, requested, received, delay_s, self._budget, self._verify)
+
+    def _take(self, hedge: Hedge, received: dict[str, KVResult], ended: EndedRequests) -> None:
+        """Keeps what the second request of a hedge has brought."""
+        for sample_id, result in hedge.results.items():
+            received.setdefault(sample_id, result)
+        self.hedges += bool(hedge.asked)
+        if isinstance(hedge.error, EndpointError):
+            self._failed(hedge.other, hedge.error, missing=0)
+            if isinstance(hedge.error, TeacherUnavailableError) and not isinstance(hedge.error, TeacherBusyError):
+                ended.note(hedge.asked, received, hedge.other.name, hedge.error)
+
+    def _measure(self, endpoint: Endpoint, seconds: float, samples: int, overtaken_by: Hedge | None) -> None:
+        """Notes how long a request took, and leaves a replica that another one has overtaken several times in a row."""
+        endpoint.measure(seconds, samples)
+        if overtaken_by is None:
+            endpoint.overtaken = 0
+            if self._times is not None:
+                self._times.add(seconds, samples)
+            return
+        assert self._times is not None, "there is no hedge without times"
+        other = overtaken_by.other
+        other.measure(overtaken_by.seconds, len(overtaken_by.asked))
+        self._times.add(overtaken_by.seconds, len(overtaken_by.asked))
+        endpoint.overtaken += 1
+        logger.debug("teacher '%s': %s answered before %s", self._teacher, other.name, endpoint.name)
+        if endpoint is self._current and endpoint.overtaken >= MOST_OVERTAKEN:
+            endpoint.overtaken = 0
+            self._switch_to(other, f" (it answered first {MOST_OVERTAKEN} times in a row)", logging.WARNING)
 
     def close(self) -> None:
         """Closes every connection, which ends a fetch in progress."""
@@ -188,7 +254,8 @@ class FailoverSource(KVSource):
             give_up_at = math.inf if lost_since is None else lost_since + self._patience_s
             if self._lost_since is not None and self._waits_once:
                 give_up_at = now
-            ready = [endpoint for endpoint in self._in_turn() if endpoint.retry_at <= now]
+            budget_at = now if lost_since is None else now + self._budget.wait_s()
+            ready = [endpoint for endpoint in self._in_turn() if endpoint.retry_at <= now] if budget_at <= now else []
             untried = any(lost_since is not None and endpoint.failed_at < lost_since for endpoint in ready)
             if now >= give_up_at and not (untried or (ready and lost_since is None)):
                 self._lost_since = self._lost_since or lost_since or now
@@ -197,18 +264,18 @@ class FailoverSource(KVSource):
                 return other
             if ready:
                 return min(ready, key=lambda endpoint: endpoint.failed_at)
-            wake_at = min(give_up_at, *(endpoint.retry_at for endpoint in self._endpoints))
+            wake_at = min(give_up_at, max(budget_at, min(endpoint.retry_at for endpoint in self._endpoints)))
             self._closed.wait(wake_at - now)
 
     def _faster_or_unmeasured(self) -> Endpoint | None:
-        """Another replica to ask, if the current one is several times slower, or its speed is not known yet."""
+        """Another replica to ask, if the current one is several times slower, or its speed is not known any more."""
         current = self._current
         # In turn from its own replica: otherwise all ranks would measure the first replica at the same time.
         others = [one for one in self._in_turn() if one.ready and one is not current]
         if not others or not current.ready or len(current.paces) < PACES_NEEDED:
             return None
-        other = next((one for one in others if not one.paces), min(others, key=lambda one: one.pace))
-        return other if not other.paces or current.is_slower_than(other) else None
+        other = next((one for one in others if one.to_be_measured), min(others, key=lambda one: one.pace))
+        return other if other.to_be_measured or current.is_slower_than(other) else None
 
     def _in_turn(self) -> list[Endpoint]:
         """All endpoints, from the current one on."""
@@ -260,13 +327,15 @@ class FailoverSource(KVSource):
         before, slower = self._current, self._current.is_slower_than(endpoint)
         if endpoint is before or (before.ready and not slower):
             return
-        self.switches += 1
-        self._current = endpoint
         if slower:
             why = f" ({before.pace:.3f} against {endpoint.pace:.3f} s per sample)"
         else:
             why = " (its queue is full)" if before.refusals else ""
-        level = logging.INFO if before.refusals else logging.WARNING
+        self._switch_to(endpoint, why, logging.INFO if before.refusals else logging.WARNING)
+
+    def _switch_to(self, endpoint: Endpoint, why: str, level: int) -> None:
+        before, self._current = self._current, endpoint
+        self.switches += 1
         logger.log(level, "teacher '%s': switched from %s to %s%s", self._teacher, before.name, endpoint.name, why)
 
     def _refused(self) -> EndpointError:

@@ -38,6 +38,7 @@ from student_trainer.kv_sources.channel import Transport, transport_from_environ
 from student_trainer.kv_sources.parity import parity_plan, parity_sample
 from student_trainer.kv_sources.replica import busy_delay
 from student_trainer.kv_sources.request_sizes import chunks_of
+from student_trainer.kv_sources.retry_budget import RetryBudget
 
 logger = logging.getLogger(__name__)
 
@@ -47,6 +48,8 @@ DESCRIBE_TIMEOUT_S = 5.0
 # Room for a frame's header: at most 1024 records of a few hundred bytes.
 HEADER_ALLOWANCE_BYTES = 1 << 20
 DEFAULT_RECEIVE_BYTES = 4 << 20
+# How soon a wait notices that the fetch was cancelled.
+CANCEL_CHECK_SECONDS = 0.1
 # Size of the pieces in which a map is sent.
 MAP_PIECE_BYTES = 1 << 20
 # Statuses of single samples that are not caused by the sample itself.
@@ -56,8 +59,9 @@ _TRANSIENT_FAILURES = {"INTERNAL", "UNAVAILABLE", "RESOURCE_EXHAUSTED", "ABORTED
 class RemoteSource(KVSource):
     """Pulls K/V from one server. Call `connect` first: it learns the geometry that the plan is made from.
 
-    One thread fetches; `close` may be called from any other. `waits_when_busy`: whether it waits and retries when the
-    teacher's queue is full; otherwise `fetch_into` raises TeacherBusyError.
+    One thread fetches; `close` and `cancel` may be called from any other. `waits_when_busy`: whether it waits and
+    retries when the teacher's queue is full; otherwise `fetch_into` raises TeacherBusyError. `budget`: limits how often
+    requests are repeated.
 
     Args:
         teacher: the teacher's name in the configuration.
@@ -84,6 +88,7 @@ class RemoteSource(KVSource):
         self.endpoint = endpoint
         self.retries = 0
         self.waits_when_busy = True
+        self.budget = RetryBudget()
         self._busy_in_a_row = 0
         self._teacher = teacher
         self._plan_for = plan_for
@@ -94,8 +99,9 @@ class RemoteSource(KVSource):
         self._info: TeacherInfo | None = None
         self._plan: KVPlan | None = None
         self._plan_message: pb.Plan | None = None
-        self._closed = threading.Event()
-        self._errors = CallErrors(teacher, endpoint, self._closed, knows_map=kv_map is not None)
+        self._closed, self._cancelled = threading.Event(), threading.Event()
+        self._running: grpc.RpcContext | None = None
+        self._errors = CallErrors(teacher, endpoint, self._ended, knows_map=kv_map is not None)
         self._open_channel(DEFAULT_RECEIVE_BYTES)
 
     @property
@@ -157,6 +163,7 @@ class RemoteSource(KVSource):
             ProtocolError: damaged bytes, again after a retry.
         """
         received: dict[str, KVResult] = {}
+        self.budget.note_request()
         self.fetch_into(samples, received)
         return [received[sample.id] for sample in samples]
 
@@ -165,6 +172,7 @@ class RemoteSource(KVSource):
 
         Raises:
             As `fetch`.
+            concurrent.futures.CancelledError: `cancel` or `close` was called.
         """
         missing = {sample.id: sample for sample in samples if sample.id not in received}
         for chunk in chunks_of(list(missing.values()), self.info.max_samples_per_request):
@@ -189,6 +197,17 @@ class RemoteSource(KVSource):
         if sample.id not in received:
             raise self._errors.unavailable("could not compute the K/V by which replicas are compared")
         return received[sample.id]
+
+    def cancel(self) -> None:
+        """Ends the request in progress, and every later one at once until `resume`."""
+        self._cancelled.set()
+        running = self._running
+        if running is not None:
+            running.cancel()
+
+    def resume(self) -> None:
+        """Requests can be made again after `cancel`."""
+        self._cancelled.clear()
 
     def close(self) -> None:
         """Closes the connection and cancels a request in progress."""
@@ -220,7 +239,23 @@ class RemoteSource(KVSource):
                 damaged = True
                 logger.warning("teacher '%s' at %s: %s; retrying once", self._teacher, self.endpoint, error)
             if any(sample.id not in received for sample in requested):
-                self.retries += 1
+                self._repeat()
+
+    def _repeat(self) -> None:
+        """Counts a repeated request, as soon as one is allowed."""
+        while not self._ended() and (wait_s := self.budget.wait_s()):
+            self._closed.wait(min(wait_s, CANCEL_CHECK_SECONDS))
+        self.budget.spend()
+        self.retries += 1
+
+    def _ended(self) -> bool:
+        return self._closed.is_set() or self._cancelled.is_set()
+
+    def _begun(self, call: grpc.RpcContext) -> None:
+        """Makes a call one that `cancel` ends."""
+        self._running = call
+        if self._cancelled.is_set():
+            call.cancel()
 
     def _stream(self, samples: Sequence[Sample], received: dict[str, KVResult], failed_once: set[str]) -> None:
         """Sends one request. Adds each complete sample to `received`; a first transient failure to `failed_once`."""
@@ -240,6 +275,7 @@ class RemoteSource(KVSource):
             call = self._call(request, timeout=self._timeout_s, metadata=tracing.headers())
         except ValueError as error:
             raise self._errors.closed() from error
+        self._begun(call)
         try:
             for number, data in enumerate(call):
                 if number == 0:
@@ -290,7 +326,13 @@ class RemoteSource(KVSource):
             starts = range(0, len(content), MAP_PIECE_BYTES)
             pieces = (pb.LoadMapRequest(data=content[start : start + MAP_PIECE_BYTES]) for start in starts)
             try:
-                self._load_map(itertools.chain([first], pieces), timeout=self._timeout_s, metadata=tracing.headers())
+                loading = self._load_map.future(
+                    itertools.chain([first], pieces), timeout=self._timeout_s, metadata=tracing.headers()
+                )
+                self._begun(loading)
+                loading.result()
+            except grpc.FutureCancelledError as error:
+                raise self._errors.closed() from error
             except grpc.RpcError as error:
                 mapped = self._errors.of_status(error)
                 if not isinstance(mapped, BusyError):

@@ -21,10 +21,13 @@ from kvcore.errors import (
 from kvcore.plan import KVPlan
 from kvcore.types import Sample, TeacherInfo
 from student_trainer.kv_sources.base import KVResult
+from student_trainer.kv_sources.retry_budget import RetryBudget
 
 FIRST_BACKOFF_SECONDS = 0.5
 FIRST_BUSY_SECONDS = 0.05
 LONGEST_BACKOFF_SECONDS = 8.0
+# Part of the longest time that a failed replica is left alone at least; the rest is random.
+SHORTEST_PART = 0.1
 # Enough to reach the longest; an unlimited power of two would overflow a float.
 MAX_DOUBLINGS = 16
 
@@ -32,6 +35,10 @@ MAX_DOUBLINGS = 16
 SLOWER_TIMES, SLOWER_SECONDS = 4.0, 0.01
 # Requests by whose median a replica is judged.
 PACES_KEPT, PACES_NEEDED = 5, 3
+# Seconds after which a replica that is not used is measured again, as it may have become faster or slower.
+MEASURE_AGAIN_SECONDS = 300.0
+# A replica is left if this many times in a row another one, asked later for the same samples, answered first.
+MOST_OVERTAKEN = 3
 
 # The training's generators are seeded alike on all ranks, which would then come back together.
 _random = random.SystemRandom()
@@ -44,6 +51,7 @@ class Replica(Protocol):
     """One endpoint of a teacher. `RemoteSource` is the implementation over gRPC."""
 
     waits_when_busy: bool
+    budget: RetryBudget
 
     @property
     def endpoint(self) -> str: ...  # noqa: D102
@@ -54,11 +62,13 @@ class Replica(Protocol):
     def connect(self) -> TeacherInfo: ...  # noqa: D102
     def fetch_into(self, samples: Sequence[Sample], received: dict[str, KVResult], /) -> None: ...  # noqa: D102
     def parity_kv(self) -> KVResult: ...  # noqa: D102
+    def cancel(self) -> None: ...  # noqa: D102
+    def resume(self) -> None: ...  # noqa: D102
     def close(self) -> None: ...  # noqa: D102
 
 
 def busy_delay(asked_s: float, refusals: int) -> float:
-    """Seconds until a full server is asked again: what it asked for, and a random time that doubles from 50 ms to 8 s.
+    """Seconds until a full server is asked again: what it asked for, and a random part of 50 ms, doubling up to 8 s.
 
     Args:
         asked_s: the delay that the server asked for.
@@ -74,7 +84,8 @@ class Endpoint:
 
     `verified`: it serves the teacher that the others serve, as of the last connection. `compared_at`: when its K/V were
     compared. `failures`, `refusals`: how often it failed, or was full, since it last answered. `paces`: seconds per
-    sample of its last requests.
+    sample of its last requests, `measured_at`: when the last of them ended. `overtaken`: how often in a row another
+    replica answered before it.
     """
 
     replica: Replica
@@ -86,6 +97,8 @@ class Endpoint:
     retry_at: float = -math.inf
     last_error: EndpointError | None = None
     paces: deque[float] = field(default_factory=lambda: deque(maxlen=PACES_KEPT))
+    measured_at: float = -math.inf
+    overtaken: int = 0
 
     @property
     def name(self) -> str:
@@ -109,7 +122,7 @@ class Endpoint:
         return self.problem if self.problem.startswith(self.name) else f"{self.name}: {self.problem}"
 
     def fail(self, error: EndpointError) -> None:
-        """Keeps it from being asked for about 0.5 s, doubling up to 8 s. While it is full, for less."""
+        """Keeps it from being asked for a random part of 0.5 s, doubling up to 8 s. While it is full, for less."""
         self.last_error = error
         self.failed_at = time.monotonic()
         if isinstance(error, TeacherBusyError):
@@ -118,7 +131,7 @@ class Endpoint:
             return
         self.verified = False
         longest = min(LONGEST_BACKOFF_SECONDS, FIRST_BACKOFF_SECONDS * 2 ** min(self.failures, MAX_DOUBLINGS))
-        self.retry_at = self.failed_at + longest * _random.uniform(0.5, 1.0)
+        self.retry_at = self.failed_at + longest * _random.uniform(SHORTEST_PART, 1.0)
         self.failures += 1
 
     def recover(self) -> None:
@@ -130,6 +143,18 @@ class Endpoint:
     def ready(self) -> bool:
         """Whether it is expected to answer at once: it is connected, and its last request did not fail."""
         return self.verified and self.failed_at == -math.inf
+
+    @property
+    def to_be_measured(self) -> bool:
+        """Whether its speed is not known, or was measured long ago."""
+        return self.measured_at <= time.monotonic() - MEASURE_AGAIN_SECONDS
+
+    def measure(self, seconds: float, samples: int) -> None:
+        """It took this long for a request, or longer than this if another replica was faster."""
+        if self.to_be_measured:
+            self.paces.clear()
+        self.paces.append(seconds / samples)
+        self.measured_at = time.monotonic()
 
     @property
     def pace(self) -> float:

@@ -137,6 +137,7 @@ def _teachers(teachers: dict[str, TeacherView]) -> Iterator[Metric]:
         (_counter, "switches_total", "Switches of rank 0 to another replica.", health(lambda h: h.switches)),
         (_counter, "set_aside_total", "Replicas that refused or were another teacher.", health(lambda h: h.set_aside)),
         (_counter, "retries_total", "Requests that rank 0 repeated.", health(lambda h: h.retries)),
+        (_counter, "hedges_total", "Second requests of rank 0, as the first was slow.", health(lambda h: h.hedges)),
     ):
         yield make(f"teacher_{name}", text, values, "teacher")
     stages = {(name, stage): view.sums.seconds[stage] for name, view in teachers.items() for stage in STAGES}

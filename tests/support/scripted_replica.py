@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 
 from kvcore.errors import TeacherUnavailableError
 from kvcore.types import MissingKV, Sample, TeacherInfo
 from student_trainer.kv_sources.base import KVResult
 from student_trainer.kv_sources.parity import parity_plan, parity_sample
+from student_trainer.kv_sources.retry_budget import RetryBudget
 from tests.support.kv_fakes import INFO, PLAN, kv_of
 
 
@@ -23,6 +25,8 @@ class ScriptedReplica:
         self.plan = PLAN
         self.retries = 0
         self.waits_when_busy = True
+        self.budget = RetryBudget()
+        self.cancelled = threading.Event()
         self.info = info
         self.up = True
         self.answers_left: int | None = None
@@ -59,6 +63,12 @@ class ScriptedReplica:
         kv = kv_of(parity_sample(self.info), self.info, parity_plan(self.info))
         kv.parts["v.data"] = kv.parts["v.data"] + self.kv_noise
         return kv
+
+    def cancel(self) -> None:
+        self.cancelled.set()
+
+    def resume(self) -> None:
+        self.cancelled.clear()
 
     def close(self) -> None:
         self.closed = True

@@ -18,7 +18,7 @@ from kvcore.errors import (
     TeacherUnavailableError,
 )
 from kvcore.types import MissingKV, Sample
-from student_trainer.kv_sources import replica
+from student_trainer.kv_sources import replica, retry_budget
 from student_trainer.kv_sources.base import KVResult
 from student_trainer.kv_sources.failover import FailoverSource
 from tests.support.kv_fakes import INFO, PLAN, samples
@@ -31,6 +31,7 @@ Failure = Exception | None
 def _short_backoff(monkeypatch):
     monkeypatch.setattr(replica, "FIRST_BACKOFF_SECONDS", 0.01)
     monkeypatch.setattr(replica, "LONGEST_BACKOFF_SECONDS", 0.04)
+    monkeypatch.setattr(retry_budget, "WINDOW_SECONDS", 0.1)
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ import torch
 
 from kvcore.errors import TeacherBusyError, TeacherMismatchError, TeacherUnavailableError
 from kvcore.types import EncodedSampleKV, MissingKV, TeacherInfo, Tensor
-from student_trainer.kv_sources import parity, replica
+from student_trainer.kv_sources import parity, replica, retry_budget
 from student_trainer.kv_sources.failover import FailoverSource
 from student_trainer.kv_sources.parity import largest_difference, parity_plan, parity_sample
 from tests.support.kv_fakes import INFO, kv_of, samples
@@ -19,6 +19,7 @@ from tests.support.scripted_replica import ScriptedReplica
 def _short_backoff(monkeypatch):
     monkeypatch.setattr(replica, "FIRST_BACKOFF_SECONDS", 0.01)
     monkeypatch.setattr(replica, "LONGEST_BACKOFF_SECONDS", 0.04)
+    monkeypatch.setattr(retry_budget, "WINDOW_SECONDS", 0.1)
 
 
 @pytest.fixture
