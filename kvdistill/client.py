@@ -69,6 +69,9 @@ class TeacherClient:
         patience_s: how long the teacher may be unreachable, or its queue full, before a call fails.
         tls_ca: PEM file with the servers' certificate, which enables TLS. Defaults to `$KVDISTILL_TLS_CA`.
         token_file: file with the token that the servers expect. Needs TLS. Defaults to `$KVDISTILL_TOKEN_FILE`.
+        tls_cert: PEM file with this client's certificate, for servers that ask for one. Needs TLS. Defaults to
+            `$KVDISTILL_TLS_CERT`. If any of these files is given, the variables are not used.
+        tls_key: PEM file with the private key of `tls_cert`. Defaults to `$KVDISTILL_TLS_KEY`.
 
     Raises:
         FieldError: an endpoint is not host:port.
@@ -82,14 +85,16 @@ class TeacherClient:
         patience_s: float = 30.0,
         tls_ca: str | Path | None = None,
         token_file: str | Path | None = None,
+        tls_cert: str | Path | None = None,
+        tls_key: str | Path | None = None,
     ) -> None:
         listed = [endpoints] if isinstance(endpoints, str) else list(endpoints)
         if not listed:
             raise FieldError("endpoints", "expected at least one server")
         self._endpoints = parse({"name": "teacher", "endpoints": listed}, TeacherConfig).endpoints
         self._timeout_s, self._patience_s = timeout_s, patience_s
-        given = tls_ca is not None or token_file is not None
-        self._transport = Transport(tls_ca, token_file) if given else None
+        files = (tls_ca, token_file, tls_cert, tls_key)
+        self._transport = Transport(*files) if any(file is not None for file in files) else None
         self._source: FailoverSource | None = None
         # The maps of the plans made here, by digest.
         self._maps: dict[str, KVMap] = {}

@@ -86,11 +86,14 @@ class ServeConfig(StrictModel):
     """PEM file with the certificate of the gRPC service. Enables TLS for it, not for the HTTP pages."""
     tls_key: Path | None = None
     """PEM file with the private key of `tls_cert`."""
+    tls_client_ca: Path | None = None
+    """PEM file with certificates of authorities. The gRPC service then accepts only clients with a certificate that one
+    of them signed. Needs TLS."""
     token_file: Path | None = None
     """File with the token that gRPC callers must send. Needs TLS."""
     insecure: bool = False
-    """Allow a `grpc_host` other than loopback without TLS and a token. Anyone who reaches the port can then use the
-    teacher."""
+    """Allow a `grpc_host` other than loopback without a token or client certificates. Anyone who reaches the port can
+    then use the teacher."""
     http_host: Text = "127.0.0.1"
     """Address on which the status page, /healthz, /readyz, /metrics and /info are served."""
     http_port: Port = 0
@@ -176,10 +179,13 @@ class ServeConfig(StrictModel):
             raise ValueError("tls_key: set both tls_cert and tls_key, or neither")
         if self.token_file is not None and self.tls_cert is None:
             raise ValueError("token_file: a token needs TLS; set tls_cert and tls_key")
-        if not self.insecure and not _is_loopback(self.grpc_host) and self.token_file is None:
+        if self.tls_client_ca is not None and self.tls_cert is None:
+            raise ValueError("tls_client_ca: client certificates need TLS; set tls_cert and tls_key")
+        identifies_callers = self.token_file is not None or self.tls_client_ca is not None
+        if not self.insecure and not _is_loopback(self.grpc_host) and not identifies_callers:
             raise ValueError(
                 f"grpc_host: '{self.grpc_host}' lets other machines use the teacher; set tls_cert, tls_key and "
-                "token_file, or insecure on a network where everyone may use it"
+                "token_file or tls_client_ca, or insecure on a network where everyone may use it"
             )
         return self
 

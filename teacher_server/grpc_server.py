@@ -54,7 +54,11 @@ class GrpcServer:
     def __init__(self, state: ServerState, service: TeacherKVService, health: health_aio.HealthServicer) -> None:
         self._state, self._service, self._health = state, service, health
         self._certificate = certificate_files(state.config)
-        self._interceptor = CallInterceptor(SERVICE, state.metrics, state.activity, read_tokens(state.config))
+        self._verify_clients = state.config.tls_client_ca is not None
+        tokens = read_tokens(state.config)
+        self._interceptor = CallInterceptor(
+            SERVICE, state.metrics, state.activity, tokens, certificate_required=self._verify_clients
+        )
         self._crashes: list[float] = []
         self._draining: dict[grpc.aio.Server, asyncio.Task[None]] = {}
         self._server: grpc.aio.Server | None = None
@@ -76,7 +80,8 @@ class GrpcServer:
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         enable_server_reflection((SERVICE, HEALTH_SERVICE, REFLECTION_SERVICE), server)
         self._state.grpc_port = self._listen(server)
-        # The probe has its own address: a certificate need not name the loopback address. Tokens apply here too.
+        # The probe has its own address: a certificate need not name the loopback address. The interceptor refuses
+        # other callers there: it asks for the token, and for the client's certificate if clients need one.
         loopback = f"unix-abstract:kvdistill-{secrets.token_hex(16)}"
         server.add_insecure_port(loopback)
         await server.start()
@@ -159,7 +164,8 @@ class GrpcServer:
         try:
             if self._certificate is None:
                 return server.add_insecure_port(address)
-            return server.add_secure_port(address, server_credentials(self._certificate))
+            credentials = server_credentials(self._certificate, verify_clients=self._verify_clients)
+            return server.add_secure_port(address, credentials)
         except RuntimeError as error:
             field = "grpc_port" if self._certificate is None else "tls_cert"
             raise FieldError(field, f"cannot listen on {address}: {error}") from error

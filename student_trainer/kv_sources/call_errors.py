@@ -17,7 +17,7 @@ from kvcore.errors import (
 )
 from kvcore.printable import printable
 from kvcore.types import Sample
-from student_trainer.kv_sources.channel import without_address
+from student_trainer.kv_sources.channel import Transport, without_address
 from student_trainer.kv_sources.proxies import proxy_note
 
 DEFAULT_PUSHBACK_S = 0.5
@@ -55,16 +55,26 @@ class CallErrors:
     Args:
         teacher: the teacher's name in the configuration.
         endpoint: host:port.
+        transport: TLS and token of the calls.
         ended: whether the source was closed or its fetch cancelled; calls then fail for that reason.
         knows_map: whether the client can send the map that its plan names.
     """
 
-    def __init__(self, teacher: str, endpoint: str, ended: Callable[[], bool], *, knows_map: bool) -> None:
-        self._teacher, self._endpoint = teacher, endpoint
+    def __init__(
+        self, teacher: str, endpoint: str, transport: Transport, ended: Callable[[], bool], *, knows_map: bool
+    ) -> None:
+        self._teacher, self._endpoint, self._transport = teacher, endpoint, transport
         self._ended, self._knows_map = ended, knows_map
 
-    def of_status(self, error: Any) -> KVDistillError | BusyError | UnknownMapError | CancelledError:
-        """Maps a gRPC status to an error. `error` is a grpc.RpcError that is also a grpc.Call."""
+    def of_status(
+        self, error: Any, *, connects: bool = False
+    ) -> KVDistillError | BusyError | UnknownMapError | CancelledError:
+        """Maps a gRPC status to an error.
+
+        Args:
+            error: a grpc.RpcError that is also a grpc.Call.
+            connects: whether this was the first call of a connection.
+        """
         code, details = error.code(), without_address(printable(error.details() or "no details"))
         if self._ended():
             return self.closed()
@@ -77,6 +87,8 @@ class CallErrors:
         if code is grpc.StatusCode.RESOURCE_EXHAUSTED:
             return self._exhausted(details, dict(error.trailing_metadata() or ()))
         note = proxy_note(self._endpoint) if code is grpc.StatusCode.UNAVAILABLE else ""
+        if code is grpc.StatusCode.UNAVAILABLE and connects:
+            note += self._transport.note(details)
         return self.unavailable(f"{code.name}: {details}{note}")
 
     def damage(self, error: ProtocolError, requested: Sequence[Sample] = ()) -> ProtocolError:

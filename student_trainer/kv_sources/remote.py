@@ -34,7 +34,7 @@ from kvcore.wire.stream_reader import StreamReader
 from protos import kv_cache_pb2 as pb
 from student_trainer.kv_sources.base import KVResult, KVSource
 from student_trainer.kv_sources.call_errors import BusyError, CallErrors, UnknownMapError
-from student_trainer.kv_sources.channel import Transport, transport_from_environment
+from student_trainer.kv_sources.channel import Transport, open_channel, transport_from_environment
 from student_trainer.kv_sources.parity import parity_plan, parity_sample
 from student_trainer.kv_sources.replica import busy_delay
 from student_trainer.kv_sources.request_sizes import chunks_of
@@ -95,13 +95,14 @@ class RemoteSource(KVSource):
         self._map = kv_map
         self._timeout_s = timeout_s
         self._patience_s = patience_s
-        self._transport = transport_from_environment() if transport is None else transport
+        transport = transport_from_environment() if transport is None else transport
+        self._credentials = transport.credentials()
         self._info: TeacherInfo | None = None
         self._plan: KVPlan | None = None
         self._plan_message: pb.Plan | None = None
         self._closed, self._cancelled = threading.Event(), threading.Event()
         self._running: grpc.RpcContext | None = None
-        self._errors = CallErrors(teacher, endpoint, self._ended, knows_map=kv_map is not None)
+        self._errors = CallErrors(teacher, endpoint, transport, self._ended, knows_map=kv_map is not None)
         self._open_channel(DEFAULT_RECEIVE_BYTES)
 
     @property
@@ -128,13 +129,16 @@ class RemoteSource(KVSource):
             TeacherRefusedError: the server does not take the plan's map.
             ProtocolError: the description was damaged in transit.
         """
+        if self._current_credentials() is not self._used_credentials and not self._closed.is_set():
+            self._channel.close()
+            self._open_channel(self._receive_bytes)
         try:
             timeout_s = max(wait_s, DESCRIBE_TIMEOUT_S)
             response = self._describe(
                 pb.DescribeRequest(), timeout=timeout_s, wait_for_ready=wait_s > 0, metadata=tracing.headers()
             )
         except grpc.RpcError as error:
-            raise self._errors.of_status(error) from error
+            raise self._errors.of_status(error, connects=True) from error
         except ValueError as error:
             raise self._errors.closed() from error
         try:
@@ -372,10 +376,14 @@ class RemoteSource(KVSource):
             raise self._errors.unavailable(f"still full after {self._patience_s:g} s ({busy})") from busy
         self._closed.wait(wait_s)
 
+    def _current_credentials(self) -> grpc.ChannelCredentials | None:
+        return None if self._credentials is None else self._credentials.current(at_once=True)
+
     def _open_channel(self, receive_bytes: int) -> None:
         self._receive_bytes = receive_bytes
         options = [*client_arguments(receive_bytes, self._timeout_s), (ChannelOptions.SingleThreadedUnaryStream, 1)]
-        self._channel = self._transport.open_channel(self.endpoint, options)
+        self._used_credentials = self._current_credentials()
+        self._channel = open_channel(self.endpoint, self._used_credentials, options)
         self._describe = self._channel.unary_unary(
             "/kvcache.v1.TeacherKV/Describe",
             request_serializer=pb.DescribeRequest.SerializeToString,

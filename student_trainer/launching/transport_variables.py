@@ -5,4 +5,6 @@ belong in configuration files.
 """
 
 TLS_CA = "KVDISTILL_TLS_CA"
+TLS_CERT = "KVDISTILL_TLS_CERT"
+TLS_KEY = "KVDISTILL_TLS_KEY"
 TOKEN_FILE = "KVDISTILL_TOKEN_FILE"  # noqa: S105  a variable name, not a secret

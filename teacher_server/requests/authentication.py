@@ -1,16 +1,16 @@
-"""Authentication and TLS: the server's certificate, and the token that callers must present."""
+"""Authentication and TLS: the server's certificate, and the certificate and token that callers must present."""
 
 from __future__ import annotations
 
 import hmac
 import math
-import ssl
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import grpc
 
+from kvcore.certificates import check_pair, read_authorities, read_file
 from kvcore.errors import FieldError, KVDistillError
 from kvcore.watched_files import WatchedFiles
 from teacher_server.config import ServeConfig
@@ -21,32 +21,39 @@ GRACE_SECONDS = 600.0
 
 
 class UnauthenticatedError(KVDistillError):
-    """The caller did not present the server's token."""
+    """The caller did not present the server's token, or a certificate."""
 
 
 CertificateFiles = WatchedFiles[grpc.ServerCertificateConfiguration]
 
 
 def certificate_files(config: ServeConfig) -> CertificateFiles | None:
-    """The server's certificate and key; None if it serves without TLS.
+    """The server's certificate and key, and the authorities of its clients; None if it serves without TLS.
 
     Raises:
-        FieldError: a file cannot be read.
+        FieldError: a file cannot be read, or is invalid.
     """
     if config.tls_cert is None or config.tls_key is None:
         return None
-    key, cert = config.tls_key, config.tls_cert
+    key, cert, client_ca = config.tls_key, config.tls_cert, config.tls_client_ca
 
     def read() -> grpc.ServerCertificateConfiguration:
-        _check_pair(key, cert)
-        pair = (_content(key, "tls_key"), _content(cert, "tls_cert"))
-        return grpc.ssl_server_certificate_configuration([pair])
+        check_pair(cert, key, "tls_cert")
+        pair = (read_file(key, "tls_key"), read_file(cert, "tls_cert"))
+        authorities = None if client_ca is None else read_authorities(client_ca, "tls_client_ca")
+        return grpc.ssl_server_certificate_configuration([pair], authorities)
 
-    return WatchedFiles((key, cert), read)
+    paths = (key, cert) if client_ca is None else (key, cert, client_ca)
+    return WatchedFiles(paths, read)
 
 
-def server_credentials(files: CertificateFiles) -> grpc.ServerCredentials:
-    """Credentials for one server, whose new connections use changed files. Another server needs its own."""
+def server_credentials(files: CertificateFiles, *, verify_clients: bool) -> grpc.ServerCredentials:
+    """Credentials for one server, whose new connections use changed files. Another server needs its own.
+
+    Args:
+        files: from `certificate_files`.
+        verify_clients: accept only clients with a certificate that the authorities in the files signed.
+    """
     used = files.current()
 
     def changed() -> grpc.ServerCertificateConfiguration | None:
@@ -55,7 +62,7 @@ def server_credentials(files: CertificateFiles) -> grpc.ServerCredentials:
         return None if used is before else used
 
     # gRPC takes None for no change, which its type stubs do not say.
-    return grpc.dynamic_ssl_server_credentials(used, changed)  # pyright: ignore[reportArgumentType]
+    return grpc.dynamic_ssl_server_credentials(used, changed, verify_clients)  # pyright: ignore[reportArgumentType]
 
 
 class Tokens:
@@ -94,7 +101,7 @@ def read_tokens(config: ServeConfig) -> Tokens | None:
 
 
 def _read_token(path: Path) -> bytes:
-    token = _content(path, "token_file").strip()
+    token = read_file(path, "token_file").strip()
     if len(token) < MIN_TOKEN_BYTES:
         raise FieldError(
             "token_file",
@@ -102,6 +109,21 @@ def _read_token(path: Path) -> bytes:
             "create one with openssl rand -hex 32",
         )
     return token
+
+
+def check_certificate(auth_context: Mapping[str, Iterable[bytes]]) -> None:
+    """Refuse a caller without a certificate. TLS verifies it; the server's own socket for health checks has no TLS.
+
+    Args:
+        auth_context: of the call.
+
+    Raises:
+        UnauthenticatedError: the connection has no client's certificate.
+    """
+    if "x509_pem_cert" not in auth_context:
+        raise UnauthenticatedError(
+            "this server requires a client's certificate (KVDISTILL_TLS_CERT, KVDISTILL_TLS_KEY); the call had none"
+        )
 
 
 def check_token(tokens: Tokens | None, metadata: Iterable[tuple[str, str | bytes]]) -> None:
@@ -122,20 +144,3 @@ def check_token(tokens: Tokens | None, metadata: Iterable[tuple[str, str | bytes
         raise UnauthenticatedError(
             "this server requires a token (KVDISTILL_TOKEN_FILE); the call had none or a wrong one"
         )
-
-
-def _check_pair(key: Path, cert: Path) -> None:
-    """Refuses files that are not a certificate and its key: gRPC itself would report them only on stderr."""
-    try:
-        # A key with a password is refused: nobody is there to type it.
-        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(cert, key, password=lambda: "")
-    except (OSError, ValueError) as error:
-        problem = f"{cert} and {key} are not a certificate and its key without a password: {error}"
-        raise FieldError("tls_cert", problem) from error
-
-
-def _content(path: Path, field: str) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise FieldError(field, f"cannot read {path}: {error.strerror}") from error

@@ -18,7 +18,7 @@ from teacher_server.monitoring.activity import Activity, Call
 from teacher_server.monitoring.logs import LineLimit, log_event
 from teacher_server.monitoring.metrics import Metrics
 from teacher_server.monitoring.request_tracing import traced
-from teacher_server.requests.authentication import Tokens, UnauthenticatedError, check_token
+from teacher_server.requests.authentication import Tokens, UnauthenticatedError, check_certificate, check_token
 from teacher_server.requests.map_store import UnknownMapError
 from teacher_server.requests.service_interceptor import Handler, ServiceInterceptor, with_request_stream
 from teacher_server.sample_queue import BusyError
@@ -81,14 +81,23 @@ class CallInterceptor(ServiceInterceptor):
         service: full name of the service; calls of other services pass through.
         metrics, activity: of the server.
         tokens: that callers may present; None if no token is required.
+        certificate_required: whether callers must have shown a certificate.
     """
 
-    def __init__(self, service: str, metrics: Metrics, activity: Activity, tokens: Tokens | None = None) -> None:
+    def __init__(
+        self,
+        service: str,
+        metrics: Metrics,
+        activity: Activity,
+        tokens: Tokens | None = None,
+        *,
+        certificate_required: bool = False,
+    ) -> None:
         super().__init__({service: self._handler})
         self._service = service
         self._metrics = metrics
         self._activity = activity
-        self._tokens = tokens
+        self._tokens, self._certificate_required = tokens, certificate_required
         self._line_limit = LineLimit(log, "calls_not_logged")
 
     def _handler(self, path: str, handler: Any) -> Handler:
@@ -101,6 +110,8 @@ class CallInterceptor(ServiceInterceptor):
             call, metadata = Call(name, context.peer()), context.invocation_metadata() or ()
             with self._activity.during(call), traced(call, self._service, metadata):
                 try:
+                    if self._certificate_required:
+                        check_certificate(context.auth_context())
                     check_token(self._tokens, metadata)
                     return await method(context)
                 except asyncio.CancelledError:
