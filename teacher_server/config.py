@@ -6,7 +6,7 @@ import ipaddress
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from kvcore import early_checks
 from kvcore.config import (
@@ -22,6 +22,7 @@ from kvcore.config import (
 )
 from kvcore.flags import FlagSet
 from kvcore.plugins import NameTable
+from teacher_server.chaos_spec import check_chaos
 
 MIB = 1 << 20
 
@@ -145,6 +146,10 @@ class ServeConfig(StrictModel):
     vllm_args: str = "{}"
     """More arguments of vLLM's engine as a JSON object, such as '{"max_num_batched_tokens": 16384}'."""
 
+    chaos: Annotated[str, AfterValidator(check_chaos)] | None = None
+    """Make faults on purpose, to rehearse what a run does: `delay=200ms,abort=0.05,truncate=0.02,flip=0.01,seed=1`
+    delays every answer, and these parts of the answers end with an error, end early, or have a changed bit. Only on
+    loopback."""
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
     """Lowest level of log messages."""
 
@@ -174,7 +179,7 @@ class ServeConfig(StrictModel):
         return self
 
     @model_validator(mode="after")
-    def _secrets_go_over_tls(self) -> Self:
+    def _access_is_safe(self) -> Self:
         if (self.tls_cert is None) != (self.tls_key is None):
             raise ValueError("tls_key: set both tls_cert and tls_key, or neither")
         if self.token_file is not None and self.tls_cert is None:
@@ -186,6 +191,11 @@ class ServeConfig(StrictModel):
             raise ValueError(
                 f"grpc_host: '{self.grpc_host}' lets other machines use the teacher; set tls_cert, tls_key and "
                 "token_file or tls_client_ca, or insecure on a network where everyone may use it"
+            )
+        if self.chaos is not None and not _is_loopback(self.grpc_host):
+            raise ValueError(
+                f"chaos: '{self.chaos}' makes faults on purpose, which is only for a grpc_host on loopback; "
+                f"got '{self.grpc_host}'"
             )
         return self
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager
 from functools import partial
 from typing import TypeVar
 
@@ -24,6 +25,7 @@ from teacher_server.monitoring.activity import Call, current_call
 from teacher_server.monitoring.logs import log_event
 from teacher_server.plan_execution import encoded_bytes
 from teacher_server.requests.answer_stream import AnswerStream
+from teacher_server.requests.chaos import Chaos
 from teacher_server.requests.connection_limits import read_message, read_request
 from teacher_server.requests.generation import Generation
 from teacher_server.requests.map_store import receive_map
@@ -56,6 +58,7 @@ class TeacherKVService:
     def __init__(self, state: ServerState) -> None:
         self._state = state
         self._work = WorkThread()
+        self._chaos = None if state.config.chaos is None else Chaos(state.config.chaos)
         # Of the requests so far, the self-test first. An average that follows the latest ones.
         self._bytes_per_token = 0.0
         self._warnings: set[str] = set()
@@ -101,7 +104,8 @@ class TeacherKVService:
                 with self._reserve(len(data)) as reserved:
                     request = await self._parse(data, pb.KVRequest)
                     query = await self._in_thread(len(data), read_query, request, self._info)
-                    await self.answer(query, reserved, self._sender(context))
+                    async with self._sending(context) as send:
+                        await self.answer(query, reserved, send)
 
     async def generate(self, context: grpc.aio.ServicerContext) -> None:
         """Answer a request to generate. `call_interceptor.status_of` maps its errors."""
@@ -111,7 +115,8 @@ class TeacherKVService:
                 with self._reserve(len(data)) as reserved:
                     request = await self._parse(data, pb.GenerateRequest)
                     query = await self._in_thread(len(data), read_generate_query, request, self._info)
-                    await self._answer_generate(query, reserved, self._sender(context))
+                    async with self._sending(context) as send:
+                        await self._answer_generate(query, reserved, send)
 
     async def load_map(self, context: grpc.aio.ServicerContext) -> pb.LoadMapResponse:
         """Receive a map that plans can name. `call_interceptor.status_of` maps its errors."""
@@ -149,17 +154,24 @@ class TeacherKVService:
             outcomes += await self._in_thread(size, tokenize, engine, part, check)
         return outcomes
 
-    def _sender(self, context: grpc.aio.ServicerContext) -> Send:
+    @asynccontextmanager
+    async def _sending(self, context: grpc.aio.ServicerContext) -> AsyncIterator[Send]:
         metadata = ((TEACHER_METADATA, teacher_metadata(self._info)),)
-        call = current_call()
+        named = False
 
         async def send(frame: bytes) -> None:
+            nonlocal named
             # Not before the first frame: gRPC clients retry a refused call only if they received no metadata.
-            if not call.frames:
+            if not named:
+                named = True
                 await context.send_initial_metadata(metadata)
             await context.write(frame)
 
-        return send
+        if self._chaos is None:
+            yield send
+        else:
+            async with self._chaos.spoiled(send) as spoiled:
+                yield spoiled
 
     async def answer(self, query: KVQuery, reserved: Reservation, send: Send) -> None:
         """Run a query, which takes its room in the queue, and send its frames.
