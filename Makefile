@@ -6,14 +6,17 @@ DEMO_ARGS ?=
 REAL_ARGS ?=
 CHAOS_ARGS ?=
 BENCH_ARGS ?=
+FUZZ_ARGS ?=
 CHECKS = $(VENV)/bin/python scripts/run_checks.py
 # The packages of a real model are installed outside $(VENV), too.
 WITH_REAL = PYTHONPATH=$(CURDIR)/.real
+# The fuzzer, too, which has no wheel for every Python.
+WITH_FUZZ = PYTHONPATH=$(CURDIR)/.fuzz
 # mutmut is installed outside $(VENV) and uses its packages.
 MUTMUT = PYTHONPATH=$(CURDIR)/.mutmut $(VENV)/bin/python .mutmut/bin/mutmut
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo real test test-slow test-nightly test-wheel test-slurm test-deploy test-vllm test-real test-random chaos bench nightly mutants mutant lint format proto docs site clean
+.PHONY: help setup demo real test test-slow test-nightly test-wheel test-slurm test-deploy test-vllm test-real test-random chaos bench fuzz nightly mutants mutant lint format proto docs site clean
 
 help: ## Show this help
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -64,10 +67,13 @@ chaos: setup ## Train under random faults, and compare every loss with a calm ru
 bench: setup ## Run all benchmarks that need no GPU, and write docs/benchmarks.md (at most 20 minutes on 2 quiet cores)
 	@$(VENV)/bin/python -m benchmarks.all $(BENCH_ARGS)
 
+fuzz: setup .fuzz ## Fuzz requests, frames and stores, guided by coverage (a million inputs, about 15 minutes)
+	@$(WITH_FUZZ) $(VENV)/bin/python -m tests.fuzz $(FUZZ_ARGS)
+
 test-random: setup ## Run the unit and contract tests with inputs that are drawn anew
 	@HYPOTHESIS_PROFILE=random $(CHECKS) unit contract
 
-nightly: test-nightly test-random chaos mutants ## Run the checks that take too long for every commit
+nightly: test-nightly test-random chaos fuzz mutants ## Run the checks that take too long for every commit
 
 mutants: .mutmut ## Mutate the numerical code and list mutants that no test detects; FILE=align/layer_map.py for one file
 	@$(if $(FILE),:,rm -rf mutants)
@@ -78,7 +84,7 @@ mutants: .mutmut ## Mutate the numerical code and list mutants that no test dete
 mutant: .mutmut ## Show the change of one mutant: NAME=align.layer_map.x_...
 	@$(MUTMUT) show '$(NAME)'
 
-.mutmut .real: .%: requirements/%.txt | setup
+.mutmut .real .fuzz: .%: requirements/%.txt | setup
 	@$(VENV)/bin/python -m pip install --disable-pip-version-check --quiet --no-deps --upgrade --target $@ -r $<
 	@touch $@
 
@@ -98,5 +104,5 @@ site: setup ## Build the documentation site in site/
 	@$(CHECKS) --write-site
 
 clean: ## Remove environments and caches; keeps outputs/
-	rm -rf $(VENV) $(VLLM_VENV) .venv-deploy .mutmut .real mutants site build .pytest_cache .ruff_cache .hypothesis .import_linter_cache *.egg-info
+	rm -rf $(VENV) $(VLLM_VENV) .venv-deploy .mutmut .real .fuzz mutants site build .pytest_cache .ruff_cache .hypothesis .import_linter_cache *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
