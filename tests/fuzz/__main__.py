@@ -7,9 +7,11 @@ It is kept in outputs/fuzz, and `--repeat FILE --target NAME` runs it again.
 from __future__ import annotations
 
 import argparse
+import importlib
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 from scripts.run_checks import print_line
 
@@ -22,7 +24,7 @@ TIMEOUT_SECONDS = 10
 
 def main() -> int:
     """Entry point."""
-    parser = argparse.ArgumentParser(prog="python -m tests.fuzz", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m tests.fuzz", description=__doc__)
     parser.add_argument("--inputs", type=int, default=1_000_000, help="inputs in total (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=1, help="of the random changes (default: %(default)s)")
     parser.add_argument("--target", choices=list(PARTS), action="append", help="fuzz only this one; may be repeated")
@@ -46,7 +48,8 @@ def main() -> int:
 
 
 def _fuzz(name: str, inputs: int, seed: int, repeat: Path | None) -> int:
-    import atheris  # pyright: ignore[reportMissingImports]  # noqa: PLC0415  only here: see requirements/fuzz.txt
+    # Its type stubs lack some functions.
+    atheris: Any = importlib.import_module("atheris")
 
     with atheris.instrument_imports(include=["kvcore.wire", "kvcore.store", "kvcore.plan", "teacher_server.requests"]):
         from tests.fuzz.targets import TARGETS  # noqa: PLC0415  its imports are instrumented
@@ -57,9 +60,7 @@ def _fuzz(name: str, inputs: int, seed: int, repeat: Path | None) -> int:
         (corpus / f"seed-{number}").write_bytes(content)
     longest = 4 * max(map(len, target.seeds))
     flags = [f"-runs={inputs}", f"-seed={seed}", f"-max_len={longest}", f"-timeout={TIMEOUT_SECONDS}", "-verbosity=0"]
-    where = (
-        [str(repeat)] if repeat else [f"-artifact_prefix={kept}/", "-print_final_stats=1", "-verbosity=0", str(corpus)]
-    )
+    where = [str(repeat)] if repeat else [f"-artifact_prefix={kept}/", "-print_final_stats=1", str(corpus)]
     atheris.Setup([sys.argv[0], *flags, *where], target)
     atheris.Fuzz()
     return 0
