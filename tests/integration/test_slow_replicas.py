@@ -12,7 +12,7 @@ import pytest
 from kvcore.errors import TeacherUnavailableError
 from kvcore.plan import CodecSpec, KVPlan, Selection
 from kvcore.types import Sample
-from student_trainer.kv_sources import replica, retry_budget
+from student_trainer.kv_sources import hedge, replica, retry_budget
 from student_trainer.kv_sources.base import KVResult
 from student_trainer.kv_sources.failover import FailoverSource
 from student_trainer.kv_sources.remote import RemoteSource
@@ -88,9 +88,9 @@ def servers() -> Iterator[tuple[Server, Server]]:
     other.stop()
 
 
-def source_of(*servers: Server, hedge: bool = True) -> FailoverSource:
+def source_of(*servers: Server, may_hedge: bool = True) -> FailoverSource:
     remotes = [RemoteSource("math", one.running.endpoint, lambda _: PLAN, 60.0) for one in servers]
-    source = FailoverSource("math", remotes, patience_s=20.0, hedge=hedge)
+    source = FailoverSource("math", remotes, patience_s=20.0, hedge=may_hedge)
     source.connect()
     return source
 
@@ -108,8 +108,11 @@ def same(left: list[KVResult], right: list[KVResult]) -> bool:
 
 
 def test_another_replica_answers_for_a_slow_one_which_is_cancelled_and_then_left(
-    servers: tuple[Server, Server], caplog: pytest.LogCaptureFixture
+    servers: tuple[Server, Server], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    # On a busy machine, a quick server must not look slow.
+    monkeypatch.setattr(hedge, "SHORTEST_DELAY_SECONDS", 1.0)
+    monkeypatch.setattr(replica, "SLOWER_SECONDS", 1.0)
     first, other = servers
     batches = range(MEASURED + MOST_OVERTAKEN + 4)
     with closing(source_of(other)) as calm:
@@ -133,7 +136,7 @@ def test_another_replica_answers_for_a_slow_one_which_is_cancelled_and_then_left
 
 def test_a_source_that_does_not_hedge_waits_for_the_slow_replica(servers: tuple[Server, Server]) -> None:
     first, other = servers
-    with closing(source_of(first, other, hedge=False)) as source:
+    with closing(source_of(first, other, may_hedge=False)) as source:
         fetch(source, range(MEASURED))
         first.engine.slow = True
         threading.Timer(1.0, first.engine.released.set).start()
