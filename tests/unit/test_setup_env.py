@@ -101,7 +101,7 @@ def test_build_deletes_previous_environment(tmp_path: Path, monkeypatch: pytest.
     python = tmp_path / "python"
     python.write_text('#!/bin/sh\nmkdir -p "$3/bin" && cp "$0" "$3/bin/python"\n', encoding="utf-8")
     python.chmod(0o755)
-    monkeypatch.setattr(setup_env.sys, "executable", str(python))
+    monkeypatch.setattr(setup_env, "base_python", lambda: str(python))
     setup_env.build(tmp_path, tmp_path / ".venv", "constraints.txt")
     assert not left.exists()
     assert (tmp_path / ".venv" / "bin" / "python").exists()
