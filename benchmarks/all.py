@@ -318,6 +318,12 @@ def _say(message: str) -> None:
     sys.stderr.write(message + "\n")
 
 
+def full_results(results: Results) -> dict[str, Result]:
+    """The results of the sizes that the page has, without those of `--quick`."""
+    full = {benchmark.name: list(benchmark.arguments) for benchmark in BENCHMARKS}
+    return {name: one for name, one in results.found.items() if one.get("arguments") == full.get(name)}
+
+
 def main() -> None:
     """Parses the arguments, runs the benchmarks, and writes the page unless one failed."""
     names = [benchmark.name for benchmark in BENCHMARKS]
@@ -340,7 +346,7 @@ def main() -> None:
             f"{len(failures)} of {len(chosen)} benchmarks failed, no page was written: {problems}"
         )
     if page is not None:
-        write_section(page, section(BENCHMARKS, results.found))
+        write_section(page, section(BENCHMARKS, full_results(results)))
         _say(f"wrote {page}")
     sys.stdout.write(json.dumps(results.found) + "\n")
 

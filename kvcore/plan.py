@@ -118,13 +118,14 @@ class CodecSpec(StrictModel):
     group_size: Annotated[int, Field(ge=1, le=4096)] = 64
     """Number of elements that share a scale in quantising codecs."""
     max_relative_error: PositiveFloat | None = None
-    """Largest relative error accepted for a layer. A sample above it fails. No limit by default."""
+    """Largest relative error accepted for a layer. A sample above it fails. For `pca`, the error is relative to what
+    varies in the layer, otherwise to all of it. No limit by default."""
 
 
 class CodecConfig(CodecSpec):
     """How K/V are encoded, as a run sets it."""
 
-    quality: Annotated[float, Field(gt=0.0, lt=1.0)] | None = None
+    quality: Annotated[float, Field(ge=0.001, lt=1.0)] | None = None
     """For `pca`: the relative error of what varies in each layer's keys and in its values. The bytes follow from it.
     Defaults to 0.1."""
 

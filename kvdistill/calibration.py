@@ -7,8 +7,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from align.teacher_basis import BasisStatistics
 from kvcore.config import parse
 from kvcore.errors import FieldError
@@ -19,7 +17,7 @@ from kvcore.plan import CODED, CodecConfig, CodecSpec
 from kvcore.tensors.codec import encode
 from kvcore.tensors.entropy_coding import encode_codes
 from kvcore.tensors.kv_map import KVMap
-from kvcore.types import TENSORS, BatchKV, Sample, TeacherInfo
+from kvcore.types import TENSORS, BatchKV, Sample, TeacherInfo, Tensor, TensorKind
 from kvdistill.client import TeacherClient, TeacherKV
 from kvdistill.columns import in_columns
 from kvdistill.describe import raw_token_bytes
@@ -101,64 +99,72 @@ def calibrate(
     wanted = parse({"name": CODED, "quality": quality}, CodecConfig).target_error
     if len(texts) < MEASURED_SHARE:
         raise FieldError("texts", f"expected at least {MEASURED_SHARE} to fit and to measure; got {len(texts)}")
-    measured: list[BatchKV] = []
-    with TeacherClient(endpoints) as client:
+    with TeacherClient(endpoints) as client, Meter({"calibrating": len(texts)}, brief=True) as meter:
         info = client.info
         chosen = tuple(range(info.layers)) if layers is None else tuple(layers)
-        sums = BasisStatistics(chosen, info.kv_heads * info.head_dim)
-        tokens = 0
-        for kv, is_measured in _read(client, texts, chosen):
-            if is_measured:
-                measured.append(kv)
-            else:
-                mask_BM = _beyond_sinks(kv)
-                sums.add(kv, mask_BM)
-                tokens += int(mask_BM.sum())
-    sums.check(1)
-    basis, _ = sums.basis(info.kv_heads * info.head_dim)
-    maps = {each: sums.coded(basis, each, (info.kv_heads, info.head_dim)) for each in sorted({*QUALITIES, wanted})}
-    figures = [_measured(each, kv_map, measured) for each, kv_map in maps.items()]
-    return Calibration(info, maps[wanted], tokens, sum(int(kv.mask_BM.sum()) for kv in measured), figures)
+        whole = (info.kv_heads, info.head_dim)
+        sums, tokens = BasisStatistics(chosen, math.prod(whole)), 0
+        for kv in _read(client, [text for at, text in enumerate(texts) if at % MEASURED_SHARE], chosen, meter):
+            mask_BM = _beyond_sinks(kv)
+            sums.add(kv, mask_BM)
+            tokens += int(mask_BM.sum())
+        sums.check(1)
+        basis, _ = sums.basis(math.prod(whole))
+        measured = [_Measured(each, sums.coded(basis, each, whole)) for each in sorted({*QUALITIES, wanted})]
+        for kv in _read(client, texts[::MEASURED_SHARE], chosen, meter):
+            for one in measured:
+                one.add(kv)
+    kv_map = next(one.kv_map for one in measured if one.quality == wanted)
+    return Calibration(info, kv_map, tokens, measured[0].tokens, [one.figures() for one in measured])
+
+
+class _Measured:
+    """Sums of the bytes and errors of one quality."""
+
+    def __init__(self, quality: float, kv_map: KVMap) -> None:
+        self.quality, self.kv_map = quality, kv_map
+        self.tokens = self._sent = 0
+        self._square, self._norm = dict.fromkeys(TENSORS, 0.0), dict.fromkeys(TENSORS, 0.0)
+
+    def add(self, kv: BatchKV) -> None:
+        """Adds a batch. Bytes are those of all tokens; errors leave out the attention sinks."""
+        for row, slots in enumerate(kv.mask_BM.sum(dim=1).tolist()):
+            self.tokens += slots
+            for kind in TENSORS:
+                x_BLHMD = kv.k_BLHMD if kind == "k" else kv.v_BLHMD
+                for at, layer in enumerate(self.kv_map.layers):
+                    self._add(kind, at, self.kv_map.apply(x_BLHMD[row : row + 1, at, :, :slots], layer, kind))
+
+    def _add(self, kind: TensorKind, at: int, y_BHMD: Tensor) -> None:
+        codes_BHMD = encode(y_BHMD, kind, CodecSpec(name=CODED)).parts["codes"]
+        codes_MR = codes_BHMD[0].transpose(0, 1).flatten(1).contiguous().numpy()
+        self._sent += len(encode_codes(codes_MR, self.kv_map.classes(at, kind)))
+        square_step = float(self.kv_map.tensors[f"{kind}.step"][at]) ** 2
+        exact_BHMD = y_BHMD[:, :, SINK_TOKENS:].double()
+        self._square[kind] += square_step * float((codes_BHMD[:, :, SINK_TOKENS:] - exact_BHMD).square().sum())
+        self._norm[kind] += square_step * float(exact_BHMD.square().sum())
+
+    def figures(self) -> Figures:
+        """The figures of all batches."""
+        k, v = (math.sqrt(self._square[kind] / self._norm[kind]) if self._norm[kind] else 0.0 for kind in TENSORS)
+        return Figures(self.quality, self._sent / max(1, self.tokens), (k, v))
 
 
 def _read(
-    client: TeacherClient, texts: Sequence[str | Sample], layers: tuple[int, ...]
-) -> Iterator[tuple[BatchKV, bool]]:
-    """The K/V of all tokens, in batches, and whether they are to be measured."""
-    parts = [(texts[::MEASURED_SHARE], True), ([x for at, x in enumerate(texts) if at % MEASURED_SHARE], False)]
-    with Meter({"calibrating": len(texts)}, brief=True) as meter:
-        for part, is_measured in parts:
-            for start in range(0, len(part), BATCH):
-                batch = part[start : start + BATCH]
-                yield _batch(client.fetch(batch, layers=layers, codec="bf16")), is_measured
-                meter.advance("calibrating", len(batch))
+    client: TeacherClient, texts: Sequence[str | Sample], layers: tuple[int, ...], meter: Meter
+) -> Iterator[BatchKV]:
+    """The K/V of all tokens, in batches."""
+    for start in range(0, len(texts), BATCH):
+        batch = texts[start : start + BATCH]
+        yield _batch(client.fetch(batch, layers=layers, codec="bf16"))
+        meter.advance("calibrating", len(batch))
 
 
 def _batch(kv: TeacherKV) -> BatchKV:
     return BatchKV(kv.k_BLHMD, kv.v_BLHMD, kv.mask_BM, kv.byte_ends_BLHM)
 
 
-def _beyond_sinks(kv: BatchKV) -> torch.Tensor:
+def _beyond_sinks(kv: BatchKV) -> Tensor:
     mask_BM = kv.mask_BM.clone()
     mask_BM[:, :SINK_TOKENS] = False
     return mask_BM
-
-
-def _measured(quality: float, kv_map: KVMap, batches: Sequence[BatchKV]) -> Figures:
-    sent = tokens = 0
-    errors: list[float] = []
-    for kind in TENSORS:
-        square = norm = 0.0
-        for kv in batches:
-            x_BLHMD = kv.k_BLHMD if kind == "k" else kv.v_BLHMD
-            for row, slots in enumerate(kv.mask_BM.sum(dim=1).tolist()):
-                for at, layer in enumerate(kv_map.layers):
-                    y_BHMD = kv_map.apply(x_BLHMD[row : row + 1, at, :, :slots], layer, kind)
-                    codes_BHMD = encode(y_BHMD, kind, CodecSpec(name=CODED)).parts["codes"]
-                    sent += len(encode_codes(codes_BHMD[0].flatten(1).numpy(), kv_map.classes(at, kind)))
-                    step = float(kv_map.tensors[f"{kind}.step"][at])
-                    square += step**2 * float((codes_BHMD - y_BHMD).double().square().sum())
-                    norm += step**2 * float(y_BHMD.double().square().sum())
-                tokens += slots
-        errors.append(math.sqrt(square / norm) if norm else 0.0)
-    return Figures(quality, len(TENSORS) * sent / tokens, (errors[0], errors[1]))

@@ -96,8 +96,8 @@ class TeacherClient:
         files = (tls_ca, token_file, tls_cert, tls_key)
         self._transport = Transport(*files) if any(file is not None for file in files) else None
         self._source: FailoverSource | None = None
-        # The maps of the plans made here, by digest.
-        self._maps: dict[str, KVMap] = {}
+        # The maps of the plans made here, by file, time of its last change, and layers.
+        self._maps: dict[tuple[Path, int, tuple[int, ...]], KVMap] = {}
 
     def __enter__(self) -> Self:
         return self
@@ -152,11 +152,19 @@ class TeacherClient:
         tree["selection"] = {"selector": selector, "budget": budget, "span": span, "scope": scope}
         if kv_map is None:
             return parse(tree, KVPlan)
-        whole = read_coded_map(Path(kv_map))
-        whole.check_teacher(self.info)
-        chosen = whole.for_layers(wanted)
-        self._maps[chosen.named.digest] = chosen
+        chosen = self._coded_map(Path(kv_map), tuple(wanted))
         return parse(tree | {"codec": {"name": CODED}, "map": chosen.named.model_dump()}, KVPlan)
+
+    def _coded_map(self, path: Path, layers: tuple[int, ...]) -> KVMap:
+        """The map of a file for these layers, read once while the file stays as it is."""
+        changed_at = path.stat().st_mtime_ns if path.is_file() else 0
+        key = (path, changed_at, layers)
+        if key not in self._maps:
+            whole = read_coded_map(path)
+            whole.check_teacher(self.info)
+            self._maps = {other: one for other, one in self._maps.items() if other[0] != path or other[1] == changed_at}
+            self._maps[key] = whole.for_layers(layers)
+        return self._maps[key]
 
     def fetch(
         self, texts: Sequence[str | Sample], plan: KVPlan | None = None, **settings: Unpack[PlanSettings]
@@ -234,7 +242,7 @@ class TeacherClient:
         plan_for = every_layer if plan is None else lambda _info: plan
         kv_map = None
         if plan is not None and plan.map is not None:
-            kv_map = self._maps.get(plan.map.digest)
+            kv_map = next((one for one in self._maps.values() if one.named == plan.map), None)
             if kv_map is None:
                 raise FieldError("plan", "names a map that this client does not have; make it with `client.plan`")
         remotes = [

@@ -32,6 +32,10 @@ def check_inputs(config: TrainConfig) -> None:
         store = stage.kv.store
         if stage.kv.mode == "record" and store is not None:
             check_output(store, "kv.store")
+        for teacher in stage.teachers:
+            if teacher.kv_map is not None and not teacher.kv_map.is_file():
+                problem = f"there is no file {teacher.kv_map}; kvdistill calibrate writes one"
+                raise FieldError(f"teachers: '{teacher.name}': kv_map", problem)
         if stage.kv.mode == "offline" and store is not None and not store.is_dir():
             raise FieldError("kv.store", f"there is no directory {store}; kv.mode record writes one")
 

@@ -102,12 +102,13 @@ class ResultCache:
 class _Computed:
     """A sample that the engine computes. `rows`: of the batch that get its result. `layers`: those that have arrived.
 
-    `key`: under which it is kept; None if it is not.
+    `key`: under which it is kept; None if it is not. `failures`: of the engine before.
     """
 
     sample: PlannedSample
     rows: list[int]
     key: str | None
+    failures: int = 0
     layers: list[tuple[LayerResult, int]] = field(default_factory=list)
 
 
@@ -129,6 +130,7 @@ class CachedRuns:
         self._max_bytes = max_bytes
         self._changed = threading.Condition()
         self._in_flight: set[str] = set()
+        self._failures = 0
 
     def run(self, batch: Sequence[PlannedSample], emit: Emit, fail: Fail, wanted: Wanted) -> ExecutionTimings:
         """See `TeacherEngine.run`. The timings name the rows that were not computed."""
@@ -141,9 +143,14 @@ class CachedRuns:
             self._metrics.cache_hits.inc(len(reused))
             self._metrics.cache_misses.inc(sum(one.key is not None for one in computed))
             timings = replace(timings, reused=timings.reused | reused)
-            _emit_kept(batch, kept, emit)
-            if computed:
-                timings = _sum(timings, self._compute(computed, emit, fail, wanted))
+            try:
+                _emit_kept(batch, kept, emit)
+                if computed:
+                    timings = _sum(timings, self._compute(computed, emit, fail, wanted))
+            finally:
+                with self._changed:
+                    self._in_flight.difference_update(one.key for one in computed if one.key is not None)
+                    self._changed.notify_all()
         self._metrics.cache_bytes.set(self._cache.nbytes)
         return timings
 
@@ -170,7 +177,7 @@ class CachedRuns:
             for key in rows_of.keys() - elsewhere:
                 entry = self._cache.get(key)
                 if entry is None:
-                    computed.append(_Computed(batch[rows_of[key][0]], rows_of[key], key))
+                    computed.append(_Computed(batch[rows_of[key][0]], rows_of[key], key, self._failures))
                     self._in_flight.add(key)
                 else:
                     kept.append((entry, rows_of[key]))
@@ -196,14 +203,12 @@ class CachedRuns:
         try:
             return self._engine.run([one.sample for one in computed], emit_to_all, fail_all, any_wanted)
         except Exception:
-            # The self-test that follows must reach the engine, and what a broken engine computed is not to be trusted.
+            # The self-test that follows must reach the engine, and what a broken engine computed is not to be trusted,
+            # in other batches that run now either.
             with self._changed:
+                self._failures += 1
                 self._cache.clear()
             raise
-        finally:
-            with self._changed:
-                self._in_flight.difference_update(one.key for one in computed if one.key is not None)
-                self._changed.notify_all()
 
     def _take(self, one: _Computed, result: LayerResult, place: int) -> None:
         one.layers.append((result, place))
@@ -212,7 +217,8 @@ class CachedRuns:
             entry = KeptResult.of(one.layers)
             one.layers.clear()
             with self._changed:
-                self._cache.add(one.key, entry)
+                if one.failures == self._failures:
+                    self._cache.add(one.key, entry)
 
 
 def _sum(some: ExecutionTimings, more: ExecutionTimings) -> ExecutionTimings:

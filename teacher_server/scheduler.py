@@ -91,19 +91,23 @@ class Scheduler:
             else:
                 self._post(self._deliver_layer, batch, result)
 
+        def fail(failure: SampleFailure) -> None:
+            if packing:  # Not before the sample's layers that still wait to be packed.
+                packing.append(self._packer.submit(self._post, self._fail_one, batch, failure))
+            else:
+                self._post(self._fail_one, batch, failure)
+
         try:
-            timings = self._runs.run(
-                [job.planned for job in batch],
-                emit,
-                lambda failure: self._post(self._fail_one, batch, failure),
-                lambda row: not batch[row].stream.gone,
-            )
+            planned = [job.planned for job in batch]
+            timings = self._runs.run(planned, emit, fail, lambda row: not batch[row].stream.gone)
         finally:
+            began = time.perf_counter()
             # Nothing may be delivered after the end of the batch.
             wait(packing)
         for each in packing:
             each.result()
-        return partial(self._finish, batch, timings)
+        waited = time.perf_counter() - began
+        return partial(self._finish, batch, replace(timings, encode_s=timings.encode_s + waited))
 
     def _pack_and_deliver(self, batch: list[Job], result: LayerResult) -> None:
         planned = batch[result.indices[0]].planned

@@ -147,8 +147,15 @@ def _int8_layout(shape_HMD: tuple[int, int, int], kind: TensorKind, group_size: 
 
 
 def _rounded(x_BHMD: Tensor) -> dict[str, Tensor]:
-    """The nearest whole numbers of 16 bits."""
-    return {"codes": x_BHMD.round().clamp_(-_INT16_MAX, _INT16_MAX).to(torch.int16).contiguous()}
+    """The nearest whole numbers of 16 bits.
+
+    Raises:
+        NonFiniteError: a number is NaN or does not fit.
+    """
+    fits_B = (x_BHMD.abs() <= _INT16_MAX).flatten(1).all(dim=1)
+    if not bool(fits_B.all()):
+        raise NonFiniteError("a key or value", cast("Any", fits_B).tolist())
+    return {"codes": x_BHMD.round().to(torch.int16).contiguous()}
 
 
 PCA = Codec(

@@ -57,6 +57,7 @@ def class_spread(number: int) -> float:
 
 def encode_codes(codes_MR: Codes, classes_R: Classes) -> bytes:
     """Codes the numbers of one tensor of one layer. They take at most two bytes each."""
+    assert codes_MR.shape[1] == len(classes_R), "one class for each component"
     encoder = constriction.stream.queue.RangeEncoder()
     for coder, places in _by_class(classes_R):
         codes_N = codes_MR[:, places].astype(np.int32).reshape(-1)

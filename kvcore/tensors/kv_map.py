@@ -116,13 +116,16 @@ class KVMap:
             kind: keys or values.
         """
         step_L = self.tensors[f"{kind}.step"].to(y_BLHMD.device)
-        scaled_BLHMD = y_BLHMD * step_L[:, None, None, None]
         if WHOLE not in self.tensors:
-            return scaled_BLHMD
+            return y_BLHMD * step_L[:, None, None, None]
         centre_LF, weight_LFHD = (self.tensors[f"{kind}.{name}"].to(y_BLHMD.device) for name in ("centre", "weight"))
-        rotation_LFG = weight_LFHD.flatten(2) * step_L[:, None, None]
-        x_BLMF: Tensor = scaled_BLHMD.transpose(2, 3).flatten(3) @ rotation_LFG.transpose(1, 2) + centre_LF[:, None]
-        return x_BLMF.view(*x_BLMF.shape[:3], *_numbers(self.tensors[WHOLE])).transpose(2, 3)
+        batch, layers, _, slots, _ = y_BLHMD.shape
+        # One product per layer for all samples: broadcasting would copy the rotations for each of them.
+        scaled_BLHMD = y_BLHMD * step_L.square()[:, None, None, None]
+        y_LNR = scaled_BLHMD.permute(1, 0, 3, 2, 4).reshape(layers, batch * slots, weight_LFHD.shape[1])
+        x_LNF: Tensor = y_LNR @ weight_LFHD.flatten(2).transpose(1, 2) + centre_LF[:, None]
+        x_LBMHD = x_LNF.view(layers, batch, slots, *_numbers(self.tensors[WHOLE]))
+        return x_LBMHD.permute(1, 0, 3, 2, 4)
 
     def for_layers(self, layers: Sequence[int]) -> KVMap:
         """The map for some of its layers, ascending.
@@ -132,7 +135,7 @@ class KVMap:
         """
         if missing := sorted(set(layers) - set(self.layers)):
             raise FieldError("map.layers", f"has no layer {missing[0]}, only {list(self.layers)}")
-        rows_L = torch.tensor([self.layers.index(layer) for layer in layers])
+        rows_L = torch.tensor([self.layers.index(layer) for layer in layers], dtype=torch.long)
         return KVMap({name: x if name == WHOLE else x[rows_L] for name, x in self.tensors.items()})
 
     def check_teacher(self, info: TeacherInfo) -> None:
@@ -144,6 +147,10 @@ class KVMap:
         features = info.kv_heads * info.head_dim
         if self.features != features:
             raise FieldError("map.k.centre", f"has {self.features} features; this teacher has {features}")
+        whole = self.tensors.get(WHOLE)
+        if whole is not None and _numbers(whole) != [info.kv_heads, info.head_dim]:
+            theirs = f"this teacher has {info.kv_heads} KV heads of {info.head_dim}"
+            raise FieldError(f"map.{WHOLE}", f"is {_numbers(whole)}; {theirs}")
         if self.layers[-1] >= info.layers:
             raise FieldError("map.layers", f"has layer {self.layers[-1]}; this teacher's are 0 to {info.layers - 1}")
 

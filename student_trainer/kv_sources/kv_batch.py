@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from kvcore.errors import TeacherRefusedError
+from kvcore.errors import ProtocolError, TeacherRefusedError
 from kvcore.plan import KVPlan
 from kvcore.tensors.codec import decode_batch
 from kvcore.types import BatchKV, EncodedSampleKV, MissingKV, TeacherInfo, Tensor, Timings
@@ -58,6 +58,7 @@ def decode_and_pad(
 
     Raises:
         TeacherRefusedError: a sample is missing and `on_missing` is `fail`.
+        ProtocolError: codes of the codec `pca` are not those that the teacher encoded.
     """
     missing = [result for result in results if isinstance(result, MissingKV)]
     if missing and on_missing == "fail":
@@ -77,7 +78,10 @@ def decode_and_pad(
         tokens=tokens,
     )
     sums.seconds.update(_stage_seconds(present))
-    kv = decode_batch(present) if present else _no_samples(info, plan)
+    try:
+        kv = decode_batch(present) if present else _no_samples(info, plan)
+    except ProtocolError as error:
+        raise ProtocolError(f"teacher '{teacher}': {error}") from error
     return _padded(kv, rows, len(results), slots), sums
 
 

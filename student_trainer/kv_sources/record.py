@@ -22,7 +22,6 @@ class Record(WrappingSource):
         source: where K/V come from; already connected.
         directory: the store of this teacher, shared by all ranks.
         writer: this rank's name in the store, such as `rank0`.
-        kv_map: the map of the plan, which the store keeps.
         merges_index: whether `close` merges the index of all ranks' journals; for one rank, after the others flushed.
         kv_map: the map of the source's plan, which the store keeps.
 

@@ -317,7 +317,8 @@ class RemoteSource(KVSource):
             problem = "does not support maps; update it" if limit == 0 else f"takes maps of up to {limit} bytes"
             raise TeacherRefusedError(
                 self._teacher,
-                f"{self.endpoint} {problem} (max_map_bytes); the map has {size} bytes (align.basis_rank, align.map_at)",
+                f"{self.endpoint} {problem} (max_map_bytes); the map has {size} bytes (align.basis_rank, align.map_at "
+                "or kv.codec.name pca)",
             )
 
     def _send_map(self, give_up_at: float) -> bool:

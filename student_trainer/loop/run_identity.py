@@ -61,7 +61,7 @@ def _plan_identity(codec: CodecConfig, plan: KVPlan) -> dict[str, Any]:
     asked = plan.without_map(codec.unmapped)
     identity = {"plan_digest": asked.digest(), "plan": asked.model_dump(mode="json")}
     if codec.name == CODED:
-        identity["plan_digest"] += f" {CODED} {codec.target_error}"
+        identity["plan_digest"] += f" {CODED} {codec.target_error} {codec.max_relative_error}"
         identity["plan"]["codec"] = codec.spec.model_dump(mode="json") | {"quality": codec.target_error}
     return identity
 

@@ -155,7 +155,10 @@ def teacher_bases(
         ConfigError: a `kv_map` cannot be read.
     """
     if resumed is not None:
-        return resumed.maps()
+        maps = resumed.maps()
+        for teacher in config.teachers:
+            _check_given_map(teacher, sources[teacher.name], maps[teacher.name], "the run's checkpoint")
+        return maps
     size = config.run.micro_batch
     batches = [records[at : at + size] for at in range(0, len(records), size)]
     # All teachers that have to be asked work at the same time.
@@ -170,8 +173,22 @@ def teacher_bases(
         if name in asked:
             maps[name] = _fitted(config, name, sources[name], asked[name], batches, collator)
         else:
-            maps[name] = map_of_store(config, student, teacher) or _given_map(teacher, sources[name])
+            stored = map_of_store(config, student, teacher)
+            if stored is not None:
+                _check_given_map(teacher, sources[name], stored, "the store")
+            maps[name] = stored or _given_map(teacher, sources[name])
     return maps
+
+
+def _check_given_map(teacher: TeacherConfig, source: KVSource, used: KVMap, where: str) -> None:
+    """Checks that a map which is used already is the teacher's `kv_map`, if it has one.
+
+    Raises:
+        FieldError: it is another one.
+    """
+    if teacher.kv_map is not None and _given_map(teacher, source).named != used.named:
+        problem = f"{teacher.kv_map} is another map than that of {where}; use the same file, or leave kv_map out"
+        raise FieldError(f"teachers: '{teacher.name}': kv_map", problem)
 
 
 def _given_map(teacher: TeacherConfig, source: KVSource) -> KVMap:

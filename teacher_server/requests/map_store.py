@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import re
 import time
 from collections.abc import Awaitable, Callable, Iterator
@@ -15,10 +16,15 @@ from kvcore.plan import KVPlan
 from kvcore.tensors.kv_map import KVMap, map_digest
 from kvcore.types import TeacherInfo
 from protos import kv_cache_pb2 as pb
+from teacher_server.monitoring.logs import log_event
 from teacher_server.sample_queue import BusyError
+
+log = logging.getLogger(__name__)
 
 MAX_MAPS = 64
 KEPT_SECONDS = 3600.0
+# A map that was named so recently is in use.
+IN_USE_SECONDS = 60.0
 BUSY_RETRY_MS = 500
 
 # The next message of a call, serialised; None after the last one.
@@ -88,7 +94,11 @@ class MapStore:
         self._maps.pop(digest, None)
         room = self._max_bytes - kv_map.nbytes
         while self._maps and (len(self._maps) >= MAX_MAPS or self._nbytes() > room):
-            del self._maps[next(iter(self._maps))]
+            dropped = next(iter(self._maps))
+            unused_s = self._now() - self._maps.pop(dropped)[1]
+            if unused_s < IN_USE_SECONDS:
+                problem = "callers send a map again for each request; raise max_map_bytes, or have runs share a kv_map"
+                log_event(log, "map_in_use_dropped", level=logging.WARNING, map=dropped, problem=problem)
         self._maps[digest] = (kv_map, self._now())
 
     def drop_unused(self) -> None:
@@ -139,7 +149,10 @@ def _read(pieces: list[bytes], digest: str) -> KVMap:
     found = map_digest(content)
     if found != digest:
         raise FieldError("digest", f"got {digest}; the digest of the data is {found}")
-    return KVMap.read(content)
+    kv_map = KVMap.read(content)
+    # The name is computed once, and takes half a second for a large map: not on the event loop.
+    assert kv_map.named.digest == digest, "a map's content is its file"
+    return kv_map
 
 
 def _parsed(message: bytes) -> pb.LoadMapRequest:

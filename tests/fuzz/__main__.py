@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import logging
 import subprocess
 import sys
 from pathlib import Path
@@ -53,6 +54,8 @@ def _fuzz(name: str, inputs: int, seed: int, repeat: Path | None) -> int:
 
     with atheris.instrument_imports(include=["kvcore.wire", "kvcore.store", "kvcore.plan", "teacher_server.requests"]):
         from tests.fuzz.targets import TARGETS  # noqa: PLC0415  its imports are instrumented
+    # Warnings of damaged journals would fill the terminal.
+    logging.getLogger("kvcore.store").setLevel(logging.ERROR)
     target = TARGETS[name]
     corpus, kept = FOLDER / name / "corpus", FOLDER / name
     corpus.mkdir(parents=True, exist_ok=True)

@@ -7,7 +7,6 @@ bytes on: what is fuzzed is the code behind the hashes.
 from __future__ import annotations
 
 import json
-import logging
 import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import closing, suppress
@@ -99,8 +98,6 @@ def _journal_seed() -> bytes:
     return SEPARATOR.join(json.dumps(content).encode() for content in contents)
 
 
-# Warnings of damaged journals would fill the terminal.
-logging.getLogger("kvcore.store").setLevel(logging.ERROR)
 _FOLDER = tempfile.TemporaryDirectory(prefix="kvdistill-fuzz-")
 _STORE = fill(Path(_FOLDER.name) / "store", SENT[:3])
 

@@ -13,9 +13,12 @@ from typer.testing import CliRunner
 
 from kvcore.errors import ConfigError, FieldError
 from kvcore.tensors.kv_map import KVMap, read_coded_map
+from kvcore.tensors.packed_sample import SIZES
+from kvcore.types import EncodedSampleKV, Sample
 from kvdistill import TeacherClient
 from kvdistill.calibration import calibrate
 from kvdistill.cli import app
+from student_trainer.kv_sources.remote import RemoteSource
 from tests.support.kv_maps import coded_map, random_map
 from tests.support.mapped_runs import MODELS, fetched, mapped_run, serving
 from tests.support.training import World, make_world
@@ -66,6 +69,23 @@ def test_the_command_writes_a_file_and_shows_bytes_and_errors_that_fall_and_rise
     assert "kv.codec.name to 'pca'" in result.output
 
 
+def test_the_shown_bytes_are_those_that_a_client_receives(teachers: dict[str, list[str]], tmp_path: Path) -> None:
+    found = calibrate(teachers["ada"], TEXTS, quality=0.05)
+    found.write(tmp_path / "ada.kvmap")
+    (shown,) = [each for each in found.figures if each.quality == 0.05]
+    with TeacherClient(teachers["ada"]) as client:
+        plan = client.plan(kv_map=tmp_path / "ada.kvmap")
+    source = RemoteSource("ada", teachers["ada"][0], lambda _info: plan, kv_map=found.kv_map)
+    source.connect()
+    results = source.fetch([Sample(text, text=text) for text in TEXTS[::8]])
+    source.close()
+    received = [one for one in results if isinstance(one, EncodedSampleKV)]
+    assert len(received) == len(results) == 6
+    sent = sum(int(one.parts[SIZES].sum()) for one in received)
+    assert shown.token_bytes == pytest.approx(sent / sum(one.slots for one in received), rel=0.01)
+    assert found.measured_tokens == sum(one.slots for one in received)
+
+
 def test_a_client_reads_with_a_kv_map(teachers: dict[str, list[str]], kv_maps: dict[str, Path]) -> None:
     with TeacherClient(teachers["ada"]) as client:
         exact = client.fetch(TEXTS[:4], layers=[1, 3], codec="raw")
@@ -95,6 +115,7 @@ def test_a_run_uses_kv_maps_instead_of_fitting(
     ("given", "problem"),
     [
         ("other teacher", r"teachers: 'ada': kv_map.*features; this teacher has"),
+        ("other heads", r"teachers: 'ada': kv_map.*map.whole: is \[4, 4\]; this teacher has 2 KV heads of 8"),
         ("few layers", r"teachers: 'ada': kv_map.*has no layer"),
         ("missing", r"cannot be read"),
         ("damaged", r"make it anew with kvdistill calibrate"),
@@ -113,6 +134,7 @@ def test_an_unusable_kv_map_is_refused_with_its_path(
     whole = read_coded_map(kv_maps["ada"])
     contents = {
         "other teacher": kv_maps["ben"].read_bytes(),
+        "other heads": coded_map((0, 1, 2, 3), 4, 4).content(),
         "few layers": whole.for_layers([0]).content(),
         "damaged": kv_maps["ada"].read_bytes()[:-9],
         "not coded": random_map((0, 1, 2, 3), 16).content(),
@@ -125,6 +147,18 @@ def test_an_unusable_kv_map_is_refused_with_its_path(
     with pytest.raises((ConfigError, FieldError), match=problem) as caught:
         mapped_run(world, teachers, "refused", TO_TEACHER, kv_maps=used, codec={"name": "pca"})
     assert str(path) in str(caught.value)
+
+
+def test_a_store_or_a_checkpoint_with_another_map_refuses_a_given_one(
+    world: World, teachers: dict[str, list[str]], kv_maps: dict[str, Path], tmp_path: Path
+) -> None:
+    store = {"mode": "record", "store": str(tmp_path / "store"), "codec": {"name": "pca"}}
+    mapped_run(world, teachers, "recorded", TO_TEACHER, kv_maps=kv_maps, **store).close()
+    mapped_run(world, teachers, "again", TO_TEACHER, kv_maps=kv_maps, **store).close()
+    other = tmp_path / "other.kvmap"
+    calibrate(teachers["ada"], TEXTS, quality=0.3).write(other)
+    with pytest.raises(FieldError, match=r"'ada': kv_map: .*other.kvmap is another map than that of the store"):
+        mapped_run(world, teachers, "other", TO_TEACHER, kv_maps=kv_maps | {"ada": other}, **store)
 
 
 @pytest.mark.parametrize(

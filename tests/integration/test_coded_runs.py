@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,13 +11,17 @@ from typing import Any
 import pytest
 
 from kvcore.errors import FieldError
+from kvcore.plan import CodecSpec, KVPlan, Selection
 from kvcore.store.manifest import stored_map
 from kvcore.tensors.codec import decode_batch
-from kvcore.types import TENSORS, EncodedSampleKV, MissingKV, Tensor
+from kvcore.tensors.kv_map import KVMap
+from kvcore.types import TENSORS, EncodedSampleKV, MissingKV, Sample, Tensor
 from kvcore.wire import frames
 from kvcore.wire.packed_rows import pack_rows
+from student_trainer.kv_sources.remote import RemoteSource
 from student_trainer.loop.training_context import TrainingContext
 from teacher_server import scheduler
+from tests.support.kv_maps import coded_map
 from tests.support.mapped_runs import both_serving, fetched, mapped_run
 from tests.support.training import World, make_world
 
@@ -139,6 +144,37 @@ def test_codes_are_packed_outside_the_event_loop_and_a_failure_there_fails_the_b
     for found, before in zip(both(fetched(context, "ada")), expected, strict=True):
         assert found.equal(before)
     context.close()
+
+
+@pytest.mark.parametrize("failing", [0, 2])
+def test_a_sample_that_fails_while_its_layers_wait_to_be_packed_fails_alone(
+    teachers: dict[str, list[str]], monkeypatch: pytest.MonkeyPatch, failing: int
+) -> None:
+    def slow(*arguments: Any) -> Any:
+        time.sleep(0.05)
+        return pack_rows(*arguments)
+
+    monkeypatch.setattr(scheduler, "pack_rows", slow)
+    tensors = dict(coded_map((0, 1, 2), 2, 8, step=0.01).tensors)
+    for kind in TENSORS:
+        tensors[f"{kind}.step"] = tensors[f"{kind}.step"].clone()
+        tensors[f"{kind}.step"][failing] = 10.0
+        tensors[f"{kind}.weight"] = tensors[f"{kind}.weight"].clone()
+        tensors[f"{kind}.weight"][failing] *= 0.001
+    kv_map = KVMap(tensors)
+    exact = CodecSpec(name="pca", max_relative_error=0.3)
+    plan = KVPlan(layers=(0, 1, 2), selection=Selection(span="all"), codec=CodecSpec(name="pca"), map=kv_map.named)
+    texts = [Sample(f"s{number}", text="a text " * (number + 1)) for number in range(6)]
+    for codec_spec, failed in ((CodecSpec(name="pca"), False), (exact, True)):
+        wanted = plan.with_map(kv_map.named, codec_spec)
+        source = RemoteSource("ada", teachers["ada"][0], lambda _info, wanted=wanted: wanted, kv_map=kv_map)
+        source.connect()
+        results = source.fetch(texts)
+        source.close()
+        assert all(isinstance(result, MissingKV) == failed for result in results)
+        for result in results:
+            if isinstance(result, MissingKV):
+                assert f"of layer {failing} in codec 'pca' has a relative error" in result.reason
 
 
 def built_with(world: World, teachers: dict[str, list[str]], align: dict[str, Any], kv: dict[str, Any]) -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 import xxhash
 
-from kvcore.errors import ProtocolError
+from kvcore.errors import NonFiniteError, ProtocolError
 from kvcore.plan import CodecSpec, KVPlan, Scope, Selection
 from kvcore.tensors.codec import decode_batch, encode
 from kvcore.tensors.packed_sample import CODES_XXH3, PACKED, SIZES, unpacked
@@ -129,6 +129,16 @@ def test_damaged_bytes_of_a_packed_sample_never_give_other_codes(seed: int) -> N
     # The last bits of the coded bytes need not matter.
     assert name == PACKED
     assert all(found.parts[name].equal(part) for name, part in unpacked(got).parts.items())
+
+
+def test_numbers_beyond_16_bits_fail_their_row() -> None:
+    y_BHMD = torch.tensor([1.0, 32767.4, 32768.0, -40000.0])[:, None, None, None]
+    with pytest.raises(NonFiniteError) as caught:
+        encode(y_BHMD, "k", CodecSpec(name="pca"))
+    assert caught.value.rows == [1, 2, 3]
+    assert encode(torch.tensor([[[[32767.0, -32767.0]]]]), "v", CodecSpec(name="pca")).parts["codes"].tolist() == [
+        [[[32767, -32767]]]
+    ]
 
 
 @pytest.mark.parametrize(

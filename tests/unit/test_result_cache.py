@@ -323,3 +323,35 @@ def test_the_metric_has_the_memory_of_all_entries() -> None:
     server = Server(max_bytes=int(2.5 * one))
     server.run(server.planned([sample_of(number) for number in range(5)]))
     assert server.count("bytes") == 2 * one
+
+
+def test_a_callback_that_fails_on_a_kept_result_leaves_nothing_in_flight() -> None:
+    server = Server()
+    kept, other = server.planned([sample_of(1), sample_of(2)])
+    server.run([kept])
+
+    def broken(result: LayerResult) -> None:
+        raise MemoryError(f"layer {result.layer}")
+
+    with pytest.raises(MemoryError):
+        server.runs.run([kept, other], broken, server.failures.append, lambda _row: True)
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(server.run, [other]).result(timeout=20).keys() == {0}
+
+
+def test_what_another_batch_computed_while_the_engine_failed_is_not_kept() -> None:
+    server = Server()
+    slow, broken = server.planned([sample_of(1), sample_of(2)])
+
+    def fails_meanwhile(result: LayerResult) -> None:
+        if result.layer == PLAN.layers[0]:
+            with pytest.raises(MemoryError):
+                server.runs.run([broken], refuses, server.failures.append, lambda _row: True)
+
+    def refuses(result: LayerResult) -> None:
+        raise MemoryError(f"layer {result.layer}")
+
+    server.runs.run([slow], fails_meanwhile, server.failures.append, lambda _row: True)
+    before = len(server.engine.batches)
+    server.run([slow])
+    assert len(server.engine.batches) == before + 1
