@@ -69,8 +69,8 @@ class ExtractConfig(StrictModel):
     layer_map_strategy: Literal["ratio", "uniform", "last", "skip", "cka", "learned"] = "uniform"
     """Map from student layers to teacher layers, which determines the layers that `layers: student` keeps."""
     codec: CodecName | None = None
-    """How K/V are encoded: raw (fp32), bf16, int8, int6 or int4. Defaults to bf16 for pt and int8 for a store. A .pt
-    file holds fp32 for raw, and bf16 otherwise."""
+    """How K/V are encoded: raw (fp32), bf16, int8, int6 or int4; pca is refused, because it needs a KV map. Defaults to
+    bf16 for pt and int8 for a store. A .pt file holds fp32 for raw, and bf16 otherwise."""
 
     teacher_endpoints: tuple[str, ...] = ()
     """Running servers as NAME=HOST:PORT[,HOST:PORT], where NAME is the last part of the model; or @FILE with one per
