@@ -5,6 +5,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -19,7 +20,7 @@ from student_trainer.config import KVConfig, TeacherConfig
 from student_trainer.kv_sources import build_source
 from student_trainer.kv_sources.base import KVResult, KVSource
 from tests.support.kv_fakes import same_result
-from tests.support.servers import REPOSITORY, TeacherProcess, start_teacher
+from tests.support.servers import REPOSITORY, TeacherProcess, start_teacher, wait_until
 
 MODEL = "fake:layers=3,delay_ms={delay_ms}"
 QUICK = MODEL.format(delay_ms=0)
@@ -144,6 +145,36 @@ def test_a_server_restarted_on_its_port_is_used_again(serve):
         serve(grpc_port=first.grpc_port).wait_ready()
         assert same(running.result(timeout=30), before)
     source.close()
+
+
+def test_a_rolling_restart_under_load_fails_no_fetch(serve):
+    replicas = [serve(QUICK, drain_seconds=2.0).wait_ready() for _ in range(3)]
+    expected = undisturbed(replicas[0], 6)
+    sources = [source_of(*replicas) for _ in range(2)]
+    fetches, stop = [0, 0], threading.Event()
+
+    def load(number: int) -> None:
+        while not stop.is_set():
+            assert same(sources[number].fetch(samples(6)), expected)
+            fetches[number] += 1
+
+    with ThreadPoolExecutor(2) as pool:
+        running = [pool.submit(load, number) for number in range(2)]
+        try:
+            for replica in list(replicas):
+                port = replica.grpc_port
+                replica.process.terminate()
+                assert replica.process.wait(20) == 0
+                serve(QUICK, grpc_port=port).wait_ready()
+                before = list(fetches)
+                wait_until(lambda before=before: all(now > then for now, then in zip(fetches, before, strict=True)))
+        finally:
+            stop.set()
+        for each in running:
+            each.result(60)
+    assert min(fetches) > 3
+    for source in sources:
+        source.close()
 
 
 def test_a_server_restarted_as_another_teacher_is_refused(serve):
