@@ -15,11 +15,12 @@ from align.layer_map import LayerMapper
 from align.linear_maps import RidgeStatistics
 from align.token_layout import slots_beyond_sinks
 from kvcore.errors import FieldError
-from kvcore.tensors.entropy_coding import spread_class
+from kvcore.tensors.entropy_coding import class_bits, spread_class
 from kvcore.tensors.kv_map import LAYERS, WHOLE, KVMap
-from kvcore.types import TENSORS, BatchKV, Tensor
+from kvcore.types import TENSORS, BatchKV, Tensor, TensorKind
 
 FIELD = "align.basis_rank"
+_QUALITY_PRECISION = 0.005
 
 
 def check_basis(rank: int, teacher: KVGeometry, student: KVGeometry, layer_map: str) -> None:
@@ -127,21 +128,47 @@ class BasisStatistics:
             whole: KV heads and head dimension of the teacher, for a map from which clients restore whole heads.
         """
         tensors = dict(kv_map.tensors)
-        for kind, sums in zip(TENSORS, self._sums, strict=True):
-            weight_LFHD = tensors[f"{kind}.weight"]
-            spreads = [_spreads(one, weight_FHD) for one, weight_FHD in zip(sums, weight_LFHD, strict=True)]
+        for kind, spreads in self._all_spreads(kv_map).items():
             steps = [_step(spread_R, quality) for spread_R in spreads]
             step_L = torch.tensor(steps, dtype=torch.float32)
-            classes = [
-                [spread_class(spread / step) for spread in spread_R.tolist()]
-                for spread_R, step in zip(spreads, steps, strict=True)
-            ]
-            tensors[f"{kind}.weight"] = weight_LFHD / step_L[:, None, None, None]
+            classes = [_classes(spread_R, step) for spread_R, step in zip(spreads, steps, strict=True)]
+            tensors[f"{kind}.weight"] = tensors[f"{kind}.weight"] / step_L[:, None, None, None]
             tensors[f"{kind}.step"] = step_L
             tensors[f"{kind}.class"] = torch.tensor(classes, dtype=torch.uint8)[:, None]
         if whole is not None:
             tensors[WHOLE] = torch.tensor(whole, dtype=torch.int32)
         return KVMap(tensors)
+
+    def quality_for(self, kv_map: KVMap, token_bytes: float) -> float:
+        """The smallest quality with which a token's keys and values take at most this many bytes in all layers.
+
+        It is between 0.001 and 0.999, even if that takes more bytes, or fewer.
+
+        Args:
+            kv_map: what `basis` returned.
+            token_bytes: expected bytes, without positions.
+        """
+        spreads = [spread_R for by_layer in self._all_spreads(kv_map).values() for spread_R in by_layer]
+        low, high = 0.001, 0.999
+        while high - low > _QUALITY_PRECISION * low:
+            quality = (low + high) / 2
+            bits = sum(class_bits(one) for each in spreads for one in _classes(each, _step(each, quality)))
+            low, high = (quality, high) if bits > 8 * token_bytes else (low, quality)
+        return high
+
+    def _all_spreads(self, kv_map: KVMap) -> dict[TensorKind, list[Tensor]]:
+        """The standard deviations [R] of the components of each layer's keys and values."""
+        return {
+            kind: [
+                _spreads(one, weight_FHD)
+                for one, weight_FHD in zip(sums, kv_map.tensors[f"{kind}.weight"], strict=True)
+            ]
+            for kind, sums in zip(TENSORS, self._sums, strict=True)
+        }
+
+
+def _classes(spread_R: Tensor, step: float) -> list[int]:
+    return [spread_class(spread / step) for spread in spread_R.tolist()]
 
 
 def _spreads(statistics: RidgeStatistics, weight_FHD: Tensor) -> Tensor:

@@ -128,6 +128,9 @@ class CodecConfig(CodecSpec):
     quality: Annotated[float, Field(ge=0.001, lt=1.0)] | None = None
     """For `pca`: the relative error of what varies in each layer's keys and in its values. The bytes follow from it.
     Defaults to 0.1."""
+    bytes_per_token: PositiveFloat | None = None
+    """For `pca`, instead of `quality`: the bytes of a token's keys and values in all layers of the plan. The error
+    follows from it."""
 
     @property
     def target_error(self) -> float:
@@ -137,7 +140,7 @@ class CodecConfig(CodecSpec):
     @property
     def spec(self) -> CodecSpec:
         """The codec as a plan names it. The map of `pca` has its quality."""
-        return CodecSpec(**self.model_dump(exclude={"quality"}))
+        return CodecSpec(**self.model_dump(exclude={"quality", "bytes_per_token"}))
 
     @property
     def unmapped(self) -> CodecSpec:
@@ -146,8 +149,11 @@ class CodecConfig(CodecSpec):
 
     @model_validator(mode="after")
     def _quality_has_its_codec(self) -> Self:
-        if self.quality is not None and self.name != CODED:
-            raise ValueError(f"quality: only the codec '{CODED}' has a quality; got the codec '{self.name}'")
+        for name in ("quality", "bytes_per_token"):
+            if getattr(self, name) is not None and self.name != CODED:
+                raise ValueError(f"{name}: only the codec '{CODED}' has it; got the codec '{self.name}'")
+        if self.quality is not None and self.bytes_per_token is not None:
+            raise ValueError("bytes_per_token: conflicts with quality; leave one of them out")
         return self
 
 

@@ -24,6 +24,9 @@ def calibrate(
     quality: Annotated[
         float | None, typer.Option(help="Relative error of what varies in K/V that the codec aims at. Defaults to 0.1.")
     ] = None,
+    bytes_per_token: Annotated[
+        float | None, typer.Option(help="Bytes of a token's keys and values in all layers, instead of --quality.")
+    ] = None,
     samples: Annotated[int, typer.Option(min=8, help="Maximum number of records that are read.")] = 256,
     layers: Annotated[str | None, typer.Option(help="Teacher layers, such as 0,9,18. All by default.")] = None,
 ) -> None:
@@ -34,7 +37,9 @@ def calibrate(
     from kvdistill.calibration import calibrate as run  # noqa: PLC0415 - torch is slow to import
 
     records = load_records(data, samples)
-    found = run(teacher, [record.text for record in records], quality=quality, layers=chosen)
+    found = run(
+        teacher, [record.text for record in records], quality=quality, bytes_per_token=bytes_per_token, layers=chosen
+    )
     found.write(output)
     typer.echo(found.text(output))
 

@@ -72,7 +72,7 @@ class Calibration:
         for each in self.figures:
             ratio = f"{raw / each.token_bytes:.2f}x"
             errors = [f"{error:.1%}" for error in each.errors]
-            rows.append([f"{each.quality:g}", f"{each.token_bytes:,.0f}", ratio, *errors])
+            rows.append([f"{each.quality:.3g}", f"{each.token_bytes:,.0f}", ratio, *errors])
         next_step = f"Next: set kv.codec.name to '{CODED}', and the teacher's `kv_map` to {path}."
         return "\n\n".join([in_columns(head), in_columns(rows, right=True), next_step])
 
@@ -82,6 +82,7 @@ def calibrate(
     texts: Sequence[str | Sample],
     *,
     quality: float | None = None,
+    bytes_per_token: float | None = None,
     layers: Sequence[int] | None = None,
 ) -> Calibration:
     """Fits the codec `pca` to a teacher's K/V of texts.
@@ -90,13 +91,14 @@ def calibrate(
         endpoints: host:port of the teacher's server, or of its replicas.
         texts: one of eight is measured, the others are fitted to.
         quality: the relative error that the codec aims at; 0.1 by default.
+        bytes_per_token: of a token's keys and values in all these layers, instead of a quality.
         layers: of the teacher; all by default.
 
     Raises:
         FieldError: too few texts, or a quality that is not between 0 and 1.
         TeacherError: the teacher does not answer, or refuses a text.
     """
-    wanted = parse({"name": CODED, "quality": quality}, CodecConfig).target_error
+    codec = parse({"name": CODED, "quality": quality, "bytes_per_token": bytes_per_token}, CodecConfig)
     if len(texts) < MEASURED_SHARE:
         raise FieldError("texts", f"expected at least {MEASURED_SHARE} to fit and to measure; got {len(texts)}")
     with TeacherClient(endpoints) as client, Meter({"calibrating": len(texts)}, brief=True) as meter:
@@ -110,6 +112,9 @@ def calibrate(
             tokens += int(mask_BM.sum())
         sums.check(1)
         basis, _ = sums.basis(math.prod(whole))
+        wanted = codec.target_error
+        if bytes_per_token is not None:
+            wanted = sums.quality_for(basis, bytes_per_token)
         measured = [_Measured(each, sums.coded(basis, each, whole)) for each in sorted({*QUALITIES, wanted})]
         for kv in _read(client, texts[::MEASURED_SHARE], chosen, meter):
             for one in measured:

@@ -133,8 +133,9 @@ def check_kv_maps(config: TrainConfig) -> None:
         raise ValueError(f"teachers: {where} needs kv.codec.name '{CODED}'; got '{config.kv.codec.name}'")
     if config.align.basis_rank is not None:
         raise ValueError(f"align.basis_rank: the run fits this basis itself, without {where}; leave one of them out")
-    if config.kv.codec.quality is not None:
-        raise ValueError(f"kv.codec.quality: {where} has its own quality; leave kv.codec.quality out")
+    for name in ("quality", "bytes_per_token"):
+        if getattr(config.kv.codec, name) is not None:
+            raise ValueError(f"kv.codec.{name}: {where} has its own quality; leave kv.codec.{name} out")
 
 
 def check_map_at(config: TrainConfig) -> None:

@@ -135,6 +135,13 @@ def class_table(number: int) -> list[float]:
     return [count * _PROBABILITY_UNIT for count in counts]
 
 
+@functools.cache
+def class_bits(number: int) -> float:
+    """The mean number of bits of a code of a class, if its spread is that of the class."""
+    shift = max(0, math.ceil(math.log2(class_spread(number) / _WIDEST)))
+    return shift - sum(share * math.log2(share) for share in class_table(number))
+
+
 def _logistic(x: float) -> float:
     """The share of a standard logistic distribution below x."""
     return 1 / (1 + math.exp(-max(-700.0, x)))

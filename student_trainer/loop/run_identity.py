@@ -61,8 +61,9 @@ def _plan_identity(codec: CodecConfig, plan: KVPlan) -> dict[str, Any]:
     asked = plan.without_map(codec.unmapped)
     identity = {"plan_digest": asked.digest(), "plan": asked.model_dump(mode="json")}
     if codec.name == CODED:
-        identity["plan_digest"] += f" {CODED} {codec.target_error} {codec.max_relative_error}"
-        identity["plan"]["codec"] = codec.spec.model_dump(mode="json") | {"quality": codec.target_error}
+        settings = {"quality": codec.target_error, "bytes_per_token": codec.bytes_per_token}
+        identity["plan_digest"] += f" {CODED} {settings} {codec.max_relative_error}"
+        identity["plan"]["codec"] = codec.spec.model_dump(mode="json") | settings
     return identity
 
 

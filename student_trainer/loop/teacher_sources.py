@@ -230,7 +230,13 @@ def _fitted(
         shares = f"{keys:.2f} of the keys' variance and {values:.2f} of the values'"
         logger.info("teacher '%s': %d of %d components keep %s", name, rank, features, shares)
     if codec.name == CODED:
-        kv_map = sums.coded(kv_map, codec.target_error, None if config.align.basis_rank else whole)
+        quality = codec.target_error
+        if codec.bytes_per_token is not None:
+            quality = sums.quality_for(kv_map, codec.bytes_per_token)
+            if dist.get_rank() == 0:
+                wanted = f"{codec.bytes_per_token:g} bytes per token"
+                logger.info("teacher '%s': %s give an error of %.3f of what varies", name, wanted, quality)
+        kv_map = sums.coded(kv_map, quality, None if config.align.basis_rank else whole)
     return from_rank_0(kv_map)
 
 

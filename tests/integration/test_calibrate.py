@@ -167,6 +167,7 @@ def test_a_store_or_a_checkpoint_with_another_map_refuses_a_given_one(
         (TO_TEACHER, {"name": "int8"}, "the kv_map of teacher 'ada' needs kv.codec.name 'pca'; got 'int8'"),
         (TO_TEACHER | {"basis_rank": 3}, {"name": "pca"}, "align.basis_rank"),
         (TO_TEACHER, {"name": "pca", "quality": 0.1}, "kv.codec.quality"),
+        (TO_TEACHER, {"name": "pca", "bytes_per_token": 90.0}, "kv.codec.bytes_per_token"),
     ],
 )
 def test_settings_that_a_kv_map_excludes_are_refused(
@@ -179,6 +180,14 @@ def test_settings_that_a_kv_map_excludes_are_refused(
 ) -> None:
     with pytest.raises((FieldError, ValueError), match=problem):
         mapped_run(world, teachers, "refused", align, kv_maps=kv_maps, codec=codec)
+
+
+def test_bytes_per_token_are_met(teachers: dict[str, list[str]]) -> None:
+    found = calibrate(teachers["ada"], TEXTS, bytes_per_token=30.0)
+    chosen = [each for each in found.figures if abs(each.token_bytes - 30.0) < 3.0]
+    assert chosen, found.figures
+    with pytest.raises(FieldError, match="bytes_per_token: conflicts with quality"):
+        calibrate(teachers["ada"], TEXTS, bytes_per_token=30.0, quality=0.1)
 
 
 def test_too_few_texts_are_refused(teachers: dict[str, list[str]]) -> None:

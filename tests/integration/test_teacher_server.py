@@ -167,7 +167,7 @@ def test_describe_returns_identity_geometry_and_limits(families: RunningFamilies
     assert info.engine == "hf"
     assert info.dtype == "fp32"
     assert info.max_samples_per_request == 256
-    assert set(info.codecs) == {"raw", "bf16", "int8", "int6", "int4"}
+    assert set(info.codecs) == {"raw", "bf16", "int8", "int6", "int4", "pca"}
     assert teacher.info()["teacher"]["weights_digest"] == info.weights_digest
 
 

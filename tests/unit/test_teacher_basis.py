@@ -8,7 +8,7 @@ import torch
 from align.head_dim_adapter import KVGeometry
 from align.teacher_basis import BasisStatistics, check_basis
 from kvcore.errors import FieldError
-from kvcore.tensors.entropy_coding import spread_class
+from kvcore.tensors.entropy_coding import encode_codes, spread_class
 from kvcore.tensors.kv_map import KVMap
 from kvcore.types import TENSORS, BatchKV, Tensor
 
@@ -146,3 +146,30 @@ def test_a_layer_without_variance_is_restored_exactly() -> None:
     coded = sums.coded(sums.basis(FEATURES)[0], 0.1, (H, D))
     y_BHMD = coded.apply(constant.k_BLHMD[:, 0], 1, "k").round()
     assert coded.decoded(torch.stack([y_BHMD] * 2, dim=1), "k")[:, 0].allclose(constant.k_BLHMD[:, 0])
+
+
+@pytest.mark.parametrize("token_bytes", [1.0, 4.0, 12.0])
+def test_a_number_of_bytes_gives_the_quality_whose_codes_take_them(token_bytes: float) -> None:
+    sums = BasisStatistics((1, 4), FEATURES)
+    parts = [batch(seed, slots=60) for seed in range(8)]
+    for kv in parts:
+        sums.add(kv, kv.mask_BM)
+    basis, _ = sums.basis(FEATURES)
+    coded = sums.coded(basis, sums.quality_for(basis, token_bytes), (H, D))
+    sent = tokens = 0
+    for kv in parts:
+        for kind, x_BLHMD in zip(TENSORS, (kv.k_BLHMD, kv.v_BLHMD), strict=True):
+            for at, layer in enumerate((1, 4)):
+                y_BHMD = coded.apply(x_BLHMD[:, at], layer, kind).round()[:, 0][kv.mask_BM]
+                sent += len(encode_codes(y_BHMD.short().numpy(), coded.classes(at, kind)))
+        tokens += int(kv.mask_BM.sum())
+    # Each of the 32 streams has a few bytes at its end. The features are normal, and the tables logistic.
+    assert sent / tokens == pytest.approx(token_bytes, rel=0.06, abs=0.1)
+
+
+def test_a_quality_stays_within_its_limits() -> None:
+    sums = BasisStatistics((1, 4), FEATURES)
+    sums.add(batch(), batch().mask_BM)
+    basis, _ = sums.basis(FEATURES)
+    assert sums.quality_for(basis, 1e-6) == 0.999
+    assert sums.quality_for(basis, 1e6) == pytest.approx(0.001, rel=0.01)
