@@ -15,6 +15,7 @@ from kvcore.plan import CodecSpec, KVPlan, SamplingParams, Selection
 from kvcore.store.kv_store import KVStoreReader
 from kvcore.types import EncodedSampleKV, Sample, Span
 from protos import kv_cache_pb2 as pb
+from student_trainer.kv_sources import retry_budget
 from student_trainer.kv_sources.completions import CompletedSample, CompletionSource
 from student_trainer.kv_sources.record import Record
 from student_trainer.kv_sources.remote import RemoteSource
@@ -48,6 +49,12 @@ def proxy() -> Iterator[DamagingProxy]:
     with DamagingProxy(server.endpoint) as between:
         yield between
     server.stop()
+
+
+@pytest.fixture(autouse=True)
+def _repeats_without_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every request is damaged here, so that a rank's limit of repeated requests would take minutes."""
+    monkeypatch.setattr(retry_budget, "ALLOWED", 1_000_000)
 
 
 @pytest.fixture(autouse=True)
