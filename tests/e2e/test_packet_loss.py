@@ -31,12 +31,13 @@ with running_teacher("fake:layers=3,heads=2,dim=32", Path(tempfile.mkdtemp()) / 
 print(json.dumps([float((kv.k_BLHMD.double() * kv.v_BLHMD.double()).sum()) for kv in parts]))
 """
 NETWORK = """
+set -e
 ip link set lo up
 nft add table inet loss
 nft add chain inet loss input '{{ type filter hook input priority 0; }}'
 nft add rule inet loss input numgen random mod 100 '<' {percent} counter drop
-"$@"
-status=$?
+status=0
+"$@" || status=$?
 nft list table inet loss >&2
 exit $status
 """
