@@ -14,7 +14,7 @@ from kvcore.errors import ConfigError, FieldError
 from kvcore.monitoring.units import in_bytes
 from kvcore.plan import KVPlan
 from kvcore.store.journal import SampleEntry
-from kvcore.store.kv_store import POSITIONS, SHARD_SUFFIX, TOKEN_IDS, KVStoreReader
+from kvcore.store.kv_store import BYTE_ENDS, POSITIONS, SHARD_SUFFIX, TOKEN_IDS, KVStoreReader
 from kvcore.store.manifest import MANIFEST_NAME
 from kvdistill.columns import ENDPOINT, in_columns
 from kvdistill.describe import describe, description_rows, raw_token_bytes
@@ -81,7 +81,8 @@ class _Sums:
 
     def add(self, entry: SampleEntry) -> None:
         self.samples += 1
-        self.kv_bytes += sum(tensor.size for name, tensor in entry.tensors.items() if name.startswith(("k.", "v.")))
+        about = (POSITIONS, TOKEN_IDS, BYTE_ENDS)
+        self.kv_bytes += sum(tensor.size for name, tensor in entry.tensors.items() if name not in about)
         self.kept_tokens += entry.tensors[POSITIONS].shape[-1]
         self.text_tokens += entry.tensors[TOKEN_IDS].shape[-1]
         for kind, errors in entry.relative_error.items():

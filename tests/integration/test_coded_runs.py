@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import threading
 import time
 from collections.abc import Iterator
@@ -18,6 +19,7 @@ from kvcore.tensors.kv_map import KVMap
 from kvcore.types import TENSORS, EncodedSampleKV, MissingKV, Sample, Tensor
 from kvcore.wire import frames
 from kvcore.wire.packed_rows import pack_rows
+from kvdistill.inspection import inspect
 from student_trainer.kv_sources.remote import RemoteSource
 from student_trainer.loop.training_context import TrainingContext
 from teacher_server import scheduler
@@ -103,6 +105,8 @@ def test_a_recording_is_read_back_exactly_without_teachers(
         for mine, theirs in zip(both(found), both(expected), strict=True):
             assert mine.equal(theirs)
         assert [one.parts["packed"].equal(other.parts["packed"]) for one, other in zip(found, expected, strict=True)]
+        shown = inspect(str(tmp_path / "store" / name))
+        assert re.search(r"per sample +[1-9]\d* bytes of K/V", shown), shown
         kept = stored_map(tmp_path / "store" / name)
         assert kept is not None
         assert kept.named == offline.maps[name].named
