@@ -182,7 +182,10 @@ def _demand(teacher: str, student: KVGeometry, config: TrainConfig, geometry: KV
     codecs = [plan.codec, *(plan.codec.model_copy(update={"name": name}) for name in CODECS if name != plan.codec.name)]
     by_choice = {codec.name: {name: size(codec, shape) for name, shape in choices.items()} for codec in codecs}
     cache = raw_token_bytes(geometry.layers, geometry.heads, geometry.head_dim) * lengths.text()
-    return Demand(teacher, geometry, plan, fmean(slots), by_choice[plan.codec.name][_chosen(config)], cache, by_choice)
+    sample = by_choice[plan.codec.name][_chosen(config)]
+    if kv.codec.bytes_per_token is not None:
+        sample = fmean(slots) * kv.codec.bytes_per_token
+    return Demand(teacher, geometry, plan, fmean(slots), sample, cache, by_choice)
 
 
 def _choices(config: TrainConfig, student: KVGeometry, geometry: KVGeometry) -> dict[str, tuple[int, int] | None]:
@@ -221,9 +224,13 @@ def _table(config: TrainConfig, demands: Sequence[Demand], records: int) -> str:
     """The requests of a run, and their bytes per sample, step and epoch, and on the network."""
     plan = demands[0].plan
     requests = [("tokens", plan_tokens(plan)), ("codec", plan_codec(plan))]
-    if config.kv.codec.name == CODED:
-        smaller = f"{CODED}: smaller than this table's bytes, which are those of {plan.codec.name}; kvdistill calibrate"
-        requests[-1] = ("codec", f"{smaller} measures how much")
+    if config.kv.codec.bytes_per_token is not None:
+        requests[-1] = ("codec", f"{CODED}, {config.kv.codec.bytes_per_token:g} bytes per token")
+    elif config.kv.codec.name == CODED:
+        requests[-1] = (
+            "codec",
+            f"{CODED}; the bytes below are those of {plan.codec.name}. kvdistill calibrate measures",
+        )
     requests += [(f"layers of {each.teacher}", plan_layers(each.plan, each.geometry.layers)) for each in demands]
     requests += [] if config.align.basis_rank is None else [("components", f"{config.align.basis_rank} of each layer")]
     requests += [] if config.align.map_at == "trainer" else [("heads", "the student's (align.map_at teacher)")]

@@ -69,6 +69,15 @@ def test_wider_codec_needs_more_bytes_per_sample(world: World) -> None:
     assert sample(selection=selection, codec={"name": "raw"}) > 2 * sample(selection=selection)
 
 
+def test_bytes_per_token_set_the_bytes_and_without_them_the_codec_pca_says_how_to_measure_its_own(world: World) -> None:
+    kv: dict[str, Any] = {"selection": {"selector": "right", "budget": LATENTS}}
+    shown = plan_text(config(world, kv=kv | {"codec": {"name": "pca", "bytes_per_token": 500}}), models(world))
+    assert "pca, 500 bytes per token" in shown
+    assert rows(shown)["ada"][1:4] == [f"{LATENTS:.1f}", "1.5", "kB"]
+    unknown = plan_text(config(world, kv=kv | {"codec": {"name": "pca"}}), models(world))
+    assert "pca; the bytes below are those of bf16. kvdistill calibrate measures" in unknown
+
+
 def test_bytes_of_each_number_of_components_are_shown_where_a_run_can_have_them(world: World) -> None:
     assert "basis_rank" not in plan_text(config(world), models(world)), "fused teachers have no basis"
     align = {"calibration_samples": 48, "direction": "to_teacher"}
