@@ -10,7 +10,6 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import constriction
@@ -106,27 +105,38 @@ def _decoded(decoder: constriction.stream.queue.RangeDecoder, coder: _ClassCoder
     return codes_N
 
 
-def _by_class(classes_R: Classes) -> Iterator[tuple[_ClassCoder, NDArray[np.int64]]]:
+def _by_class(classes_R: Classes) -> list[tuple[_ClassCoder, NDArray[np.int64]]]:
     """Each class that occurs, with the components that have it."""
+    return _grouped(classes_R.tobytes())
+
+
+# A layer's classes are the same for all samples.
+@functools.lru_cache(maxsize=1024)
+def _grouped(classes: bytes) -> list[tuple[_ClassCoder, NDArray[np.int64]]]:
+    classes_R = np.frombuffer(classes, np.uint8)
     order_R = np.argsort(classes_R, kind="stable")
     numbers, starts = np.unique(classes_R[order_R], return_index=True)
-    for number, places in zip(numbers.tolist(), np.split(order_R, starts[1:]), strict=True):
-        yield _coder(number), places
+    return [
+        (_coder(number), places) for number, places in zip(numbers.tolist(), np.split(order_R, starts[1:]), strict=True)
+    ]
+
+
+def _shift(number: int) -> int:
+    """How many low bits of a class's codes are not compressed."""
+    return max(0, math.ceil(math.log2(class_spread(number) / _WIDEST)))
 
 
 @functools.cache
 def _coder(number: int) -> _ClassCoder:
-    spread = class_spread(number)
-    shift = max(0, math.ceil(math.log2(spread / _WIDEST)))
+    shift = _shift(number)
     table = constriction.stream.model.Categorical(np.array(class_table(number)), perfect=False)
     return _ClassCoder(shift, table, constriction.stream.model.Uniform(1 << shift) if shift else None)
 
 
 def class_table(number: int) -> list[float]:
     """The probabilities of the symbols 0 to 63 of a class: a logistic distribution with the class's spread."""
-    spread = class_spread(number)
-    shift = max(0, math.ceil(math.log2(spread / _WIDEST)))
-    scale = spread * math.sqrt(3) / math.pi
+    shift = _shift(number)
+    scale = class_spread(number) * math.sqrt(3) / math.pi
     edges = [(symbol << shift) - 0.5 for symbol in range(-_LARGEST, _LARGEST + 2)]
     below = [_logistic(edge / scale) for edge in edges]
     inside = [high - low for low, high in itertools.pairwise(below)]
@@ -138,8 +148,7 @@ def class_table(number: int) -> list[float]:
 @functools.cache
 def class_bits(number: int) -> float:
     """The mean number of bits of a code of a class, if its spread is that of the class."""
-    shift = max(0, math.ceil(math.log2(class_spread(number) / _WIDEST)))
-    return shift - sum(share * math.log2(share) for share in class_table(number))
+    return _shift(number) - sum(share * math.log2(share) for share in class_table(number))
 
 
 def _logistic(x: float) -> float:
