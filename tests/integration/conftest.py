@@ -1,4 +1,4 @@
-"""A process group for tests that use DeepSpeed in the test process."""
+"""A process group for tests that use DeepSpeed in the test process, and a world with two fake teachers."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from collections.abc import Iterator
 import pytest
 
 from student_trainer.loop import ds_engine
+from tests.support.mapped_runs import both_serving
+from tests.support.training import Endpoints, World, make_world
 
 
 @pytest.fixture
@@ -17,3 +19,15 @@ def one_rank(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     ds_engine.start(0)
     yield
     ds_engine.stop()
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    return make_world(tmp_path_factory.mktemp("world"))
+
+
+@pytest.fixture(scope="module")
+def teachers() -> Iterator[Endpoints]:
+    """Servers of the two teachers of `mapped_run`."""
+    with both_serving() as endpoints:
+        yield endpoints

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,23 +15,12 @@ from kvcore.tensors.kv_map import KVMap
 from kvcore.types import TENSORS
 from student_trainer.loop.training_context import TrainingContext
 from tests.support.kv_maps import naive_mapped
-from tests.support.mapped_runs import both_serving, fetched, mapped_run
-from tests.support.training import World, make_world
+from tests.support.mapped_runs import fetched, mapped_run
+from tests.support.training import World
 
 RANK = 3
 
 pytestmark = pytest.mark.usefixtures("one_rank")
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> World:
-    return make_world(tmp_path_factory.mktemp("world"))
-
-
-@pytest.fixture(scope="module")
-def teachers() -> Iterator[dict[str, list[str]]]:
-    with both_serving() as endpoints:
-        yield endpoints
 
 
 def built(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,26 +19,13 @@ from kvdistill.calibration import calibrate
 from kvdistill.cli import app
 from student_trainer.kv_sources.remote import RemoteSource
 from tests.support.kv_maps import coded_map, random_map
-from tests.support.mapped_runs import MODELS, fetched, mapped_run, serving
-from tests.support.training import World, make_world
+from tests.support.mapped_runs import fetched, mapped_run
+from tests.support.training import World
 
 pytestmark = pytest.mark.usefixtures("one_rank")
 
 TEXTS = [f"{number} + {number * 7 % 13} = {number + number * 7 % 13}, and so on for a while" for number in range(48)]
 TO_TEACHER: dict[str, Any] = {"direction": "to_teacher"}
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> World:
-    return make_world(tmp_path_factory.mktemp("world"))
-
-
-@pytest.fixture(scope="module")
-def teachers() -> Iterator[dict[str, list[str]]]:
-    servers = {name: serving(model) for name, model in MODELS.items()}
-    yield {name: [server.endpoint] for name, server in servers.items()}
-    for server in servers.values():
-        server.stop()
 
 
 @pytest.fixture(scope="module")

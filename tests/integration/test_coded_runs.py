@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,23 +23,12 @@ from student_trainer.kv_sources.remote import RemoteSource
 from student_trainer.loop.training_context import TrainingContext
 from teacher_server import scheduler
 from tests.support.kv_maps import coded_map
-from tests.support.mapped_runs import both_serving, fetched, mapped_run
-from tests.support.training import World, make_world
+from tests.support.mapped_runs import fetched, mapped_run
+from tests.support.training import World
 
 pytestmark = pytest.mark.usefixtures("one_rank")
 
 TO_TEACHER: dict[str, Any] = {"direction": "to_teacher"}
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> World:
-    return make_world(tmp_path_factory.mktemp("world"))
-
-
-@pytest.fixture(scope="module")
-def teachers() -> Iterator[dict[str, list[str]]]:
-    with both_serving() as endpoints:
-        yield endpoints
 
 
 def codec(quality: float) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,24 +17,13 @@ from kvcore.types import TENSORS
 from student_trainer.loop.training_context import TrainingContext
 from tests.support.kv_fakes import INFO
 from tests.support.kv_maps import naive_mapped
-from tests.support.mapped_runs import MODELS, both_serving, fetched, mapped_run, serving
+from tests.support.mapped_runs import MODELS, fetched, mapped_run, serving
 from tests.support.scripted_teacher import ScriptedTeacher
-from tests.support.training import World, make_world
+from tests.support.training import World
 
 STUDENT_SHAPE = (1, 16)
 
 pytestmark = pytest.mark.usefixtures("one_rank")
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> World:
-    return make_world(tmp_path_factory.mktemp("world"))
-
-
-@pytest.fixture(scope="module")
-def teachers() -> Iterator[dict[str, list[str]]]:
-    with both_serving() as endpoints:
-        yield endpoints
 
 
 def built(
