@@ -1,11 +1,15 @@
 """Measures codecs on a model's K/V of real texts: bytes, both errors, and speed on one thread.
 
 A server reads the texts and sends all layers in fp32. Then each codec encodes and decodes each text's K/V layer by
-layer. Bytes are relative to bf16. An error is the norm of the difference over a norm: that of the K/V (`error`), or of
-what varies in them, without the mean of each layer's channels over all tokens (`error_of_varying`). Both are means over
-the layers. Speeds are MB of bf16 input per second; encoding includes measuring its error. The maps of `pca` are fitted
-to other texts than those that are measured, for some qualities, and for equal errors of keys and values. Prints one
-JSON object as its last line.
+layer. Bytes are relative to bf16. An error is the norm of the difference over a norm, and the mean over the layers:
+
+- `error`: over the norm of the keys, or of the values.
+- `error_of_varying`: over the norm of what varies in them, without the mean of each channel over all tokens.
+- `error_together`: the difference in keys and values over the norm of keys and values.
+
+Speeds are MB of bf16 input per second; encoding includes measuring its error. The maps of `pca` are fitted to other
+texts than those that are measured, for some qualities, and for equal errors of keys and values. Prints one JSON object
+as its last line.
 
 Examples:
   python -m benchmarks.codec --model outputs/real/models/teacher --data val.jsonl --calibration-data train.jsonl
@@ -54,6 +58,14 @@ SPECS = (
 
 
 @dataclass(frozen=True, slots=True)
+class Measured:
+    """The figures of one codec for keys or for values, and each layer's squared error, summed over all texts."""
+
+    figures: dict[str, float]
+    square_L: Tensor
+
+
+@dataclass(frozen=True, slots=True)
 class Texts:
     """Keys or values of all texts, each [L,H,M,D], and per layer the norms that errors are divided by."""
 
@@ -86,7 +98,7 @@ def _texts(kind: TensorKind, x_LHMD: list[Tensor]) -> Texts:
     return Texts(kind, x_LHMD, all_LHMD.flatten(1).norm(dim=1), varying_LHMD.flatten(1).norm(dim=1))
 
 
-def measure(texts: Texts, spec: CodecSpec) -> dict[str, float]:
+def measure(texts: Texts, spec: CodecSpec) -> Measured:
     """Bytes, errors and speeds of one codec for keys or for values."""
     encode_s = decode_s = sent = elements = 0.0
     square_L = torch.zeros_like(texts.norm_L)
@@ -100,7 +112,7 @@ def measure(texts: Texts, spec: CodecSpec) -> dict[str, float]:
         square_L += (decoded_LHMD - x_LHMD).double().square().flatten(1).sum(dim=1)
         sent += sum(part.numel() * part.element_size() for layer in layers for part in layer.parts.values())
         elements += x_LHMD.numel()
-    return figures(texts, square_L, sent, elements, encode_s, decode_s)
+    return Measured(figures(texts, square_L, sent, elements, encode_s, decode_s), square_L)
 
 
 def fitted(calibration: Sequence[Texts]) -> tuple[BasisStatistics, KVMap]:
@@ -115,7 +127,7 @@ def fitted(calibration: Sequence[Texts]) -> tuple[BasisStatistics, KVMap]:
     return sums, sums.basis(heads * head_dim)[0]
 
 
-def measure_coded(texts: Texts, kv_map: KVMap) -> dict[str, float]:
+def measure_coded(texts: Texts, kv_map: KVMap) -> Measured:
     """Bytes, errors and speeds of the codec `pca` for keys or for values."""
     encode_s = decode_s = sent = elements = 0.0
     square_L = torch.zeros_like(texts.norm_L)
@@ -136,7 +148,7 @@ def measure_coded(texts: Texts, kv_map: KVMap) -> dict[str, float]:
         square_L += (decoded_LHMD - x_LHMD).double().square().flatten(1).sum(dim=1)
         sent += sum(map(len, coded))
         elements += x_LHMD.numel()
-    return figures(texts, square_L, sent, elements, encode_s, decode_s)
+    return Measured(figures(texts, square_L, sent, elements, encode_s, decode_s), square_L)
 
 
 def figures(
@@ -150,6 +162,13 @@ def figures(
         "encode_mb_s": 2e-6 * elements / encode_s,
         "decode_mb_s": 2e-6 * elements / decode_s,
     }
+
+
+def error_together(both: Sequence[Texts], measured: Sequence[Measured]) -> float:
+    """The error of keys and values over the norm of both, the mean over the layers."""
+    square_L = torch.stack([each.square_L for each in measured]).sum(dim=0)
+    norm_L = torch.stack([texts.norm_L.square() for texts in both]).sum(dim=0).sqrt()
+    return float((square_L.sqrt() / norm_L).mean())
 
 
 def medians(rounds: Sequence[dict[str, float]]) -> dict[str, float]:
@@ -178,7 +197,7 @@ def run(model: str, texts: Sequence[str], calibration: Sequence[str], tokens: in
     both = read_kv(model, texts, tokens)
     maps = coded_maps(both, read_kv(model, calibration, tokens))
     slots = [x_LHMD.shape[2] for x_LHMD in both[0].x_LHMD]
-    measured: dict[str, list[list[dict[str, float]]]] = {}
+    measured: dict[str, list[list[Measured]]] = {}
     for number in range(rounds + 1):
         for spec in SPECS:
             each = [measure(kv, spec) for kv in both]
@@ -189,9 +208,10 @@ def run(model: str, texts: Sequence[str], calibration: Sequence[str], tokens: in
         print(f"round {number} of {rounds}", file=sys.stderr)
     found: dict[str, dict[str, Any]] = {}
     for name, rounds_of in measured.items():
-        by_kind = {kv.kind: medians([each[place] for each in rounds_of[1:]]) for place, kv in enumerate(both)}
+        by_kind = {kv.kind: medians([each[place].figures for each in rounds_of[1:]]) for place, kv in enumerate(both)}
         smaller = len(both) / sum(1 / each["smaller_than_bf16"] for each in by_kind.values())
-        found[name] = {"smaller_than_bf16": round(smaller, 3), **by_kind}
+        together = float(f"{error_together(both, rounds_of[-1]):.4g}")
+        found[name] = {"smaller_than_bf16": round(smaller, 3), "error_together": together, **by_kind}
     return {"texts": len(texts), "calibration_texts": len(calibration), "tokens": sum(slots), "codecs": found}
 
 

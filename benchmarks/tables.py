@@ -93,9 +93,10 @@ def codec(result: Result) -> str:
         both = [found["k"], found["v"]]
         errors = [f"{one['error']:.2%} ({one['error_of_varying']:.2%})" for one in both]
         speeds = [f"{one['encode_mb_s']:.0f}, {one['decode_mb_s']:.0f}" for one in both]
-        rows.append([name, found["smaller_than_bf16"], *errors, *speeds])
+        rows.append([name, found["smaller_than_bf16"], *errors, f"{found['error_together']:.2%}", *speeds])
     speed = "MB/s encoded, decoded"
-    headers = ("codec", "smaller than bf16", "error of keys", "error of values", f"keys, {speed}", f"values, {speed}")
+    errors = ("error of keys", "error of values", "of both together")
+    headers = ("codec", "smaller than bf16", *errors, f"keys, {speed}", f"values, {speed}")
     return table(headers, rows)
 
 

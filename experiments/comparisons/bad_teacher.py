@@ -12,6 +12,7 @@ Examples:
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -62,7 +63,7 @@ class BadTeacher(Comparison):
         return super().teachers(models) | {BAD: bad}
 
 
-def make(output: Path, settings: Settings, seeds: int) -> Comparison:
+def make(output: Path, settings: Settings, seeds: Sequence[int]) -> Comparison:
     """The comparison.
 
     Steps, learning rate and temperatures were chosen on validation items of seed 0, and the router's loss on those of

@@ -45,12 +45,12 @@ class Comparison(Demo):
         arms: in the order in which they run.
         output: the folder for runs and models.
         settings: sizes, steps and learning rate.
-        seeds: number of runs per arm.
+        seeds: of the runs of each arm.
     """
 
-    def __init__(self, arms: Sequence[Arm], output: Path, settings: Settings, seeds: int) -> None:
-        super().__init__(output, settings, seeds)
-        self.arms = tuple(arms)
+    def __init__(self, arms: Sequence[Arm], output: Path, settings: Settings, seeds: Sequence[int]) -> None:
+        super().__init__(output, settings, len(seeds))
+        self.arms, self.each_seed = tuple(arms), tuple(seeds)
 
     def run_of(self, arm: str, seed: int) -> Path:
         """The output directory of one run."""
@@ -58,7 +58,7 @@ class Comparison(Demo):
 
     def plan(self, student: Path, ports: dict[str, int]) -> list[dict[str, Any]]:
         """The runs of one launch: every arm with every seed."""
-        return [self._planned(arm, seed, student, ports) for arm in self.arms for seed in range(self.seeds)]
+        return [self._planned(arm, seed, student, ports) for arm in self.arms for seed in self.each_seed]
 
     def _planned(self, arm: Arm, seed: int, student: Path, ports: dict[str, int]) -> dict[str, Any]:
         chosen = {name: ports[name] for name in arm.teachers}
@@ -75,7 +75,7 @@ class Comparison(Demo):
         return {arm.name: self._measured(arm) for arm in self.arms}
 
     def _measured(self, arm: Arm) -> dict[str, Any]:
-        runs = [self.run_of(arm.name, seed) for seed in range(self.seeds)]
+        runs = [self.run_of(arm.name, seed) for seed in self.each_seed]
         metrics = [finished(run).metrics for run in runs]
         measured: dict[str, Any] = {
             "test_accuracy": [result(run)["test_accuracy"] for run in runs],
@@ -91,12 +91,12 @@ class Comparison(Demo):
         return measured
 
 
-def run(description: str | None, output: str, make: Callable[[Path, Settings, int], Comparison]) -> None:
+def run(description: str | None, output: str, make: Callable[[Path, Settings, Sequence[int]], Comparison]) -> None:
     """The command line of a comparison: prints one JSON object as its last line."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path(output), help=f"folder of the runs; {output} by default")
     parser.add_argument("--seeds", type=int, default=3, help="runs per arm; 3 by default")
     parser.add_argument("--quick", action="store_true", help="the steps of kvdistill demo --quick")
     arguments = parser.parse_args()
-    comparison = make(arguments.output, QUICK if arguments.quick else FULL, arguments.seeds)
+    comparison = make(arguments.output, QUICK if arguments.quick else FULL, range(arguments.seeds))
     sys.stdout.write(json_text(comparison.compare()) + "\n")

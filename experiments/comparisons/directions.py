@@ -9,6 +9,7 @@ Examples:
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from experiments.comparisons.base import Arm, Comparison, run
@@ -21,7 +22,7 @@ ARMS = tuple(
 )
 
 
-def make(output: Path, settings: Settings, seeds: int) -> Comparison:
+def make(output: Path, settings: Settings, seeds: Sequence[int]) -> Comparison:
     """The comparison."""
     return Comparison(ARMS, output, settings, seeds)
 

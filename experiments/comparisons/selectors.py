@@ -12,6 +12,7 @@ Examples:
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -57,7 +58,7 @@ class Selectors(Comparison):
         return {TEACHER: models["student"].path}
 
 
-def make(output: Path, settings: Settings, seeds: int) -> Comparison:
+def make(output: Path, settings: Settings, seeds: Sequence[int]) -> Comparison:
     """The comparison. Rates and steps were chosen on validation items of seed 0."""
     settings = replace(
         settings,

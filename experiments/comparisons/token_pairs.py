@@ -12,6 +12,7 @@ Examples:
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,12 +43,12 @@ class TokenPairs(Comparison):
         return {arm.name: {name: self._alignments(arm, name) for name in arm.teachers} for arm in self.arms}
 
     def _alignments(self, arm: Arm, teacher: str) -> dict[str, list[Any]]:
-        runs = [self.run_of(arm.name, seed) for seed in range(self.seeds)]
+        runs = [self.run_of(arm.name, seed) for seed in self.each_seed]
         reports = [results.summary(results.finished(run))["alignment"][teacher] for run in runs]
         return {name: [report[name] for report in reports] for name in MEASURED}
 
 
-def make(output: Path, settings: Settings, seeds: int) -> Comparison:
+def make(output: Path, settings: Settings, seeds: Sequence[int]) -> Comparison:
     """The comparison."""
     arms = [Arm(method, TEACHERS, ALIGN_ONLY | {"align": {"tokens": method}}) for method in METHODS]
     return TokenPairs(arms, output, settings, seeds)

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from data.synthetic import ChainTask
+
 ModelName = Literal["teacher_a", "teacher_b", "student"]
 ArmName = Literal["kv_two_teachers", "kv_one_teacher", "no_kv", "shuffled_kv"]
 Config = dict[str, Any]
@@ -28,7 +30,10 @@ MOST_CONTROL_ACCURACY = 0.25
 PROGRESS = "demo: "
 
 LATENTS = 3
+# As in ` 3 + 4 = 0` and the end of its line.
+EQUATION_TOKENS = 6
 _BATCH = 64
+_MAX_TOKENS = 128
 PRETRAIN_STEPS: dict[ModelName, int] = {"teacher_a": 700, "teacher_b": 400, "student": 850}
 
 
@@ -48,6 +53,8 @@ class Settings:
         modulus: of the chain arithmetic, see `ChainTask`.
         operations: of each question.
         fillers: meaningless words in each reasoning.
+        equations: whether the reasoning has equations instead of values alone.
+        distractors: operations in each question that do not count.
         pretrain_steps: steps of teachers and student on reasoning text.
         pretrain_lr: their learning rate.
         ranks: training processes.
@@ -64,9 +71,21 @@ class Settings:
     modulus: int = 7
     operations: int = 4
     fillers: int = 0
+    equations: bool = False
+    distractors: int = 0
     pretrain_steps: Mapping[ModelName, int] = field(default_factory=lambda: PRETRAIN_STEPS)
     pretrain_lr: float = 1e-3
     ranks: int = 2
+
+    @property
+    def task(self) -> ChainTask:
+        """The task that these settings describe."""
+        return ChainTask(self.modulus, self.operations, self.fillers, self.equations, self.distractors)
+
+    @property
+    def reasoning_tokens(self) -> int:
+        """Tokens of each reasoning, for all tokenizers of the demo."""
+        return (EQUATION_TOKENS if self.equations else 1) * (self.operations - 1) + self.fillers
 
     @property
     def micro_batch(self) -> int:
@@ -110,8 +129,9 @@ def pretrain_config(name: ModelName, model: Path, settings: Settings, paths: Dem
         "data": {
             "train": str(paths.split("train")),
             "val": str(paths.split("val")),
-            "max_tokens": 64,
-            "answer_tokens": 5 + settings.fillers,
+            "max_tokens": _MAX_TOKENS,
+            # Reasoning, answer and end.
+            "answer_tokens": settings.reasoning_tokens + 2,
         },
         "optim": {"lr": settings.pretrain_lr, "warmup_ratio": 0.05, "schedule": "linear"},
         "run": {
@@ -181,7 +201,7 @@ def _latent_config(output_dir: Path, seed: int, train: Path, student: Path, micr
         },
         "align": {"direction": "to_student", "settled_within": 0.0},
         "loss": {"kv_weight": 10.0, "kv_loss": "smooth_l1"},
-        "data": {"train": str(train), "max_tokens": 64, "answer_tokens": 2},
+        "data": {"train": str(train), "max_tokens": _MAX_TOKENS, "answer_tokens": 2},
         "optim": {"lr": 1e-3, "warmup_ratio": 0.05, "schedule": "linear"},
         "run": {
             "output_dir": str(output_dir),

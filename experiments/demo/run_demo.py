@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from data.records import Record, load_records, write_records
-from data.synthetic import ChainTask, make_splits
+from data.synthetic import make_splits
 from experiments.demo import results
 from experiments.demo.demo_config import (
     ARMS,
@@ -72,7 +72,7 @@ class Demo(TimedStages):
         self.paths = DemoPaths(output)
         self.settings = settings
         self.seeds = seeds
-        self.task = ChainTask(settings.modulus, settings.operations, settings.fillers)
+        self.task = settings.task
 
     def run(self) -> results.Results:
         """Runs all stages before the report."""
@@ -95,7 +95,7 @@ class Demo(TimedStages):
 
     def train_arms(self) -> tuple[dict[ModelName, Pretrained], dict[str, float]]:
         """Runs every arm with its data, models and servers; returns the models and each server's peak memory in MiB."""
-        _empty(self.paths.output / "runs")
+        self.prepare_runs()
         models = self.models()
         served = {name: str(path) for name, path in self.teachers(models).items()}
         servers = LocalTeachers(
@@ -106,6 +106,14 @@ class Demo(TimedStages):
                 endpoints = stack.enter_context(servers)
             self._train(models["student"], endpoints, servers)
         return models, servers.peak_memory_mb
+
+    def prepare_runs(self) -> None:
+        """Empties the folder of runs."""
+        _empty(self.paths.output / "runs")
+
+    def unfinished(self, plan: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """The runs that are still to do: all."""
+        return plan
 
     def _write_data(self) -> list[Record]:
         settings = self.settings
@@ -119,8 +127,10 @@ class Demo(TimedStages):
         """Runs the plan in one launch of the ranks."""
         ports = {name: int(endpoint.rpartition(":")[2]) for name, endpoint in endpoints.items()}
         plan_path = self.paths.output / "runs" / "plan.json"
-        plan = self.plan(student.path, ports)
-        write_json(plan_path, plan)
+        to_do = self.unfinished(self.plan(student.path, ports))
+        if not to_do:
+            return
+        write_json(plan_path, to_do)
         ranks = ["--nproc_per_node", str(self.settings.ranks)]
         launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", *ranks]
         began = time.monotonic()
@@ -132,9 +142,9 @@ class Demo(TimedStages):
             servers.check_alive()
             raise
         servers.check_alive()
-        for run in plan:
+        for run in to_do:
             self.seconds[run["name"]] = results.result(Path(run["config"]["run"]["output_dir"]))["seconds"]
-        inside = sum(self.seconds[run["name"]] for run in plan)
+        inside = sum(self.seconds[run["name"]] for run in to_do)
         self.seconds["launch of the ranks"] = time.monotonic() - began - inside
 
     def plan(self, student: Path, ports: dict[str, int]) -> list[dict[str, Any]]:
@@ -164,8 +174,9 @@ class Demo(TimedStages):
     def _inference(self) -> Inference:
         """How the student of the first arm answers test items."""
         test = load_records(self.paths.split("test"))
-        reasoning_tokens = self.settings.operations - 1 + self.settings.fillers
-        return measure_inference(self.paths.run(f"{ARMS[0]}-seed0") / "best_model", test, reasoning_tokens)
+        return measure_inference(
+            self.paths.run(f"{ARMS[0]}-seed0") / "best_model", test, self.settings.reasoning_tokens
+        )
 
     def _results(
         self, models: dict[ModelName, Pretrained], servers_mb: dict[str, float], inference: Inference

@@ -17,7 +17,7 @@ PORTS = {"teacher_a": 50051, "teacher_b": 50052, bad_teacher.BAD: 50053, selecto
 
 @pytest.mark.parametrize("module", [bad_teacher, directions, selectors, token_pairs])
 def test_runs_are_valid_and_start_from_models_of_earlier_runs(module, tmp_path: Path) -> None:
-    plan = module.make(tmp_path, QUICK, 3).plan(Path("student"), PORTS)
+    plan = module.make(tmp_path, QUICK, range(3)).plan(Path("student"), PORTS)
     made = {"student"}
     for run in plan:
         config = parse(run["config"], TrainConfig)
@@ -28,10 +28,10 @@ def test_runs_are_valid_and_start_from_models_of_earlier_runs(module, tmp_path: 
 
 
 def test_selector_comparison_has_every_selector_and_both_controls(tmp_path: Path) -> None:
-    names = {arm.name for arm in selectors.make(tmp_path, QUICK, 1).arms}
+    names = {arm.name for arm in selectors.make(tmp_path, QUICK, range(1)).arms}
     assert names == {*SELECTORS, "no KV", "shuffled KV"} - {"r_kv_centred"}
 
 
 def test_all_other_arms_use_the_bad_teacher(tmp_path: Path) -> None:
-    arms = {arm.name: arm for arm in bad_teacher.make(tmp_path, QUICK, 1).arms}
+    arms = {arm.name: arm for arm in bad_teacher.make(tmp_path, QUICK, range(1)).arms}
     assert {name for name, arm in arms.items() if bad_teacher.BAD not in arm.teachers} == {"two good teachers", "no KV"}

@@ -111,3 +111,50 @@ def test_filler_positions_are_uniform() -> None:
 def test_number_of_fillers_is_limited(fillers: int) -> None:
     with pytest.raises(FieldError, match="fillers"):
         ChainTask(fillers=fillers)
+
+
+@given(st.sampled_from([3, 7, 11]), st.integers(2, 5), st.data())
+def test_equations_lead_from_the_question_to_the_answer(modulus: int, operations: int, data: st.DataObject) -> None:
+    task = ChainTask(modulus, operations, equations=True)
+    record = task.record(data.draw(st.integers(0, task.questions - 1)))
+    values = solve(record.prompt, modulus)
+    start, *steps = record.prompt.removesuffix(" =").split(" ")
+    lines = record.reasoning.splitlines(keepends=True)
+    assert lines == [
+        f" {before} {step[0]} {step[1:]} = {after}\n"
+        for before, step, after in zip([int(start), *values], steps[:-1], values, strict=False)
+    ]
+    assert record.answer == f" {values[-1]}"
+
+
+@given(st.integers(1, 5), st.data())
+def test_distractors_only_add_operations_in_parentheses_to_the_question(count: int, data: st.DataObject) -> None:
+    plain, distracted = ChainTask(), ChainTask(distractors=count)
+    number = data.draw(st.integers(0, plain.questions - 1))
+    without, record = plain.record(number), distracted.record(number)
+    assert len(re.findall(r" \([-+x][1-6]\)", record.prompt)) == count
+    assert re.sub(r" \([-+x][1-6]\)", "", record.prompt) == without.prompt
+    assert (record.reasoning, record.answer) == (without.reasoning, without.answer)
+    assert record == distracted.record(number)
+
+
+def test_distractors_are_at_every_place_after_the_first_word() -> None:
+    task = ChainTask(distractors=1)
+    words = [task.record(number).prompt.split() for number in range(0, task.questions, 91)]
+    places = Counter(next(place for place, word in enumerate(row) if word.startswith("(")) for row in words)
+    assert set(places) == {1, 2, 3, 4, 5}
+    assert all(0.15 < count / len(words) < 0.25 for count in places.values())
+
+
+@pytest.mark.parametrize(
+    ("options", "field"),
+    [
+        ({"fillers": 1, "equations": True}, "fillers"),
+        ({"distractors": -1}, "distractors"),
+        ({"distractors": 17}, "distractors"),
+    ],
+)
+def test_senseless_options_are_refused(options: dict[str, int], field: str) -> None:
+    with pytest.raises(FieldError) as caught:
+        ChainTask(**options)
+    assert caught.value.field == field

@@ -1,0 +1,1 @@
+"""Tables about latent students on toy tasks, with seeds, controls and intervals."""

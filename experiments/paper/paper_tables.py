@@ -1,0 +1,143 @@
+"""The tables: their tasks, arms and steps.
+
+Settings were chosen on validation items of seed 10, and the tables report seeds 0, 1 and 2.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from experiments.comparisons.bad_teacher import BAD, FUSIONS
+from experiments.comparisons.base import Arm
+from experiments.comparisons.selectors import SAME_MODEL
+from experiments.comparisons.selectors import TEACHER as ITSELF
+from experiments.demo.demo_config import EQUATION_TOKENS, FULL, TEACHERS, Config, ModelName, Settings
+
+# As in the demo, but these questions need more steps until the models write their reasoning without mistakes.
+_PRETRAIN_STEPS: Mapping[ModelName, int] = {"teacher_a": 1000, "teacher_b": 600, "student": 1200}
+# One latent for each token of the reasoning, and a block of latents for each equation.
+HARDER = replace(
+    FULL,
+    equations=True,
+    arm_steps=500,
+    evaluations=5,
+    pretrain_steps=_PRETRAIN_STEPS,
+    pretrain_lr=2e-3,
+    ranks=1,
+)
+QUICK_TEST = 250
+_LATENTS = HARDER.reasoning_tokens
+_ONE, _OTHER = TEACHERS[:1], TEACHERS[1:]
+_THREE = (*TEACHERS, BAD)
+_STEP_CE: Config = {"step_ce_weight": 1.0}
+_CODI: Config = {"codi_weight": 1.0}
+_TO_STUDENT: Config = {"direction": "to_student"}
+_TO_TEACHER: Config = {"direction": "to_teacher"}
+# Of the table of selectors: a third of the reasoning's tokens.
+_BUDGET = _LATENTS // 3
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """One table.
+
+    Attributes:
+        title: what it compares.
+        reference: the arm that the others are compared with, by seed.
+        settings: task, sizes and steps.
+        quick_steps: steps of each arm with --quick.
+        arms: in the order of the rows.
+    """
+
+    title: str
+    reference: str
+    settings: Settings
+    quick_steps: int
+    arms: tuple[Arm, ...] = field(default_factory=tuple)
+
+
+def _student(latents: int, passes: int) -> Config:
+    return {"latents": latents, "passes": passes}
+
+
+def _selection(selector: str, budget: int, **options: Any) -> Config:
+    return {"selector": selector, "budget": budget, "span": "reasoning", "scope": "sample", **options}
+
+
+def _method(name: str, passes: int, teachers: tuple[str, ...] = (), loss: Config | None = None, **kv: Any) -> Arm:
+    """An arm whose student has a latent for each token of the reasoning, and whose teachers send all of them."""
+    loss = loss or {}
+    student = _student(_LATENTS, passes)
+    if "step_ce_weight" in loss:
+        student["latents_per_step"] = EQUATION_TOKENS
+    changes: Config = {"student": student, "kv": {"selection": _selection("uniform", _LATENTS), **kv}, "loss": loss}
+    return Arm(f"{name}, T={passes}", teachers, changes)
+
+
+def _methods(passes: int) -> tuple[Arm, ...]:
+    return (
+        _method("CE", passes),
+        _method("CODI", passes, loss=_CODI),
+        _method("KV", passes, _ONE),
+        _method("shuffled KV", passes, _ONE, control="shuffled"),
+        _method("step CE", passes, loss=_STEP_CE),
+        _method("KV + step CE", passes, _ONE, _STEP_CE),
+        _method("KV + step CE + CODI", passes, _ONE, _STEP_CE | _CODI),
+    )
+
+
+def _selector(name: str, selector: str, teachers: tuple[str, ...] = (ITSELF,), **options: Any) -> Arm:
+    """An arm whose student has fewer latents than the reasoning has tokens. Every head keeps its own tokens."""
+    control = {"control": options.pop("control")} if "control" in options else {}
+    selection = _selection(selector, _BUDGET, **options) | {"scope": "head"}
+    student = _student(_BUDGET, 3)
+    return Arm(name, teachers, {"student": student, "kv": {"selection": selection, **control}, "align": SAME_MODEL})
+
+
+def _teachers(name: str, teachers: tuple[str, ...], **sections: Config) -> Arm:
+    """An arm of the table of teachers: KV with three passes."""
+    arm = _method(name, 3, teachers, **sections.pop("kv", {}))
+    return Arm(name, teachers, arm.changes | sections)
+
+
+TABLES: Mapping[str, Table] = {
+    "methods": Table(
+        "Losses on latents: chain arithmetic with equations",
+        "step CE, T=3",
+        HARDER,
+        quick_steps=60,
+        arms=(*_methods(3), *_methods(6)),
+    ),
+    "selectors": Table(
+        "Selectors that keep a third of the reasoning's tokens",
+        "uniform",
+        HARDER,
+        quick_steps=60,
+        arms=(
+            *(_selector(name, name) for name in ("uniform", "random", "right", "keydiff")),
+            *(_selector(f"r_kv, λ {weight}", "r_kv", importance_weight=weight) for weight in (0.0, 0.1, 0.5, 1.0)),
+            _selector("r_kv_centred, λ 0.1", "r_kv_centred", importance_weight=0.1),
+            _selector("no KV", "uniform", ()),
+            _selector("shuffled KV of r_kv, λ 0.5", "r_kv", importance_weight=0.5, control="shuffled"),
+        ),
+    ),
+    "teachers": Table(
+        "Several teachers",
+        "teacher A",
+        HARDER,
+        quick_steps=60,
+        arms=(
+            _teachers("teacher A", _ONE, align=_TO_STUDENT),
+            _teachers("teacher B", _OTHER, align=_TO_STUDENT),
+            *(_teachers(f"A and B, {kind}", TEACHERS, fuse=fuse) for kind, fuse in FUSIONS.items()),
+            *(_teachers(f"A, B and bad, {kind}", _THREE, fuse=fuse) for kind, fuse in FUSIONS.items()),
+            _teachers("teacher A, to_teacher", _ONE, align=_TO_TEACHER),
+            _teachers("teacher A, to_teacher, rank 8", _ONE, align=_TO_TEACHER | {"basis_rank": 8}),
+            _teachers("A and B, to_teacher", TEACHERS, align=_TO_TEACHER),
+            _teachers("no KV", ()),
+            _teachers("shuffled KV of A and B", TEACHERS, kv={"control": "shuffled"}),
+        ),
+    ),
+}

@@ -1,0 +1,103 @@
+"""Tests of the tables of `python -m experiments.paper`: valid runs, kept runs, intervals, and the page that shows them."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from experiments.paper import __main__ as paper
+from experiments.paper.paper_report import ArmResult, TableResult, as_json, from_json, rows, table_text
+from experiments.paper.paper_runs import PaperRuns
+from experiments.paper.paper_tables import TABLES
+from kvcore.config import parse
+from student_trainer.config import TrainConfig
+
+PORTS = {name: 50050 + number for number, name in enumerate(("teacher_a", "teacher_b", "bad_teacher", "itself"))}
+ROOT = Path(__file__).resolve().parents[2]
+STORED = sorted((ROOT / "experiments" / "paper" / "results").glob("*.json"))
+
+
+def runs_of(name: str, output: Path, seeds: tuple[int, ...] = (0, 1)) -> PaperRuns:
+    return PaperRuns(TABLES[name], output, TABLES[name].settings, seeds)
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_every_run_of_a_table_is_valid_and_starts_from_a_model_of_an_earlier_run(name: str, tmp_path: Path) -> None:
+    runs = runs_of(name, tmp_path)
+    made = {"student"}
+    plan = runs.plan(Path("student"), PORTS)
+    for run in plan:
+        config = parse(run["config"], TrainConfig)
+        assert config.student.path in made
+        made.add(str(config.run.output_dir / "best_model"))
+    assert len({run["config"]["run"]["output_dir"] for run in plan}) == len(plan) == 2 * len(runs.arms)
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_arms_of_a_table_take_equal_steps_from_equal_data(name: str, tmp_path: Path) -> None:
+    plan = runs_of(name, tmp_path).plan(Path("student"), PORTS)
+    shared = {json.dumps([run["config"][key] for key in ("data", "optim")]) for run in plan}
+    assert len(shared) == 1
+    assert len({run["config"]["run"]["steps"] for run in plan}) == 1
+
+
+def finish(run: dict[str, Any]) -> None:
+    folder = Path(run["config"]["run"]["output_dir"])
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "result.json").write_text("{}", encoding="utf-8")
+
+
+def test_finished_runs_are_kept_until_their_configuration_changes(tmp_path: Path) -> None:
+    runs = runs_of("methods", tmp_path)
+    runs.prepare_runs()
+    plan = runs.plan(Path("student"), PORTS)
+    assert runs.unfinished(plan) == plan
+    for run in plan[:3]:
+        finish(run)
+    other_ports = runs.plan(Path("student"), {name: port + 100 for name, port in PORTS.items()})
+    assert runs.unfinished(other_ports) == other_ports[3:]
+    changed = runs.plan(Path("another"), PORTS)
+    assert runs.unfinished(changed) == changed
+    assert not Path(plan[0]["config"]["run"]["output_dir"], "result.json").exists()
+
+
+def result_of(**accuracies: list[float]) -> TableResult:
+    arms = [ArmResult(name, values, [10.0] * len(values)) for name, values in accuracies.items()]
+    return TableResult("title", "abc", "2 cores", [0, 1, 2], "base", {}, arms, {})
+
+
+def test_rows_have_means_and_paired_differences_with_intervals() -> None:
+    (base, other) = rows(result_of(base=[0.1, 0.2, 0.3], other=[0.2, 0.3, 0.4]))
+    # Student's t with two degrees of freedom: 4.303 standard errors of 10 / sqrt(3) points.
+    assert base == ["base", "10.0 / 20.0 / 30.0", "20.0 ± 24.8", "-", "10"]
+    assert other == ["other", "20.0 / 30.0 / 40.0", "30.0 ± 24.8", "+10.0 ± 0.0", "10"]
+
+
+def test_result_survives_its_json_file() -> None:
+    found = result_of(base=[0.1], other=[0.2])
+    assert from_json(json.loads(json.dumps(as_json(found)))) == found
+
+
+def test_unknown_arm_is_refused_by_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert paper.main(["--tables", "methods", "--arms", "KX", "--output", str(tmp_path)]) != 0
+    assert "there is no arm 'KX'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("path", STORED, ids=lambda path: path.stem)
+def test_results_page_shows_the_stored_results(path: Path) -> None:
+    found = from_json(json.loads(path.read_text(encoding="utf-8")))
+    table = TABLES[path.stem]
+    assert [arm.name for arm in found.arms] == [arm.name for arm in table.arms]
+    assert found.seeds == [0, 1, 2]
+    assert not found.commit.endswith("+")
+    assert table_text(found) in (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
+
+
+def test_quick_run_changes_steps_and_items_only() -> None:
+    for table in TABLES.values():
+        assert table.quick_steps < table.settings.arm_steps
+        assert replace(table.settings, arm_steps=table.quick_steps).task == table.settings.task
