@@ -45,7 +45,8 @@ class PaperRuns(Comparison):
 
     def prepare_runs(self) -> None:
         """Keeps the runs that are there."""
-        self._planned_file("").parent.mkdir(parents=True, exist_ok=True)
+        for folder in (self._planned_file("").parent, self.paths.output / "runs"):
+            folder.mkdir(parents=True, exist_ok=True)
 
     def unfinished(self, plan: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """The runs without a result, or whose configuration has changed."""

@@ -16,13 +16,14 @@ from experiments.comparisons.selectors import TEACHER as ITSELF
 from experiments.demo.demo_config import EQUATION_TOKENS, FULL, TEACHERS, Config, ModelName, Settings
 
 # As in the demo, but these questions need more steps until the models write their reasoning without mistakes.
-_PRETRAIN_STEPS: Mapping[ModelName, int] = {"teacher_a": 1000, "teacher_b": 600, "student": 1200}
+_PRETRAIN_STEPS: Mapping[ModelName, int] = {"teacher_a": 800, "teacher_b": 800, "student": 1500}
 # One latent for each token of the reasoning, and a block of latents for each equation.
 HARDER = replace(
     FULL,
+    operations=3,
     equations=True,
-    arm_steps=500,
-    evaluations=5,
+    arm_steps=400,
+    evaluations=4,
     pretrain_steps=_PRETRAIN_STEPS,
     pretrain_lr=2e-3,
     ranks=1,
