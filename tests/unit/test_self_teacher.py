@@ -16,14 +16,18 @@ from data.records import Record
 from kvcore.models.attention_taps import ATTENTION_NAME
 from kvcore.types import TENSORS, Tensor
 from student_trainer.config import LossConfig
+from student_trainer.loop import ds_engine
 from student_trainer.loop.calibrate import scale_own_targets
 from student_trainer.loop.kv_weight import auto_kv_weight
+from student_trainer.loop.sample_order import SampleOrder
+from student_trainer.loop.training_context import TrainingContext
+from student_trainer.loop.validation import validate
 from student_trainer.model.distill_model import DistillModel, TrainBatch
 from student_trainer.model.latent import LatentStudent, new_reasoning
 from student_trainer.model.lora import add_lora
 from tests.support.naive_selection import best, centred, keydiff_scores, margin, mean_scores, r_kv_scores, random_scores
 from tests.support.tiny_models import FAMILIES, Family, build_model, tiny_spec
-from tests.support.training_parts import RECORDS, collator, one_rank, train_config
+from tests.support.training_parts import RECORDS, TOKENIZER, collator, one_rank, train_config
 
 LATENTS, HEADS, HEAD_DIM, LAYERS = 5, 2, 16, 2
 KaVa: dict[str, Any] = {"selector": "r_kv", "scope": "head", "importance_weight": 0.1}
@@ -281,7 +285,6 @@ def test_scale_and_variance_are_those_of_the_targets_of_the_calibration_samples(
     model = model_of()
     records = [*BATCH, *RECORDS[:4]]
     with one_rank():
-        # The last batch is filled up with a sample that counts once.
         scale_own_targets(
             model, records, range(len(records)), lambda batches: map(batch_of, batches), 4, lambda _: None
         )
@@ -355,6 +358,28 @@ def test_the_automatic_weight_compares_its_gradient_with_that_of_the_cross_entro
 
 
 _COMPARED = ("ce_loss", "kv_objective")
+
+
+def test_validation_averages_over_the_samples_with_reasoning(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ds_engine, "device", lambda: torch.device("cpu"))
+    model = model_of().eval()
+
+    def validated(records: Sequence[Record], micro_batch: int) -> dict[str, float]:
+        run = {"micro_batch": micro_batch, "global_batch": micro_batch}
+        config = train_config(self_teacher=True, run=run, data={"answer_tokens": 2})
+        order = SampleOrder(config.run, len(records), 0, 1)
+        context = TrainingContext(config, TOKENIZER, collator(), (), records, {}, model, order, None, {})
+        with one_rank():
+            found = validate(model, context, lambda batches: map(batch_of, batches), torch.device("cpu"))
+        assert found.kv_error_KLH is not None
+        assert float(found.kv_error_KLH.mean()) == pytest.approx(found.metrics["val/kv_loss"])
+        return found.metrics
+
+    reasoned = validated([record for record in BATCH if record.reasoning], 4)
+    for micro_batch in (1, 2, 5):
+        found = validated(BATCH, micro_batch)
+        for name in ("val/kv_loss", "val/kv_loss/k/layer1", "val/kv_loss/latent5"):
+            assert found[name] == pytest.approx(reasoned[name], rel=1e-5), name
 
 
 def test_numbers_that_are_not_finite_reach_the_loss_instead_of_stopping_one_rank() -> None:
