@@ -31,6 +31,7 @@ from student_trainer.config_checks import (
     check_map_at,
     check_refits,
     check_selection,
+    check_self_teacher,
     check_step_blocks,
     check_trained_maps,
 )
@@ -320,12 +321,19 @@ class StageConfig(StrictModel):
 
 
 class TrainConfig(StrictModel):
-    """One training run, or several consecutive ones (`stages`). Without teachers, it is supervised training."""
+    """One training run, or several consecutive ones (`stages`).
+
+    Without `teachers` and `self_teacher`, it is supervised training.
+    """
 
     student: StudentConfig
     """The model that is trained."""
     teachers: tuple[TeacherConfig, ...] = ()
     """The teachers."""
+    self_teacher: bool = False
+    """Whether the student is its own teacher, as in KaVa: its latents' K/V learn from its K/V of the reasoning that it
+    reads as text, with the current weights. It replaces `teachers`, and needs latent mode and no server.
+    `kv.selection` selects the tokens, and `loss` sets distance and weight."""
     kv: KVConfig = KVConfig()
     """The source of K/V."""
     align: AlignConfig = AlignConfig()
@@ -405,8 +413,10 @@ class TrainConfig(StrictModel):
         formats = {self.data.format, *(teacher.format for teacher in self.teachers)}
         if self.data.system_prompt is not None and "chat" not in formats:
             raise ValueError("data.system_prompt: needs data.format 'chat', or a teacher with format 'chat'")
-        if self.run.best_by == "kv_loss" and not self.teachers:
-            raise ValueError("run.best_by: 'kv_loss' needs teachers")
+        if self.run.best_by == "kv_loss" and not (self.teachers or self.self_teacher):
+            raise ValueError("run.best_by: 'kv_loss' needs teachers or self_teacher")
+        if self.self_teacher:
+            check_self_teacher(self)
         if self.teachers:
             check_selection(self)
             check_trained_maps(self)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from pydantic import BaseModel
+
 from data.reasoning_steps import StepBlocks
 from kvcore.early_checks import check_data, check_model, check_output
 from kvcore.errors import FieldError
@@ -217,6 +219,58 @@ def check_selection(config: TrainConfig) -> None:
             f"kv.selection: latent mode matches {latents} latents (student.latents), so it needs a selector with "
             f"that budget, or align.time to resample; got '{selection.selector}' with budget {selection.budget}"
         )
+
+
+# The settings of these sections that `self_teacher` uses; the others align, fuse or send the K/V of teachers.
+_OF_SELF_TEACHER = {"align": ("calibration_samples",), "fuse": (), "kv.codec": ()}
+
+
+def check_self_teacher(config: TrainConfig) -> None:
+    """Checks that the student can be its own teacher, and that no setting is about other teachers.
+
+    Raises:
+        ValueError: begins with the name of a field that conflicts with another.
+    """
+    kv, loss, mode = config.kv, config.loss, config.student.mode
+    if config.teachers:
+        raise ValueError(
+            "self_teacher: true conflicts with teachers, because a latent would have two targets, which kv_loss would "
+            "mix; leave out teachers, or set self_teacher to false"
+        )
+    if mode != "latent":
+        raise ValueError(f"self_teacher: the latents learn from the reasoning: use student.mode 'latent'; got '{mode}'")
+    if loss.reasoning_ce_weight == 0:
+        raise ValueError(
+            "loss.reasoning_ce_weight: must be above 0 with self_teacher, because nothing else trains the student to "
+            "read the reasoning; got 0"
+        )
+    if kv.mode != "online" or kv.store is not None:
+        field = "mode" if kv.mode != "online" else "store"
+        raise ValueError(
+            f"kv.{field}: with self_teacher the K/V change with the weights, so they cannot be stored; use kv.mode "
+            f"'online' without kv.store; got {field} '{kv.mode if field == 'mode' else kv.store}'"
+        )
+    if kv.selection.span != "reasoning":
+        raise ValueError(f"kv.selection.span: self_teacher needs 'reasoning'; got '{kv.selection.span}'")
+    if kv.control == "shuffled" and config.run.micro_batch == 1:
+        raise ValueError(
+            "kv.control: 'shuffled' takes the K/V of another sample of the micro-batch, so run.micro_batch must be at "
+            "least 2; got 1"
+        )
+    _refuse_settings_of_other_teachers(config)
+    check_selection(config)
+
+
+def _refuse_settings_of_other_teachers(config: TrainConfig) -> None:
+    sections: dict[str, BaseModel] = {"align": config.align, "fuse": config.fuse, "kv.codec": config.kv.codec}
+    for section, values in sections.items():
+        for name, field in type(values).model_fields.items():
+            value = getattr(values, name)
+            if value != field.default and name not in _OF_SELF_TEACHER[section]:
+                raise ValueError(
+                    f"{section}.{name}: is for other teachers; with self_teacher nothing is aligned, fused or sent; "
+                    f"leave it out; got '{value}'"
+                )
 
 
 def check_step_blocks(config: TrainConfig) -> None:

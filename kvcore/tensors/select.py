@@ -6,6 +6,8 @@ Selected tokens are in time order.
 
 from __future__ import annotations
 
+import torch
+
 from kvcore.plan import SELECTORS, Selection
 from kvcore.tensors.selectors.base import Candidates, TokenSelector
 from kvcore.types import Tensor
@@ -58,6 +60,38 @@ def select_sample(
     importance_BHT = None if importance_BLHT is None else importance_BLHT.flatten(1, 2)
     index_BN = candidates_BN.to(k_BLHTD.device)
     return _choose(selection, Candidates(index_BN, k_BLHTD.flatten(1, 2), 1, importance_BHT))
+
+
+def select_layers(
+    selection: Selection,
+    candidates_BN: Tensor,
+    k_BLHTD: Tensor,
+    importance_BLHT: Tensor | None,
+    seeds_B: Tensor | None = None,
+) -> Tensor:
+    """Selects tokens of all layers at once; see `select`.
+
+    Returns:
+        Positions, int32 [B,L,H,M] in scope `head`, [B,L,1,M] in scope `layer`, [B,1,1,M] in scope `sample`, ascending.
+
+    Raises:
+        NonFiniteError: a score is NaN or infinite.
+    """
+    layers, heads = k_BLHTD.shape[1:3]
+    if selection.scope == "sample" and needs_keys(selection):
+        return select_sample(selection, candidates_BN, k_BLHTD, importance_BLHT)[:, None]
+    if selection.scope == "sample":
+        return select(selection, candidates_BN, k_BLHTD[:, 0], None, seeds_B=seeds_B)[:, None]
+    if selection.scope == "head":
+        # A head does not depend on the others, so the heads of all layers are those of one layer.
+        importance_BHT = None if importance_BLHT is None else importance_BLHT.flatten(1, 2)
+        found_BHM = select(selection, candidates_BN, k_BLHTD.flatten(1, 2), importance_BHT, seeds_B=seeds_B)
+        return found_BHM.reshape(len(found_BHM), layers, heads, -1)
+    found: list[Tensor] = []
+    for layer in range(layers):
+        importance_BHT = None if importance_BLHT is None else importance_BLHT[:, layer]
+        found.append(select(selection, candidates_BN, k_BLHTD[:, layer], importance_BHT, layer=layer, seeds_B=seeds_B))
+    return torch.stack(found, dim=1)
 
 
 def needs_keys(selection: Selection) -> bool:

@@ -16,7 +16,7 @@ from data.records import Record
 from student_trainer.kv_sources.kept import Kept
 from student_trainer.kv_sources.shuffled import of_other_samples
 from student_trainer.loop import ds_engine
-from student_trainer.loop.calibrate import calibrate
+from student_trainer.loop.calibrate import calibrate, scale_own_targets
 from student_trainer.loop.kv_weight import auto_kv_weight
 from student_trainer.loop.metric_accumulator import MetricAccumulator
 from student_trainer.loop.rank_failures import fail_together, shared_failure
@@ -80,18 +80,21 @@ def _calibrate(context: TrainingContext, fetch: FetchFrom) -> tuple[TrainingCont
     indices = context.sample_order.first(config.align.calibration_samples)
     numbers = [rank + dist.get_world_size() * position for position in range(len(indices))]
     records = [context.train[index] for index in indices]
+    size, within = config.run.micro_batch, config.align.settled_within
+    if config.self_teacher:
+        scale_own_targets(context.model, records, numbers, partial(fetch, context), size, fail_together)
+        return context, records
     # Passes after the first one, and the KV weight, need the same K/V.
     most_bytes = KEPT_BYTES // len(context.sources)
     kept = {name: Kept(source.without_control(), most_bytes) for name, source in context.sources.items()}
     asking = dataclasses.replace(context, sources=kept, lost=None)
-    size, within = config.run.micro_batch, config.align.settled_within
     calibrate(context.model, records, numbers, partial(fetch, asking), size, fail_together, within)
     return asking, records
 
 
 def _report(context: TrainingContext, step: int) -> None:
-    """Logs and writes the alignments, fitted after `step` steps."""
-    if dist.get_rank() > 0:
+    """Logs and writes the alignments, if there are any, fitted after `step` steps."""
+    if dist.get_rank() > 0 or not context.model.aligners:
         return
     for name, report in context.model.report().items():
         explained = "; ".join(f"{kind} {_by_layer(by)}" for kind, by in report["explained_variance"].items())

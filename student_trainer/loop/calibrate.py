@@ -12,9 +12,11 @@ import torch
 import torch.distributed as dist
 
 from align.calibration import Calibration, LayerCalibration, StudentRead
+from align.head_dim_adapter import KVGeometry
 from data.records import Record
 from kvcore.errors import FieldError
 from kvcore.types import TENSORS, Tensor
+from student_trainer.loop import ds_engine
 from student_trainer.loop.rank_failures import FailTogether, shared_failure
 from student_trainer.model.distill_model import DistillModel, TrainBatch
 from student_trainer.monitoring.phase_progress import show_progress
@@ -82,7 +84,29 @@ def calibrate(
     if model.fusion is None:
         model.freeze(first.scale_LK.clone(), first.variance_LK.clone())
     else:
-        model.freeze(*_fused_scale(model, used, fetch, fail_together))
+        model.freeze(*_target_scale(model.fused, first.student, used, fetch, fail_together))
+
+
+@torch.no_grad()
+def scale_own_targets(
+    model: DistillModel,
+    records: Sequence[Record],
+    numbers: Sequence[int],
+    fetch: Fetch,
+    micro_batch: int,
+    fail_together: FailTogether,
+) -> None:
+    """Measures the scale of the targets that the student gives itself; every rank ends with the same.
+
+    The arguments are those of `calibrate`, whose other steps align with a teacher.
+
+    Raises:
+        FieldError: too few samples, or targets that never vary.
+    """
+    model.eval()
+    assert model.self_teacher is not None
+    parts, _ = _parts(list(records), numbers, micro_batch, next(model.student.parameters()).device)
+    model.freeze(*_target_scale(model.own_target, model.self_teacher.geometry, parts, fetch, fail_together))
 
 
 def _parts(
@@ -197,21 +221,26 @@ def _read(model: DistillModel, batch: TrainBatch) -> StudentRead:
     return StudentRead(text.k_BLHTD, text.v_BLHTD, tokens.text_byte_ends_BT)
 
 
-def _fused_scale(
-    model: DistillModel, parts: Sequence[_Part], fetch: Fetch, fail_together: FailTogether
+def _target_scale(
+    target: Callable[[TrainBatch], tuple[Tensor, Tensor, Tensor]],
+    student: KVGeometry,
+    parts: Sequence[_Part],
+    fetch: Fetch,
+    fail_together: FailTogether,
 ) -> tuple[Tensor, Tensor]:
-    """Standard deviation and variance [L,K] of the fused targets.
+    """Standard deviation and variance [L,K] of targets in the student's space.
+
+    `target`: k_BLHMD, v_BLHMD and mask_BM of a batch.
 
     Raises:
         FieldError: no sample has a target, or the targets never vary.
     """
-    student, device = model.aligners[0].student, model.aligners[0].scale_LK.device
-    count = torch.zeros(1, dtype=torch.float64, device=device)
-    total_KLF = torch.zeros(len(TENSORS), student.layers, student.features, dtype=torch.float64, device=device)
+    count = torch.zeros(1, dtype=torch.float64, device=ds_engine.device())
+    total_KLF = torch.zeros(len(TENSORS), student.layers, student.features, dtype=torch.float64, device=count.device)
     square_KLF = torch.zeros_like(total_KLF)
     with shared_failure(fail_together):
         for batch, number_C in _read_all("scaling targets", parts, fetch):
-            k_BLHMD, v_BLHMD, mask_BM = model.fused(batch)
+            k_BLHMD, v_BLHMD, mask_BM = target(batch)
             rows, slots = mask_BM[: len(number_C)].nonzero(as_tuple=True)
             count += len(rows)
             for column, x_BLHMD in enumerate((k_BLHMD, v_BLHMD)):
@@ -226,6 +255,6 @@ def _fused_scale(
     if not bool((variance_KLF.mean(dim=2) > 0).all()):
         raise FieldError(
             "align.calibration_samples",
-            f"the fused targets of {int(count)} slots never vary in some layer; raise it, or check kv.selection",
+            f"the targets of {int(count)} slots never vary in some layer; raise it, or check kv.selection",
         )
     return deviation_KL.T.contiguous(), variance_KLF.mean(dim=2).T.contiguous()

@@ -139,7 +139,8 @@ def _refuse_overlong(splits: Sequence[Split], limit: int) -> None:
 
 def _refuse_unreasoned(splits: Sequence[Split], config: TrainConfig) -> None:
     """Refuses samples without reasoning if the plan selects from the reasoning and no sample may be missing."""
-    if not config.teachers or config.kv.selection.span != "reasoning" or config.kv.on_missing == "mask":
+    taught = bool(config.teachers) or config.self_teacher
+    if not taught or config.kv.selection.span != "reasoning" or config.kv.on_missing == "mask":
         return
     found = "; ".join(filter(None, map(_unreasoned, splits)))
     if found:

@@ -47,6 +47,9 @@ def run_identity(config: TrainConfig, records: int, sources: Mapping[str, KVSour
     )
     data |= {"records": records, "content": content_digest(config.data.train)}
     data["formats"] = [teacher.format or config.data.format for teacher in config.teachers]
+    if config.self_teacher:
+        # Only then, so that runs of versions without the setting can resume.
+        settings["self_teacher"] = {"selection": config.kv.selection.model_dump(mode="json")}
     return settings | {
         "run": run,
         "teachers": teachers,
@@ -106,6 +109,8 @@ def _in_words(path: tuple[str, ...], then: object, now: object) -> str:
             return f"teachers: '{name}' is {'new' if then is None else 'missing now'}"
         case ("teachers", name, "weights" | "tokenizer" as part):
             return f"teacher '{name}': its {part} changed"
+        case ("self_teacher",):
+            return f"self_teacher: {then is not None} then, {now is not None} now"
         case _:
             return f"{_setting(path)}: {then!r} then, {now!r} now"
 
@@ -115,6 +120,8 @@ def _setting(path: tuple[str, ...]) -> str:
         case ("teachers", name, "plan", "layers"):
             return f"layers asked of teacher '{name}'"
         case ("teachers", _, "plan", *rest):
+            return f"kv.{'.'.join(rest)}"
+        case ("self_teacher", *rest):
             return f"kv.{'.'.join(rest)}"
         case ("weights", name):
             return f"teachers: weight of '{name}'"

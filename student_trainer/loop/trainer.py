@@ -334,6 +334,8 @@ class Trainer:
         figures |= memory_figures()
         padding, positions = self._sum_over_ranks([metrics.padding, metrics.positions])
         figures["data/padding_share"] = padding / max(1.0, positions)
+        if self.config.self_teacher:
+            figures["train/kv_weight"] = self.context.model.kv_weight
         if teachers:
             figures |= metrics.figures(by_teacher, self.world_size)
             figures |= teacher_figures(self.context)

@@ -15,12 +15,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 
-from align.head_dim_adapter import KVGeometry
 from data.collate import Collator
 from data.records import Record, load_records
 from kvcore.errors import FieldError
 from kvcore.tensors.kv_map import KVMap
-from kvcore.tensors.projections import kv_projections
 from kvcore.types import BatchKV
 from student_trainer.config import TrainConfig
 from student_trainer.config_checks import shared_endpoint_warning, step_blocks
@@ -50,6 +48,7 @@ from student_trainer.loop.teacher_sources import (
 )
 from student_trainer.model.distill_model import DistillModel, TrainBatch
 from student_trainer.model.pretrained import set_special_tokens
+from student_trainer.model.self_teacher import geometry_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -192,6 +191,11 @@ def build_context(config: TrainConfig, rank: int, world_size: int) -> TrainingCo
         logger.warning("kv.selection: %s", warning)
     if rank == 0 and (warning := shared_endpoint_warning(config)):
         logger.warning("teachers: %s", warning)
+    if rank == 0 and config.self_teacher and config.kv.control == "shuffled":
+        logger.warning(
+            "kv.control is 'shuffled': every sample is trained on ANOTHER sample's K/V. This run is an experiment's "
+            "control; do not use its student."
+        )
     columns = config.data.columns.names()
     train = load_records(config.data.train, columns=columns)
     val = load_records(config.data.val, config.data.val_samples, columns) if config.data.val else []
@@ -208,7 +212,7 @@ def build_context(config: TrainConfig, rank: int, world_size: int) -> TrainingCo
     # The collator decides which token ends a text.
     set_special_tokens(lm, tokenizer)
     with ExitStack() as undo:
-        student = _geometry(lm)
+        student = geometry_of(lm)
         connect = partial(connect_teacher, config, student, rank, world_size, undo)
         sources = {one.name: connect(one, map_of_store(config, student, one)) for one in config.teachers}
         identity = run_identity(config, len(train), sources)
@@ -242,7 +246,7 @@ def build_context(config: TrainConfig, rank: int, world_size: int) -> TrainingCo
             maps,
             LostTeachers(config.kv, len(config.teachers)),
         )
-        if asked and not finished:
+        if (asked or config.self_teacher) and not finished:
             context = align(context, fetched)
         undo.pop_all()
     return context
@@ -268,15 +272,9 @@ def end_warmup(context: TrainingContext, saved: Checkpoint, fetch: FetchFrom) ->
     return align(after, fetch)
 
 
-def _geometry(lm: PreTrainedModel) -> KVGeometry:
-    projections = kv_projections(lm)
-    heads = int(getattr(lm.config, "num_key_value_heads", None) or lm.config.num_attention_heads)
-    return KVGeometry(len(projections), heads, projections[0].head_dim)
-
-
 def _model(config: TrainConfig, lm: PreTrainedModel, sources: Mapping[str, KVSource]) -> DistillModel:
     """The student with an alignment with each teacher, not calibrated yet."""
-    geometry = _geometry(lm)
+    geometry = geometry_of(lm)
     aligners = [aligner_for(config, geometry, source) for source in sources.values()]
     weights = {teacher.name: teacher.weight for teacher in config.teachers if teacher.name in sources}
     return DistillModel(with_latents(lm, config), aligners, weights, config).to(ds_engine.device())

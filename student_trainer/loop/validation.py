@@ -113,7 +113,7 @@ def validate(module: nn.Module, context: TrainingContext, fetch: Fetch, device: 
         for place in range(min(counted, _SHOWN - len(shown))):
             record, text = chosen[place], answers[place].text.strip()
             shown.append(Prediction(record.prompt.strip(), record.answer.strip(), text, correct[place]))
-        found = {"count": float(counted), "kv_count": float(_with_kv(batch, counted))}
+        found = {"count": float(counted), "kv_count": float(_with_kv(batch, losses, counted))}
         found["accuracy"] = float(sum(correct[:counted]))
         found[_UNFINISHED] = float(sum(not given.finished for given in answers[:counted]))
         for name, value in losses.items():
@@ -198,9 +198,12 @@ def _by_latent(means: Mapping[str, float]) -> dict[str, float]:
     return {f"{_BY_LATENT}{i + 1}": means[f"{_LATENT_ERROR}{i}"] / n for i, n in sorted(counts.items()) if n}
 
 
-def _with_kv(batch: TrainBatch, counted: int) -> int:
-    """How many of the first `counted` samples have K/V of any teacher."""
-    present = [kv.mask_BM[:counted].any(dim=1) for kv in batch.teachers]
+def _with_kv(batch: TrainBatch, losses: Mapping[str, Tensor], counted: int) -> int:
+    """How many of the first `counted` samples have K/V of any teacher, or of the student's own reading."""
+    masks = [kv.mask_BM for kv in batch.teachers]
+    if not masks and "kv_target_BM" in losses:
+        masks = [losses["kv_target_BM"]]
+    present = [mask_BM[:counted].any(dim=1) for mask_BM in masks]
     return int(torch.stack(present).any(dim=0).sum()) if present else 0
 
 

@@ -17,7 +17,7 @@ from align.token_layout import at_student_tokens, at_teacher_slots
 from data.collate import StudentBatch
 from kvcore.types import TENSORS, BatchKV, Tensor
 from student_trainer.config import TrainConfig
-from student_trainer.model.latent import AnswerReading, ContinuationReading, LatentStudent, TextReading
+from student_trainer.model.latent import AnswerReading, ContinuationReading, LatentStudent, ReadPrompt, TextReading
 from student_trainer.model.losses import (
     codi_loss,
     error_by_layer_and_head,
@@ -26,6 +26,7 @@ from student_trainer.model.losses import (
     mean_over_tokens,
 )
 from student_trainer.model.router_loss import reasoning_and_answer, router_loss
+from student_trainer.model.self_teacher import SelfTeacher
 from student_trainer.model.teacher_weights import AlignedTeacher, Fusion
 
 
@@ -58,6 +59,9 @@ class DistillModel(nn.Module):
     `to_teacher` each teacher keeps its own target, and the losses are averaged with the teachers' weights. Targets
     carry no gradient: trainable maps on the teachers' side are trained by the router loss.
 
+    With `self_teacher` there are no teachers: the target is the student's own reading of the reasoning as text, with
+    the current weights, and `fused_scale_LK` and `fused_variance_LK` are of these targets before the first step.
+
     Args:
         student: the model that learns.
         aligners: one per teacher, calibrated.
@@ -83,6 +87,9 @@ class DistillModel(nn.Module):
         self.fusion: Fusion | None = None
         if aligners and aligners[0].direction == "to_student" and (len(aligners) > 1 or config.fuse.kind != "fixed"):
             self.fusion = Fusion(config.fuse, self.weights, aligners[0].student, int(student.lm.config.hidden_size))
+        self.self_teacher: SelfTeacher | None = None
+        if config.self_teacher:
+            self.self_teacher = SelfTeacher(student.lm, config.kv.selection, config.student.latents)
         # In a list, so that it is not registered: it is neither trained, nor saved, nor sharded.
         self._judge: list[LatentStudent] = []
         if self.fusion is not None and self.fusion.learns:
@@ -120,20 +127,47 @@ class DistillModel(nn.Module):
         losses = {"answer_ce": answer_ce, "ce_loss": answer_ce}
         if self._loss.step_ce_weight > 0:
             losses["step_ce"] = self._cross_entropy(answer.before_latents_BME, tokens.step_ids_BM, tokens.step_mask_BM)
-        if self._loss.reasoning_ce_weight > 0 and self.training:
-            ids_BR, mask_BR = tokens.continuation_ids_BR, tokens.continuation_mask_BR
-            text = self.student.read_continuation(prompt, ids_BR, mask_BR, all_layers=codi)
-            losses["reasoning_ce"] = self._cross_entropy(text.hidden_BRE, ids_BR, mask_BR)
-            losses["ce_loss"] = answer_ce + self._loss.reasoning_ce_weight * losses["reasoning_ce"]
+        trains_text = self._loss.reasoning_ce_weight > 0 and self.training
+        target: AlignedTeacher | None = None
+        if trains_text or self.self_teacher is not None:
+            text, target = self._read_continuation(prompt, tokens, all_layers=codi)
+            if trains_text:
+                ids_BR, mask_BR = tokens.continuation_ids_BR, tokens.continuation_mask_BR
+                losses["reasoning_ce"] = self._cross_entropy(text.hidden_BRE, ids_BR, mask_BR)
+                losses["ce_loss"] = answer_ce + self._loss.reasoning_ce_weight * losses["reasoning_ce"]
             if codi:
                 losses["codi_loss"] = _codi_loss(answer, text, tokens)
+        own = _StudentKV(answer.k_BLHMD, answer.v_BLHMD, prompt.last_state_BE)
+        if target is not None:
+            return losses | self._compare(own, None, target, self.fused_scale_LK, self.fused_variance_LK)
         if not batch.teachers:
             return losses
-        own = _StudentKV(answer.k_BLHMD, answer.v_BLHMD, prompt.last_state_BE)
         if self.fusion is not None and self.fusion.compares:
             with torch.no_grad():
                 own = replace(own, text=self.student.read_text(tokens.text_ids_BT, tokens.text_mask_BT))
         return losses | self._kv_losses(batch, own)
+
+    def _read_continuation(
+        self, prompt: ReadPrompt, tokens: StudentBatch, *, all_layers: bool
+    ) -> tuple[ContinuationReading, AlignedTeacher | None]:
+        """Reads reasoning and answer as text; with `self_teacher` also returns the target of the latents."""
+        ids_BR, mask_BR = tokens.continuation_ids_BR, tokens.continuation_mask_BR
+        if self.self_teacher is None:
+            return self.student.read_continuation(prompt, ids_BR, mask_BR, all_layers=all_layers), None
+        with self.self_teacher.observing(tokens) as observed:
+            text = self.student.read_continuation(prompt, ids_BR, mask_BR, all_layers=all_layers)
+        target = observed.target()
+        if self.training and self._config.kv.control == "shuffled":
+            target = AlignedTeacher(*(x.roll(1, dims=0) for x in (target.k_BLHMD, target.v_BLHMD, target.mask_BM)))
+        return text, target
+
+    def own_target(self, batch: TrainBatch) -> tuple[Tensor, Tensor, Tensor]:
+        """k_BLHMD, v_BLHMD and mask_BM of the targets that `self_teacher` gives."""
+        tokens = batch.tokens
+        prompt = self.student.read_prompt(tokens.prompt_ids_BP, tokens.prompt_mask_BP)
+        _, target = self._read_continuation(prompt, tokens, all_layers=False)
+        assert target is not None, "only a self-teacher has targets of its own"
+        return target.k_BLHMD, target.v_BLHMD, target.mask_BM
 
     def _token_losses(self, batch: TrainBatch) -> dict[str, Tensor]:
         tokens = batch.tokens
@@ -185,14 +219,15 @@ class DistillModel(nn.Module):
         }
 
     def _compare(
-        self, own: _StudentKV, aligner: Aligner, target: AlignedTeacher, scale_LK: Tensor, variance_LK: Tensor
+        self, own: _StudentKV, aligner: Aligner | None, target: AlignedTeacher, scale_LK: Tensor, variance_LK: Tensor
     ) -> dict[str, Tensor]:
+        """`aligner`: maps the student's K/V to the target's space; None if they are in it."""
         mask_BM, objectives, errors_LH, errors_BM = target.mask_BM, [], [], []
         sides = ((own.k_BLHMD, target.k_BLHMD), (own.v_BLHMD, target.v_BLHMD))
         for tensor, (own_BLHMD, target_BLHMD), scale_L, variance_L in zip(
             TENSORS, sides, scale_LK.float().T, variance_LK.float().T, strict=True
         ):
-            view_BLHMD = aligner.student_view(own_BLHMD, tensor)
+            view_BLHMD = own_BLHMD if aligner is None else aligner.student_view(own_BLHMD, tensor)
             objectives.append(kv_distance(view_BLHMD, target_BLHMD, scale_L, mask_BM, self._loss.kv_loss))
             errors_LH.append(error_by_layer_and_head(view_BLHMD, target_BLHMD, variance_L, mask_BM))
             if self._latent and not self.training:

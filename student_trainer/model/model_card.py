@@ -150,6 +150,8 @@ def _use(config: TrainConfig) -> str:
 
 def _teachers(context: TrainingContext) -> str:
     sources = context.connected
+    if context.config.self_teacher:
+        return "The student itself: its latents learned from its own keys and values of the reasoning as text."
     if not sources:
         return "None: this run trained on text alone."
     weights = {teacher.name: teacher.weight for teacher in context.config.teachers}

@@ -106,7 +106,8 @@ def _percent(run: RunSnapshot) -> str:
 
 
 def _description(config: TrainConfig) -> str:
-    names = ", ".join(teacher.name for teacher in config.teachers) or "no teacher"
+    without = "itself" if config.self_teacher else "no teacher"
+    names = ", ".join(teacher.name for teacher in config.teachers) or without
     student = f"{config.student.path} learns from {names}; K/V {config.kv.mode}, {config.student.mode} mode"
     return f"{student}; output: {config.run.output_dir}"
 

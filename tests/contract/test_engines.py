@@ -13,12 +13,12 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
+from kvcore.models import attention_taps
 from kvcore.types import Sample
 from teacher_server.config import ServeConfig
 from teacher_server.engines import load_engine
 from teacher_server.engines.base import SPAN_KINDS, LayerOutput, TeacherEngine, TokenizedSample
 from teacher_server.engines.fake import FakeEngine
-from teacher_server.engines.hf import hf_attention
 from teacher_server.engines.hf import hf_engine as hf
 from teacher_server.engines.hf.hf_engine import HFEngine
 from tests.support.engine_contract import *  # noqa: F403  every engine has to pass it
@@ -224,7 +224,7 @@ def test_importance_of_a_long_answer_does_not_depend_on_the_piece_size(
 ) -> None:
     batch = read_batch(hf_case.engine)
     whole = run(hf_case.engine, batch, (0, 1, 2), importance=True)
-    monkeypatch.setattr(hf_attention, "_PROBABILITIES_AT_ONCE", 1)
+    monkeypatch.setattr(attention_taps, "_PROBABILITIES_AT_ONCE", 1)
     for expected, output in zip(whole, run(hf_case.engine, batch, (0, 1, 2), importance=True), strict=True):
         torch.testing.assert_close(output.importance_BHT, expected.importance_BHT, atol=1e-6, rtol=0)
         torch.testing.assert_close(output.mean_importance_BHT, expected.mean_importance_BHT, atol=1e-6, rtol=0)
@@ -278,7 +278,7 @@ def test_only_the_requested_layers_are_hooked_and_all_hooks_are_removed(hf_case:
     engine.prefill(read_batch(engine), (1,), True, sink)
     assert hooked == [[1]]
     assert not any(p.key._forward_hooks or p.value._forward_hooks for p in engine._projections)
-    assert not hf_attention._observers
+    assert not attention_taps._observers
 
 
 def test_another_process_computes_the_same_digest(cases: Callable[[str], Case]) -> None:

@@ -58,7 +58,7 @@ def aligner_of(
     return Aligner(TEACHERS[teacher], STUDENT, direction=direction, head_adapter=head_adapter, layer_map=layer_map)
 
 
-def train_config(mode: str = "latent", teachers: Sequence[str] = (), **sections: dict[str, Any]) -> TrainConfig:
+def train_config(mode: str = "latent", teachers: Sequence[str] = (), **sections: Any) -> TrainConfig:
     """A configuration with paths and endpoints that do not exist; `sections` are merged one level deep."""
     tree: dict[str, Any] = {
         "student": {"path": "tiny", "mode": mode, "latents": LATENTS, "passes": PASSES},
@@ -69,7 +69,7 @@ def train_config(mode: str = "latent", teachers: Sequence[str] = (), **sections:
     if teachers:
         tree["teachers"] = [{"name": name, "endpoints": ["127.0.0.1:1"]} for name in teachers]
     for section, values in sections.items():
-        tree[section] = {**tree.get(section, {}), **values}
+        tree[section] = {**tree.get(section, {}), **values} if isinstance(values, dict) else values
     return parse(tree, TrainConfig)
 
 

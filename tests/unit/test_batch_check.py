@@ -11,12 +11,12 @@ import torch
 from transformers import AutoModelForCausalLM, Gemma3ForCausalLM, Gemma3TextConfig, PreTrainedModel
 
 from kvcore.errors import UnsupportedModelError
+from kvcore.models.attention_taps import ATTENTION_NAME
 from teacher_server import app
 from teacher_server.config import ServeConfig
 from teacher_server.engines import load_engine
 from teacher_server.engines.batch_check import NonFiniteLayerError, check_same
 from teacher_server.engines.fake import FakeEngine, FakeFaults, FakeModel
-from teacher_server.engines.hf.hf_attention import ATTENTION_NAME
 from teacher_server.engines.hf.hf_engine import HFEngine
 from teacher_server.self_test import SelfTestError, batch_test
 from tests.support.tiny_models import FAMILIES, Family, build_tokenizer, randomise, save_tiny_model, tiny_spec

@@ -22,9 +22,9 @@ from transformers import (
 
 from kvcore.errors import FieldError, UnsupportedModelError
 from kvcore.models import files
+from kvcore.models.attention_taps import ATTENTION_NAME
 from teacher_server.config import ServeConfig
 from teacher_server.engines import load_engine, weights
-from teacher_server.engines.hf.hf_attention import ATTENTION_NAME
 from teacher_server.engines.hf.hf_engine import HFEngine
 from tests.support.tiny_models import build_tokenizer, save_tiny_model, tiny_spec
 

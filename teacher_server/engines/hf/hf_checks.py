@@ -6,9 +6,9 @@ from collections.abc import Mapping
 
 import torch
 
+from kvcore.models.attention_taps import LayerTap
 from kvcore.tensors.projections import unsupported
 from teacher_server.engines.batch_check import check_finite
-from teacher_server.engines.hf.hf_attention import LayerTap
 
 # Attention arguments of some models that scaled-dot-product attention ignores.
 _INEXACT_ARGUMENTS = ("softcap", "s_aux", "position_bias")

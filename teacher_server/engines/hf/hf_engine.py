@@ -14,6 +14,14 @@ from transformers.utils.logging import disable_progress_bar
 
 from kvcore.errors import FieldError
 from kvcore.extras import needs
+from kvcore.models.attention_taps import (
+    ATTENTION_NAME,
+    AnswerRows,
+    LayerTap,
+    Receive,
+    answer_importance,
+    tapped,
+)
 from kvcore.models.context import context_length
 from kvcore.models.loading import ModelSource, check_vocabulary, find_model
 from kvcore.plan import CODECS, SELECTORS, SamplingParams
@@ -36,14 +44,6 @@ from teacher_server.engines.base import (
     Wanted,
 )
 from teacher_server.engines.batch_check import check_same, short_and_long
-from teacher_server.engines.hf.hf_attention import (
-    ATTENTION_NAME,
-    AnswerRows,
-    LayerTap,
-    Receive,
-    answer_importance,
-    tapped,
-)
 from teacher_server.engines.hf.hf_checks import exact_kv_heads
 from teacher_server.engines.hf.hf_generate import HFGenerator
 from teacher_server.engines.text_reader import read_sample

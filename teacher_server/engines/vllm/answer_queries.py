@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from kvcore.models.attention_taps import AnswerRows, LayerTap, answer_importance
 from kvcore.types import Tensor
-from teacher_server.engines.hf.hf_attention import AnswerRows, LayerTap, answer_importance
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,12 +1,14 @@
 """Captures keys, values and attention inputs from a running transformers model, layer by layer.
 
+Teachers use it, and students that are their own teacher.
+
 transformers dispatches attention by name. The function registered here computes its scaled-dot-product attention, and
 passes the attention's inputs of captured layers to an observer: queries and keys after the rotary embedding, and mask.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -14,8 +16,8 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
+from transformers.integrations.sdpa_attention import sdpa_attention_forward  # pyright: ignore[reportUnknownVariableType]
+from transformers.masking_utils import sdpa_mask  # pyright: ignore[reportUnknownVariableType]
 
 from kvcore.tensors.projections import KVProjection
 from kvcore.types import Tensor
@@ -70,12 +72,12 @@ def observed_attention(
     return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
 
 
-AttentionInterface.register(ATTENTION_NAME, observed_attention)
-AttentionMaskInterface.register(ATTENTION_NAME, sdpa_mask)
+AttentionInterface.register(ATTENTION_NAME, observed_attention)  # pyright: ignore[reportUnknownMemberType]
+AttentionMaskInterface.register(ATTENTION_NAME, sdpa_mask)  # pyright: ignore[reportUnknownMemberType]
 
 
 @contextmanager
-def tapped(projections: Sequence[KVProjection], receive: Receive) -> Iterator[None]:
+def tapped(projections: Sequence[KVProjection], receive: Receive) -> Generator[None]:
     """Context in which `receive` gets each layer before its attention is computed, in the order of computation."""
     with ExitStack() as stack:
         for projection in projections:
@@ -84,7 +86,7 @@ def tapped(projections: Sequence[KVProjection], receive: Receive) -> Iterator[No
 
 
 @contextmanager
-def _tapped_layer(projection: KVProjection, receive: Receive) -> Iterator[None]:
+def _tapped_layer(projection: KVProjection, receive: Receive) -> Generator[None]:
     outputs: dict[str, Tensor] = {}
 
     def keep(name: str) -> Callable[[nn.Module, object, Tensor], None]:
@@ -116,7 +118,11 @@ def _tapped_layer(projection: KVProjection, receive: Receive) -> Iterator[None]:
 
 @dataclass(frozen=True, slots=True)
 class AnswerRows:
-    """The answer's tokens of each sample, padded to A: token indices, validity, and indices of their queries, [B,A]."""
+    """The answer's tokens of each sample, padded to A: token indices, validity, and indices of their queries, [B,A].
+
+    A token's index counts the keys before it. Its query has another index if the pass reads a kept cache, or if only
+    some queries are given.
+    """
 
     index_BA: Tensor
     valid_BA: Tensor
@@ -140,16 +146,18 @@ def answer_importance(tap: LayerTap, answer: AnswerRows) -> tuple[Tensor, Tensor
     batch, heads, tokens, head_dim = tap.rotated_k_BHTD.shape
     group = tap.q_BQTD.shape[1] // heads
     # G query heads share one KV head.
-    q_BHGTD = tap.q_BQTD.unflatten(1, (heads, group))
+    q_BHGTD = tap.q_BQTD.reshape(batch, heads, group, *tap.q_BQTD.shape[2:])
     k_BH1DT = tap.rotated_k_BHTD.float().transpose(2, 3).unsqueeze(2)
     largest_BHT = q_BHGTD.new_zeros((batch, heads, tokens), dtype=torch.float32)
     mean_BHT = torch.zeros_like(largest_BHT)
     at_once = max(1, _PROBABILITIES_AT_ONCE // (batch * heads * group * tokens))
-    chunks = (tensor.split(at_once, 1) for tensor in (answer.index_BA, answer.valid_BA, answer.query_BA))
-    for index_Ba, valid_Ba, query_Ba in zip(*chunks, strict=True):
+    for start in range(0, answer.index_BA.shape[1], at_once):
+        index_Ba, valid_Ba, query_Ba = (
+            x_BA[:, start : start + at_once] for x_BA in (answer.index_BA, answer.valid_BA, answer.query_BA)
+        )
         rows = query_Ba[:, None, None, :, None].expand(-1, heads, group, -1, head_dim)
         scores_BHGaT = q_BHGTD.gather(3, rows).float() @ k_BH1DT * tap.scaling
-        scores_BHGaT = scores_BHGaT + _mask_rows(tap.mask, index_Ba, tokens).unsqueeze(2)
+        scores_BHGaT = scores_BHGaT + _mask_rows(tap.mask, index_Ba, query_Ba, tokens).unsqueeze(2)
         attention_BHGaT, valid_B1a1 = scores_BHGaT.softmax(dim=-1), valid_Ba[:, None, :, None]
         largest_BHT += (attention_BHGaT.amax(dim=2) * valid_B1a1).sum(dim=2)
         mean_BHT += (attention_BHGaT.mean(dim=2) * valid_B1a1).sum(dim=2)
@@ -157,13 +165,13 @@ def answer_importance(tap: LayerTap, answer: AnswerRows) -> tuple[Tensor, Tensor
     return largest_BHT / count_B11, mean_BHT / count_B11
 
 
-def _mask_rows(mask: Tensor | None, index_Ba: Tensor, tokens: int) -> Tensor:
+def _mask_rows(mask: Tensor | None, index_Ba: Tensor, query_Ba: Tensor, tokens: int) -> Tensor:
     """The additive mask of the given queries, [B,1,a,T]: 0 where a key is visible, -inf where it is not."""
     if mask is None:
         keys_T = torch.arange(tokens, device=index_Ba.device)
         visible_B1aT = (keys_T <= index_Ba[..., None]).unsqueeze(1)
     else:
-        rows = index_Ba[:, None, :, None].expand(-1, 1, -1, tokens)
+        rows = query_Ba[:, None, :, None].expand(-1, 1, -1, tokens)
         visible_B1aT = mask.expand(index_Ba.shape[0], -1, -1, -1).gather(2, rows)
     if visible_B1aT.dtype != torch.bool:
         return visible_B1aT.float()
