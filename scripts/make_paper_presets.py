@@ -103,9 +103,9 @@ def _by_kava(method: str, row: Row, data: str) -> dict[str, Any]:
     taught: dict[str, Any] = {}
     loss: dict[str, Any] = {"reasoning_ce_weight": 1.0, "codi_weight": row.codi}
     if method == "kava":
-        selection = {"selector": "r_kv", "budget": latents, "span": "reasoning", "scope": "head"}
-        taught["kv"] = {"selection": {**selection, "importance_weight": row.importance, "importance_pool": "max"}}
-        taught["align"] = {"direction": "to_student", "layer_map": "uniform", "head_adapter": "identity"}
+        selection: dict[str, Any] = {"selector": "r_kv", "budget": latents, "span": "reasoning", "scope": "head"}
+        selection |= {"importance_weight": row.importance, "importance_pool": "max"}
+        taught = {"self_teacher": True, "kv": {"selection": selection}}
         scale = "layer" if row.deviation else "none"
         loss = {"kv_weight": row.kv, "kv_loss": row.kv_loss, "kv_scale": scale, **loss}
     optim = {"lr": row.lr, "weight_decay": row.weight_decay, "warmup_ratio": 0.03, "schedule": "cosine"}
@@ -166,8 +166,7 @@ _SOURCE = {
     "lotus": "LOTUS's paper and code: loop, blocks, loss and optimiser. That the loop has no projection is inferred.",
 }
 _DIFFERS = {
-    "kava": "in the paper the teacher is the student itself; here, name servers in teachers, without which there is no "
-    "KV loss; the KV loss is a mean over elements, where the paper divides by 2M only, so kv_weight may need another "
+    "kava": "the KV loss is a mean over elements, where the paper divides by 2M only, so kv_weight may need another "
     "value",
     "codi": "six passes over six latents give the latents that CODI generates one after the other",
     "pccot": "the first inputs of the latents are embeddings of their own",

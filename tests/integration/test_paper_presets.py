@@ -18,7 +18,6 @@ from scripts.make_paper_presets import FOLDER
 from student_trainer.config import TrainConfig
 from student_trainer.loop.training_context import build_context
 from tests.support.guide_data import MAKERS
-from tests.support.servers import running_teacher
 from tests.support.tiny_models import save_tiny_model, tiny_spec
 from tests.support.training import metrics, start_training
 
@@ -84,15 +83,13 @@ def test_a_run_has_the_records_and_the_latents_of_its_preset(name: str, tmp_path
 @pytest.mark.parametrize(("data", "projects"), [("aug", True), ("nl", False)])
 def test_kava_preset_trains_a_tiny_student(data: str, projects: bool, tmp_path: Path) -> None:
     name, family = f"kava_llama3b_{data}", "gsm8k_aug" if data == "aug" else "gsm8k_aug_nl"
-    student = save_tiny_model(tmp_path / "student", SPEC)
+    save_tiny_model(tmp_path / "student", SPEC)
     write_data(tmp_path, family)
     paths = paths_of(tmp_path)
-    with running_teacher(student, tmp_path / "teacher.log") as teacher:
-        server = {"teachers": json.dumps([{"name": "itself", "endpoints": [teacher.endpoint]}])}
-        overrides = [part for key, value in (SMALLER | paths | server).items() for part in ("--set", f"{key}={value}")]
-        command = ["kvdistill", "train", "--config", str(FOLDER / f"{name}.yaml"), *overrides]
-        log = tmp_path / "train.log"
-        assert start_training(command, 1, log).wait(300) == 0, log.read_text(encoding="utf-8")[-6000:]
+    overrides = [part for key, value in (SMALLER | paths).items() for part in ("--set", f"{key}={value}")]
+    command = ["kvdistill", "train", "--config", str(FOLDER / f"{name}.yaml"), *overrides]
+    log = tmp_path / "train.log"
+    assert start_training(command, 1, log).wait(300) == 0, log.read_text(encoding="utf-8")[-6000:]
     for loss in ("train/kv_loss", "train/codi_loss", "train/reasoning_ce"):
         assert len(metrics(tmp_path / "run", loss)) == 2, loss
     tree: dict[str, Any] = json.loads((tmp_path / "run/best_model/config.json").read_text(encoding="utf-8"))

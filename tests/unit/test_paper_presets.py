@@ -65,6 +65,8 @@ def test_kava_has_the_hyperparameters_of_its_table(model: str, data: str) -> Non
     assert (config.run.global_batch, optim.max_grad_norm, optim.schedule) == (128, 2.0, "cosine")
     assert config.data.drop_last_step
     assert loss.reasoning_ce_weight == 1.0
+    assert config.self_teacher
+    assert config.teachers == ()
 
 
 @pytest.mark.parametrize(("method", "latents", "passes"), [("codi", 6, 6), ("pccot", 24, 3)])
@@ -74,6 +76,7 @@ def test_codi_and_pccot_have_their_latents_and_no_kv_loss(method: str, latents: 
         assert (config.student.latents, config.student.passes) == (latents, passes)
         assert config.student.projection
         assert config.teachers == ()
+        assert not config.self_teacher
         assert config.loss.codi_weight == KAVA[model, data][0]
         assert config.data.drop_last_step
 
