@@ -97,8 +97,9 @@ format: setup ## Fix style and format the code
 proto: setup ## Regenerate the code of protos/kv_cache.proto
 	@$(CHECKS) --write-proto
 
-docs: setup ## Regenerate docs/configuration.md from the configuration models
+docs: setup ## Regenerate docs/configuration.md and configs/papers
 	@$(VENV)/bin/python scripts/make_config_reference.py
+	@$(VENV)/bin/python -m scripts.make_paper_presets
 
 site: setup ## Build the documentation site in site/
 	@$(CHECKS) --write-site

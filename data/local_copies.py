@@ -18,7 +18,7 @@ DATA_DIR_VARIABLE = "KVDISTILL_DATA_DIR"
 # pyarrow raises ValueError, and an unreachable hub OSError.
 READ_ERRORS = (OSError, ValueError, DatasetsError)
 _BUILDERS = {".jsonl": "json", ".parquet": "parquet", ".arrow": "arrow"}
-_SUFFIXES = (*_BUILDERS, ".json")
+_SUFFIXES = (*_BUILDERS, ".json", ".txt")
 
 
 def default_data_dir() -> Path | None:
@@ -28,7 +28,7 @@ def default_data_dir() -> Path | None:
 
 
 def find_copies(data_dir: Path | None, name: str) -> list[Path]:
-    """Copies of a dataset in `data_dir`: the files NAME.jsonl, .parquet, .arrow and .json, then the directory NAME."""
+    """Copies of a dataset in `data_dir`: the files NAME.jsonl, .parquet, .arrow, .json, .txt; then the folder NAME."""
     if data_dir is None:
         return []
     return [path for suffix in (*_SUFFIXES, "") if (path := data_dir / f"{name}{suffix}").exists()]
@@ -83,8 +83,8 @@ def _file_of(path: Path, split: str) -> Path | None:
 
 
 def _stream_file(path: Path) -> IterableDataset:
-    if path.suffix == ".json":
-        return IterableDataset.from_generator(_json_objects, gen_kwargs={"path": path})
+    if path.suffix in _READERS:
+        return IterableDataset.from_generator(_READERS[path.suffix], gen_kwargs={"path": path})
     if path.suffix not in _BUILDERS:
         raise ConfigError(f"{path}: expected a file that ends in {', '.join(_SUFFIXES)}")
     builder = _BUILDERS[path.suffix]
@@ -93,10 +93,7 @@ def _stream_file(path: Path) -> IterableDataset:
 
 def _json_objects(path: Path) -> Iterator[dict[str, Any]]:
     """The objects of a JSON file: one array, or consecutive objects on any number of lines (as in Math23K)."""
-    try:
-        text = path.read_bytes().decode("utf-8-sig").strip()
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{path}: not valid UTF-8: {error}") from error
+    text = _text(path).strip()
     decoder, position = json.JSONDecoder(), 0
     while position < len(text):
         try:
@@ -108,3 +105,26 @@ def _json_objects(path: Path) -> Iterator[dict[str, Any]]:
             if not isinstance(each, dict):
                 raise ConfigError(f"{path}: expected JSON objects, found {type(each).__name__}")
             yield cast("dict[str, Any]", each)
+
+
+def _text_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """The lines `question||steps #### answer` of a text file, GSM8K-Aug's original format, as columns."""
+    # Only \n ends a line; a question may hold other line separators.
+    for number, line in enumerate(_text(path).split("\n"), start=1):
+        if not line.strip():
+            continue
+        question, bar, rest = line.rpartition("||")
+        steps, mark, answer = rest.rpartition("####")
+        if not (bar and mark):
+            raise ConfigError(f"{path}:{number}: expected 'question||steps #### answer', found '{line:.60}'")
+        yield {"question": question, "steps": steps, "answer": answer}
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: not valid UTF-8: {error}") from error
+
+
+_READERS = {".json": _json_objects, ".txt": _text_lines}

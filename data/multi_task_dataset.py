@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, cast
 
 import typer
 from datasets import Dataset, Features, Value
@@ -310,6 +310,9 @@ def prepare(  # noqa: PLR0913, PLR0917 - arguments are command-line flags
     train_samples: Annotated[int, typer.Option(help="Number of training records.")] = 15000,
     val_samples: Annotated[int, typer.Option(help="Number of validation records.")] = 2000,
     seed: Annotated[int, typer.Option(help="Seed of the selection and order of records.")] = 42,
+    style: Annotated[
+        list[str] | None, typer.Option(help="Style of the records; repeat for more. Default: cot and direct.")
+    ] = None,
     data_dir: Annotated[Path | None, typer.Option(help="Directory of local copies.")] = None,
     tokenizer: Annotated[
         str | None, typer.Option(help="The student's path or hub id; drops records that are too long for it.")
@@ -328,6 +331,7 @@ def prepare(  # noqa: PLR0913, PLR0917 - arguments are command-line flags
         train_samples=train_samples,
         val_samples=val_samples,
         seed=seed,
+        styles=cast("list[Style] | None", style) or STYLES,
         data_dir=data_dir,
         tokenizer=tokenizer,
         max_tokens=max_tokens,

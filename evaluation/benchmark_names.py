@@ -9,19 +9,20 @@ import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from evaluation.config import BENCHMARKS
+from evaluation.config import BENCHMARKS, WORD_PROBLEMS
 from kvcore.errors import FieldError
 
 
 def check_names(names: Sequence[str], tasks_dir: Path | None) -> None:
-    """Refuses a name that is almost one of `BENCHMARKS` and that no task file contains. Others are checked by lm-eval.
+    """Refuses a name that is almost one of our own and that no task file contains. Others are checked by lm-eval.
 
     Raises:
         FieldError: names the benchmark and the nearest one.
     """
+    ours = (*BENCHMARKS, *WORD_PROBLEMS)
     for name in names:
-        near = difflib.get_close_matches(name, BENCHMARKS, n=1, cutoff=0.8)
-        if name not in BENCHMARKS and near and not _is_in_a_task_file(name, tasks_dir):
+        near = difflib.get_close_matches(name, ours, n=1, cutoff=0.8)
+        if name not in ours and near and not _is_in_a_task_file(name, tasks_dir):
             raise FieldError("--eval_datasets", f"unknown dataset '{name}'; did you mean '{near[0]}'?")
 
 

@@ -12,6 +12,8 @@ from kvcore.errors import FieldError
 from kvcore.flags import FlagSet
 
 BENCHMARKS = ("gsm8k_test", "math500", "bbh", "gpqa", "truthfulqa", "cmmlu_subset", "ceval_subset")
+# More sets of word problems, which papers on latent reasoning report.
+WORD_PROBLEMS = ("gsm_hard", "multiarith")
 
 
 class EvalSettings(StrictModel):
@@ -42,7 +44,8 @@ class EvalSettings(StrictModel):
     is not text."""
 
     eval_datasets: Annotated[tuple[str, ...], Field(min_length=1)] = BENCHMARKS
-    """Benchmarks to run: any of the default ones, or any task name of lm-evaluation-harness."""
+    """Benchmarks to run: any of the default ones, `gsm_hard`, `multiarith`, or any task name of
+    lm-evaluation-harness."""
     data_dir: Path | None = None
     """Directory of local copies, such as PATH/NAME.jsonl. Defaults to $KVDISTILL_DATA_DIR."""
     tasks_dir: Path | None = None

@@ -71,11 +71,25 @@ def gsm8k_docs(rows: Dataset) -> Dataset:
 
 
 def _gsm8k_doc(row: Doc) -> dict[str, Any]:
-    gold = row["answer"].rpartition("####")[2].strip()
+    return {"gold": _number("gsm8k_test", row["question"], row["answer"].rpartition("####")[2].strip())}
+
+
+def gsm_hard_docs(rows: Dataset) -> Dataset:
+    """GSM-Hard: the result is a number in the column `target`."""
+    return rows.map(lambda row: {"gold": _number("gsm_hard", row["input"], row["target"])})
+
+
+def multiarith_docs(rows: Dataset) -> Dataset:
+    """MultiArith: the result is the column `final_ans`."""
+    return rows.map(lambda row: {"gold": _number("multiarith", row["question"], row["final_ans"])})
+
+
+def _number(dataset: str, question: str, value: Any) -> str:
+    """The result as text. Checked here, since scoring happens only after all questions are answered."""
+    gold = str(value).strip()
     if parse_number(gold) is None:
-        # Checked here, since scoring happens only after all questions are answered.
-        raise FieldError("gsm8k_test", f"the answer of '{row['question']:.60}' is not a number: '{gold:.60}'")
-    return {"gold": gold}
+        raise FieldError(dataset, f"the answer of '{question:.60}' is not a number: '{gold:.60}'")
+    return gold
 
 
 def math500_docs(rows: Dataset) -> Dataset:

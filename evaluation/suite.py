@@ -18,7 +18,7 @@ from lm_eval.evaluator import evaluate
 from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.tasks import TaskManager
 
-from evaluation.config import BENCHMARKS
+from evaluation.config import BENCHMARKS, WORD_PROBLEMS
 from evaluation.latent_lm import LatentLM
 from evaluation.metered_lm import MeteredLM
 from evaluation.scores import Entry, question_lines
@@ -104,7 +104,7 @@ def load_benchmarks(
     """Loads the questions of benchmarks.
 
     Args:
-        names: names from `BENCHMARKS`, `tasks_dir` or lm-eval.
+        names: names from `BENCHMARKS`, `WORD_PROBLEMS`, `tasks_dir` or lm-eval.
         data_dir: directory of local copies of the data.
         tasks_dir: directory of further tasks as lm-eval YAML files.
 
@@ -144,7 +144,7 @@ class _Manager:
             raise FieldError("--data_dir", f"there is no directory {data_dir}")
         metadata: Any = {"data_dir": str(data_dir)} if data_dir else {}
         self._ours = TaskManager(include_path=_TASKS_DIR, include_defaults=False, metadata=metadata)
-        assert set(BENCHMARKS) <= set(self._ours.all_tasks), "lm-eval skips unreadable files"
+        assert {*BENCHMARKS, *WORD_PROBLEMS} <= set(self._ours.all_tasks), "lm-eval skips unreadable files"
         self._users = TaskManager(include_path=tasks_dir, include_defaults=False) if tasks_dir else None
         self._theirs: TaskManager | None = None
 
@@ -165,7 +165,7 @@ class _Manager:
             self._theirs = TaskManager()
         if name in self._theirs.all_tasks:
             return self._theirs
-        known = [*BENCHMARKS, *(self._users.all_tasks if self._users else ())]
+        known = [*BENCHMARKS, *WORD_PROBLEMS, *(self._users.all_tasks if self._users else ())]
         close = difflib.get_close_matches(name, [*known, *self._theirs.all_tasks], n=1)
         hint = f"did you mean '{close[0]}'? " if close else ""
         raise FieldError(

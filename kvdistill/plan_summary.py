@@ -11,7 +11,7 @@ from align.head_dim_adapter import KVGeometry
 from align.student_map import can_map_at_teacher, check_student_map
 from align.teacher_basis import can_have_basis, check_basis
 from align.teacher_plan import plan_for
-from data.records import Record, load_records
+from data.records import Record
 from extraction.teachers import model_geometry
 from kvcore.errors import FieldError, TeacherUnavailableError
 from kvcore.models.backbone import read_tokenizer
@@ -23,6 +23,7 @@ from kvdistill.columns import in_columns
 from kvdistill.describe import describe, raw_token_bytes
 from kvdistill.inspection import plan_codec, plan_layers, plan_tokens
 from student_trainer.config import TeacherConfig, TrainConfig
+from student_trainer.loop.training_records import train_records
 
 # Records whose tokens are counted, enough for a mean within a few per cent.
 MAX_COUNTED = 512
@@ -148,7 +149,7 @@ def _lengths(config: TrainConfig) -> Lengths:
         tokenizer: Any = read_tokenizer(config.student.path)
     except (OSError, ValueError) as error:
         raise FieldError("student.path", f"cannot load the tokenizer of '{config.student.path}': {error}") from error
-    records = load_records(config.data.train, columns=config.data.columns.names())
+    records = train_records(config.data)
     step = max(1, len(records) // MAX_COUNTED)
     return Lengths(len(records), [_tokens(tokenizer, record) for record in records[::step][:MAX_COUNTED]])
 

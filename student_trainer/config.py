@@ -29,6 +29,7 @@ from student_trainer.config_checks import (
     check_basis,
     check_kv_maps,
     check_map_at,
+    check_projection,
     check_refits,
     check_selection,
     check_self_teacher,
@@ -72,6 +73,9 @@ class StudentConfig(StrictModel):
     """Number of latent positions."""
     passes: PositiveInt = 3
     """Number of Jacobi passes that refine the latents."""
+    projection: bool = True
+    """Compute the input of a latent from the hidden state one position before it by two linear layers and a layer norm.
+    `false`: the input is this hidden state itself, without parameters of its own."""
     latents_per_step: PositiveInt | None = None
     """Divides the latents into blocks of this size. Block k learns step k of the reasoning, with the weight
     `loss.step_ce_weight`."""
@@ -191,8 +195,11 @@ class DataConfig(StrictModel):
     system_prompt: Text | None = None
     """System message of samples that have none, for models that read samples as a chat."""
     steps: StepKind = "lines"
-    """How the reasoning is divided into steps for `student.latents_per_step`: into its `lines`, or into its `equations`
-    between << and >>, as in GSM8K and GSM8K-Aug."""
+    """How the reasoning is divided into steps: into its `lines`, or into its `equations` between << and >>, as in GSM8K
+    and GSM8K-Aug. A line `####` is no step."""
+    drop_last_step: bool = False
+    """Leave the last step of each reasoning out, for students and teachers, because it usually states the answer. A
+    reasoning of one step stays whole."""
     max_tokens: PositiveInt = 2048
     """Maximum length of a sample in the student's tokens."""
     answer_tokens: PositiveInt | None = None
@@ -425,6 +432,7 @@ class TrainConfig(StrictModel):
             check_kv_maps(self)
             check_map_at(self)
         check_step_blocks(self)
+        check_projection(self)
         if self.loss.codi_weight > 0 and (self.student.mode != "latent" or self.loss.reasoning_ce_weight == 0):
             raise ValueError("loss.codi_weight: CODI needs student.mode 'latent' and loss.reasoning_ce_weight above 0")
         return self

@@ -295,6 +295,18 @@ def check_step_blocks(config: TrainConfig) -> None:
         raise ValueError(f"student.latents_per_step: {size} does not divide student.latents ({student.latents})")
 
 
+def check_projection(config: TrainConfig) -> None:
+    """Checks that a student without a projection has latents.
+
+    Raises:
+        ValueError: begins with the name of the field.
+    """
+    if not config.student.projection and config.student.mode != "latent":
+        raise ValueError(
+            "student.projection: false needs student.mode 'latent', because other students have no latents"
+        )
+
+
 def step_blocks(config: TrainConfig) -> StepBlocks | None:
     """The blocks of latents that learn the steps of the reasoning; None if the latents are not divided."""
     size = config.student.latents_per_step

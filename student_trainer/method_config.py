@@ -135,8 +135,11 @@ class LossConfig(StrictModel):
     kv_decay: Literal["none", "linear"] = "none"
     """How the weight of the KV loss changes over the run. `linear` lowers it to 0 at the end."""
     kv_loss: Annotated[str, KV_LOSSES] = "smooth_l1"
-    """Distance between K/V: `mse` or `smooth_l1` in units of the targets' standard deviation, `cosine` per head, or
-    `cka` over a batch's slots."""
+    """Distance between K/V: `mse` or `smooth_l1` in the units of `kv_scale`, `cosine` per head, or `cka` over a batch's
+    slots."""
+    kv_scale: Literal["layer", "none"] = "layer"
+    """What both sides of `mse` and `smooth_l1` are divided by. `layer`: the standard deviation of a layer's targets,
+    keys and values apart, from calibration; `none`: nothing, so layers with large keys or values weigh more."""
     reasoning_ce_weight: NonNegativeFloat = 1.0
     """Weight of the cross-entropy of reasoning and answer as text, in latent mode."""
     codi_weight: NonNegativeFloat = 0.0
@@ -145,3 +148,12 @@ class LossConfig(StrictModel):
     """Weight of the cross-entropy of the reasoning's steps, in latent mode: latent i of block k predicts token i of
     step k through the language-model head, after the last pass (LOTUS, which uses 0.05). Needs
     `student.latents_per_step`."""
+
+    @model_validator(mode="after")
+    def _scale_has_an_effect(self) -> Self:
+        if self.kv_scale == "none" and self.kv_loss in ("cosine", "cka"):
+            raise ValueError(
+                f"kv_scale: 'none' changes nothing, because loss.kv_loss '{self.kv_loss}' does not depend on a scale; "
+                "leave it out"
+            )
+        return self

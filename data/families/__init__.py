@@ -11,7 +11,10 @@ FAMILIES = NameTable(
     "kvdistill.dataset_families",
     {
         name: f"data.families.{name}:FAMILY"
-        for name in ("gsm8k", "svamp", "strategyqa", "math23k", "math", "arc_challenge", "hotpotqa")
+        for name in (
+            *("gsm8k", "svamp", "strategyqa", "math23k", "math", "arc_challenge", "hotpotqa"),
+            *("gsm8k_aug", "gsm8k_aug_nl"),
+        )
     },
 )
 # The default mixture.

@@ -64,7 +64,7 @@ def _test_accuracy(config: TrainConfig, test: Path) -> float:
     """The share of test items that the saved best model answers correctly after its latents. Ranks share the items."""
     directory, student = config.run.output_dir / "best_model", config.student
     lm, tokenizer = load_pretrained(str(directory), "fp32", "run.output_dir")
-    reasoning = load_reasoning(lm, directory, student.latents, student.passes)
+    reasoning = load_reasoning(lm, directory, student.latents, student.passes, projects=student.projection)
     assert reasoning is not None, "the trainer saves latents with the model"
     model = LatentStudent(lm, reasoning).eval()
     collator = Collator(tokenizer, config.data.max_tokens)

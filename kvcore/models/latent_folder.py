@@ -8,6 +8,7 @@ under the names that they have alone, and one index lists both.
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -25,6 +26,24 @@ BACKBONE_WEIGHTS, LATENT_WEIGHTS = "backbone.safetensors", "latent.safetensors"
 # The start of the names of latent parameters.
 LATENT_PREFIX = "reasoning."
 _BACKBONE = "text_config"
+
+
+@dataclass(frozen=True, slots=True)
+class LatentSettings:
+    """What a latent student was trained with.
+
+    `latents`, `passes`: M and T. `projection`: whether the inputs of latents are projections of hidden states.
+    """
+
+    latents: int
+    passes: int
+    projection: bool
+
+
+def latent_settings(tree: dict[str, Any]) -> LatentSettings:
+    """The settings of a latent student. `tree`: of its config.json."""
+    # Folders of versions in which every student had a projection do not say so.
+    return LatentSettings(int(tree["latents"]), int(tree["passes"]), bool(tree.get("projection", True)))
 
 
 def is_latent(tree: dict[str, Any]) -> bool:
@@ -51,7 +70,7 @@ def check_not_latent(tree: dict[str, Any], name: str, field: str) -> None:
         )
 
 
-def make_latent(directory: Path, latents: int, passes: int) -> None:
+def make_latent(directory: Path, latents: int, passes: int, *, projection: bool = True) -> None:
     """Turns the folder of a backbone into that of a latent student. `LATENT_WEIGHTS` and the code must be in it."""
     single, index_file = directory / SINGLE, directory / INDEX
     if single.is_file():
@@ -72,6 +91,7 @@ def make_latent(directory: Path, latents: int, passes: int) -> None:
         "dtype": backbone.get("dtype"),
         "latents": latents,
         "passes": passes,
+        "projection": projection,
         _BACKBONE: backbone,
         "transformers_version": backbone.get("transformers_version"),
     }

@@ -43,7 +43,7 @@ def run_identity(config: TrainConfig, records: int, sources: Mapping[str, KVSour
         content_digest(path) for path in sorted(Path(config.student.path).glob("*.safetensors"))
     ]
     data = config.data.model_dump(
-        mode="json", include={"columns", "format", "system_prompt", "sort_by_length", "steps"}
+        mode="json", include={"columns", "format", "system_prompt", "sort_by_length", "steps", "drop_last_step"}
     )
     data |= {"records": records, "content": content_digest(config.data.train)}
     data["formats"] = [teacher.format or config.data.format for teacher in config.teachers]

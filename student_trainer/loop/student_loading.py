@@ -67,13 +67,13 @@ def check_lengths(config: TrainConfig, lm: PreTrainedModel, splits: Sequence[Spl
 def with_latents(lm: PreTrainedModel, config: TrainConfig) -> LatentStudent:
     """The student with the latent parameters saved beside it, or with new ones."""
     settings = config.student
-    latent, reasoning = settings.mode == "latent", None
+    latent, projects, reasoning = settings.mode == "latent", settings.projection, None
     with gathered_in_passes(lm):
         if latent:
             directory = model_directory(settings.path, "student.path")
-            reasoning = load_reasoning(lm, directory, settings.latents, settings.passes)
+            reasoning = load_reasoning(lm, directory, settings.latents, settings.passes, projects=projects)
         if reasoning is None:
-            reasoning = new_reasoning(lm, settings.latents, settings.passes, config.run.seed)
+            reasoning = new_reasoning(lm, settings.latents, settings.passes, config.run.seed, projects=projects)
     # Parameters that never get a gradient would stop ZeRO from reducing the others.
     reasoning.requires_grad_(latent)
     return LatentStudent(lm, reasoning.to(lm.dtype))

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 from data.collate import Collator
-from data.records import Record, load_records
+from data.records import Record
 from kvcore.errors import FieldError
 from kvcore.tensors.kv_map import KVMap
 from kvcore.types import BatchKV
@@ -46,6 +46,7 @@ from student_trainer.loop.teacher_sources import (
     teacher_bases,
     use_maps,
 )
+from student_trainer.loop.training_records import train_records, val_records
 from student_trainer.model.distill_model import DistillModel, TrainBatch
 from student_trainer.model.pretrained import set_special_tokens
 from student_trainer.model.self_teacher import geometry_of
@@ -196,9 +197,7 @@ def build_context(config: TrainConfig, rank: int, world_size: int) -> TrainingCo
             "kv.control is 'shuffled': every sample is trained on ANOTHER sample's K/V. This run is an experiment's "
             "control; do not use its student."
         )
-    columns = config.data.columns.names()
-    train = load_records(config.data.train, columns=columns)
-    val = load_records(config.data.val, config.data.val_samples, columns) if config.data.val else []
+    train, val = train_records(config.data), val_records(config.data)
     sample_order = SampleOrder(config.run, len(train), rank, world_size)
     if config.teachers and config.align.warmup_steps >= sample_order.steps:
         raise FieldError("align.warmup_steps", f"must be below the run's number of steps ({sample_order.steps})")

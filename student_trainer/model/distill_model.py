@@ -224,6 +224,8 @@ class DistillModel(nn.Module):
         """`aligner`: maps the student's K/V to the target's space; None if they are in it."""
         mask_BM, objectives, errors_LH, errors_BM = target.mask_BM, [], [], []
         sides = ((own.k_BLHMD, target.k_BLHMD), (own.v_BLHMD, target.v_BLHMD))
+        if self._loss.kv_scale == "none":
+            scale_LK = torch.ones_like(scale_LK)
         for tensor, (own_BLHMD, target_BLHMD), scale_L, variance_L in zip(
             TENSORS, sides, scale_LK.float().T, variance_LK.float().T, strict=True
         ):

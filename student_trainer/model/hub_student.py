@@ -32,6 +32,7 @@ class KVDistillLatentConfig(PreTrainedConfig):
         latents: number of latents M. Fewer than in training are possible.
         passes: number of passes over the latents.
         trained_latents: number of latents in training, if that is not `latents`.
+        projection: whether the inputs of latents are projections of hidden states, or the hidden states themselves.
     """
 
     model_type = "kvdistill_latent"
@@ -44,24 +45,27 @@ class KVDistillLatentConfig(PreTrainedConfig):
         latents: int = 1,
         passes: int = 1,
         trained_latents: int | None = None,
+        projection: bool = True,
         **kwargs: Any,
     ) -> None:
         # transformers creates an empty configuration to compare with.
         self.text_config = AutoConfig.for_model(**text_config) if isinstance(text_config, dict) else text_config
         self.latents, self.passes = latents, passes
         self.trained_latents = trained_latents or latents
+        self.projection = projection
         super().__init__(**kwargs)
 
 
 class LatentReasoning(nn.Module):
-    """The first inputs of the latents, and the projection from a hidden state to the next input of a latent."""
+    """The first inputs of the latents, and the map from a hidden state to the next input of a latent."""
 
-    def __init__(self, hidden: int, latents: int) -> None:
+    def __init__(self, hidden: int, latents: int, projection: bool) -> None:
         super().__init__()
         self.first_inputs = nn.Embedding(latents, hidden)
-        self.projection = nn.Sequential(
-            nn.Linear(hidden, hidden), nn.GELU(), nn.Linear(hidden, hidden), nn.LayerNorm(hidden)
-        )
+        self.projection: nn.Module = nn.Identity()
+        if projection:
+            layers = (nn.Linear(hidden, hidden), nn.GELU(), nn.Linear(hidden, hidden), nn.LayerNorm(hidden))
+            self.projection = nn.Sequential(*layers)
 
 
 class KVDistillLatentForCausalLM(PreTrainedModel, GenerationMixin):
@@ -82,7 +86,7 @@ class KVDistillLatentForCausalLM(PreTrainedModel, GenerationMixin):
         super().__init__(config)
         self.backbone = AutoModelForCausalLM.from_config(config.text_config)
         hidden = self.backbone.get_input_embeddings().weight.shape[1]
-        self.reasoning = LatentReasoning(hidden, config.trained_latents)
+        self.reasoning = LatentReasoning(hidden, config.trained_latents, config.projection)
         self.post_init()
 
     @classmethod

@@ -1,9 +1,9 @@
 """A student that reasons in latents instead of text (PCCoT, arXiv 2506.18582; KaVa, arXiv 2510.02312).
 
 The sequence is prompt, M latents, answer. Each Jacobi pass replaces the input of latent i by a projection of the last
-hidden state one position before it. The answer follows after `passes` passes. There are no marker tokens around the
-latents: they take the positions of reasoning tokens, so that what a student learned from reasoning as text transfers.
-The first inputs are embeddings of their own; the student's vocabulary does not change.
+hidden state one position before it, or by this state itself. The answer follows after `passes` passes. There are no
+marker tokens around the latents: they take the positions of reasoning tokens, so that what a student learned from
+reasoning as text transfers. The first inputs are embeddings of their own; the student's vocabulary does not change.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +23,15 @@ from torch.nn import functional
 
 from kvcore.errors import ConfigError, FieldError
 from kvcore.models.files import model_config, weight_files
-from kvcore.models.latent_folder import CODE, LATENT_PREFIX, LATENT_WEIGHTS, is_latent, make_latent
+from kvcore.models.latent_folder import (
+    CODE,
+    LATENT_PREFIX,
+    LATENT_WEIGHTS,
+    LatentSettings,
+    is_latent,
+    latent_settings,
+    make_latent,
+)
 from kvcore.types import Tensor
 from student_trainer.model.capture import capture_kv
 from student_trainer.model.kept_prompt import KeptPrompt, PromptRecorder, let_layers_checkpoint_with_cache
@@ -48,15 +56,20 @@ class LatentReasoning(nn.Module):
         latents: M.
         passes: T, the Jacobi passes.
         embedding_rms: root mean square of the student's embeddings, the initial scale of the inputs.
+        projects: whether the inputs are projections of hidden states. Otherwise they are the hidden states themselves.
     """
 
-    def __init__(self, hidden: int, latents: int, passes: int, embedding_rms: float) -> None:
+    def __init__(self, hidden: int, latents: int, passes: int, embedding_rms: float, *, projects: bool = True) -> None:
         super().__init__()
         self.latents = latents
         self.passes = passes
+        self.projects = projects
         # An embedding rather than a bare parameter: ZeRO-3 gathers what a module's own forward reads.
         self.first_inputs = nn.Embedding(latents, hidden)
         nn.init.normal_(self.first_inputs.weight, std=embedding_rms)
+        self.projection: nn.Module = nn.Identity()
+        if not projects:
+            return
         norm = nn.LayerNorm(hidden)
         nn.init.constant_(norm.weight, embedding_rms)
         self.projection = nn.Sequential(nn.Linear(hidden, hidden), nn.GELU(), nn.Linear(hidden, hidden), norm)
@@ -237,8 +250,10 @@ class LatentStudent(nn.Module):
         return output.last_hidden_state, tuple(output.hidden_states[1:]) if all_layers else ()
 
 
-def new_reasoning(lm: PreTrainedModel, latents: int, passes: int, seed: int) -> LatentReasoning:
-    """New latent parameters for a student, the same on every rank."""
+def new_reasoning(
+    lm: PreTrainedModel, latents: int, passes: int, seed: int, *, projects: bool = True
+) -> LatentReasoning:
+    """New latent parameters for a student, the same on every rank. `projects`: see `LatentReasoning`."""
     table: Any = lm.get_input_embeddings()
     rows, hidden = int(table.num_embeddings), int(table.embedding_dim)
     # Some embeddings scale their rows, so the scale is that of their outputs.
@@ -248,7 +263,7 @@ def new_reasoning(lm: PreTrainedModel, latents: int, passes: int, seed: int) -> 
         torch.manual_seed(seed)
         with torch.no_grad():
             rms = float(table(ids).float().pow(2).mean().sqrt())
-        return LatentReasoning(hidden, latents, passes, rms)
+        return LatentReasoning(hidden, latents, passes, rms, projects=projects)
 
 
 def save_reasoning(reasoning: LatentReasoning, tensors: dict[str, Tensor], directory: Path) -> None:
@@ -262,23 +277,28 @@ def save_reasoning(reasoning: LatentReasoning, tensors: dict[str, Tensor], direc
     weights = {f"{LATENT_PREFIX}{name}": tensor.contiguous() for name, tensor in tensors.items()}
     save_file(weights, directory / LATENT_WEIGHTS, metadata={"format": "pt"})
     shutil.copyfile(HUB_CODE, directory / HUB_CODE.name)
-    make_latent(directory, reasoning.latents, reasoning.passes)
+    make_latent(directory, reasoning.latents, reasoning.passes, projection=reasoning.projects)
 
 
-def load_reasoning(lm: PreTrainedModel, directory: Path, latents: int, passes: int) -> LatentReasoning | None:
-    """The latent parameters in the folder of a student, or None.
+def load_reasoning(
+    lm: PreTrainedModel, directory: Path, latents: int, passes: int, *, projects: bool = True
+) -> LatentReasoning | None:
+    """The latent parameters in the folder of a student, or None. `projects`: see `LatentReasoning`.
 
     Raises:
-        ConfigError: they were saved for another number of latents.
+        ConfigError: they were saved for another number of latents, or with a projection instead of without or reverse.
     """
     saved = _saved_settings(directory, "student.path")
     if saved is None:
         return None
-    if saved["latents"] != latents:
+    if saved.latents != latents:
         raise ConfigError(
-            f"student.latents: {directory} was trained with {saved['latents']}, the configuration says {latents}"
+            f"student.latents: {directory} was trained with {saved.latents}, the configuration says {latents}"
         )
-    return _loaded(lm, directory, latents, passes)
+    if saved.projection != projects:
+        then, now = ("true" if value else "false" for value in (saved.projection, projects))
+        raise ConfigError(f"student.projection: {directory} was trained with {then}, the configuration says {now}")
+    return _loaded(lm, directory, replace(saved, passes=passes))
 
 
 def saved_reasoning(lm: PreTrainedModel, directory: Path, field: str) -> LatentReasoning | None:
@@ -293,25 +313,25 @@ def saved_reasoning(lm: PreTrainedModel, directory: Path, field: str) -> LatentR
         FieldError: the folder is incomplete.
     """
     saved = _saved_settings(directory, field)
-    return None if saved is None else _loaded(lm, directory, saved["latents"], saved["passes"])
+    return None if saved is None else _loaded(lm, directory, saved)
 
 
-def _saved_settings(directory: Path, field: str) -> dict[str, int] | None:
+def _saved_settings(directory: Path, field: str) -> LatentSettings | None:
     tree = model_config(directory, str(directory), field)
     if not is_latent(tree) and (directory / _OLD_CONFIG).is_file():
         # Without its latents it would be another model.
         raise FieldError(
             field, f"{directory} is a latent student of an earlier version, which this one cannot read; train it again"
         )
-    return {name: int(tree[name]) for name in ("latents", "passes")} if is_latent(tree) else None
+    return latent_settings(tree) if is_latent(tree) else None
 
 
-def _loaded(lm: PreTrainedModel, directory: Path, latents: int, passes: int) -> LatentReasoning:
+def _loaded(lm: PreTrainedModel, directory: Path, saved: LatentSettings) -> LatentReasoning:
     tensors: dict[str, Tensor] = {}
     for file in weight_files(directory):
         with safe_open(file, framework="pt") as stored:
             names = [name for name in stored.keys() if name.startswith(LATENT_PREFIX)]  # noqa: SIM118 - no dictionary
             tensors |= {name.removeprefix(LATENT_PREFIX): stored.get_tensor(name) for name in names}
-    reasoning = new_reasoning(lm, latents, passes, seed=0)
+    reasoning = new_reasoning(lm, saved.latents, saved.passes, seed=0, projects=saved.projection)
     reasoning.load_state_dict(tensors)
     return reasoning

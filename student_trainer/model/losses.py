@@ -16,8 +16,8 @@ from torch.nn import functional
 from kvcore.types import Tensor
 from student_trainer.method_config import KV_LOSSES
 
-# Takes student and target [B,L,H,M,D], both in units of the target's deviation and 0 in empty slots, and the mask [B,M]
-# of slots with a target. Returns a scalar. The target has no gradient.
+# Takes student and target [B,L,H,M,D], both divided by the scale of `kv_distance` and 0 in empty slots, and the mask
+# [B,M] of slots with a target. Returns a scalar. The target has no gradient.
 KVLoss = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
@@ -47,7 +47,7 @@ def codi_loss(student_hidden_BSE: Tensor, teacher_hidden_BSE: Tensor) -> Tensor:
 
 
 def kv_distance(student_BLHMD: Tensor, target_BLHMD: Tensor, scale_L: Tensor, mask_BM: Tensor, kind: str) -> Tensor:
-    """The KV objective of one tensor (keys or values): both sides divided by the target's per-layer deviation.
+    """The KV objective of one tensor (keys or values): both sides divided by a scale per layer.
 
     `mse` and `smooth_l1` are per element, `cosine` is 1 - cosine over D per head and slot (the cosine of a zero vector
     is 0), all averaged over layers and heads. `cka` is 1 - linear CKA (arXiv 1905.00414) per layer, with all the
@@ -59,7 +59,7 @@ def kv_distance(student_BLHMD: Tensor, target_BLHMD: Tensor, scale_L: Tensor, ma
     Args:
         student_BLHMD: with gradient.
         target_BLHMD: a constant; no gradient reaches it.
-        scale_L: standard deviation of the targets, per layer; it does not affect `cosine` and `cka`.
+        scale_L: standard deviation of the targets, per layer, or 1; it does not affect `cosine` and `cka`.
         mask_BM: slots with a target; samples without any are left out of the mean.
         kind: a name in `KV_LOSSES`.
 

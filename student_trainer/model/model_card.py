@@ -23,13 +23,13 @@ if TYPE_CHECKING:
 
 # The settings that decide what a student learns. Paths and addresses of the machines are left out.
 _SETTINGS: dict[str, Any] = {
-    "student": {"dtype", "mode", "latents", "passes", "lora"},
+    "student": {"dtype", "mode", "latents", "passes", "projection", "latents_per_step", "lora"},
     "kv": {"selection", "codec", "control"},
     "align": True,
     "fuse": True,
     "loss": True,
     "optim": True,
-    "data": {"format", "system_prompt", "max_tokens", "answer_tokens"},
+    "data": {"format", "system_prompt", "steps", "drop_last_step", "max_tokens", "answer_tokens"},
     "run": {"seed", "steps", "epochs", "global_batch", "best_by"},
 }
 _RESULTS = "## Results"

@@ -63,6 +63,18 @@ def math500(index: int) -> Row:
     }
 
 
+def gsm_hard(index: int) -> Row:
+    return {
+        "input": f"Ada has {index} pens and gives {4000002.5 + index - 1} away, one cut in half. What is left?",
+        "code": f"def solution():\n    return {index} - {4000002.5 + index - 1}\n",
+        "target": -4000001.5,
+    }
+
+
+def multiarith(index: int) -> Row:
+    return {"question": f" Ben had {index + 6} plums and ate {index + 1}. How many has he?", "final_ans": "5"}
+
+
 def gpqa(index: int) -> Row:
     wrong = {f"Incorrect Answer {number}": f"{index + 10 * number} joules" for number in (1, 2, 3)}
     return {"Question": f"How much energy has body {index}?", "Correct Answer": f"{index} joules"} | wrong
@@ -95,6 +107,8 @@ def ceval_subset(subject: str, index: int) -> Row:
 MAKERS: dict[str, Callable[[int], Row]] = {
     "gsm8k_test": gsm8k_test,
     "math500": math500,
+    "gsm_hard": gsm_hard,
+    "multiarith": multiarith,
     "gpqa": gpqa,
     "truthfulqa": truthfulqa,
 }

@@ -35,6 +35,22 @@ def gsm8k(index: int) -> Row:
     }
 
 
+def gsm8k_aug(index: int) -> Row:
+    return {
+        "question": f"Cid stacks {index + 2} shelves with 6 jars each and breaks 1. How many jars are whole?",
+        "steps": [f"<<{index + 2}*6={6 * index + 12}>>", f"<<{6 * index + 12}-1={6 * index + 11}>>"],
+        "answer": f"{6 * index + 11:,}",
+    }
+
+
+def gsm8k_aug_nl(index: int) -> Row:
+    return {
+        "question": f"Dot fills {index + 2} boxes with 8 eggs each and eats 1. How many eggs are left?",
+        "steps": [f"The boxes hold {8 * index + 16} eggs.", f"After eating 1, {8 * index + 15} are left."],
+        "answer": str(8 * index + 15),
+    }
+
+
 def svamp(index: int) -> Row:
     apples, eaten = index + 9, index % 5 + 2
     body = f"Ben had {apples} apples. He ate {eaten} of them."
@@ -118,6 +134,8 @@ def hotpotqa(index: int) -> Row:
 
 MAKERS: dict[str, Callable[[int], Row]] = {
     "gsm8k": gsm8k,
+    "gsm8k_aug": gsm8k_aug,
+    "gsm8k_aug_nl": gsm8k_aug_nl,
     "svamp": svamp,
     "strategyqa": strategyqa,
     "math23k": math23k,

@@ -14,7 +14,7 @@ from lm_eval.tasks import TaskManager
 from data.families.base import Question
 from data.prompts import prompt_of
 from evaluation import scoring, suite
-from evaluation.config import BENCHMARKS
+from evaluation.config import BENCHMARKS, WORD_PROBLEMS
 from evaluation.scoring import NO_ANSWER
 from evaluation.suite import Benchmark, load_benchmarks
 from kvcore.errors import ConfigError, FieldError
@@ -33,7 +33,7 @@ def copies(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def benchmarks(copies: Path) -> dict[str, Benchmark]:
-    return {each.name: each for each in load_benchmarks(BENCHMARKS, copies)}
+    return {each.name: each for each in load_benchmarks((*BENCHMARKS, *WORD_PROBLEMS), copies)}
 
 
 def ask(benchmark: Benchmark, task: str | None = None) -> tuple[Any, dict[str, Any], str]:
@@ -53,10 +53,10 @@ def score(task: Any, doc: dict[str, Any], text: str) -> float:
 
 
 def test_all_benchmarks_and_subjects_are_loaded(benchmarks: dict[str, Benchmark]) -> None:
-    assert tuple(benchmarks) == BENCHMARKS
+    assert tuple(benchmarks) == (*BENCHMARKS, *WORD_PROBLEMS)
     counts = {name: len(benchmark.tasks) for name, benchmark in benchmarks.items()}
     several = {"bbh": 27, "cmmlu_subset": 12, "ceval_subset": 12}
-    assert counts == dict.fromkeys(BENCHMARKS, 1) | several
+    assert counts == dict.fromkeys(benchmarks, 1) | several
     assert benchmarks["bbh"].count(None) == 27 * QUESTIONS
     assert benchmarks["bbh"].count(2) == 27 * 2
     assert {name for name, benchmark in benchmarks.items() if benchmark.metric == "acc"} == {
@@ -73,6 +73,8 @@ def test_all_benchmarks_and_subjects_are_loaded(benchmarks: dict[str, Benchmark]
         ("gsm8k_test", " 1200+35 is 1235, and one more.\n#### 1236", "#### 1235"),
         ("math500", "so we get $\\boxed{1.5}$", "\\boxed{\\frac{2}{3}}"),
         ("math500", " \\dfrac{3}{2}", "3"),
+        ("gsm_hard", "The answer is -4000001.5", "The answer is 4000001.5"),
+        ("multiarith", "It is 7 - 2 = 5", "7"),
     ],
 )
 def test_score_depends_on_the_extracted_answer(
@@ -112,6 +114,9 @@ def test_prompts_equal_training_prompts(benchmarks: dict[str, Benchmark]) -> Non
     assert prompt == training_prompt(doc["question"], "en")
     _, doc, prompt = ask(benchmarks["math500"])
     assert prompt == training_prompt(doc["problem"], "en")
+    for name, column in (("gsm_hard", "input"), ("multiarith", "question")):
+        _, doc, prompt = ask(benchmarks[name])
+        assert prompt == training_prompt(doc[column].strip(), "en")
     _, doc, prompt = ask(benchmarks["bbh"], "bbh::navigate")
     assert prompt == training_prompt(doc["input"], "en")
     _, doc, prompt = ask(benchmarks["gpqa"])
@@ -175,6 +180,23 @@ def test_all_missing_datasets_are_listed_together(copies: Path, tmp_path: Path) 
     assert "gsm8k_test: " not in message
 
 
+@pytest.mark.parametrize(
+    ("name", "row", "problem"),
+    [
+        ("gsm_hard", {"input": "How many?", "code": "", "target": "none"}, "the answer of .* is not a number: 'none'"),
+        ("gsm_hard", {"input": "How many?", "code": "", "answer": 4}, "has no column target; it has input, code, ans"),
+        ("multiarith", {"question": "How many?", "final_ans": "a"}, "the answer of 'How many.' is not a number: 'a'"),
+        ("multiarith", {"question": "How many?", "answer": "4"}, "has no column final_ans; it has question, answer"),
+    ],
+)
+def test_word_problems_with_other_columns_or_answers_are_refused(
+    name: str, row: dict[str, Any], problem: str, tmp_path: Path
+) -> None:
+    (tmp_path / f"{name}.jsonl").write_text(json.dumps(row) + "\n", encoding="utf-8")
+    with pytest.raises(ConfigError, match=f"{name}: .*{problem}"):
+        load_benchmarks([name], tmp_path)
+
+
 def test_non_numeric_reference_fails_at_load(tmp_path: Path) -> None:
     row = {"question": "How many?", "answer": "Two and two make four."}
     (tmp_path / "gsm8k_test.jsonl").write_text(json.dumps(row) + "\n", encoding="utf-8")
@@ -235,7 +257,7 @@ def test_answer_length_is_limited_by_context(copies: Path) -> None:
 
 def test_missing_answer_never_scores() -> None:
     assert scoring.score({"gold": NO_ANSWER}, [NO_ANSWER]) == {"exact_match": 0.0}
-    assert benchmark_data.MAKERS.keys() | benchmark_data.SUBJECT_MAKERS.keys() == set(BENCHMARKS)
+    assert benchmark_data.MAKERS.keys() | benchmark_data.SUBJECT_MAKERS.keys() == {*BENCHMARKS, *WORD_PROBLEMS}
 
 
 OWN_TASK = """

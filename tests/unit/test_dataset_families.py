@@ -29,6 +29,8 @@ def questions(name: str) -> list[Question]:
     ("name", "answers"),
     [
         ("gsm8k", ["6", "2000", "-5", "3.5", "54", "19", "13", "90", "16", "850", "50", "10"]),
+        ("gsm8k_aug", ["35", "1999", "299", "2.5"]),
+        ("gsm8k_aug_nl", ["35", "1999", "299", "2.5"]),
         ("svamp", ["58", "84", "5", "102", "12", "6", "40", "61", "308", "3.5", "768", "49"]),
         ("strategyqa", ["no", "no", "yes", "yes", "yes", "no", "yes", "no", "yes", "no", "no", "no"]),
         ("math23k", ["35", "90", "2/5", "90", "65", "40", "7.5", "94", "1(1/4)", "40%", "10", "300"]),
@@ -62,6 +64,19 @@ def test_rows_in_the_original_schema_are_parsed(name: str, answers: list[str]) -
 
 def test_gsm8k_reasoning_has_no_calculator_annotations_or_result() -> None:
     assert questions("gsm8k")[0].reasoning == "She bakes 3*12=36 rolls.\nShe keeps 36-30=6 rolls."
+
+
+@pytest.mark.parametrize(
+    ("name", "reasoning"),
+    [
+        ("gsm8k_aug", "<<3*12=36>> <<36-1=35>>"),
+        ("gsm8k_aug_nl", "The crates hold 36 apples.\nOf these, 35 are good."),
+    ],
+)
+def test_gsm8k_aug_joins_its_steps_as_each_set_is_written(name: str, reasoning: str) -> None:
+    row, parse = rows(name)[0], find_family(name).parse
+    assert parse(row).reasoning == reasoning
+    assert parse(row | {"steps": f" {reasoning} "}).reasoning == reasoning, "copies may have the steps as one text"
 
 
 def test_svamp_question_joins_body_and_question_and_reasoning_is_the_equation() -> None:
@@ -107,6 +122,9 @@ def test_hotpotqa_keeps_supporting_paragraphs_and_reasoning_is_their_facts() -> 
     [
         ("gsm8k", {"answer": "It is 6."}, "no '#### result'"),
         ("gsm8k", {"question": " "}, "empty question"),
+        ("gsm8k_aug", {"steps": []}, "no steps"),
+        ("gsm8k_aug_nl", {"steps": None}, "no steps"),
+        ("gsm8k_aug", {"answer": ""}, "empty answer"),
         ("svamp", {"Answer": None}, "empty Answer"),
         ("strategyqa", {"answer": "yes"}, "neither true nor false"),
         ("math23k", {"ans": ""}, "empty ans"),

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -106,6 +108,39 @@ def test_math23k_is_read_in_its_original_format(tmp_path: Path) -> None:
     lines(tmp_path / "math23k" / "math23k.json", made("math23k"), indent=2)
     source = find_source(find_family("math23k"), {}, tmp_path)
     assert list(read_rows(source, 0, 99)) == made("math23k")
+
+
+def test_text_lines_of_gsm8k_aug_give_its_columns(tmp_path: Path) -> None:
+    lines = ["Who\u2028?||<<1+2=3>> <<3*2=6>> #### 6", "", "Why||or||why?||<<2-1=1>> #### 1"]
+    (tmp_path / "gsm8k_aug.txt").write_bytes("\r\n".join(lines).encode())
+    source = find_source(find_family("gsm8k_aug"), {}, tmp_path)
+    found = [source.family.parse(row) for row in read_rows(source, 0, 99)]
+    assert [(each.stem, each.reasoning, each.answer) for each in found] == [
+        ("Who\u2028?", "<<1+2=3>> <<3*2=6>>", "6"),
+        ("Why||or||why?", "<<2-1=1>>", "1"),
+    ]
+    (tmp_path / "gsm8k_aug.txt").write_text("Who?||<<1+2=3>> #### 3\nWho? <<1+2=3>> #### 3\n", encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"gsm8k_aug.txt:2: expected 'question\|\|steps #### answer', found 'Who"):
+        _consume(read_rows(source, 0, 99))
+
+
+@pytest.mark.parametrize(("split", "count", "without_steps"), [("valid", 500, 6), ("test", 1319, 18)])
+def test_true_files_of_gsm8k_aug_are_read_completely(split: str, count: int, without_steps: int) -> None:
+    source = Source(find_family("gsm8k_aug"), true_file(f"gsm8k_aug_{split}.txt"))
+    rows = list(read_rows(source, 0, 9999))
+    assert len(rows) == count
+    found = [source.family.parse(row) for row in rows if row["steps"].strip()]
+    assert len(found) == count - without_steps
+    assert all(re.fullmatch(r"-?\d+(\.\d+)?", each.answer) for each in found)
+    assert all(re.fullmatch(r"<<[^<>]+>>( <<[^<>]+>>)*", each.reasoning) for each in found)
+
+
+def true_file(name: str) -> Path:
+    """A copy of public data; skips the test without it."""
+    for folder in (os.environ.get("KVDISTILL_DATA_DIR"), Path(__file__).resolve().parents[3] / "shared" / "data"):
+        if folder and (Path(folder) / name).is_file():
+            return Path(folder) / name
+    pytest.skip(f"no {name}: set KVDISTILL_DATA_DIR to a directory that has it")
 
 
 def test_all_configurations_of_a_hub_clone_are_read(tmp_path: Path) -> None:

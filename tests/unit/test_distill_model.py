@@ -79,6 +79,27 @@ def test_latent_loss_is_the_weighted_sum_of_its_terms() -> None:
     assert losses_of(model, batch) == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.parametrize("direction", ["to_student", "to_teacher"])
+@pytest.mark.parametrize("kv_scale", ["layer", "none"])
+def test_kv_are_divided_by_the_deviation_of_each_layer_or_by_nothing(kv_scale: str, direction: str) -> None:
+    loss = LossConfig.model_validate({"kv_weight": 5.0, "kv_loss": "mse", "kv_scale": kv_scale})
+    model = model_of({"ada": 1.0}, direction=direction, loss=loss)
+    batch = train_batch(model, BATCH)
+    (kv,), (aligner,) = batch.teachers, model.aligners
+    _, *own = latent_kv(model, batch)
+    found = []
+    for tensor, own_BLHMD, target_BLHMD in zip(TENSORS, own, aligner.targets(kv), strict=True):
+        view_BLHMD = aligner.student_view(own_BLHMD, tensor).detach().double()
+        for layer, deviation in enumerate(aligner.scale(tensor).tolist()):
+            assert abs(deviation - 1) > 0.01, "a deviation of 1 would hide the difference"
+            divisor = deviation if kv_scale == "layer" else 1.0
+            difference_BHMD = (view_BLHMD[:, layer] - target_BLHMD[:, layer].double()) / divisor
+            found.append(float(difference_BHMD.square().mean()))
+    losses = losses_of(model, batch)
+    assert losses["kv_objective"] == pytest.approx(sum(found) / len(found), rel=1e-5)
+    assert losses["loss"] == pytest.approx(losses["ce_loss"] + 5.0 * losses["kv_objective"], rel=1e-5)
+
+
 def test_reasoning_has_no_loss_in_validation_or_with_weight_zero() -> None:
     model = model_of({"ada": 1.0}).eval()
     assert "reasoning_ce" not in losses_of(model, train_batch(model, BATCH))

@@ -188,6 +188,7 @@ OFFLINE = {"kv": {"mode": "offline", "store": "no_store"}, "teachers": [{"name":
         ("eval --model_path missing", "--model_path: there is no directory 'missing'"),
         ("eval --model_path {model} --device cuda", "--device: got 'cuda'"),
         ("eval --model_path {model} --eval_datasets mth500", "did you mean 'math500'"),
+        ("eval --model_path {model} --eval_datasets gsm_hrad", "did you mean 'gsm_hard'"),
         ("extract {extract} --dataset-path none.jsonl", "--dataset_path: none.jsonl: no such data file"),
         ("extract {extract} --dataset-path {data} --device cuda", "--device: got 'cuda'"),
         ("extract {extract} --dataset-path {data} --load-in-8bit", "--load_in_8bit: needs a GPU"),

@@ -210,3 +210,18 @@ def test_command_writes_both_splits_and_the_report(copies: Path, tmp_path: Path)
     assert result.exit_code == 0, result.output
     assert len(load_records(tmp_path / "out" / "train")) == 40
     assert set(json.loads((tmp_path / "out" / "report.json").read_text())["datasets"]) == {"gsm8k", "math23k"}
+
+
+def test_command_makes_only_the_records_of_one_style(copies: Path, tmp_path: Path) -> None:
+    app = typer.Typer()
+    app.command()(prepare_command)
+    flags = f"--output {tmp_path / 'out'} --data-dir {copies} --train-samples 40 --val-samples 10 --no-extended"
+    aug = [*flags.split(), "--base", "gsm8k_aug", "--math23k-ratio", "0", "--allow-fewer", "--style"]
+    result = CliRunner().invoke(app, [*aug, "cot"])
+    assert result.exit_code == 0, result.output
+    records = load_records(tmp_path / "out" / "train")
+    assert len(records) == 40
+    assert all(record.reasoning.startswith(" <<") and record.reasoning.endswith(">>\n####") for record in records)
+    wrong = CliRunner().invoke(app, [*aug, "cat"])
+    assert isinstance(wrong.exception, FieldError)
+    assert "styles: ['cat'] must name one or both of cot, direct" in str(wrong.exception)

@@ -25,7 +25,10 @@ def identity(tmp_path: Path) -> dict[str, Any]:
     [
         ("align", "map_at", "trainer", "teacher"),
         ("loss", "step_ce_weight", 0.0, 0.5),
+        ("loss", "kv_scale", "layer", "none"),
+        ("student", "projection", True, False),
         ("data", "steps", "lines", "equations"),
+        ("data", "drop_last_step", False, True),
     ],
 )
 def test_a_setting_that_did_not_exist_yet_had_its_default(

@@ -98,6 +98,8 @@ def test_resampling_accepts_any_number_of_slots(selection: dict[str, Any]) -> No
             "align.recalibrate_every: no map .*identity",
         ),
         ({"align": {"layer_map": "learned"}}, "align.layer_map: .*needs fuse.kind 'learnable'"),
+        ({"loss": {"kv_scale": "none", "kv_loss": "cosine"}}, "loss.kv_scale: 'none' changes nothing.*'cosine'"),
+        ({"loss": {"kv_scale": "none", "kv_loss": "cka"}}, "loss.kv_scale: 'none' changes nothing.*'cka'"),
         (
             {"align": {"layer_map": "learned", "direction": "to_teacher"}},
             "align.layer_map: .*needs fuse.kind 'learnable'",
