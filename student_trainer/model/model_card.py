@@ -23,14 +23,14 @@ if TYPE_CHECKING:
 
 # The settings that decide what a student learns. Paths and addresses of the machines are left out.
 _SETTINGS: dict[str, Any] = {
-    "student": {"dtype", "mode", "latents", "passes", "lora"},
+    "student": {"dtype", "mode", "latents", "passes", "latents_per_step", "lora"},
     "kv": {"selection", "codec", "control"},
     "align": True,
     "fuse": True,
     "loss": True,
     "optim": True,
-    "data": {"format", "system_prompt", "max_tokens", "answer_tokens"},
-    "run": {"seed", "steps", "epochs", "global_batch", "best_by"},
+    "data": {"format", "system_prompt", "steps", "max_tokens", "answer_tokens"},
+    "run": {"seed", "steps", "epochs", "curriculum_epochs", "global_batch", "best_by"},
 }
 _RESULTS = "## Results"
 _IN_LATENTS = """It reasons in {latents} latents between prompt and answer, which it computes in {passes} passes,

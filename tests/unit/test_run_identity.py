@@ -25,7 +25,9 @@ def identity(tmp_path: Path) -> dict[str, Any]:
     [
         ("align", "map_at", "trainer", "teacher"),
         ("loss", "step_ce_weight", 0.0, 0.5),
+        ("loss", "step_ce_passes", "last", "all"),
         ("data", "steps", "lines", "equations"),
+        ("run", "curriculum_epochs", None, 1.0),
     ],
 )
 def test_a_setting_that_did_not_exist_yet_had_its_default(

@@ -61,7 +61,13 @@ class MemoryContext(TrainingContext):
     nan_at: int = -1
     batches: int = 0
 
-    def batch(self, records: Sequence[Record], metrics: MetricAccumulator, pending: Sequence[PendingKV]) -> TrainBatch:
+    def batch(
+        self,
+        records: Sequence[Record],
+        metrics: MetricAccumulator,
+        pending: Sequence[PendingKV],
+        latent_steps: int | None = None,
+    ) -> TrainBatch:
         type(self).batches += 1
         if type(self).batches - 1 == type(self).fails_at:
             raise TeacherUnavailableError("ada", "no endpoint answers")
