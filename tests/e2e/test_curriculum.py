@@ -50,7 +50,9 @@ def test_a_run_stopped_inside_a_stage_continues_exactly(world: World, endpoints:
     (resumed,) = train([whole], 2, tmp_path)
     assert_same_losses(uninterrupted, resumed, 0.0, (*LOSSES, *PARTS))
     assert metrics(resumed, "curriculum/stage") == stages
-    ours, theirs = (load_file(run / "checkpoints/step-00000006/weights.safetensors") for run in (resumed, uninterrupted))
+    ours, theirs = (
+        load_file(run / "checkpoints/step-00000006/weights.safetensors") for run in (resumed, uninterrupted)
+    )
     assert all(ours[name].equal(theirs[name]) for name in theirs)
 
 
