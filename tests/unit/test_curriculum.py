@@ -17,6 +17,7 @@ from torch.nn.functional import smooth_l1_loss
 from data.collate import Collator
 from data.reasoning_steps import StepBlocks
 from data.records import Record
+from kvcore.config import parse
 from kvcore.errors import FieldError
 from kvcore.types import BatchKV, Tensor
 from student_trainer.config import RunConfig, TrainConfig
@@ -200,18 +201,19 @@ def test_losses_of_each_stage_equal_the_loops(kind: Kind, stage: int, passes: st
     assert found["ce_loss"] == pytest.approx(found["answer_ce"] + found["rest_ce"], rel=1e-12)
     assert found["loss"] == pytest.approx(found["ce_loss"] + 0.5 * found["step_ce"], rel=1e-12)
     assert (found["rest_ce"] > 0) == (stage < STAGES)
-    assert abs(expected["all"] / expected["last"] - 1) > 1e-3, "the passes differ"
+    # The first pass settles the first latent, and the state before the second latent reads no other.
+    assert (abs(expected["all"] / expected["last"] - 1) > 1e-3) == (stage > 1), "the passes differ"
 
 
 def test_gradients_of_a_stage_reach_latents_and_text() -> None:
     model = model_of(reasoning_ce_weight=0.0)
     losses = model(TrainBatch(collator()(records_of("lines"), 2), ()))
-    first, embeddings = model.student.reasoning.first_inputs.weight, model.student.lm.get_input_embeddings().weight
+    parameters = [model.student.reasoning.projection[0].weight, model.student.lm.get_input_embeddings().weight]
     for name in ("answer_ce", "rest_ce", "step_ce"):
-        of_latents, of_text = torch.autograd.grad(losses[name], [first, embeddings], retain_graph=True)
-        assert of_latents[: 2 * PER_STEP - 1].norm() > 0
-        assert of_latents[2 * PER_STEP :].norm() == 0, "latents of later stages take no part"
-        assert of_text.norm() > 0
+        assert all(one.norm() > 0 for one in torch.autograd.grad(losses[name], parameters, retain_graph=True))
+    (of_inputs,) = torch.autograd.grad(losses["loss"], [model.student.reasoning.first_inputs.weight])
+    assert of_inputs[: 2 * PER_STEP].norm() > 0
+    assert of_inputs[2 * PER_STEP :].norm() == 0, "latents of later stages take no part"
 
 
 def test_last_stage_equals_training_without_a_curriculum() -> None:
@@ -297,21 +299,21 @@ def test_all_losses_of_a_stage_add_up_with_their_weights(stage: int) -> None:
     }
     assert found.keys() == {*parts, "ce_loss", "kv_loss", "loss"}
     assert all(found[name] > 0 for name in parts)
-    assert found["loss"] == pytest.approx(sum(weight * found[name] for name, weight in parts.items()), rel=1e-9)
+    assert found["loss"] == pytest.approx(sum(weight * found[name] for name, weight in parts.items()), rel=1e-6)
 
 
 def test_losses_with_resampled_slots_compare_the_first_latents() -> None:
     """`align.time` spreads the teacher's slots over all latents; a stage has the first of them."""
     config = config_of("lines", ["ada"])
     tree = config.model_dump(mode="json") | {"align": {"time": "linear", "direction": "to_student"}}
-    model = DistillModel(student_of(), [aligner_of("ada")], {"ada": 1.0}, TrainConfig.model_validate(tree)).train()
+    model = DistillModel(student_of(), [aligner_of("ada")], {"ada": 1.0}, parse(tree, TrainConfig)).train()
     whole = DistillModel(model.student, model.aligners, {"ada": 1.0}, config).train()
     with one_rank():
         calibrate(whole, RECORDS[:40], range(40), fetch_for(whole, LATENTS), 40, lambda _: None)
     model.load_frozen(whole.frozen_state())
     batch = batch_with_teacher(2)
     (kv,) = batch.teachers
-    resampled = kv.map(torch.zeros_like)
+    resampled = replace(kv.map(torch.zeros_like), mask_BM=kv.mask_BM.clone())
     for row in range(len(kv.mask_BM)):
         count = int(kv.mask_BM[row].sum())
         resampled.mask_BM[row] = count > 0
@@ -367,7 +369,7 @@ def test_remaining_steps_are_between_latents_and_answer(kind: Kind, stage: int) 
 
 def order_of(count: int = 96, global_batch: int = 8, **run: Any) -> SampleOrder:
     settings = {"output_dir": "none", "global_batch": global_batch, "micro_batch": 1, **run}
-    return SampleOrder(RunConfig.model_validate(settings), count, 0, 1)
+    return SampleOrder(parse(settings, RunConfig), count, 0, 1)
 
 
 def with_run(config: TrainConfig, **run: Any) -> TrainConfig:
