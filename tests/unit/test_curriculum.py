@@ -208,7 +208,10 @@ def test_losses_of_each_stage_equal_the_loops(kind: Kind, stage: int, passes: st
 def test_gradients_of_a_stage_reach_latents_and_text() -> None:
     model = model_of(reasoning_ce_weight=0.0)
     losses = model(TrainBatch(collator()(records_of("lines"), 2), ()))
-    parameters = [model.student.reasoning.projection[0].weight, model.student.lm.get_input_embeddings().weight]
+    parameters: list[Any] = [
+        model.student.reasoning.projection[0].weight,
+        model.student.lm.get_input_embeddings().weight,
+    ]
     for name in ("answer_ce", "rest_ce", "step_ce"):
         assert all(one.norm() > 0 for one in torch.autograd.grad(losses[name], parameters, retain_graph=True))
     (of_inputs,) = torch.autograd.grad(losses["loss"], [model.student.reasoning.first_inputs.weight])
@@ -382,6 +385,7 @@ def with_run(config: TrainConfig, **run: Any) -> TrainConfig:
 def test_stages_last_their_epochs_and_the_last_one_the_rest(epochs: float, global_batch: int, per_stage: int) -> None:
     config = with_run(config_of(), curriculum_epochs=epochs)
     curriculum = curriculum_of(config, order_of(epochs=20, global_batch=global_batch))
+    assert curriculum is not None
     assert curriculum == Curriculum(STAGES, per_stage)
     expected = [1] * per_stage + [2] * per_stage + [3] * (per_stage + 5)
     assert [curriculum.stage(step) for step in range(len(expected))] == expected
