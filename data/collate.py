@@ -13,7 +13,7 @@ import torch
 
 from data.part_reader import PartReader
 from data.reading_check import check_reading
-from data.reasoning_steps import StepBlocks
+from data.reasoning_steps import StepBlocks, after_steps
 from data.records import Record
 from kvcore.errors import FieldError
 from kvcore.tensors.chat import ChatTemplate
@@ -46,8 +46,10 @@ class StudentBatch:
     `prompt_*_BP` is left-padded, so that what follows starts in the same column. `answer_*_BA` (answer and end of
     sequence) is right-padded. `text_*_BT` (prompt, reasoning, answer and end of sequence) is right-padded;
     `text_target_BT` is True for tokens to predict (from the reasoning on). `continuation_*_BR` is the text without the
-    prompt, right-padded. `step_*_BM`: the token of a reasoning step that each latent is to predict, and where there is
-    one; M is 0 without step blocks.
+    prompt, right-padded. `following_*_BF`: what follows the latents, right-padded: the steps of the reasoning that are
+    still text in a stage of a curriculum, then the answer and the end of sequence. `step_*_BM`: the token of a
+    reasoning step that each latent is to predict, and where there is one. M is the number of latents that take part; it
+    is 0 without step blocks, where all of them do.
     """
 
     records: tuple[Record, ...]
@@ -61,6 +63,8 @@ class StudentBatch:
     text_byte_ends_BT: Tensor
     continuation_ids_BR: Tensor
     continuation_mask_BR: Tensor
+    following_ids_BF: Tensor
+    following_mask_BF: Tensor
     step_ids_BM: Tensor
     step_mask_BM: Tensor
 
@@ -156,13 +160,23 @@ class Collator:
             )
         return StudentTokens(ids[0], ids[1], ids[2], tuple(byte_ends))
 
-    def __call__(self, records: Sequence[Record]) -> StudentBatch:
-        """Collates records into one batch."""
+    def __call__(self, records: Sequence[Record], latent_steps: int | None = None) -> StudentBatch:
+        """Collates records into one batch.
+
+        Args:
+            records: the batch.
+            latent_steps: how many steps of the reasoning are latent in a stage of a curriculum, at least 1 and at most
+                the number of step blocks. The steps after them follow as text, except in the last stage. By default the
+                reasoning is latent.
+        """
         rows = [self.tokens(record) for record in records]
         prompts = [row.prompt_ids for row in rows]
         answers = [(*row.answer_ids, self._eos) for row in rows]
         continuations = [(*row.reasoning_ids, *row.answer_ids, self._eos) for row in rows]
-        steps = [self._steps(record) for record in records]
+        following = [
+            (*self._rest(record, latent_steps), *answer) for record, answer in zip(records, answers, strict=True)
+        ]
+        steps = [self._steps(record, latent_steps) for record in records]
         texts = [prompt + continuation for prompt, continuation in zip(prompts, continuations, strict=True)]
         targets = [
             (0,) * len(prompt) + (1,) * len(continuation)
@@ -180,17 +194,28 @@ class Collator:
             _pad([(*row.byte_ends, -1) for row in rows], -1),
             _pad(continuations, self._pad),
             _pad([(1,) * len(row) for row in continuations], 0).bool(),
+            _pad(following, self._pad),
+            _pad([(1,) * len(row) for row in following], 0).bool(),
             _pad([ids for ids, _ in steps], 0),
             _pad([mask for _, mask in steps], 0).bool(),
         )
 
-    def _steps(self, record: Record) -> tuple[list[int], list[int]]:
-        if self._step_blocks is None:
+    def _steps(self, record: Record, latent_steps: int | None) -> tuple[list[int], list[int]]:
+        blocks = self._step_blocks
+        if blocks is None:
             return [], []
-        return self._step_blocks.targets(record.reasoning, self.step_tokens)
+        blocks = blocks if latent_steps is None else blocks.first(latent_steps)
+        return blocks.targets(record.reasoning, self.step_tokens)
+
+    def _rest(self, record: Record, latent_steps: int | None) -> list[int]:
+        """The tokens of the steps that are still text."""
+        blocks = self._step_blocks
+        if blocks is None or latent_steps is None or latent_steps == blocks.blocks:
+            return []
+        return self.step_tokens(after_steps(record.reasoning, blocks.kind, latent_steps))
 
     def step_tokens(self, step: str) -> list[int]:
-        """The tokens of one step of a reasoning."""
+        """The tokens of one or more steps of a reasoning."""
         return self._reader.continuation(step)[0]
 
     def record_prompts(self, records: Sequence[Record]) -> tuple[Tensor, Tensor]:

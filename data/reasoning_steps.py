@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 StepKind = Literal["lines", "equations"]
@@ -57,6 +57,24 @@ def _spans(reasoning: str, kind: StepKind) -> list[tuple[int, int]]:
     return spans
 
 
+def after_steps(reasoning: str, kind: StepKind, count: int) -> str:
+    """The reasoning from the start of step `count` + 1 on; nothing if it has no such step."""
+    starts = _starts(reasoning, kind)
+    return reasoning[starts[count] :] if count < len(starts) else ""
+
+
+def _starts(reasoning: str, kind: StepKind) -> list[int]:
+    """Where each step begins in the reasoning, an equation with its brackets."""
+    if kind == "equations":
+        return [match.start() for match in _EQUATION.finditer(reasoning)]
+    starts, place = list[int](), 0
+    for line in reasoning.splitlines(keepends=True):
+        if line.strip():
+            starts.append(place)
+        place += len(line)
+    return starts
+
+
 @dataclass(frozen=True, slots=True)
 class StepBlocks:
     """A student's latents as blocks of equal size, one block per step.
@@ -72,6 +90,11 @@ class StepBlocks:
     def blocks(self) -> int:
         """The number of blocks."""
         return self.latents // self.per_step
+
+    def first(self, count: int) -> StepBlocks:
+        """The first `count` blocks alone."""
+        assert 1 <= count <= self.blocks, f"there are {self.blocks} blocks"
+        return replace(self, latents=count * self.per_step)
 
     def targets(self, reasoning: str, tokenise: Callable[[str], Sequence[int]]) -> tuple[list[int], list[int]]:
         """What the latents are to predict, token i of step k for latent i of block k, and 1 where there is a token.

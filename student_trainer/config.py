@@ -27,6 +27,7 @@ from kvcore.errors import FieldError
 from kvcore.plan import CodecConfig, Selection, changed_selection
 from student_trainer.config_checks import (
     check_basis,
+    check_curriculum,
     check_kv_maps,
     check_map_at,
     check_projection,
@@ -239,6 +240,11 @@ class RunConfig(StrictModel):
     """Number of optimiser steps. Set exactly one of `steps` and `epochs`."""
     epochs: PositiveInt | None = None
     """Number of passes over the training samples."""
+    curriculum_epochs: PositiveFloat | None = None
+    """Epochs per stage of the curriculum (LOTUS, which uses 1). In stage s the first s steps of the reasoning are
+    latent, in s blocks of `student.latents_per_step` latents. The other steps follow as text. There are as many stages
+    as blocks. In the last stage, which lasts until the run ends, all reasoning is latent. By default it is always
+    latent."""
     global_batch: PositiveInt = 64
     """Number of samples per optimiser step, over all ranks."""
     micro_batch: PositiveInt = 8
@@ -433,6 +439,7 @@ class TrainConfig(StrictModel):
             check_map_at(self)
         check_step_blocks(self)
         check_projection(self)
+        check_curriculum(self)
         if self.loss.codi_weight > 0 and (self.student.mode != "latent" or self.loss.reasoning_ce_weight == 0):
             raise ValueError("loss.codi_weight: CODI needs student.mode 'latent' and loss.reasoning_ce_weight above 0")
         return self

@@ -307,6 +307,26 @@ def check_projection(config: TrainConfig) -> None:
         )
 
 
+def check_curriculum(config: TrainConfig) -> None:
+    """Checks that settings of the curriculum and of its losses have blocks of latents that they apply to.
+
+    Raises:
+        ValueError: begins with the name of a field that conflicts with another.
+    """
+    blocks = step_blocks(config)
+    if config.loss.step_ce_passes != "last" and blocks is None:
+        raise ValueError(f"loss.step_ce_passes: '{config.loss.step_ce_passes}' needs student.latents_per_step")
+    if config.run.curriculum_epochs is None:
+        return
+    if blocks is None:
+        raise ValueError("run.curriculum_epochs: needs student.latents_per_step and loss.step_ce_weight above 0")
+    if blocks.blocks == 1:
+        raise ValueError(
+            f"run.curriculum_epochs: student.latents ({blocks.latents}) are one block of student.latents_per_step "
+            f"({blocks.per_step}), so there is a single stage; use smaller blocks, or leave it out"
+        )
+
+
 def step_blocks(config: TrainConfig) -> StepBlocks | None:
     """The blocks of latents that learn the steps of the reasoning; None if the latents are not divided."""
     size = config.student.latents_per_step

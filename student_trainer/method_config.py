@@ -119,8 +119,8 @@ class LossConfig(StrictModel):
     """The training loss.
 
     Latent mode: answer CE + `reasoning_ce_weight` x text CE + `step_ce_weight` x step CE + `kv_weight` x KV +
-    `codi_weight` x CODI, where the text is reasoning and answer, read without latents. Token mode: text CE +
-    `kv_weight` x KV.
+    `codi_weight` x CODI, where the text is reasoning and answer, read without latents. With `run.curriculum_epochs`,
+    the CE of the steps that are still text is added. Token mode: text CE + `kv_weight` x KV.
     """
 
     kv_weight: NonNegativeFloat | Literal["auto"] = "auto"
@@ -146,8 +146,10 @@ class LossConfig(StrictModel):
     """Weight of CODI's loss on the hidden states before the answer, in latent mode."""
     step_ce_weight: NonNegativeFloat = 0.0
     """Weight of the cross-entropy of the reasoning's steps, in latent mode: latent i of block k predicts token i of
-    step k through the language-model head, after the last pass (LOTUS, which uses 0.05). Needs
-    `student.latents_per_step`."""
+    step k through the language-model head (LOTUS, which uses 0.05). Needs `student.latents_per_step`."""
+    step_ce_passes: Literal["last", "all"] = "last"
+    """The passes after which the steps are predicted from the latents. `last`: the last one (LOTUS); `all`: the loss is
+    the mean over the passes."""
 
     @model_validator(mode="after")
     def _scale_has_an_effect(self) -> Self:

@@ -125,7 +125,8 @@ def _set_kv_weight(context: TrainingContext, records: Sequence[Record]) -> None:
         for part, pending in context.submitted(chosen, control=False):
             shuffled = context.config.kv.control == "shuffled"
             asked = [of_other_samples(one) for one in pending] if shuffled else pending
-            batches.append(context.batch(part, MetricAccumulator(), asked))
+            stage = context.latent_steps(context.first_step)
+            batches.append(context.batch(part, MetricAccumulator(), asked, stage))
     loss = context.config.loss
     measured = auto_kv_weight(context.model, batches, loss.kv_gradient_ratio, dist.all_reduce)
     context.model.set_kv_weight(min(measured, loss.kv_weight_max))

@@ -28,7 +28,7 @@ def run_identity(config: TrainConfig, records: int, sources: Mapping[str, KVSour
         sources: the connected source of each teacher.
     """
     settings = config.model_dump(mode="json", include={"student", "align", "fuse", "loss", "optim"})
-    run = config.run.model_dump(mode="json", include={"seed", "steps", "epochs", "global_batch"})
+    run = config.run.model_dump(mode="json", include={"seed", "steps", "epochs", "curriculum_epochs", "global_batch"})
     teachers = {
         name: {
             "weights": source.info.weights_digest,

@@ -62,6 +62,10 @@ class SampleOrder:
         """Number of epochs read after `step` steps."""
         return step * self._run.global_batch / self._count
 
+    def steps_in(self, epochs: float) -> int:
+        """The number of steps, at least 1, whose samples are closest to so many epochs."""
+        return max(1, round(epochs * self._count / self._run.global_batch))
+
     def micro_batches(self, first_step: int) -> Iterator[list[int]]:
         """This rank's micro-batches (indices of records) from `first_step` to the end of the run."""
         for step in range(first_step, self.steps):

@@ -76,7 +76,8 @@ def _is_done(directory: Path, digest: str) -> bool:
 def _digest(settings: TrainConfig) -> str:
     """Digest of the settings and data that affect the result. `kv.mode` does not, if the teachers are the same."""
     tree = settings.model_dump(mode="json", include={"student", "align", "fuse", "loss", "data", "optim"})
-    tree["run"] = settings.run.model_dump(mode="json", include={"seed", "steps", "epochs", "global_batch"})
+    run = {"seed", "steps", "epochs", "curriculum_epochs", "global_batch"}
+    tree["run"] = settings.run.model_dump(mode="json", include=run)
     tree["kv"] = settings.kv.model_dump(mode="json", include={"selection", "codec", "on_missing", "control"})
     # The path alone does not identify the data: the file may have changed.
     tree["content"] = [content_digest(path) for path in (settings.data.train, settings.data.val) if path]

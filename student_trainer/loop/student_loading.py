@@ -54,13 +54,19 @@ def is_partitioned_at_load(config: TrainConfig) -> bool:
 def check_lengths(config: TrainConfig, lm: PreTrainedModel, splits: Sequence[Split]) -> None:
     """Checks that every sample fits into the student's context: its text, or prompt, latents and answer.
 
+    In a curriculum, the training samples must also fit if all blocks of latents but the last one precede the whole
+    reasoning. This is slightly more than any stage reads.
+
     Raises:
         FieldError: one does not.
     """
     latents = config.student.latents if config.student.mode == "latent" else 0
     for field, split in zip(("data.train", "data.val"), splits, strict=False):
         prompt_N, reasoning_N, answer_N = split.tokens_N3.T
-        longest = int((prompt_N + np.maximum(reasoning_N, latents) + answer_N + 1).max())
+        between_N = np.maximum(reasoning_N, latents)
+        if config.run.curriculum_epochs is not None and field == "data.train":
+            between_N = np.maximum(between_N, reasoning_N + latents - (config.student.latents_per_step or 0))
+        longest = int((prompt_N + between_N + answer_N + 1).max())
         check_context(lm.config, longest, field)
 
 

@@ -213,8 +213,7 @@ class Trainer:
                 with self.state.during("starting"):
                     recalibrate(self.context, self._for_calibration, self.step)
             self._one_step(batches)
-            # The steps before and after the end of the warm-up have other losses, so their means are logged apart.
-            if self._due(self.config.run.log_every) or self.step == self.config.align.warmup_steps:
+            if self._due(self.config.run.log_every) or self._losses_change():
                 self._log(tracker)
             if self._due(self.config.run.eval_every):
                 self._evaluate(tracker)
@@ -223,6 +222,11 @@ class Trainer:
 
     def _due(self, every: int) -> bool:
         return self.step == self.context.sample_order.steps or (every > 0 and self.step % every == 0)
+
+    def _losses_change(self) -> bool:
+        """Whether the next step has other losses than the last one, so that their means must be logged apart."""
+        last, following = (self.context.latent_steps(step) for step in (self.step - 1, self.step))
+        return self.step == self.config.align.warmup_steps or last != following
 
     def _training_batches(self) -> Iterator[TrainBatch]:
         """The batches from the current step on."""
@@ -296,7 +300,11 @@ class Trainer:
         for records, pending in context.submitted(batches, control=control):
             batch: TrainBatch | None = None
             with shared_failure(self._stop_if_any_rank_must):
-                batch = context.batch(records, self.metrics if control else MetricAccumulator(), pending)
+                # Nothing is collated ahead, so `self.step` is the step that uses the batch.
+                metrics, stage = (
+                    (self.metrics, context.latent_steps(self.step)) if control else (MetricAccumulator(), None)
+                )
+                batch = context.batch(records, metrics, pending, stage)
             assert batch is not None
             yield batch
 
@@ -330,6 +338,8 @@ class Trainer:
         order, first = self.context.sample_order, self.context.first_step
         figures["train/lr"] = learning_rate(self.config.optim, self.step - 1, order.steps, first)
         figures["train/epoch"] = self.context.sample_order.epoch(self.step)
+        if (stage := self.context.latent_steps(self.step - 1)) is not None:
+            figures["curriculum/stage"] = stage
         figures["train/samples_per_second"] = metrics.samples / metrics.seconds
         figures |= memory_figures()
         padding, positions = self._sum_over_ranks([metrics.padding, metrics.positions])

@@ -27,6 +27,7 @@ from student_trainer.kv_sources.kv_batch import decode_and_pad
 from student_trainer.loop import checkpoint, ds_engine, finished_run
 from student_trainer.loop.align_run import FetchFrom, align, fetched
 from student_trainer.loop.checkpoint import Checkpoint
+from student_trainer.loop.curriculum import curriculum_of
 from student_trainer.loop.data_survey import log_padding, survey, with_answer_tokens
 from student_trainer.loop.lost_teachers import LostTeachers
 from student_trainer.loop.metric_accumulator import MetricAccumulator
@@ -115,6 +116,11 @@ class TrainingContext:
         assert limit is not None, "with_answer_tokens sets it if there are validation records"
         return limit
 
+    def latent_steps(self, step: int) -> int | None:
+        """How many steps of the reasoning are latent in the optimiser step after `step` steps; None: no curriculum."""
+        curriculum = curriculum_of(self.config, self.sample_order)
+        return None if curriculum is None else curriculum.stage(step)
+
     def submit(self, records: Sequence[Record], *, control: bool) -> list[PendingKV]:
         """Requests every teacher's K/V of a batch without waiting for them.
 
@@ -140,13 +146,20 @@ class TrainingContext:
                 yield ahead.popleft()
         yield from ahead
 
-    def batch(self, records: Sequence[Record], metrics: MetricAccumulator, pending: Sequence[PendingKV]) -> TrainBatch:
+    def batch(
+        self,
+        records: Sequence[Record],
+        metrics: MetricAccumulator,
+        pending: Sequence[PendingKV],
+        latent_steps: int | None = None,
+    ) -> TrainBatch:
         """Tokens and every teacher's K/V of the records, on this rank's device. Adds times and bytes to `metrics`.
 
         Args:
             records: the micro-batch.
             metrics: where to count what the teachers sent.
             pending: what `submit` returned for the records.
+            latent_steps: how many steps of the reasoning are latent, in training with a curriculum; None: all.
         """
         fills_latents = self.config.student.mode == "latent" and self.config.align.time == "none"
         slots = self.config.student.latents if fills_latents else None
@@ -166,7 +179,7 @@ class TrainingContext:
             metrics.add_teacher(name, sums)
         if self.lost is not None:
             self.lost.check()
-        tokens = self.collator(records)
+        tokens = self.collator(records, latent_steps)
         metrics.add_text(tokens.text_mask_BT)
         return TrainBatch(tokens.to(device), tuple(caches))
 
@@ -201,6 +214,7 @@ def build_context(config: TrainConfig, rank: int, world_size: int) -> TrainingCo
     sample_order = SampleOrder(config.run, len(train), rank, world_size)
     if config.teachers and config.align.warmup_steps >= sample_order.steps:
         raise FieldError("align.warmup_steps", f"must be below the run's number of steps ({sample_order.steps})")
+    curriculum_of(config, sample_order)  # Raises if the run is too short for it.
     lm, tokenizer = load_student(config.student, config.run.seed, partitioned=is_partitioned_at_load(config))
     chat, system_prompt = config.data.format == "chat", config.data.system_prompt or ""
     blocks = step_blocks(config)

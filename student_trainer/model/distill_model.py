@@ -17,7 +17,14 @@ from align.token_layout import at_student_tokens, at_teacher_slots
 from data.collate import StudentBatch
 from kvcore.types import TENSORS, BatchKV, Tensor
 from student_trainer.config import TrainConfig
-from student_trainer.model.latent import AnswerReading, ContinuationReading, LatentStudent, ReadPrompt, TextReading
+from student_trainer.model.latent import (
+    AnswerReading,
+    ContinuationReading,
+    LatentStudent,
+    ReadPrompt,
+    TextReading,
+    Thought,
+)
 from student_trainer.model.losses import (
     codi_loss,
     error_by_layer_and_head,
@@ -121,12 +128,14 @@ class DistillModel(nn.Module):
     def _latent_losses(self, batch: TrainBatch) -> dict[str, Tensor]:
         tokens, codi = batch.tokens, self._loss.codi_weight > 0 and self.training
         prompt = self.student.read_prompt(tokens.prompt_ids_BP, tokens.prompt_mask_BP, all_layers=codi)
-        thought = self.student.think(prompt)
-        answer = self.student.read_answer(thought, tokens.answer_ids_BA, tokens.answer_mask_BA, all_layers=codi)
-        answer_ce = self._cross_entropy(answer.hidden_BAE, tokens.answer_ids_BA, tokens.answer_mask_BA)
-        losses = {"answer_ce": answer_ce, "ce_loss": answer_ce}
+        # With step blocks, the batch says how many latents take part.
+        thought = self.student.think(prompt, tokens.step_ids_BM.shape[1] or None)
+        ids_BF, mask_BF = tokens.following_ids_BF, tokens.following_mask_BF
+        answer_at_B = mask_BF.sum(dim=1) - tokens.answer_mask_BA.sum(dim=1)
+        answer = self.student.read_answer(thought, ids_BF, mask_BF, answer_at_B, all_layers=codi)
+        losses = self._following_losses(answer, tokens, answer_at_B)
         if self._loss.step_ce_weight > 0:
-            losses["step_ce"] = self._cross_entropy(answer.before_latents_BME, tokens.step_ids_BM, tokens.step_mask_BM)
+            losses["step_ce"] = self._step_loss(thought, answer, tokens)
         trains_text = self._loss.reasoning_ce_weight > 0 and self.training
         target: AlignedTeacher | None = None
         if trains_text or self.self_teacher is not None:
@@ -134,7 +143,7 @@ class DistillModel(nn.Module):
             if trains_text:
                 ids_BR, mask_BR = tokens.continuation_ids_BR, tokens.continuation_mask_BR
                 losses["reasoning_ce"] = self._cross_entropy(text.hidden_BRE, ids_BR, mask_BR)
-                losses["ce_loss"] = answer_ce + self._loss.reasoning_ce_weight * losses["reasoning_ce"]
+                losses["ce_loss"] = losses["ce_loss"] + self._loss.reasoning_ce_weight * losses["reasoning_ce"]
             if codi:
                 losses["codi_loss"] = _codi_loss(answer, text, tokens)
         own = _StudentKV(answer.k_BLHMD, answer.v_BLHMD, prompt.last_state_BE)
@@ -168,6 +177,27 @@ class DistillModel(nn.Module):
         _, target = self._read_continuation(prompt, tokens, all_layers=False)
         assert target is not None, "only a self-teacher has targets of its own"
         return target.k_BLHMD, target.v_BLHMD, target.mask_BM
+
+    def _following_losses(self, answer: AnswerReading, tokens: StudentBatch, answer_at_B: Tensor) -> dict[str, Tensor]:
+        """The cross-entropy of the answer, and in a curriculum that of the steps that are still text."""
+        ids_BF, mask_BF = tokens.following_ids_BF, tokens.following_mask_BF
+        loss_BF = self.student.cross_entropy(answer.hidden_BAE, ids_BF, mask_BF)
+        rest_BF = torch.arange(mask_BF.shape[1], device=mask_BF.device) < answer_at_B[:, None]
+        answer_ce = mean_over_tokens(loss_BF, mask_BF & ~rest_BF)
+        losses = {"answer_ce": answer_ce, "ce_loss": answer_ce}
+        if self._config.run.curriculum_epochs is not None and self.training:
+            losses["rest_ce"] = mean_over_tokens(loss_BF, rest_BF)
+            losses["ce_loss"] = answer_ce + losses["rest_ce"]
+        return losses
+
+    def _step_loss(self, thought: Thought, answer: AnswerReading, tokens: StudentBatch) -> Tensor:
+        """The cross-entropy of the steps from the latents after the last pass, or its mean over all passes."""
+        earlier_BME = thought.earlier_BME if self._loss.step_ce_passes == "all" else ()
+        found = [
+            self._cross_entropy(before_BME, tokens.step_ids_BM, tokens.step_mask_BM)
+            for before_BME in (*earlier_BME, answer.before_latents_BME)
+        ]
+        return torch.stack(found).mean()
 
     def _token_losses(self, batch: TrainBatch) -> dict[str, Tensor]:
         tokens = batch.tokens
@@ -222,8 +252,10 @@ class DistillModel(nn.Module):
         self, own: _StudentKV, aligner: Aligner | None, target: AlignedTeacher, scale_LK: Tensor, variance_LK: Tensor
     ) -> dict[str, Tensor]:
         """`aligner`: maps the student's K/V to the target's space; None if they are in it."""
-        mask_BM, objectives, errors_LH, errors_BM = target.mask_BM, [], [], []
-        sides = ((own.k_BLHMD, target.k_BLHMD), (own.v_BLHMD, target.v_BLHMD))
+        # In a curriculum only the first latents may exist. Each is compared with the same slot as in the last stage.
+        slots = slice(own.k_BLHMD.shape[3])
+        mask_BM, objectives, errors_LH, errors_BM = target.mask_BM[:, slots], [], [], []
+        sides = ((own.k_BLHMD, target.k_BLHMD[:, :, :, slots]), (own.v_BLHMD, target.v_BLHMD[:, :, :, slots]))
         if self._loss.kv_scale == "none":
             scale_LK = torch.ones_like(scale_LK)
         for tensor, (own_BLHMD, target_BLHMD), scale_L, variance_L in zip(

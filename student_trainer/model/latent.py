@@ -98,10 +98,15 @@ class ReadPrompt:
 
 @dataclass(frozen=True, slots=True)
 class Thought:
-    """A batch of prompts and the latents after the last pass."""
+    """A batch of prompts and the latents after the last pass.
+
+    `earlier_BME`: for each pass but the last, the last layer's states one position before each latent, when the latents
+    after that pass are read.
+    """
 
     prompt: ReadPrompt
     latents_BME: Tensor
+    earlier_BME: tuple[Tensor, ...] = ()
 
     def inputs(self) -> Tensor:
         """Input embeddings [B,P+M,E] of prompt and latents."""
@@ -113,17 +118,18 @@ class Thought:
 
     def rows(self, indices: Sequence[int]) -> Thought:
         """The same of some samples, which may repeat."""
-        return Thought(self.prompt.rows(indices), self.latents_BME[indices])
+        earlier_BME = tuple(before_BME[indices] for before_BME in self.earlier_BME)
+        return Thought(self.prompt.rows(indices), self.latents_BME[indices], earlier_BME)
 
 
 @dataclass(frozen=True, slots=True)
 class AnswerReading:
-    """One pass over latents and answer.
+    """One pass over latents and answer, or over latents, steps that are still text, and answer.
 
-    `hidden_BAE`: the last layer's states that predict each answer token. `before_latents_BME`: those one position
-    before each latent, from which the head reads what the student would write in the latent's place. `k_BLHMD`,
-    `v_BLHMD`: of the latents in the last pass. `before_answer_BSE`: every layer's state of the last latent, None unless
-    requested.
+    `hidden_BAE`: the last layer's states that predict each token after the latents. `before_latents_BME`: those one
+    position before each latent, from which the head reads what the student would write in the latent's place.
+    `k_BLHMD`, `v_BLHMD`: of the latents in the last pass. `before_answer_BSE`: every layer's state one position before
+    the answer, None unless requested.
     """
 
     hidden_BAE: Tensor
@@ -171,27 +177,44 @@ class LatentStudent(nn.Module):
         states_BSE = torch.stack([layer[:, -1] for layer in layers], dim=1) if layers else None
         return ReadPrompt(prompt_BPE, mask_BP, recorder.kept(), hidden_BPE[:, -1], states_BSE)
 
-    def think(self, prompt: ReadPrompt) -> Thought:
-        """Computes the latents of a batch of prompts."""
-        positions_M = torch.arange(self.reasoning.latents, device=prompt.mask_BP.device)
+    def think(self, prompt: ReadPrompt, latents: int | None = None) -> Thought:
+        """Computes the latents of a batch of prompts. `latents`: only the first ones; all by default."""
+        positions_M = torch.arange(latents or self.reasoning.latents, device=prompt.mask_BP.device)
         thought = Thought(prompt, self.reasoning.first_inputs(positions_M).expand(len(prompt.mask_BP), -1, -1))
-        for _ in range(self.reasoning.passes):
+        for number in range(self.reasoning.passes):
             hidden_BME, _ = self._hidden(thought.latents_BME, thought.mask(), prompt.kept)
             before_BME = torch.cat([prompt.last_state_BE[:, None], hidden_BME[:, :-1]], dim=1)
-            thought = Thought(prompt, self.reasoning.projection(before_BME))
+            # The first pass reads the first inputs, which no pass has computed.
+            earlier_BME = (*thought.earlier_BME, before_BME) if number else ()
+            thought = Thought(prompt, self.reasoning.projection(before_BME), earlier_BME)
         return thought
 
     def read_answer(
-        self, thought: Thought, ids_BA: Tensor, mask_BA: Tensor, *, all_layers: bool = False
+        self,
+        thought: Thought,
+        ids_BA: Tensor,
+        mask_BA: Tensor,
+        answer_at_B: Tensor | None = None,
+        *,
+        all_layers: bool = False,
     ) -> AnswerReading:
-        """Reads the answer after the latents. `all_layers`: return every layer's state before the answer."""
+        """Reads what follows the latents.
+
+        Args:
+            thought: prompts and latents.
+            ids_BA, mask_BA: the right-padded answer, or steps of the reasoning and the answer.
+            answer_at_B: where the answer begins in them; by default at the first token.
+            all_layers: return every layer's state before the answer.
+        """
         latents = thought.latents_BME.shape[1]
         inputs_BTE = torch.cat([thought.latents_BME, self.embed(ids_BA[:, :-1])], dim=1)
         mask_BT = torch.cat([thought.mask(), mask_BA[:, :-1]], dim=1)
         with capture_kv(self.lm) as capture:
             hidden_BTE, layers = self._hidden(inputs_BTE, mask_BT, thought.prompt.kept, all_layers=all_layers)
         k_BLHMD, v_BLHMD = capture.columns(0, latents)
-        before_BSE = torch.stack([layer[:, latents - 1] for layer in layers], dim=1) if layers else None
+        rows_B = torch.arange(len(ids_BA), device=ids_BA.device)
+        ends_B = latents - 1 + (torch.zeros_like(rows_B) if answer_at_B is None else answer_at_B)
+        before_BSE = torch.stack([layer[rows_B, ends_B] for layer in layers], dim=1) if layers else None
         before_BME = torch.cat([thought.prompt.last_state_BE[:, None], hidden_BTE[:, : latents - 1]], dim=1)
         return AnswerReading(hidden_BTE[:, latents - 1 :], before_BME, k_BLHMD, v_BLHMD, before_BSE)
 

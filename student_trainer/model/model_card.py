@@ -30,7 +30,7 @@ _SETTINGS: dict[str, Any] = {
     "loss": True,
     "optim": True,
     "data": {"format", "system_prompt", "steps", "drop_last_step", "max_tokens", "answer_tokens"},
-    "run": {"seed", "steps", "epochs", "global_batch", "best_by"},
+    "run": {"seed", "steps", "epochs", "curriculum_epochs", "global_batch", "best_by"},
 }
 _RESULTS = "## Results"
 _IN_LATENTS = """It reasons in {latents} latents between prompt and answer, which it computes in {passes} passes,

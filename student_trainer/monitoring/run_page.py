@@ -133,6 +133,7 @@ def _figures(run: RunSnapshot) -> list[tuple[str, str, str]]:
         ("loss", "train/loss", "training; with the weighted KV loss"),
         ("KV loss", "train/kv_loss", "good below 0.5; check above 1.5"),
         ("KV weight", "train/kv_weight", "of the KV objective in the loss"),
+        ("curriculum stage", "curriculum/stage", "steps of the reasoning that are latent"),
         ("samples/s", "train/samples_per_second", "of all ranks"),
     ):
         if figure in run.scalars:

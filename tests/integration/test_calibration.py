@@ -17,7 +17,9 @@ from kvcore.config import parse
 from student_trainer.config import TrainConfig
 from student_trainer.loop import align_run, ds_engine
 from student_trainer.loop import calibrate as calibrate_module
+from student_trainer.loop.kv_weight import auto_kv_weight
 from student_trainer.loop.training_context import TrainingContext, build_context
+from student_trainer.model.distill_model import DistillModel, TrainBatch
 from tests.support.servers import TeacherProcess, running_teacher
 from tests.support.training import World, make_world
 from tests.support.training_parts import RECORDS, distill_model, fetch_for
@@ -119,6 +121,22 @@ def test_calibration_asks_a_teacher_once_for_each_sample(
     before = answered(teacher)
     context = built(world, teacher, **changes)
     assert answered(teacher) - before == 2 * 48 * times
+    assert context.model.kv_weight > 0
+
+
+def test_the_kv_weight_is_measured_in_the_first_stage_of_a_curriculum(
+    world: World, teacher: TeacherProcess, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    latents: list[int] = []
+
+    def noted(model: DistillModel, batches: list[TrainBatch], *rest: Any) -> float:
+        latents.extend(batch.tokens.step_ids_BM.shape[1] for batch in batches)
+        return auto_kv_weight(model, batches, *rest)
+
+    monkeypatch.setattr(align_run, "auto_kv_weight", noted)
+    changes = {"student": {"latents_per_step": 1}, "run": {"curriculum_epochs": 0.1}}
+    context = built(world, teacher, **changes, loss={"kv_weight": "auto", "step_ce_weight": 0.5})
+    assert latents == [1] * align_run.KV_WEIGHT_BATCHES
     assert context.model.kv_weight > 0
 
 

@@ -126,5 +126,5 @@ def test_batch_moves_to_device() -> None:
     moved = collator()(RECORDS).to(torch.device("meta"))
     assert moved.records == RECORDS
     tensors = [getattr(moved, field.name) for field in fields(moved) if field.name != "records"]
-    assert len(tensors) == 12
+    assert len(tensors) == 14
     assert all(tensor.is_meta for tensor in tensors)

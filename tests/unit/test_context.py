@@ -70,3 +70,13 @@ def test_every_sample_is_compared_with_the_context(mode: str, fits: tuple[int, i
         check_lengths(config, lm, [train, split("validation", longer)])
     with pytest.raises(FieldError, match=r"^data\.train"):
         check_lengths(config, lm, [split("training", (1, 1, 1), longer)])
+
+
+def test_training_samples_of_a_curriculum_have_latents_and_reasoning() -> None:
+    lm = build_model(tiny_spec("qwen3", layers=1, max_positions=CONTEXT))
+    student, run = {"latents": 6, "latents_per_step": 2}, {"curriculum_epochs": 1.0}
+    config = train_config(student=student, loss={"step_ce_weight": 0.5}, run=run)
+    fits, longer = (1, CONTEXT - 7, 1), (1, CONTEXT - 6, 1)
+    check_lengths(config, lm, [split("training", fits), split("validation", longer)])
+    with pytest.raises(FieldError, match=rf"^data\.train: the longest sample takes {CONTEXT + 1} tokens"):
+        check_lengths(config, lm, [split("training", longer)])

@@ -26,9 +26,11 @@ def identity(tmp_path: Path) -> dict[str, Any]:
         ("align", "map_at", "trainer", "teacher"),
         ("loss", "step_ce_weight", 0.0, 0.5),
         ("loss", "kv_scale", "layer", "none"),
+        ("loss", "step_ce_passes", "last", "all"),
         ("student", "projection", True, False),
         ("data", "steps", "lines", "equations"),
         ("data", "drop_last_step", False, True),
+        ("run", "curriculum_epochs", None, 1.0),
     ],
 )
 def test_a_setting_that_did_not_exist_yet_had_its_default(

@@ -20,7 +20,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from data.records import Record
 from kvcore.errors import ConfigError, KVDistillError, TeacherUnavailableError
 from student_trainer.config import TeacherConfig, TrainConfig
-from student_trainer.kv_sources import PendingKV
 from student_trainer.kv_sources.kv_batch import STAGES, TeacherSums
 from student_trainer.loop import checkpoint, ds_engine
 from student_trainer.loop import trainer as trainer_module
@@ -61,7 +60,7 @@ class MemoryContext(TrainingContext):
     nan_at: int = -1
     batches: int = 0
 
-    def batch(self, records: Sequence[Record], metrics: MetricAccumulator, pending: Sequence[PendingKV]) -> TrainBatch:
+    def batch(self, records: Sequence[Record], metrics: MetricAccumulator, *_args: Any, **_kwargs: Any) -> TrainBatch:
         type(self).batches += 1
         if type(self).batches - 1 == type(self).fails_at:
             raise TeacherUnavailableError("ada", "no endpoint answers")
