@@ -27,12 +27,14 @@ class Arm:
         teachers: names of its teachers.
         changes: sections of the configuration, merged one level deep.
         start: the arm whose best model of the same seed it starts from; the demo's first student if empty.
+        self_teacher: whether the student is its own teacher, which needs no alignment.
     """
 
     name: str
     teachers: tuple[str, ...] = TEACHERS
     changes: Config = field(default_factory=dict)
     start: str = ""
+    self_teacher: bool = False
 
 
 NO_KV = Arm("no KV", ())
@@ -65,6 +67,8 @@ class Comparison(Demo):
         start = self.run_of(arm.start, seed) / "best_model" if arm.start else student
         output = self.run_of(arm.name, seed)
         config = run_config(output.name, seed, self.settings, self.paths, start, chosen)
+        if arm.self_teacher:
+            config |= {"self_teacher": True, "align": {}}
         for section, values in arm.changes.items():
             config[section] = {**config.get(section, {}), **values}
         return {"name": f"{arm.name} seed {seed}", "config": config, "test": str(self.paths.split("test"))}

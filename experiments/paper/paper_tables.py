@@ -22,8 +22,8 @@ HARDER = replace(
     FULL,
     operations=3,
     equations=True,
-    arm_steps=400,
-    evaluations=4,
+    arm_steps=300,
+    evaluations=3,
     pretrain_steps=_PRETRAIN_STEPS,
     pretrain_lr=2e-3,
     ranks=1,
@@ -77,15 +77,29 @@ def _method(name: str, passes: int, teachers: tuple[str, ...] = (), loss: Config
     return Arm(f"{name}, T={passes}", teachers, changes)
 
 
+def _own_kv(name: str, passes: int, loss: Config | None = None) -> Arm:
+    """An arm whose student is its own teacher."""
+    return replace(_method(name, passes, (), loss), self_teacher=True)
+
+
 def _methods(passes: int) -> tuple[Arm, ...]:
     return (
         _method("CE", passes),
-        _method("CODI", passes, loss=_CODI),
         _method("KV", passes, _ONE),
-        _method("shuffled KV", passes, _ONE, control="shuffled"),
         _method("step CE", passes, loss=_STEP_CE),
         _method("KV + step CE", passes, _ONE, _STEP_CE),
-        _method("KV + step CE + CODI", passes, _ONE, _STEP_CE | _CODI),
+    )
+
+
+def _more_methods(passes: int) -> tuple[Arm, ...]:
+    return (
+        _method("CODI", passes, loss=_CODI),
+        _own_kv("own KV", passes),
+        _own_kv("own KV + CODI (KaVa)", passes, _CODI),
+        _own_kv("own KV + step CE", passes, _STEP_CE),
+        _method("KV + CODI", passes, _ONE, _CODI),
+        _method("shuffled KV", passes, _ONE, control="shuffled"),
+        _method("shuffled KV + step CE", passes, _ONE, _STEP_CE, control="shuffled"),
     )
 
 
@@ -106,10 +120,10 @@ def _teachers(name: str, teachers: tuple[str, ...], **sections: Config) -> Arm:
 TABLES: Mapping[str, Table] = {
     "methods": Table(
         "Losses on latents: chain arithmetic with equations",
-        "step CE, T=3",
+        "KV, T=6",
         HARDER,
         quick_steps=60,
-        arms=(*_methods(3), *_methods(6)),
+        arms=(*_methods(3), *_methods(6), *_more_methods(6)),
     ),
     "selectors": Table(
         "Selectors that keep a third of the reasoning's tokens",
