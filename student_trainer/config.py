@@ -30,6 +30,7 @@ from student_trainer.config_checks import (
     check_kv_maps,
     check_map_at,
     check_refits,
+    check_ridge_rank,
     check_selection,
     check_step_blocks,
     check_trained_maps,
@@ -412,6 +413,7 @@ class TrainConfig(StrictModel):
             check_trained_maps(self)
             check_refits(self)
             check_basis(self)
+            check_ridge_rank(self)
             check_kv_maps(self)
             check_map_at(self)
         check_step_blocks(self)

@@ -119,6 +119,20 @@ def check_basis(config: TrainConfig) -> None:
         )
 
 
+def check_ridge_rank(config: TrainConfig) -> None:
+    """Checks that a limited rank is one of frozen ridge maps.
+
+    Raises:
+        ValueError: begins with the name of a field that conflicts with another.
+    """
+    if config.align.ridge_rank is None:
+        return
+    found = {"direction": config.direction, "head_adapter": config.align.head_adapter}
+    for field, wanted in (("direction", "to_student"), ("head_adapter", "ridge")):
+        if found[field] != wanted:
+            raise ValueError(f"align.ridge_rank: needs align.{field} '{wanted}'; got '{found[field]}'")
+
+
 def check_kv_maps(config: TrainConfig) -> None:
     """Checks that the KV maps of teachers are used with their codec, and not with a basis that the run fits.
 

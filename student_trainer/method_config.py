@@ -50,6 +50,9 @@ class AlignConfig(StrictModel):
     """Map between heads: `ridge` (closed form), `procrustes` (a rotation), `pool` (averages heads and dims), `linear`
     (starts from ridge and is trained, with `to_student` by the router loss alone, because the KV loss would collapse
     its own target) or `identity` (same geometry)."""
+    ridge_rank: PositiveInt | None = None
+    """Highest rank of the maps of `head_adapter: ridge` with `to_student` (reduced-rank ridge regression). By default
+    it is not limited."""
     basis_rank: PositiveInt | None = None
     """Number of principal components of keys, and of values, that teachers send per layer instead of all heads. Needs
     `to_teacher`. The components are fitted on the calibration samples. By default teachers send all heads."""

@@ -121,9 +121,9 @@ def connect_teacher(
 
 def aligner_for(config: TrainConfig, student: KVGeometry, source: KVSource) -> Aligner:
     """An alignment, not calibrated yet, with what a teacher sends: whole heads, or what its map makes of them."""
-    settings = config.align.model_dump(include={"layer_map", "head_adapter", "tokens", "sink_tokens"})
+    settings = config.align.model_dump(include={"layer_map", "head_adapter", "ridge_rank", "tokens", "sink_tokens"})
     if config.align.map_at == "teacher" and source.plan.map is not None:
-        settings["head_adapter"] = "mapped"
+        settings |= {"head_adapter": "mapped", "ridge_rank": None}
     theirs = KVGeometry(source.info.layers, *source.plan.decoded_shape(source.info.kv_heads, source.info.head_dim))
     return Aligner(theirs, student, direction=config.direction, **settings).to(ds_engine.device())
 

@@ -81,6 +81,15 @@ def test_resampling_accepts_any_number_of_slots(selection: dict[str, Any]) -> No
         ({"align": {"basis_rank": 4}, "teachers": TWO}, "align.basis_rank: .*got 'to_student'"),
         ({"align": {"basis_rank": 4, "head_adapter": "pool"}}, "align.basis_rank: .*'ridge' or 'linear'; got 'pool'"),
         ({"align": {"basis_rank": 4, "layer_map": "ratio"}}, "align.basis_rank: .*'ratio' mixes layers"),
+        (
+            {"align": {"ridge_rank": 4}},
+            "align.ridge_rank: needs align.direction 'to_student'; got 'to_teacher'",
+        ),
+        (
+            {"align": {"ridge_rank": 4, "direction": "to_student", "head_adapter": "procrustes"}},
+            "align.ridge_rank: needs align.head_adapter 'ridge'; got 'procrustes'",
+        ),
+        ({"align": {"ridge_rank": 0, "direction": "to_student"}}, "align.ridge_rank"),
         ({"align": {"map_at": "teacher"}}, "align.map_at: align.direction 'to_teacher' maps the student's K/V"),
         ({"align": MAPPED | {"layer_map": "cka"}}, "align.map_at: align.layer_map 'cka' needs the K/V of all layers"),
         ({"align": MAPPED | {"head_adapter": "identity"}}, "align.map_at: .*'identity' has no map to apply"),
