@@ -58,8 +58,9 @@ class AlignConfig(StrictModel):
     `to_teacher`. The components are fitted on the calibration samples. By default teachers send all heads."""
     map_at: Literal["trainer", "teacher"] = "trainer"
     """Where the frozen map of `to_student` is applied. `teacher`: each teacher receives its map after calibration and
-    sends K/V with the student's heads and head dimension. This needs a map that does not change after it was fitted,
-    and a layer map with one teacher layer for each student layer."""
+    sends K/V with the student's heads and head dimension, or with the codec `pca` their principal components. This
+    needs a map that does not change after it was fitted, and a layer map with one teacher layer for each student
+    layer."""
     calibration_samples: PositiveInt = 512
     """Maximum number of training samples on which maps and the targets' scale are fitted."""
     settled_within: NonNegativeFloat = 0.01
