@@ -133,6 +133,31 @@ def test_bytes_per_token_limit_the_components_of_the_mapped_kv(world: World, tea
     assert sizes[0] < sizes[1]
 
 
+def test_maps_of_a_limited_rank_are_applied_by_teachers_and_take_fewer_bytes(
+    world: World, teachers: dict[str, list[str]]
+) -> None:
+    sizes: list[int] = []
+    for rank in (2, 16):
+        run = built(
+            world,
+            {"ada": teachers["ada"]},
+            f"rank-{rank}",
+            {"direction": "to_student", "ridge_rank": rank},
+            codec=pca(0.02),
+        )
+        sent = fetched(run, "ada")
+        sizes.append(sum(sample.parts["packed"].numel() for sample in sent))
+        kv = decode_batch(sent)
+        for x_BLHMD in (kv.k_BLHMD, kv.v_BLHMD):
+            for layer in range(x_BLHMD.shape[1]):
+                x_NF = x_BLHMD[:, layer].transpose(1, 2)[kv.mask_BM].flatten(1)
+                found = int(torch.linalg.matrix_rank(x_NF - x_NF.mean(dim=0), atol=1e-4))
+                assert found == 2 if rank == 2 else found > 2
+        assert run.model.aligners[0].head_adapter == "mapped"
+        run.close()
+    assert sizes[0] < sizes[1] / 2
+
+
 def test_a_coded_recording_of_the_students_shape_is_read_back_exactly_and_used_for_nothing_else(
     world: World, teachers: dict[str, list[str]], tmp_path: Path
 ) -> None:
