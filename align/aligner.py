@@ -41,6 +41,7 @@ class Aligner(nn.Module):
             student's heads already; `teacher` is then its layers with these heads.
         tokens: how calibration pairs tokens of two tokenizers, `boundary` or `overlap`.
         sink_tokens: how many first tokens of a text calibration leaves out, since they are attention sinks.
+        ridge_rank: the highest rank of the maps of `ridge`, only for `to_student`; by default it is not limited.
 
     Raises:
         FieldError: an unknown setting, or two that cannot be combined.
@@ -65,11 +66,13 @@ class Aligner(nn.Module):
         head_adapter: str = "ridge",
         tokens: str = "boundary",
         sink_tokens: int = 1,
+        ridge_rank: int | None = None,
     ) -> None:
         super().__init__()
         _check_settings(direction, layer_map, head_adapter, tokens, sink_tokens)
+        _check_ridge_use(ridge_rank, direction, head_adapter)
         self.direction, self.head_adapter, self.tokens = direction, head_adapter, tokens
-        self.sink_tokens = sink_tokens
+        self.sink_tokens, self.ridge_rank = sink_tokens, ridge_rank
         self.teacher, self.student = teacher, student
         self.mapper = LayerMapper(teacher.layers, student.layers, layer_map)
         # Fitting `cka` reduces the mapper's layers, but the plan still asks for these.
@@ -81,7 +84,7 @@ class Aligner(nn.Module):
     def _make_adapter(self) -> HeadDimAdapter:
         teacher, student = self.teacher, self.student
         if self.direction == "to_student":
-            return HeadDimAdapter(student.layers, teacher, student, self.head_adapter)
+            return HeadDimAdapter(student.layers, teacher, student, self.head_adapter, self.ridge_rank)
         if self.head_adapter in _REGRESSORS:
             return TeacherSpaceRegressor(student.layers, student, teacher)
         return HeadDimAdapter(student.layers, student, teacher, self.head_adapter)
@@ -209,6 +212,19 @@ class Aligner(nn.Module):
             self.fit_layers(self.cka_KST.clone())
 
 
+def _check_ridge_use(rank: int | None, direction: str, head_adapter: str) -> None:
+    """Checks that a limited rank is one of frozen ridge maps.
+
+    Raises:
+        FieldError: names the other setting.
+    """
+    if rank is None:
+        return
+    for field, wanted, got in (("direction", "to_student", direction), ("head_adapter", "ridge", head_adapter)):
+        if got != wanted:
+            raise FieldError("align.ridge_rank", f"needs align.{field} '{wanted}'; got '{got}'")
+
+
 def _check_settings(direction: str, layer_map: str, head_adapter: str, tokens: str, sink_tokens: int) -> None:
     if direction not in DIRECTIONS:
         raise FieldError("align.direction", f"expected one of {', '.join(DIRECTIONS)}; got '{direction}'")
@@ -234,6 +250,7 @@ def _describe(aligner: Aligner) -> dict[str, Any]:
     return {
         "direction": aligner.direction,
         "head_adapter": aligner.head_adapter,
+        "ridge_rank": aligner.ridge_rank,
         "layer_strategy": aligner.mapper.strategy,
         "tokens": aligner.tokens,
         "sink_tokens": aligner.sink_tokens,

@@ -41,6 +41,19 @@ class KVGeometry:
         return self.heads * self.head_dim
 
 
+def _check_ridge_rank(rank: int, source: KVGeometry, target: KVGeometry) -> None:
+    """Checks that a map between two geometries can have a rank.
+
+    Raises:
+        FieldError: names the rank and the limit.
+    """
+    most = min(source.features, target.features)
+    if not 1 <= rank <= most:
+        raise FieldError(
+            "align.ridge_rank", f"expected 1 to {most}, the features per layer of the smaller model; got {rank}"
+        )
+
+
 def check_head_adapter(kind: str, source: KVGeometry, target: KVGeometry) -> None:
     """Checks that a kind of `HeadDimAdapter` exists and fits two geometries.
 
@@ -110,15 +123,27 @@ class HeadDimAdapter(nn.Module):
         source: geometry of the input.
         target: geometry of the output.
         kind: one of `KINDS`.
+        ridge_rank: the highest rank of the maps of `ridge`; by default it is not limited.
 
     Raises:
-        FieldError: an unknown kind, or `identity` or `mapped` between different geometries.
+        FieldError: an unknown kind, `identity` or `mapped` between different geometries, or a rank that is too high.
     """
 
-    def __init__(self, layers: int, source: KVGeometry, target: KVGeometry, kind: str = "ridge") -> None:
+    def __init__(
+        self,
+        layers: int,
+        source: KVGeometry,
+        target: KVGeometry,
+        kind: str = "ridge",
+        ridge_rank: int | None = None,
+    ) -> None:
         super().__init__()
         check_head_adapter(kind, source, target)
+        if ridge_rank is not None:
+            assert kind == "ridge", "only ridge maps have a limited rank"
+            _check_ridge_rank(ridge_rank, source, target)
         self.kind = kind
+        self._ridge_rank = ridge_rank
         self.source = source
         self.target = target
         self.maps = nn.ModuleDict()
@@ -147,7 +172,9 @@ class HeadDimAdapter(nn.Module):
             return AffineFit(affine.weight_LFG[layer], affine.bias_LG[layer], math.nan, explained)
         if self.kind == "pool":
             return measured(affine.weight_LFG[layer], affine.bias_LG[layer], unseen)
-        return fit_procrustes(seen, unseen) if self.kind == "procrustes" else fit_ridge(seen, unseen)
+        if self.kind == "procrustes":
+            return fit_procrustes(seen, unseen)
+        return fit_ridge(seen, unseen, rank=self._ridge_rank)
 
     def _set_pool(self, affine: LayerwiseAffine) -> None:
         heads = area_average(self.source.heads, self.target.heads)

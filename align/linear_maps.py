@@ -113,12 +113,21 @@ class AffineFit:
     explained_variance: float
 
 
-def fit_ridge(fit: RidgeStatistics, held_out: RidgeStatistics, alphas: Sequence[float] = ALPHAS) -> AffineFit:
-    """W = (X'X + alpha trace(X'X)/F I)^-1 X'Y over centred rows, with the alpha of least error on `held_out`."""
+def fit_ridge(
+    fit: RidgeStatistics, held_out: RidgeStatistics, alphas: Sequence[float] = ALPHAS, rank: int | None = None
+) -> AffineFit:
+    """W = (X'X + alpha trace(X'X)/F I)^-1 X'Y over centred rows, with the alpha of least error on `held_out`.
+
+    With `rank`, W has at most this rank: it is the map of that rank with the least penalised error on `fit`
+    (reduced-rank ridge regression, Mukherjee and Zhu 2011).
+    """
     penalised = _penalised_solver(fit)
 
     def with_penalty(alpha: float) -> AffineFit:
-        return _with_intercept(penalised(alpha), fit, held_out, alpha)
+        weight_FG = penalised(alpha)
+        if rank is not None and rank < min(weight_FG.shape):
+            weight_FG = _of_rank(weight_FG, fit.scatter_xy(), rank)
+        return _with_intercept(weight_FG, fit, held_out, alpha)
 
     return min(map(with_penalty, alphas), key=lambda tried: held_out.squared_error(tried.weight_FG, tried.bias_G))
 
@@ -174,6 +183,17 @@ def _penalised_solver(fit: RidgeStatistics) -> Callable[[float], Tensor]:
         return basis_FF @ (coordinates_FG.masked_fill(none_F[:, None], 0.0) if alpha == 0 else coordinates_FG)
 
     return solve
+
+
+def _of_rank(weight_FG: Tensor, scatter_FG: Tensor, rank: int) -> Tensor:
+    """The ridge map W, projected onto the first directions of its fitted outputs.
+
+    They are the first eigenvectors of W'(X'X + penalty)W, which equals W'X'Y.
+    """
+    fitted_GG = weight_FG.T @ scatter_FG
+    _, directions_GG = torch.linalg.eigh((fitted_GG + fitted_GG.T) / 2)
+    first_GR = directions_GG[:, -rank:]
+    return weight_FG @ first_GR @ first_GR.T
 
 
 def _rotation(direction_FG: Tensor, fit: RidgeStatistics, held_out: RidgeStatistics) -> AffineFit:

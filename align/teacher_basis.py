@@ -16,7 +16,7 @@ from align.linear_maps import RidgeStatistics
 from align.token_layout import slots_beyond_sinks
 from kvcore.errors import FieldError
 from kvcore.tensors.entropy_coding import class_bits, spread_class
-from kvcore.tensors.kv_map import LAYERS, WHOLE, KVMap
+from kvcore.tensors.kv_map import BASIS, LAYERS, MEAN, WHOLE, KVMap
 from kvcore.types import TENSORS, BatchKV, Tensor, TensorKind
 
 FIELD = "align.basis_rank"
@@ -110,20 +110,38 @@ class BasisStatistics:
         tensors = {LAYERS: torch.tensor(self._layers, dtype=torch.int32)}
         kept_KL: list[Tensor] = []
         for kind, sums in zip(TENSORS, self._sums, strict=True):
-            parts = [_components(statistics, rank) for statistics in sums]
+            parts = [_components(statistics.scatter_xx(), rank) for statistics in sums]
             tensors[f"{kind}.centre"] = torch.stack([s.mean_x for s in sums]).float().cpu()
             tensors[f"{kind}.weight"] = torch.stack([basis_FR for basis_FR, _ in parts])[:, :, None].float().cpu()
             kept_KL.append(torch.stack([kept for _, kept in parts]))
         return KVMap(tensors), torch.stack(kept_KL).T.cpu()
 
+    def basis_after(self, kv_map: KVMap) -> KVMap:
+        """The bases of what a map makes of the K/V: all principal components, over its heads together.
+
+        Args:
+            kv_map: of the plan's layers, such as `student_map`.
+
+        Returns:
+            The map to the components' coordinates, in the shape of the given map's result and on the CPU, with what
+            `KVMap.decoded` needs to turn them to that result.
+        """
+        assert kv_map.layers == self._layers, "the map is for other layers than the sums"
+        tensors = {LAYERS: kv_map.tensors[LAYERS]}
+        for kind, sums in zip(TENSORS, self._sums, strict=True):
+            parts = [_components_after(s, kv_map, kind, at) for at, s in enumerate(sums)]
+            for name, of_layers in zip(("centre", "weight", BASIS, MEAN), zip(*parts, strict=True), strict=True):
+                tensors[f"{kind}.{name}"] = torch.stack(of_layers).cpu()
+        return KVMap(tensors)
+
     def coded(self, kv_map: KVMap, quality: float, whole: tuple[int, int] | None) -> KVMap:
-        """The map of a `basis` for the codec `pca`.
+        """The map of a `basis`, or of a `basis_after` another map, for the codec `pca`.
 
         All components of a layer's keys, or of its values, have the same step, so that the error is the smallest for
         its bytes (reverse water-filling).
 
         Args:
-            kv_map: what `basis` returned.
+            kv_map: what `basis` or `basis_after` returned.
             quality: the error that the codec aims at, relative to the norm of the components' standard deviations.
             whole: KV heads and head dimension of the teacher, for a map from which clients restore whole heads.
         """
@@ -132,9 +150,11 @@ class BasisStatistics:
             steps = [_step(spread_R, quality) for spread_R in spreads]
             step_L = torch.tensor(steps, dtype=torch.float32)
             classes = [_classes(spread_R, step) for spread_R, step in zip(spreads, steps, strict=True)]
-            tensors[f"{kind}.weight"] = tensors[f"{kind}.weight"] / step_L[:, None, None, None]
+            weight_LFHD = tensors[f"{kind}.weight"]
+            tensors[f"{kind}.weight"] = weight_LFHD / step_L[:, None, None, None]
             tensors[f"{kind}.step"] = step_L
-            tensors[f"{kind}.class"] = torch.tensor(classes, dtype=torch.uint8)[:, None]
+            class_LR = torch.tensor(classes, dtype=torch.uint8)
+            tensors[f"{kind}.class"] = class_LR.unflatten(1, weight_LFHD.shape[2:])
         if whole is not None:
             tensors[WHOLE] = torch.tensor(whole, dtype=torch.int32)
         return KVMap(tensors)
@@ -145,7 +165,7 @@ class BasisStatistics:
         It is between 0.001 and 0.999, even if that takes more bytes, or fewer.
 
         Args:
-            kv_map: what `basis` returned.
+            kv_map: what `basis` or `basis_after` returned.
             token_bytes: expected bytes, without positions.
         """
         spreads = [spread_R for by_layer in self._all_spreads(kv_map).values() for spread_R in by_layer]
@@ -193,9 +213,31 @@ def _step(spread_R: Tensor, quality: float) -> float:
     return low or 1.0
 
 
-def _components(statistics: RidgeStatistics, rank: int) -> tuple[Tensor, Tensor]:
+def _components_after(
+    statistics: RidgeStatistics, kv_map: KVMap, kind: TensorKind, at: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """For the result y [G] of a map of one layer: the map to the components of y, their basis and the mean of y.
+
+    Returns:
+        centre_F, weight_FHD, basis_GG and mean_G in fp32.
+    """
+    device = statistics.count.device
+    centre_F, weight_FHD = (
+        kv_map.tensors[f"{kind}.{name}"][at].to(device, torch.float64) for name in ("centre", "weight")
+    )
+    weight_FG, shape = weight_FHD.flatten(1), weight_FHD.shape[1:]
+    basis_GG, _ = _components(weight_FG.T @ statistics.scatter_xx() @ weight_FG, weight_FG.shape[1])
+    # Rounded before it is used, so that the mean of y belongs to the centre that the teacher subtracts.
+    mean_F = statistics.mean_x.float()
+    mean_G = (mean_F.double() - centre_F) @ weight_FG
+    if (bias_LHD := kv_map.tensors.get(f"{kind}.bias")) is not None:
+        mean_G = mean_G + bias_LHD[at].flatten().to(device, torch.float64)
+    return mean_F, (weight_FG @ basis_GG).float().unflatten(1, shape), basis_GG.float(), mean_G.float()
+
+
+def _components(scatter_FF: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """The first principal components [F,R], by falling variance, and their share of the variance."""
-    variance_F, basis_FF = torch.linalg.eigh(statistics.scatter_xx())
+    variance_F, basis_FF = torch.linalg.eigh(scatter_FF)
     basis_FR = basis_FF.flip(1)[:, :rank]
     largest_1R = basis_FR.abs().argmax(dim=0, keepdim=True)
     basis_FR = basis_FR * basis_FR.gather(0, largest_1R).sign()

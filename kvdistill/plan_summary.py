@@ -228,10 +228,9 @@ def _table(config: TrainConfig, demands: Sequence[Demand], records: int) -> str:
     if config.kv.codec.bytes_per_token is not None:
         requests[-1] = ("codec", f"{CODED}, {config.kv.codec.bytes_per_token:g} bytes per token")
     elif config.kv.codec.name == CODED:
-        requests[-1] = (
-            "codec",
-            f"{CODED}; the bytes below are those of {plan.codec.name}. kvdistill calibrate measures",
-        )
+        at_trainer = config.align.map_at == "trainer"
+        hint = ". kvdistill calibrate measures" if at_trainer else ", without entropy coding"
+        requests[-1] = ("codec", f"{CODED}; the bytes below are those of {plan.codec.name}{hint}")
     requests += [(f"layers of {each.teacher}", plan_layers(each.plan, each.geometry.layers)) for each in demands]
     requests += [] if config.align.basis_rank is None else [("components", f"{config.align.basis_rank} of each layer")]
     requests += [] if config.align.map_at == "trainer" else [("heads", "the student's (align.map_at teacher)")]

@@ -32,6 +32,7 @@ from student_trainer.config_checks import (
     check_map_at,
     check_projection,
     check_refits,
+    check_ridge_rank,
     check_selection,
     check_self_teacher,
     check_step_blocks,
@@ -435,6 +436,7 @@ class TrainConfig(StrictModel):
             check_trained_maps(self)
             check_refits(self)
             check_basis(self)
+            check_ridge_rank(self)
             check_kv_maps(self)
             check_map_at(self)
         check_step_blocks(self)

@@ -121,8 +121,22 @@ def check_basis(config: TrainConfig) -> None:
         )
 
 
+def check_ridge_rank(config: TrainConfig) -> None:
+    """Checks that a limited rank is one of frozen ridge maps.
+
+    Raises:
+        ValueError: begins with the name of a field that conflicts with another.
+    """
+    if config.align.ridge_rank is None:
+        return
+    found = {"direction": config.direction, "head_adapter": config.align.head_adapter}
+    for field, wanted in (("direction", "to_student"), ("head_adapter", "ridge")):
+        if found[field] != wanted:
+            raise ValueError(f"align.ridge_rank: needs align.{field} '{wanted}'; got '{found[field]}'")
+
+
 def check_kv_maps(config: TrainConfig) -> None:
-    """Checks that the KV maps of teachers are used with their codec, and not with a basis that the run fits.
+    """Checks that the KV maps of teachers are used with their codec, and not with a map that the run fits.
 
     Raises:
         ValueError: begins with the name of a field that conflicts with another.
@@ -135,6 +149,11 @@ def check_kv_maps(config: TrainConfig) -> None:
         raise ValueError(f"teachers: {where} needs kv.codec.name '{CODED}'; got '{config.kv.codec.name}'")
     if config.align.basis_rank is not None:
         raise ValueError(f"align.basis_rank: the run fits this basis itself, without {where}; leave one of them out")
+    if config.align.map_at == "teacher":
+        raise ValueError(
+            f"align.map_at: 'teacher' has teachers send K/V in the student's shape, but {where} is for their own K/V; "
+            "leave kv_map out, or use 'trainer'"
+        )
     for name in ("quality", "bytes_per_token"):
         if getattr(config.kv.codec, name) is not None:
             raise ValueError(f"kv.codec.{name}: {where} has its own quality; leave kv.codec.{name} out")
@@ -149,11 +168,6 @@ def check_map_at(config: TrainConfig) -> None:
     align = config.align
     if align.map_at == "trainer":
         return
-    if config.kv.codec.name == CODED:
-        raise ValueError(
-            f"align.map_at: the codec '{CODED}' needs each teacher's own components, but 'teacher' has them send K/V "
-            "in the student's shape; use 'trainer', or another codec"
-        )
     reasons = {
         "linear": "align.head_adapter 'linear' is trained, so a teacher would need its weights after every step",
         "identity": "align.head_adapter 'identity' has no map to apply",

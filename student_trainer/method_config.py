@@ -50,13 +50,17 @@ class AlignConfig(StrictModel):
     """Map between heads: `ridge` (closed form), `procrustes` (a rotation), `pool` (averages heads and dims), `linear`
     (starts from ridge and is trained, with `to_student` by the router loss alone, because the KV loss would collapse
     its own target) or `identity` (same geometry)."""
+    ridge_rank: PositiveInt | None = None
+    """Highest rank of the maps of `head_adapter: ridge` with `to_student` (reduced-rank ridge regression). By default
+    it is not limited."""
     basis_rank: PositiveInt | None = None
     """Number of principal components of keys, and of values, that teachers send per layer instead of all heads. Needs
     `to_teacher`. The components are fitted on the calibration samples. By default teachers send all heads."""
     map_at: Literal["trainer", "teacher"] = "trainer"
     """Where the frozen map of `to_student` is applied. `teacher`: each teacher receives its map after calibration and
-    sends K/V with the student's heads and head dimension. This needs a map that does not change after it was fitted,
-    and a layer map with one teacher layer for each student layer."""
+    sends K/V with the student's heads and head dimension, or with the codec `pca` their principal components. This
+    needs a map that does not change after it was fitted, and a layer map with one teacher layer for each student
+    layer."""
     calibration_samples: PositiveInt = 512
     """Maximum number of training samples on which maps and the targets' scale are fitted."""
     settled_within: NonNegativeFloat = 0.01

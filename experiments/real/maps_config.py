@@ -9,10 +9,15 @@ from typing import Any
 from experiments.demo.demo_config import Config
 from experiments.real import real_config
 from experiments.real.real_config import ArmName, RealPaths, Settings, arm_config
+from student_trainer.config import BEST_MODEL
 
 # Fewer and shorter records, and fewer calibration samples, than in `make real`: there are more than twice as many runs.
 FULL = replace(real_config.FULL, train=500, max_tokens=96, calibration=32)
 QUICK = real_config.QUICK
+# Steps on cross-entropy alone that give the arms a student that works.
+HEALING_STEPS = 60
+# The healing reads the records in another order than the arms that follow.
+HEALING_SEED = 1000
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +50,11 @@ ARMS: tuple[MapArm, ...] = (
     MapArm("shuffled16", "the same, K/V of other samples", "shuffled", {"basis_rank": 16}),
     MapArm("basis64", "`to_teacher`, basis of rank 64", align={"basis_rank": 64}),
     MapArm("to_student", "`to_student`, frozen ridge", align={"direction": "to_student", "head_adapter": "ridge"}),
+    MapArm(
+        "reduced16",
+        "`to_student`, frozen ridge of rank 16",
+        align={"direction": "to_student", "head_adapter": "ridge", "ridge_rank": 16},
+    ),
     MapArm("basis4", "`to_teacher`, basis of rank 4", align={"basis_rank": 4}),
     MapArm("raw", "`to_teacher`, all heads, `raw`", codec="raw"),
     MapArm("int6", "`to_teacher`, all heads, `int6`", codec="int6"),
@@ -65,10 +75,21 @@ ARMS: tuple[MapArm, ...] = (
 )
 
 
-def map_config(arm: MapArm, seed: int, settings: Settings, paths: RealPaths, port: int) -> Config:
-    """The configuration of one run. Arms with K/V differ only in the section `align`, the codec and the control."""
+def map_config(arm: MapArm, seed: int, settings: Settings, paths: RealPaths, port: int, healing: int = 0) -> Config:
+    """The configuration of one run. Arms with K/V differ only in the section `align`, the codec and the control.
+
+    Args:
+        arm: the arm.
+        seed: of the order of the data.
+        settings: sizes.
+        paths: the folders.
+        port: of the teacher's server.
+        healing: if above 0, the run starts from the student that `healing_config` trains for this many steps.
+    """
     config = arm_config(arm.base, seed, settings, paths, port)
-    config["run"]["output_dir"] = str(paths.runs.run(run_name(arm, seed)))
+    config["run"]["output_dir"] = str(paths.runs.run(run_name(arm, seed, healing)))
+    if healing:
+        config["student"]["path"] = str(paths.runs.run(healing_name(seed, healing)) / BEST_MODEL)
     if arm.align:
         config["align"] |= arm.align
     if arm.codec != "int8":
@@ -81,6 +102,18 @@ def planned(arms: Sequence[MapArm], seeds: Sequence[int]) -> Iterator[tuple[MapA
     return ((arm, seed) for seed in seeds for arm in arms)
 
 
-def run_name(arm: MapArm, seed: int) -> str:
+def run_name(arm: MapArm, seed: int, healing: int = 0) -> str:
     """The name of one run."""
-    return f"{arm.name}-seed{seed}"
+    return f"{arm.name}-healed{healing}-seed{seed}" if healing else f"{arm.name}-seed{seed}"
+
+
+def healing_config(seed: int, steps: int, settings: Settings, paths: RealPaths) -> Config:
+    """The configuration that trains the student of a seed's healed arms: cross-entropy alone."""
+    config = arm_config("ce", HEALING_SEED + seed, settings, paths, port=0)
+    config["run"] |= {"output_dir": str(paths.runs.run(healing_name(seed, steps))), "steps": steps}
+    return config
+
+
+def healing_name(seed: int, steps: int) -> str:
+    """The name of the run that trains the student of a seed's healed arms."""
+    return f"healing{steps}-seed{seed}"

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import statistics
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from experiments.real.maps_config import REFERENCE, MapArm, run_name
+from experiments.real.maps_config import REFERENCE, MapArm, healing_name, run_name
 from experiments.real.real_config import RealPaths
 from experiments.real.real_results import RealRunResult, gather_run
 from kvcore.files import write_json
@@ -59,12 +60,28 @@ class ArmResults:
 
 @dataclass(frozen=True, slots=True)
 class MapsResults:
-    """The content of maps.json. Intervals are Student's t over the seeds, 95 %."""
+    """The content of maps.json. Intervals are Student's t over the seeds, 95 %.
+
+    Attributes:
+        seeds: of the arms.
+        arms: by their names.
+        data: the facts of `Prepared`.
+        settings: sizes of the runs.
+        healing: steps on cross-entropy alone before the arms; 0 without.
+        healed: by seed, the run that trained the student from which the arms start; empty without.
+    """
 
     seeds: tuple[int, ...]
     arms: Mapping[str, ArmResults]
     data: Mapping[str, Any]
     settings: Mapping[str, Any]
+    healing: int = 0
+    healed: Sequence[RealRunResult] = ()
+
+    @property
+    def file(self) -> str:
+        """The name of the file."""
+        return f"maps_healed{self.healing}.json" if self.healing else "maps.json"
 
 
 def gather(
@@ -74,6 +91,7 @@ def gather(
     *,
     data: Mapping[str, Any],
     settings: Mapping[str, Any],
+    healing: int = 0,
 ) -> MapsResults:
     """Reads all runs.
 
@@ -81,9 +99,14 @@ def gather(
         IncompleteError, ResultError: a run is not finished.
     """
     batch = int(settings["batch"])
-    runs = {arm.name: [gather_run(paths.runs, run_name(arm, seed), batch) for seed in seeds] for arm in arms}
+
+    def by_seed(name: Callable[[int], str]) -> list[RealRunResult]:
+        return [gather_run(paths.runs, name(seed), batch) for seed in seeds]
+
+    runs = {arm.name: by_seed(partial(run_name, arm, healing=healing)) for arm in arms}
     shown = {arm.name: arm.shown for arm in arms}
-    return MapsResults(tuple(seeds), summarise(shown, runs), data, settings)
+    healed = by_seed(partial(healing_name, steps=healing)) if healing else []
+    return MapsResults(tuple(seeds), summarise(shown, runs), data, settings, healing, healed)
 
 
 def summarise(shown: Mapping[str, str], runs: Mapping[str, list[RealRunResult]]) -> dict[str, ArmResults]:
@@ -105,9 +128,13 @@ def table(arms: Mapping[str, ArmResults]) -> str:
 
 
 def write_report(results: MapsResults, output: Path) -> None:
-    """Writes maps.json and prints the table."""
-    write_json(output / "maps.json", asdict(results))
-    sys.stdout.write(f"\n{table(results.arms)}\n{output / 'maps.json'}\n")
+    """Writes maps.json, or that of healed students, and prints the table."""
+    file = output / results.file
+    write_json(file, asdict(results))
+    if results.healed:
+        reached = " / ".join(f"{run.held_out['perplexity']:.1f}" for run in results.healed)
+        sys.stdout.write(f"\nperplexity by seed before the arms, after {results.healing} steps: {reached}\n")
+    sys.stdout.write(f"\n{table(results.arms)}\n{file}\n")
     sys.stdout.flush()
 
 

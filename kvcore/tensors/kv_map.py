@@ -3,7 +3,8 @@
 A map is a safetensors file, and its digest is the hash of the file's bytes. docs/protocol.md lists the tensors.
 
 A coded map is one for the codec `pca`: it leads to components in units of a step, which the codec rounds. It also says
-how widely each component varies, for entropy coding, and may say how clients get whole K/V back.
+how widely each component varies, for entropy coding, and may say how clients get whole K/V, or the K/V of another
+shape to which the components belong.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from kvcore.tensors.entropy_coding import CLASSES
 from kvcore.types import TENSORS, TeacherInfo, Tensor, TensorKind
 
 LAYERS, WHOLE = "layers", "whole"
+BASIS, MEAN = "basis", "mean"
 # How far a restoring map may be from a rotation, relative to the size of a vector that it turns and turns back.
 _ROTATION_ERROR = 1e-3
 
@@ -43,7 +45,10 @@ class KVMap:
 
     A coded map has in addition for each of `k` and `v` the `step` [L], fp32: a coordinate is y times its layer's step;
     and the `class` [L,H,D], uint8, of each component (`entropy_coding.spread_class`). With `whole`, int32 [2], the KV
-    heads and the head dimension of the teacher, W times the step is a rotation, and `decoded` undoes the map.
+    heads and the head dimension of the teacher, W times the step is a rotation, and `decoded` undoes the map. With the
+    `basis` [L,G,G] and the `mean` [L,G], fp32, where G are the elements of y, the map leads to the components of K/V in
+    another shape, H heads of dimension D. `decoded` then returns these K/V: mean + step basis y; the basis is a
+    rotation.
     """
 
     tensors: Mapping[str, Tensor]
@@ -90,6 +95,11 @@ class KVMap:
         """Whether the map is one for the codec `pca`."""
         return "k.step" in self.tensors
 
+    @property
+    def turns_back(self) -> bool:
+        """Whether the components of a coded map are those of K/V in another shape, to which `decoded` turns them."""
+        return f"k.{BASIS}" in self.tensors
+
     def classes(self, at: int, kind: TensorKind) -> NDArray[np.uint8]:
         """The spread classes of the components of the map's `at`-th layer."""
         return self.tensors[f"{kind}.class"][at].flatten().numpy()
@@ -109,23 +119,32 @@ class KVMap:
         return y_BMG.view(*y_BMG.shape[:2], *weight_FHD.shape[1:]).transpose(1, 2)
 
     def decoded(self, y_BLHMD: Tensor, kind: TensorKind) -> Tensor:
-        """What the rounded y of a coded map stand for: the coordinates, or whole K/V [B,L,H',M,D'] if it restores them.
+        """What the rounded y of a coded map stand for: the coordinates, or K/V [B,L,H',M,D'] if it leads back to them.
 
         Args:
             y_BLHMD: of all layers of the map.
             kind: keys or values.
         """
-        step_L = self.tensors[f"{kind}.step"].to(y_BLHMD.device)
-        if WHOLE not in self.tensors:
+        tensors = {
+            name: self.tensors[f"{kind}.{name}"].to(y_BLHMD.device)
+            for name in ("centre", "weight", "step", BASIS, MEAN)
+            if f"{kind}.{name}" in self.tensors
+        }
+        step_L = tensors["step"]
+        if self.turns_back:
+            scale_L, turn_LFR, origin_LF = step_L, tensors[BASIS], tensors[MEAN]
+            shape = [y_BLHMD.shape[2], y_BLHMD.shape[4]]
+        elif WHOLE in self.tensors:
+            scale_L, turn_LFR, origin_LF = step_L.square(), tensors["weight"].flatten(2), tensors["centre"]
+            shape = _numbers(self.tensors[WHOLE])
+        else:
             return y_BLHMD * step_L[:, None, None, None]
-        centre_LF, weight_LFHD = (self.tensors[f"{kind}.{name}"].to(y_BLHMD.device) for name in ("centre", "weight"))
         batch, layers, _, slots, _ = y_BLHMD.shape
         # One product per layer for all samples: broadcasting would copy the rotations for each of them.
-        scaled_BLHMD = y_BLHMD * step_L.square()[:, None, None, None]
-        y_LNR = scaled_BLHMD.permute(1, 0, 3, 2, 4).reshape(layers, batch * slots, weight_LFHD.shape[1])
-        x_LNF: Tensor = y_LNR @ weight_LFHD.flatten(2).transpose(1, 2) + centre_LF[:, None]
-        x_LBMHD = x_LNF.view(layers, batch, slots, *_numbers(self.tensors[WHOLE]))
-        return x_LBMHD.permute(1, 0, 3, 2, 4)
+        scaled_BLHMD = y_BLHMD * scale_L[:, None, None, None]
+        y_LNR = scaled_BLHMD.permute(1, 0, 3, 2, 4).reshape(layers, batch * slots, turn_LFR.shape[2])
+        x_LNF: Tensor = y_LNR @ turn_LFR.transpose(1, 2) + origin_LF[:, None]
+        return x_LNF.view(layers, batch, slots, *shape).permute(1, 0, 3, 2, 4)
 
     def for_layers(self, layers: Sequence[int]) -> KVMap:
         """The map for some of its layers, ascending.
@@ -212,22 +231,26 @@ def _check(tensors: Mapping[str, Tensor]) -> None:
         if f"{kind}.step" in tensors:
             _check_coding(tensors, kind, (len(numbers), *sizes[2:]))
     if WHOLE in tensors:
-        _check_rotations(tensors, sizes)
+        _check_whole(tensors, sizes)
+    if f"{TENSORS[0]}.{BASIS}" in tensors:
+        _check_bases(tensors, sizes)
 
 
 def _check_names(tensors: Mapping[str, Tensor]) -> None:
     expected = [LAYERS, *(f"{kind}.{name}" for kind in TENSORS for name in ("centre", "weight"))]
     coding = [f"{kind}.{name}" for kind in TENSORS for name in ("step", "class")]
+    bases = [f"{kind}.{name}" for kind in TENSORS for name in (BASIS, MEAN)]
     optional = [f"{kind}.bias" for kind in TENSORS]
     described = (
         f"a map has the tensors {', '.join(expected)}, and optionally {', '.join(optional)}; a coded one has also "
-        f"{', '.join(coding)}, and optionally {WHOLE}"
+        f"{', '.join(coding)}, and optionally {WHOLE}, or {', '.join(bases)}"
     )
-    coded = not tensors.keys().isdisjoint([*coding, WHOLE])
-    for name in [*expected, *(coding if coded else [])]:
+    turns_back = not tensors.keys().isdisjoint(bases)
+    coded = turns_back or not tensors.keys().isdisjoint([*coding, WHOLE])
+    for name in [*expected, *(coding if coded else []), *(bases if turns_back else [])]:
         if name not in tensors:
             raise FieldError(f"map.{name}", f"is missing; {described}")
-    unknown = sorted(tensors.keys() - {*expected, *optional, *coding, WHOLE})
+    unknown = sorted(tensors.keys() - {*expected, *optional, *coding, *bases, WHOLE})
     if unknown:
         raise FieldError(f"map.{unknown[0]}", f"is unknown; {described}")
 
@@ -243,23 +266,47 @@ def _check_coding(tensors: Mapping[str, Tensor], kind: TensorKind, shape: tuple[
         raise FieldError(f"map.{kind}.class", f"must be at most {CLASSES - 1}; got {int(class_LHD.max())}")
 
 
-def _check_rotations(tensors: Mapping[str, Tensor], sizes: tuple[int, ...]) -> None:
-    """Checks with random vectors that a restoring map turns whole heads, so that turning back restores them."""
+def _check_whole(tensors: Mapping[str, Tensor], sizes: tuple[int, ...]) -> None:
+    """Checks that a restoring map turns whole heads, so that turning back restores them."""
     whole = tensors[WHOLE]
     if whole.dtype != torch.int32 or tuple(whole.shape) != (2,) or not (whole > 0).all():
         raise FieldError(f"map.{WHOLE}", f"expected int32 [2] above 0; got {_described(whole)}")
     if not math.prod(_numbers(whole)) == sizes[1] == math.prod(sizes[2:]):
         shapes = f"{_numbers(whole)} for {sizes[1]} features and {math.prod(sizes[2:])} components"
         raise FieldError(f"map.{WHOLE}", f"must have as many elements as features and components; got {shapes}")
-    probe_NF: Tensor = torch.randn(4, sizes[1], generator=torch.Generator().manual_seed(0))
     for kind in TENSORS:
-        if f"{kind}.bias" in tensors:
-            raise FieldError(f"map.{kind}.bias", f"cannot be used with {WHOLE}")
         rotation_LFG: Tensor = tensors[f"{kind}.weight"].flatten(2) * tensors[f"{kind}.step"][:, None, None]
-        error_LNF: Tensor = probe_NF @ rotation_LFG @ rotation_LFG.transpose(1, 2) - probe_NF
-        error = float(error_LNF.abs().max())
-        if not error <= _ROTATION_ERROR:
-            raise FieldError(f"map.{kind}.weight", f"is not a rotation, which {WHOLE} needs: off by {error:.1e}")
+        _check_no_bias(tensors, kind, WHOLE)
+        _check_rotation(f"{kind}.weight", rotation_LFG, WHOLE)
+
+
+def _check_bases(tensors: Mapping[str, Tensor], sizes: tuple[int, ...]) -> None:
+    """Checks that components are turned to K/V of as many elements, by a rotation, so that errors stay what they are.
+
+    Teachers measure the errors of the components.
+    """
+    if WHOLE in tensors:
+        raise FieldError(f"map.{WHOLE}", f"cannot be used with {BASIS}")
+    elements = math.prod(sizes[2:])
+    for kind in TENSORS:
+        _check_tensor(f"{kind}.{BASIS}", tensors[f"{kind}.{BASIS}"], (sizes[0], elements, elements))
+        _check_tensor(f"{kind}.{MEAN}", tensors[f"{kind}.{MEAN}"], (sizes[0], elements))
+        _check_no_bias(tensors, kind, BASIS)
+        _check_rotation(f"{kind}.{BASIS}", tensors[f"{kind}.{BASIS}"], "the decoder")
+
+
+def _check_no_bias(tensors: Mapping[str, Tensor], kind: TensorKind, other: str) -> None:
+    if f"{kind}.bias" in tensors:
+        raise FieldError(f"map.{kind}.bias", f"cannot be used with {other}")
+
+
+def _check_rotation(name: str, rotation_LFG: Tensor, needed_by: str) -> None:
+    """Turns random vectors and turns them back."""
+    probe_NF: Tensor = torch.randn(4, rotation_LFG.shape[1], generator=torch.Generator().manual_seed(0))
+    error_LNF: Tensor = probe_NF @ rotation_LFG @ rotation_LFG.transpose(1, 2) - probe_NF
+    error = float(error_LNF.abs().max())
+    if not error <= _ROTATION_ERROR:
+        raise FieldError(f"map.{name}", f"is not a rotation, which {needed_by} needs: off by {error:.1e}")
 
 
 def _check_tensor(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:

@@ -56,8 +56,10 @@ def align(context: TrainingContext, fetch: FetchFrom) -> TrainingContext:
     head = context.model.student.lm.get_output_embeddings()
     with ExitStack() as undo, gathered_in_passes(context.model, held=head):
         if lacks_maps(context):
-            _calibrate(context, fetch)
-            context = with_student_maps(context, undo)
+            asking, records = _calibrate(context, fetch)
+            size = context.config.run.micro_batch
+            parts = [records[at : at + size] for at in range(0, len(records), size)]
+            context = with_student_maps(context, fetched(asking, parts), undo)
         asking, records = _calibrate(context, fetch)
         if context.config.loss.kv_weight == "auto":
             _set_kv_weight(asking, records)

@@ -1,7 +1,7 @@
 """Connects a run to its teachers, and finds the map that each of them applies to its K/V.
 
 A map is a basis of the teacher's own (`align.basis_rank`, and for the codec `pca`), fitted here, or leads into the
-student's shape (`align.map_at`), fitted by calibration.
+student's shape (`align.map_at`), fitted by calibration (`student_maps`).
 """
 
 from __future__ import annotations
@@ -45,9 +45,9 @@ def map_setting(config: TrainConfig) -> str | None:
     """The setting that has each teacher apply a map; None if there is none."""
     if config.align.basis_rank is not None:
         return "align.basis_rank"
-    if config.kv.codec.name == CODED:
-        return "kv.codec.name"
-    return "align.map_at" if config.align.map_at == "teacher" else None
+    if config.align.map_at == "teacher":
+        return "align.map_at"
+    return "kv.codec.name" if config.kv.codec.name == CODED else None
 
 
 def fits_bases(config: TrainConfig) -> bool:
@@ -121,9 +121,9 @@ def connect_teacher(
 
 def aligner_for(config: TrainConfig, student: KVGeometry, source: KVSource) -> Aligner:
     """An alignment, not calibrated yet, with what a teacher sends: whole heads, or what its map makes of them."""
-    settings = config.align.model_dump(include={"layer_map", "head_adapter", "tokens", "sink_tokens"})
+    settings = config.align.model_dump(include={"layer_map", "head_adapter", "ridge_rank", "tokens", "sink_tokens"})
     if config.align.map_at == "teacher" and source.plan.map is not None:
-        settings["head_adapter"] = "mapped"
+        settings |= {"head_adapter": "mapped", "ridge_rank": None}
     theirs = KVGeometry(source.info.layers, *source.plan.decoded_shape(source.info.kv_heads, source.info.head_dim))
     return Aligner(theirs, student, direction=config.direction, **settings).to(ds_engine.device())
 
@@ -211,7 +211,7 @@ def _fitted(
     collator: Collator,
 ) -> KVMap:
     """A teacher's basis, fitted to the whole K/V of all ranks' batches."""
-    device, info, codec = ds_engine.device(), source.info, config.kv.codec
+    device, info = ds_engine.device(), source.info
     whole = (info.kv_heads, info.head_dim)
     features = math.prod(whole)
     rank = config.align.basis_rank or features
@@ -229,15 +229,30 @@ def _fitted(
         keys, values = kept_LK.mean(dim=0).tolist()
         shares = f"{keys:.2f} of the keys' variance and {values:.2f} of the values'"
         logger.info("teacher '%s': %d of %d components keep %s", name, rank, features, shares)
-    if codec.name == CODED:
-        quality = codec.target_error
-        if codec.bytes_per_token is not None:
-            quality = sums.quality_for(kv_map, codec.bytes_per_token)
-            if dist.get_rank() == 0:
-                wanted = f"{codec.bytes_per_token:g} bytes per token"
-                logger.info("teacher '%s': %s give an error of %.3f of what varies", name, wanted, quality)
-        kv_map = sums.coded(kv_map, quality, None if config.align.basis_rank else whole)
+    if config.kv.codec.name == CODED:
+        kv_map = coded(config, name, sums, kv_map, None if config.align.basis_rank else whole)
     return from_rank_0(kv_map)
+
+
+def coded(
+    config: TrainConfig, name: str, sums: BasisStatistics, kv_map: KVMap, whole: tuple[int, int] | None = None
+) -> KVMap:
+    """A teacher's basis for the codec `pca`, with the quality or the bytes that are set.
+
+    Args:
+        config: the run's configuration.
+        name: of the teacher.
+        sums: of its whole K/V, added up over ranks.
+        kv_map: the basis.
+        whole: KV heads and head dimension of the teacher, if clients restore its whole heads.
+    """
+    codec, quality = config.kv.codec, config.kv.codec.target_error
+    if codec.bytes_per_token is not None:
+        quality = sums.quality_for(kv_map, codec.bytes_per_token)
+        if dist.get_rank() == 0:
+            wanted = f"{codec.bytes_per_token:g} bytes per token"
+            logger.info("teacher '%s': %s give an error of %.3f of what varies", name, wanted, quality)
+    return sums.coded(kv_map, quality, whole)
 
 
 def from_rank_0(kv_map: KVMap) -> KVMap:
@@ -282,12 +297,22 @@ def map_of_store(config: TrainConfig, student: KVGeometry, teacher: TeacherConfi
     if found is None:
         problem = f"the store {directory} holds whole heads; use {_WITHOUT[setting]}, or record into another kv.store"
         raise FieldError(setting, problem)
-    if found.coded != (kv.codec.name == CODED) or (setting == "kv.codec.name" and not found.named.restores):
+    if found.coded != (kv.codec.name == CODED):
         codec = read_manifest(directory).plan.codec.name
         raise FieldError("kv.codec.name", f"got '{kv.codec.name}'; the store {directory} holds K/V in '{codec}'")
+    if found.coded and (held := _setting_of(found)) != setting:
+        problem = f"the store {directory} was recorded with {held}; record into another kv.store"
+        raise FieldError(setting, problem)
     wanted = (student.heads, student.head_dim) if rank is None else (1, rank)
     if setting != "kv.codec.name" and (found.named.heads, found.named.head_dim) != wanted:
         given = f"the student has {student.heads} KV heads of {student.head_dim}" if rank is None else f"got {rank}"
         shape = f"{found.named.heads} heads of {found.named.head_dim}"
         raise FieldError(setting, f"{given}, and the store {directory} holds {shape}")
     return found
+
+
+def _setting_of(coded_map: KVMap) -> str:
+    """The setting of a run that uses this map, as `map_setting` names it."""
+    if coded_map.turns_back:
+        return "align.map_at"
+    return "kv.codec.name" if coded_map.named.restores else "align.basis_rank"

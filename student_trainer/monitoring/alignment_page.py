@@ -99,12 +99,17 @@ def _settings(report: Report) -> list[tuple[str, str]]:
     return [
         ("direction", report["direction"]),
         ("layer map", report["layer_strategy"]),
-        ("head adapter", report["head_adapter"]),
+        ("head adapter", _adapter(report)),
         ("token pairing", f"{report['tokens']}; first tokens of a text left out: {report['sink_tokens']}"),
         ("teacher", _geometry(report["teacher"])),
         ("student", _geometry(report["student"])),
         ("token pairs fitted on / held out", f"{rows['fit']:,} / {rows['held_out']:,}"),
     ]
+
+
+def _adapter(report: Report) -> str:
+    rank = report["ridge_rank"]
+    return report["head_adapter"] if rank is None else f"{report['head_adapter']} of rank {rank}"
 
 
 def _geometry(geometry: Mapping[str, int]) -> str:

@@ -177,7 +177,11 @@ def built_with(world: World, teachers: dict[str, list[str]], align: dict[str, An
 @pytest.mark.parametrize(
     ("align", "kv", "problem"),
     [
-        ({"direction": "to_student", "map_at": "teacher"}, codec(0.1), "align.map_at: the codec 'pca' needs"),
+        (
+            {"direction": "to_student", "map_at": "teacher", "layer_map": "cka"},
+            codec(0.1),
+            "align.map_at: align.layer_map 'cka' needs",
+        ),
         (TO_TEACHER, {"codec": {"name": "int8", "quality": 0.1}}, "quality: only the codec 'pca' has it"),
         (TO_TEACHER, {"codec": {"name": "int8", "bytes_per_token": 9}}, "bytes_per_token: only the codec 'pca' has it"),
         (TO_TEACHER, {"codec": {"name": "pca", "quality": 0.0}}, "quality"),

@@ -155,6 +155,9 @@ def test_scope_is_refused_if_mixed_slots_would_hold_different_tokens(
         ({"head_adapter": "identity"}, "align.head_adapter"),
         ({"tokens": "guess"}, "align.tokens"),
         ({"sink_tokens": -1}, "align.sink_tokens"),
+        ({"ridge_rank": 2, "direction": "to_teacher"}, "align.ridge_rank"),
+        ({"ridge_rank": 2, "head_adapter": "procrustes"}, "align.ridge_rank"),
+        ({"ridge_rank": 7}, "align.ridge_rank"),
     ],
 )
 def test_invalid_settings_are_refused(settings: dict[str, Any], field: str) -> None:

@@ -109,6 +109,14 @@ def test_report_has_settings_and_measurements() -> None:
         assert report["variance"][tensor] == aligner.variance(tensor).tolist()
 
 
+def test_report_has_the_rank_of_the_maps(tmp_path: Path) -> None:
+    aligner = Aligner(TEACHER, STUDENT, ridge_rank=2)
+    page = write_page({"ada": aligner.report()}, tmp_path)
+    report = json.loads((tmp_path / "alignment.json").read_text(encoding="utf-8"))["teachers"]["ada"]
+    assert report["ridge_rank"] == 2
+    assert "ridge of rank 2" in page.cells
+
+
 @pytest.mark.parametrize(
     ("layer_map", "adapter"), [("ratio", "ridge"), ("cka", "procrustes"), ("learned", "pool"), ("last", "linear")]
 )

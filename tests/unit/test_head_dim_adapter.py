@@ -64,6 +64,22 @@ def test_fits_of_the_same_statistics_are_bitwise_equal(kind: str) -> None:
     assert all(one[name].numpy().tobytes() == other[name].numpy().tobytes() for name in one)
 
 
+def test_ridge_maps_of_a_rank_send_all_tokens_into_that_many_dimensions() -> None:
+    adapter = HeadDimAdapter(2, TEACHER, STUDENT, "ridge", ridge_rank=2)
+    for tensor in TENSORS:
+        adapter.fit(tensor, statistics_by_layer(100, 10, 2), statistics_by_layer(40, 20, 2))
+        x = torch.randn(4, 2, TEACHER.heads, 5, TEACHER.head_dim, generator=torch.Generator().manual_seed(0))
+        y_LNG = adapter(x, tensor).permute(1, 0, 3, 2, 4).reshape(2, -1, G).double()
+        for y_NG in y_LNG:
+            assert torch.linalg.matrix_rank(y_NG - y_NG.mean(dim=0), atol=1e-4) == 2
+
+
+@pytest.mark.parametrize("rank", [0, G + 1])
+def test_a_rank_that_no_map_has_is_refused(rank: int) -> None:
+    with pytest.raises(FieldError, match=rf"align\.ridge_rank: expected 1 to {G}, .*got {rank}"):
+        HeadDimAdapter(2, TEACHER, STUDENT, "ridge", ridge_rank=rank)
+
+
 GEOMETRIES = [
     ((12, 4), (8, 4)),
     ((16, 2), (8, 3)),

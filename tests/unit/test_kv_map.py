@@ -137,6 +137,72 @@ def test_coded_maps_and_their_codec_need_each_other() -> None:
         KVPlan(layers=(0, 2), codec=CodecSpec(name="pca"))
 
 
+def turning_back(heads: int = 2, head_dim: int = 3, seed: int = 5) -> KVMap:
+    """A coded map to components that are turned to K/V in another shape."""
+    generator = torch.Generator().manual_seed(seed)
+    elements = heads * head_dim
+    tensors = dict(random_map((0, 2), FEATURES, heads, head_dim, seed).tensors)
+    for kind in TENSORS:
+        tensors[f"{kind}.step"] = torch.tensor([0.1, 0.3])
+        tensors[f"{kind}.class"] = torch.full((2, heads, head_dim), 30, dtype=torch.uint8)
+        tensors[f"{kind}.basis"] = torch.linalg.qr(torch.randn(2, elements, elements, generator=generator))[0]
+        tensors[f"{kind}.mean"] = 20 * torch.randn(2, elements, generator=generator)
+    return KVMap(tensors)
+
+
+def test_components_are_turned_to_kv_in_another_shape_as_in_fp64() -> None:
+    kv_map = KVMap.read(turning_back().content())
+    assert kv_map.coded
+    assert kv_map.turns_back
+    assert kv_map.named == PlanMap(digest=kv_map.named.digest, heads=2, head_dim=3, restores=False)
+    y_BLHMD = torch.randint(-40, 40, (4, 2, 2, 5, 3)).float()
+    for kind in TENSORS:
+        found_BLHMD = kv_map.decoded(y_BLHMD, kind)
+        for at in range(2):
+            basis_GG, mean_G = (kv_map.tensors[f"{kind}.{name}"][at].double() for name in ("basis", "mean"))
+            for row in range(4):
+                for slot in range(5):
+                    y_G = torch.cat([y_BLHMD[row, at, head, slot] for head in range(2)]).double()
+                    expected_G = mean_G + float(kv_map.tensors[f"{kind}.step"][at]) * basis_GG @ y_G
+                    found_G = torch.cat([found_BLHMD[row, at, head, slot] for head in range(2)])
+                    torch.testing.assert_close(found_G.double(), expected_G, atol=1e-5, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("change", "field", "problem"),
+    [
+        (without("v.mean"), "map.v.mean", "is missing"),
+        (without("k.basis"), "map.k.basis", "is missing"),
+        (without("k.step"), "map.k.step", "is missing"),
+        (changed("k.basis", lambda x: x[:, 1:]), "map.k.basis", "expected float32 [2, 6, 6]; got float32 [2, 5, 6]"),
+        (changed("v.mean", lambda x: x[:, 1:]), "map.v.mean", "expected float32 [2, 6]"),
+        (changed("v.basis", lambda x: 1.01 * x), "map.v.basis", "is not a rotation, which the decoder needs"),
+        (lambda tensors: tensors | {"k.bias": torch.zeros(2, 2, 3)}, "map.k.bias", "cannot be used with basis"),
+        (
+            lambda tensors: tensors | {"whole": torch.tensor([4, 8], dtype=torch.int32)},
+            "map.whole",
+            "must have as many elements",
+        ),
+    ],
+)
+def test_a_wrong_map_that_turns_components_back_is_refused_by_the_name_of_its_tensor(
+    change: Callable[[Tensors], Tensors], field: str, problem: str
+) -> None:
+    tensors = change(dict(turning_back().tensors))
+    with pytest.raises(FieldError) as caught:
+        KVMap.read(save({name: tensor.contiguous() for name, tensor in tensors.items()}))
+    assert caught.value.field == field
+    assert problem in caught.value.problem
+
+
+def test_a_map_that_restores_whole_heads_turns_no_other_components_back() -> None:
+    tensors = dict(coded_map((0, 2), INFO.kv_heads, INFO.head_dim).tensors)
+    for kind in TENSORS:
+        tensors |= {f"{kind}.basis": torch.eye(FEATURES).repeat(2, 1, 1), f"{kind}.mean": torch.zeros(2, FEATURES)}
+    with pytest.raises(FieldError, match=r"^map.whole: cannot be used with basis"):
+        KVMap.read(save(tensors))
+
+
 def test_layers_of_a_map_are_chosen_by_their_numbers() -> None:
     coded = coded_map((0, 2, 5), INFO.kv_heads, INFO.head_dim)
     chosen = coded.for_layers([0, 5])

@@ -68,6 +68,52 @@ def test_the_penalty_with_the_lowest_held_out_error_is_chosen(count: int, noise:
     assert fit.explained_variance == pytest.approx(1 - min(errors), abs=1e-8)
 
 
+def naive_reduced_rank(x: torch.Tensor, y: torch.Tensor, alpha: float, rank: int) -> np.ndarray:
+    """Reduced-rank ridge (Mukherjee and Zhu 2011): the ridge map, projected by an SVD of its augmented predictions."""
+    weight, _ = naive_ridge(x, y, alpha)
+    centred = x.double().numpy() - x.double().numpy().mean(axis=0)
+    penalty = alpha * np.square(centred).sum() / F
+    predictions = np.vstack([centred, np.sqrt(penalty) * np.eye(F)]) @ weight
+    directions = np.linalg.svd(predictions, full_matrices=False)[2][:rank]
+    return weight @ directions.T @ directions
+
+
+@pytest.mark.parametrize("rank", [1, 2, 5])
+@pytest.mark.parametrize("alpha", [1e-6, 1e-1, 10.0])
+@pytest.mark.parametrize("count", [6, 200])
+def test_ridge_of_a_rank_equals_an_svd_of_the_augmented_predictions(count: int, alpha: float, rank: int) -> None:
+    x, y = rows(count, seed=1)
+    held = rows(50, seed=2)
+    fit = fit_ridge(statistics_of((x, y)), statistics_of(held), (alpha,), rank)
+    weight = naive_reduced_rank(x, y, alpha, rank)
+    bias = y.double().numpy().mean(axis=0) - x.double().numpy().mean(axis=0) @ weight
+    np.testing.assert_allclose(fit.weight_FG.numpy(), weight, rtol=0, atol=1e-7)
+    np.testing.assert_allclose(fit.bias_G.numpy(), bias, rtol=0, atol=1e-7)
+    assert np.linalg.matrix_rank(fit.weight_FG.numpy(), tol=1e-9) == rank
+    assert fit.explained_variance == pytest.approx(naive_explained(*held, weight, bias), abs=1e-7)
+
+
+def test_the_penalty_of_a_ridge_of_a_rank_is_chosen_at_that_rank() -> None:
+    x, y = rows(9, seed=3, noise=8.0)
+    held = rows(40, seed=4, noise=8.0)
+    grid = (1e-6, 1e-3, 1e-1, 1.0, 10.0)
+    errors = [held_out_error(held, x, y, naive_reduced_rank(x, y, alpha, 1)) for alpha in grid]
+    fit = fit_ridge(statistics_of((x, y)), statistics_of(held), grid, 1)
+    assert fit.alpha == grid[int(np.argmin(errors))]
+    assert 1 - fit.explained_variance == pytest.approx(min(errors), abs=1e-8)
+
+
+def held_out_error(held: Rows, x: torch.Tensor, y: torch.Tensor, weight: np.ndarray) -> float:
+    bias = y.double().numpy().mean(axis=0) - x.double().numpy().mean(axis=0) @ weight
+    return 1 - naive_explained(*held, weight, bias)
+
+
+@pytest.mark.parametrize("rank", [G, F + 3])
+def test_a_rank_that_limits_nothing_gives_the_ridge_map(rank: int) -> None:
+    parts = statistics_of(rows(60, seed=1)), statistics_of(rows(50, seed=2))
+    assert torch.equal(fit_ridge(*parts, rank=rank).weight_FG, fit_ridge(*parts).weight_FG)
+
+
 def test_the_penalty_depends_on_the_data() -> None:
     chosen = set()
     for count, noise in ((9, 8.0), (400, 0.1)):

@@ -125,6 +125,20 @@ def test_bytes_of_the_students_heads_are_shown_where_teachers_can_map_to_them(wo
         )
 
 
+def test_components_of_the_students_heads_are_planned(world: World) -> None:
+    kv: dict[str, Any] = {"selection": {"selector": "right", "budget": LATENTS}}
+    align = {"map_at": "teacher"}
+    shown = plan_text(config(world, align=align, kv=kv | {"codec": {"name": "pca"}}), models(world))
+    assert "pca; the bytes below are those of bf16, without entropy coding" in shown
+    assert "kvdistill calibrate" not in shown
+    mapped = 2 * 2 * LATENTS * 16 * 2 + 4 * LATENTS
+    assert rows(shown)["ada"][2:4] == [f"{mapped / 1000:.1f}", "kB"]
+    per_token = plan_text(
+        config(world, align=align, kv=kv | {"codec": {"name": "pca", "bytes_per_token": 400}}), models(world)
+    )
+    assert rows(per_token)["ada"][2:4] == ["1.2", "kB"]
+
+
 def test_stages_with_equal_requests_are_shown_together(world: World) -> None:
     stages = [{"name": "first"}, {"name": "second"}, {"name": "third", "kv": {"codec": {"name": "bf16"}}}]
     shown = plan_text(config(world, stages=stages), models(world))

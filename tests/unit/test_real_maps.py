@@ -10,8 +10,18 @@ from typing import Any
 
 import pytest
 
-from experiments.real import maps_report
-from experiments.real.maps_config import ARMS, FULL, REFERENCE, MapArm, map_config, planned, run_name
+from experiments.real import maps, maps_report
+from experiments.real.maps_config import (
+    ARMS,
+    FULL,
+    REFERENCE,
+    MapArm,
+    healing_config,
+    healing_name,
+    map_config,
+    planned,
+    run_name,
+)
 from experiments.real.real_config import RealPaths
 from experiments.real.real_results import RealRunResult
 from kvcore.config import parse
@@ -45,6 +55,7 @@ def test_arms_with_a_teacher_differ_only_in_the_map_the_codec_and_the_control() 
     assert changed == {
         **{name: {"basis_rank"} for name in RANKS},
         "to_student": {"direction"},
+        "reduced16": {"direction", "ridge_rank"},
         **{name: set() for name in ("raw", "int6", "int4", *QUALITIES) if name not in RANKS},
     }
     trees[REFERENCE].pop("align")
@@ -69,6 +80,35 @@ def test_arms_with_a_teacher_differ_only_in_the_map_the_codec_and_the_control() 
 def test_ranks_are_those_in_the_names() -> None:
     ranks = {arm.name: tree(arm)["align"]["basis_rank"] for arm in ARMS if tree(arm)["align"]["basis_rank"]}
     assert ranks == RANKS
+    assert {arm.name for arm in ARMS if tree(arm)["align"]["ridge_rank"] == 16} == {"reduced16"}
+
+
+def test_healed_arms_differ_from_the_others_only_in_the_student_and_the_folder() -> None:
+    for arm in ARMS:
+        config = map_config(arm, 2, FULL, PATHS, 50051)
+        healed = map_config(arm, 2, FULL, PATHS, 50051, healing=60)
+        assert healed["student"].pop("path") == "outputs/maps/full/runs/healing60-seed2/best_model"
+        assert healed["run"].pop("output_dir") == f"outputs/maps/full/runs/{arm.name}-healed60-seed2"
+        del config["student"]["path"], config["run"]["output_dir"]
+        assert healed == config
+
+
+def test_healing_trains_the_cut_student_on_cross_entropy_alone_in_another_order_than_the_arms() -> None:
+    healing = healing_config(2, 60, FULL, PATHS)
+    config = parse(healing, TrainConfig)
+    assert (config.student.path, config.teachers, config.run.steps) == ("outputs/maps/models/student", (), 60)
+    start = map_config(ARMS[0], 2, FULL, PATHS, 50051, healing=60)["student"]["path"]
+    assert str(config.run.output_dir / "best_model") == start
+    assert config.run.seed not in (0, 1, 2)
+    assert healing_config(1, 60, FULL, PATHS)["run"]["seed"] != config.run.seed
+    assert len({healing_name(seed, steps) for seed in (1, 2) for steps in (30, 60)}) == 4
+
+
+@pytest.mark.parametrize("steps", ["0", "-1", "some"])
+def test_healing_for_no_steps_is_refused(steps: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        maps.main(["--arms", "ce", f"--healed={steps}"])
+    assert f"expected a number of steps of at least 1; got '{steps}'" in capsys.readouterr().err
 
 
 def test_all_arms_of_a_seed_run_before_the_next_seed() -> None:
@@ -154,3 +194,15 @@ def test_report_writes_json_and_prints_the_table(tmp_path: Path, capsys: pytest.
     assert [one["held_out"]["ce_loss"] for one in written["arms"]["ce"]["runs"]] == [4.5, 4.7, 4.3]
     assert written["settings"] == {"steps": 30}
     assert maps_report.table(results.arms) in capsys.readouterr().out
+
+
+def test_report_of_healed_students_has_a_file_of_its_own_and_says_where_the_arms_started(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    healed = [run(math.log(50.0)), run(math.log(60.0))]
+    results = maps_report.MapsResults((0, 1), maps_report.summarise(SHOWN, RUNS), {}, {}, 60, healed)
+    maps_report.write_report(results, tmp_path)
+    written = json.loads((tmp_path / "maps_healed60.json").read_text(encoding="utf-8"))
+    assert [one["held_out"]["perplexity"] for one in written["healed"]] == pytest.approx([50.0, 60.0])
+    assert not (tmp_path / "maps.json").exists()
+    assert "perplexity by seed before the arms, after 60 steps: 50.0 / 60.0\n" in capsys.readouterr().out

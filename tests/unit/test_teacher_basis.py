@@ -11,6 +11,7 @@ from kvcore.errors import FieldError
 from kvcore.tensors.entropy_coding import encode_codes, spread_class
 from kvcore.tensors.kv_map import KVMap
 from kvcore.types import TENSORS, BatchKV, Tensor
+from tests.support.kv_maps import random_map
 
 B, L, H, M, D = 5, 2, 2, 12, 3
 FEATURES = H * D
@@ -136,6 +137,64 @@ def test_a_coded_basis_aims_at_the_error_with_equal_steps(quality: float, whole:
             spreads = y_NR.double().std(dim=0).tolist()
             classes = coded.classes(at, kind).tolist()
             assert all(abs(spread_class(spread) - found) <= 1 for spread, found in zip(spreads, classes, strict=True))
+
+
+def quantised(y_NG: Tensor, basis_GG: Tensor, step: float) -> tuple[Tensor, Tensor]:
+    """Rows around their mean, rounded along the axes of a basis in fp64, and which rows no component nearly ties in."""
+    codes_NG = (y_NG - y_NG.mean(dim=0)) @ basis_GG / step
+    clear_N = ((codes_NG - codes_NG.floor() - 0.5).abs() > 1e-3).all(dim=1)
+    return y_NG.mean(dim=0) + step * codes_NG.round() @ basis_GG.T, clear_N
+
+
+@pytest.mark.parametrize("quality", [0.01, 0.1, 0.3])
+# With fewer elements than the teacher has features, and with more.
+@pytest.mark.parametrize(("heads", "head_dim"), [(2, 2), (3, 3)])
+def test_a_coded_basis_after_a_map_rounds_what_the_map_gives_in_its_own_components(
+    heads: int, head_dim: int, quality: float
+) -> None:
+    sums = BasisStatistics((1, 4), FEATURES)
+    parts = [batch(seed, slots=60) for seed in range(6)]
+    for kv in parts:
+        sums.update(kv, torch.arange(1, 61).expand(B, 60), 0)
+    given = random_map((1, 4), FEATURES, heads, head_dim, bias=True)
+    coded = KVMap.read(sums.coded(sums.basis_after(given), quality, None).content())
+    assert coded.turns_back
+    assert (coded.named.heads, coded.named.head_dim, coded.named.restores) == (heads, head_dim, False)
+    for kind in TENSORS:
+        for at, layer in enumerate((1, 4)):
+            x_NF = torch.cat([rows(kv, kind, at, 0) for kv in parts])
+            centre_F, weight_FG, bias_G = (
+                given.tensors[f"{kind}.{name}"][at].double().flatten(first)
+                for name, first in (("centre", 0), ("weight", 1), ("bias", 0))
+            )
+            target_NG = (x_NF - centre_F) @ weight_FG + bias_G
+            varying_NG = target_NG - target_NG.mean(dim=0)
+            axes_GG = torch.linalg.svd(varying_NG, full_matrices=True)[2].T
+            expected_NG, clear_N = quantised(target_NG, axes_GG, float(coded.tensors[f"{kind}.step"][at]))
+            codes_BHMD = coded.apply(x_NF.float().view(1, -1, H, D).transpose(1, 2), layer, kind).round()
+            found_BLHMD = coded.decoded(torch.stack([codes_BHMD] * 2, dim=1), kind)
+            found_NG = found_BLHMD[0, at].transpose(0, 1).flatten(1).double()
+            assert clear_N.float().mean() > 0.9
+            torch.testing.assert_close(found_NG[clear_N], expected_NG[clear_N], atol=1e-5, rtol=1e-6)
+            error = float((found_NG - target_NG).norm() / varying_NG.norm())
+            assert error == pytest.approx(quality, rel=0.25)
+            spreads = codes_BHMD[0].transpose(0, 1).flatten(1).std(dim=0).tolist()
+            for spread, number in zip(spreads, coded.classes(at, kind).tolist(), strict=True):
+                assert spread < 1 or abs(spread_class(spread) - number) <= 1
+
+
+def test_a_basis_after_a_map_keeps_the_elements_that_never_vary() -> None:
+    sums = BasisStatistics((1, 4), FEATURES)
+    kv = batch()
+    sums.add(kv, kv.mask_BM)
+    given = random_map((1, 4), FEATURES, 2, 2, bias=True)
+    for kind in TENSORS:
+        given.tensors[f"{kind}.weight"][..., 1] = 0.0
+    coded = sums.coded(sums.basis_after(given), 0.1, None)
+    y_BHMD = coded.apply(kv.v_BLHMD[:, 0], 1, "v").round()
+    decoded_BHMD = coded.decoded(torch.stack([y_BHMD] * 2, dim=1), "v")[:, 0]
+    constant_BHM = given.tensors["v.bias"][0, :, 1][None, :, None].expand(B, 2, M)
+    torch.testing.assert_close(decoded_BHMD[..., 1], constant_BHM, atol=1e-4, rtol=1e-5)
 
 
 def test_a_layer_without_variance_is_restored_exactly() -> None:

@@ -81,10 +81,27 @@ def test_resampling_accepts_any_number_of_slots(selection: dict[str, Any]) -> No
         ({"align": {"basis_rank": 4}, "teachers": TWO}, "align.basis_rank: .*got 'to_student'"),
         ({"align": {"basis_rank": 4, "head_adapter": "pool"}}, "align.basis_rank: .*'ridge' or 'linear'; got 'pool'"),
         ({"align": {"basis_rank": 4, "layer_map": "ratio"}}, "align.basis_rank: .*'ratio' mixes layers"),
+        (
+            {"align": {"ridge_rank": 4}},
+            "align.ridge_rank: needs align.direction 'to_student'; got 'to_teacher'",
+        ),
+        (
+            {"align": {"ridge_rank": 4, "direction": "to_student", "head_adapter": "procrustes"}},
+            "align.ridge_rank: needs align.head_adapter 'ridge'; got 'procrustes'",
+        ),
+        ({"align": {"ridge_rank": 0, "direction": "to_student"}}, "align.ridge_rank"),
         ({"align": {"map_at": "teacher"}}, "align.map_at: align.direction 'to_teacher' maps the student's K/V"),
         ({"align": MAPPED | {"layer_map": "cka"}}, "align.map_at: align.layer_map 'cka' needs the K/V of all layers"),
         ({"align": MAPPED | {"head_adapter": "identity"}}, "align.map_at: .*'identity' has no map to apply"),
         ({"align": MAPPED | {"recalibrate_every": 2}}, "align.map_at: align.recalibrate_every needs whole K/V"),
+        (
+            {
+                "align": MAPPED,
+                "teachers": [TWO[0] | {"kv_map": "ada.kvmap"}],
+                "kv": {"selection": {"selector": "full"}, "codec": {"name": "pca"}},
+            },
+            "align.map_at: .*the kv_map of teacher 'ada' is for their own K/V; leave kv_map out",
+        ),
         (
             {"align": MAPPED | {"head_adapter": "linear"}, "fuse": {"kind": "learnable"}},
             "align.map_at: align.head_adapter 'linear' is trained.*or use 'trainer'",
@@ -245,6 +262,11 @@ def test_direction_auto_is_to_teacher_for_one_teacher_that_needs_no_fusion(
 )
 def test_maps_that_stay_frozen_can_be_fitted_again(align: dict[str, Any]) -> None:
     parse(tree(align=align | {"recalibrate_every": 10, "warmup_steps": 0}), TrainConfig)
+
+
+def test_teachers_can_send_the_components_of_what_they_map() -> None:
+    for codec in ({"name": "pca", "quality": 0.2}, {"name": "pca", "bytes_per_token": 40}):
+        parse(tree(align=MAPPED, kv={"selection": {"selector": "full"}, "codec": codec}), TrainConfig)
 
 
 def staged(*stages: dict[str, Any]) -> dict[str, Any]:
