@@ -77,13 +77,13 @@ class MapRuns(RealRuns):
         with servers as endpoints:
             port = int(endpoints[TEACHER].rpartition(":")[2])
             for arm, seed in planned(self.arms, self.seeds):
-                self._heal(seed)
+                self.heal(seed)
                 config = map_config(arm, seed, self.settings, self.paths, port, self.healing)
                 self.train(run_name(arm, seed, self.healing), config, servers)
         settings = asdict(self.settings)
         return gather(self.paths, self.arms, self.seeds, data=data, settings=settings, healing=self.healing)
 
-    def _heal(self, seed: int) -> None:
+    def heal(self, seed: int) -> None:
         """Trains the student from which the arms of a seed start, unless that is done."""
         if self.healing:
             config = healing_config(seed, self.healing, self.settings, self.paths)

@@ -96,11 +96,11 @@ class RealPaths:
 
 def arm_config(arm: ArmName, seed: int, settings: Settings, paths: RealPaths, port: int) -> Config:
     """One arm in token mode. Arms differ only in the teacher and the control."""
-    config = _config(f"{arm}-seed{seed}", seed, settings, paths)
+    config = base_config(f"{arm}-seed{seed}", seed, settings, paths)
     config["student"] = {"path": str(paths.student), "mode": "token"}
     config["run"]["steps"] = settings.steps
     if arm != "ce":
-        config |= _teacher_sections(settings, {"selector": "full", "span": "all"}, port)
+        config |= teacher_sections(settings, {"selector": "full", "span": "all"}, port)
     if arm == "shuffled":
         config["kv"]["control"] = "shuffled"
     return config
@@ -108,13 +108,13 @@ def arm_config(arm: ArmName, seed: int, settings: Settings, paths: RealPaths, po
 
 def latent_config(arm: LatentArmName, seed: int, settings: Settings, paths: RealPaths, port: int) -> Config:
     """A short run in latent mode, from the student that the arm `ce` of the same seed trained on the text."""
-    config = _config(arm, seed, settings, paths)
+    config = base_config(arm, seed, settings, paths)
     start = paths.runs.run(f"ce-seed{seed}") / BEST_MODEL
     config["student"] = {"path": str(start), "mode": "latent", "latents": LATENTS, "passes": 3}
     config["run"]["steps"] = settings.latent_steps
     if arm == "latent_kv":
         selection = {"selector": "right", "budget": LATENTS, "span": "reasoning"}
-        config |= _teacher_sections(settings, selection, port)
+        config |= teacher_sections(settings, selection, port)
     return config
 
 
@@ -130,7 +130,8 @@ def replay_config(
     return config
 
 
-def _config(name: str, seed: int, settings: Settings, paths: RealPaths) -> Config:
+def base_config(name: str, seed: int, settings: Settings, paths: RealPaths) -> Config:
+    """What all runs share: data, optimiser and length of a run without a teacher."""
     return {
         "data": {
             "train": str(paths.runs.split("train")),
@@ -152,7 +153,8 @@ def _config(name: str, seed: int, settings: Settings, paths: RealPaths) -> Confi
     }
 
 
-def _teacher_sections(settings: Settings, selection: dict[str, Any], port: int) -> Config:
+def teacher_sections(settings: Settings, selection: dict[str, Any], port: int) -> Config:
+    """The sections of a run that learns from the teacher's K/V of the selected tokens."""
     return {
         "teachers": [{"name": TEACHER, "endpoints": [f"127.0.0.1:{port}"]}],
         "kv": {"selection": selection},

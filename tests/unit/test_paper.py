@@ -1,4 +1,4 @@
-"""Tests of the tables of `python -m experiments.paper`: valid runs, kept runs, intervals, and the page that shows them."""
+"""Tests of `python -m experiments.paper`: valid runs, kept runs, intervals, and the page with the tables."""
 
 from __future__ import annotations
 
