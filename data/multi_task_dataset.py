@@ -226,6 +226,13 @@ class MultiTaskReasoningDataset:
                 raise self._too_few(pools, names, step * sum(counts))
             units = apportion_splits(*counts, {name: shares[name] for name in names}, capacities)
             quotas |= {name: (step * train, step * val) for name, (train, val) in units.items()}
+        totals = [sum(counts) for counts in zip(*quotas.values(), strict=True)]
+        for split, asked, total in zip(("train", "val"), (self.train_samples, self.val_samples), totals, strict=True):
+            if asked and not total:
+                raise ConfigError(
+                    f"{split}_samples: {asked} were asked for, but so few records are usable that none is left for "
+                    f"this split; add datasets, or change the ratio of train_samples to val_samples"
+                )
         return quotas
 
     def _too_few(self, pools: Mapping[str, QuestionPool], names: Sequence[str], needed: int) -> ConfigError:

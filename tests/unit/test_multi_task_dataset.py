@@ -127,6 +127,11 @@ def test_too_few_records_raise_unless_allow_fewer(copies: Path) -> None:
     assert loader.report["splits"]["train"]["records"] == len(train_ds)
 
 
+def test_a_split_without_any_record_is_refused(copies: Path) -> None:
+    with pytest.raises(ConfigError, match="val_samples: 1 were asked for, .*none is left for this split"):
+        prepare(copies, train_samples=100_000, val_samples=1, allow_fewer=True)
+
+
 def test_question_in_two_datasets_is_kept_once_and_reported(copies: Path, tmp_path: Path) -> None:
     directory = tmp_path / "copies"
     paths = write_guide_datasets(directory, 30)

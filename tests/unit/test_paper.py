@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import shlex
+import shutil
+import subprocess
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +17,7 @@ from experiments.paper import __main__ as paper
 from experiments.paper.paper_report import ArmResult, TableResult, as_json, from_json, rows, table_text
 from experiments.paper.paper_runs import PaperRuns
 from experiments.paper.paper_tables import TABLES
-from kvcore.config import parse
+from kvcore.config import load_config, parse
 from student_trainer.config import TrainConfig
 
 PORTS = {name: 50050 + number for number, name in enumerate(("teacher_a", "teacher_b", "bad_teacher", "itself"))}
@@ -101,3 +105,29 @@ def test_quick_run_changes_steps_and_items_only() -> None:
     for table in TABLES.values():
         assert table.quick_steps < table.settings.arm_steps
         assert replace(table.settings, arm_steps=table.quick_steps).task == table.settings.task
+
+
+def test_script_for_a_gpu_trains_valid_runs_of_each_method_and_seed() -> None:
+    bash = shutil.which("bash")
+    assert bash is not None
+    shown = subprocess.run(
+        [bash, "experiments/paper/run.sh", "--show"],
+        cwd=ROOT,
+        check=True,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "METHODS": "kava lotus", "SEEDS": "4 5"},
+    ).stdout.splitlines()
+    trained: list[tuple[str, str, int]] = []
+    for line in map(shlex.split, shown):
+        if "train" in line:
+            preset = Path(ROOT, line[line.index("--config") + 1])
+            changes = [line[place + 1] for place, word in enumerate(line) if word == "--set"]
+            config = load_config(preset, changes, TrainConfig)
+            trained.append((config.run.output_dir.name, config.student.mode, config.run.seed))
+    assert trained == [
+        (f"{method}_qwen0.5b_aug-seed{seed}{stage}", mode, seed)
+        for seed in (4, 5)
+        for method, stage, mode in (("kava", "", "latent"), ("lotus", "_written", "token"), ("lotus", "", "latent"))
+    ]
+    assert sum("eval" in line for line in map(shlex.split, shown)) == 4

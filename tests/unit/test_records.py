@@ -187,6 +187,12 @@ def test_saved_dataset_is_read_and_extra_columns_are_ignored(tmp_path: Path) -> 
     assert [record.id for record in load_records(tmp_path / "saved", limit=1)] == ["a"]
 
 
+def test_saved_dataset_without_rows_raises(tmp_path: Path) -> None:
+    Dataset.from_dict({"prompt": []}).save_to_disk(str(tmp_path / "val"))
+    with pytest.raises(ConfigError, match=r"val: has no records"):
+        load_records(tmp_path / "val")
+
+
 def test_digest_depends_only_on_content(tmp_path: Path) -> None:
     for name, row in (("one", GOOD), ("same", GOOD), ("other", GOOD | {"answer": "9"})):
         write_lines(tmp_path / f"{name}.jsonl", json.dumps(row))
