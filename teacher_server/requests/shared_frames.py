@@ -116,12 +116,17 @@ def through_memory(send: Send, slots: SharedSlots, call: Call) -> Send:
     """
 
     async def send_shared(frame: bytes) -> None:
-        if len(frame) >= MIN_SHARED_BYTES:
-            body = body_of(frame)
-            place = slots.put(body) if len(body) >= MIN_SHARED_BYTES else None
-            if place is not None:
-                call.shared_bytes += len(body)
-                frame = with_shared_body(frame, place)
+        frame, shared_bytes = with_body_in(slots, frame)
+        call.shared_bytes += shared_bytes
         await send(frame)
 
     return send_shared
+
+
+def with_body_in(slots: SharedSlots, frame: bytes) -> tuple[bytes, int]:
+    """The frame with its body in a slot, if it is large and a slot is free, and the bytes that the slot holds."""
+    if len(frame) < MIN_SHARED_BYTES:
+        return frame, 0
+    body = body_of(frame)
+    place = slots.put(body) if len(body) >= MIN_SHARED_BYTES else None
+    return (frame, 0) if place is None else (with_shared_body(frame, place), len(body))
