@@ -22,10 +22,13 @@ OPEN_SECONDS = 10.0
 Send = Callable[[bytes], Awaitable[None]]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Shared:
+    """Memory of one client. `named`: whether a request has named it, so that the client has opened it."""
+
     slots: SharedSlots
     offered: float
+    named: bool = False
 
 
 class SharedFrames:
@@ -81,13 +84,16 @@ class SharedFrames:
         """The memory whose key a request has; None without a key, or with one that is not known (any more)."""
         key = dict(metadata).get(MEMORY_METADATA)
         shared = self._shared.get(key) if isinstance(key, str) else None
-        return None if shared is None else shared.slots
+        if shared is None:
+            return None
+        shared.named = True
+        return shared.slots
 
     def drop_unused(self) -> None:
         """Free the memory of clients that have ended, or have not opened it in time."""
         oldest = self._now() - OPEN_SECONDS
         for key, shared in list(self._shared.items()):
-            if shared.offered <= oldest and not shared.slots.is_open():
+            if (shared.named or shared.offered <= oldest) and not shared.slots.is_open():
                 self._drop(key)
 
     def close(self) -> None:

@@ -256,6 +256,14 @@ def test_memory_that_no_client_holds_is_freed_after_a_while() -> None:
     clock.now += OPEN_SECONDS - 0.1
     frames.drop_unused()
     assert frames.nbytes == 2000
+    named = OpenedSlots(offered(frames))
+    assert frames.named_by((("kvdistill-memory", named.key),)) is not None
+    frames.drop_unused()
+    assert frames.nbytes == 3000
+    del named
+    gc.collect()
+    frames.drop_unused()
+    assert frames.nbytes == 2000
     clock.now += 0.2
     frames.drop_unused()
     assert frames.nbytes == 1000
