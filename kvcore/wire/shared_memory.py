@@ -28,8 +28,8 @@ from protos import kv_cache_pb2 as pb
 MEMORY_METADATA = "kvdistill-memory"
 USED = "used"
 
-# Smaller bodies stay in the stream: for them the message costs more than the copies. At 64 KiB, shared memory took more
-# CPU time than the stream, and at 1 MiB a third (docs/benchmarks.md).
+# Smaller bodies stay in the stream: for them the message costs more than the copies. Of a prototype, frames of 64 KiB took
+# more CPU time than in the stream, and frames of 1 MiB a third (docs/benchmarks.md).
 MIN_SHARED_BYTES = 256 << 10
 # How long a slot belongs to a body that the client has not read. A client reads a frame within milliseconds.
 LEASE_SECONDS = 30.0
