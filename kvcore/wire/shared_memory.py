@@ -28,8 +28,8 @@ from protos import kv_cache_pb2 as pb
 MEMORY_METADATA = "kvdistill-memory"
 USED = "used"
 
-# Smaller bodies stay in the stream: for them the message costs more than the copies. Of a prototype, frames of 64 KiB took
-# more CPU time than in the stream, and frames of 1 MiB a third (docs/benchmarks.md).
+# Smaller bodies stay in the stream: for them the message costs more than the copies. In a prototype, frames of 64 KiB
+# took more CPU time than in the stream, and frames of 1 MiB a third of it (docs/benchmarks.md).
 MIN_SHARED_BYTES = 256 << 10
 # How long a slot belongs to a body that the client has not read. A client reads a frame within milliseconds.
 LEASE_SECONDS = 30.0
