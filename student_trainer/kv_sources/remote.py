@@ -313,6 +313,8 @@ class RemoteSource(KVSource):
             raise self._errors.of_status(error) from error
         finally:
             call.cancel()
+            # A reader that is kept would keep the memory.
+            reader.memory = None
 
     def _request(self, request_id: str, samples: Sequence[Sample]) -> tuple[Message, StreamReader]:
         """A request, and the reader of its response stream."""

@@ -229,6 +229,39 @@ def test_a_body_in_memory_that_was_not_agreed_is_refused() -> None:
         unpack_frame(malformed, lambda _place: b"other")
 
 
+def test_a_flipped_bit_in_a_frame_never_gives_another_body() -> None:
+    slots = SharedSlots(Layout(4, MIN_SHARED_BYTES))
+    client = OpenedSlots(slots.offer())
+    # Every slot has a body of the same generation.
+    answers = [large_frame(slots) for _ in range(4)]
+    frame, header, body = answers[-1]
+    noticed = 0
+    for bit in range(8 * len(frame)):
+        changed_frame = bytearray(frame)
+        changed_frame[bit // 8] ^= 1 << bit % 8
+        try:
+            found_header, found = unpack_frame(bytes(changed_frame), client.read)
+        except ProtocolError:
+            noticed += 1
+            continue
+        # `StreamReader` compares these.
+        if found_header["xxh3"] != xxhash.xxh3_64_intdigest(found):
+            noticed += 1
+        else:
+            assert (found_header, found) == (header, body)
+    assert noticed > 7 * len(frame)
+    slots.close()
+
+
+def large_frame(slots: SharedSlots) -> tuple[bytes, dict[str, object], bytes]:
+    """A frame whose body is in a slot, its header and its body."""
+    body = os.urandom(MIN_SHARED_BYTES)
+    header: dict[str, object] = {"xxh3": xxhash.xxh3_64_intdigest(body), "records": []}
+    frame, shared_bytes = with_body_in(slots, pack_frame(header, body))
+    assert shared_bytes
+    return frame, header, body
+
+
 def offered(frames: SharedFrames) -> pb.OpenMemoryResponse:
     return asyncio.run(frames.offer())
 
