@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 import xxhash
 
-from kvcore.errors import ProtocolError
+from kvcore.config import parse
+from kvcore.errors import FieldError, ProtocolError
 from kvcore.wire import shared_memory
 from kvcore.wire.frames import body_of, pack_frame, unpack_frame, with_shared_body
 from kvcore.wire.shared_memory import (
@@ -22,6 +23,7 @@ from kvcore.wire.shared_memory import (
     SharedSlots,
 )
 from protos import kv_cache_pb2 as pb
+from teacher_server.config import ServeConfig
 from teacher_server.requests.shared_frames import OPEN_SECONDS, SharedFrames, with_body_in
 
 LAYOUT = Layout(slots=3, slot_bytes=1000)
@@ -327,3 +329,25 @@ def test_a_system_without_room_shares_none(monkeypatch: pytest.MonkeyPatch, capl
     assert len(caplog.records) == 1
     assert frames.nbytes == 0
     assert len(list(Path("/proc/self/fd").iterdir())) == descriptors
+
+
+@pytest.mark.parametrize(
+    ("settings", "problem"),
+    [
+        (
+            {"shared_client_bytes": 1 << 19},
+            "shared_client_bytes: 524288 is smaller than a frame of up to 1048576 bytes",
+        ),
+        ({"shared_memory_bytes": 1 << 20}, "shared_memory_bytes: 1048576 is smaller than the memory of one client"),
+        ({"shared_memory_bytes": -1}, "shared_memory_bytes: Input should be greater than or equal to 0"),
+    ],
+    ids=str,
+)
+def test_sizes_that_hold_no_frame_are_refused(settings: dict[str, int], problem: str) -> None:
+    tree: dict[str, object] = {"model": "fake:layers=2", "engine": "fake"}
+    with pytest.raises(FieldError, match=problem):
+        parse(tree | settings, ServeConfig)
+    # Without shared memory, the size of a client's does not matter.
+    assert parse({**tree, "shared_memory_bytes": 0, "shared_client_bytes": 1}, ServeConfig).shared_client_bytes == 1
+    # The largest frame fits into the defaults.
+    assert parse({**tree, "max_frame_bytes": 64 << 20}, ServeConfig).shared_memory_bytes
