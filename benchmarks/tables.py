@@ -53,7 +53,11 @@ def serve(result: Result) -> str:
 
 
 def transport(result: Result) -> str:
-    """One row for each arm."""
+    """One table for each size of frames, with one row for each arm."""
+    return "\n".join(map(_transports, result["sizes"]))
+
+
+def _transports(result: Result) -> str:
     ratios: dict[str, float] = result["ratios"]
     arms = ("identity", *(name.removeprefix("identity_over_") for name in ratios))
     rows = [

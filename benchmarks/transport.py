@@ -1,14 +1,15 @@
 """Compares what it costs to send the same frames to another process of this machine in different ways.
 
-Prints one JSON object as its last line. A server process streams frames of equal size; this process reads them, and
-reads every byte once. The arms take turns, and medians over the rounds are reported: MB/s at the client, and CPU
-seconds of client and server per GB.
+Prints one JSON object as its last line, with one entry in `sizes` for each size of frames. A server process streams
+frames of equal size; this process reads them, and reads every byte once. The arms take turns, and medians over the
+rounds are reported: MB/s at the client, and CPU seconds of client and server per GB.
 
-- `identity`: what kvdistill does: gRPC on loopback, and frames whose bytes pass through without protobuf objects.
+- `identity`: what kvdistill does between machines: gRPC on loopback, and frames whose bytes pass through without
+  protobuf objects.
 - `identity_unix`: the same on a unix socket.
 - `protobuf`: gRPC on loopback with protobuf objects.
-- `shared_memory`: bodies in memory that both processes see, and their places over gRPC on a unix socket. The server
-  copies a body into the memory, and the client reads it there without a copy: the least that shared memory can cost.
+- `shared_memory`: what kvdistill does on one machine: as `identity`, but bodies of at least 256 KiB that find a free
+  slot go through shared memory.
 - `flight`: Arrow Flight on loopback.
 - `socket`: a plain TCP socket on loopback.
 
@@ -16,7 +17,7 @@ seconds of client and server per GB.
 
 Examples:
   python -m benchmarks.transport
-  python -m benchmarks.transport --frame-bytes 262144 --megabytes 512 --rounds 9
+  python -m benchmarks.transport --frame-bytes 262144 4194304 --megabytes 512 --rounds 9
 """
 
 from __future__ import annotations
@@ -104,7 +105,6 @@ def run(frame_bytes: int, megabytes: int, rounds: int) -> dict[str, object]:
                 if number:
                     measured.setdefault(arm, []).append(one)
     return {
-        "benchmark": "transport",
         "frame_bytes": frame_bytes,
         "megabytes_per_round": round(frames * frame_bytes / 1e6, 1),
         "rounds": rounds,
@@ -134,15 +134,18 @@ def medians(results: Sequence[Round]) -> dict[str, float]:
 def main() -> None:
     """Parses the arguments, runs the benchmark and prints the result."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--frame-bytes", type=int, default=1 << 20, help="bytes of a frame's body")
+    parser.add_argument(
+        "--frame-bytes", type=int, nargs="+", default=[1 << 16, 1 << 20], help="bytes of a frame's body"
+    )
     parser.add_argument("--megabytes", type=int, default=256, help="payload per round")
     parser.add_argument("--rounds", type=int, default=5, help="number of measured rounds")
     parser.add_argument("--serve", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.serve:
-        serve(arguments.frame_bytes, arguments.serve)
+        serve(arguments.frame_bytes[0], arguments.serve)
         return
-    sys.stdout.write(json.dumps(run(arguments.frame_bytes, arguments.megabytes, arguments.rounds)) + "\n")
+    sizes = [run(frame_bytes, arguments.megabytes, arguments.rounds) for frame_bytes in arguments.frame_bytes]
+    sys.stdout.write(json.dumps({"benchmark": "transport", "sizes": sizes}) + "\n")
 
 
 if __name__ == "__main__":

@@ -6,10 +6,8 @@ All clients read every byte of every frame once, as a client does that checks a 
 from __future__ import annotations
 
 import contextlib
-import mmap
 import socket
 import threading
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -23,13 +21,12 @@ from grpc.experimental import ChannelOptions
 from pyarrow import flight
 
 from kvcore.wire.frames import pack_frame, unpack_frame
+from kvcore.wire.shared_memory import MAX_SLOTS, Layout, OpenedSlots, SharedSlots
 from protos import kv_cache_pb2 as pb
+from teacher_server.requests.shared_frames import with_body_in
 
 HEADER = {"v": 1, "request": "0" * 32, "seq": 0, "xxh3": 0, "records": [{"kind": "more", "index": 0}]}
 HEADER_ALLOWANCE = 1 << 20
-# Frames that may lie in shared memory at a time, and how long a server waits before it looks again for a free one.
-SLOTS = 32
-POLL_SECONDS = 0.0002
 
 Addresses = dict[str, Any]
 # Reads a number of frames; returns the bytes of their bodies.
@@ -45,8 +42,7 @@ def read_all(body: bytes | bytearray | memoryview) -> int:
 def serve_grpc(body: bytes, folder: Path) -> tuple[grpc.Server, Addresses]:
     """Serves the arms of gRPC, on loopback and on a unix socket."""
     header = pb.KVFrame.FromString(pack_frame(HEADER, b"")).header
-    (folder / "memory").write_bytes(bytes(SLOTS * (1 + len(body))))
-    memory = shared_memory(folder)
+    slots = SharedSlots(Layout(MAX_SLOTS, len(body)))
 
     def identity(request: bytes, _context: grpc.ServicerContext) -> Iterator[bytes]:
         for _ in range(int(request)):
@@ -57,7 +53,7 @@ def serve_grpc(body: bytes, folder: Path) -> tuple[grpc.Server, Addresses]:
             yield pb.KVFrame(header=header, body=body)
 
     def in_memory(request: bytes, _context: grpc.ServicerContext) -> Iterator[bytes]:
-        return shared_frames(int(request), body, memory)
+        return shared_frames(int(request), body, slots)
 
     server = grpc.server(ThreadPoolExecutor(2))
     handlers = {
@@ -70,28 +66,14 @@ def serve_grpc(body: bytes, folder: Path) -> tuple[grpc.Server, Addresses]:
     unix = f"unix:{folder / 'grpc.sock'}"
     server.add_insecure_port(unix)
     server.start()
-    return server, {"tcp": f"127.0.0.1:{port}", "unix": unix, "folder": str(folder)}
+    offer = slots.offer().SerializeToString().hex()
+    return server, {"tcp": f"127.0.0.1:{port}", "unix": unix, "offer": offer}
 
 
-def shared_memory(folder: Path) -> mmap.mmap:
-    """The memory that both processes see: a file in `folder`, which lies in memory if the folder does."""
-    with (folder / "memory").open("r+b") as file:
-        return mmap.mmap(file.fileno(), 0)
-
-
-def shared_frames(frames: int, body: bytes, memory: mmap.mmap) -> Iterator[bytes]:
-    """Puts each body into a free slot of the shared memory, and sends only where it is.
-
-    The memory begins with a byte for each slot: 1 while its frame waits for the client.
-    """
-    for number in range(frames):
-        slot = number % SLOTS
-        while memory[slot]:
-            time.sleep(POLL_SECONDS)
-        start = SLOTS + slot * len(body)
-        memory[start : start + len(body)] = body
-        memory[slot] = 1
-        yield pack_frame({**HEADER, "slot": slot, "size": len(body)}, b"")
+def shared_frames(frames: int, body: bytes, slots: SharedSlots) -> Iterator[bytes]:
+    """Frames as a server sends them: large bodies in free slots."""
+    for _ in range(frames):
+        yield with_body_in(slots, pack_frame(HEADER, body))[0]
 
 
 def serve_socket(body: bytes) -> Addresses:
@@ -131,31 +113,18 @@ class FlightServer(flight.FlightServerBase):
         return flight.GeneratorStream(schema, batches())
 
 
-def grpc_reader(arm: str, channel: grpc.Channel) -> ReadFrames:
-    """Reads frames as the student does (the body is a view of the received bytes), or as a generated client does."""
+def grpc_reader(arm: str, channel: grpc.Channel, slots: OpenedSlots | None = None) -> ReadFrames:
+    """Reads frames as the student does, or as a generated client does.
+
+    The student's body is a view of the received bytes, or a copy of its slot.
+    """
+    read_shared = None if slots is None else slots.read
 
     def read(frames: int) -> int:
         call = channel.unary_stream(f"/bench/{arm}")(str(frames).encode())
         if arm == "protobuf":
             return sum(read_all(pb.KVFrame.FromString(data).body) for data in call)
-        return sum(read_all(unpack_frame(data)[1]) for data in call)
-
-    return read
-
-
-def memory_reader(channel: grpc.Channel, folder: Path) -> ReadFrames:
-    """Reads frames where the server put them, without a copy."""
-    memory = shared_memory(folder)
-    view = memoryview(memory)
-
-    def read(frames: int) -> int:
-        total = 0
-        for data in channel.unary_stream("/bench/shared_memory")(str(frames).encode()):
-            place, _ = unpack_frame(data)
-            start = SLOTS + place["slot"] * place["size"]
-            total += read_all(view[start : start + place["size"]])
-            memory[place["slot"]] = 0
-        return total
+        return sum(read_all(unpack_frame(data, read_shared)[1]) for data in call)
 
     return read
 
@@ -209,11 +178,12 @@ def readers(addresses: Addresses, frame_bytes: int) -> Iterator[dict[str, ReadFr
         grpc.insecure_channel(addresses["tcp"], options=options) as tcp,
         grpc.insecure_channel(addresses["unix"], options=options) as unix,
     ):
+        offer = pb.OpenMemoryResponse.FromString(bytes.fromhex(addresses["offer"]))
         yield {
             "identity": grpc_reader("identity", tcp),
             "identity_unix": grpc_reader("identity", unix),
             "protobuf": grpc_reader("protobuf", tcp),
-            "shared_memory": memory_reader(unix, Path(addresses["folder"])),
+            "shared_memory": grpc_reader("shared_memory", tcp, OpenedSlots(offer)),
             "flight": flight_reader(addresses["flight"]),
             "socket": socket_reader(addresses["socket"]),
         }

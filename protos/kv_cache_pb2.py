@@ -24,19 +24,19 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15protos/kv_cache.proto\x12\nkvcache.v1\"\x11\n\x0f\x44\x65scribeRequest\"\x93\x02\n\x10\x44\x65scribeResponse\x12\r\n\x05model\x18\x01 \x01(\t\x12\x16\n\x0eweights_digest\x18\x02 \x01(\t\x12\x1d\n\x15tokenizer_fingerprint\x18\x03 \x01(\t\x12\x0e\n\x06layers\x18\x04 \x01(\x05\x12\x10\n\x08kv_heads\x18\x05 \x01(\x05\x12\x10\n\x08head_dim\x18\x06 \x01(\x05\x12\x11\n\trope_json\x18\x07 \x01(\t\x12\x0e\n\x06\x65ngine\x18\x08 \x01(\t\x12\r\n\x05\x64type\x18\t \x01(\t\x12\"\n\x06limits\x18\n \x01(\x0b\x32\x12.kvcache.v1.Limits\x12\x11\n\tselectors\x18\x0b \x03(\t\x12\x0e\n\x06\x63odecs\x18\x0c \x03(\t\x12\x0c\n\x04xxh3\x18\r \x01(\x06\"t\n\x06Limits\x12\x19\n\x11max_sample_tokens\x18\x01 \x01(\x05\x12\x1f\n\x17max_samples_per_request\x18\x02 \x01(\x05\x12\x17\n\x0fmax_frame_bytes\x18\x03 \x01(\x05\x12\x15\n\rmax_map_bytes\x18\x04 \x01(\x03\"<\n\x0eLoadMapRequest\x12\x0e\n\x06\x64igest\x18\x01 \x01(\t\x12\x0c\n\x04size\x18\x02 \x01(\x03\x12\x0c\n\x04\x64\x61ta\x18\x03 \x01(\x0c\"\x11\n\x0fLoadMapResponse\"d\n\tKVRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x1e\n\x04plan\x18\x02 \x01(\x0b\x32\x10.kvcache.v1.Plan\x12#\n\x07samples\x18\x03 \x03(\x0b\x32\x12.kvcache.v1.Sample\"\x92\x01\n\x0fGenerateRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x1e\n\x04plan\x18\x02 \x01(\x0b\x32\x10.kvcache.v1.Plan\x12#\n\x07samples\x18\x03 \x03(\x0b\x32\x12.kvcache.v1.Sample\x12&\n\x08sampling\x18\x04 \x01(\x0b\x32\x14.kvcache.v1.Sampling\"\x88\x01\n\x08Sampling\x12\x16\n\x0emax_new_tokens\x18\x01 \x01(\x05\x12\x13\n\x0btemperature\x18\x02 \x01(\x01\x12\x12\n\x05top_p\x18\x03 \x01(\x01H\x00\x88\x01\x01\x12\x0c\n\x04seed\x18\x04 \x01(\x04\x12\x0c\n\x04stop\x18\x05 \x03(\t\x12\x15\n\ranswer_marker\x18\x06 \x01(\tB\x08\n\x06_top_p\"\xa9\x01\n\x06Sample\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x12)\n\ttoken_ids\x18\x03 \x01(\x0b\x32\x14.kvcache.v1.TokenIdsH\x00\x12\x1f\n\x05spans\x18\x04 \x03(\x0b\x32\x10.kvcache.v1.Span\x12#\n\x04\x63hat\x18\x05 \x01(\x0b\x32\x10.kvcache.v1.ChatH\x01\x88\x01\x01\x42\t\n\x07\x63ontentB\x07\n\x05_chat\">\n\x04\x43hat\x12\x1f\n\x05turns\x18\x01 \x03(\x0b\x32\x10.kvcache.v1.Turn\x12\x15\n\rsystem_prompt\x18\x02 \x01(\t\"0\n\x04Turn\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\r\n\x05start\x18\x02 \x01(\x05\x12\x0b\n\x03\x65nd\x18\x03 \x01(\x05\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\x05\"F\n\x04Span\x12\"\n\x04kind\x18\x01 \x01(\x0e\x32\x14.kvcache.v1.SpanKind\x12\r\n\x05start\x18\x02 \x01(\x05\x12\x0b\n\x03\x65nd\x18\x03 \x01(\x05\"\xab\x01\n\x04Plan\x12\x0e\n\x06layers\x18\x01 \x03(\x05\x12(\n\tselection\x18\x02 \x01(\x0b\x32\x15.kvcache.v1.Selection\x12 \n\x05\x63odec\x18\x03 \x01(\x0b\x32\x11.kvcache.v1.Codec\x12%\n\x03map\x18\x06 \x01(\x0b\x32\x13.kvcache.v1.PlanMapH\x00\x88\x01\x01\x42\x06\n\x04_mapJ\x04\x08\x04\x10\x05J\x04\x08\x05\x10\x06R\x04keysR\x06values\"L\n\x07PlanMap\x12\x0e\n\x06\x64igest\x18\x01 \x01(\t\x12\r\n\x05heads\x18\x02 \x01(\x05\x12\x10\n\x08head_dim\x18\x03 \x01(\x05\x12\x10\n\x08restores\x18\x04 \x01(\x08\"\x93\x02\n\tSelection\x12\x10\n\x08selector\x18\x01 \x01(\t\x12\x0e\n\x06\x62udget\x18\x02 \x01(\x05\x12\"\n\x04span\x18\x03 \x01(\x0e\x32\x14.kvcache.v1.SpanKind\x12 \n\x05scope\x18\x04 \x01(\x0e\x32\x11.kvcache.v1.Scope\x12\x1e\n\x11importance_weight\x18\x05 \x01(\x01H\x00\x88\x01\x01\x12\x38\n\x0fimportance_pool\x18\x06 \x01(\x0e\x32\x1a.kvcache.v1.ImportancePoolH\x01\x88\x01\x01\x12\x11\n\x04seed\x18\x07 \x01(\x04H\x02\x88\x01\x01\x42\x14\n\x12_importance_weightB\x12\n\x10_importance_poolB\x07\n\x05_seed\"u\n\x05\x43odec\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x17\n\ngroup_size\x18\x02 \x01(\x05H\x00\x88\x01\x01\x12\x1f\n\x12max_relative_error\x18\x03 \x01(\x01H\x01\x88\x01\x01\x42\r\n\x0b_group_sizeB\x15\n\x13_max_relative_error\"<\n\x07KVFrame\x12\x0e\n\x06header\x18\x01 \x01(\x0c\x12\x0c\n\x04\x62ody\x18\x02 \x01(\x0c\x12\x13\n\x0bheader_xxh3\x18\x03 \x01(\x06*}\n\x08SpanKind\x12\x19\n\x15SPAN_KIND_UNSPECIFIED\x10\x00\x12\x14\n\x10SPAN_KIND_PROMPT\x10\x01\x12\x17\n\x13SPAN_KIND_REASONING\x10\x02\x12\x14\n\x10SPAN_KIND_ANSWER\x10\x03\x12\x11\n\rSPAN_KIND_ALL\x10\x04*d\n\x0eImportancePool\x12\x1f\n\x1bIMPORTANCE_POOL_UNSPECIFIED\x10\x00\x12\x17\n\x13IMPORTANCE_POOL_MAX\x10\x01\x12\x18\n\x14IMPORTANCE_POOL_MEAN\x10\x02*Q\n\x05Scope\x12\x15\n\x11SCOPE_UNSPECIFIED\x10\x00\x12\x0e\n\nSCOPE_HEAD\x10\x01\x12\x0f\n\x0bSCOPE_LAYER\x10\x02\x12\x10\n\x0cSCOPE_SAMPLE\x10\x03\x32\x92\x02\n\tTeacherKV\x12\x45\n\x08\x44\x65scribe\x12\x1b.kvcache.v1.DescribeRequest\x1a\x1c.kvcache.v1.DescribeResponse\x12\x38\n\x08StreamKV\x12\x15.kvcache.v1.KVRequest\x1a\x13.kvcache.v1.KVFrame0\x01\x12>\n\x08Generate\x12\x1b.kvcache.v1.GenerateRequest\x1a\x13.kvcache.v1.KVFrame0\x01\x12\x44\n\x07LoadMap\x12\x1a.kvcache.v1.LoadMapRequest\x1a\x1b.kvcache.v1.LoadMapResponse(\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15protos/kv_cache.proto\x12\nkvcache.v1\"\x11\n\x0f\x44\x65scribeRequest\"\x93\x02\n\x10\x44\x65scribeResponse\x12\r\n\x05model\x18\x01 \x01(\t\x12\x16\n\x0eweights_digest\x18\x02 \x01(\t\x12\x1d\n\x15tokenizer_fingerprint\x18\x03 \x01(\t\x12\x0e\n\x06layers\x18\x04 \x01(\x05\x12\x10\n\x08kv_heads\x18\x05 \x01(\x05\x12\x10\n\x08head_dim\x18\x06 \x01(\x05\x12\x11\n\trope_json\x18\x07 \x01(\t\x12\x0e\n\x06\x65ngine\x18\x08 \x01(\t\x12\r\n\x05\x64type\x18\t \x01(\t\x12\"\n\x06limits\x18\n \x01(\x0b\x32\x12.kvcache.v1.Limits\x12\x11\n\tselectors\x18\x0b \x03(\t\x12\x0e\n\x06\x63odecs\x18\x0c \x03(\t\x12\x0c\n\x04xxh3\x18\r \x01(\x06\"t\n\x06Limits\x12\x19\n\x11max_sample_tokens\x18\x01 \x01(\x05\x12\x1f\n\x17max_samples_per_request\x18\x02 \x01(\x05\x12\x17\n\x0fmax_frame_bytes\x18\x03 \x01(\x05\x12\x15\n\rmax_map_bytes\x18\x04 \x01(\x03\"<\n\x0eLoadMapRequest\x12\x0e\n\x06\x64igest\x18\x01 \x01(\t\x12\x0c\n\x04size\x18\x02 \x01(\x03\x12\x0c\n\x04\x64\x61ta\x18\x03 \x01(\x0c\"\x11\n\x0fLoadMapResponse\"\x13\n\x11OpenMemoryRequest\"o\n\x12OpenMemoryResponse\x12\x0f\n\x07problem\x18\x01 \x01(\t\x12\x0b\n\x03pid\x18\x02 \x01(\x05\x12\n\n\x02\x66\x64\x18\x03 \x01(\x05\x12\x0c\n\x04name\x18\x04 \x01(\t\x12\r\n\x05slots\x18\x05 \x01(\x05\x12\x12\n\nslot_bytes\x18\x06 \x01(\x03\"d\n\tKVRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x1e\n\x04plan\x18\x02 \x01(\x0b\x32\x10.kvcache.v1.Plan\x12#\n\x07samples\x18\x03 \x03(\x0b\x32\x12.kvcache.v1.Sample\"\x92\x01\n\x0fGenerateRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x1e\n\x04plan\x18\x02 \x01(\x0b\x32\x10.kvcache.v1.Plan\x12#\n\x07samples\x18\x03 \x03(\x0b\x32\x12.kvcache.v1.Sample\x12&\n\x08sampling\x18\x04 \x01(\x0b\x32\x14.kvcache.v1.Sampling\"\x88\x01\n\x08Sampling\x12\x16\n\x0emax_new_tokens\x18\x01 \x01(\x05\x12\x13\n\x0btemperature\x18\x02 \x01(\x01\x12\x12\n\x05top_p\x18\x03 \x01(\x01H\x00\x88\x01\x01\x12\x0c\n\x04seed\x18\x04 \x01(\x04\x12\x0c\n\x04stop\x18\x05 \x03(\t\x12\x15\n\ranswer_marker\x18\x06 \x01(\tB\x08\n\x06_top_p\"\xa9\x01\n\x06Sample\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x12)\n\ttoken_ids\x18\x03 \x01(\x0b\x32\x14.kvcache.v1.TokenIdsH\x00\x12\x1f\n\x05spans\x18\x04 \x03(\x0b\x32\x10.kvcache.v1.Span\x12#\n\x04\x63hat\x18\x05 \x01(\x0b\x32\x10.kvcache.v1.ChatH\x01\x88\x01\x01\x42\t\n\x07\x63ontentB\x07\n\x05_chat\">\n\x04\x43hat\x12\x1f\n\x05turns\x18\x01 \x03(\x0b\x32\x10.kvcache.v1.Turn\x12\x15\n\rsystem_prompt\x18\x02 \x01(\t\"0\n\x04Turn\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\r\n\x05start\x18\x02 \x01(\x05\x12\x0b\n\x03\x65nd\x18\x03 \x01(\x05\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\x05\"F\n\x04Span\x12\"\n\x04kind\x18\x01 \x01(\x0e\x32\x14.kvcache.v1.SpanKind\x12\r\n\x05start\x18\x02 \x01(\x05\x12\x0b\n\x03\x65nd\x18\x03 \x01(\x05\"\xab\x01\n\x04Plan\x12\x0e\n\x06layers\x18\x01 \x03(\x05\x12(\n\tselection\x18\x02 \x01(\x0b\x32\x15.kvcache.v1.Selection\x12 \n\x05\x63odec\x18\x03 \x01(\x0b\x32\x11.kvcache.v1.Codec\x12%\n\x03map\x18\x06 \x01(\x0b\x32\x13.kvcache.v1.PlanMapH\x00\x88\x01\x01\x42\x06\n\x04_mapJ\x04\x08\x04\x10\x05J\x04\x08\x05\x10\x06R\x04keysR\x06values\"L\n\x07PlanMap\x12\x0e\n\x06\x64igest\x18\x01 \x01(\t\x12\r\n\x05heads\x18\x02 \x01(\x05\x12\x10\n\x08head_dim\x18\x03 \x01(\x05\x12\x10\n\x08restores\x18\x04 \x01(\x08\"\x93\x02\n\tSelection\x12\x10\n\x08selector\x18\x01 \x01(\t\x12\x0e\n\x06\x62udget\x18\x02 \x01(\x05\x12\"\n\x04span\x18\x03 \x01(\x0e\x32\x14.kvcache.v1.SpanKind\x12 \n\x05scope\x18\x04 \x01(\x0e\x32\x11.kvcache.v1.Scope\x12\x1e\n\x11importance_weight\x18\x05 \x01(\x01H\x00\x88\x01\x01\x12\x38\n\x0fimportance_pool\x18\x06 \x01(\x0e\x32\x1a.kvcache.v1.ImportancePoolH\x01\x88\x01\x01\x12\x11\n\x04seed\x18\x07 \x01(\x04H\x02\x88\x01\x01\x42\x14\n\x12_importance_weightB\x12\n\x10_importance_poolB\x07\n\x05_seed\"u\n\x05\x43odec\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x17\n\ngroup_size\x18\x02 \x01(\x05H\x00\x88\x01\x01\x12\x1f\n\x12max_relative_error\x18\x03 \x01(\x01H\x01\x88\x01\x01\x42\r\n\x0b_group_sizeB\x15\n\x13_max_relative_error\"i\n\x07KVFrame\x12\x0e\n\x06header\x18\x01 \x01(\x0c\x12\x0c\n\x04\x62ody\x18\x02 \x01(\x0c\x12\x13\n\x0bheader_xxh3\x18\x03 \x01(\x06\x12+\n\x0bshared_body\x18\x04 \x01(\x0b\x32\x16.kvcache.v1.SharedBody\"<\n\nSharedBody\x12\x0c\n\x04slot\x18\x01 \x01(\r\x12\x12\n\ngeneration\x18\x02 \x01(\x04\x12\x0c\n\x04size\x18\x03 \x01(\r*}\n\x08SpanKind\x12\x19\n\x15SPAN_KIND_UNSPECIFIED\x10\x00\x12\x14\n\x10SPAN_KIND_PROMPT\x10\x01\x12\x17\n\x13SPAN_KIND_REASONING\x10\x02\x12\x14\n\x10SPAN_KIND_ANSWER\x10\x03\x12\x11\n\rSPAN_KIND_ALL\x10\x04*d\n\x0eImportancePool\x12\x1f\n\x1bIMPORTANCE_POOL_UNSPECIFIED\x10\x00\x12\x17\n\x13IMPORTANCE_POOL_MAX\x10\x01\x12\x18\n\x14IMPORTANCE_POOL_MEAN\x10\x02*Q\n\x05Scope\x12\x15\n\x11SCOPE_UNSPECIFIED\x10\x00\x12\x0e\n\nSCOPE_HEAD\x10\x01\x12\x0f\n\x0bSCOPE_LAYER\x10\x02\x12\x10\n\x0cSCOPE_SAMPLE\x10\x03\x32\xdf\x02\n\tTeacherKV\x12\x45\n\x08\x44\x65scribe\x12\x1b.kvcache.v1.DescribeRequest\x1a\x1c.kvcache.v1.DescribeResponse\x12\x38\n\x08StreamKV\x12\x15.kvcache.v1.KVRequest\x1a\x13.kvcache.v1.KVFrame0\x01\x12>\n\x08Generate\x12\x1b.kvcache.v1.GenerateRequest\x1a\x13.kvcache.v1.KVFrame0\x01\x12\x44\n\x07LoadMap\x12\x1a.kvcache.v1.LoadMapRequest\x1a\x1b.kvcache.v1.LoadMapResponse(\x01\x12K\n\nOpenMemory\x12\x1d.kvcache.v1.OpenMemoryRequest\x1a\x1e.kvcache.v1.OpenMemoryResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'protos.kv_cache_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_SPANKIND']._serialized_start=2017
-  _globals['_SPANKIND']._serialized_end=2142
-  _globals['_IMPORTANCEPOOL']._serialized_start=2144
-  _globals['_IMPORTANCEPOOL']._serialized_end=2244
-  _globals['_SCOPE']._serialized_start=2246
-  _globals['_SCOPE']._serialized_end=2327
+  _globals['_SPANKIND']._serialized_start=2258
+  _globals['_SPANKIND']._serialized_end=2383
+  _globals['_IMPORTANCEPOOL']._serialized_start=2385
+  _globals['_IMPORTANCEPOOL']._serialized_end=2485
+  _globals['_SCOPE']._serialized_start=2487
+  _globals['_SCOPE']._serialized_end=2568
   _globals['_DESCRIBEREQUEST']._serialized_start=37
   _globals['_DESCRIBEREQUEST']._serialized_end=54
   _globals['_DESCRIBERESPONSE']._serialized_start=57
@@ -47,32 +47,38 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_LOADMAPREQUEST']._serialized_end=512
   _globals['_LOADMAPRESPONSE']._serialized_start=514
   _globals['_LOADMAPRESPONSE']._serialized_end=531
-  _globals['_KVREQUEST']._serialized_start=533
-  _globals['_KVREQUEST']._serialized_end=633
-  _globals['_GENERATEREQUEST']._serialized_start=636
-  _globals['_GENERATEREQUEST']._serialized_end=782
-  _globals['_SAMPLING']._serialized_start=785
-  _globals['_SAMPLING']._serialized_end=921
-  _globals['_SAMPLE']._serialized_start=924
-  _globals['_SAMPLE']._serialized_end=1093
-  _globals['_CHAT']._serialized_start=1095
-  _globals['_CHAT']._serialized_end=1157
-  _globals['_TURN']._serialized_start=1159
-  _globals['_TURN']._serialized_end=1207
-  _globals['_TOKENIDS']._serialized_start=1209
-  _globals['_TOKENIDS']._serialized_end=1232
-  _globals['_SPAN']._serialized_start=1234
-  _globals['_SPAN']._serialized_end=1304
-  _globals['_PLAN']._serialized_start=1307
-  _globals['_PLAN']._serialized_end=1478
-  _globals['_PLANMAP']._serialized_start=1480
-  _globals['_PLANMAP']._serialized_end=1556
-  _globals['_SELECTION']._serialized_start=1559
-  _globals['_SELECTION']._serialized_end=1834
-  _globals['_CODEC']._serialized_start=1836
-  _globals['_CODEC']._serialized_end=1953
-  _globals['_KVFRAME']._serialized_start=1955
-  _globals['_KVFRAME']._serialized_end=2015
-  _globals['_TEACHERKV']._serialized_start=2330
-  _globals['_TEACHERKV']._serialized_end=2604
+  _globals['_OPENMEMORYREQUEST']._serialized_start=533
+  _globals['_OPENMEMORYREQUEST']._serialized_end=552
+  _globals['_OPENMEMORYRESPONSE']._serialized_start=554
+  _globals['_OPENMEMORYRESPONSE']._serialized_end=665
+  _globals['_KVREQUEST']._serialized_start=667
+  _globals['_KVREQUEST']._serialized_end=767
+  _globals['_GENERATEREQUEST']._serialized_start=770
+  _globals['_GENERATEREQUEST']._serialized_end=916
+  _globals['_SAMPLING']._serialized_start=919
+  _globals['_SAMPLING']._serialized_end=1055
+  _globals['_SAMPLE']._serialized_start=1058
+  _globals['_SAMPLE']._serialized_end=1227
+  _globals['_CHAT']._serialized_start=1229
+  _globals['_CHAT']._serialized_end=1291
+  _globals['_TURN']._serialized_start=1293
+  _globals['_TURN']._serialized_end=1341
+  _globals['_TOKENIDS']._serialized_start=1343
+  _globals['_TOKENIDS']._serialized_end=1366
+  _globals['_SPAN']._serialized_start=1368
+  _globals['_SPAN']._serialized_end=1438
+  _globals['_PLAN']._serialized_start=1441
+  _globals['_PLAN']._serialized_end=1612
+  _globals['_PLANMAP']._serialized_start=1614
+  _globals['_PLANMAP']._serialized_end=1690
+  _globals['_SELECTION']._serialized_start=1693
+  _globals['_SELECTION']._serialized_end=1968
+  _globals['_CODEC']._serialized_start=1970
+  _globals['_CODEC']._serialized_end=2087
+  _globals['_KVFRAME']._serialized_start=2089
+  _globals['_KVFRAME']._serialized_end=2194
+  _globals['_SHAREDBODY']._serialized_start=2196
+  _globals['_SHAREDBODY']._serialized_end=2256
+  _globals['_TEACHERKV']._serialized_start=2571
+  _globals['_TEACHERKV']._serialized_end=2922
 # @@protoc_insertion_point(module_scope)

@@ -100,6 +100,26 @@ class LoadMapResponse(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
 
+class OpenMemoryRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class OpenMemoryResponse(_message.Message):
+    __slots__ = ("problem", "pid", "fd", "name", "slots", "slot_bytes")
+    PROBLEM_FIELD_NUMBER: _ClassVar[int]
+    PID_FIELD_NUMBER: _ClassVar[int]
+    FD_FIELD_NUMBER: _ClassVar[int]
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    SLOTS_FIELD_NUMBER: _ClassVar[int]
+    SLOT_BYTES_FIELD_NUMBER: _ClassVar[int]
+    problem: str
+    pid: int
+    fd: int
+    name: str
+    slots: int
+    slot_bytes: int
+    def __init__(self, problem: _Optional[str] = ..., pid: _Optional[int] = ..., fd: _Optional[int] = ..., name: _Optional[str] = ..., slots: _Optional[int] = ..., slot_bytes: _Optional[int] = ...) -> None: ...
+
 class KVRequest(_message.Message):
     __slots__ = ("request_id", "plan", "samples")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
@@ -239,11 +259,23 @@ class Codec(_message.Message):
     def __init__(self, name: _Optional[str] = ..., group_size: _Optional[int] = ..., max_relative_error: _Optional[float] = ...) -> None: ...
 
 class KVFrame(_message.Message):
-    __slots__ = ("header", "body", "header_xxh3")
+    __slots__ = ("header", "body", "header_xxh3", "shared_body")
     HEADER_FIELD_NUMBER: _ClassVar[int]
     BODY_FIELD_NUMBER: _ClassVar[int]
     HEADER_XXH3_FIELD_NUMBER: _ClassVar[int]
+    SHARED_BODY_FIELD_NUMBER: _ClassVar[int]
     header: bytes
     body: bytes
     header_xxh3: int
-    def __init__(self, header: _Optional[bytes] = ..., body: _Optional[bytes] = ..., header_xxh3: _Optional[int] = ...) -> None: ...
+    shared_body: SharedBody
+    def __init__(self, header: _Optional[bytes] = ..., body: _Optional[bytes] = ..., header_xxh3: _Optional[int] = ..., shared_body: _Optional[_Union[SharedBody, _Mapping]] = ...) -> None: ...
+
+class SharedBody(_message.Message):
+    __slots__ = ("slot", "generation", "size")
+    SLOT_FIELD_NUMBER: _ClassVar[int]
+    GENERATION_FIELD_NUMBER: _ClassVar[int]
+    SIZE_FIELD_NUMBER: _ClassVar[int]
+    slot: int
+    generation: int
+    size: int
+    def __init__(self, slot: _Optional[int] = ..., generation: _Optional[int] = ..., size: _Optional[int] = ...) -> None: ...

@@ -55,6 +55,11 @@ class TeacherKVStub:
                 request_serializer=protos_dot_kv__cache__pb2.LoadMapRequest.SerializeToString,
                 response_deserializer=protos_dot_kv__cache__pb2.LoadMapResponse.FromString,
                 _registered_method=True)
+        self.OpenMemory = channel.unary_unary(
+                '/kvcache.v1.TeacherKV/OpenMemory',
+                request_serializer=protos_dot_kv__cache__pb2.OpenMemoryRequest.SerializeToString,
+                response_deserializer=protos_dot_kv__cache__pb2.OpenMemoryResponse.FromString,
+                _registered_method=True)
 
 
 class TeacherKVServicer:
@@ -92,6 +97,14 @@ class TeacherKVServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def OpenMemory(self, request, context):
+        """OpenMemory offers memory to a client on the same machine. A client that has opened it names it in the metadata of
+        StreamKV and Generate; large bodies of frames then come through it. docs/protocol.md describes it.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_TeacherKVServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -114,6 +127,11 @@ def add_TeacherKVServicer_to_server(servicer, server):
                     servicer.LoadMap,
                     request_deserializer=protos_dot_kv__cache__pb2.LoadMapRequest.FromString,
                     response_serializer=protos_dot_kv__cache__pb2.LoadMapResponse.SerializeToString,
+            ),
+            'OpenMemory': grpc.unary_unary_rpc_method_handler(
+                    servicer.OpenMemory,
+                    request_deserializer=protos_dot_kv__cache__pb2.OpenMemoryRequest.FromString,
+                    response_serializer=protos_dot_kv__cache__pb2.OpenMemoryResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -225,6 +243,33 @@ class TeacherKV:
             '/kvcache.v1.TeacherKV/LoadMap',
             protos_dot_kv__cache__pb2.LoadMapRequest.SerializeToString,
             protos_dot_kv__cache__pb2.LoadMapResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def OpenMemory(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kvcache.v1.TeacherKV/OpenMemory',
+            protos_dot_kv__cache__pb2.OpenMemoryRequest.SerializeToString,
+            protos_dot_kv__cache__pb2.OpenMemoryResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -126,6 +126,12 @@ class ServeConfig(StrictModel):
     max_unsent_bytes: Annotated[int, Field(ge=65536)] = 1024 * MIB
     """Maximum number of bytes that all streams together buffer for slow readers. A stream buffers at most an eighth of
     the bytes that are free."""
+    shared_memory_bytes: NonNegativeInt = 512 * MIB
+    """Memory in bytes for large frames to clients on the same machine that run as the same user. Such clients then take
+    less CPU time than through the network. Clients that find none left use the network. 0 shares none."""
+    shared_client_bytes: Annotated[int, Field(ge=1)] = 64 * MIB
+    """Maximum number of these bytes for one client. It holds as many frames of up to `max_frame_bytes` bytes, at most
+    32."""
     max_request_seconds: PositiveFloat = 600.0
     """Maximum duration of a request in seconds. It replaces a longer deadline of a caller."""
     drain_seconds: NonNegativeFloat = 30.0
@@ -170,6 +176,8 @@ class ServeConfig(StrictModel):
                 f"max_unsent_bytes: {self.max_unsent_bytes} is smaller than the window of one stream, "
                 f"{self.stream_window_bytes} bytes (stream_window_bytes)"
             )
+        if self.shared_memory_bytes:
+            self._check_shared_memory()
         if self.load_in_8bit and self.load_in_4bit:
             raise ValueError("load_in_4bit: conflicts with load_in_8bit; set one of them")
         if self.engine == "fake" and not self.model.startswith("fake:"):
@@ -177,6 +185,18 @@ class ServeConfig(StrictModel):
                 f"model: the engine 'fake' expects a model such as fake:layers=3,heads=2; got '{self.model}'"
             )
         return self
+
+    def _check_shared_memory(self) -> None:
+        if self.shared_client_bytes < self.max_frame_bytes:
+            raise ValueError(
+                f"shared_client_bytes: {self.shared_client_bytes} is smaller than a frame of up to "
+                f"{self.max_frame_bytes} bytes (max_frame_bytes)"
+            )
+        if self.shared_memory_bytes < self.shared_client_bytes:
+            raise ValueError(
+                f"shared_memory_bytes: {self.shared_memory_bytes} is smaller than the memory of one client, "
+                f"{self.shared_client_bytes} bytes (shared_client_bytes); 0 shares no memory"
+            )
 
     @model_validator(mode="after")
     def _access_is_safe(self) -> Self:

@@ -19,6 +19,7 @@ from teacher_server.monitoring.activity import Activity
 from teacher_server.monitoring.load_history import Load, LoadHistory
 from teacher_server.monitoring.metrics import Metrics
 from teacher_server.requests.map_store import MapStore
+from teacher_server.requests.shared_frames import SharedFrames
 from teacher_server.sample_queue import BusyError
 from teacher_server.scheduler import Scheduler
 
@@ -32,6 +33,7 @@ LIMITS = (
     "max_request_seconds",
     "stream_window_bytes",
     "max_unsent_bytes",
+    "shared_memory_bytes",
 )
 
 
@@ -69,9 +71,12 @@ class ServerState:
     idle: asyncio.Event = field(default_factory=asyncio.Event)
     _streams: Counter[Caller] = field(default_factory=Counter)
     maps: MapStore = field(init=False)
+    shared: SharedFrames = field(init=False)
 
     def __post_init__(self) -> None:
-        self.maps = MapStore(self.config.max_map_bytes)
+        config = self.config
+        self.maps = MapStore(config.max_map_bytes)
+        self.shared = SharedFrames(config.shared_memory_bytes, config.shared_client_bytes, config.max_frame_bytes)
         self.idle.set()
 
     @property
@@ -142,6 +147,7 @@ class ServerState:
             "teacher": dataclasses.asdict(self.backend.engine.info) if self.backend else None,
             "limits": {name: getattr(self.config, name) for name in LIMITS},
             "load": self.load(),
+            "shared_memory_bytes": self.shared.nbytes,
             "throughput": self.activity.throughput(),
             "connections": self.activity.connections(),
             "callers": self.activity.callers(),
@@ -151,6 +157,7 @@ class ServerState:
     def sample(self) -> None:
         """Record the totals so far, from which the rates of the last minute are computed."""
         self.maps.drop_unused()
+        self.shared.drop_unused()
         tokens = self.metrics.registry.get_sample_value("kvdistill_tokens_total") or 0.0
         self.activity.sample(tokens)
         load = self.load()
@@ -165,6 +172,7 @@ class ServerState:
         self.metrics.ready.set(self.not_ready is None)
         self.metrics.streams_limit.set(self.config.max_streams)
         self.metrics.queued_tokens_limit.set(self.config.max_queued_tokens)
+        self.metrics.shared_memory_bytes.set(self.shared.nbytes)
         self.metrics.streams.set(load["open_streams"])
         self.metrics.queued_samples.set(load["queued_samples"])
         self.metrics.queued_tokens.set(load["queued_tokens"])

@@ -82,25 +82,20 @@ def _own_kv(name: str, passes: int, loss: Config | None = None) -> Arm:
     return replace(_method(name, passes, (), loss), self_teacher=True)
 
 
-def _methods(passes: int) -> tuple[Arm, ...]:
-    return (
-        _method("CE", passes),
-        _method("KV", passes, _ONE),
-        _method("step CE", passes, loss=_STEP_CE),
-        _method("KV + step CE", passes, _ONE, _STEP_CE),
-    )
-
-
-def _more_methods(passes: int) -> tuple[Arm, ...]:
-    return (
-        _method("CODI", passes, loss=_CODI),
-        _own_kv("own KV", passes),
-        _own_kv("own KV + CODI (KaVa)", passes, _CODI),
-        _own_kv("own KV + step CE", passes, _STEP_CE),
-        _method("KV + CODI", passes, _ONE, _CODI),
-        _method("shuffled KV", passes, _ONE, control="shuffled"),
-        _method("shuffled KV + step CE", passes, _ONE, _STEP_CE, control="shuffled"),
-    )
+_METHODS = (
+    _method("CE", 6),
+    _method("CODI", 6, loss=_CODI),
+    _method("step CE", 6, loss=_STEP_CE),
+    _method("KV", 6, _ONE),
+    _method("KV + step CE", 6, _ONE, _STEP_CE),
+    _own_kv("own KV", 6),
+    _own_kv("own KV + CODI", 6, _CODI),
+    _own_kv("own KV + step CE", 6, _STEP_CE),
+    _method("shuffled KV", 6, _ONE, control="shuffled"),
+    _method("shuffled KV + step CE", 6, _ONE, _STEP_CE, control="shuffled"),
+    _method("KV", 3, _ONE),
+    _method("KV + step CE", 3, _ONE, _STEP_CE),
+)
 
 
 def _selector(name: str, selector: str, teachers: tuple[str, ...] = (ITSELF,), **options: Any) -> Arm:
@@ -123,7 +118,7 @@ TABLES: Mapping[str, Table] = {
         "KV, T=6",
         HARDER,
         quick_steps=60,
-        arms=(*_methods(3), *_methods(6), *_more_methods(6)),
+        arms=_METHODS,
     ),
     "selectors": Table(
         "Selectors that keep a third of the reasoning's tokens",

@@ -6,7 +6,7 @@ client reads them as an ordinary `KVFrame`. docs/protocol.md describes every fie
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -15,6 +15,7 @@ import msgpack
 import numpy as np
 import torch
 import xxhash
+from google.protobuf.message import DecodeError
 
 from kvcore.errors import ProtocolError
 from kvcore.plan import CODED, KVPlan
@@ -22,6 +23,7 @@ from kvcore.tensors.kv_map import KVMap
 from kvcore.types import Sample, Tensor, Timings
 from kvcore.wire.completion import Completion
 from kvcore.wire.packed_rows import PackedRow, pack_rows
+from protos import kv_cache_pb2 as pb
 
 PROTOCOL_VERSION = 1
 
@@ -34,12 +36,17 @@ MAX_RECORDS = 1024
 _HEADER_FIELD = 1
 _BODY_FIELD = 2
 _HEADER_XXH3_FIELD = 3
+_SHARED_BODY_FIELD = 4
 _HEADER_TAG = b"\x0a"
 _BODY_TAG = b"\x12"
 _HEADER_XXH3_TAG = b"\x19"
+_SHARED_BODY_TAG = b"\x22"
 _VARINT, _FIXED64, _LENGTH_DELIMITED, _FIXED32 = 0, 1, 2, 5
 # Most bytes of a tag or a size, and of a number.
 _UINT32_BYTES, _UINT64_BYTES = 5, 10
+
+# Reads a body that is not in its frame.
+ReadShared = Callable[[pb.SharedBody], bytes]
 
 
 def pack_frame(header: Mapping[str, Any], body: bytes) -> bytes:
@@ -56,16 +63,54 @@ def _join_frame(header: Mapping[str, Any], body: Sequence[bytes | memoryview], s
     return b"".join(pieces)
 
 
-def unpack_frame(data: bytes) -> tuple[dict[str, Any], memoryview]:
+def body_of(frame: bytes) -> memoryview:
+    """The body of a frame that this process has packed."""
+    return _fields(frame)[_BODY_FIELD]
+
+
+def with_shared_body(frame: bytes, place: pb.SharedBody) -> bytes:
+    """The same frame, but its body is in shared memory."""
+    found, packed = _fields(frame), place.SerializeToString()
+    header = found[_HEADER_FIELD]
+    pieces = (_HEADER_TAG, _varint(len(header)), header, _HEADER_XXH3_TAG, found[_HEADER_XXH3_FIELD])
+    return b"".join([*pieces, _SHARED_BODY_TAG, _varint(len(packed)), packed])
+
+
+def unpack_frame(data: bytes, read_shared: ReadShared | None = None) -> tuple[dict[str, Any], memoryview]:
     """Parses a frame without copying its body. Unknown protobuf fields are skipped, as protobuf requires.
+
+    Args:
+        data: the protobuf bytes of a `KVFrame`.
+        read_shared: reads a body from shared memory; None if none was agreed.
 
     Raises:
         ProtocolError: truncated or malformed protobuf, or a header that does not match its hash or is not a
-            MessagePack map with string keys.
+            MessagePack map with string keys; or a body in shared memory that cannot be read.
     """
+    found = _fields(data)
+    # An absent number is 0, as protobuf defines.
+    if xxhash.xxh3_64_intdigest(found[_HEADER_FIELD]) != int.from_bytes(found[_HEADER_XXH3_FIELD], "little"):
+        raise ProtocolError("the frame's header does not match its xxh3")
+    header, body = _unpack_header(found[_HEADER_FIELD]), found[_BODY_FIELD]
+    return header, _shared_body(found, read_shared) if found[_SHARED_BODY_FIELD] else body
+
+
+def _shared_body(found: Mapping[int, memoryview], read_shared: ReadShared | None) -> memoryview:
+    if read_shared is None or found[_BODY_FIELD]:
+        raise ProtocolError("the frame has a body in shared memory, which was not agreed, or two bodies")
+    try:
+        place = pb.SharedBody.FromString(bytes(found[_SHARED_BODY_FIELD]))
+    except DecodeError as error:
+        raise ProtocolError(f"the frame's place in shared memory is malformed: {error}") from error
+    return memoryview(read_shared(place))
+
+
+def _fields(data: bytes) -> dict[int, memoryview]:
+    """The content of each known field; empty if it is absent."""
     view = memoryview(data)
-    found = {_HEADER_FIELD: view[:0], _BODY_FIELD: view[:0], _HEADER_XXH3_FIELD: view[:0]}
     wire_types = {_HEADER_FIELD: _LENGTH_DELIMITED, _BODY_FIELD: _LENGTH_DELIMITED, _HEADER_XXH3_FIELD: _FIXED64}
+    wire_types[_SHARED_BODY_FIELD] = _LENGTH_DELIMITED
+    found = dict.fromkeys(wire_types, view[:0])
     at = 0
     while at < len(view):
         tag, at = _read_varint(view, at, _UINT32_BYTES)
@@ -77,10 +122,7 @@ def unpack_frame(data: bytes) -> tuple[dict[str, Any], memoryview]:
         start, at = _field_extent(view, at, wire_type)
         if wire_types.get(number) == wire_type:
             found[number] = view[start:at]
-    # An absent number is 0, as protobuf defines.
-    if xxhash.xxh3_64_intdigest(found[_HEADER_FIELD]) != int.from_bytes(found[_HEADER_XXH3_FIELD], "little"):
-        raise ProtocolError("the frame's header does not match its xxh3")
-    return _unpack_header(found[_HEADER_FIELD]), found[_BODY_FIELD]
+    return found
 
 
 def _unpack_header(packed: memoryview) -> dict[str, Any]:

@@ -29,6 +29,7 @@ from kvcore.wire.sample_state import (
     timings_of,
     whole_number,
 )
+from kvcore.wire.shared_memory import OpenedSlots
 
 # The longest generated text: as much as a server accepts in one request.
 _MAX_COMPLETION_BYTES = 16 << 20
@@ -54,6 +55,8 @@ class StreamReader:
 
     Every record must repeat the key of the requested sample, so that K/V of another sample or plan are never accepted.
 
+    `memory`: the shared memory that the request named; None if it named none.
+
     Args:
         request_id: as sent in the request.
         plan: as sent in the request; its layers and codec must be the teacher's.
@@ -72,6 +75,7 @@ class StreamReader:
         sampling: SamplingParams | None = None,
         kv_map: KVMap | None = None,
     ) -> None:
+        self.memory: OpenedSlots | None = None
         self._request_id = request_id
         self._plan = plan
         self._map = kv_map
@@ -89,7 +93,7 @@ class StreamReader:
             ProtocolError: the frame is damaged, out of order, or does not answer the request. Samples that were
                 returned before remain valid; the reader cannot be used any more.
         """
-        header, body = unpack_frame(data)
+        header, body = unpack_frame(data, None if self.memory is None else self.memory.read)
         records = self._check_header(header, body)
         done: list[Result] = []
         at = 0

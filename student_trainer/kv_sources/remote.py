@@ -30,6 +30,7 @@ from kvcore.tensors.kv_map import KVMap
 from kvcore.types import EncodedSampleKV, MissingKV, Sample, TeacherInfo, Timings
 from kvcore.wire import messages
 from kvcore.wire.channel_arguments import client_arguments
+from kvcore.wire.shared_memory import MEMORY_METADATA, USED
 from kvcore.wire.stream_reader import StreamReader
 from protos import kv_cache_pb2 as pb
 from student_trainer.kv_sources.base import KVResult, KVSource
@@ -39,6 +40,7 @@ from student_trainer.kv_sources.parity import parity_plan, parity_sample
 from student_trainer.kv_sources.replica import busy_delay
 from student_trainer.kv_sources.request_sizes import chunks_of
 from student_trainer.kv_sources.retry_budget import RetryBudget
+from student_trainer.kv_sources.shared_memory import MemoryOfEndpoint
 
 logger = logging.getLogger(__name__)
 
@@ -93,6 +95,7 @@ class RemoteSource(KVSource):
         self._teacher = teacher
         self._plan_for = plan_for
         self._map = kv_map
+        self._memory = MemoryOfEndpoint(teacher, endpoint)
         self._timeout_s = timeout_s
         self._patience_s = patience_s
         transport = transport_from_environment() if transport is None else transport
@@ -216,6 +219,7 @@ class RemoteSource(KVSource):
     def close(self) -> None:
         """Closes the connection and cancels a request in progress."""
         self._closed.set()
+        self._memory.close()
         self._channel.close()
 
     def _fetch_chunk(self, samples: Sequence[Sample], received: dict[str, KVResult]) -> None:
@@ -264,7 +268,11 @@ class RemoteSource(KVSource):
     def _stream(self, samples: Sequence[Sample], received: dict[str, KVResult], failed_once: set[str]) -> None:
         """Sends one request. Adds each complete sample to `received`; a first transient failure to `failed_once`."""
         request, reader = self._request(uuid.uuid4().hex, samples)
+        reader.memory = self._memory.for_request(self._ask_for_memory)
         self._exchange(request, reader, samples, received, failed_once)
+
+    def _ask_for_memory(self) -> pb.OpenMemoryResponse:
+        return self._open_memory(pb.OpenMemoryRequest(), timeout=DESCRIBE_TIMEOUT_S, metadata=tracing.headers())
 
     def _exchange(
         self,
@@ -275,15 +283,20 @@ class RemoteSource(KVSource):
         failed_once: set[str],
     ) -> None:
         started = time.monotonic()
+        named = () if reader.memory is None else ((MEMORY_METADATA, reader.memory.key),)
         try:
-            call = self._call(request, timeout=self._timeout_s, metadata=tracing.headers())
+            call = self._call(request, timeout=self._timeout_s, metadata=(*tracing.headers(), *named))
         except ValueError as error:
             raise self._errors.closed() from error
         self._begun(call)
         try:
             for number, data in enumerate(call):
                 if number == 0:
-                    self._check_teacher(dict(call.initial_metadata()))
+                    metadata = dict(call.initial_metadata())
+                    self._check_teacher(metadata)
+                    if reader.memory is not None and metadata.get(MEMORY_METADATA) != USED:
+                        self._memory.forget()
+                self._memory.note_frame(len(data))
                 self._busy_in_a_row = 0
                 outcomes = reader.feed(data)
                 elapsed = time.monotonic() - started
@@ -300,6 +313,8 @@ class RemoteSource(KVSource):
             raise self._errors.of_status(error) from error
         finally:
             call.cancel()
+            # A reader that is kept would keep the memory.
+            reader.memory = None
 
     def _request(self, request_id: str, samples: Sequence[Sample]) -> tuple[Message, StreamReader]:
         """A request, and the reader of its response stream."""
@@ -394,6 +409,11 @@ class RemoteSource(KVSource):
             "/kvcache.v1.TeacherKV/LoadMap",
             request_serializer=pb.LoadMapRequest.SerializeToString,
             response_deserializer=pb.LoadMapResponse.FromString,
+        )
+        self._open_memory = self._channel.unary_unary(
+            "/kvcache.v1.TeacherKV/OpenMemory",
+            request_serializer=pb.OpenMemoryRequest.SerializeToString,
+            response_deserializer=pb.OpenMemoryResponse.FromString,
         )
         # Without a deserializer every message arrives as raw bytes: no protobuf object, no copy.
         self._call = self._channel.unary_stream(

@@ -8,3 +8,5 @@ TLS_CA = "KVDISTILL_TLS_CA"
 TLS_CERT = "KVDISTILL_TLS_CERT"
 TLS_KEY = "KVDISTILL_TLS_KEY"
 TOKEN_FILE = "KVDISTILL_TOKEN_FILE"  # noqa: S105  a variable name, not a secret
+# 0: K/V of teachers on the same machine come through the network too.
+SHARED_MEMORY = "KVDISTILL_SHARED_MEMORY"

@@ -20,12 +20,15 @@ MAX_CALLERS = 256
 WINDOW_SECONDS = 60.0
 
 _SHOWN_OF_CALLER = ("peer", "requests", "samples", "sent_bytes")
-_SHOWN_OF_CALL = ("peer", "method", "request_id", "samples", "tokens", "codec", "sent_bytes")
+_SHOWN_OF_CALL = ("peer", "method", "request_id", "samples", "tokens", "codec", "sent_bytes", "shared_bytes")
 
 
 @dataclass(slots=True, eq=False)
 class Call:
-    """The record of one call, filled in while it runs. `started`: on the clock of `time.perf_counter`."""
+    """The record of one call, filled in while it runs.
+
+    `started`: on the clock of `time.perf_counter`. `shared_bytes`: the part of `sent_bytes` in shared memory.
+    """
 
     method: str
     peer: str
@@ -38,6 +41,7 @@ class Call:
     generated_tokens: int = 0
     frames: int = 0
     sent_bytes: int = 0
+    shared_bytes: int = 0
     first_frame_s: float | None = None
     code: str = grpc.StatusCode.OK.name
     problem: str = ""

@@ -37,6 +37,9 @@ class Metrics:
         self.cache_bytes = gauge("cache_bytes", "Memory of the results of recent samples.")
         self.generated_tokens = counter("written_tokens_total", "Tokens that the teacher generated (Generate).")
         self.sent_bytes = counter("sent_bytes_total", "Bytes of frames sent, headers included.", ("codec",))
+        shared_help = "Bytes of frames sent through shared memory; sent_bytes_total has them too."
+        self.shared_bytes = counter("shared_bytes_total", shared_help)
+        self.shared_memory_bytes = gauge("shared_memory_bytes", "Memory shared with clients on this machine.")
         self.model_seconds = counter("prefill_seconds_total", "Time batches spent in the model.")
         self.generation_seconds = counter("writing_seconds_total", "Time batches spent generating (Generate).")
         self.encode_seconds = counter("encode_seconds_total", "Time batches spent selecting, encoding, copying.")

@@ -28,7 +28,18 @@ log = logging.getLogger(__name__)
 
 PUSHBACK = "grpc-retry-pushback-ms"
 MAX_DETAILS_BYTES = 1024
-_LOGGED = ("method", "peer", "code", "problem", "samples", "failed_samples", "tokens", "frames", "sent_bytes")
+_LOGGED = (
+    "method",
+    "peer",
+    "code",
+    "problem",
+    "samples",
+    "failed_samples",
+    "tokens",
+    "frames",
+    "sent_bytes",
+    "shared_bytes",
+)
 Method = Callable[[grpc.aio.ServicerContext], Awaitable[Any]]
 
 
@@ -134,6 +145,7 @@ class CallInterceptor(ServiceInterceptor):
         metrics.requests.labels(call.method, call.code).inc()
         if call.codec:
             metrics.sent_bytes.labels(call.codec).inc(call.sent_bytes)
+            metrics.shared_bytes.inc(call.shared_bytes)
             metrics.request_tokens.labels(call.method, call.code).inc(call.tokens)
             metrics.duration.labels(call.method).observe(seconds)
             if call.first_frame_s is not None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager, nullcontext
 from functools import partial
 from typing import TypeVar
 
@@ -18,6 +18,7 @@ from kvcore.tensors.kv_map import KVMap
 from kvcore.types import TeacherInfo
 from kvcore.wire.frames import FrameWriter
 from kvcore.wire.messages import TEACHER_METADATA, info_to_proto, teacher_metadata
+from kvcore.wire.shared_memory import MEMORY_METADATA, USED
 from protos import kv_cache_pb2 as pb
 from teacher_server.engines.base import PlannedSample, TeacherEngine, TokenizedSample
 from teacher_server.fair_share import Caller, caller_of
@@ -40,6 +41,7 @@ from teacher_server.requests.request_parsing import (
     sample_check,
     tokenize,
 )
+from teacher_server.requests.shared_frames import Send, through_memory
 from teacher_server.requests.work_thread import WorkThread
 from teacher_server.sample_queue import ClientStream, Job, Reservation
 from teacher_server.state import Backend, ServerState
@@ -48,12 +50,11 @@ log = logging.getLogger(__name__)
 
 SERVICE = pb.DESCRIPTOR.services_by_name["TeacherKV"].full_name
 
-Send = Callable[[bytes], Awaitable[None]]
 ResultT = TypeVar("ResultT")
 
 
 class TeacherKVService:
-    """The methods Describe, StreamKV, Generate and LoadMap of one server."""
+    """The methods of one server."""
 
     def __init__(self, state: ServerState) -> None:
         self._state = state
@@ -64,8 +65,9 @@ class TeacherKVService:
         self._warnings: set[str] = set()
 
     def close(self) -> None:
-        """End the tokenizer's thread."""
+        """End the tokenizer's thread, and free the memory that clients share."""
         self._work.close()
+        self._state.shared.close()
 
     def handler(self) -> grpc.GenericRpcHandler:
         """The service's handler for gRPC. Frames are bytes already and need no serializer.
@@ -84,6 +86,9 @@ class TeacherKVService:
                 "Generate": grpc.stream_stream_rpc_method_handler(self.generate),
                 "LoadMap": grpc.stream_unary_rpc_method_handler(
                     self.load_map, response_serializer=pb.LoadMapResponse.SerializeToString
+                ),
+                "OpenMemory": grpc.stream_unary_rpc_method_handler(
+                    self.open_memory, response_serializer=pb.OpenMemoryResponse.SerializeToString
                 ),
             },
         )
@@ -125,6 +130,10 @@ class TeacherKVService:
                 await receive_map(partial(read_message, context), self._state.maps, self._info)
         return pb.LoadMapResponse()
 
+    async def open_memory(self, _context: grpc.aio.ServicerContext) -> pb.OpenMemoryResponse:
+        """Memory for the bodies of frames to a client on this machine."""
+        return await self._state.shared.offer()
+
     @property
     def _info(self) -> TeacherInfo:
         return self._state.loaded().engine.info
@@ -156,7 +165,10 @@ class TeacherKVService:
 
     @asynccontextmanager
     async def _sending(self, context: grpc.aio.ServicerContext) -> AsyncIterator[Send]:
-        metadata = ((TEACHER_METADATA, teacher_metadata(self._info)),)
+        metadata = [(TEACHER_METADATA, teacher_metadata(self._info))]
+        slots = self._state.shared.named_by(context.invocation_metadata() or ())
+        if slots is not None:
+            metadata.append((MEMORY_METADATA, USED))
         named = False
 
         async def send(frame: bytes) -> None:
@@ -167,11 +179,8 @@ class TeacherKVService:
                 await context.send_initial_metadata(metadata)
             await context.write(frame)
 
-        if self._chaos is None:
-            yield send
-        else:
-            async with self._chaos.spoiled(send) as spoiled:
-                yield spoiled
+        async with nullcontext(send) if self._chaos is None else self._chaos.spoiled(send) as passed_on:
+            yield passed_on if slots is None else through_memory(passed_on, slots, current_call())
 
     async def answer(self, query: KVQuery, reserved: Reservation, send: Send) -> None:
         """Run a query, which takes its room in the queue, and send its frames.

@@ -27,11 +27,13 @@ def test_every_round_after_the_first_is_measured(monkeypatch: pytest.MonkeyPatch
 
 
 def test_every_transport_sends_every_byte() -> None:
-    flags = ["--frame-bytes", "100000", "--megabytes", "5", "--rounds", "1"]
+    flags = ["--frame-bytes", "100000", "300000", "--megabytes", "5", "--rounds", "1"]
     command = [sys.executable, "-m", "benchmarks.transport", *flags]
     ended = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
     assert ended.returncode == 0, ended.stderr
-    found = json.loads(ended.stdout.splitlines()[-1])
+    sizes = json.loads(ended.stdout.splitlines()[-1])["sizes"]
     arms = {"identity", "identity_unix", "protobuf", "shared_memory", "flight", "socket"}
-    assert {name for name, value in found.items() if isinstance(value, dict)} == arms | {"ratios"}
-    assert min(found[arm]["cpu_s_per_gb"] for arm in arms) > 0
+    assert [found["frame_bytes"] for found in sizes] == [100_000, 300_000]
+    for found in sizes:
+        assert {name for name, value in found.items() if isinstance(value, dict)} == arms | {"ratios"}
+        assert min(found[arm]["cpu_s_per_gb"] for arm in arms) > 0
