@@ -1,6 +1,6 @@
 """Trains latent students on toy tasks in many ways and writes the tables of docs/results.md.
 
-Every table has its own task, servers and arms. An interrupted command continues with the runs that are missing.
+Every table has its own arms; they share data and models. An interrupted command continues with the runs that are missing.
 
 Examples:
   python -m experiments.paper --quick
@@ -32,7 +32,7 @@ def run_table(name: str, table: Table, output: Path, seeds: Sequence[int], *, qu
     settings = table.settings
     if quick:
         settings = replace(settings, arm_steps=table.quick_steps, test=QUICK_TEST, evaluations=1)
-    runs = PaperRuns(table, output / name, settings, seeds)
+    runs = PaperRuns(name, table, output, settings, seeds)
     with ended_by_sigterm():
         measured = runs.compare()
     by_arm = {arm.name: [runs.run_of(arm.name, seed) for seed in seeds] for arm in table.arms}

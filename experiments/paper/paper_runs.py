@@ -1,4 +1,4 @@
-"""The runs of one table. Runs that have finished with the same configuration are kept."""
+"""The runs of one table. Runs that have finished with the same configuration are kept, and tables share their models."""
 
 from __future__ import annotations
 
@@ -25,14 +25,20 @@ class PaperRuns(Comparison):
     """All arms of one table with all seeds.
 
     Args:
+        name: of the table, with which the names of its runs begin.
         table: the arms.
-        output: the folder for models, data and runs.
+        output: the folder for models, data and runs of all tables.
         settings: sizes and steps; those of the table, or fewer steps.
         seeds: of the runs of each arm.
     """
 
-    def __init__(self, table: Table, output: Path, settings: Settings, seeds: Sequence[int]) -> None:
+    def __init__(self, name: str, table: Table, output: Path, settings: Settings, seeds: Sequence[int]) -> None:
         super().__init__(table.arms, output, settings, seeds)
+        self.name = name
+
+    def run_of(self, arm: str, seed: int) -> Path:
+        """The output directory of one run."""
+        return super().run_of(f"{self.name} {arm}", seed)
 
     def teachers(self, models: dict[ModelName, Pretrained]) -> dict[str, Path]:
         """The teachers that some arm has."""
@@ -65,7 +71,7 @@ class PaperRuns(Comparison):
         return json.loads(planned.read_text(encoding="utf-8")) == _without_ports(run["config"])
 
     def _planned_file(self, name: str) -> Path:
-        return self.paths.output / "planned" / f"{name.replace(' ', '_')}.json"
+        return self.paths.output / "planned" / f"{self.name} {name}.json".replace(" ", "_")
 
 
 def _without_ports(config: dict[str, Any]) -> dict[str, Any]:

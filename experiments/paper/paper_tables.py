@@ -117,14 +117,14 @@ TABLES: Mapping[str, Table] = {
         "Losses on latents: chain arithmetic with equations",
         "KV, T=6",
         HARDER,
-        quick_steps=60,
+        quick_steps=40,
         arms=_METHODS,
     ),
     "selectors": Table(
         "Selectors that keep a third of the reasoning's tokens",
         "uniform",
         HARDER,
-        quick_steps=60,
+        quick_steps=40,
         arms=(
             *(_selector(name, name) for name in ("uniform", "random", "right", "keydiff")),
             *(_selector(f"r_kv, λ {weight}", "r_kv", importance_weight=weight) for weight in (0.0, 0.1, 0.5, 1.0)),
@@ -137,7 +137,7 @@ TABLES: Mapping[str, Table] = {
         "Several teachers",
         "teacher A",
         HARDER,
-        quick_steps=60,
+        quick_steps=40,
         arms=(
             _teachers("teacher A", _ONE, align=_TO_STUDENT),
             _teachers("teacher B", _OTHER, align=_TO_STUDENT),

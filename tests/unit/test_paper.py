@@ -26,7 +26,7 @@ STORED = sorted((ROOT / "experiments" / "paper" / "results").glob("*.json"))
 
 
 def runs_of(name: str, output: Path, seeds: tuple[int, ...] = (0, 1)) -> PaperRuns:
-    return PaperRuns(TABLES[name], output, TABLES[name].settings, seeds)
+    return PaperRuns(name, TABLES[name], output, TABLES[name].settings, seeds)
 
 
 @pytest.mark.parametrize("name", TABLES)
