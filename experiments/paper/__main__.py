@@ -1,6 +1,6 @@
 """Trains latent students on toy tasks in many ways and writes the tables of docs/results.md.
 
-Every table has its own arms; they share data and models. An interrupted command continues with the runs that are missing.
+Tables share data and models. An interrupted command continues with the runs that are missing.
 
 Examples:
   python -m experiments.paper --quick

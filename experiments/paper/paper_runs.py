@@ -1,4 +1,4 @@
-"""The runs of one table. Runs that have finished with the same configuration are kept, and tables share their models."""
+"""The runs of one table. Tables share their models, and runs that have finished with the same settings are kept."""
 
 from __future__ import annotations
 
