@@ -39,8 +39,15 @@ _KEY_BYTES = 32
 # A page, so that slots begin at one.
 _CONTROL_BYTES = 4096
 _NAME = re.compile(r"kvdistill-[0-9a-f]{32}")
+
+
+def supported() -> bool:
+    """Whether this system has memfds, and seals against changes of their size."""
+    return hasattr(os, "memfd_create") and hasattr(fcntl, "F_ADD_SEALS")
+
+
 # The size never changes, so that no access can fail.
-_SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
+_SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL if supported() else 0
 
 
 class NoSharedMemoryError(Exception):
@@ -71,7 +78,7 @@ class Layout:
 
 
 class SharedSlots:
-    """The server's side: puts bodies into slots that are free. Used by one thread at a time.
+    """The server's side: puts bodies into slots that are free. Used by one thread at a time, if `supported`.
 
     Args:
         layout: at most `MAX_SLOTS` slots.
@@ -184,11 +191,6 @@ class OpenedSlots:
     def release_all(self) -> None:
         """Frees the slots of bodies that no one will read, as after a cancelled request."""
         self._released[:] = self._written
-
-
-def supported() -> bool:
-    """Whether this system has memfds."""
-    return hasattr(os, "memfd_create")
 
 
 def _mapped(offer: pb.OpenMemoryResponse, nbytes: int) -> memoryview:

@@ -265,7 +265,7 @@ def large_frame(slots: SharedSlots) -> tuple[bytes, dict[str, object], bytes]:
 
 
 def offered(frames: SharedFrames) -> pb.OpenMemoryResponse:
-    return asyncio.run(frames.offer())
+    return asyncio.run(frames.offer("ipv4:127.0.0.1:41234"))
 
 
 def test_all_clients_together_and_each_one_have_a_limit() -> None:
