@@ -196,10 +196,7 @@ class OpenedSlots:
 def _mapped(offer: pb.OpenMemoryResponse, nbytes: int) -> memoryview:
     path = f"/proc/{offer.pid}/fd/{offer.fd}"
     try:
-        # Before it is opened: in another container, this may be anything.
-        if not _NAME.fullmatch(offer.name) or str(Path(path).readlink()) != f"/memfd:{offer.name} (deleted)":
-            raise NoSharedMemoryError(f"{path} is not the server's memory")
-        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK)
+        fd = _opened(path, offer.name)
     except OSError as error:
         raise NoSharedMemoryError(f"{path} cannot be opened: {error.strerror}") from error
     try:
@@ -214,3 +211,16 @@ def _mapped(offer: pb.OpenMemoryResponse, nbytes: int) -> memoryview:
         raise NoSharedMemoryError(f"{path} cannot be mapped: {error.strerror}") from error
     finally:
         os.close(fd)
+
+
+def _opened(path: str, name: str) -> int:
+    """Opens the memory of this name for reading and writing; returns its descriptor."""
+    # In another container, or after the server has ended, the path may be anything: found without opening it.
+    found = os.open(path, os.O_PATH | os.O_CLOEXEC)
+    try:
+        same = f"/proc/self/fd/{found}"
+        if not _NAME.fullmatch(name) or str(Path(same).readlink()) != f"/memfd:{name} (deleted)":
+            raise NoSharedMemoryError(f"{path} is not the server's memory")
+        return os.open(same, os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK)
+    finally:
+        os.close(found)
