@@ -86,11 +86,8 @@ class MemoryOfEndpoint:
                 message = "teacher '%s': K/V of %s come through the network, not through shared memory: %s"
                 logger.info(message, self._teacher, self._endpoint, problem)
         else:
-            size, message = (
-                self._opened.nbytes,
-                "teacher '%s': large frames of %s come through %d bytes of shared memory",
-            )
-            logger.info(message, self._teacher, self._endpoint, size)
+            message = "teacher '%s': large frames of %s come through %d bytes of shared memory"
+            logger.info(message, self._teacher, self._endpoint, self._opened.nbytes)
 
 
 def _opened(ask: Ask) -> OpenedSlots:
