@@ -10,7 +10,7 @@ import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import CancelledError, ThreadPoolExecutor
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ import msgpack
 import pytest
 import xxhash
 
-from kvcore.errors import FieldError, TeacherUnavailableError
+from kvcore.errors import FieldError, ProtocolError, TeacherUnavailableError
 from kvcore.plan import CodecSpec, KVPlan, SamplingParams, Selection
 from kvcore.types import EncodedSampleKV, Sample
 from kvcore.wire.shared_memory import MEMORY_METADATA, MIN_SHARED_BYTES, OpenedSlots
@@ -201,6 +201,22 @@ def test_a_damaged_byte_in_shared_memory_is_noticed(teacher: TeacherProcess, mon
         monkeypatch.setattr(OpenedSlots, "read", damaged)
         assert_same(source.fetch(LARGE), wanted)
         assert source.retries == 1
+
+
+def test_faults_on_purpose_spoil_answers_in_shared_memory_but_no_kv(tmp_path: Path) -> None:
+    flags = {"engine": "fake", "chaos": "flip=0.3,truncate=0.3,seed=1", "shared_client_bytes": 2 << 20}
+    with running_teacher(FAKE, tmp_path / "log", **flags) as server, closing(connected(server)) as source:
+        answers: list[list[KVResult]] = []
+        for _ in range(12):
+            with suppress(ProtocolError):
+                answers.append(source.fetch(LARGE))
+        for answer in answers:
+            assert_same(answer, answers[0])
+        found = shared_bytes(server)
+    assert source.retries > 0
+    assert len({fault["fault"] for fault in server.events("chaos_fault")}) == 2
+    # There are two slots. Those of bodies that were never read are used again.
+    assert found[-1] > 0
 
 
 def opened(channel: grpc.Channel) -> pb.OpenMemoryResponse:
