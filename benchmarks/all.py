@@ -76,6 +76,29 @@ class Benchmark:
         """The files that it needs and that are not there."""
         return [path for path in self.needs if not path.exists()]
 
+    def shown(self, result: Result) -> str:
+        """The tables of a result.
+
+        Raises:
+            FieldError: another version of the benchmark printed the result, and it lacks a figure of the tables.
+        """
+        try:
+            return self.tables(result)
+        except KeyError as error:
+            problem = f"the result of '{self.name}' is of another version: it has no {error}; run this with --resume"
+            raise FieldError("output", problem) from error
+
+    def is_kept(self, results: Results, arguments: Sequence[str]) -> bool:
+        """Whether there is a result with these arguments that the tables can show."""
+        kept = results.found.get(self.name, {})
+        if kept.get("arguments") != list(arguments):
+            return False
+        try:
+            self.shown(kept["result"])
+        except FieldError:
+            return False
+        return True
+
 
 _TEACHER, _STUDENT = REAL / "models" / "teacher", REAL / "models" / "student"
 _TRAIN, _VAL = (REAL / "full" / "data" / f"{split}.jsonl" for split in ("train", "val"))
@@ -245,7 +268,7 @@ def run_all(
         if missing := benchmark.missing():
             _say(f"{progress}: left out, because {missing[0]} is not there; make real makes it")
             continue
-        if resume and results.found.get(benchmark.name, {}).get("arguments") == list(arguments):
+        if resume and benchmark.is_kept(results, arguments):
             _say(f"{progress}: has a result")
             continue
         log = results.path.parent / f"{benchmark.name}.log"
@@ -263,7 +286,11 @@ def run_all(
 
 
 def section(benchmarks: Sequence[Benchmark], found: Mapping[str, Result]) -> str:
-    """The generated section: the machine, then a heading and the tables of each benchmark that has a result."""
+    """The generated section: the machine, then a heading and the tables of each benchmark that has a result.
+
+    Raises:
+        FieldError: a result is of another version of its benchmark.
+    """
     shown = [benchmark for benchmark in benchmarks if benchmark.name in found]
     seconds = sum(found[benchmark.name]["seconds"] for benchmark in shown)
     parts = [f"`make bench` wrote this section; it took {seconds / 60:.0f} minutes.\n"]
@@ -276,7 +303,7 @@ def section(benchmarks: Sequence[Benchmark], found: Mapping[str, Result]) -> str
         command = " ".join([*variables, "python -m", f"benchmarks.{benchmark.name}", *map(_from_root, arguments)])
         parts.append(f"### {benchmark.title}\n")
         parts.append(f"`{command}`\n")
-        parts.append(benchmark.tables(found[benchmark.name]["result"]))
+        parts.append(benchmark.shown(found[benchmark.name]["result"]))
     return "\n".join(parts)
 
 

@@ -130,8 +130,8 @@ class ServeConfig(StrictModel):
     """Memory in bytes for large frames to clients on the same machine that run as the same user. Such clients then take
     less CPU time than through the network. Clients that find none left use the network. 0 shares none."""
     shared_client_bytes: Annotated[int, Field(ge=1)] = 64 * MIB
-    """Maximum number of these bytes for one client. It holds as many frames of up to `max_frame_bytes` bytes, at most
-    32."""
+    """Maximum number of these bytes for one client. It gets room for as many frames of `max_frame_bytes` bytes as fit,
+    at most 32."""
     max_request_seconds: PositiveFloat = 600.0
     """Maximum duration of a request in seconds. It replaces a longer deadline of a caller."""
     drain_seconds: NonNegativeFloat = 30.0

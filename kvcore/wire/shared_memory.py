@@ -39,8 +39,15 @@ _KEY_BYTES = 32
 # A page, so that slots begin at one.
 _CONTROL_BYTES = 4096
 _NAME = re.compile(r"kvdistill-[0-9a-f]{32}")
+
+
+def supported() -> bool:
+    """Whether this system has memfds, and seals against changes of their size."""
+    return hasattr(os, "memfd_create") and hasattr(fcntl, "F_ADD_SEALS")
+
+
 # The size never changes, so that no access can fail.
-_SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
+_SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL if supported() else 0
 
 
 class NoSharedMemoryError(Exception):
@@ -71,7 +78,7 @@ class Layout:
 
 
 class SharedSlots:
-    """The server's side: puts bodies into slots that are free. Used by one thread at a time.
+    """The server's side: puts bodies into slots that are free. Used by one thread at a time, if `supported`.
 
     Args:
         layout: at most `MAX_SLOTS` slots.
@@ -186,18 +193,10 @@ class OpenedSlots:
         self._released[:] = self._written
 
 
-def supported() -> bool:
-    """Whether this system has memfds."""
-    return hasattr(os, "memfd_create")
-
-
 def _mapped(offer: pb.OpenMemoryResponse, nbytes: int) -> memoryview:
     path = f"/proc/{offer.pid}/fd/{offer.fd}"
     try:
-        # Before it is opened: in another container, this may be anything.
-        if not _NAME.fullmatch(offer.name) or str(Path(path).readlink()) != f"/memfd:{offer.name} (deleted)":
-            raise NoSharedMemoryError(f"{path} is not the server's memory")
-        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK)
+        fd = _opened(path, offer.name)
     except OSError as error:
         raise NoSharedMemoryError(f"{path} cannot be opened: {error.strerror}") from error
     try:
@@ -212,3 +211,16 @@ def _mapped(offer: pb.OpenMemoryResponse, nbytes: int) -> memoryview:
         raise NoSharedMemoryError(f"{path} cannot be mapped: {error.strerror}") from error
     finally:
         os.close(fd)
+
+
+def _opened(path: str, name: str) -> int:
+    """Opens the memory of this name for reading and writing; returns its descriptor."""
+    # In another container, or after the server has ended, the path may be anything: found without opening it.
+    found = os.open(path, os.O_PATH | os.O_CLOEXEC)
+    try:
+        same = f"/proc/self/fd/{found}"
+        if not _NAME.fullmatch(name) or str(Path(same).readlink()) != f"/memfd:{name} (deleted)":
+            raise NoSharedMemoryError(f"{path} is not the server's memory")
+        return os.open(same, os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK)
+    finally:
+        os.close(found)

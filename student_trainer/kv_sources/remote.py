@@ -272,7 +272,13 @@ class RemoteSource(KVSource):
         self._exchange(request, reader, samples, received, failed_once)
 
     def _ask_for_memory(self) -> pb.OpenMemoryResponse:
-        return self._open_memory(pb.OpenMemoryRequest(), timeout=DESCRIBE_TIMEOUT_S, metadata=tracing.headers())
+        request, headers = pb.OpenMemoryRequest(), tracing.headers()
+        asking = self._open_memory.future(request, timeout=DESCRIBE_TIMEOUT_S, metadata=headers)
+        self._begun(asking)
+        try:
+            return asking.result()
+        except grpc.FutureCancelledError as error:
+            raise self._errors.closed() from error
 
     def _exchange(
         self,

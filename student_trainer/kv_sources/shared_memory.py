@@ -14,7 +14,7 @@ import grpc
 
 from kvcore.errors import FieldError
 from kvcore.printable import printable
-from kvcore.wire.shared_memory import MIN_SHARED_BYTES, NoSharedMemoryError, OpenedSlots
+from kvcore.wire.shared_memory import MIN_SHARED_BYTES, NoSharedMemoryError, OpenedSlots, supported
 from protos import kv_cache_pb2 as pb
 from student_trainer.kv_sources.channel import without_address
 from student_trainer.kv_sources.proxies import host_of, is_loopback
@@ -42,7 +42,7 @@ class MemoryOfEndpoint:
     def __init__(self, teacher: str, endpoint: str) -> None:
         self._teacher, self._endpoint = teacher, endpoint
         on_this_machine = is_loopback(endpoint) or host_of(endpoint) == socket.gethostname()
-        self._ask_at = -math.inf if _allowed() and on_this_machine else math.inf
+        self._ask_at = -math.inf if _allowed() and on_this_machine and supported() else math.inf
         self._wanted = False
         self._opened: OpenedSlots | None = None
         self._last_problem = ""
@@ -52,10 +52,13 @@ class MemoryOfEndpoint:
 
         Args:
             ask: calls `OpenMemory`.
+
+        Raises:
+            concurrent.futures.CancelledError: `ask` was cancelled. The next request asks again.
         """
         if self._opened is None and self._wanted and time.monotonic() >= self._ask_at:
-            self._ask_at = time.monotonic() + ASK_AGAIN_SECONDS
             self._open(ask)
+            self._ask_at = time.monotonic() + ASK_AGAIN_SECONDS
         opened = self._opened
         if opened is not None:
             opened.release_all()
@@ -83,11 +86,8 @@ class MemoryOfEndpoint:
                 message = "teacher '%s': K/V of %s come through the network, not through shared memory: %s"
                 logger.info(message, self._teacher, self._endpoint, problem)
         else:
-            size, message = (
-                self._opened.nbytes,
-                "teacher '%s': large frames of %s come through %d bytes of shared memory",
-            )
-            logger.info(message, self._teacher, self._endpoint, size)
+            message = "teacher '%s': large frames of %s come through %d bytes of shared memory"
+            logger.info(message, self._teacher, self._endpoint, self._opened.nbytes)
 
 
 def _opened(ask: Ask) -> OpenedSlots:

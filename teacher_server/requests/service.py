@@ -132,7 +132,7 @@ class TeacherKVService:
 
     async def open_memory(self, _context: grpc.aio.ServicerContext) -> pb.OpenMemoryResponse:
         """Memory for the bodies of frames to a client on this machine."""
-        return await self._state.shared.offer()
+        return await self._state.shared.offer(current_call().peer)
 
     @property
     def _info(self) -> TeacherInfo:

@@ -13,6 +13,7 @@ from kvcore.wire.shared_memory import MAX_SLOTS, MEMORY_METADATA, MIN_SHARED_BYT
 from protos import kv_cache_pb2 as pb
 from teacher_server.monitoring.activity import Call
 from teacher_server.monitoring.logs import log_event
+from teacher_server.requests.peers import on_this_machine
 
 log = logging.getLogger(__name__)
 
@@ -51,6 +52,7 @@ class SharedFrames:
         self._now = now
         self._reserved = 0
         self._shared: dict[str, _Shared] = {}
+        self._making: set[asyncio.Task[pb.OpenMemoryResponse]] = set()
         self._reported = False
 
     @property
@@ -58,8 +60,21 @@ class SharedFrames:
         """Bytes that clients share now."""
         return self._reserved
 
-    async def offer(self) -> pb.OpenMemoryResponse:
-        """Memory for a new client, or why there is none."""
+    async def offer(self, peer: str) -> pb.OpenMemoryResponse:
+        """Memory for a new client, or why there is none. If the call is cancelled, the memory is freed as unopened.
+
+        Args:
+            peer: the client, as gRPC names it. On another machine it could not open the memory, so it gets none.
+        """
+        if not on_this_machine(peer):
+            return pb.OpenMemoryResponse(problem="the caller is not on the server's machine")
+        # A task of its own, so that memory which a thread still makes is counted, and freed later.
+        making = asyncio.create_task(self._made())
+        self._making.add(making)
+        making.add_done_callback(self._making.discard)
+        return await asyncio.shield(making)
+
+    async def _made(self) -> pb.OpenMemoryResponse:
         self.drop_unused()
         size = self._client_bytes
         if not self._total_bytes:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import gc
 import logging
+import os
 import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import closing
+from concurrent.futures import CancelledError, ThreadPoolExecutor
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +19,13 @@ import msgpack
 import pytest
 import xxhash
 
-from kvcore.errors import FieldError, TeacherUnavailableError
+from kvcore.errors import FieldError, ProtocolError, TeacherUnavailableError
 from kvcore.plan import CodecSpec, KVPlan, SamplingParams, Selection
 from kvcore.types import EncodedSampleKV, Sample
 from kvcore.wire.shared_memory import MEMORY_METADATA, MIN_SHARED_BYTES, OpenedSlots
 from protos import kv_cache_pb2 as pb
 from student_trainer.config import KVConfig, TeacherConfig
-from student_trainer.kv_sources import build_source, shared_memory
+from student_trainer.kv_sources import build_source, remote, shared_memory
 from student_trainer.kv_sources.base import KVResult
 from student_trainer.kv_sources.completions import CompletionSource
 from student_trainer.kv_sources.remote import RemoteSource
@@ -201,6 +203,22 @@ def test_a_damaged_byte_in_shared_memory_is_noticed(teacher: TeacherProcess, mon
         assert source.retries == 1
 
 
+def test_faults_on_purpose_spoil_answers_in_shared_memory_but_no_kv(tmp_path: Path) -> None:
+    flags = {"engine": "fake", "chaos": "flip=0.3,truncate=0.3,seed=1", "shared_client_bytes": 2 << 20}
+    with running_teacher(FAKE, tmp_path / "log", **flags) as server, closing(connected(server)) as source:
+        answers: list[list[KVResult]] = []
+        for _ in range(12):
+            with suppress(ProtocolError):
+                answers.append(source.fetch(LARGE))
+        for answer in answers:
+            assert_same(answer, answers[0])
+        found = shared_bytes(server)
+    assert source.retries > 0
+    assert len({fault["fault"] for fault in server.events("chaos_fault")}) == 2
+    # There are two slots. Those of bodies that were never read are used again.
+    assert found[-1] > 0
+
+
 def opened(channel: grpc.Channel) -> pb.OpenMemoryResponse:
     call = channel.unary_unary(
         "/kvcache.v1.TeacherKV/OpenMemory",
@@ -340,6 +358,29 @@ def test_nothing_is_left_of_a_server_that_was_killed(tmp_path: Path) -> None:
     assert files_in_memory() == []
     del source
     wait_until(lambda: not mapped("self"))
+
+
+def test_a_fetch_that_asks_a_hanging_server_for_memory_can_be_cancelled(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with running_teacher(FAKE, tmp_path / "log", engine="fake") as server, closing(connected(server)) as source:
+        wanted = source.fetch(LARGE)
+        monkeypatch.setattr(remote, "DESCRIBE_TIMEOUT_S", 600.0)
+        last_call = source._running
+        os.kill(server.pid, signal.SIGSTOP)
+        with ThreadPoolExecutor(1) as pool:
+            try:
+                fetching = pool.submit(source.fetch, LARGE)
+                wait_until(lambda: source._running is not last_call)
+                source.cancel()
+                with pytest.raises(CancelledError):
+                    fetching.result(60)
+            finally:
+                os.kill(server.pid, signal.SIGCONT)
+        source.resume()
+        # It asks again at once.
+        assert_same(source.fetch(LARGE), wanted)
+        assert shared_bytes(server)[-1] > 0
 
 
 def test_a_senseless_variable_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -90,6 +90,17 @@ def test_resuming_runs_again_what_had_other_arguments(scripts: Path, tmp_path: P
     assert runs(scripts) == 3
 
 
+def test_a_result_of_another_version_is_not_shown_and_resuming_runs_it_again(scripts: Path, tmp_path: Path) -> None:
+    results, good = Results.read(tmp_path / "results.json"), stand_in("good", "7")
+    assert bench.run_all([good], results, quick=False, resume=False) == []
+    results.add("good", results.found["good"] | {"result": {"old": 1}})
+    with pytest.raises(FieldError, match=r"the result of 'good' is of another version: it has no 'n'.*--resume"):
+        bench.section([good], results.found)
+    assert bench.run_all([good], results, quick=False, resume=True) == []
+    assert runs(scripts) == 2
+    assert "| 7 |" in bench.section([good], results.found)
+
+
 @pytest.mark.parametrize(("one_thread", "expected"), [(True, 1), (False, 3)])
 def test_a_benchmark_of_one_thread_gets_and_shows_its_variable(
     scripts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, one_thread: bool, expected: int

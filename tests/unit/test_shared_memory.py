@@ -181,6 +181,29 @@ def test_what_is_not_the_servers_memory_is_not_opened(tmp_path: Path, monkeypatc
         OpenedSlots(offer)
 
 
+def test_what_was_checked_is_what_is_opened(monkeypatch: pytest.MonkeyPatch) -> None:
+    slots = SharedSlots(LAYOUT)
+    offer = slots.offer()
+    other, kept, open_file, seen = os.memfd_create("other"), os.dup(offer.fd), os.open, list[str]()
+
+    def replaced_meanwhile(path: str, flags: int) -> int:
+        if flags & os.O_RDWR:
+            os.dup2(other, offer.fd)
+        fd = open_file(path, flags)
+        seen.append(str(Path(f"/proc/self/fd/{fd}").readlink()))
+        return fd
+
+    monkeypatch.setattr(shared_memory.os, "open", replaced_meanwhile)
+    try:
+        assert OpenedSlots(offer).key == slots.key
+    finally:
+        os.dup2(kept, offer.fd)
+        os.close(other)
+        os.close(kept)
+    assert set(seen) == {f"/memfd:{offer.name} (deleted)"}
+    slots.close()
+
+
 def test_a_server_sees_whether_a_client_holds_the_memory() -> None:
     slots = SharedSlots(LAYOUT)
     assert not slots.is_open()
@@ -265,7 +288,7 @@ def large_frame(slots: SharedSlots) -> tuple[bytes, dict[str, object], bytes]:
 
 
 def offered(frames: SharedFrames) -> pb.OpenMemoryResponse:
-    return asyncio.run(frames.offer())
+    return asyncio.run(frames.offer("ipv4:127.0.0.1:41234"))
 
 
 def test_all_clients_together_and_each_one_have_a_limit() -> None:
