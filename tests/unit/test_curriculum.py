@@ -209,7 +209,7 @@ def test_gradients_of_a_stage_reach_latents_and_text() -> None:
     model = model_of(reasoning_ce_weight=0.0)
     losses = model(TrainBatch(collator()(records_of("lines"), 2), ()))
     parameters: list[Any] = [
-        model.student.reasoning.projection[0].weight,
+        next(model.student.reasoning.projection.parameters()),
         model.student.lm.get_input_embeddings().weight,
     ]
     for name in ("answer_ce", "rest_ce", "step_ce"):
