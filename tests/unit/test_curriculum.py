@@ -44,7 +44,11 @@ CASES: dict[Kind, list[tuple[tuple[str, str, str], list[str], list[str]]]] = {
         ),
         (("A longer question: add 4 and 5.", "\n 4+5=9\n", " 999"), [" 4+5=9"], ["", "", ""]),
         (("Without steps.", "", " 1"), [], ["", "", ""]),
-        (("Two steps?", " 7-2=5 \n  5*3=15\n", " 15"), [" 7-2=5", "  5*3=15"], ["  5*3=15\n", "", ""]),
+        (
+            ("Two steps?", " 7-2=5 \n  5*3=15\n####", " 15"),
+            [" 7-2=5", "  5*3=15"],
+            ["  5*3=15\n####", "", ""],
+        ),
     ],
     "equations": [
         (
