@@ -92,6 +92,18 @@ def test_unknown_arm_is_refused_by_name(tmp_path: Path, capsys: pytest.CaptureFi
     assert "there is no arm 'KX'" in capsys.readouterr().err
 
 
+def test_an_arm_that_a_later_table_lacks_is_refused_before_the_first_table(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    ran: list[str] = []
+    monkeypatch.setattr(paper, "run_table", lambda name, *_, **__: ran.append(name))
+    arms = ["--arms", "KV, T=6", "--output", str(tmp_path)]
+    assert paper.main(["--tables", "methods", "selectors", *arms]) != 0
+    assert ran == []
+    assert paper.main(["--tables", "methods", *arms]) == 0
+    assert ran == ["methods"]
+
+
 @pytest.mark.parametrize("path", STORED, ids=lambda path: path.stem)
 def test_results_page_shows_the_stored_results(path: Path) -> None:
     found = from_json(json.loads(path.read_text(encoding="utf-8")))
