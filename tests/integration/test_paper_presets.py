@@ -99,3 +99,4 @@ def test_kava_preset_trains_a_tiny_student(data: str, projects: bool, tmp_path: 
     card = (tmp_path / "run/best_model/README.md").read_text(encoding="utf-8")
     settings = yaml.safe_load(card.partition("```yaml\n")[2].partition("```")[0])
     assert settings["data"]["drop_last_step"] is True
+    assert settings["self_teacher"] is True
