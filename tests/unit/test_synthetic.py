@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -154,7 +155,7 @@ def test_distractors_are_at_every_place_after_the_first_word() -> None:
         ({"distractors": 17}, "distractors"),
     ],
 )
-def test_senseless_options_are_refused(options: dict[str, int], field: str) -> None:
+def test_senseless_options_are_refused(options: dict[str, Any], field: str) -> None:
     with pytest.raises(FieldError) as caught:
         ChainTask(**options)
     assert caught.value.field == field
