@@ -128,7 +128,7 @@ def test_too_few_records_raise_unless_allow_fewer(copies: Path) -> None:
 
 
 def test_a_split_without_any_record_is_refused(copies: Path) -> None:
-    with pytest.raises(ConfigError, match="val_samples: 1 were asked for, .*none is left for this split"):
+    with pytest.raises(ConfigError, match=r"val_samples: 1 were asked for, .*none is left for this split"):
         prepare(copies, train_samples=100_000, val_samples=1, allow_fewer=True)
 
 
