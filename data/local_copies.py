@@ -38,8 +38,8 @@ def stream_copy(path: Path, split: str, configs: Sequence[str] = ()) -> Iterator
     """Streams a local copy, without a second copy in a cache.
 
     Args:
-        path: a file; or a directory: a saved dataset, one with the file SPLIT.jsonl, .json, .parquet or .arrow, or
-            one that `datasets.load_dataset` reads, such as a clone from the hub.
+        path: a file; or a directory: a saved dataset, one with the file SPLIT.jsonl, .json, .txt, .parquet or
+            .arrow, or one that `datasets.load_dataset` reads, such as a clone from the hub.
         split: the split to read; a file is one split.
         configs: configurations to read if the directory declares any.
 
@@ -79,7 +79,9 @@ def _file_of(path: Path, split: str) -> Path | None:
         return path
     files = [file for file in path.iterdir() if file.suffix in _SUFFIXES]
     named = [file for file in files if file.stem == split]
-    return (named or [file for file in files if len(files) == 1 and file.suffix == ".json"] or [None])[0]
+    # Other text files are notes or licences.
+    data = [file for file in files if file.suffix != ".txt"]
+    return (named or [file for file in data if len(data) == 1 and file.suffix == ".json"] or [None])[0]
 
 
 def _stream_file(path: Path) -> IterableDataset:

@@ -59,20 +59,8 @@ def _spans(reasoning: str, kind: StepKind) -> list[tuple[int, int]]:
 
 def after_steps(reasoning: str, kind: StepKind, count: int) -> str:
     """The reasoning from the start of step `count` + 1 on; nothing if it has no such step."""
-    starts = _starts(reasoning, kind)
-    return reasoning[starts[count] :] if count < len(starts) else ""
-
-
-def _starts(reasoning: str, kind: StepKind) -> list[int]:
-    """Where each step begins in the reasoning, an equation with its brackets."""
-    if kind == "equations":
-        return [match.start() for match in _EQUATION.finditer(reasoning)]
-    starts, place = list[int](), 0
-    for line in reasoning.splitlines(keepends=True):
-        if line.strip():
-            starts.append(place)
-        place += len(line)
-    return starts
+    spans = _spans(reasoning, kind)
+    return reasoning[spans[count][0] :] if count < len(spans) else ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -33,6 +33,6 @@ def export_plain(model: str, target: Path) -> str:
     tokenizer.save_pretrained(str(temporary))
     temporary.rename(target)
     return (
-        f"{target}: the backbone of {model}, as a plain transformers model. It lacks the {tree['latents']} latents and "
-        "their projection, so it answers without thinking, and worse than the student."
+        f"{target}: the backbone of {model}, as a plain transformers model. It lacks the {tree['latents']} latents, so "
+        "it answers without thinking, and worse than the student."
     )

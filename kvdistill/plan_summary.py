@@ -82,6 +82,8 @@ def plan_text(config: TrainConfig, models: Sequence[str]) -> str:
         TeacherUnavailableError: no endpoint of a teacher answers.
         StoreError: an offline run's store is missing or damaged.
     """
+    if config.self_teacher:
+        raise FieldError("self_teacher", "the student is its own teacher, so nothing is sent")
     if not config.teachers:
         raise FieldError("teachers", "the run has no teachers")
     paths = _paths(models, config)

@@ -46,8 +46,8 @@ def think(
 ) -> list[Thoughts]:
     """Computes the latents of a batch of prompts.
 
-    A latent is a projection of the last hidden state one position before it. The head reads the same state as the token
-    that would stand in the latent's place.
+    A latent is the last hidden state one position before it, or a projection of it. The head reads the same state as
+    the token that would stand in the latent's place.
     """
     passes: list[tuple[Tensor, Tensor]] = []
 

@@ -127,7 +127,7 @@ def _lotus(data: str) -> dict[str, Any]:
         "loss": {"reasoning_ce_weight": 0.0, "step_ce_weight": 0.05},
         "data": _data(data),
         "optim": optim,
-        "run": {"epochs": 30, "global_batch": 128},
+        "run": {"epochs": 30, "curriculum_epochs": 1.0, "global_batch": 128},
     }
 
 
@@ -163,15 +163,17 @@ _SOURCE = {
     "codi_weight is KaVa's a1. CODI's own values are not in our sources.",
     "pccot": f"latents and passes from PCCoT's code; {_OF_KAVA} (secondary source); that PCCoT trains with CODI's loss "
     "is from memory, and codi_weight is KaVa's a1. PCCoT's own values are not in our sources.",
-    "lotus": "LOTUS's paper and code: loop, blocks, loss and optimiser. That the loop has no projection is inferred.",
+    "lotus": "LOTUS's paper and code: loop, blocks, curriculum, loss and optimiser. That the loop has no projection is "
+    "inferred.",
 }
 _DIFFERS = {
     "kava": "the KV loss is a mean over elements, where the paper divides by 2M only, so kv_weight may need another "
     "value",
     "codi": "six passes over six latents give the latents that CODI generates one after the other",
     "pccot": "the first inputs of the latents are embeddings of their own",
-    "lotus": "there is no curriculum over the number of latent steps; a step's tokens are predicted from the state "
-    "before each latent instead of its own; the first stage, training on written reasoning, is the first command below",
+    "lotus": "a step's tokens are predicted from the state before each latent instead of its own; steps "
+    "that are still text have a mean of their own in the loss; the training on written reasoning that comes first is "
+    "the first command below",
 }
 
 
@@ -198,23 +200,25 @@ def _commands(method: str, model: str, data: str) -> list[str]:
         return ["Train:", train]
     written = f"outputs/papers/{name}_written"
     changes = [f"--set {key}={value}" for key, value in written_reasoning(written).items()]
+    *lines, last = [" ".join(changes[start : start + 3]) for start in range(0, len(changes), 3)]
     return [
         "Train:",
         f"{train} \\",
-        *(f"      {' '.join(changes[start : start + 3])} \\" for start in range(0, len(changes) - 3, 3)),
-        f"      {' '.join(changes[-3:])}",
+        *(f"      {line} \\" for line in lines),
+        f"      {last}",
         f"{train} \\",
         f"      --set student.path={written}/best_model",
     ]
 
 
 def written_reasoning(output: str) -> Mapping[str, str]:
-    """The settings that turn a preset of LOTUS into its first stage, training on written reasoning."""
+    """The settings that turn a preset of LOTUS into the training on written reasoning that comes before."""
     return {
         "student.mode": "token",
         "student.projection": "true",
         "student.latents_per_step": "null",
         "loss.step_ce_weight": "0",
+        "run.curriculum_epochs": "null",
         "run.epochs": "10",
         "run.output_dir": output,
     }

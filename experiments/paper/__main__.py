@@ -58,15 +58,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     def command() -> int:
         os.environ.update(CPU_ONLY)
-        for name in given.tables:
-            table = TABLES[name] if given.arms is None else _with_arms(TABLES[name], given.arms)
+        tables = {name: _with_arms(TABLES[name], given.arms) for name in given.tables}
+        for name, table in tables.items():
             run_table(name, table, output, seeds, quick=given.quick)
         return 0
 
     return run_command("paper", command, "interrupted; the same command continues")
 
 
-def _with_arms(table: Table, names: Sequence[str]) -> Table:
+def _with_arms(table: Table, names: Sequence[str] | None) -> Table:
+    if names is None:
+        return table
     known = {arm.name: arm for arm in table.arms}
     if unknown := [name for name in names if name not in known]:
         raise FieldError("--arms", f"there is no arm '{unknown[0]}'; known: {', '.join(known)}")

@@ -54,7 +54,8 @@ train_run() {
 
 # Evaluates one run: evaluate_run NAME
 evaluate_run() {
-    [ -f "$OUTPUT/$1/eval_results.json" ] && return
+    # Training writes this file, too, with the score of its validation.
+    grep -qs '"gsm8k_test"' "$OUTPUT/$1/eval_results.json" && return
     # shellcheck disable=SC2086 # Without a limit there is no flag.
     run "$PYTHON" -m kvdistill eval --model-path "$OUTPUT/$1/best_model" --eval-datasets gsm8k_test --device "$DEVICE" \
         ${LIMIT:+--limit $LIMIT}
@@ -69,10 +70,10 @@ for seed in $SEEDS; do
         name="${method}_qwen0.5b_aug-seed$seed"
         start=(--set "student.path=$MODEL")
         if [ "$method" = lotus ]; then
-            # Its first stage trains on written reasoning.
+            # It starts from a student that was trained on written reasoning.
             train_run "${name}_written" lotus "$seed" "${start[@]}" --set student.mode=token \
                 --set student.projection=true --set student.latents_per_step=null --set loss.step_ce_weight=0 \
-                --set run.epochs=10
+                --set run.curriculum_epochs=null --set run.epochs=10
             start=(--set "student.path=$OUTPUT/${name}_written/best_model")
         fi
         train_run "$name" "$method" "$seed" "${start[@]}"

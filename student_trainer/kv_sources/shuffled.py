@@ -24,6 +24,15 @@ def of_other_samples(pending: PendingKV) -> PendingKV:
     return PendingKV(rolled)
 
 
+def warn_of_control(whose: str = "") -> None:
+    """Logs that the run is a control. `whose`: which K/V of another sample each sample learns from."""
+    logger.warning(
+        "kv.control is 'shuffled': every sample is trained on ANOTHER sample's K/V%s. This run is an experiment's "
+        "control; do not use its student.",
+        whose,
+    )
+
+
 class ShuffledControl(WrappingSource):
     """Gives sample i of a batch the result of sample i-1; the first sample gets the last one's.
 
@@ -33,11 +42,7 @@ class ShuffledControl(WrappingSource):
 
     def __init__(self, source: KVSource) -> None:
         super().__init__(source)
-        logger.warning(
-            "kv.control is 'shuffled': every sample is trained on ANOTHER sample's K/V of teacher %s. "
-            "This run is an experiment's control; do not use its student.",
-            source.info.model,
-        )
+        warn_of_control(f" of teacher {source.info.model}")
 
     def submit(self, samples: Sequence[Sample]) -> PendingKV:
         """Submits to the wrapped source. `result` rolls its results by one."""

@@ -82,6 +82,5 @@ def _digest(settings: TrainConfig) -> str:
     # The path alone does not identify the data: the file may have changed.
     tree["content"] = [content_digest(path) for path in (settings.data.train, settings.data.val) if path]
     tree["teachers"] = [[teacher.name, teacher.weight] for teacher in settings.teachers]
-    if settings.self_teacher:
-        tree["self_teacher"] = True  # Only then, so that stages that an earlier version finished stay finished.
+    tree["self_teacher"] = settings.self_teacher
     return hashlib.blake2b(json.dumps(tree, sort_keys=True).encode(), digest_size=16).hexdigest()

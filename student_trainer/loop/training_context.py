@@ -24,6 +24,7 @@ from student_trainer.config import TrainConfig
 from student_trainer.config_checks import shared_endpoint_warning, step_blocks
 from student_trainer.kv_sources import KVSource, PendingKV
 from student_trainer.kv_sources.kv_batch import decode_and_pad
+from student_trainer.kv_sources.shuffled import warn_of_control
 from student_trainer.loop import checkpoint, ds_engine, finished_run
 from student_trainer.loop.align_run import FetchFrom, align, fetched
 from student_trainer.loop.checkpoint import Checkpoint
@@ -206,10 +207,7 @@ def build_context(config: TrainConfig, rank: int, world_size: int) -> TrainingCo
     if rank == 0 and (warning := shared_endpoint_warning(config)):
         logger.warning("teachers: %s", warning)
     if rank == 0 and config.self_teacher and config.kv.control == "shuffled":
-        logger.warning(
-            "kv.control is 'shuffled': every sample is trained on ANOTHER sample's K/V. This run is an experiment's "
-            "control; do not use its student."
-        )
+        warn_of_control()
     train, val = train_records(config.data), val_records(config.data)
     sample_order = SampleOrder(config.run, len(train), rank, world_size)
     if config.teachers and config.align.warmup_steps >= sample_order.steps:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 # The settings that decide what a student learns. Paths and addresses of the machines are left out.
 _SETTINGS: dict[str, Any] = {
     "student": {"dtype", "mode", "latents", "passes", "projection", "latents_per_step", "lora"},
+    "self_teacher": True,
     "kv": {"selection", "codec", "control"},
     "align": True,
     "fuse": True,

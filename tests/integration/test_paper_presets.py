@@ -43,7 +43,7 @@ SPEC = tiny_spec("llama", layers=2, seed=3)
 SHAPES: dict[str, dict[str, object]] = {
     "codi_llama1b_aug": {"student.latents": 3},
     "pccot_qwen0.5b_nl": {"student.latents": 3},
-    "lotus_llama3b_nl": {"student.latents": 6, "student.latents_per_step": 3},
+    "lotus_llama3b_nl": {"student.latents": 6, "student.latents_per_step": 3, "run.curriculum_epochs": 0.2},
 }
 
 
@@ -77,6 +77,8 @@ def test_a_run_has_the_records_and_the_latents_of_its_preset(name: str, tmp_path
         assert steps_of(found.reasoning, kind) == steps_of(given.reasoning, kind)[: 1 if drops else 2]
         assert (found.id, found.prompt, found.answer) == (given.id, given.prompt, given.answer)
     assert context.model.student.reasoning.projects == drops
+    # A step in each of the two stages.
+    assert [context.latent_steps(step) for step in range(2)] == ([None, None] if drops else [1, 2])
     context.close()
 
 
@@ -97,3 +99,4 @@ def test_kava_preset_trains_a_tiny_student(data: str, projects: bool, tmp_path: 
     card = (tmp_path / "run/best_model/README.md").read_text(encoding="utf-8")
     settings = yaml.safe_load(card.partition("```yaml\n")[2].partition("```")[0])
     assert settings["data"]["drop_last_step"] is True
+    assert settings["self_teacher"] is True

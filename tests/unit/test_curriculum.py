@@ -44,7 +44,11 @@ CASES: dict[Kind, list[tuple[tuple[str, str, str], list[str], list[str]]]] = {
         ),
         (("A longer question: add 4 and 5.", "\n 4+5=9\n", " 999"), [" 4+5=9"], ["", "", ""]),
         (("Without steps.", "", " 1"), [], ["", "", ""]),
-        (("Two steps?", " 7-2=5 \n  5*3=15\n", " 15"), [" 7-2=5", "  5*3=15"], ["  5*3=15\n", "", ""]),
+        (
+            ("Two steps?", " 7-2=5 \n  5*3=15\n####", " 15"),
+            [" 7-2=5", "  5*3=15"],
+            ["  5*3=15\n####", "", ""],
+        ),
     ],
     "equations": [
         (
@@ -208,10 +212,9 @@ def test_losses_of_each_stage_equal_the_loops(kind: Kind, stage: int, passes: st
 def test_gradients_of_a_stage_reach_latents_and_text() -> None:
     model = model_of(reasoning_ce_weight=0.0)
     losses = model(TrainBatch(collator()(records_of("lines"), 2), ()))
-    parameters: list[Any] = [
-        next(model.student.reasoning.projection.parameters()),
-        model.student.lm.get_input_embeddings().weight,
-    ]
+    projection: Any = model.student.reasoning.projection
+    table: Any = model.student.lm.get_input_embeddings()
+    parameters: list[Any] = [projection[0].weight, table.weight]
     for name in ("answer_ce", "rest_ce", "step_ce"):
         assert all(one.norm() > 0 for one in torch.autograd.grad(losses[name], parameters, retain_graph=True))
     (of_inputs,) = torch.autograd.grad(losses["loss"], [model.student.reasoning.first_inputs.weight])

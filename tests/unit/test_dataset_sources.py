@@ -14,6 +14,7 @@ from datasets import Dataset, DatasetDict
 
 from data.dataset_sources import Source, find_source, read_rows
 from data.families import find_family
+from data.local_copies import stream_copy
 from kvcore.errors import ConfigError, FieldError
 from tests.support.guide_data import MAKERS
 
@@ -108,6 +109,17 @@ def test_math23k_is_read_in_its_original_format(tmp_path: Path) -> None:
     lines(tmp_path / "math23k" / "math23k.json", made("math23k"), indent=2)
     source = find_source(find_family("math23k"), {}, tmp_path)
     assert list(read_rows(source, 0, 99)) == made("math23k")
+
+
+def test_notes_beside_the_only_json_file_of_a_directory_are_no_data(tmp_path: Path) -> None:
+    (tmp_path / "LICENSE.txt").write_text("Use it.\n", encoding="utf-8")
+    # As in Math23K, consecutive objects with numbers and text, which the datasets library does not read.
+    (tmp_path / "all.json").write_text('{"a":\n1}\n{"a":\n"2%"}', encoding="utf-8")
+    (streamed,) = stream_copy(tmp_path, "train")
+    assert list(streamed) == [{"a": 1}, {"a": "2%"}]
+    (tmp_path / "train.txt").write_text("Who?||<<1+2=3>> #### 3\n", encoding="utf-8")
+    (streamed,) = stream_copy(tmp_path, "train")
+    assert list(streamed) == [{"question": "Who?", "steps": "<<1+2=3>> ", "answer": " 3"}]
 
 
 def test_text_lines_of_gsm8k_aug_give_its_columns(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from experiments.paper.paper_report import ArmResult, TableResult, as_json, from
 from experiments.paper.paper_runs import PaperRuns
 from experiments.paper.paper_tables import TABLES
 from kvcore.config import load_config, parse
+from kvcore.files import write_json
 from student_trainer.config import TrainConfig
 
 PORTS = {name: 50050 + number for number, name in enumerate(("teacher_a", "teacher_b", "bad_teacher", "itself"))}
@@ -91,6 +92,18 @@ def test_unknown_arm_is_refused_by_name(tmp_path: Path, capsys: pytest.CaptureFi
     assert "there is no arm 'KX'" in capsys.readouterr().err
 
 
+def test_an_arm_that_a_later_table_lacks_is_refused_before_the_first_table(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    ran: list[str] = []
+    monkeypatch.setattr(paper, "run_table", lambda name, *_, **__: ran.append(name))
+    arms = ["--arms", "KV, T=6", "--output", str(tmp_path)]
+    assert paper.main(["--tables", "methods", "selectors", *arms]) != 0
+    assert ran == []
+    assert paper.main(["--tables", "methods", *arms]) == 0
+    assert ran == ["methods"]
+
+
 @pytest.mark.parametrize("path", STORED, ids=lambda path: path.stem)
 def test_results_page_shows_the_stored_results(path: Path) -> None:
     found = from_json(json.loads(path.read_text(encoding="utf-8")))
@@ -107,17 +120,21 @@ def test_quick_run_changes_steps_and_items_only() -> None:
         assert replace(table.settings, arm_steps=table.quick_steps).task == table.settings.task
 
 
-def test_script_for_a_gpu_trains_valid_runs_of_each_method_and_seed() -> None:
+def shown_commands(**variables: str) -> list[str]:
     bash = shutil.which("bash")
     assert bash is not None
-    shown = subprocess.run(
+    return subprocess.run(
         [bash, "experiments/paper/run.sh", "--show"],
         cwd=ROOT,
         check=True,
         capture_output=True,
         text=True,
-        env={**os.environ, "METHODS": "kava lotus", "SEEDS": "4 5"},
+        env={**os.environ, **variables},
     ).stdout.splitlines()
+
+
+def test_script_for_a_gpu_trains_valid_runs_of_each_method_and_seed() -> None:
+    shown = shown_commands(METHODS="kava lotus", SEEDS="4 5")
     trained: list[tuple[str, str, int]] = []
     for line in map(shlex.split, shown):
         if "train" in line:
@@ -131,3 +148,17 @@ def test_script_for_a_gpu_trains_valid_runs_of_each_method_and_seed() -> None:
         for method, stage, mode in (("kava", "", "latent"), ("lotus", "_written", "token"), ("lotus", "", "latent"))
     ]
     assert sum("eval" in line for line in map(shlex.split, shown)) == 4
+
+
+@pytest.mark.parametrize(("scores", "evaluated"), [(None, False), (["val"], False), (["val", "gsm8k_test"], True)])
+def test_script_for_a_gpu_evaluates_runs_that_have_only_been_validated(
+    scores: list[str] | None, evaluated: bool, tmp_path: Path
+) -> None:
+    run = tmp_path / "kava_qwen0.5b_aug-seed0"
+    run.mkdir()
+    (run / "summary.json").touch()
+    if scores is not None:
+        write_json(run / "eval_results.json", {name: {"score": 50.0, "num_examples": 2} for name in scores})
+    shown = shown_commands(METHODS="kava", SEEDS="0", OUTPUT=str(tmp_path))
+    assert not any("train" in shlex.split(line) for line in shown)
+    assert any("gsm8k_test" in line for line in shown) != evaluated

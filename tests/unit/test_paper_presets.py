@@ -9,6 +9,8 @@ import pytest
 from kvcore.config import load_config
 from scripts.make_paper_presets import FOLDER, main, presets, written_reasoning
 from student_trainer.config import TrainConfig
+from student_trainer.loop.curriculum import Curriculum, curriculum_of
+from student_trainer.loop.sample_order import SampleOrder
 
 MODELS, SETS = ("qwen0.5b", "llama1b", "llama3b"), ("aug", "nl")
 # a1, a2, KV loss, layer std, lambda, projection, learning rate, weight decay, epochs: KaVa's table.
@@ -89,16 +91,19 @@ def test_lotus_has_the_blocks_and_the_loop_of_its_paper(data: str) -> None:
     assert (loss.step_ce_weight, loss.codi_weight, loss.reasoning_ce_weight) == (0.05, 0.0, 0.0)
     assert (optim.lr, optim.weight_decay, optim.max_grad_norm, optim.schedule) == (5e-5, 0.01, 1.0, "constant")
     assert (config.run.epochs, config.run.global_batch) == (30, 128)
+    curriculum = curriculum_of(config, SampleOrder(config.run, 385_000, 0, 1))
+    assert curriculum == Curriculum(stages=6, steps_per_stage=3008), "an epoch each"
     assert not config.data.drop_last_step
 
 
 @pytest.mark.parametrize("model", MODELS)
-def test_the_first_stage_of_lotus_trains_on_written_reasoning(model: str) -> None:
+def test_lotus_begins_with_training_on_written_reasoning(model: str) -> None:
     changes = written_reasoning("outputs/written")
     config = read("lotus", model, "aug", **changes)
     assert (config.student.mode, config.student.latents_per_step, config.run.epochs) == ("token", None, 10)
+    assert config.run.curriculum_epochs is None
     text = comment("lotus", model, "aug")
-    assert all(f"--set {key}=" in text for key in changes)
+    assert all(text.count(f"--set {key}=") == 1 for key in changes)
 
 
 @pytest.mark.parametrize(

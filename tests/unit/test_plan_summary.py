@@ -185,3 +185,9 @@ def test_invalid_teacher_model_flag_is_refused(
 def test_run_without_teachers_is_refused(world: World) -> None:
     with pytest.raises(FieldError, match="the run has no teachers"):
         plan_text(config(world, teachers=[]), [])
+
+
+def test_run_whose_student_is_its_own_teacher_is_refused(world: World) -> None:
+    given = config(world, teachers=[]).model_copy(update={"self_teacher": True})
+    with pytest.raises(FieldError, match=r"^self_teacher: the student is its own teacher, so nothing is sent"):
+        plan_text(given, [])
