@@ -330,6 +330,8 @@ def check_curriculum(config: TrainConfig) -> None:
     blocks = step_blocks(config)
     if config.loss.step_ce_passes != "last" and blocks is None:
         raise ValueError(f"loss.step_ce_passes: '{config.loss.step_ce_passes}' needs student.latents_per_step")
+    if config.loss.step_ce_passes != "last" and config.student.passes == 1:
+        raise ValueError("loss.step_ce_passes: 'all' is the same as 'last' with student.passes 1; use more passes")
     if config.run.curriculum_epochs is None:
         return
     if blocks is None:

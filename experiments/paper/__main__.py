@@ -37,7 +37,8 @@ def run_table(name: str, table: Table, output: Path, seeds: Sequence[int], *, qu
         measured = runs.compare()
     by_arm = {arm.name: [runs.run_of(arm.name, seed) for seed in seeds] for arm in table.arms}
     found = gather(table, asdict(settings), measured, by_arm, seeds)
-    path = output / f"{name}.json"
+    # A part of the table does not replace the whole one.
+    path = output / (f"{name}.json" if table.arms == TABLES[name].arms else f"{name}-arms.json")
     write_json(path, as_json(found))
     sys.stdout.write(f"\n{table.title}\n\n{table_text(found)}\n{path}\n")
     sys.stdout.flush()

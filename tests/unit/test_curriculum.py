@@ -410,6 +410,13 @@ def test_a_run_without_its_last_stage_is_refused() -> None:
         ({"loss": {"step_ce_passes": "all"}}, "loss.step_ce_passes: 'all' needs student.latents_per_step"),
         (
             {
+                "student": {"latents": 6, "latents_per_step": 3, "passes": 1},
+                "loss": {"step_ce_weight": 1.0, "step_ce_passes": "all"},
+            },
+            "loss.step_ce_passes: 'all' is the same as 'last' with student.passes 1",
+        ),
+        (
+            {
                 "run": {"curriculum_epochs": 1.0},
                 "student": {"latents": 6, "latents_per_step": 6},
                 "loss": {"step_ce_weight": 1.0},
