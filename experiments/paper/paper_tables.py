@@ -107,8 +107,8 @@ def _selector(name: str, selector: str, teachers: tuple[str, ...] = (ITSELF,), *
 
 
 def _teachers(name: str, teachers: tuple[str, ...], **sections: Config) -> Arm:
-    """An arm of the table of teachers: KV with three passes."""
-    arm = _method(name, 3, teachers, **sections.pop("kv", {}))
+    """An arm of the table of teachers: KV and steps with three passes."""
+    arm = _method(name, 3, teachers, _STEP_CE, **sections.pop("kv", {}))
     return Arm(name, teachers, arm.changes | sections)
 
 
@@ -123,7 +123,7 @@ TABLES: Mapping[str, Table] = {
     "selectors": Table(
         "Selectors that keep a third of the reasoning's tokens",
         "uniform",
-        HARDER,
+        replace(HARDER, arm_steps=400, evaluations=4),
         quick_steps=40,
         arms=(
             *(_selector(name, name) for name in ("uniform", "random", "right", "keydiff")),
@@ -136,7 +136,8 @@ TABLES: Mapping[str, Table] = {
     "teachers": Table(
         "Several teachers",
         "teacher A",
-        HARDER,
+        # Too few steps for the best arm to solve the task.
+        replace(HARDER, arm_steps=150, evaluations=3),
         quick_steps=40,
         arms=(
             _teachers("teacher A", _ONE, align=_TO_STUDENT),
