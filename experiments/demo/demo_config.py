@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from data.synthetic import ChainTask
+if TYPE_CHECKING:
+    from data.synthetic import ChainTask
 
 ModelName = Literal["teacher_a", "teacher_b", "student"]
 ArmName = Literal["kv_two_teachers", "kv_one_teacher", "no_kv", "shuffled_kv"]
@@ -80,6 +81,8 @@ class Settings:
     @property
     def task(self) -> ChainTask:
         """The task that these settings describe."""
+        from data.synthetic import ChainTask  # noqa: PLC0415 - loads torch
+
         return ChainTask(self.modulus, self.operations, self.fillers, self.equations, self.distractors)
 
     @property
