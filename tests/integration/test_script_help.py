@@ -68,7 +68,7 @@ def test_every_script_shows_examples(shown: dict[str, str]) -> None:
 def test_examples_call_the_script_itself_with_existing_flags(shown: dict[str, str]) -> None:
     for path, text in shown.items():
         before, _, after = re.sub(r"\s+", " ", text).partition("xamples")
-        module = path.removesuffix(".py").replace("/", ".")
+        module = path.removesuffix(".py").replace("/", ".").removesuffix(".__main__")
         assert path in after or module in after, path
         known = set(re.findall(r"--[\w-]+", f"{before} {re.split(r'[Oo]ptions', after)[-1]}"))
         used = re.findall(r"(?<= )--[a-z][\w-]+", after)

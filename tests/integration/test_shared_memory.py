@@ -280,6 +280,7 @@ def test_a_server_without_shared_memory_answers_through_the_network(
     assert "the server shares no memory (shared_memory_bytes is 0)" in logged[0].getMessage()
 
 
+@pytest.mark.slow
 def test_a_client_opens_the_memory_of_a_server_that_was_started_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -330,6 +331,7 @@ time.sleep(600)
 """
 
 
+@pytest.mark.slow
 def test_nothing_is_left_of_a_client_that_was_killed(tmp_path: Path) -> None:
     with running_teacher(FAKE, tmp_path / "log", engine="fake") as server:
         command = [sys.executable, "-c", CLIENT, server.endpoint]
