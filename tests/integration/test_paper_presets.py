@@ -82,9 +82,7 @@ def test_a_run_has_the_records_and_the_latents_of_its_preset(name: str, tmp_path
     context.close()
 
 
-@pytest.mark.parametrize(
-    ("data", "projects"), [("aug", True), pytest.param("nl", False, marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize(("data", "projects"), [("aug", True), pytest.param("nl", False, marks=pytest.mark.slow)])
 def test_kava_preset_trains_a_tiny_student(data: str, projects: bool, tmp_path: Path) -> None:
     name, family = f"kava_llama3b_{data}", "gsm8k_aug" if data == "aug" else "gsm8k_aug_nl"
     save_tiny_model(tmp_path / "student", SPEC)
