@@ -179,7 +179,8 @@ def test_validation_results_are_kept_only_for_the_same_model(validated: Path, co
     assert "val" not in evaluate(EvalSettings(model_path=str(validated / "best_model"), **same))
 
 
-def test_damaged_results_file_is_not_overwritten(stage: Path, copies: Path) -> None:
+def test_damaged_results_file_is_not_overwritten(stage: Path, copies: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("KVDISTILL_DATA_DIR", raising=False)
     (stage / "eval_results.json").write_text("{", encoding="utf-8")
     settings = {"eval_datasets": ("truthfulqa",), "data_dir": copies, "limit": 1}
     with pytest.raises(FieldError, match="is not JSON"):
