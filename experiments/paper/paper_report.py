@@ -112,12 +112,7 @@ def _output(*command: str) -> str:
 def _row(arm: ArmResult, reference: ArmResult | None) -> list[str]:
     minus = UNKNOWN
     if reference is not None:
-        minus = _interval([100 * (a - b) for a, b in zip(arm.accuracy, reference.accuracy, strict=True)], "+.1f")
+        minus = Mean.of([100 * (a - b) for a, b in zip(arm.accuracy, reference.accuracy, strict=True)]).shown("+.1f")
     by_seed = " / ".join(f"{100 * value:.1f}" for value in arm.accuracy)
-    mean = _interval([100 * value for value in arm.accuracy], ".1f")
+    mean = Mean.of([100 * value for value in arm.accuracy]).shown(".1f")
     return [arm.name, by_seed, mean, minus, f"{sum(arm.seconds) / len(arm.seconds):.0f}"]
-
-
-def _interval(values: Sequence[float], form: str) -> str:
-    mean = Mean.of(values)
-    return f"{mean.value:{form}}" + ("" if mean.half is None else f" ± {mean.half:.1f}")

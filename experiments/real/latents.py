@@ -154,20 +154,15 @@ def _row(shown: str, runs: Sequence[LatentRun], reference: Sequence[LatentRun] |
     minus = UNKNOWN
     if reference is not None and runs is not reference:
         pairs = zip(losses, reference, strict=True)
-        minus = _interval([loss - other.run.held_out["answer_ce"] for loss, other in pairs], "+")
+        minus = Mean.of([loss - other.run.held_out["answer_ce"] for loss, other in pairs]).shown("+.3f")
     return [
         shown,
         " / ".join(f"{loss:.3f}" for loss in losses),
-        _interval(losses, ""),
+        Mean.of(losses).shown(".3f"),
         minus,
         " / ".join(f"{one.run.held_out['kv_loss']:.3f}" for one in runs if "kv_loss" in one.run.held_out) or UNKNOWN,
         " / ".join(f"{one.accuracy:.1%}" for one in runs),
     ]
-
-
-def _interval(values: Sequence[float], sign: str) -> str:
-    mean = Mean.of(values)
-    return f"{mean.value:{sign}.3f}" + ("" if mean.half is None else f" ± {mean.half:.3f}")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

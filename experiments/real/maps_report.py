@@ -172,14 +172,9 @@ def _row(arm: ArmResults) -> list[str]:
         " / ".join(f"{run.held_out['perplexity']:.1f}" for run in arm.runs),
         f"{arm.perplexity.value:.1f}",
         " / ".join(f"{run.held_out['ce_loss']:.3f}" for run in arm.runs),
-        _interval(arm.cross_entropy, ".3f"),
-        UNKNOWN if arm.minus_reference is None else _interval(arm.minus_reference, "+.3f"),
+        arm.cross_entropy.shown(".3f"),
+        UNKNOWN if arm.minus_reference is None else arm.minus_reference.shown("+.3f"),
         UNKNOWN if arm.bytes_per_sample is None else f"{arm.bytes_per_sample:,.0f}",
         UNKNOWN if arm.share_of_cache is None else f"1/{1 / arm.share_of_cache:.0f}",
         " / ".join(f"{value:.2f}" for value in arm.explained.values()) or UNKNOWN,
     ]
-
-
-def _interval(mean: Mean, form: str) -> str:
-    half = "" if mean.half is None else f" ± {mean.half:.3f}"
-    return f"{mean.value:{form}}{half}"

@@ -40,6 +40,11 @@ class Mean:
         variance = math.fsum((value - mean) ** 2 for value in values) / (count - 1)
         return cls(mean, float(stdtrit(count - 1, (1 + _LEVEL) / 2)) * math.sqrt(variance / count), count)
 
+    def shown(self, form: str) -> str:
+        """The mean and its interval as text. `form`: such as `.1f`, or `+.1f` for a mean with its sign."""
+        half = "" if self.half is None else f" ± {self.half:{form.removeprefix('+')}}"
+        return f"{self.value:{form}}{half}"
+
 
 @dataclass(frozen=True, slots=True)
 class Row:
