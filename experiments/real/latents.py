@@ -14,7 +14,6 @@ Examples:
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
 from collections.abc import Mapping, Sequence
@@ -26,7 +25,7 @@ from data.local_copies import default_data_dir
 from experiments.demo.demo_config import Config
 from experiments.demo.demo_processes import CPU_ONLY
 from experiments.demo.results import finished
-from experiments.real.maps import MapRuns
+from experiments.real.maps import MapRuns, arms_parser
 from experiments.real.maps_config import HEALING_STEPS, healing_name
 from experiments.real.real_config import TEACHER, RealPaths, Settings, base_config, teacher_sections
 from experiments.real.real_results import RealRunResult, gather_run
@@ -168,12 +167,7 @@ def _row(shown: str, runs: Sequence[LatentRun], reference: Sequence[LatentRun] |
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit status."""
     by_name = {arm.name: arm for arm in ARMS}
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, default=Path("outputs/maps"), help="folder of everything it writes")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="seeds of the arms; 0 by default")
-    parser.add_argument("--arms", nargs="+", choices=by_name, default=list(by_name), help="arms; all by default")
-    parser.add_argument("--quick", action="store_true", help="few steps on few records")
-    given = parser.parse_args(arguments)
+    given = arms_parser(__doc__, by_name).parse_args(arguments)
 
     def command() -> int:
         os.environ.update(CPU_ONLY)

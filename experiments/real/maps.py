@@ -20,7 +20,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -90,14 +90,21 @@ class MapRuns(RealRuns):
             self.train(healing_name(seed, self.healing), config)
 
 
+def arms_parser(description: str | None, arms: Iterable[str]) -> argparse.ArgumentParser:
+    """The options of an experiment with arms."""
+    names = list(arms)
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=Path("outputs/maps"), help="folder of everything it writes")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="seeds of the arms; 0 by default")
+    parser.add_argument("--arms", nargs="+", choices=names, default=names, help="arms; all by default")
+    parser.add_argument("--quick", action="store_true", help="few steps on few records")
+    return parser
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit status."""
     by_name = {arm.name: arm for arm in ARMS}
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, default=Path("outputs/maps"), help="folder of everything it writes")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="seeds of the arms; 0 by default")
-    parser.add_argument("--arms", nargs="+", choices=by_name, default=list(by_name), help="arms; all by default")
-    parser.add_argument("--quick", action="store_true", help="few steps on few records")
+    parser = arms_parser(__doc__, by_name)
     parser.add_argument(
         "--healed",
         type=_steps,
